@@ -1,0 +1,262 @@
+"""Circuits: discovered edges with their scores, as networkx graphs, files and masks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from jaxtyping import Bool, Float
+
+from .artifacts import atomic_path, read_json, write_json
+from .attribution import Attribution, AttributionConfig, attribute
+from .errors import ArtifactError, CircuitError
+from .faithfulness import circuit_metric, minimal_edges
+from .graph import Architecture, Graph, Node
+from .masks import Mask, choose_parameters, region
+from .models import LanguageModel
+from .nullspace import fisher_diagonal
+from .objectives import forget_gradient
+from .tasks import PairSet
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class CircuitConfig(AttributionConfig):
+    """How a circuit is discovered."""
+
+    faithfulness: float = 0.85
+    """The circuit is the fewest edges that reach this ablate-outside faithfulness."""
+    faithfulness_pairs: int = 32
+    """Forget pairs on which faithfulness is measured during the search."""
+    selective: float = 1.0
+    """Discount on edges that the retain set needs: the ranking score is
+    |forget| - selective x |retain|, never below a tenth of |forget| (0 = forget alone)."""
+    seed: int = 0
+    """Which pairs are drawn."""
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """A set of edges of one model's attribution graph, with the scores of all edges."""
+
+    graph: Graph
+    scores: Float[np.ndarray, "writers readers"]
+    """Forget attribution of every edge, in metric units (positive: supports the answer)."""
+    edges: Bool[np.ndarray, "writers readers"]
+    """True for the circuit's edges."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Model, settings, faithfulness and its measured curve."""
+    pairs: PairSet | None = field(default=None, repr=False, compare=False)
+    """The pairs it was discovered on, if discovered in this process."""
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges in the circuit."""
+        return int(self.edges.sum())
+
+    def components(self) -> list[tuple[Node, bool]]:
+        """Every node that an edge touches, with True where it takes part as a writer."""
+        writers = [(n, True) for n, used in zip(self.graph.writers, self.edges.any(1)) if used]
+        readers = [(n, False) for n, used in zip(self.graph.readers, self.edges.any(0)) if used]
+        return writers + readers
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The circuit as a directed graph.
+
+        Nodes carry ``kind``, ``layer``, ``head``; edges carry ``score`` (metric units) and
+        ``kind``: ``residual`` for attribution edges, ``inside`` for the free links from a head's
+        q/k/v inputs to its output.
+        """
+        out = nx.DiGraph(**{k: v for k, v in self.meta.items() if isinstance(v, (str, int, float))})
+
+        def add(node: Node) -> str:
+            out.add_node(node.id, kind=node.kind, layer=node.layer, head=node.head)
+            return node.id
+
+        for i, j in np.argwhere(self.edges):
+            u, v = self.graph.writers[i], self.graph.readers[j]
+            out.add_edge(add(u), add(v), score=float(self.scores[i, j]), kind="residual")
+        for j in np.flatnonzero(self.edges.any(0)):
+            v = self.graph.readers[j]
+            if v.kind in "qkv":
+                for row in self.graph.feeds[j]:
+                    if self.edges[row].any():
+                        out.add_edge(v.id, self.graph.writers[row].id, score=0.0, kind="inside")
+        return out
+
+    def mask(
+        self,
+        model: LanguageModel,
+        budget: float = 0.005,
+        retain: PairSet | None = None,
+        forget: PairSet | None = None,
+        seed: int = 0,
+        n_pairs: int = 64,
+    ) -> Mask:
+        """The parameters behind this circuit that forget most per retain damage.
+
+        Arguments:
+            model: the model it was discovered on.
+            budget: share of all the model's parameters, in (0, 1].
+            retain: what must stay; without it parameters are chosen by forget gain alone.
+            forget: pairs for the forget gradient; default: those of the discovery.
+            seed: which pairs are drawn.
+            n_pairs: how many pairs the gradient and the Fisher use.
+
+        Raises:
+            MaskError: budget out of range, or nothing to edit.
+            CircuitError: no forget pairs known, or another architecture.
+        """
+        if model.architecture != self.graph.architecture:
+            raise CircuitError(f"The circuit is of {self.graph.architecture}, not {model.name}.")
+        pairs = forget or self.pairs
+        if pairs is None:
+            raise CircuitError("A circuit read from a file needs forget=... to make a mask.")
+        regions = region(model, self.components())
+        names = list(regions)
+        if not 0 < budget <= 1 or not names:
+            return choose_parameters(model, regions, budget, {})  # raises the right error
+        g = forget_gradient(model, names, pairs.sample(n_pairs, seed))
+        fisher = None
+        if retain is not None:
+            fisher = fisher_diagonal(model, names, retain.sample(n_pairs, seed), seed=seed)
+        mask = choose_parameters(model, regions, budget, g, fisher)
+        mask.meta["components"] = [n.id for n, _ in self.components()]
+        return mask
+
+    def save(self, path: Path) -> None:
+        """Write the circuit's edges as node-link JSON (networkx's own layout)."""
+        data = nx.node_link_data(self.to_networkx(), edges="links")
+        data["graph"] = {
+            "schema": SCHEMA,
+            "architecture": asdict(self.graph.architecture),
+            **self.meta,
+        }
+        write_json(path, data)
+
+    def save_graphml(self, path: Path) -> None:
+        """Write GraphML, for Gephi, Cytoscape and the like."""
+        with atomic_path(path) as temporary:
+            nx.write_graphml(self.to_networkx(), temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> Circuit:
+        """Read a circuit; the scores of edges outside it are 0.
+
+        Raises:
+            ArtifactError: missing, damaged, or naming an edge that cannot exist.
+        """
+        data = read_json(path)
+        try:
+            meta = dict(data["graph"])
+            if meta.pop("schema") != SCHEMA:
+                raise ArtifactError(f"{path} has an unknown circuit schema; expected {SCHEMA}.")
+            graph = Graph(Architecture(**meta.pop("architecture")))
+            scores = np.zeros(graph.exists.shape, dtype=np.float32)
+            edges = np.zeros(graph.exists.shape, dtype=bool)
+            for link in data["links"]:
+                if link["kind"] == "residual":
+                    at = graph.edge(link["source"], link["target"])
+                    edges[at], scores[at] = True, float(link["score"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise ArtifactError(f"{path} is not a valid circuit: {error}.") from error
+        return cls(graph, scores, edges, meta)
+
+    def dumps(self) -> str:
+        """The metadata and size as one line of JSON."""
+        return json.dumps({"edges": self.n_edges, **self.meta})
+
+
+def selective_scores(
+    forget: Float[np.ndarray, "w r"], retain: Float[np.ndarray, "w r"], discount: float
+) -> Float[np.ndarray, "w r"]:
+    """Forget scores shrunk where the retain set needs the edge as much; signs are kept."""
+    size = np.abs(forget)
+    return np.sign(forget) * np.maximum(size - discount * np.abs(retain), 0.1 * size)
+
+
+def discover(
+    model: LanguageModel,
+    forget: PairSet,
+    config: CircuitConfig | None = None,
+    retain: PairSet | None = None,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> Circuit:
+    """Find the smallest circuit that carries the forget answers.
+
+    Arguments:
+        model: the model.
+        forget: the pairs whose answers must go.
+        config: attribution, faithfulness target and selectivity.
+        retain: pairs that must stay; makes the circuit selective.
+        on_step: called with (stage, done, total).
+
+    Raises:
+        CircuitError: a model that cannot be attributed, or settings out of range.
+    """
+    config = config or CircuitConfig()
+    note = on_step or (lambda *_: None)
+    chosen = forget.sample(config.pairs, config.seed)
+    found = attribute(
+        model, chosen, config, on_batch=lambda d, n: note("attribution of forget pairs", d, n)
+    )
+    ranking = found.scores
+    if retain is not None and config.selective:
+        kept = attribute(
+            model,
+            retain.sample(config.pairs, config.seed),
+            config,
+            on_batch=lambda d, n: note("attribution of retain pairs", d, n),
+        )
+        ranking = selective_scores(found.scores, kept.scores, config.selective)
+    edges, curve, final = _search(model, chosen, config, ranking, note)
+    meta = {
+        "model": model.name,
+        "model_sha256": model.sha256,
+        "settings": asdict(config),
+        "faithfulness": final,
+        "curve": curve,
+        "metric_clean": found.clean,
+        "metric_corrupt": found.corrupt,
+    }
+    return Circuit(found.graph, found.scores, edges, meta, chosen)
+
+
+def _search(
+    model: LanguageModel,
+    pairs: PairSet,
+    config: CircuitConfig,
+    ranking: Float[np.ndarray, "w r"],
+    note: Callable[[str, int, int], None],
+) -> tuple[Bool[np.ndarray, "w r"], list[tuple[int, float]], float]:
+    """Minimal circuit for a ranking, its curve, and its faithfulness."""
+    sample = pairs.sample(config.faithfulness_pairs, config.seed)
+    graph = model.graph
+    ends = [
+        circuit_metric(model, sample, e, config.metric, config.batch_size)
+        for e in (graph.exists, np.zeros_like(graph.exists))
+    ]
+    if abs(ends[0] - ends[1]) < 1e-6:
+        raise CircuitError("Clean and corrupt prompts give the same metric: nothing to explain.")
+    tried = 0
+
+    def faithful(edges: Bool[np.ndarray, "w r"]) -> float:
+        nonlocal tried
+        tried += 1
+        note("faithfulness of circuits", tried, 0)
+        value = circuit_metric(model, sample, edges, config.metric, config.batch_size)
+        return (value - ends[1]) / (ends[0] - ends[1])
+
+    edges, curve = minimal_edges(graph, ranking, faithful, config.faithfulness)
+    return edges, curve, faithful(edges)
+
+
+__all__ = ["Attribution", "Circuit", "CircuitConfig", "discover", "selective_scores"]

@@ -1,0 +1,34 @@
+"""The errors of this package: one base class, one subclass per kind of input.
+
+Every message says what was given, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MansuError(Exception):
+    """Base class: catching it catches everything this package raises on purpose."""
+
+
+class ModelError(MansuError, ValueError):
+    """A model is unknown, unreachable, packed to 4 bits, or of an unsupported shape."""
+
+
+class TaskError(MansuError, ValueError):
+    """A task, fact table or prompt pair is malformed."""
+
+
+class CircuitError(MansuError, ValueError):
+    """A circuit or attribution request is malformed, or does not fit the model."""
+
+
+class MaskError(MansuError, ValueError):
+    """A mask is malformed, empty, or does not fit the model."""
+
+
+class ConfigError(MansuError, ValueError):
+    """A setting is out of range or unknown."""
+
+
+class ArtifactError(MansuError, ValueError):
+    """A file that a run wrote is missing, damaged, or belongs to something else."""

@@ -1,0 +1,219 @@
+"""From a circuit to parameters: which single weights may be edited.
+
+A component maps to a slice of a weight in the deployed ``[out, in]`` layout:
+
+===================  ===============================================================
+``q``/``k``/``v``    the head's rows of the q/k/v projection
+head output          the head's columns of the output projection
+``mlp`` as reader    gate and up projection
+``mlp`` as writer    down projection
+===================  ===============================================================
+
+Inside the circuit's weights single parameters are chosen by expected forget gain per expected
+retain damage of the step that the magnitude floor will impose: one whole quantizer cell against
+the forget gradient (ours).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .artifacts import atomic_path
+from .errors import ArtifactError, MaskError
+from .graph import Node
+from .models import LanguageModel
+from .nullspace import Weights
+from .quantizers import NF4, get_quantizer
+
+SCHEMA = 1
+_PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
+
+
+def component_slices(model: LanguageModel, node: Node, writes: bool) -> list[tuple[str, str, slice]]:
+    """(weight name, ``rows`` or ``cols``, slice) behind a node.
+
+    Arguments:
+        model: a model with separate q/k/v/o and gate/up/down projections.
+        node: a reader, or with ``writes`` a writer.
+        writes: for an MLP, its output (down) rather than its input (gate, up).
+
+    Raises:
+        MaskError: the model has no such weight.
+    """
+    if node.kind in ("input", "logits"):
+        return []  # embeddings and unembedding are never edited: quantizers leave them alone
+    stem = next((n.split(".0.")[0] for n in model.linear_names if ".0." in n), "")
+    if node.kind == "mlp":
+        names = ["down_proj"] if writes else ["gate_proj", "up_proj"]
+        found = [f"{stem}.{node.layer}.mlp.{n}.weight" for n in names]
+        out = [(n, "rows", slice(None)) for n in found]
+    else:
+        name = f"{stem}.{node.layer}.self_attn.{_PARTS[node.kind]}.weight"
+        if name not in model.weights:
+            raise MaskError(f"{model.name} has no weight {name}: cannot make a mask for {node.id}.")
+        axis = "cols" if node.kind == "head" else "rows"
+        heads = model.architecture.n_kv_heads if node.kind in "kv" else model.architecture.n_heads
+        width = model.weights[name].shape[1 if axis == "cols" else 0] // heads
+        out = [(name, axis, slice(node.head * width, (node.head + 1) * width))]
+    for name, _, _ in out:
+        if name not in model.weights:
+            raise MaskError(f"{model.name} has no weight {name}: cannot make a mask for {node.id}.")
+    return out
+
+
+def region(
+    model: LanguageModel, components: Iterable[tuple[Node, bool]]
+) -> dict[str, Bool[Tensor, "out in"]]:
+    """Where the weights of some components lie, as boolean tensors."""
+    out: dict[str, Bool[Tensor, "out in"]] = {}
+    for node, writes in components:
+        for name, axis, where in component_slices(model, node, writes):
+            mask = out.setdefault(name, torch.zeros_like(model.weights[name], dtype=torch.bool))
+            if axis == "rows":
+                mask[where] = True
+            else:
+                mask[:, where] = True
+    return out
+
+
+def floor_step(
+    weight: Float[Tensor, "out in"], gradient: Float[Tensor, "out in"], quantizer: NF4
+) -> Float[Tensor, "out in"]:
+    """The step of one whole cell against the gradient; 0 where the floor forbids any.
+
+    It ends on the neighbouring level, so that the quantized model lands there too. Elements that
+    set their block's scale never move, and no element moves to an outermost level, where it
+    would set the scale.
+    """
+    cells = quantizer.cells(weight)
+    target = (cells.codes - torch.sign(gradient).flatten().long()).clamp(1, len(quantizer.levels) - 2)
+    step = quantizer.levels[target] * cells.scale - weight.flatten()
+    uphill = torch.sign(step) == torch.sign(gradient).flatten()
+    step[(target == cells.codes) | cells.sets_scale | uphill] = 0
+    return step.view_as(weight)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which single parameters of a model may be edited."""
+
+    indices: dict[str, Int[Tensor, " n"]]
+    """Flat row-major positions in each Hugging Face weight, ascending."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Model hash, budget, components and how the parameters were chosen."""
+
+    def __post_init__(self) -> None:
+        if not self.indices or not self.n_parameters:
+            raise MaskError("The mask is empty: no parameter is left to edit.")
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters that may be edited."""
+        return sum(len(i) for i in self.indices.values())
+
+    def check_fits(self, model: LanguageModel) -> None:
+        """Raise MaskError unless every index lies inside the model's weights."""
+        for name, index in self.indices.items():
+            size = model.weights[name].numel() if name in model.weights else 0
+            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+                raise MaskError(f"The mask does not fit {model.name}: {name} has {size} elements.")
+        sha = self.meta.get("model_sha256")
+        if sha and model.sha256 and sha != model.sha256:
+            raise MaskError(f"The mask was made for another checkpoint than {model.name}.")
+
+    def save(self, path: Path) -> None:
+        """Write safetensors; the metadata travels as JSON in the header."""
+        with atomic_path(path) as temporary:
+            header = {"mansu_mask": json.dumps({"schema": SCHEMA, **self.meta})}
+            save_file({n: i.to(torch.int32) for n, i in self.indices.items()}, temporary, header)
+
+    @classmethod
+    def load(cls, path: Path) -> Mask:
+        """Read a mask.
+
+        Raises:
+            ArtifactError: missing, damaged, or not a mask.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {})["mansu_mask"])
+                indices = {n: file.get_tensor(n).long() for n in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ArtifactError(f"{path} is not a readable mask: {error}.") from error
+        if meta.pop("schema", None) != SCHEMA:
+            raise ArtifactError(f"{path} has an unknown mask schema; expected {SCHEMA}.")
+        return cls(indices, meta)
+
+
+def choose_parameters(
+    model: LanguageModel,
+    regions: dict[str, Bool[Tensor, "out in"]],
+    budget: float,
+    forget_gradient: Weights,
+    retain_fisher: Weights | None = None,
+    quantizer: NF4 | str = "nf4",
+    damping: float = 0.1,
+    on_weight: Callable[[str], None] | None = None,
+) -> Mask:
+    """The parameters with the best forget gain per retain damage, up to a budget.
+
+    gain = -g_f . d and damage = 1/2 F d^2 for the floor's step d of each single weight; the score
+    is gain / (damage + damping x median damage), or the gain alone without ``retain_fisher``.
+
+    Arguments:
+        model: the model to edit.
+        regions: candidate weights, from `region`.
+        budget: share of all the model's parameters that may be edited, in (0, 1].
+        forget_gradient: gradient of the forget loss per candidate weight.
+        retain_fisher: diagonal Fisher of what must stay.
+        quantizer: whose cells define the step.
+        damping: keeps weights of no measured damage from winning on no gain.
+
+    Raises:
+        MaskError: budget out of range, or no candidate can move.
+    """
+    if not 0 < budget <= 1:
+        raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
+    quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    gains, damages, places = [], [], []
+    for name, inside in regions.items():
+        weight, g = model.weights[name], forget_gradient[name]
+        step = floor_step(weight, g, quantizer)
+        usable = (inside & (step != 0)).flatten().nonzero()[:, 0]
+        d = step.flatten()[usable]
+        gains.append(-g.flatten()[usable] * d)
+        if retain_fisher is not None:
+            damages.append(0.5 * retain_fisher[name].flatten()[usable] * d * d)
+        places.append((name, usable))
+    gain = torch.cat(gains) if gains else torch.zeros(0)
+    if not len(gain) or not (gain > 0).any():
+        raise MaskError("No parameter of the circuit can move by a whole cell towards forgetting.")
+    score = gain
+    if damages:
+        damage = torch.cat(damages)
+        score = gain / (damage + damping * damage.median().clamp_min(1e-30))
+    n = min(int(budget * model.n_parameters), int((gain > 0).sum()))
+    chosen = torch.zeros(len(score), dtype=torch.bool)
+    chosen[score.topk(max(n, 1)).indices] = True
+    indices: dict[str, Tensor] = {}
+    for (name, usable), picked in zip(
+        places, chosen.split([len(u) for _, u in places]), strict=True
+    ):
+        if picked.any():
+            indices[name] = usable[picked]
+    return Mask(
+        indices,
+        {"model": model.name, "model_sha256": model.sha256, "budget": budget, "quantizer": quantizer.name},
+    )
+
+

@@ -1,0 +1,292 @@
+"""Models: load them, run them, and describe them. The only importer of transformer_lens.
+
+The weights are the Hugging Face ones in their deployed ``[out, in]`` layout. The TransformerLens
+bridge wraps a structural copy of the modules that *shares* those weights, with no processing, so
+that what is analysed is what is deployed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import ModelError
+from .graph import Architecture, Graph
+
+EMBEDDED = Path(__file__).parent / "data" / "models"
+HUB_HOST = ("huggingface.co", 443)
+_LINEARS = re.compile(
+    r"(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2|c_attn|c_proj|c_fc|"
+    r"query_key_value|qkv_proj|dense|dense_h_to_4h|dense_4h_to_h|gate_up_proj)\.weight$"
+)
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").exists())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars and notices of the libraries below off the user's screen."""
+    from transformers.utils import logging as hf_logging
+
+    previous, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    root = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(root)
+        hf_logging.set_verbosity(previous)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model in float32, its tokenizer, and views of both.
+
+    Examples:
+        >>> model = load_model("facts")
+        >>> model.graph.n_edges > 0
+        True
+    """
+
+    name: str
+    """Embedded name, folder or hub name it was loaded from."""
+    hf: Any
+    """The Hugging Face ``PreTrainedModel`` (float32, eval mode)."""
+    tokenizer: Any
+    """The Hugging Face tokenizer."""
+    saved_dtype: torch.dtype = torch.float32
+    """The dtype of the checkpoint, in which edits are saved again."""
+    sha256: str = ""
+    """Hash of the safetensors files it was loaded from."""
+    weights: dict[str, Tensor] = field(init=False, repr=False)
+    """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
+
+    def __post_init__(self) -> None:
+        self.weights = {n: p.requires_grad_(False) for n, p in self.hf.named_parameters()}
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.hf.config
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Layers, heads and block order."""
+        c = self.config
+        heads = c.num_attention_heads
+        return Architecture(
+            n_layers=c.num_hidden_layers,
+            n_heads=heads,
+            n_kv_heads=getattr(c, "num_key_value_heads", None) or heads,
+            parallel=bool(getattr(c, "use_parallel_residual", False)),
+        )
+
+    @cached_property
+    def graph(self) -> Graph:
+        """All attribution edges."""
+        return Graph(self.architecture)
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(w.numel() for w in self.weights.values())
+
+    @cached_property
+    def linear_names(self) -> list[str]:
+        """Names of the weights that 4-bit quantizers touch: every linear layer of the blocks,
+        not embeddings, unembedding, norms or biases."""
+        return [n for n, w in self.weights.items() if w.ndim == 2 and _LINEARS.search(n)]
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The model as a TransformerLens ``TransformerBridge`` over the same weight tensors."""
+        with quiet():
+            from transformer_lens.model_bridge.sources._bridge_builder import (
+                build_bridge_from_module,
+            )
+
+            memo = {id(t): t for t in [*self.hf.parameters(), *self.hf.buffers()]}
+            twin = copy.deepcopy(self.hf, memo)
+            twin.set_attn_implementation("eager")
+            arch = (self.config.architectures or [type(self.hf).__name__])[0]
+            try:
+                bridge = build_bridge_from_module(
+                    twin, arch, hf_config=self.config, tokenizer=self.tokenizer
+                )
+            except (ValueError, KeyError, NotImplementedError) as error:
+                raise ModelError(
+                    f"TransformerLens cannot bridge {arch} ({self.name}): {error}. "
+                    "Use a decoder family that it supports."
+                ) from error
+        bridge.eval()
+        return bridge
+
+    def copy(self) -> LanguageModel:
+        """An independent copy: its weights can be edited without touching this one's."""
+        with quiet():
+            twin = LanguageModel(
+                self.name, copy.deepcopy(self.hf), self.tokenizer, self.saved_dtype, self.sha256
+            )
+        return twin
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text exactly as written: nothing is prepended."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def last_logits(
+        self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Next-token logits at one position of each row; right padding needs no mask."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.hf.get_output_embeddings()(hidden[rows, last])
+
+    def all_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        """Next-token logits at every position."""
+        return self.hf(input_ids=tokens, use_cache=False).logits
+
+    @torch.no_grad()
+    def generate(self, prompt: str, max_new_tokens: int = 4) -> str:
+        """Greedy continuation of a prompt, as text."""
+        ids = torch.tensor([self.encode(prompt)])
+        for _ in range(max_new_tokens):
+            step = self.last_logits(ids, torch.tensor([ids.shape[1] - 1])).argmax(-1)
+            ids = torch.cat([ids, step[:, None]], 1)
+        return self.tokenizer.decode(ids[0, -max_new_tokens:])
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face folder with tokenizer, in the dtype the model was loaded in.
+
+        Unedited weights come back bit for bit: they were widened from that dtype.
+        """
+        with quiet():
+            out = copy.deepcopy(self.hf).to(self.saved_dtype)
+            out.config.dtype = self.saved_dtype
+            out.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+def _reachable(timeout: float = 3.0) -> bool:
+    """Whether the hub answers; name lookup can hang, so it runs in a thread of its own."""
+    found: list[bool] = []
+
+    def probe() -> None:
+        try:
+            socket.create_connection(HUB_HOST, timeout=timeout).close()
+            found.append(True)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(found)
+
+
+def _locate(name: str) -> str | Path:
+    """The folder of an embedded or local model, or the hub name itself."""
+    if (EMBEDDED / name / "config.json").exists() and not re.search(r"[\\/]|^\.", name):
+        return EMBEDDED / name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(
+                f"The folder {name} holds no config.json. "
+                "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)."
+            )
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.is_absolute():
+        raise ModelError(
+            f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
+            "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
+        )
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str) and list(Path(cached).parent.glob("*.safetensors")):
+        return Path(cached).parent
+    if os.environ.get("HF_HUB_OFFLINE") == "1" or not _reachable():
+        raise ModelError(
+            f"Model {name!r} is not a local folder, and the hub ({HUB_HOST[0]}) cannot be reached. "
+            "Give a local folder, or try again with a network."
+        )
+    return name
+
+
+def _hash_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_model(name: str | Path) -> LanguageModel:
+    """Load an embedded model, a local Hugging Face folder, or a model of the hub, in float32.
+
+    Arguments:
+        name: embedded name (see `embedded_models`), folder, or ``owner/name`` on the hub. Only a
+            hub name may touch the network.
+
+    Raises:
+        ModelError: unknown name, unreachable hub (within 5 s), no safetensors, or a checkpoint
+            that is already packed to 4 or 8 bits.
+    """
+    place = _locate(str(name))
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with quiet():
+        local = isinstance(place, Path)
+        if local:
+            raw = json.loads((place / "config.json").read_text())
+        else:
+            raw = AutoConfig.from_pretrained(place).to_dict()
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise ModelError(
+                f"{name} is already quantized ({method}). Unlearning needs the full-precision "
+                "weights: give the original checkpoint; this tool quantizes the result itself."
+            )
+        if local and not list(place.glob("*.safetensors")):
+            raise ModelError(
+                f"{name} has no *.safetensors file. Only safetensors are read (pickles can run "
+                "code): convert it with save_pretrained."
+            )
+        try:
+            kwargs: dict[str, Any] = {"local_files_only": True} if local else {}
+            hf = AutoModelForCausalLM.from_pretrained(
+                place, dtype=torch.float32, use_safetensors=True, **kwargs
+            ).eval()
+            tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"{name} could not be loaded: {first}") from error
+    saved = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1])
+    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(place) if local else "")

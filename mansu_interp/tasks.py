@@ -1,0 +1,375 @@
+"""Tasks: what to forget, what to keep, and how each is asked.
+
+A task is a small JSON file over CSV fact tables. Each relation has phrasings in three groups:
+``train`` (discovery and unlearning see these), ``dev`` (for choosing settings) and ``unseen``
+(every reported score). Each fact and phrasing becomes a `Pair`: a clean prompt, a corrupt prompt of
+equal token length about another subject, the answer, the counterfactual answer, and three
+distractors of the same type for four-way choice.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .errors import TaskError
+from .models import LanguageModel
+
+DATA = Path(__file__).parent / "data"
+SCHEMA = 1
+N_CHOICES = 4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One fact asked in one phrasing, with its corrupt twin."""
+
+    clean: tuple[int, ...]
+    """Prompt tokens; the answer comes next."""
+    corrupt: tuple[int, ...]
+    """The same phrasing about another subject; as many tokens."""
+    answer: int
+    """First token of the answer."""
+    counterfactual: int
+    """First token of the corrupt subject's answer."""
+    distractors: tuple[int, ...]
+    """First tokens of other answers of the same type."""
+    relation: str
+    subject: str
+    phrasing: str
+    prompt: str
+    """The clean prompt as text."""
+    answer_text: str
+
+    def __post_init__(self) -> None:
+        where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
+        if len(self.clean) != len(self.corrupt) or not self.clean:
+            raise TaskError(
+                f"{where}: the clean prompt has {len(self.clean)} tokens and the corrupt one "
+                f"{len(self.corrupt)}. Give prompts of equal, non-zero token length."
+            )
+        if self.answer == self.counterfactual or self.answer in self.distractors:
+            raise TaskError(
+                f"{where}: the answer {self.answer_text!r} shares its first token with a "
+                "distractor or the counterfactual answer. Give answers that differ at once."
+            )
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The answer, then the distractors."""
+        return (self.answer, *self.distractors)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs as right-padded tensors."""
+
+    clean: Int[Tensor, "batch pos"]
+    corrupt: Int[Tensor, "batch pos"]
+    last: Int[Tensor, " batch"]
+    """Index of the last real token of each row."""
+    answer: Int[Tensor, " batch"]
+    counterfactual: Int[Tensor, " batch"]
+    choices: Int[Tensor, "batch 4"]
+    """The answer first."""
+
+    def __len__(self) -> int:
+        return len(self.last)
+
+
+def collate(pairs: Sequence[Pair]) -> Batch:
+    """Stack pairs, padding on the right with token 0 (causal attention never looks there)."""
+    width = max(len(p.clean) for p in pairs)
+
+    def pad(rows: Sequence[tuple[int, ...]]) -> Tensor:
+        return torch.tensor([row + (0,) * (width - len(row)) for row in rows])
+
+    return Batch(
+        pad([p.clean for p in pairs]),
+        pad([p.corrupt for p in pairs]),
+        torch.tensor([len(p.clean) - 1 for p in pairs]),
+        torch.tensor([p.answer for p in pairs]),
+        torch.tensor([p.counterfactual for p in pairs]),
+        torch.tensor([p.choices for p in pairs]),
+    )
+
+
+@dataclass(frozen=True)
+class PairSet(Sequence[Pair]):
+    """Pairs under a name."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise TaskError(f"The set {self.name!r} is empty: no fact is left to ask about.")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.pairs[index]
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Batches of at most ``size`` pairs, of similar length, in a fixed order."""
+        ordered = sorted(self.pairs, key=lambda p: len(p.clean))
+        for start in range(0, len(ordered), size):
+            yield collate(ordered[start : start + size])
+
+    def sample(self, n: int, seed: int) -> PairSet:
+        """At most ``n`` pairs, drawn evenly over phrasings."""
+        groups: dict[str, list[Pair]] = {}
+        for pair in self.pairs:
+            groups.setdefault(pair.phrasing, []).append(pair)
+        rng = random.Random(seed)
+        queues = [rng.sample(g, len(g)) for g in groups.values()]
+        rounds = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
+        return PairSet(self.name, tuple(rounds[:n]))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to forget and what to keep, tokenized for one model."""
+
+    name: str
+    title: str
+    forget: PairSet
+    """Forget facts in the ``train`` phrasings."""
+    retain: PairSet
+    """Retain facts in their ``train`` phrasings."""
+    guard: PairSet | None
+    """Prompts whose next-token distribution should stay, right or wrong (may be None)."""
+    scored: dict[str, dict[str, dict[str, PairSet]]]
+    """split (``dev``, ``unseen``) -> role (``forget``, ``retain``, ``neighbour``) -> label ->
+    pairs."""
+    text: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """``train`` and ``unseen`` running text, one token tuple a paragraph."""
+    twins: tuple[str, ...] = ()
+    """Embedded models that never learnt the forget facts, but everything else."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """How many (fact, phrasing) items were left out, by reason."""
+
+
+def embedded_tasks() -> list[str]:
+    """Names of the tasks that ship with the package."""
+    return sorted(p.stem for p in (DATA / "tasks").glob("*.json"))
+
+
+def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
+    """The parsed task file, and the folder in which its tables are looked up first.
+
+    Raises:
+        TaskError: no such task, or not a task file.
+    """
+    shipped = DATA / "tasks" / f"{name}.json"
+    path = shipped if shipped.exists() else Path(name)
+    if not path.is_file():
+        raise TaskError(
+            f"Unknown task {str(name)!r}. Shipped: {', '.join(embedded_tasks())}. "
+            "Or give the path of a task file (JSON; the shipped ones are examples)."
+        )
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TaskError(f"The task file {path} is not valid JSON: {error}.") from error
+    required = {"schema", "name", "relations", "forget", "retain"}
+    if not isinstance(spec, dict) or (missing := required - spec.keys()):
+        raise TaskError(f"The task file {path} lacks {', '.join(sorted(missing))}.")
+    if spec["schema"] != SCHEMA:
+        raise TaskError(f"The task file {path} has schema {spec['schema']}; expected {SCHEMA}.")
+    return spec, path.parent
+
+
+def _data_file(folder: Path, kind: str, name: str) -> Path:
+    if Path(name).name != name:
+        raise TaskError(f"{name!r}: name a file beside the task file, without a path.")
+    for place in (folder / name, DATA / kind / name):
+        if place.is_file():
+            return place
+    raise TaskError(f"The file {name!r} is neither beside the task file nor shipped.")
+
+
+def read_facts(folder: Path, relation: str, spec: dict[str, Any]) -> list[tuple[str, str]]:
+    """Subject and answer of every row of a relation's table."""
+    path = _data_file(folder, "facts", spec["table"])
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    columns = (spec["subject"], spec["answer"])
+    if not rows or any(c not in rows[0] for c in columns):
+        raise TaskError(f"Relation {relation!r}: {path.name} lacks the columns {columns}.")
+    return [(r[columns[0]], r[columns[1]]) for r in rows]
+
+
+class _Builder:
+    """Turns facts and phrasings into pairs for one tokenizer."""
+
+    def __init__(self, model: LanguageModel, spec: dict[str, Any], folder: Path) -> None:
+        self.model, self.spec, self.folder = model, spec, folder
+        self.prefix = spec.get("prefix", "")
+        self.dropped: dict[str, int] = {}
+        self.facts = {
+            name: read_facts(folder, name, rel) for name, rel in spec["relations"].items()
+        }
+        self.first = {a: self._first(a) for facts in self.facts.values() for _, a in facts}
+
+    def _first(self, answer: str) -> int:
+        # The answer follows a space; the tokens of "x y" after those of "x" are the answer's.
+        ids = self.model.encode(" " + answer)
+        unknown = self.model.tokenizer.unk_token_id
+        if not ids or ids[0] == unknown:
+            raise TaskError(
+                f"The tokenizer of {self.model.name} does not know {answer!r}: this task is made "
+                "for another model."
+            )
+        return ids[0]
+
+    def _drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def _encode(self, phrasing: str, subject: str) -> tuple[int, ...]:
+        return tuple(self.model.encode(self.prefix + phrasing.replace("{s}", subject)))
+
+    def pairs(self, relation: str, phrasings: Sequence[str], keep: set[str] | None) -> list[Pair]:
+        """All pairs of a relation; ``keep`` restricts the clean subjects."""
+        facts = self.facts[relation]
+        wanted = [f for f in facts if keep is None or f[0] in keep]
+        answers = sorted({a for _, a in facts})
+        out = []
+        for phrasing in phrasings:
+            if phrasing.count("{s}") != 1:
+                raise TaskError(f"Relation {relation!r}: {phrasing!r} needs {{s}} exactly once.")
+            tokens = {s: self._encode(phrasing, s) for s, _ in facts}
+            for subject, answer in wanted:
+                if subject in phrasing or answer in phrasing:
+                    self._drop("the phrasing's own examples give the fact away")
+                    continue
+                # The draw depends on the fact alone, so that all phrasings share its distractors.
+                rng = random.Random(f"{relation}|{subject}")
+                first = self.first[answer]
+                pool = list(dict.fromkeys(self.first[a] for a in answers))
+                pool = [t for t in pool if t != first]
+                rivals = rng.sample(facts, len(facts))
+                corrupt = next(
+                    (
+                        (s, a)
+                        for s, a in rivals
+                        if len(tokens[s]) == len(tokens[subject])
+                        and self.first[a] != first
+                        and s not in phrasing
+                    ),
+                    None,
+                )
+                if len(pool) < N_CHOICES - 1:
+                    raise TaskError(
+                        f"Relation {relation!r} has too few different answers for "
+                        f"{N_CHOICES}-way choice."
+                    )
+                if corrupt is None:
+                    self._drop("no other subject of equal token length")
+                    continue
+                out.append(
+                    Pair(
+                        tokens[subject],
+                        tokens[corrupt[0]],
+                        first,
+                        self.first[corrupt[1]],
+                        tuple(rng.sample(pool, N_CHOICES - 1)),
+                        relation,
+                        subject,
+                        phrasing,
+                        self.prefix + phrasing.replace("{s}", subject),
+                        answer,
+                    )
+                )
+        return out
+
+
+def load_task(name: str | Path, model: LanguageModel) -> Task:
+    """Build a task for a model's tokenizer.
+
+    Arguments:
+        name: shipped task (see `embedded_tasks`) or the path of a task file.
+        model: the model whose tokenizer is used.
+
+    Raises:
+        TaskError: unknown task, malformed file, an empty forget set, a table that the tokenizer
+            does not know, or a relation with too few answers.
+    """
+    spec, folder = read_task_file(name)
+    relations = spec["relations"]
+    named = [
+        *spec["forget"].get("relations", []),
+        *spec["retain"],
+        *spec.get("guard", []),
+        *spec.get("neighbours", []),
+    ]
+    if unknown := sorted(set(named) - relations.keys()):
+        raise TaskError(f"Task {spec['name']!r} names unknown relations: {', '.join(unknown)}.")
+    if not spec["forget"].get("relations"):
+        raise TaskError(f"Task {spec['name']!r} has an empty forget set: name a relation.")
+    build = _Builder(model, spec, folder)
+    chosen = spec["forget"].get("subjects")
+    forget_subjects = None if chosen is None else set(chosen)
+    known = {s for r in spec["forget"]["relations"] for s, _ in build.facts[r]}
+    if forget_subjects is not None and not forget_subjects & known:
+        raise TaskError(f"Task {spec['name']!r} has an empty forget set: no subject is in a table.")
+
+    def subjects(relation: str, role: str) -> set[str] | None:
+        if role == "forget":
+            return forget_subjects
+        if relation in spec["forget"]["relations"]:
+            return known - (forget_subjects or known)
+        return None
+
+    def collect(role: str, names: Sequence[str], split: str) -> list[Pair]:
+        out: list[Pair] = []
+        for r in names:
+            phrasings = relations[r]["phrasings"].get(split, [])
+            out += build.pairs(r, phrasings, subjects(r, role)) if phrasings else []
+        return out
+
+    scored: dict[str, dict[str, dict[str, PairSet]]] = {}
+    roles = {
+        "forget": spec["forget"]["relations"],
+        "retain": spec["retain"],
+        "neighbour": spec.get("neighbours", []),
+    }
+    for split in ("dev", "unseen"):
+        scored[split] = {}
+        for role, names in roles.items():
+            sets = scored[split].setdefault(role, {})
+            for r in names:
+                for label, phrasings in relations[r]["phrasings"].get(split, {}).items():
+                    pairs = build.pairs(r, phrasings, subjects(r, role))
+                    key = r if label in (split, "zero-shot") else f"{r} ({label})"
+                    sets[key] = PairSet(f"{role}/{key}", tuple(pairs))
+    guard = collect("guard", spec.get("guard", []), "train")
+    text = {
+        split: tuple(
+            tuple(model.encode(spec.get("prefix", "") + line))
+            for line in _data_file(folder, "text", file).read_text("utf-8").splitlines()
+            if line.strip()
+        )
+        for split, file in (spec.get("text") or {}).items()
+    }
+    return Task(
+        name=spec["name"],
+        title=spec.get("title", spec["name"]),
+        forget=PairSet("forget", tuple(collect("forget", roles["forget"], "train"))),
+        retain=PairSet("retain", tuple(collect("retain", roles["retain"], "train"))),
+        guard=PairSet("guard", tuple(guard)) if guard else None,
+        scored=scored,
+        text=text,
+        twins=tuple(spec.get("twins", ())),
+        dropped=build.dropped,
+    )
