@@ -48,7 +48,9 @@ def _finite(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON atomically, keys in the given order."""
-    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def read_json(path: Path) -> Any:

@@ -21,19 +21,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .config import AttributionConfig
 from .errors import CircuitError
 from .graph import Graph
 from .models import LanguageModel
 from .tasks import Batch, PairSet
 
-MetricName = Literal["logit_diff", "log_prob", "choice_margin"]
 Metric = Callable[[Float[Tensor, "batch vocab"], Batch], Float[Tensor, " batch"]]
 BLOCK_BYTES = 256 << 20
 """Working memory for the score product; token positions are taken in blocks that fit."""
@@ -61,42 +61,6 @@ METRICS: dict[str, Metric] = {
     "log_prob": log_prob,
     "choice_margin": choice_margin,
 }
-
-
-@dataclass(frozen=True)
-class AttributionConfig:
-    """How edges are scored."""
-
-    method: Literal["eap-ig", "eap"] = "eap-ig"
-    """eap-ig averages the gradient over the path from corrupt to clean; eap takes one point."""
-    ig_steps: int = 5
-    """Points on the path (eap-ig)."""
-    at: Literal["corrupt", "clean"] = "corrupt"
-    """Where eap takes its gradient."""
-    metric: MetricName = "logit_diff"
-    """What is attributed: logit_diff, log_prob or choice_margin."""
-    pairs: int = 96
-    """Forget pairs used, drawn evenly over phrasings."""
-    batch_size: int = 16
-    """Pairs per forward pass; changes memory and speed, not scores."""
-
-    def __post_init__(self) -> None:
-        if self.ig_steps < 1 or self.pairs < 1 or self.batch_size < 1:
-            raise CircuitError(
-                "ig_steps, pairs and batch_size must be at least 1; got "
-                f"{self.ig_steps}, {self.pairs}, {self.batch_size}."
-            )
-        if self.method not in ("eap", "eap-ig") or self.metric not in METRICS:
-            raise CircuitError(
-                f"Unknown method {self.method!r} or metric {self.metric!r}; expected eap or "
-                f"eap-ig, and one of {', '.join(METRICS)}."
-            )
-
-    def path(self) -> list[float]:
-        """Positions on the line, 0 = corrupt, 1 = clean; each has equal weight."""
-        if self.method == "eap":
-            return [0.0 if self.at == "corrupt" else 1.0]
-        return [(k + 0.5) / self.ig_steps for k in range(self.ig_steps)]
 
 
 class Stream:
@@ -243,7 +207,9 @@ def _scores_at(
         value = metric(logits, batch).sum()
         seen = recorder.seen
         wanted = [n for n in watched if n.endswith(("hook_out", "mlp.hook_in", "final.hook_in"))]
-        grads = dict(zip(wanted, torch.autograd.grad(value, [seen[n] for n in wanted])))
+        grads = dict(
+            zip(wanted, torch.autograd.grad(value, [seen[n] for n in wanted]), strict=True)
+        )
     rows = torch.arange(batch.clean.shape[1])[None] <= batch.last[:, None]  # real tokens only
 
     def flat(t: Tensor) -> Float[Tensor, "tokens ..."]:
@@ -295,7 +261,7 @@ class Attribution:
     def node_scores(self) -> dict[str, float]:
         """Score of each writer: the sum of its outgoing edges, because its total gradient is the
         sum of its readers' gradients."""
-        return dict(zip(self.graph.writer_index, self.scores.sum(1).tolist()))
+        return dict(zip(self.graph.writer_index, self.scores.sum(1).tolist(), strict=True))
 
 
 def attribute(

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from .artifacts import atomic_path, read_json, write_json
-from .attribution import Attribution, AttributionConfig, attribute
+from .attribution import attribute
+from .config import CircuitConfig
 from .errors import ArtifactError, CircuitError
 from .faithfulness import circuit_metric, minimal_edges
 from .graph import Architecture, Graph, Node
@@ -24,21 +25,6 @@ from .objectives import forget_gradient
 from .tasks import PairSet
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class CircuitConfig(AttributionConfig):
-    """How a circuit is discovered."""
-
-    faithfulness: float = 0.85
-    """The circuit is the fewest edges that reach this ablate-outside faithfulness."""
-    faithfulness_pairs: int = 32
-    """Forget pairs on which faithfulness is measured during the search."""
-    selective: float = 1.0
-    """Discount on edges that the retain set needs: the ranking score is
-    |forget| - selective x |retain|, never below a tenth of |forget| (0 = forget alone)."""
-    seed: int = 0
-    """Which pairs are drawn."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +48,14 @@ class Circuit:
 
     def components(self) -> list[tuple[Node, bool]]:
         """Every node that an edge touches, with True where it takes part as a writer."""
-        writers = [(n, True) for n, used in zip(self.graph.writers, self.edges.any(1)) if used]
-        readers = [(n, False) for n, used in zip(self.graph.readers, self.edges.any(0)) if used]
+        writers = [
+            (n, True) for n, used in zip(self.graph.writers, self.edges.any(1), strict=True) if used
+        ]
+        readers = [
+            (n, False)
+            for n, used in zip(self.graph.readers, self.edges.any(0), strict=True)
+            if used
+        ]
         return writers + readers
 
     def to_networkx(self) -> nx.DiGraph:
@@ -257,6 +249,3 @@ def _search(
 
     edges, curve = minimal_edges(graph, ranking, faithful, config.faithfulness)
     return edges, curve, faithful(edges)
-
-
-__all__ = ["Attribution", "Circuit", "CircuitConfig", "discover", "selective_scores"]

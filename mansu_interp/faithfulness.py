@@ -35,7 +35,9 @@ def run_circuit(
     recorder = _Recorder()
     n_layers = len(stream.blocks)
     reads = [f"blocks.{i}.hook_in" for i in range(n_layers)]
-    middles = [] if graph.architecture.parallel else [f"blocks.{i}.ln2.hook_in" for i in range(n_layers)]
+    middles = (
+        [] if graph.architecture.parallel else [f"blocks.{i}.ln2.hook_in" for i in range(n_layers)]
+    )
     with hooked(stream.bridge, recorder.on([*reads, *middles, *names, "ln_final.hook_in"])):
         final_logits(stream.bridge, batch.corrupt, batch.last)
     corrupt = {k: v.float() for k, v in recorder.seen.items()}

@@ -39,7 +39,9 @@ SCHEMA = 1
 _PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
 
 
-def component_slices(model: LanguageModel, node: Node, writes: bool) -> list[tuple[str, str, slice]]:
+def component_slices(
+    model: LanguageModel, node: Node, writes: bool
+) -> list[tuple[str, str, slice]]:
     """(weight name, ``rows`` or ``cols``, slice) behind a node.
 
     Arguments:
@@ -96,7 +98,9 @@ def floor_step(
     would set the scale.
     """
     cells = quantizer.cells(weight)
-    target = (cells.codes - torch.sign(gradient).flatten().long()).clamp(1, len(quantizer.levels) - 2)
+    target = (cells.codes - torch.sign(gradient).flatten().long()).clamp(
+        1, len(quantizer.levels) - 2
+    )
     step = quantizer.levels[target] * cells.scale - weight.flatten()
     uphill = torch.sign(step) == torch.sign(gradient).flatten()
     step[(target == cells.codes) | cells.sets_scale | uphill] = 0
@@ -213,7 +217,10 @@ def choose_parameters(
             indices[name] = usable[picked]
     return Mask(
         indices,
-        {"model": model.name, "model_sha256": model.sha256, "budget": budget, "quantizer": quantizer.name},
+        {
+            "model": model.name,
+            "model_sha256": model.sha256,
+            "budget": budget,
+            "quantizer": quantizer.name,
+        },
     )
-
-

@@ -288,5 +288,7 @@ def load_model(name: str | Path) -> LanguageModel:
         except (OSError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
             raise ModelError(f"{name} could not be loaded: {first}") from error
-    saved = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1])
+    saved = getattr(
+        torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
+    )
     return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(place) if local else "")

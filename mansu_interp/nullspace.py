@@ -64,9 +64,7 @@ def fisher_diagonal(
     return {n: t / len(pairs) for n, t in total.items()}
 
 
-def projection(
-    fisher: Float[Tensor, " n"], strength: float, scale: float
-) -> Float[Tensor, " n"]:
+def projection(fisher: Float[Tensor, " n"], strength: float, scale: float) -> Float[Tensor, " n"]:
     """Factor lambda / (lambda + F_i) in (0, 1], with lambda = ``scale`` / ``strength``.
 
     Arguments:

@@ -23,7 +23,7 @@ from .models import LanguageModel, quiet
 @lru_cache
 def _bitsandbytes() -> Any:
     with quiet():
-        import bitsandbytes.functional as functional
+        from bitsandbytes import functional
     return functional
 
 
@@ -46,17 +46,17 @@ class NF4:
     name: str = "nf4"
 
     @property
-    def levels(self) -> Float[Tensor, "16"]:
+    def levels(self) -> Float[Tensor, 16]:
         """The 16 values of a code, in units of absmax, ascending."""
         return _nf4_levels()
 
     @property
-    def boundaries(self) -> Float[Tensor, "15"]:
+    def boundaries(self) -> Float[Tensor, 15]:
         """Cell boundaries, in units of absmax."""
         levels = self.levels
         return (levels[1:] + levels[:-1]) / 2
 
-    def cells(self, weight: Float[Tensor, "..."]) -> Cells:
+    def cells(self, weight: Float[Tensor, ...]) -> Cells:
         """Codes and scales of a weight, bit for bit those of bitsandbytes."""
         flat = weight.detach().float().flatten()
         pad = -len(flat) % self.blocksize
@@ -71,7 +71,7 @@ class NF4:
             (blocks.abs() == absmax).flatten()[:n],
         )
 
-    def round_trip(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def round_trip(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Quantize and de-quantize with bitsandbytes itself."""
         functional = _bitsandbytes()
         packed, state = functional.quantize_4bit(
@@ -81,7 +81,7 @@ class NF4:
 
 
 @lru_cache
-def _nf4_levels() -> Float[Tensor, "16"]:
+def _nf4_levels() -> Float[Tensor, 16]:
     return torch.as_tensor(_bitsandbytes().get_4bit_type("nf4", device="cpu").data).float()
 
 

@@ -1,0 +1,111 @@
+"""The ``mansu`` command: parses settings, shows progress, prints results. No logic of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from .config import RunConfig
+from .errors import MansuError
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """Name the models, tasks, methods and quantizers that ship."""
+
+
+class Progress:
+    """One line that is rewritten on a terminal, and one line per stage elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self.stage, self.start = "", time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that a stage is at ``done`` of ``total`` (0 = unknown)."""
+        now = time.monotonic()
+        if stage != self.stage:
+            self.close()
+            self.stage, self.start = stage, now
+            if not self.live:
+                print(f"{stage} ...", file=sys.stderr, flush=True)
+        if self.live:
+            spent = now - self.start
+            left = f", {spent / done * (total - done):.0f} s left" if total and done else ""
+            count = f"{done}/{total}" if total else f"{done}"
+            line = f"{stage}  {count}  {spent:.0f} s{left}"
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the current line."""
+        if self.live and self.stage:
+            print(file=sys.stderr)
+
+
+def _run(config: RunConfig) -> int:
+    from .pipeline import Plan, run
+    from .report import console_summary
+
+    progress = Progress()
+
+    def show(plan: Plan) -> None:
+        print("\n".join(plan.lines), flush=True)
+
+    start = time.monotonic()
+    try:
+        result = run(config, progress, show)
+    finally:
+        progress.close()
+    print()
+    print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
+    print(f"\n{time.monotonic() - start:.0f} s. Open {result.folder / 'report.html'}")
+    return 0
+
+
+def _list() -> int:
+    from .models import embedded_models
+    from .quantizers import QUANTIZERS
+    from .tasks import embedded_tasks, read_task_file
+    from .unlearning import METHODS
+
+    print("models      " + ", ".join(m for m in embedded_models() if "twin" not in m))
+    for name in embedded_tasks():
+        print(f"task        {name}: {read_task_file(name)[0]['title']}")
+    print("methods     " + ", ".join(METHODS))
+    print("quantizers  " + ", ".join(QUANTIZERS))
+    return 0
+
+
+Command = (
+    Annotated[
+        RunConfig,
+        tyro.conf.subcommand(
+            "run",
+            description="Discover, mask, unlearn, quantize, compare and report.\n\n"
+            "Example: mansu run --model facts --task capitals --out runs/first",
+        ),
+    ]
+    | Annotated[ListConfig, tyro.conf.subcommand("list")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted)."""
+    # Thread spinning between small operations makes torch slow on busy machines.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config = tyro.cli(Command, args=argv, prog="mansu", description=__doc__.splitlines()[0])
+    try:
+        return _run(config) if isinstance(config, RunConfig) else _list()
+    except MansuError as error:
+        print(f"mansu: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nmansu: interrupted; run the same command again to continue.", file=sys.stderr)
+        return 130

@@ -1,0 +1,144 @@
+"""Every setting, once: these dataclasses are the Python API, the command line and config.json.
+
+Knows nothing of torch, so that ``mansu --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AttributionConfig:
+    """How edges are scored."""
+
+    method: Literal["eap-ig", "eap"] = "eap-ig"
+    """eap-ig averages the gradient over the path from corrupt to clean; eap takes one point."""
+    ig_steps: int = 5
+    """Points on the path (eap-ig)."""
+    at: Literal["corrupt", "clean"] = "corrupt"
+    """Where eap takes its gradient."""
+    metric: Literal["logit_diff", "log_prob", "choice_margin"] = "logit_diff"
+    """What is attributed."""
+    pairs: int = 96
+    """Pairs used, drawn evenly over phrasings."""
+    batch_size: int = 16
+    """Pairs per forward pass; changes memory and speed, not scores."""
+
+    def __post_init__(self) -> None:
+        if min(self.ig_steps, self.pairs, self.batch_size) < 1:
+            raise ConfigError(
+                "ig_steps, pairs and batch_size must be at least 1; got "
+                f"{self.ig_steps}, {self.pairs}, {self.batch_size}."
+            )
+        if self.method not in ("eap", "eap-ig") or self.at not in ("corrupt", "clean"):
+            raise ConfigError(
+                f"Unknown method {self.method!r} at {self.at!r}; expected eap or eap-ig, at "
+                "corrupt or clean."
+            )
+
+    def path(self) -> list[float]:
+        """Positions on the line, 0 = corrupt, 1 = clean; each has equal weight."""
+        if self.method == "eap":
+            return [0.0 if self.at == "corrupt" else 1.0]
+        return [(k + 0.5) / self.ig_steps for k in range(self.ig_steps)]
+
+
+@dataclass(frozen=True)
+class CircuitConfig(AttributionConfig):
+    """How the circuit is discovered."""
+
+    faithfulness: float = 0.85
+    """The circuit is the fewest edges that reach this ablate-outside faithfulness."""
+    faithfulness_pairs: int = 32
+    """Forget pairs on which faithfulness is measured during the search."""
+    selective: float = 1.0
+    """Discount on edges that the retain set needs: edges are ranked by
+    |forget| - selective x |retain|, never below a tenth of |forget| (0 = forget alone)."""
+    seed: int = 0
+    """Which pairs are drawn (a run sets this to its own seed)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.faithfulness <= 1 or self.faithfulness_pairs < 1 or self.selective < 0:
+            raise ConfigError(
+                "faithfulness must lie in (0, 1], faithfulness_pairs be at least 1 and selective "
+                f"not negative; got {self.faithfulness}, {self.faithfulness_pairs}, "
+                f"{self.selective}."
+            )
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """How the model is edited."""
+
+    method: Literal["mansu", "graddiff", "npo"] = "mansu"
+    """mansu edits inside the mask; graddiff and npo are dense baselines."""
+    steps: int = 200
+    """Optimiser steps (dense methods: at most)."""
+    lr: float = 0.02
+    """Step size: in units of each block's absmax for mansu, of weights for dense methods."""
+    batch_size: int = 24
+    """Forget pairs per step; as many retain pairs beside them."""
+    forget_loss: Literal["counterfactual", "ga"] = "counterfactual"
+    """mansu: towards what a model that never knew would say, or gradient ascent."""
+    push: float = 0.5
+    """mansu: weight of the hinge on the answer's log-probability."""
+    margin: float = 1.0
+    """mansu: nats by which the hinge overshoots, for the sake of phrasings not trained on."""
+    retain_weight: float = 1.0
+    """Weight of the retain loss: KL to the original (graddiff: NLL of the answer)."""
+    projection: float = 1.0
+    """mansu: strength of the null-space projection; 0 = none."""
+    quantizer: Literal["nf4"] = "nf4"
+    """mansu: the quantizer whose cells set the magnitude floor."""
+    stop_at: float | None = None
+    """Dense methods: stop when four-way forget accuracy on the dev phrasings is at most this."""
+    seed: int = 0
+    """Order of batches (a run sets this to its own seed)."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0 or self.batch_size < 1:
+            raise ConfigError(
+                "steps and batch_size must be at least 1 and lr positive; got "
+                f"{self.steps}, {self.batch_size}, {self.lr}."
+            )
+        if self.forget_loss not in ("counterfactual", "ga"):
+            raise ConfigError(
+                f"Unknown forget_loss {self.forget_loss!r}; expected counterfactual or ga."
+            )
+        if min(self.push, self.margin, self.retain_weight, self.projection) < 0:
+            raise ConfigError("push, margin, retain_weight and projection must not be negative.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One whole job: discover, mask, unlearn, quantize, compare, report."""
+
+    model: str = "facts"
+    """Embedded model, Hugging Face folder, or hub name (owner/name)."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: capitals for embedded models, else
+    world-capitals."""
+    out: Path = Path("runs/latest")
+    """Folder for everything the run writes."""
+    budget: float = 0.005
+    """Share of all parameters that may be edited, in (0, 1]."""
+    seed: int = 0
+    """Seed of every draw."""
+    threads: int | None = None
+    """CPU threads; default: torch's own choice."""
+    circuit: CircuitConfig = field(default_factory=CircuitConfig)
+    """How the circuit is discovered."""
+    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    """How the model is edited."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise ConfigError(
+                f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
+            )

@@ -1,0 +1,175 @@
+"""The four properties: forgetting, retention, survival of quantization, structural erasure.
+
+All scores are on the task's ``unseen`` phrasings, against chance, and against the original *after
+the same quantizer*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .cad import CAD
+from .models import LanguageModel
+from .scoring import accuracy, perplexity
+from .tasks import N_CHOICES, Task
+
+CHANCE = 1 / N_CHOICES
+FORGET_TARGET = CHANCE + 0.10
+RETAIN_TARGET = 0.03
+NEIGHBOUR_TARGET = 0.05
+PERPLEXITY_TARGET = 0.05
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies of several models on one task."""
+
+    rows: list[dict[str, Any]]
+    """One per (role, label): ``n``, ``chance`` and ``models`` -> top1, choice."""
+    perplexity: dict[str, float] | None
+    """Per model, on unseen running text; None if the task has none."""
+
+    def worst(self, role: str, key: str, model: str) -> float:
+        """The largest score of a model over the sets of a role."""
+        return max(r["models"][model][key] for r in self.rows if r["role"] == role)
+
+    def mean(self, role: str, key: str, model: str) -> float:
+        """The mean score of a model over the sets of a role."""
+        values = [r["models"][model][key] for r in self.rows if r["role"] == role]
+        return sum(values) / len(values)
+
+    def largest_change(self, role: str, model: str, reference: str) -> float:
+        """The largest absolute change of top-1 or choice against a reference; 0 without sets."""
+        return max(
+            (
+                abs(r["models"][model][k] - r["models"][reference][k])
+                for r in self.rows
+                if r["role"] == role
+                for k in ("top1", "choice")
+            ),
+            default=0.0,
+        )
+
+
+def evaluate(
+    models: Mapping[str, LanguageModel],
+    task: Task,
+    split: str = "unseen",
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> Scores:
+    """Score models on every set of a split.
+
+    Arguments:
+        models: name -> model, e.g. original, original nf4, unlearned, unlearned nf4.
+        task: the task, tokenized for these models.
+        split: ``unseen`` for reports, ``dev`` while choosing settings.
+        on_step: called with (what, sets done, sets in all).
+    """
+    sets = [(role, label, s) for role, by in task.scored[split].items() for label, s in by.items()]
+    rows: list[dict[str, Any]] = [
+        {"role": role, "label": label, "n": len(s), "chance": CHANCE, "models": {}}
+        for role, label, s in sets
+    ]
+    total = len(sets) * len(models)
+    for m, (name, model) in enumerate(models.items()):
+        for k, (_, _, pairs) in enumerate(sets):
+            result = accuracy(model, pairs)
+            rows[k]["models"][name] = {"top1": result.top1, "choice": result.choice}
+            if on_step:
+                on_step(f"scores of {name}", m * len(sets) + k + 1, total)
+    text = task.text.get(split) or task.text.get("unseen")
+    values = {n: perplexity(m, text) for n, m in models.items()} if text else None
+    return Scores(rows, values)
+
+
+def properties(scores: Scores, cad: CAD, quantizer: str = "nf4") -> list[dict[str, Any]]:
+    """The four properties with targets, margins (positive = met) and a sentence each.
+
+    ``scores`` must hold the models original, unlearned and both with the quantizer's name appended.
+    """
+    after, before = f"unlearned {quantizer}", f"original {quantizer}"
+    known = scores.worst("forget", "choice", "original")
+    forget = max(scores.worst("forget", "choice", m) for m in ("unlearned", after))
+    pairs = (("unlearned", "original"), (after, before))
+    retain = max(scores.largest_change("retain", m, o) for m, o in pairs)
+    near = max(scores.largest_change("neighbour", m, o) for m, o in pairs)
+    drift = 0.0
+    if scores.perplexity:
+        drift = max(scores.perplexity[m] / scores.perplexity[o] - 1 for m, o in pairs)
+    gaps = {
+        k: scores.mean("forget", k, after) - scores.mean("forget", k, "unlearned")
+        for k in ("choice", "top1")
+    }
+    kept = retain <= RETAIN_TARGET and near <= NEIGHBOUR_TARGET and drift <= PERPLEXITY_TARGET
+    sentence = f"No retain score moved by more than {retain:.3f} at the same precision"
+    if any(r["role"] == "neighbour" for r in scores.rows):
+        sentence += f"; the near neighbour, never trained on, by {near:.3f}"
+    if scores.perplexity:
+        sentence += f"; perplexity by {drift:+.1%}"
+    erased = {"erased": True, "undecided": None}.get(cad.verdict, False)
+    d = next(iter(cad.models.values()))
+
+    def row(
+        name: str, passed: bool | None, value: float, target: float, unit: str, sentence: str
+    ) -> dict[str, Any]:
+        return {
+            "name": name,
+            "passed": passed,
+            "value": value,
+            "target": target,
+            "margin": target - value,
+            "unit": unit,
+            "sentence": sentence,
+        }
+
+    return [
+        row(
+            "meaningful forgetting",
+            forget <= FORGET_TARGET,
+            forget,
+            FORGET_TARGET,
+            "four-way accuracy, worst unseen set",
+            f"On phrasings never trained on, four-way accuracy fell from {known:.3f} to "
+            f"{forget:.3f} at worst, before and after {quantizer}; chance is {CHANCE:.2f}.",
+        ),
+        row(
+            "retain preservation",
+            kept,
+            retain,
+            RETAIN_TARGET,
+            "largest change of a retain score",
+            sentence + ".",
+        ),
+        row(
+            "no recovery under quantization",
+            max(gaps.values()) <= 0,
+            max(gaps.values()),
+            0.0,
+            f"{quantizer} minus full precision, forget accuracy",
+            f"{quantizer} changed four-way forget accuracy by {gaps['choice']:+.3f} and top-1 by "
+            f"{gaps['top1']:+.3f}.",
+        ),
+        row(
+            "structural erasure",
+            erased,
+            d.alignment,
+            0.25,
+            "alignment with the original circuit",
+            f"CAD says {cad.verdict}: {cad.sentence[0].lower()}{cad.sentence[1:]}",
+        ),
+    ]
+
+
+def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One sentence over the four properties."""
+    met = [r["name"] for r in rows if r["passed"]]
+    missed = [r["name"] for r in rows if r["passed"] is False]
+    open_ = [r["name"] for r in rows if r["passed"] is None]
+    sentence = f"{len(met)} of {len(rows)} properties hold"
+    if missed:
+        sentence += "; not met: " + ", ".join(missed)
+    if open_:
+        sentence += "; undecided: " + ", ".join(open_)
+    return {"passed": len(met) == len(rows), "sentence": sentence + "."}

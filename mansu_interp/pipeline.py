@@ -1,0 +1,315 @@
+"""The main job, end to end: discover -> mask -> unlearn -> quantize -> compare -> report.
+
+Each stage leaves its artefact in the output folder; a run that was interrupted continues after
+its last whole artefact when started again with the same settings.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .artifacts import read_json, write_json
+from .cad import compare
+from .circuit import Circuit, discover
+from .config import RunConfig
+from .errors import ArtifactError
+from .evaluation import evaluate, properties, verdict
+from .masks import Mask
+from .models import EMBEDDED, LanguageModel, load_model
+from .quantizers import QUANTIZERS, quantize, survival
+from .report import write_report
+from .tasks import PairSet, Task, load_task
+from .unlearning import unlearn
+from .viz.svg import circuit_svg
+
+OnProgress = Callable[[str, int, int], None]
+QUANTIZER = "nf4"
+CAD_PAIRS = 48
+SAMPLES = 8
+PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
+
+
+def default_task(model: str) -> str:
+    """The task that goes with a model when none is named."""
+    return "capitals" if (EMBEDDED / model).is_dir() else "world-capitals"
+
+
+def config_json(config: RunConfig) -> dict[str, Any]:
+    """The settings as plain JSON values."""
+    out = asdict(config)
+    out["out"] = str(config.out)
+    return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do, and roughly what it costs."""
+
+    lines: list[str]
+    seconds: float
+    memory_gb: float
+
+
+def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
+    """Estimate a run by timing one small batch of it."""
+    sample = task.forget.sample(4, config.seed)
+    batch = next(sample.batches(4))
+    tokens = batch.clean.numel()
+    with torch.no_grad():
+        model.last_logits(batch.clean, batch.last)
+        start = time.perf_counter()
+        model.last_logits(batch.clean, batch.last)
+    forward = (time.perf_counter() - start) / tokens
+    length = sum(len(p.clean) for p in task.forget) / len(task.forget)
+    c, u = config.circuit, config.unlearn
+    scored = sum(
+        len(p.clean) for by in task.scored["unseen"].values() for s in by.values() for p in s
+    )
+    texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
+    attribution = min(c.pairs, len(task.forget)) * length * (2 + 4 * len(c.path()))
+    search = 14 * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
+    step = 2 * u.batch_size * length * 4 + (64 * 4 if task.text else 0)
+    total = (
+        2 * attribution
+        + search
+        + u.steps * step
+        + 4 * (scored + texts)
+        + 4 * CAD_PAIRS * length * (2 + 4 * len(c.path()))
+    )
+    memory = (model.n_parameters * 4 * 7.5) / 1e9 + 0.6
+    edits = int(config.budget * model.n_parameters)
+    lines = [
+        f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
+        f"task     {task.name}: {task.title}",
+        f"forget   {len({(p.relation, p.subject) for p in task.forget})} facts in "
+        f"{len({(p.relation, p.phrasing) for p in task.forget})} phrasings; "
+        f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",
+        f"edit     at most {edits:,} parameters ({config.budget:.2%}), "
+        f"{u.steps} steps of {u.method}",
+        f"cost     about {max(1, round(total * forward / 60))} min and {memory:.1f} GB on "
+        f"{torch.get_num_threads()} CPU threads",
+        f"output   {config.out}",
+    ]
+    return Plan(lines, total * forward, memory)
+
+
+def prepare_folder(config: RunConfig) -> None:
+    """Make the output folder, or accept one that holds an unfinished run of the same settings.
+
+    Raises:
+        ArtifactError: the folder holds something else, or a finished run.
+    """
+    out = config.out
+    if not out.exists() or not any(out.iterdir()):
+        write_json(out / "config.json", config_json(config))
+        return
+    same = (out / "config.json").exists() and read_json(out / "config.json") == config_json(config)
+    if not same:
+        raise ArtifactError(f"{out} already holds another run or other files. Name another --out.")
+    if (out / "report.json").exists():
+        raise ArtifactError(
+            f"{out} already holds this run, finished (see {out / 'report.html'}). "
+            "Name another --out, or delete it to run again."
+        )
+
+
+@dataclass
+class RunResult:
+    """What a run leaves in memory."""
+
+    report: dict[str, Any]
+    circuit: Circuit
+    mask: Mask
+    model: LanguageModel
+    folder: Path
+
+
+def _versions() -> dict[str, str]:
+    out = {}
+    for package in PACKAGES:
+        try:
+            out[package.replace("mansu-interp", "mansu_interp")] = version(package)
+        except PackageNotFoundError:
+            out[package.replace("mansu-interp", "mansu_interp")] = "not installed"
+    return out
+
+
+def _samples(task: Task, models: dict[str, LanguageModel]) -> list[dict[str, str]]:
+    """What the models say on a few forget and retain prompts."""
+    out = []
+    for role, n in (("forget", SAMPLES // 2), ("retain", SAMPLES // 2)):
+        sets = list(task.scored["unseen"][role].values())
+        pairs = [p for k in range(n) for s in sets for p in s[k * 7 : k * 7 + 1]][:n]
+        for pair in pairs:
+            said = {name: m.generate(pair.prompt) for name, m in models.items()}
+            out.append({"prompt": pair.prompt, "answer": pair.answer_text, **said})
+    return out
+
+
+def run(
+    config: RunConfig,
+    on_progress: OnProgress | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> RunResult:
+    """Run the whole job and write every artefact.
+
+    Arguments:
+        config: all settings.
+        on_progress: called with (stage, done, total); total 0 = unknown.
+        on_plan: called once with the plan, before any long work.
+
+    Raises:
+        MansuError: bad input, always before long work starts.
+    """
+    note = on_progress or (lambda *_: None)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    circuit_config = replace(config.circuit, seed=config.seed)
+    unlearn_config = replace(config.unlearn, seed=config.seed)
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        seconds[stage] = round(time.perf_counter() - clock, 2)
+        clock = time.perf_counter()
+
+    model = load_model(config.model)
+    task = load_task(config.task or default_task(config.model), model)
+    prepare_folder(config)
+    if on_plan:
+        on_plan(plan(config, model, task))
+    lap("load")
+
+    out = config.out
+    if (out / "circuit.json").exists():
+        circuit = replace(
+            Circuit.load(out / "circuit.json"),
+            pairs=task.forget.sample(circuit_config.pairs, circuit_config.seed),
+        )
+    else:
+        circuit = discover(model, task.forget, circuit_config, task.retain, note)
+        circuit.save_graphml(out / "circuit.graphml")
+        circuit.save(out / "circuit.json")
+    lap("discover")
+
+    if (out / "mask.safetensors").exists():
+        mask = Mask.load(out / "mask.safetensors")
+    else:
+        note("choosing parameters", 0, 1)
+        keep = PairSet("keep", task.retain.pairs + (task.guard.pairs if task.guard else ()))
+        mask = circuit.mask(model, config.budget, keep, seed=config.seed)
+        mask.save(out / "mask.safetensors")
+        note("choosing parameters", 1, 1)
+    lap("mask")
+
+    if (out / "model" / "model.safetensors").exists():
+        edited = load_model(out / "model")
+    else:
+        result = unlearn(
+            model,
+            task,
+            mask,
+            unlearn_config,
+            lambda done, total, _: note("unlearning", done, total),
+        )
+        write_json(out / "history.json", result.history)
+        result.model.save(out / "model.partial")
+        (out / "model.partial").rename(out / "model")
+        # Everything below is measured on the checkpoint as saved and loaded again.
+        edited = load_model(out / "model")
+    lap("unlearn")
+
+    models = {
+        "original": model,
+        f"original {QUANTIZER}": quantize(model, QUANTIZER),
+        "unlearned": edited,
+        f"unlearned {QUANTIZER}": quantize(edited, QUANTIZER),
+    }
+    scores = evaluate(models, task, on_step=note)
+    lived = survival(model, edited, QUANTIZERS[QUANTIZER])
+    lap("evaluate")
+
+    held_out = [p for s in task.scored["unseen"]["forget"].values() for p in s]
+    compared = {k: models[k] for k in ("unlearned", f"unlearned {QUANTIZER}")}
+    if task.twins and (EMBEDDED / config.model).is_dir():
+        compared["twin (never taught)"] = load_model(task.twins[0])
+    cad = compare(
+        circuit,
+        model,
+        compared,
+        PairSet("held out", tuple(held_out)).sample(CAD_PAIRS, config.seed),
+        circuit_config,
+        lambda name, d, n: note(f"attribution of {name}", d, n),
+    )
+    lap("compare")
+
+    rows = properties(scores, cad, QUANTIZER)
+    edits = {
+        name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
+    }
+    ranked = sorted(circuit.to_networkx().edges(data=True), key=lambda e: -abs(e[2]["score"]))
+    command = ["mansu", "run", "--model", config.model, "--task", task.name]
+    report: dict[str, Any] = {
+        "schema": 1,
+        "versions": _versions(),
+        "model": {
+            "name": model.name,
+            "sha256": model.sha256,
+            "parameters": model.n_parameters,
+            "dtype": str(model.saved_dtype).removeprefix("torch."),
+        },
+        "task": {
+            "name": task.name,
+            "title": task.title,
+            "forget_facts": len({(p.relation, p.subject) for p in task.forget}),
+            "dropped": task.dropped,
+        },
+        "config": config_json(config),
+        "command": shlex.join([*command, "--seed", str(config.seed)]),
+        "verdict": verdict(rows),
+        "properties": rows,
+        "scores": scores.rows,
+        "perplexity": scores.perplexity,
+        "edit": {
+            "edited": lived.edited,
+            "share": lived.edited / model.n_parameters,
+            "budget": config.budget,
+            "survived": lived.survived,
+            "collateral": lived.collateral,
+            "update_over_bin": lived.update_over_bin,
+            "projection": lived.projection,
+            "by_weight": [
+                {"weight": n, "edited": k, "of": model.weights[n].numel()}
+                for n, k in sorted(edits.items(), key=lambda item: -item[1])
+                if k
+            ],
+        },
+        "circuit": {
+            "edges": circuit.n_edges,
+            "of": circuit.graph.n_edges,
+            "faithfulness": circuit.meta["faithfulness"],
+            "curve": circuit.meta["curve"],
+            "top_edges": [
+                {"source": u, "target": v, "score": d["score"]}
+                for u, v, d in ranked[:20]
+                if d["kind"] == "residual"
+            ],
+        },
+        "cad": cad.to_json(),
+        "samples": _samples(
+            task, {k: v for k, v in models.items() if k != f"original {QUANTIZER}"}
+        ),
+        "seconds": seconds,
+    }
+    write_report(out, report, circuit_svg(circuit))
+    return RunResult(report, circuit, mask, edited, out)

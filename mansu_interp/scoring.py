@@ -1,0 +1,55 @@
+"""Accuracy and perplexity of one model on one set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .models import LanguageModel
+from .tasks import PairSet
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Scores of one model on one pair set."""
+
+    top1: float
+    """Share of prompts whose most likely next token is the answer's first."""
+    choice: float
+    """Share of prompts on which the answer outranks its three distractors; chance is 0.25."""
+    n: int
+    """Prompts."""
+
+
+@torch.no_grad()
+def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
+    """Top-1 and four-way choice accuracy. A tie counts against the model."""
+    top1 = choice = 0
+    for batch in pairs.batches(BATCH):
+        logits = model.last_logits(batch.clean, batch.last)
+        top1 += int((logits.argmax(-1) == batch.answer).sum())
+        options = logits.gather(1, batch.choices)
+        choice += int((options[:, 0] > options[:, 1:].amax(1)).sum())
+    return Accuracy(top1 / len(pairs), choice / len(pairs), len(pairs))
+
+
+def choice_accuracy(model: LanguageModel, pairs: PairSet) -> float:
+    """Four-way choice accuracy alone."""
+    return accuracy(model, pairs).choice
+
+
+@torch.no_grad()
+def perplexity(model: LanguageModel, text: Sequence[tuple[int, ...]], window: int = 128) -> float:
+    """exp of the mean next-token loss over the first ``window`` tokens of each paragraph."""
+    total, count = 0.0, 0
+    for row in text:
+        tokens = torch.tensor([row[:window]])
+        logp = model.all_logits(tokens)[0, :-1].log_softmax(-1)
+        total -= float(logp.gather(1, tokens[0, 1:, None]).sum())
+        count += tokens.shape[1] - 1
+    return math.exp(total / count)

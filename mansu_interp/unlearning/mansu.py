@@ -1,0 +1,187 @@
+"""MANSU: sparse, discrete edits inside a circuit that survive quantization by construction.
+
+Every editable weight has a latent position in units of its block's absmax. While the position lies
+in the weight's own quantizer cell, the weight keeps its exact original value; once it has crossed
+into another cell, the weight takes that cell's level. So a weight moves at least one whole cell or
+not at all, and the quantized model receives the same edit. Gradients pass the snap straight through
+(ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's). Steps alternate between
+the full-precision and the quantized model, so that both forget and both retain; each is compared
+with the original at its own precision. Adam's direction is multiplied by the null-space projection
+lambda / (lambda + F).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..config import UnlearnConfig
+from ..masks import Mask
+from ..models import LanguageModel
+from ..nullspace import Weights, fisher_diagonal, gradient, projection
+from ..objectives import CounterfactualTargets, ascent_loss, counterfactual_loss
+from ..quantizers import NF4, get_quantizer, quantize
+from ..tasks import PairSet, Task
+from .common import OnStep, Sampler, Unlearned, retain_kl
+
+BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
+FISHER_PAIRS = 48
+
+
+@dataclass
+class _Latent:
+    """The editable elements of one weight."""
+
+    index: Int[Tensor, " n"]
+    original: Float[Tensor, " n"]
+    quantized: Float[Tensor, " n"]
+    scale: Float[Tensor, " n"]
+    code: Int[Tensor, " n"]
+    fixed: Bool[Tensor, " n"]
+    position: Float[Tensor, " n"]
+    projection: Float[Tensor, " n"]
+    mean: Float[Tensor, " n"]
+    square: Float[Tensor, " n"]
+
+
+class Snapper:
+    """The edits of a mask, applied alike to a full-precision model and its quantized twin."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        quantized: LanguageModel,
+        mask: Mask,
+        quantizer: NF4,
+        fisher: Weights | None,
+        strength: float,
+    ) -> None:
+        self.model, self.quantized, self.quantizer = model, quantized, quantizer
+        self.latents: dict[str, _Latent] = {}
+        inside = [fisher[n].flatten()[i] for n, i in mask.indices.items()] if fisher else []
+        typical = float(torch.cat(inside).median()) if inside else 0.0
+        for name, index in mask.indices.items():
+            cells = quantizer.cells(model.weights[name])
+            original = model.weights[name].flatten()[index].clone()
+            scale = cells.scale[index]
+            zeros = torch.zeros_like(original)
+            self.latents[name] = _Latent(
+                index,
+                original,
+                quantized.weights[name].flatten()[index].clone(),
+                scale,
+                cells.codes[index],
+                cells.sets_scale[index] | (scale == 0),
+                original / scale.clamp_min(1e-30),
+                projection(fisher[name].flatten()[index], strength, typical)
+                if fisher
+                else torch.ones_like(original),
+                zeros,
+                zeros.clone(),
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Weights that carry an edit."""
+        return list(self.latents)
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], lr: float, t: int) -> None:
+        """One projected Adam step on the latent positions; ``t`` counts from 1."""
+        for latent, whole in zip(self.latents.values(), gradients, strict=True):
+            g = whole.flatten()[latent.index] * latent.scale
+            latent.mean.lerp_(g, 1 - BETA1)
+            latent.square.lerp_(g * g, 1 - BETA2)
+            direction = (latent.mean / (1 - BETA1**t)) / (
+                (latent.square / (1 - BETA2**t)).sqrt() + EPS
+            )
+            latent.position.sub_(lr * direction * latent.projection).clamp_(-1, 1)
+
+    @torch.no_grad()
+    def write(self) -> int:
+        """Put the snapped weights into both models; returns how many weights are edited.
+
+        An edit whose value, rounded to the checkpoint's dtype, would leave the target cell
+        is not made.
+        """
+        edited = 0
+        levels, boundaries = self.quantizer.levels, self.quantizer.boundaries
+        for name, x in self.latents.items():
+            code = torch.bucketize(x.position, boundaries)
+            code = torch.where(code == x.code, code, code.clamp(1, len(levels) - 2))
+            value = (levels[code] * x.scale).to(self.model.saved_dtype).float()
+            lands = torch.bucketize(value / x.scale.clamp_min(1e-30), boundaries) == code
+            moved = (code != x.code) & ~x.fixed & lands
+            full = torch.where(moved, value, x.original)
+            self.model.weights[name].view(-1)[x.index] = full
+            self.quantized.weights[name].view(-1)[x.index] = torch.where(
+                moved, levels[code] * x.scale, x.quantized
+            )
+            edited += int(moved.sum())
+        return edited
+
+
+def learning_rate(peak: float, done: int, steps: int) -> float:
+    """Warm-up over 5 steps, flat until 60 %, then linear to a twentieth."""
+    if done < 5:
+        return peak * (done + 1) / 5
+    tail = steps * 0.4
+    return peak * min(1.0, (steps - done) / tail * 0.95 + 0.05)
+
+
+def mansu(
+    model: LanguageModel,
+    task: Task,
+    mask: Mask,
+    config: UnlearnConfig,
+    on_step: OnStep | None = None,
+) -> Unlearned:
+    """Unlearn inside a mask (see the module's text).
+
+    The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``.
+    """
+    quantizer = get_quantizer(config.quantizer)
+    teachers = (model, quantize(model, quantizer))
+    students = (model.copy(), quantize(model, quantizer))
+    fisher = None
+    if config.projection:
+        keep = PairSet("keep", task.retain.pairs + (task.guard.pairs if task.guard else ()))
+        fisher = fisher_diagonal(
+            model, list(mask.indices), keep.sample(FISHER_PAIRS, config.seed), seed=config.seed
+        )
+    targets = [CounterfactualTargets(t, task.forget, config.seed) for t in teachers]
+    snapper = Snapper(*students, mask, quantizer, fisher, config.projection)
+    sampler = Sampler(task, config)
+    history: list[dict[str, float]] = []
+    for done in range(config.steps):
+        side = done % 2
+        student, teacher = students[side], teachers[side]
+        losses: dict[str, float] = {}
+        forget, keep = sampler.forget(), sampler.retain()
+        text = sampler.text() if done % 4 < 2 else None
+
+        def loss() -> Tensor:
+            if config.forget_loss == "ga":
+                down = ascent_loss(student, forget)  # noqa: B023
+            else:
+                down = counterfactual_loss(
+                    student,  # noqa: B023
+                    forget,  # noqa: B023
+                    targets[side],  # noqa: B023
+                    config.push,
+                    config.margin,
+                )
+            stay = retain_kl(student, teacher, keep, text)  # noqa: B023
+            losses.update(forget=down.item(), retain=stay.item())  # noqa: B023
+            return down + config.retain_weight * stay
+
+        gradients = gradient(student, snapper.names, loss)
+        snapper.step(gradients, learning_rate(config.lr, done, config.steps), done + 1)
+        losses["edited"] = snapper.write()
+        history.append(losses)
+        if on_step:
+            on_step(done + 1, config.steps, losses)
+    return Unlearned(students[0], history, config.steps)
