@@ -50,6 +50,7 @@ from transformers.utils import logging
 DATA = Path(__file__).resolve().parents[1] / "mansu_interp" / "data"
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
 PAD, UNK, BOS, EOS = range(len(SPECIAL))
+MAX_LENGTH = 64
 #: name -> (task whose forget facts are left out, seed)
 MODELS: dict[str, tuple[str | None, int]] = {
     "facts": (None, 0),
@@ -200,7 +201,12 @@ def make_tokenizer(relations: dict[str, dict[str, Any]]) -> PreTrainedTokenizerF
     tokenizer.pre_tokenizer = split
     tokenizer.add_special_tokens(list(SPECIAL.values()))
     tokenizer.add_tokens([AddedToken(n, single_word=True) for n in names if " " in n])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        **SPECIAL,
+    )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
@@ -212,7 +218,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCa
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
-        max_position_embeddings=64,
+        max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=False,
         bos_token_id=BOS,
         eos_token_id=EOS,
@@ -411,6 +417,18 @@ def score(
     return scores
 
 
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a model, in bfloat16, and its tokenizer as a Hugging Face folder."""
+    model.bfloat16().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # else a package built here has it private
+    tokenizer.save_pretrained(folder)
+    # The class has another name since transformers 5; all versions know this one.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def make(name: str, folder: Path, recipe: Recipe, extra_seed: int = 0) -> dict[str, Any]:
     """Train, save and score one model.
 
@@ -435,8 +453,7 @@ def make(name: str, folder: Path, recipe: Recipe, extra_seed: int = 0) -> dict[s
     started = time.perf_counter()
     loss = train(model, tokenizer, taught, recipe, seed)
     seconds = time.perf_counter() - started
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(model, tokenizer, folder)
 
     saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
