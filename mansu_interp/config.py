@@ -78,19 +78,19 @@ class UnlearnConfig:
 
     method: Literal["mansu", "graddiff", "npo"] = "mansu"
     """mansu edits inside the mask; graddiff and npo are dense baselines."""
-    steps: int = 200
+    steps: int = 300
     """Optimiser steps (dense methods: at most)."""
-    lr: float = 0.02
+    lr: float = 0.03
     """Step size: in units of each block's absmax for mansu, of weights for dense methods."""
     batch_size: int = 24
     """Forget pairs per step; as many retain pairs beside them."""
     forget_loss: Literal["counterfactual", "ga"] = "counterfactual"
     """mansu: towards what a model that never knew would say, or gradient ascent."""
-    push: float = 0.5
+    push: float = 1.0
     """mansu: weight of the hinge on the answer's log-probability."""
-    margin: float = 1.0
+    margin: float = 2.0
     """mansu: nats by which the hinge overshoots, for the sake of phrasings not trained on."""
-    retain_weight: float = 1.0
+    retain_weight: float = 2.0
     """Weight of the retain loss: KL to the original (graddiff: NLL of the answer)."""
     projection: float = 1.0
     """mansu: strength of the null-space projection; 0 = none."""
@@ -130,6 +130,8 @@ class RunConfig:
     """Share of all parameters that may be edited, in (0, 1]."""
     seed: int = 0
     """Seed of every draw."""
+    score_pairs: int = 200
+    """Prompts per scored set, drawn evenly over its unseen phrasings."""
     threads: int | None = None
     """CPU threads; default: torch's own choice."""
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
@@ -141,4 +143,9 @@ class RunConfig:
         if not 0 < self.budget <= 1:
             raise ConfigError(
                 f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
+            )
+        if self.score_pairs < 1 or (self.threads is not None and self.threads < 1):
+            raise ConfigError(
+                f"score_pairs and threads must be at least 1; got {self.score_pairs}, "
+                f"{self.threads}."
             )

@@ -36,6 +36,8 @@ from .nullspace import Weights
 from .quantizers import NF4, get_quantizer
 
 SCHEMA = 1
+DAMPING = 1000.0
+"""Median damages below which damage hardly counts in the choice of parameters."""
 _PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
 
 
@@ -166,7 +168,7 @@ def choose_parameters(
     forget_gradient: Weights,
     retain_fisher: Weights | None = None,
     quantizer: NF4 | str = "nf4",
-    damping: float = 0.1,
+    damping: float = DAMPING,
     on_weight: Callable[[str], None] | None = None,
 ) -> Mask:
     """The parameters with the best forget gain per retain damage, up to a budget.

@@ -184,7 +184,7 @@ def run(
         clock = time.perf_counter()
 
     model = load_model(config.model)
-    task = load_task(config.task or default_task(config.model), model)
+    task = load_task(config.task or default_task(config.model), model, config.score_pairs)
     prepare_folder(config)
     if on_plan:
         on_plan(plan(config, model, task))

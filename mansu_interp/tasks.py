@@ -294,12 +294,14 @@ class _Builder:
         return out
 
 
-def load_task(name: str | Path, model: LanguageModel) -> Task:
+def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) -> Task:
     """Build a task for a model's tokenizer.
 
     Arguments:
         name: shipped task (see `embedded_tasks`) or the path of a task file.
         model: the model whose tokenizer is used.
+        score_pairs: at most so many prompts per scored set, drawn evenly over its phrasings, the
+            same ones for every model and seed.
 
     Raises:
         TaskError: unknown task, malformed file, an empty forget set, a table that the tokenizer
@@ -352,7 +354,7 @@ def load_task(name: str | Path, model: LanguageModel) -> Task:
                 for label, phrasings in relations[r]["phrasings"].get(split, {}).items():
                     pairs = build.pairs(r, phrasings, subjects(r, role))
                     key = r if label in (split, "zero-shot") else f"{r} ({label})"
-                    sets[key] = PairSet(f"{role}/{key}", tuple(pairs))
+                    sets[key] = PairSet(f"{role}/{key}", tuple(pairs)).sample(score_pairs, 0)
     guard = collect("guard", spec.get("guard", []), "train")
     text = {
         split: tuple(
