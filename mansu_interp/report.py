@@ -303,7 +303,7 @@ def sections(report: Mapping[str, Any], svg: str = "") -> list[Section]:
     """The report as sections, from which every rendering is made."""
     samples = _items(_get(report, "samples"))
     columns = list(dict.fromkeys(k for s in samples for k, _ in _pairs(s)))
-    rows = [[_text(_get(s, c)) for c in columns] for s in samples]
+    rows = [[_text(_get(s, c)).strip() for c in columns] for s in samples]
     seconds = _pairs(_get(report, "seconds"))
     times = [[stage, duration(s)] for stage, s in seconds]
     times.append(["all", duration(sum(number(s) or 0.0 for _, s in seconds))])
@@ -429,8 +429,8 @@ td:first-child{min-width:8.5em}
 .group{text-align:center;border-left:1px solid var(--line)}
 .first{border-left:1px solid var(--line)}
 tr.role th{background:var(--tint);font-weight:650;text-transform:capitalize}
-figure.scroll{padding:12px;background:none;text-align:left}
-figure svg{display:block;border-radius:6px}
+figure.scroll{padding:12px}
+figure .mansu{display:block;background:none}
 pre{background:var(--tint);border-radius:8px;padding:12px 16px;font-size:.85rem;
 font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 white-space:pre-wrap;overflow-wrap:anywhere}
@@ -439,7 +439,8 @@ summary{cursor:pointer}
 th,td{padding:5px 9px}}
 @media print{main{max-width:none;padding:0}body{font-size:10.5pt;background:#fff}
 .scroll{overflow:visible;border:0}h2{break-after:avoid}tr,figure,.card{break-inside:avoid}
-table{font-size:8pt}th,td{padding:3px 6px}figure svg{max-width:100%;height:auto;max-height:24cm}}
+table{font-size:8pt}th,td{padding:3px 6px}figure .mansu{max-width:100%;height:auto;max-height:20cm}
+.cards{grid-template-columns:1fr 1fr}}
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -604,7 +605,7 @@ def console_summary(report: dict[str, Any], width: int) -> str:
         f"Circuit: {count(_get(circuit, 'edges'))} of {count(_get(circuit, 'of'))} edges.",
     )
     out += lines(f"CAD: {_text(_get(report, 'cad', 'verdict'))} (not calibrated)", 1)
-    return "\n".join(out[:25])
+    return "\n".join(out)
 
 
 def write_report(folder: Path, report: dict[str, Any], svg: str) -> None:
