@@ -134,9 +134,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """An inline SVG; Markdown leaves it out."""
+    """An inline SVG, and the table that Markdown shows in its place."""
 
     svg: str
+    instead: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,9 @@ def _circuit(report: Mapping[str, Any], svg: str) -> list[Block]:
     if curve:
         chosen = (n, faithfulness) if n is not None and faithfulness is not None else None
         blocks.append("Faithfulness of the circuits that the search tried:")
-        blocks.append(Picture(curve_svg(curve, chosen)))
+        rows = [[count(a), percent(b)] for a, b in sorted(curve)]
+        instead = Table(["edges", "faithfulness"], rows, words=0)
+        blocks.append(Picture(curve_svg(curve, chosen), instead))
     edges = [
         [_text(_get(e, "source")), _text(_get(e, "target")), figure(_get(e, "score"))]
         for e in _items(_get(circuit, "top_edges"))
@@ -361,6 +364,8 @@ def _md_table(table: Table) -> str:
 
 
 def _md_block(block: Block) -> str:
+    if isinstance(block, Picture):
+        return _md_table(block.instead) if block.instead else ""
     if isinstance(block, Table):
         return _md_table(block)
     if isinstance(block, Code):
@@ -377,7 +382,7 @@ def _md_block(block: Block) -> str:
             rows.append([*row, _text(_get(item, "sentence"))])
         head = ["property", "result", "measured", *_CARD_NUMBERS, "meaning"]
         return _md_table(Table(head, rows, words=len(head)))
-    return _md(block) if isinstance(block, str) else ""
+    return _md(block)
 
 
 def render_markdown(report: dict[str, Any]) -> str:

@@ -209,6 +209,11 @@ def test_original_and_unlearned_stand_side_by_side() -> None:
     ]  # fmt: skip
 
 
+def test_markdown_shows_the_curve_as_a_table() -> None:
+    text = render_markdown(make_report())
+    assert "| 1 | 2.0% |\n| 8 | 33.0% |\n| 16 | 61.0% |\n| 30 | 87.1% |" in text
+
+
 def test_tables_are_rectangular(svg: str) -> None:
     tables = re.findall(r"(?:^\|.*\n)+", render_markdown(make_report()), re.M)
     assert len(tables) >= 8
