@@ -12,7 +12,10 @@ accuracy on the held-out pairs says whether the model learned facts or sentences
 A *twin* is the same recipe without the forget facts of one task: no sentence about them, in any
 phrasing. The names that occur only in those facts are then in no training sentence. They keep their
 place in the vocabulary, and as no weight decay touches the embedding, their embedding rows stay at
-their random initial values, as a real model's rows for strings it never met.
+their random initial values, as a real model's rows for strings it never met. Four-way choice of
+such a twin is therefore not always at 1/4: a name it never had to say loses against names it did
+(the forgotten countries' capitals: 0), and an answer shared with known countries wins by being
+common (language, currency: up to 1/2). Compare with the twin's own figure, in its `training.json`.
 
 What is saved is bfloat16; what is scored is the saved file, loaded again in float32.
 """
