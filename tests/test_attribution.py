@@ -1,0 +1,213 @@
+"""Edge attribution: its invariants on tiny models, and TransformerLens as an oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import make_pairs
+
+from mansu_interp.attribution import METRICS, attribute, choice_margin, log_prob, logit_diff
+from mansu_interp.config import AttributionConfig
+from mansu_interp.errors import ConfigError
+from mansu_interp.models import LanguageModel
+from mansu_interp.tasks import Batch, PairSet, collate
+
+TinyModel = Callable[[int], LanguageModel]
+EAP = AttributionConfig(method="eap")
+KV = pytest.mark.parametrize("kv_heads", [4, 2])
+
+
+def small() -> Batch:
+    """Two pairs whose answers are tokens 0 and 3."""
+    return Batch(
+        clean=torch.zeros(2, 1, dtype=torch.long),
+        corrupt=torch.zeros(2, 1, dtype=torch.long),
+        last=torch.zeros(2, dtype=torch.long),
+        answer=torch.tensor([0, 3]),
+        counterfactual=torch.tensor([2, 1]),
+        choices=torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2]]),
+    )
+
+
+def test_metrics_by_hand():
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.0], [1.0, 1.0, 1.0, 4.0]])
+    assert logit_diff(logits, small()).tolist() == [3.0, 3.0]
+    total = [math.log(math.e**2 + 2 + 1 / math.e), math.log(3 * math.e + math.e**4)]
+    expected = [2 - total[0], 4 - total[1]]
+    assert log_prob(logits, small()).tolist() == pytest.approx(expected, rel=1e-5)
+    expected = [2 - math.log(2 + 1 / math.e), 4 - math.log(3 * math.e)]
+    assert choice_margin(logits, small()).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@KV
+@pytest.mark.parametrize("metric", METRICS)
+def test_input_edges_sum_to_the_whole_effect_as_steps_grow(
+    tiny_model: TinyModel, pairs: PairSet, kv_heads: int, metric: str
+):
+    model, gaps = tiny_model(kv_heads), []
+    for steps in (2, 64):
+        found = attribute(model, pairs, AttributionConfig(ig_steps=steps, metric=metric))  # type: ignore[arg-type]
+        gaps.append(abs(found.scores[0].sum() - (found.clean - found.corrupt)))
+    assert gaps[1] < 0.005 * max(1.0, abs(found.clean - found.corrupt))
+    assert gaps[1] < gaps[0]
+
+
+@KV
+def test_equal_prompts_score_nothing(tiny_model: TinyModel, pairs: PairSet, kv_heads: int):
+    same = PairSet("same", tuple(replace(p, corrupt=p.clean) for p in pairs))
+    found = attribute(tiny_model(kv_heads), same)
+    assert not found.scores.any()
+    assert found.clean == found.corrupt != 0
+
+
+@KV
+def test_scores_do_not_depend_on_batches_order_or_padding(
+    tiny_model: TinyModel, pairs: PairSet, kv_heads: int
+):
+    model = tiny_model(kv_heads)
+    base = attribute(model, pairs, AttributionConfig(ig_steps=3, batch_size=1))
+    size = np.abs(base.scores).max()
+    backwards = PairSet("backwards", pairs.pairs[::-1])
+    for other in (pairs, backwards):
+        for batch_size in (2, 5):
+            config = AttributionConfig(ig_steps=3, batch_size=batch_size)
+            found = attribute(model, other, config)
+            assert np.abs(found.scores - base.scores).max() < 1e-4 * size
+            assert found.clean == pytest.approx(base.clean, abs=1e-5)
+    # The mean over all pairs, not over batches: here a batch of 4 and one of 1.
+    alone = [attribute(model, PairSet("one", (p,)), AttributionConfig(ig_steps=3)) for p in pairs]
+    mean = np.mean([a.scores for a in alone], axis=0)
+    found = attribute(model, pairs, AttributionConfig(ig_steps=3, batch_size=4))
+    assert np.abs(found.scores - mean).max() < 1e-4 * size
+
+
+def node_scores(model: LanguageModel, pairs: PairSet) -> dict[str, float]:
+    """<a(clean) - a(corrupt), d metric / d a> of every writer, without edges: hooks on the
+    Hugging Face modules and autograd alone."""
+    heads = model.architecture.n_heads
+    total: dict[str, float] = {}
+    for pair in pairs:
+        batch, runs = collate([pair]), []
+        for tokens in (batch.clean, batch.corrupt):
+            seen: dict[str, torch.Tensor] = {}
+
+            def keep(name: str, value: torch.Tensor, seen: dict = seen) -> torch.Tensor:
+                seen[name] = value if value.requires_grad else value.requires_grad_(True)
+                return seen[name]
+
+            base = model.hf.base_model
+            hooks = [base.embed_tokens.register_forward_hook(lambda m, i, o: keep("input", o))]
+            for n, layer in enumerate(base.layers):
+                hooks += [
+                    layer.self_attn.o_proj.register_forward_pre_hook(
+                        lambda m, i, n=n: (keep(f"z{n}", i[0]),)
+                    ),
+                    layer.mlp.register_forward_hook(lambda m, i, o, n=n: keep(f"m{n}", o)),
+                ]
+            value = logit_diff(model.last_logits(tokens, batch.last), batch).sum()
+            for hook in hooks:
+                hook.remove()
+            runs.append((seen, dict(zip(seen, torch.autograd.grad(value, list(seen.values()))))))
+        (clean, _), (corrupt, slopes) = runs
+        for name in clean:
+            product = (clean[name] - corrupt[name]).detach() * slopes[name]
+            if name.startswith("z"):
+                per_head = product.unflatten(-1, (heads, -1)).sum((0, 1, 3))
+                found = {f"a{name[1:]}.h{h}": float(v) for h, v in enumerate(per_head)}
+            else:
+                found = {name: float(product.sum())}
+            for key, v in found.items():
+                total[key] = total.get(key, 0.0) + v / len(pairs)
+    return total
+
+
+@KV
+def test_outgoing_edges_sum_to_the_node_score(
+    tiny_model: TinyModel, pairs: PairSet, kv_heads: int
+):
+    model = tiny_model(kv_heads)
+    expected = node_scores(model, pairs)
+    found = attribute(model, pairs, EAP).node_scores()
+    assert found.keys() == expected.keys()
+    size = max(abs(v) for v in expected.values())
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-4 * size), name
+
+
+def test_edges_agree_with_transformer_lens(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(4)
+    expected = np.mean([oracle.edge_scores(model, p) for p in pairs], axis=0)
+    found = attribute(model, pairs, EAP).scores
+    size = np.abs(expected).max()
+    assert size > 0.01
+    assert (expected != 0).sum() > 0.9 * model.graph.n_edges
+    assert np.abs(found - expected).max() < 1e-4 * size
+
+
+def test_grouped_keys_are_the_sum_of_their_ungrouped_heads(tiny_model: TinyModel, pairs: PairSet):
+    """The same function with the shared k and v rows written out once per query head."""
+    grouped, full = tiny_model(2), tiny_model(4).copy()
+    with torch.no_grad():
+        for name, weight in grouped.weights.items():
+            if "k_proj" in name or "v_proj" in name:
+                weight = weight.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+            full.weights[name].copy_(weight)
+    a, b = attribute(grouped, pairs), attribute(full, pairs)
+    assert a.clean == pytest.approx(b.clean, abs=1e-5)
+    tolerance = 1e-4 * np.abs(b.scores).max()
+    for id, column in a.graph.reader_index.items():
+        reader = a.graph.readers[column]
+        if reader.kind in "kv":
+            heads = [f"a{reader.layer}.h{h}<{reader.kind}>" for h in a.graph.reading_heads(reader)]
+        else:
+            heads = [id]
+        theirs = sum(b.scores[:, b.graph.reader_index[h]] for h in heads)
+        assert np.abs(a.scores[:, column] - theirs).max() < tolerance, id
+
+
+def test_eap_takes_its_gradient_where_it_says(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(4)
+    clean = attribute(model, pairs, AttributionConfig(method="eap", at="clean"))
+    swapped = PairSet(
+        "swapped", tuple(replace(p, clean=p.corrupt, corrupt=p.clean) for p in pairs)
+    )
+    back = attribute(model, swapped, EAP)
+    assert np.allclose(clean.scores, -back.scores, atol=1e-5)
+    assert not np.allclose(clean.scores, attribute(model, pairs, EAP).scores, atol=1e-3)
+
+
+def test_own_metric_and_progress(tiny_model: TinyModel, pairs: PairSet):
+    seen: list[tuple[int, int]] = []
+    double = attribute(
+        tiny_model(4),
+        pairs,
+        AttributionConfig(ig_steps=2, batch_size=2),
+        metric=lambda logits, batch: 2 * logit_diff(logits, batch),
+        on_batch=lambda done, total: seen.append((done, total)),
+    )
+    single = attribute(tiny_model(4), pairs, AttributionConfig(ig_steps=2))
+    assert np.allclose(double.scores, 2 * single.scores, atol=1e-5)
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_no_score_where_no_edge_exists(tiny_model: TinyModel):
+    found = attribute(tiny_model(2), make_pairs((3, 5)), EAP)
+    assert not found.scores[~found.graph.exists].any()
+    assert (found.scores[found.graph.exists] != 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("settings", [{"ig_steps": 0}, {"pairs": 0}, {"batch_size": -1}])
+def test_settings_out_of_range(settings: dict[str, int]):
+    with pytest.raises(ConfigError, match="must be at least 1; got"):
+        AttributionConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_unknown_method():
+    with pytest.raises(ConfigError, match="Unknown method 'atp' at 'corrupt'"):
+        AttributionConfig(method="atp")  # type: ignore[arg-type]

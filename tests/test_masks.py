@@ -1,0 +1,267 @@
+"""Masks: the floor step, the slices behind components, the choice, and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pairs
+from safetensors.torch import save_file
+
+from mansu_interp.circuit import Circuit
+from mansu_interp.errors import ArtifactError, CircuitError, MaskError
+from mansu_interp.graph import Graph, Node
+from mansu_interp.masks import Mask, choose_parameters, component_slices, floor_step, region
+from mansu_interp.models import LanguageModel
+from mansu_interp.quantizers import NF4
+
+TinyModel = Callable[[int], LanguageModel]
+NF = NF4()
+LAYER = "model.layers.1."
+
+
+def test_floor_step_takes_one_whole_cell_against_the_gradient():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 96, generator=generator) * 0.05
+    gradient = torch.randn(64, 96, generator=generator)
+    gradient[5] = 0
+    step = floor_step(weight, gradient, NF)
+    before, after = NF.cells(weight), NF.cells(weight + step)
+    moved = (step != 0).flatten()
+    change = (after.codes - before.codes)[moved]
+    assert (change.abs() == 1).all()
+    assert torch.equal(change, -gradient.flatten()[moved].sign().long())
+    assert (step * gradient <= 0).all()
+    assert not (moved & before.sets_scale).any()
+    assert torch.equal(before.scale, after.scale)
+    assert ((after.codes[moved] >= 1) & (after.codes[moved] <= 14)).all()
+    assert torch.equal(before.codes[~moved], after.codes[~moved])
+    assert not step[5].any()
+    # It lands on the level itself, and most weights can move.
+    landed = (weight + step).flatten()[moved]
+    assert torch.allclose(landed, (NF.levels[after.codes] * after.scale)[moved], atol=1e-7)
+    assert moved.float().mean() > 0.8
+
+
+def test_floor_step_refuses_the_outermost_levels():
+    weight = torch.zeros(1, 64)
+    weight[0, 0] = 1.0  # sets the scale
+    weight[0, 1], weight[0, 2], weight[0, 3] = 0.75, 0.95, -0.75
+    # 1 would have to go up to the outermost level, 2 lies on it, 3 would have to go down to it.
+    up = floor_step(weight, torch.tensor([[-1.0, -1, -1, 1] + [1.0] * 60]), NF)[0]
+    assert up[:4].tolist() == [0, 0, 0, 0]
+    down = floor_step(weight, torch.tensor([[1.0, 1, 1, -1] + [1.0] * 60]), NF)[0]
+    assert down[0] == 0
+    assert (weight[0] + down)[1:4].tolist() == pytest.approx(
+        [float(NF.levels[13]), float(NF.levels[14]), float(NF.levels[2])], abs=1e-6
+    )
+
+
+def rows(name: str, first: int, last: int) -> list[tuple[str, str, slice]]:
+    return [(f"{LAYER}self_attn.{name}.weight", "rows", slice(first, last))]
+
+
+@pytest.mark.parametrize(
+    ("node", "writes", "expected"),
+    [
+        (Node("q", 1, 3), False, rows("q_proj", 24, 32)),
+        (Node("k", 1, 1, True), False, rows("k_proj", 8, 16)),
+        (Node("v", 1, 0, True), False, rows("v_proj", 0, 8)),
+        (
+            Node("head", 1, 2),
+            True,
+            [(f"{LAYER}self_attn.o_proj.weight", "cols", slice(16, 24))],
+        ),
+        (
+            Node("mlp", 1),
+            False,
+            [(f"{LAYER}mlp.{n}_proj.weight", "rows", slice(None)) for n in ("gate", "up")],
+        ),
+        (Node("mlp", 1), True, [(f"{LAYER}mlp.down_proj.weight", "rows", slice(None))]),
+        (Node("input", -1), True, []),
+        (Node("logits", 3), False, []),
+    ],
+)
+def test_slices_behind_components_with_shared_keys(
+    tiny_model: TinyModel, node: Node, writes: bool, expected: list
+):
+    assert component_slices(tiny_model(2), node, writes) == expected
+
+
+def test_region_is_the_union(tiny_model: TinyModel):
+    model = tiny_model(2)
+    parts = [
+        (Node("q", 1, 0), False),
+        (Node("q", 1, 3), False),
+        (Node("head", 1, 1), True),
+        (Node("mlp", 0), True),
+    ]
+    found = region(model, parts)
+    q = found[f"{LAYER}self_attn.q_proj.weight"]
+    assert q.shape == (32, 32) and q[:8].all() and q[24:].all() and not q[8:24].any()
+    o = found[f"{LAYER}self_attn.o_proj.weight"]
+    assert o[:, 8:16].all() and int(o.sum()) == 8 * 32
+    assert found["model.layers.0.mlp.down_proj.weight"].all()
+    assert len(found) == 3
+
+
+def test_a_missing_weight_is_named(tiny_model: TinyModel):
+    with pytest.raises(MaskError, match=r"tiny has no weight model.layers.9.mlp.down_proj.weight"):
+        component_slices(tiny_model(2), Node("mlp", 9), True)
+
+
+NAME = f"{LAYER}mlp.up_proj.weight"
+
+
+def choose(model: LanguageModel, budget: float, fisher: torch.Tensor | None = None) -> Mask:
+    gradient = torch.randn(model.weights[NAME].shape, generator=torch.Generator().manual_seed(3))
+    regions = {NAME: torch.ones_like(gradient, dtype=torch.bool)}
+    damage = None if fisher is None else {NAME: fisher}
+    return choose_parameters(model, regions, budget, {NAME: gradient}, damage)
+
+
+@pytest.mark.parametrize("budget", [0.0005, 0.003, 0.02])
+def test_choice_respects_the_budget(tiny_model: TinyModel, budget: float):
+    model = tiny_model(2)
+    mask = choose(model, budget)
+    assert mask.n_parameters == int(budget * model.n_parameters)
+    index = mask.indices[NAME]
+    assert torch.equal(index, index.unique())
+    assert mask.meta["budget"] == budget and mask.meta["quantizer"] == "nf4"
+
+
+def test_choice_stays_inside_the_region(tiny_model: TinyModel):
+    model = tiny_model(2)
+    inside = torch.zeros_like(model.weights[NAME], dtype=torch.bool)
+    inside[7, :20] = True
+    gradient = torch.randn(inside.shape, generator=torch.Generator().manual_seed(3))
+    mask = choose_parameters(model, {NAME: inside}, 1.0, {NAME: gradient})
+    assert inside.flatten()[mask.indices[NAME]].all()
+    can_move = (floor_step(model.weights[NAME], gradient, NF) != 0) & inside
+    assert mask.n_parameters == int(can_move.sum())
+
+
+def test_choice_prefers_gain_then_gain_per_damage(tiny_model: TinyModel):
+    """Two weights: a gains twice as much as b, and without a Fisher it is taken; if it harms a
+    hundred times as much, b is."""
+    model = tiny_model(2)
+    weight = model.weights[NAME]
+    cells = NF.cells(weight)
+    movable = ((cells.codes > 3) & (cells.codes < 12) & ~cells.sets_scale).nonzero().flatten()
+    a, b = int(movable[0]), int(movable[1])
+    unit = floor_step(weight, torch.ones_like(weight), NF).flatten()
+    gradient, inside = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
+    inside.view(-1)[[a, b]] = True
+    gradient.view(-1)[a] = 2 / float(-unit[a])
+    gradient.view(-1)[b] = 1 / float(-unit[b])
+    one = 1.01 / model.n_parameters
+    args = (model, {NAME: inside}, one, {NAME: gradient})
+    assert choose_parameters(*args).indices[NAME].tolist() == [a]
+    fisher = torch.zeros_like(weight)
+    fisher.view(-1)[a] = 100 / float(unit[a]) ** 2
+    fisher.view(-1)[b] = 1 / float(unit[b]) ** 2
+    assert choose_parameters(*args, {NAME: fisher}).indices[NAME].tolist() == [b]
+    fisher.view(-1)[a] = 1.5 / float(unit[a]) ** 2
+    assert choose_parameters(*args, {NAME: fisher}).indices[NAME].tolist() == [a]
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, float("nan")])
+def test_budget_out_of_range_before_any_work(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, budget: float
+):
+    model = tiny_model(2)
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a gradient was computed for a budget that is out of range")
+
+    monkeypatch.setattr("mansu_interp.circuit.forget_gradient", never)
+    monkeypatch.setattr("mansu_interp.circuit.fisher_diagonal", never)
+    graph = model.graph
+    circuit = Circuit(graph, graph.exists * 1.0, graph.exists, {}, make_pairs())
+    with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):
+        circuit.mask(model, budget, make_pairs())
+    with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):
+        choose(model, budget)
+
+
+def test_nothing_can_move(tiny_model: TinyModel):
+    model = tiny_model(2)
+    nothing = torch.zeros_like(model.weights[NAME])
+    with pytest.raises(MaskError, match="No parameter of the circuit can move by a whole cell"):
+        choose_parameters(model, {NAME: nothing == 0}, 0.1, {NAME: nothing})
+    with pytest.raises(MaskError, match="The mask is empty"):
+        Mask({})
+
+
+def test_circuit_mask_lies_in_its_components(tiny_model: TinyModel):
+    model = tiny_model(2)
+    graph: Graph = model.graph
+    edges = graph.exists & False
+    for edge in [("input", "a0.kv1<v>"), ("a0.h2", "m1"), ("m1", "logits")]:
+        edges[graph.edge(*edge)] = True
+    circuit = Circuit(graph, edges * 1.0, edges, {}, make_pairs())
+    mask = circuit.mask(model, 0.02, make_pairs(seed=1), n_pairs=4)
+    inside = region(model, circuit.components())
+    assert mask.indices.keys() <= inside.keys()
+    for name, index in mask.indices.items():
+        assert inside[name].flatten()[index].all()
+    assert set(mask.meta["components"]) == {"input", "a0.kv1<v>", "a0.h2", "m1", "logits"}
+    again = circuit.mask(model, 0.02, make_pairs(seed=1), n_pairs=4)
+    assert all(torch.equal(again.indices[n], i) for n, i in mask.indices.items())
+
+
+def test_circuit_mask_of_another_model_or_without_pairs(tiny_model: TinyModel):
+    graph = tiny_model(2).graph
+    circuit = Circuit(graph, graph.exists * 1.0, graph.exists)
+    with pytest.raises(CircuitError, match=r"The circuit is of Architecture\(.*\), not tiny"):
+        circuit.mask(tiny_model(4))
+    with pytest.raises(CircuitError, match=r"needs forget=\.\.\. to make a mask"):
+        circuit.mask(tiny_model(2))
+
+
+def test_save_and_load(tmp_path: Path, tiny_model: TinyModel):
+    mask = choose(tiny_model(2), 0.003)
+    mask.save(tmp_path / "mask.safetensors")
+    back = Mask.load(tmp_path / "mask.safetensors")
+    assert back.meta == mask.meta
+    assert back.indices.keys() == mask.indices.keys()
+    assert torch.equal(back.indices[NAME], mask.indices[NAME])
+    assert back.indices[NAME].dtype == torch.long
+    assert [p.name for p in tmp_path.iterdir()] == ["mask.safetensors"]  # no temporary file
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "text", "no header", "schema"])
+def test_damaged_files(tmp_path: Path, tiny_model: TinyModel, damage: str):
+    path = tmp_path / "mask.safetensors"
+    mask = choose(tiny_model(2), 0.003)
+    if damage != "missing":
+        mask.save(path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif damage == "text":
+        path.write_text("not a mask, whatever its name says")
+    elif damage == "no header":
+        save_file(mask.indices, path)
+    elif damage == "schema":
+        save_file(mask.indices, path, {"mansu_mask": json.dumps({"schema": 99})})
+    message = "unknown mask schema; expected 1" if damage == "schema" else "not a readable mask"
+    with pytest.raises(ArtifactError, match=message):
+        Mask.load(path)
+
+
+def test_mask_must_fit(tiny_model: TinyModel):
+    model = tiny_model(2).copy()
+    model.sha256 = "aa"
+    mask = choose(model, 0.003)
+    mask.check_fits(model)
+    model.sha256 = "bb"
+    with pytest.raises(MaskError, match="The mask was made for another checkpoint than tiny"):
+        mask.check_fits(model)
+    size = model.weights[NAME].numel()
+    with pytest.raises(MaskError, match=f"does not fit tiny: {NAME} has {size} elements"):
+        Mask({NAME: torch.tensor([0, size])}).check_fits(model)
+    with pytest.raises(MaskError, match=r"does not fit tiny: other.weight has 0 elements"):
+        Mask({"other.weight": torch.tensor([0])}).check_fits(model)
