@@ -36,6 +36,8 @@ from .nullspace import Weights
 from .quantizers import NF4, get_quantizer
 
 SCHEMA = 1
+POOL = 4
+"""Candidates per parameter of the budget: which of them are edited is settled while unlearning."""
 DAMPING = 1000.0
 """Median damages below which damage hardly counts in the choice of parameters."""
 _PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
@@ -111,7 +113,7 @@ def floor_step(
 
 @dataclass(frozen=True)
 class Mask:
-    """Which single parameters of a model may be edited."""
+    """Which single parameters of a model may be edited, and how many of them at once."""
 
     indices: dict[str, Int[Tensor, " n"]]
     """Flat row-major positions in each Hugging Face weight, ascending."""
@@ -126,6 +128,11 @@ class Mask:
     def n_parameters(self) -> int:
         """Parameters that may be edited."""
         return sum(len(i) for i in self.indices.values())
+
+    @property
+    def limit(self) -> int:
+        """How many of them may be edited at once: the budget."""
+        return int(self.meta.get("limit", self.n_parameters))
 
     def check_fits(self, model: LanguageModel) -> None:
         """Raise MaskError unless every index lies inside the model's weights."""
@@ -208,9 +215,10 @@ def choose_parameters(
     if damages:
         damage = torch.cat(damages)
         score = gain / (damage + damping * damage.median().clamp_min(1e-30))
-    n = min(int(budget * model.n_parameters), int((gain > 0).sum()))
+    limit = max(1, int(budget * model.n_parameters))
+    n = min(POOL * limit, int((gain > 0).sum()))
     chosen = torch.zeros(len(score), dtype=torch.bool)
-    chosen[score.topk(max(n, 1)).indices] = True
+    chosen[score.topk(n).indices] = True
     indices: dict[str, Tensor] = {}
     for (name, usable), picked in zip(
         places, chosen.split([len(u) for _, u in places]), strict=True
@@ -223,6 +231,7 @@ def choose_parameters(
             "model": model.name,
             "model_sha256": model.sha256,
             "budget": budget,
+            "limit": min(limit, n),
             "quantizer": quantizer.name,
         },
     )

@@ -243,7 +243,6 @@ class _Builder:
         """All pairs of a relation; ``keep`` restricts the clean subjects."""
         facts = self.facts[relation]
         wanted = [f for f in facts if keep is None or f[0] in keep]
-        answers = sorted({a for _, a in facts})
         out = []
         for phrasing in phrasings:
             if phrasing.count("{s}") != 1:
@@ -256,9 +255,10 @@ class _Builder:
                 # The draw depends on the fact alone, so that all phrasings share its distractors.
                 rng = random.Random(f"{relation}|{subject}")
                 first = self.first[answer]
-                pool = list(dict.fromkeys(self.first[a] for a in answers))
-                pool = [t for t in pool if t != first]
                 rivals = rng.sample(facts, len(facts))
+                # Other facts' answers, so that a common answer is as common among distractors:
+                # a model that knows only how common answers are then scores near chance.
+                pool = [t for t in dict.fromkeys(self.first[a] for _, a in rivals) if t != first]
                 corrupt = next(
                     (
                         (s, a)
@@ -283,7 +283,7 @@ class _Builder:
                         tokens[corrupt[0]],
                         first,
                         self.first[corrupt[1]],
-                        tuple(rng.sample(pool, N_CHOICES - 1)),
+                        tuple(pool[: N_CHOICES - 1]),
                         relation,
                         subject,
                         phrasing,

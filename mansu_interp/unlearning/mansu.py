@@ -6,7 +6,7 @@ into another cell, the weight takes that cell's level. So a weight moves at leas
 not at all, and the quantized model receives the same edit. Gradients pass the snap straight through
 (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's). Steps alternate between
 the full-precision and the quantized model, so that both forget and both retain; each is compared
-with the original at its own precision. Adam's direction is multiplied by the null-space projection
+with the original at its own precision. The momentum direction is multiplied by the null-space projection
 lambda / (lambda + F).
 """
 
@@ -44,7 +44,6 @@ class _Latent:
     position: Float[Tensor, " n"]
     projection: Float[Tensor, " n"]
     mean: Float[Tensor, " n"]
-    square: Float[Tensor, " n"]
 
 
 class Snapper:
@@ -61,13 +60,14 @@ class Snapper:
     ) -> None:
         self.model, self.quantized, self.quantizer = model, quantized, quantizer
         self.latents: dict[str, _Latent] = {}
+        self.power = 0.0
+        self.limit = mask.limit
         inside = [fisher[n].flatten()[i] for n, i in mask.indices.items()] if fisher else []
         typical = float(torch.cat(inside).median()) if inside else 0.0
         for name, index in mask.indices.items():
             cells = quantizer.cells(model.weights[name])
             original = model.weights[name].flatten()[index].clone()
             scale = cells.scale[index]
-            zeros = torch.zeros_like(original)
             self.latents[name] = _Latent(
                 index,
                 original,
@@ -79,8 +79,7 @@ class Snapper:
                 projection(fisher[name].flatten()[index], strength, typical)
                 if fisher
                 else torch.ones_like(original),
-                zeros,
-                zeros.clone(),
+                torch.zeros_like(original),
             )
 
     @property
@@ -90,14 +89,21 @@ class Snapper:
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], lr: float, t: int) -> None:
-        """One projected Adam step on the latent positions; ``t`` counts from 1."""
-        for latent, whole in zip(self.latents.values(), gradients, strict=True):
-            g = whole.flatten()[latent.index] * latent.scale
+        """One projected step on the latent positions; ``t`` counts from 1.
+
+        Momentum is divided by one running RMS over the whole mask, not by each weight's own as in
+        Adam: a weight whose gradient is mostly noise then never reaches another cell.
+        """
+        scaled = [
+            whole.flatten()[x.index] * x.scale
+            for x, whole in zip(self.latents.values(), gradients, strict=True)
+        ]
+        power = sum(float((g * g).sum()) for g in scaled) / sum(len(g) for g in scaled)
+        self.power = BETA2 * self.power + (1 - BETA2) * power
+        rms = (self.power / (1 - BETA2**t)) ** 0.5 + EPS
+        for latent, g in zip(self.latents.values(), scaled, strict=True):
             latent.mean.lerp_(g, 1 - BETA1)
-            latent.square.lerp_(g * g, 1 - BETA2)
-            direction = (latent.mean / (1 - BETA1**t)) / (
-                (latent.square / (1 - BETA2**t)).sqrt() + EPS
-            )
+            direction = latent.mean / (1 - BETA1**t) / rms
             latent.position.sub_(lr * direction * latent.projection).clamp_(-1, 1)
 
     @torch.no_grad()
@@ -107,21 +113,28 @@ class Snapper:
         An edit whose value, rounded to the checkpoint's dtype, would leave the target cell
         is not made.
         """
-        edited = 0
         levels, boundaries = self.quantizer.levels, self.quantizer.boundaries
-        for name, x in self.latents.items():
+        plans = []
+        for x in self.latents.values():
             code = torch.bucketize(x.position, boundaries)
             code = torch.where(code == x.code, code, code.clamp(1, len(levels) - 2))
             value = (levels[code] * x.scale).to(self.model.saved_dtype).float()
             lands = torch.bucketize(value / x.scale.clamp_min(1e-30), boundaries) == code
             moved = (code != x.code) & ~x.fixed & lands
-            full = torch.where(moved, value, x.original)
-            self.model.weights[name].view(-1)[x.index] = full
-            self.quantized.weights[name].view(-1)[x.index] = torch.where(
-                moved, levels[code] * x.scale, x.quantized
-            )
-            edited += int(moved.sum())
-        return edited
+            distance = (x.position - x.original / x.scale.clamp_min(1e-30)).abs()
+            plans.append((moved, value, levels[code] * x.scale, distance))
+        # Of all that crossed a boundary, the farthest travelled fill the budget.
+        travelled = torch.cat([d[m] for m, _, _, d in plans])
+        bar = 0.0
+        if len(travelled) > self.limit:
+            bar = float(travelled.kthvalue(len(travelled) - self.limit).values)
+        for (name, x), (moved, value, level, distance) in zip(
+            self.latents.items(), plans, strict=True
+        ):
+            made = moved & (distance > bar)
+            self.model.weights[name].view(-1)[x.index] = torch.where(made, value, x.original)
+            self.quantized.weights[name].view(-1)[x.index] = torch.where(made, level, x.quantized)
+        return min(len(travelled), self.limit)
 
 
 def learning_rate(peak: float, done: int, steps: int) -> float:
