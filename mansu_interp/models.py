@@ -209,6 +209,17 @@ def _reachable(timeout: float = 3.0) -> bool:
     return bool(found)
 
 
+def _is_hub_name(name: str) -> bool:
+    """Whether a name has the form that the hub accepts, and is no mistyped path."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
 def _locate(name: str) -> str | Path:
     """The folder of an embedded or local model, or the hub name itself."""
     if (EMBEDDED / name / "config.json").exists() and not re.search(r"[\\/]|^\.", name):
@@ -221,7 +232,7 @@ def _locate(name: str) -> str | Path:
                 "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)."
             )
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.is_absolute():
+    if not _is_hub_name(name):
         raise ModelError(
             f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
             "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
