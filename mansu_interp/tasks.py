@@ -183,7 +183,7 @@ def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TaskError(f"The task file {path} is not valid JSON: {error}.") from error
     required = {"schema", "name", "relations", "forget", "retain"}
-    if not isinstance(spec, dict) or (missing := required - spec.keys()):
+    if missing := required - (spec.keys() if isinstance(spec, dict) else set()):
         raise TaskError(f"The task file {path} lacks {', '.join(sorted(missing))}.")
     if spec["schema"] != SCHEMA:
         raise TaskError(f"The task file {path} has schema {spec['schema']}; expected {SCHEMA}.")
