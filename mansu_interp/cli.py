@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted)."""
     # Thread spinning between small operations makes torch slow on busy machines.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config = tyro.cli(Command, args=argv, prog="mansu", description=__doc__.splitlines()[0])
     try:
+        config = tyro.cli(Command, args=argv, prog="mansu", description=__doc__.splitlines()[0])
         return _run(config) if isinstance(config, RunConfig) else _list()
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

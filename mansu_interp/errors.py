@@ -26,8 +26,11 @@ class MaskError(MansuError, ValueError):
     """A mask is malformed, empty, or does not fit the model."""
 
 
-class ConfigError(MansuError, ValueError):
-    """A setting is out of range or unknown."""
+class ConfigError(MansuError):
+    """A setting is out of range or unknown.
+
+    Not a ValueError: the command-line parser would swallow it and print its own text around it.
+    """
 
 
 class ArtifactError(MansuError, ValueError):
