@@ -128,9 +128,7 @@ def node_scores(model: LanguageModel, pairs: PairSet) -> dict[str, float]:
 
 
 @KV
-def test_outgoing_edges_sum_to_the_node_score(
-    tiny_model: TinyModel, pairs: PairSet, kv_heads: int
-):
+def test_outgoing_edges_sum_to_the_node_score(tiny_model: TinyModel, pairs: PairSet, kv_heads: int):
     model = tiny_model(kv_heads)
     expected = node_scores(model, pairs)
     found = attribute(model, pairs, EAP).node_scores()
@@ -174,9 +172,7 @@ def test_grouped_keys_are_the_sum_of_their_ungrouped_heads(tiny_model: TinyModel
 def test_eap_takes_its_gradient_where_it_says(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(4)
     clean = attribute(model, pairs, AttributionConfig(method="eap", at="clean"))
-    swapped = PairSet(
-        "swapped", tuple(replace(p, clean=p.corrupt, corrupt=p.clean) for p in pairs)
-    )
+    swapped = PairSet("swapped", tuple(replace(p, clean=p.corrupt, corrupt=p.clean) for p in pairs))
     back = attribute(model, swapped, EAP)
     assert np.allclose(clean.scores, -back.scores, atol=1e-5)
     assert not np.allclose(clean.scores, attribute(model, pairs, EAP).scores, atol=1e-3)

@@ -30,9 +30,7 @@ KNOWN = {
 def closed_form(a: Architecture) -> int:
     """The documented sum: q, k, v and MLP readers per layer, then the logits."""
     n, h, k = a.n_layers, a.n_heads, a.n_kv_heads
-    layers = sum(
-        (1 + i * (h + 1)) * (h + 2 * k + 1) + (0 if a.parallel else h) for i in range(n)
-    )
+    layers = sum((1 + i * (h + 1)) * (h + 2 * k + 1) + (0 if a.parallel else h) for i in range(n))
     return layers + 1 + n * (h + 1)
 
 

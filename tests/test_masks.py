@@ -123,11 +123,19 @@ def choose(model: LanguageModel, budget: float, fisher: torch.Tensor | None = No
     return choose_parameters(model, regions, budget, {NAME: gradient}, damage)
 
 
+@pytest.fixture
+def no_spares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many candidates as the budget, so that the choice itself shows."""
+    monkeypatch.setattr("mansu_interp.masks.POOL", 1, raising=False)
+
+
+@pytest.mark.usefixtures("no_spares")
 @pytest.mark.parametrize("budget", [0.0005, 0.003, 0.02])
 def test_choice_respects_the_budget(tiny_model: TinyModel, budget: float):
     model = tiny_model(2)
     mask = choose(model, budget)
     assert mask.n_parameters == int(budget * model.n_parameters)
+    assert int(mask.meta.get("limit", mask.n_parameters)) == mask.n_parameters
     index = mask.indices[NAME]
     assert torch.equal(index, index.unique())
     assert mask.meta["budget"] == budget and mask.meta["quantizer"] == "nf4"
@@ -144,6 +152,7 @@ def test_choice_stays_inside_the_region(tiny_model: TinyModel):
     assert mask.n_parameters == int(can_move.sum())
 
 
+@pytest.mark.usefixtures("no_spares")
 def test_choice_prefers_gain_then_gain_per_damage(tiny_model: TinyModel):
     """Two weights: a gains twice as much as b, and without a Fisher it is taken; if it harms a
     hundred times as much, b is."""
@@ -163,9 +172,9 @@ def test_choice_prefers_gain_then_gain_per_damage(tiny_model: TinyModel):
     fisher = torch.zeros_like(weight)
     fisher.view(-1)[a] = 100 / float(unit[a]) ** 2
     fisher.view(-1)[b] = 1 / float(unit[b]) ** 2
-    assert choose_parameters(*args, {NAME: fisher}).indices[NAME].tolist() == [b]
+    assert choose_parameters(*args, {NAME: fisher}, damping=0.1).indices[NAME].tolist() == [b]
     fisher.view(-1)[a] = 1.5 / float(unit[a]) ** 2
-    assert choose_parameters(*args, {NAME: fisher}).indices[NAME].tolist() == [a]
+    assert choose_parameters(*args, {NAME: fisher}, damping=0.1).indices[NAME].tolist() == [a]
 
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, float("nan")])

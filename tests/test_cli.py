@@ -1,0 +1,111 @@
+"""The command line from outside: it starts quickly, and bad input is one clear line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = 5
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, *args], env=env, cwd=ROOT, check=False, capture_output=True, text=True
+    )
+
+
+def mansu(*args: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "mansu_interp", *args)
+
+
+def fastest(*args: str) -> float:
+    """Shortest wall time of several runs in seconds."""
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        assert python(*args).returncode == 0
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_importing_costs_nothing():
+    assert fastest("-c", "import mansu_interp") - fastest("-c", "pass") < 0.3
+
+
+def test_importing_loads_no_library():
+    heavy = "torch transformers transformer_lens networkx numpy tyro"
+    code = f"import sys, mansu_interp; print([m for m in {heavy.split()} if m in sys.modules])"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_had():
+    code = "import mansu_interp as m; [getattr(m, n) for n in m.__all__]; m.nonsense"
+    error = python("-c", code).stderr
+    assert error.strip().endswith("module 'mansu_interp' has no attribute 'nonsense'")
+
+
+def test_help_is_quick():
+    assert fastest("-m", "mansu_interp", "--help") < 1.0
+
+
+def test_help_explains_itself():
+    assert "{run,list}" in mansu("--help").stdout
+    text = mansu("run", "--help").stdout
+    assert "Share of all parameters that may be edited, in (0, 1]" in " ".join(
+        text.replace("│", " ").split()
+    )
+    for option in ("--model", "--task", "--out", "--budget", "--seed", "--unlearn.method"):
+        assert option in text
+
+
+def test_list_names_what_ships():
+    done = mansu("list")
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert lines["models"] == "facts"
+    assert lines["methods"] == "mansu, graddiff, npo"
+    assert lines["quantizers"] == "nf4"
+    assert "task        capitals: Forget the capital of every country" in done.stdout
+    assert "twin" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "fact"], "mansu: Unknown model 'fact'. Shipped: facts"),
+        (["--task", "capital"], "mansu: Unknown task 'capital'. Shipped: capitals, countries"),
+        (["--budget", "0"], "The budget is a share of all parameters in (0, 1]; got 0.0."),
+        (["--budget", "1.5"], "The budget is a share of all parameters in (0, 1]; got 1.5."),
+        (["--unlearn.steps", "0"], "steps and batch_size must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path: Path, args: list[str], message: str):
+    done = mansu("run", "--out", str(tmp_path / "run"), *args)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    done = mansu("run", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"mansu: {tmp_path} already holds another run or other files. Name another --out."
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_unknown_option():
+    done = mansu("run", "--no-such-option", "1")
+    assert done.returncode == 2
+    assert "no-such-option" in done.stderr

@@ -1,0 +1,157 @@
+"""Loading, copying and saving models, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mansu_interp import models
+from mansu_interp.errors import MansuError, ModelError
+from mansu_interp.models import EMBEDDED, LanguageModel, embedded_models, load_model
+
+
+def test_unknown_model_names_what_ships():
+    with pytest.raises(ModelError) as caught:
+        load_model("fact")
+    message = str(caught.value)
+    assert message.startswith(f"Unknown model 'fact'. Shipped: {', '.join(embedded_models())}.")
+    assert "path to a Hugging Face folder, or a hub name such as" in message
+    assert isinstance(caught.value, MansuError) and "facts" in embedded_models()
+
+
+@pytest.mark.parametrize("name", ["../facts", "/no/such/folder", "a/b/c", "facts/", ""])
+def test_names_that_are_no_path_and_no_hub_name(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(models, "_reachable", lambda: pytest.fail("touched the network"))
+    if name:
+        with pytest.raises(ModelError, match="Unknown model"):
+            load_model(name)
+    else:
+        with pytest.raises(ModelError, match="holds no config.json"):
+            load_model(name)  # the current folder
+
+
+def offline_error(name: str) -> str:
+    start = time.monotonic()
+    with pytest.raises(ModelError) as caught:
+        load_model(name)
+    assert time.monotonic() - start < 5
+    return str(caught.value)
+
+
+def test_remote_name_without_network(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(models, "_reachable", lambda: False)
+    message = offline_error("nobody/no-such-model")
+    assert "\n" not in message
+    assert message.startswith("Model 'nobody/no-such-model' is not a local folder, and the hub ")
+    assert message.endswith("Give a local folder, or try again with a network.")
+
+
+def test_remote_name_and_a_closed_port(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr(models, "HUB_HOST", ("127.0.0.1", port))
+    assert "cannot be reached" in offline_error("nobody/no-such-model")
+
+
+def test_a_network_that_never_answers(monkeypatch: pytest.MonkeyPatch):
+    """Name lookup may hang for longer than any socket timeout."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def hang(*args: object, **kwargs: object) -> None:
+        time.sleep(8)
+        raise OSError("at last")
+
+    monkeypatch.setattr(socket, "create_connection", hang)
+    assert "cannot be reached" in offline_error("nobody/no-such-model")
+
+
+def test_offline_mode_is_not_probed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(models, "_reachable", lambda: pytest.fail("touched the network"))
+    assert "cannot be reached" in offline_error("nobody/no-such-model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the shipped model's folder, to be spoilt."""
+    return Path(shutil.copytree(EMBEDDED / "facts", tmp_path / "model"))
+
+
+def test_a_checkpoint_packed_to_4_bits(folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"is already quantized \(bitsandbytes\)\. Unlearning n"):
+        load_model(folder)
+
+
+def test_a_folder_without_safetensors(folder: Path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"has no \*\.safetensors file\. Only safetensors are re"):
+        load_model(folder)
+
+
+def test_a_folder_without_config(folder: Path):
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"holds no config\.json\. Give a Hugging Face model fo"):
+        load_model(folder)
+
+
+def test_copies_are_independent(facts: LanguageModel):
+    name = facts.linear_names[0]
+    copy = facts.copy()
+    copy.weights[name].zero_()
+    assert facts.weights[name].abs().sum() > 0
+    assert (copy.sha256, copy.saved_dtype) == (facts.sha256, facts.saved_dtype)
+
+
+def test_shape_of_the_shipped_model(facts: LanguageModel):
+    a = facts.architecture
+    assert a.n_kv_heads < a.n_heads  # grouped queries
+    assert 1e6 <= facts.n_parameters <= 4e6
+    assert facts.saved_dtype == torch.bfloat16
+    assert facts.weights["lm_head.weight"].dtype == torch.float32
+    assert len(facts.linear_names) == 7 * a.n_layers
+    assert not any("embed" in n or "lm_head" in n for n in facts.linear_names)
+
+
+def test_save_gives_back_the_same_bits(facts: LanguageModel, tmp_path: Path):
+    facts.save(tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    assert again.weights.keys() == facts.weights.keys()
+    assert all(torch.equal(w, again.weights[n]) for n, w in facts.weights.items())
+    assert again.encode("the capital of") == facts.encode("the capital of")
+    assert again.saved_dtype == facts.saved_dtype
+
+
+def test_the_bridge_shares_weights_and_logits(tiny_model):
+    model = tiny_model(2).copy()
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        assert torch.allclose(model.bridge(tokens), model.all_logits(tokens), atol=1e-4)
+        model.weights["model.layers.0.mlp.down_proj.weight"] *= 3  # in place
+        before = model.all_logits(tokens)
+        assert torch.allclose(model.bridge(tokens), before, atol=1e-4)
+    assert not torch.allclose(before, tiny_model(2).all_logits(tokens), atol=1e-2)
+
+
+def test_last_logits_are_those_of_the_row(tiny_model):
+    model = tiny_model(2)
+    tokens = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
+    last = torch.tensor([2, 3])
+    with torch.no_grad():
+        expected = model.all_logits(tokens)[torch.arange(2), last]
+        assert torch.allclose(model.last_logits(tokens, last), expected, atol=1e-5)
+
+
+def test_the_model_knows_its_facts(facts: LanguageModel):
+    assert facts.generate("<bos>the capital of France is", 1).strip() == "Paris"

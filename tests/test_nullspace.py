@@ -1,0 +1,80 @@
+"""Fisher, projection, and the bound on retain damage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mansu_interp.models import LanguageModel
+from mansu_interp.nullspace import fisher_diagonal, gradient, projection, retain_bound
+from mansu_interp.tasks import PairSet
+
+TinyModel = Callable[[int], LanguageModel]
+NAMES = ["model.layers.0.self_attn.k_proj.weight", "model.layers.2.mlp.down_proj.weight"]
+
+
+def test_fisher_is_the_mean_squared_score_of_single_samples(tiny_model: TinyModel, pairs: PairSet):
+    """A plain loop with ``backward`` on the Hugging Face model, drawing the same labels."""
+    model = tiny_model(2)
+    found = fisher_diagonal(model, NAMES, pairs, batch_size=1, seed=5)
+    reference = model.copy().hf
+    wanted = {n: p for n, p in reference.named_parameters() if n in NAMES}
+    draw = torch.Generator().manual_seed(5)
+    expected = {n: torch.zeros_like(p) for n, p in wanted.items()}
+    for pair in sorted(pairs, key=lambda p: len(p.clean)):
+        for p in wanted.values():
+            p.requires_grad_(True)
+            p.grad = None
+        logits = reference(torch.tensor([pair.clean])).logits[0, -1]
+        label = int(torch.multinomial(logits.detach().softmax(-1), 1, generator=draw))
+        torch.nn.functional.cross_entropy(logits[None], torch.tensor([label])).backward()
+        for n, p in wanted.items():
+            assert p.grad is not None
+            expected[n] += p.grad**2 / len(pairs)
+    for n in NAMES:
+        assert torch.allclose(
+            found[n], expected[n], rtol=1e-3, atol=1e-7 + 1e-4 * expected[n].max()
+        )
+        assert expected[n].max() > 0
+
+
+def test_fisher_depends_on_its_seed_alone(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    a, b, c = (fisher_diagonal(model, NAMES, pairs, seed=s)[NAMES[0]] for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_gradient_leaves_no_trace(tiny_model: TinyModel):
+    model = tiny_model(2)
+    weight = model.weights[NAMES[0]]
+    (g,) = gradient(model, NAMES[:1], lambda: 0.5 * (weight**2).sum())
+    assert torch.equal(g, weight)
+    assert not weight.requires_grad and weight.grad is None
+    with pytest.raises(ZeroDivisionError):
+        gradient(model, NAMES[:1], lambda: torch.tensor(1 / 0))
+    assert not weight.requires_grad
+
+
+def test_projection_formula():
+    fisher = torch.tensor([0.0, 1.0, 3.0, 1e6])
+    assert projection(fisher, 0, 1.0).tolist() == [1, 1, 1, 1]
+    # lambda = scale / strength = 2 / 2 = 1
+    assert projection(fisher, 2.0, 2.0).tolist() == pytest.approx([1, 0.5, 0.25, 1e-6], rel=1e-4)
+    assert projection(fisher, 1e9, 1.0)[1:].max() < 1e-8  # the exact null space
+    assert projection(torch.zeros(2), 1.0, 0.0).tolist() == [1, 1]
+
+
+def test_retain_bound_on_a_quadratic():
+    """L(d) = g . d + 1/2 d F d: the bound is L itself when g . d >= 0, and above it otherwise."""
+    g, f = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([4.0, 1.0, 0.0])
+    for d in ([0.5, -1.0, 2.0], [-0.5, 1.0, 2.0]):
+        first = d[0] - 2 * d[1] + 0.5 * d[2]
+        second = 0.5 * (4 * d[0] ** 2 + d[1] ** 2)
+        bound = retain_bound(g, f, torch.tensor(d))
+        assert bound == pytest.approx(abs(first) + second)
+        assert bound >= first + second - 1e-9
+    assert retain_bound(g, f, torch.zeros(3)) == 0
+    assert math.isclose(retain_bound(-g, f, torch.tensor([1.0, 0, 0])), 3.0)

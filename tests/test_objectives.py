@@ -1,0 +1,151 @@
+"""Forget and retain losses, by formula."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB, make_pairs
+
+from mansu_interp.config import UnlearnConfig
+from mansu_interp.models import LanguageModel
+from mansu_interp.nullspace import gradient
+from mansu_interp.objectives import (
+    CounterfactualTargets,
+    ascent_loss,
+    counterfactual_loss,
+    divergence,
+    forget_gradient,
+)
+from mansu_interp.tasks import Pair, PairSet, collate
+from mansu_interp.unlearning.npo import BETA
+
+TinyModel = Callable[[int], LanguageModel]
+
+
+def logp(model: LanguageModel, pair: Pair, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model.hf(torch.tensor([tokens or pair.clean])).logits[0, -1].log_softmax(-1)
+
+
+def test_targets_are_the_mean_answer_to_the_corrupt_prompts(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    targets = CounterfactualTargets(model, pairs)
+    assert len(targets.by_phrasing) == 4  # two pairs share the phrasing "of 6"
+    both = [p for p in pairs if p.phrasing == "of 6"]
+    expected = sum(logp(model, p, p.corrupt).exp() for p in both) / 2
+    assert torch.allclose(targets(both[:1])[0], expected, atol=1e-6)
+    assert targets(pairs.pairs).shape == (5, VOCAB)
+    assert torch.allclose(targets(pairs.pairs).sum(-1), torch.ones(5))
+
+
+def test_counterfactual_loss_by_hand(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    targets = CounterfactualTargets(model, pairs)
+    expected, pushed = [], []
+    for pair in pairs:
+        target, now = targets([pair])[0], logp(model, pair)
+        kl = sum(float(t * (math.log(t) - n)) for t, n in zip(target.tolist(), now.tolist()))
+        excess = float(now[pair.answer]) - math.log(float(target[pair.answer]))
+        expected.append(kl)
+        pushed.append(kl + 0.5 * max(0.0, excess + 1.0))
+    loss = float(counterfactual_loss(model, pairs.pairs, targets))
+    assert loss == pytest.approx(sum(expected) / 5, rel=1e-4)
+    loss = float(counterfactual_loss(model, pairs.pairs, targets, push=0.5, margin=1.0))
+    assert loss == pytest.approx(sum(pushed) / 5, rel=1e-4)
+    assert pushed != expected
+
+
+def test_counterfactual_loss_vanishes_at_its_target(tiny_model: TinyModel):
+    """With one pair a phrasing and corrupt = clean, the model is its own target."""
+    model, pair = tiny_model(2), make_pairs((5,)).pairs[0]
+    same = Pair(**{**vars(pair), "corrupt": pair.clean})
+    targets = CounterfactualTargets(model, PairSet("same", (same,)))
+    assert float(counterfactual_loss(model, [same], targets)) == pytest.approx(0, abs=1e-5)
+    hinge = counterfactual_loss(model, [same], targets, push=2.0, margin=0.25)
+    assert float(hinge) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_ascent_lowers_the_answer(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2).copy()
+    loss = float(ascent_loss(model, pairs.pairs))
+    assert loss == pytest.approx(sum(float(logp(model, p)[p.answer]) for p in pairs) / 5, rel=1e-4)
+    name = "model.layers.2.mlp.down_proj.weight"
+    (g,) = gradient(model, [name], lambda: ascent_loss(model, pairs.pairs))
+    model.weights[name] -= 0.1 * g / g.norm()
+    assert float(ascent_loss(model, pairs.pairs)) < loss
+
+
+def test_divergence_is_kl_from_the_teacher():
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(divergence(student, teacher)) == pytest.approx(expected, rel=1e-5)
+    assert float(divergence(teacher, teacher)) == 0
+
+
+def test_forget_gradient_is_a_mean_over_pairs(tiny_model: TinyModel, pairs: PairSet):
+    model, name = tiny_model(2), "model.layers.1.mlp.up_proj.weight"
+    whole = forget_gradient(model, [name], pairs, batch_size=16)[name]
+    parts = forget_gradient(model, [name], pairs, batch_size=2)[name]
+    assert torch.allclose(whole, parts, atol=1e-5 * float(whole.abs().max()) + 1e-7)
+    targets = CounterfactualTargets(model, pairs)
+    (g,) = gradient(
+        model, [name], lambda: counterfactual_loss(model, pairs.pairs, targets, push=1.0)
+    )
+    assert torch.allclose(whole, g, atol=1e-5 * float(g.abs().max()) + 1e-7)
+
+
+class FixedSampler:
+    """The same pairs at every draw."""
+
+    def __init__(self, forget: Sequence[Pair], retain: Sequence[Pair]) -> None:
+        self._forget, self._retain = list(forget), list(retain)
+
+    def forget(self) -> list[Pair]:
+        return self._forget
+
+    def retain(self) -> list[Pair]:
+        return self._retain
+
+
+def dense_loss(monkeypatch: pytest.MonkeyPatch, method: str, model: LanguageModel) -> Any:
+    """The loss function that a dense method hands to its training loop."""
+    module = importlib.import_module(f"mansu_interp.unlearning.{method}")
+    caught: list[Any] = []
+    monkeypatch.setattr(module, "train_dense", lambda *args: caught.append(args[3]))
+    getattr(module, method)(model, None, None, UnlearnConfig())
+    return caught[0]
+
+
+def test_graddiff_loss(monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    forget, retain = pairs.pairs[:2], pairs.pairs[2:]
+    down, stay = dense_loss(monkeypatch, "graddiff", model)(model, FixedSampler(forget, retain))
+    mean = [sum(float(-logp(model, p)[p.answer]) for p in s) / len(s) for s in (forget, retain)]
+    assert float(down) == pytest.approx(-mean[0], rel=1e-4)
+    assert float(stay) == pytest.approx(mean[1], rel=1e-4)
+
+
+def test_npo_loss(monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, pairs: PairSet):
+    model, student = tiny_model(2), tiny_model(2).copy()
+    with torch.no_grad():
+        student.weights["lm_head.weight"] *= 1.3
+    forget, retain = pairs.pairs[:2], pairs.pairs[2:]
+    loss = dense_loss(monkeypatch, "npo", model)
+    down, stay = loss(student, FixedSampler(forget, retain))
+    ratio = [float(logp(student, p)[p.answer] - logp(model, p)[p.answer]) for p in forget]
+    expected = sum(2 / BETA * math.log(1 + math.exp(BETA * r)) for r in ratio) / 2
+    assert float(down) == pytest.approx(expected, rel=1e-4)
+    with torch.no_grad():
+        batch = collate(retain)
+        kl = divergence(
+            student.last_logits(batch.clean, batch.last), model.last_logits(batch.clean, batch.last)
+        )
+    assert float(stay) == pytest.approx(float(kl), rel=1e-4)
+    down, stay = loss(model.copy(), FixedSampler(forget, retain))
+    assert float(down) == pytest.approx(2 / BETA * math.log(2), rel=1e-5)
+    assert float(stay) == pytest.approx(0, abs=1e-6)

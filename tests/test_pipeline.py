@@ -1,0 +1,178 @@
+"""A whole run in small: its files, what it refuses, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mansu_interp import pipeline
+from mansu_interp.artifacts import read_json
+from mansu_interp.circuit import Circuit
+from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
+from mansu_interp.errors import ArtifactError, ModelError
+from mansu_interp.masks import Mask
+from mansu_interp.models import LanguageModel
+from mansu_interp.pipeline import Plan, RunResult, run
+
+CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
+UNLEARN = UnlearnConfig(steps=6, lr=0.1, batch_size=8)
+FILES = {
+    "config.json",
+    "circuit.json",
+    "circuit.graphml",
+    "mask.safetensors",
+    "history.json",
+    "model",
+    "report.json",
+    "report.md",
+    "report.html",
+}
+
+
+def settings(out: Path) -> RunConfig:
+    return RunConfig(model="facts", out=out, circuit=CIRCUIT, unlearn=UNLEARN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "CAD_PAIRS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plans() -> list[Plan]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def stages() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, plans: list[Plan], stages: list[str]
+) -> RunResult:
+    out = tmp_path_factory.mktemp("run") / "first"
+    return run(settings(out), lambda stage, done, total: stages.append(stage), plans.append)
+
+
+def test_every_artefact_is_there(finished: RunResult):
+    assert {p.name for p in finished.folder.iterdir()} == FILES
+
+
+def test_artefacts_say_the_same(finished: RunResult, facts: LanguageModel):
+    folder = finished.folder
+    report = read_json(folder / "report.json")
+    assert report["model"]["sha256"] == facts.sha256
+    assert read_json(folder / "config.json") == report["config"]
+    circuit = Circuit.load(folder / "circuit.json")
+    graph = nx.read_graphml(folder / "circuit.graphml")
+    residual = {(u, v) for u, v, d in graph.edges(data=True) if d["kind"] == "residual"}
+    assert report["circuit"]["edges"] == circuit.n_edges == len(residual)
+    assert (circuit.edges == finished.circuit.edges).all()
+    mask = Mask.load(folder / "mask.safetensors")
+    mask.check_fits(facts)
+    edit = report["edit"]
+    assert 0 < edit["edited"] == edit["survived"] == sum(w["edited"] for w in edit["by_weight"])
+    assert edit["collateral"] == 0
+    assert edit["share"] == edit["edited"] / facts.n_parameters <= 0.005
+    assert {w["weight"] for w in edit["by_weight"]} <= mask.indices.keys()
+    assert len(report["properties"]) == 4
+    assert {"original", "unlearned", "original nf4", "unlearned nf4"} == report["scores"][0][
+        "models"
+    ].keys()
+    assert report["cad"]["verdict"] in (folder / "report.md").read_text(encoding="utf-8")
+    assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_checkpoint_loads_in_transformers(finished: RunResult):
+    model = AutoModelForCausalLM.from_pretrained(finished.folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "model")
+    assert model.dtype == torch.bfloat16
+    ids = tokenizer("<bos>the capital of France is", add_special_tokens=False).input_ids
+    assert ids == finished.model.encode("<bos>the capital of France is")
+    edited = dict(model.named_parameters())
+    for name, weight in finished.model.weights.items():
+        assert torch.equal(edited[name].float(), weight), name
+
+
+def test_the_plan_comes_first(finished: RunResult, plans: list[Plan], stages: list[str]):
+    (plan,) = plans
+    text = "\n".join(plan.lines)
+    assert "1,033,344 parameters" in text and "at most 5,166 parameters (0.50%), 6 steps" in text
+    assert "cost     about" in text and str(finished.folder) in text
+    assert plan.seconds > 0 and plan.memory_gb > 0
+    order = list(dict.fromkeys(stages))
+    wanted = ["attribution of forget pairs", "choosing parameters", "unlearning"]
+    assert [s for s in order if s in wanted] == wanted
+
+
+def test_a_finished_folder_is_refused(finished: RunResult):
+    before = (finished.folder / "report.json").read_bytes()
+    with pytest.raises(ArtifactError, match=r"already holds this run, finished \(see .*html\)"):
+        run(settings(finished.folder))
+    assert (finished.folder / "report.json").read_bytes() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished: RunResult):
+    with pytest.raises(ArtifactError, match="already holds another run or other files. Name anot"):
+        run(replace(settings(finished.folder), seed=1))
+
+
+def test_a_foreign_folder_is_refused_before_any_work(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    stages: list[str] = []
+    with pytest.raises(ArtifactError, match="already holds another run or other files"):
+        run(settings(tmp_path), lambda stage, *_: stages.append(stage))
+    assert stages == [] and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_bad_input_leaves_no_folder(tmp_path: Path):
+    with pytest.raises(ModelError, match="Unknown model 'fact'"):
+        run(replace(settings(tmp_path / "run"), model="fact"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_continues_to_the_same_model(finished: RunResult, tmp_path: Path):
+    config = settings(tmp_path / "second")
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "unlearning" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop)
+    kept = {p.name for p in config.out.iterdir()}
+    assert kept == {"config.json", "circuit.json", "circuit.graphml", "mask.safetensors"}
+    stages: list[str] = []
+    again = run(config, lambda stage, *_: stages.append(stage))
+    assert "attribution of forget pairs" not in stages and "unlearning" in stages
+    name = "model/model.safetensors"
+    assert (again.folder / name).read_bytes() == (finished.folder / name).read_bytes()
+    same = ("verdict", "scores", "edit", "cad", "samples", "circuit")
+    reports = [read_json(r.folder / "report.json") for r in (again, finished)]
+    for key in same:
+        assert reports[0][key] == reports[1][key], key
+
+
+def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tmp_path: Path):
+    out = tmp_path / "third"
+    shutil.copytree(finished.folder, out)
+    for name in ("report.json", "report.md", "report.html"):
+        (out / name).unlink()
+    config = read_json(out / "config.json")
+    config["out"] = str(out)
+    pipeline.write_json(out / "config.json", config)
+    stages: list[str] = []
+    again = run(settings(out), lambda stage, *_: stages.append(stage))
+    assert "unlearning" not in stages
+    assert again.report["edit"] == finished.report["edit"]
+    assert {p.name for p in out.iterdir()} == FILES

@@ -1,0 +1,238 @@
+"""Tasks: the shipped ones, batches and samples, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_pairs
+
+from mansu_interp.errors import MansuError, TaskError
+from mansu_interp.models import LanguageModel
+from mansu_interp.tasks import (
+    PairSet,
+    Task,
+    collate,
+    embedded_tasks,
+    load_task,
+    read_task_file,
+)
+
+
+def test_unknown_task_names_what_ships(facts: LanguageModel):
+    with pytest.raises(TaskError) as caught:
+        load_task("capital", facts)
+    message = str(caught.value)
+    assert message.startswith("Unknown task 'capital'. Shipped: ")
+    for name in embedded_tasks():
+        assert name in message
+    assert "Or give the path of a task file" in message
+    assert isinstance(caught.value, MansuError)
+
+
+@pytest.mark.parametrize("name", ["capitals", "countries"])
+def test_shipped_tasks_keep_their_promises(facts: LanguageModel, name: str):
+    task = load_task(name, facts)
+    sets: list[PairSet] = [task.forget, task.retain]
+    for by in task.scored.values():
+        for s in by.values():
+            sets += s.values()
+    for pairs in sets:
+        for p in pairs:
+            assert len(p.clean) == len(p.corrupt) and p.clean != p.corrupt
+            assert len(set(p.choices)) == 4
+            assert p.answer != p.counterfactual
+            assert facts.tokenizer.unk_token_id not in p.clean + p.corrupt + p.choices
+    seen = {(p.relation, p.phrasing) for s in (task.forget, task.retain) for p in s}
+    unseen = {
+        (p.relation, p.phrasing) for by in task.scored["unseen"].values() for s in by.values()
+        for p in s
+    }  # fmt: skip
+    assert unseen and not seen & unseen
+    asked = {(p.relation, p.subject) for p in task.forget}
+    assert not asked & {(p.relation, p.subject) for p in task.retain}
+
+
+def test_the_same_facts_are_drawn_every_time(facts: LanguageModel, capitals: Task):
+    again = load_task("capitals", facts)
+    assert again.forget == capitals.forget and again.retain == capitals.retain
+
+
+@pytest.mark.parametrize("corrupt", [(1, 2), ()])
+def test_lengths_must_match(corrupt: tuple[int, ...]):
+    pair = make_pairs((5,)).pairs[0]
+    with pytest.raises(
+        TaskError,
+        match=rf"the clean prompt has 5 tokens and the corrupt one {len(corrupt)}\. Give prompts",
+    ):
+        replace(pair, corrupt=corrupt)
+    with pytest.raises(TaskError, match="the clean prompt has 0 tokens"):
+        replace(pair, clean=(), corrupt=())
+
+
+def test_answer_must_differ_at_its_first_token():
+    pair = make_pairs((5,)).pairs[0]
+    for change in (
+        {"distractors": (pair.answer, *pair.distractors[1:])},
+        {"counterfactual": pair.answer},
+    ):
+        with pytest.raises(
+            TaskError, match=r"answer 'answer 0' shares its first token with a distractor or the"
+        ):
+            replace(pair, **change)
+
+
+def test_empty_sets():
+    with pytest.raises(TaskError, match="The set 'forget' is empty: no fact is left to ask about"):
+        PairSet("forget", ())
+
+
+def test_collate_pads_on_the_right():
+    pairs = make_pairs((3, 5))
+    batch = collate(pairs.pairs)
+    assert batch.clean.shape == batch.corrupt.shape == (2, 5)
+    assert batch.clean[0].tolist() == [*pairs[0].clean, 0, 0]
+    assert batch.last.tolist() == [2, 4]
+    assert batch.choices[:, 0].tolist() == batch.answer.tolist()
+    assert len(batch) == 2
+
+
+def test_padding_changes_no_logit(tiny_model):
+    pairs, model = make_pairs((3, 7)), tiny_model(2)
+    with torch.no_grad():
+        both = collate(pairs.pairs)
+        alone = collate(pairs.pairs[:1])
+        a = model.last_logits(both.clean, both.last)[0]
+        assert torch.allclose(a, model.last_logits(alone.clean, alone.last)[0], atol=1e-5)
+
+
+def test_batches_hold_every_pair_once():
+    pairs = make_pairs((3, 5, 4, 5, 3, 6, 7))
+    batches = list(pairs.batches(3))
+    assert [len(b) for b in batches] == [3, 3, 1]
+    rows = sorted(
+        tuple(r[: n + 1].tolist()) for b in batches for r, n in zip(b.clean, b.last, strict=True)
+    )
+    assert rows == sorted(p.clean for p in pairs)
+
+
+def test_sample_is_even_over_phrasings_and_seeded(capitals: Task):
+    sample = capitals.forget.sample(20, 3)
+    counts: dict[str, int] = {}
+    for p in sample:
+        counts[p.phrasing] = counts.get(p.phrasing, 0) + 1
+    assert set(counts.values()) == {5} and len(counts) == 4
+    assert sample == capitals.forget.sample(20, 3) != capitals.forget.sample(20, 4)
+    assert len(capitals.forget.sample(10**6, 0)) == len(capitals.forget)
+    assert len({(p.subject, p.phrasing) for p in sample}) == 20
+
+
+def spec() -> dict[str, Any]:
+    """A small valid task over a shipped table."""
+    relations = read_task_file("capitals")[0]["relations"]
+    return {
+        "schema": 1,
+        "name": "small",
+        "prefix": "<bos>",
+        "relations": {k: relations[k] for k in ("capital", "continent")},
+        "forget": {"relations": ["capital"], "subjects": ["France", "Spain"]},
+        "retain": ["continent"],
+    }
+
+
+def write(folder: Path, value: Any) -> Path:
+    path = folder / "task.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+def test_own_task_file(tmp_path: Path, facts: LanguageModel):
+    value = spec()
+    subjects = [p.subject for p in load_task("capitals", facts).forget[:3]]
+    value["forget"]["subjects"] = subjects
+    task = load_task(write(tmp_path, value), facts)
+    assert {p.subject for p in task.forget} == set(subjects)
+    assert task.title == "small" and task.guard is None and task.text == {}
+
+
+def bad(key: str) -> tuple[Any, str]:
+    value = spec()
+    if key == "json":
+        return "{not json", "is not valid JSON"
+    if key == "list":
+        return [1], "lacks forget, name, relations, retain, schema"
+    if key == "missing":
+        del value["forget"], value["name"]
+        return value, r"lacks forget, name\."
+    if key == "schema":
+        value["schema"] = 2
+        return value, "has schema 2; expected 1"
+    if key == "escape":
+        value["relations"]["capital"]["table"] = "../../etc/passwd"
+        return value, "'../../etc/passwd': name a file beside the task file, without a path"
+    if key == "absolute":
+        value["relations"]["capital"]["table"] = "/etc/passwd"
+        return value, "'/etc/passwd': name a file beside the task file, without a path"
+    if key == "table":
+        value["relations"]["capital"]["table"] = "no.csv"
+        return value, "The file 'no.csv' is neither beside the task file nor shipped"
+    if key == "columns":
+        value["relations"]["capital"]["answer"] = "mayor"
+        return value, "Relation 'capital': countries.csv lacks the columns"
+    if key == "relation":
+        value["retain"] = ["continent", "river"]
+        return value, "Task 'small' names unknown relations: river"
+    if key == "empty forget":
+        value["forget"]["relations"] = []
+        return value, "Task 'small' has an empty forget set: name a relation"
+    if key == "no subject":
+        value["forget"]["subjects"] = ["atlantis"]
+        return value, "Task 'small' has an empty forget set: no subject is in a table"
+    value["forget"]["subjects"] = None
+    value["relations"]["capital"]["phrasings"]["train"] = ["the capital is"]
+    return value, r"Relation 'capital': 'the capital is' needs \{s\} exactly once"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "json",
+        "list",
+        "missing",
+        "schema",
+        "escape",
+        "absolute",
+        "table",
+        "columns",
+        "relation",
+        "empty forget",
+        "no subject",
+        "phrasing",
+    ],
+)
+def test_bad_task_files(tmp_path: Path, facts: LanguageModel, key: str):
+    value, message = bad(key)
+    with pytest.raises(TaskError, match=message):
+        load_task(write(tmp_path, value), facts)
+
+
+def test_a_table_that_the_tokenizer_does_not_know(tmp_path: Path, facts: LanguageModel):
+    (tmp_path / "own.csv").write_text("country,capital\nx,Quuxville\n", encoding="utf-8")
+    value = spec()
+    value["relations"]["capital"]["table"] = "own.csv"
+    with pytest.raises(TaskError, match="The tokenizer of facts does not know 'Quuxville'"):
+        load_task(write(tmp_path, value), facts)
+
+
+def test_too_few_answers_for_a_choice(tmp_path: Path, facts: LanguageModel, capitals: Task):
+    rows = [f"{p.subject},{p.answer_text}" for p in capitals.forget[:3]]
+    (tmp_path / "own.csv").write_text("\n".join(["country,capital", *rows]), encoding="utf-8")
+    value = spec()
+    value["relations"]["capital"]["table"] = "own.csv"
+    value["forget"]["subjects"] = None
+    with pytest.raises(TaskError, match="too few different answers for 4-way choice"):
+        load_task(write(tmp_path, value), facts)

@@ -1,0 +1,149 @@
+"""Unlearning: what the floor guarantees on the saved checkpoint, seeds, and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mansu_interp.config import UnlearnConfig
+from mansu_interp.errors import ConfigError, MaskError
+from mansu_interp.masks import Mask, choose_parameters
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.objectives import forget_gradient
+from mansu_interp.quantizers import NF4, survival
+from mansu_interp.tasks import Task
+from mansu_interp.unlearning import Unlearned, unlearn
+
+NF = NF4()
+# A large step, so that eight of them move many weights, and by several cells.
+CONFIG = UnlearnConfig(steps=8, lr=0.2, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def mask(facts: LanguageModel, capitals: Task) -> Mask:
+    names = [n for n in facts.linear_names if ".2.mlp." in n or ".1.self_attn.v_proj" in n]
+    gradient = forget_gradient(facts, names, capitals.forget.sample(32, 0))
+    everywhere = {n: torch.ones_like(g, dtype=torch.bool) for n, g in gradient.items()}
+    return choose_parameters(facts, everywhere, 0.005, gradient)
+
+
+@pytest.fixture(scope="module")
+def result(facts: LanguageModel, capitals: Task, mask: Mask) -> Unlearned:
+    return unlearn(facts, capitals, mask, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def saved(result: Unlearned, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    folder: Path = tmp_path_factory.mktemp("edited") / "model"
+    result.model.save(folder)
+    return load_model(folder)
+
+
+def test_every_edit_survives_on_the_saved_checkpoint(facts: LanguageModel, saved: LanguageModel):
+    assert saved.saved_dtype == torch.bfloat16
+    found = survival(facts, saved, NF)
+    assert found.edited > 500
+    assert found.survived == found.edited
+    assert found.collateral == 0
+    assert found.update_over_bin > 0.3
+    assert found.projection == pytest.approx(1, abs=0.2)
+
+
+def test_saving_rounds_nothing(result: Unlearned, saved: LanguageModel):
+    for name, weight in result.model.weights.items():
+        assert torch.equal(weight, saved.weights[name]), name
+
+
+def test_nothing_outside_the_mask_moves(facts: LanguageModel, saved: LanguageModel, mask: Mask):
+    touched = 0
+    for name, weight in facts.weights.items():
+        moved = (weight != saved.weights[name]).flatten()
+        allowed = torch.zeros_like(moved)
+        allowed[mask.indices.get(name, torch.zeros(0, dtype=torch.long))] = True
+        assert not (moved & ~allowed).any(), name
+        touched += int(moved.sum())
+    assert 0 < touched <= min(mask.n_parameters, 0.005 * facts.n_parameters)
+
+
+def test_the_budget_holds_even_if_more_could_move(facts: LanguageModel, capitals: Task):
+    name = "model.layers.2.mlp.down_proj.weight"
+    gradient = forget_gradient(facts, [name], capitals.forget.sample(16, 0))
+    everywhere = {name: torch.ones_like(gradient[name], dtype=torch.bool)}
+    few = choose_parameters(facts, everywhere, 1e-4, gradient)
+    edited = unlearn(facts, capitals, few, CONFIG).model
+    assert 20 < int((edited.weights[name] != facts.weights[name]).sum()) <= 103
+
+
+def test_absmax_elements_stay(facts: LanguageModel, saved: LanguageModel, mask: Mask):
+    for name in mask.indices:
+        before, after = NF.cells(facts.weights[name]), NF.cells(saved.weights[name])
+        moved = (facts.weights[name] != saved.weights[name]).flatten()
+        assert not (moved & before.sets_scale).any()
+        assert torch.equal(before.scale, after.scale)
+        assert ((after.codes[moved] >= 1) & (after.codes[moved] <= 14)).all()
+
+
+def test_the_original_is_left_alone(facts: LanguageModel, result: Unlearned):
+    fresh = load_model("facts")
+    assert all(torch.equal(w, fresh.weights[n]) for n, w in facts.weights.items())
+    assert len(result.history) == 8 and result.stopped_at == 8
+    assert result.history[-1]["edited"] == sum(
+        int((w != facts.weights[n]).sum()) for n, w in result.model.weights.items()
+    )
+
+
+def test_seeds(facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned):
+    again = unlearn(facts, capitals, mask, CONFIG).model
+    assert all(torch.equal(w, again.weights[n]) for n, w in result.model.weights.items())
+    other = unlearn(facts, capitals, mask, UnlearnConfig(**{**vars(CONFIG), "seed": 1})).model
+    assert any(not torch.equal(w, other.weights[n]) for n, w in result.model.weights.items())
+
+
+def test_a_mask_element_that_must_not_move_does_not(facts: LanguageModel, capitals: Task):
+    """A mask of nothing but absmax elements edits nothing."""
+    name = "model.layers.2.mlp.down_proj.weight"
+    at = NF.cells(facts.weights[name]).sets_scale.nonzero().flatten()
+    found = unlearn(facts, capitals, Mask({name: at}), UnlearnConfig(steps=4, lr=0.5, batch_size=4))
+    assert torch.equal(found.model.weights[name], facts.weights[name])
+    assert found.history[-1]["edited"] == 0
+
+
+def test_gradient_ascent_lowers_the_answers(facts: LanguageModel, capitals: Task, mask: Mask):
+    config = UnlearnConfig(steps=8, lr=0.2, batch_size=8, forget_loss="ga")
+    history = unlearn(facts, capitals, mask, config).history
+    assert history[-1]["forget"] < history[0]["forget"]
+
+
+def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, mask: Mask):
+    with pytest.raises(ConfigError, match=r"Unknown method 'magic'; available: mansu, graddiff, n"):
+        unlearn(facts, capitals, mask, UnlearnConfig(method="magic"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"give mask=circuit\.mask\(model\)"):
+        unlearn(facts, capitals)
+    with pytest.raises(MaskError, match="made for another checkpoint than facts"):
+        unlearn(facts, capitals, Mask(mask.indices, {"model_sha256": "00"}))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 0}, {"lr": 0}, {"batch_size": 0}, {"push": -1}, {"forget_loss": "x"}]
+)
+def test_settings_out_of_range(settings: dict):
+    with pytest.raises(ConfigError, match=r"; got |must not be negative|; expected"):
+        UnlearnConfig(**settings)
+
+
+def test_dense_methods_stop_where_told(facts: LanguageModel, capitals: Task):
+    seen: list[int] = []
+    config = UnlearnConfig(method="graddiff", steps=6, lr=1e-4, batch_size=4, stop_at=1.0)
+    result = unlearn(facts, capitals, None, config, lambda done, total, _: seen.append(done))
+    assert result.stopped_at == len(result.history) == 2  # the first check; 1.0 is always reached
+    assert seen == [1, 2]
+    assert result.history[-1]["choice"] <= 1.0
+    assert any(not torch.equal(w, facts.weights[n]) for n, w in result.model.weights.items())
+
+
+def test_dense_methods_without_a_level_run_to_the_end(facts: LanguageModel, capitals: Task):
+    for method in ("graddiff", "npo"):
+        config = UnlearnConfig(method=method, steps=3, lr=1e-4, batch_size=4)  # type: ignore[arg-type]
+        assert unlearn(facts, capitals, None, config).stopped_at == 3
