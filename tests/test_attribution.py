@@ -113,7 +113,8 @@ def node_scores(model: LanguageModel, pairs: PairSet) -> dict[str, float]:
             value = logit_diff(model.last_logits(tokens, batch.last), batch).sum()
             for hook in hooks:
                 hook.remove()
-            runs.append((seen, dict(zip(seen, torch.autograd.grad(value, list(seen.values()))))))
+            slopes = torch.autograd.grad(value, list(seen.values()))
+            runs.append((seen, dict(zip(seen, slopes, strict=True))))
         (clean, _), (corrupt, slopes) = runs
         for name in clean:
             product = (clean[name] - corrupt[name]).detach() * slopes[name]
@@ -153,9 +154,10 @@ def test_grouped_keys_are_the_sum_of_their_ungrouped_heads(tiny_model: TinyModel
     grouped, full = tiny_model(2), tiny_model(4).copy()
     with torch.no_grad():
         for name, weight in grouped.weights.items():
+            same = weight
             if "k_proj" in name or "v_proj" in name:
-                weight = weight.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
-            full.weights[name].copy_(weight)
+                same = weight.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+            full.weights[name].copy_(same)
     a, b = attribute(grouped, pairs), attribute(full, pairs)
     assert a.clean == pytest.approx(b.clean, abs=1e-5)
     tolerance = 1e-4 * np.abs(b.scores).max()

@@ -1,4 +1,4 @@
-"""Ablate-outside faithfulness: its two ends, the oracle, and the search for the smallest circuit."""
+"""Ablate-outside faithfulness: its two ends, the oracle, and the search for a small circuit."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_who_reads_whom():
     ]:
         with pytest.raises(CircuitError, match=f"No edge '{source}' -> '{target}' in Archi"):
             serial.edge(source, target)
-    with pytest.raises(CircuitError, match="No edge 'a0.h3' -> 'm0'"):
+    with pytest.raises(CircuitError, match=r"No edge 'a0\.h3' -> 'm0'"):
         parallel.edge("a0.h3", "m0")
 
 

@@ -32,7 +32,7 @@ def test_names_that_are_no_path_and_no_hub_name(name: str, monkeypatch: pytest.M
         with pytest.raises(ModelError, match="Unknown model"):
             load_model(name)
     else:
-        with pytest.raises(ModelError, match="holds no config.json"):
+        with pytest.raises(ModelError, match=r"holds no config\.json"):
             load_model(name)  # the current folder
 
 

@@ -49,7 +49,8 @@ def test_counterfactual_loss_by_hand(tiny_model: TinyModel, pairs: PairSet):
     expected, pushed = [], []
     for pair in pairs:
         target, now = targets([pair])[0], logp(model, pair)
-        kl = sum(float(t * (math.log(t) - n)) for t, n in zip(target.tolist(), now.tolist()))
+        both = zip(target.tolist(), now.tolist(), strict=True)
+        kl = sum(t * (math.log(t) - n) for t, n in both)
         excess = float(now[pair.answer]) - math.log(float(target[pair.answer]))
         expected.append(kl)
         pushed.append(kl + 0.5 * max(0.0, excess + 1.0))

@@ -123,7 +123,7 @@ def test_a_finished_folder_is_refused(finished: RunResult):
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished: RunResult):
-    with pytest.raises(ArtifactError, match="already holds another run or other files. Name anot"):
+    with pytest.raises(ArtifactError, match=r"already holds another run or other files\. Name"):
         run(replace(settings(finished.folder), seed=1))
 
 
