@@ -139,3 +139,13 @@ def test_no_edit_no_survival(tiny_model):
     model = tiny_model(4)
     found = survival(model, model.copy(), NF)
     assert (found.edited, found.survived, found.collateral, found.projection) == (0, 0, 0, 0.0)
+
+
+def test_ties_go_where_bitsandbytes_sends_them():
+    """On every cell boundary, and on the nearest float to either side of it."""
+    at = NF.boundaries
+    around = torch.cat([at, at.nextafter(torch.tensor(2.0)), at.nextafter(torch.tensor(-2.0))])
+    weight = torch.zeros(1, 64)
+    weight[0, 0], weight[0, 1:46] = 1.0, around
+    codes, _ = bitsandbytes_codes(weight, 64)
+    assert torch.equal(NF.cells(weight).codes, codes)
