@@ -42,15 +42,21 @@ def run_circuit(
         final_logits(stream.bridge, batch.corrupt, batch.last)
     corrupt = {k: v.float() for k, v in recorder.seen.items()}
     # What each writer adds now beyond its corrupt write, in writer order.
-    change: list[Float[Tensor, "n batch pos d"]] = []
+    change = torch.empty(len(graph.writers), *corrupt[stream.input_hook].shape)
+    written = 0
+
+    def write(values: Float[Tensor, "n batch pos d"]) -> None:
+        nonlocal written
+        change[written : written + len(values)] = values
+        written += len(values)
 
     def read(column: int, n: int, base: Tensor) -> Float[Tensor, "n batch pos d"]:
-        known = torch.cat(change)
-        weights = keep[: len(known), column : column + n]
-        return base + torch.einsum("un,ubpd->nbpd", weights, known)
+        weights = keep[:written, column : column + n]
+        live = weights.any(1).nonzero()[:, 0]
+        return base + torch.einsum("un,ubpd->nbpd", weights[live], change[live])
 
     def at_input(value: Tensor, hook: Any) -> None:
-        change.append((value.float() - corrupt[stream.input_hook])[None])
+        write((value.float() - corrupt[stream.input_hook])[None])
 
     def at_projection(layer: int, offset: int, n: int, c: str) -> Callable[[Tensor, Any], Tensor]:
         column = layer * graph.readers_per_layer + offset
@@ -70,7 +76,7 @@ def run_circuit(
         name = f"blocks.{layer}.attn.o.hook_in"
 
         def hook_fn(value: Tensor, hook: Any) -> None:
-            change.append(stream.head_writes(layer, value.float() - corrupt[name]))
+            write(stream.head_writes(layer, value.float() - corrupt[name]))
 
         return hook_fn
 
@@ -85,7 +91,7 @@ def run_circuit(
 
     def at_mlp_out(layer: int) -> Callable[[Tensor, Any], None]:
         def hook_fn(value: Tensor, hook: Any) -> None:
-            change.append((value.float() - corrupt[stream.mlp(layer)])[None])
+            write((value.float() - corrupt[stream.mlp(layer)])[None])
 
         return hook_fn
 
