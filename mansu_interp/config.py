@@ -78,17 +78,17 @@ class UnlearnConfig:
 
     method: Literal["mansu", "graddiff", "npo"] = "mansu"
     """mansu edits inside the mask; graddiff and npo are dense baselines."""
-    steps: int = 300
+    steps: int = 250
     """Optimiser steps (dense methods: at most)."""
     lr: float = 0.03
     """Step size: in units of each block's absmax for mansu, of weights for dense methods."""
-    batch_size: int = 24
+    batch_size: int = 48
     """Forget pairs per step; as many retain pairs beside them."""
     forget_loss: Literal["counterfactual", "ga"] = "counterfactual"
     """mansu: towards what a model that never knew would say, or gradient ascent."""
     push: float = 1.0
     """mansu: weight of the hinge on the answer's log-probability."""
-    margin: float = 2.0
+    margin: float = 0.5
     """mansu: nats by which the hinge overshoots, for the sake of phrasings not trained on."""
     retain_weight: float = 2.0
     """Weight of the retain loss: KL to the original (graddiff: NLL of the answer)."""

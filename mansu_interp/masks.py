@@ -38,7 +38,7 @@ from .quantizers import NF4, get_quantizer
 SCHEMA = 1
 POOL = 4
 """Candidates per parameter of the budget: which of them are edited is settled while unlearning."""
-DAMPING = 1000.0
+DAMPING = 100.0
 """Median damages below which damage hardly counts in the choice of parameters."""
 _PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
 

@@ -35,6 +35,7 @@ from mansu_interp.unlearning import unlearn
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASELINES = ("graddiff", "npo")
+DENSE_STEPS = 600
 ORDER = ("original", "mansu", *BASELINES)
 
 
@@ -102,7 +103,12 @@ def measure(
     def baseline(method: str, stop_at: float) -> dict[str, Any]:
         started = time.monotonic()
         config = replace(
-            unlearn_config, method=method, lr=rates[method], stop_at=stop_at, retain_weight=1.0
+            unlearn_config,
+            method=method,
+            lr=rates[method],
+            stop_at=stop_at,
+            retain_weight=1.0,
+            steps=DENSE_STEPS,
         )
         result = unlearn(model, task, None, config)
         with tempfile.TemporaryDirectory() as out:
@@ -203,8 +209,8 @@ def main() -> None:
     parser.add_argument("--task", default="capitals")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=UnlearnConfig().steps)
-    parser.add_argument("--lr-graddiff", type=float, default=3e-5)
-    parser.add_argument("--lr-npo", type=float, default=3e-5)
+    parser.add_argument("--lr-graddiff", type=float, default=1e-4)
+    parser.add_argument("--lr-npo", type=float, default=1e-4)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     rates = {"graddiff": args.lr_graddiff, "npo": args.lr_npo}
