@@ -49,11 +49,13 @@ class Circuit:
     def components(self) -> list[tuple[Node, bool]]:
         """Every node that an edge touches, with True where it takes part as a writer."""
         writers = [
-            (n, True) for n, used in zip(self.graph.writers, self.edges.any(1), strict=True) if used
+            (n, True)
+            for n, used in zip(self.graph.writers, np.any(self.edges, axis=1), strict=True)
+            if used
         ]
         readers = [
             (n, False)
-            for n, used in zip(self.graph.readers, self.edges.any(0), strict=True)
+            for n, used in zip(self.graph.readers, np.any(self.edges, axis=0), strict=True)
             if used
         ]
         return writers + readers
@@ -65,7 +67,8 @@ class Circuit:
         ``kind``: ``residual`` for attribution edges, ``inside`` for the free links from a head's
         q/k/v inputs to its output.
         """
-        out = nx.DiGraph(**{k: v for k, v in self.meta.items() if isinstance(v, (str, int, float))})
+        out = nx.DiGraph()
+        out.graph.update((k, v) for k, v in self.meta.items() if isinstance(v, (str, int, float)))
 
         def add(node: Node) -> str:
             out.add_node(node.id, kind=node.kind, layer=node.layer, head=node.head)

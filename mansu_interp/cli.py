@@ -1,8 +1,7 @@
-"""The ``mansu`` command: parses settings, shows progress, prints results. No logic of its own."""
+"""The ``mansu`` command: parses settings, shows progress, prints results."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -83,6 +82,8 @@ def _list() -> int:
     return 0
 
 
+ABOUT = "Make a language model forget something, and check that it stays forgotten."
+
 Command = (
     Annotated[
         RunConfig,
@@ -98,10 +99,8 @@ Command = (
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted)."""
-    # Thread spinning between small operations makes torch slow on busy machines.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        config = tyro.cli(Command, args=argv, prog="mansu", description=__doc__.splitlines()[0])
+        config = tyro.cli(Command, args=argv, prog="mansu", description=ABOUT)
         return _run(config) if isinstance(config, RunConfig) else _list()
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

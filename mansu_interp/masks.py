@@ -17,7 +17,7 @@ the forget gradient (ours).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,6 @@ def choose_parameters(
     retain_fisher: Weights | None = None,
     quantizer: NF4 | str = "nf4",
     damping: float = DAMPING,
-    on_weight: Callable[[str], None] | None = None,
 ) -> Mask:
     """The parameters with the best forget gain per retain damage, up to a budget.
 

@@ -1,9 +1,8 @@
-"""Keeping what must be kept: diagonal Fisher, projection, and the bound on retain damage.
+"""Keeping what must be kept: the diagonal Fisher and the projection.
 
 With F the diagonal Fisher of the retain set, a direction g becomes lambda / (lambda + F_i) g_i
-inside the mask and 0 elsewhere: the null space of diag(F) as lambda -> 0. To second order a step d
-changes the retain loss by at most |g_r . d| + 1/2 sum F_i d_i^2 plus the remainder (ours, after the
-idea of arXiv 2605.15138).
+inside the mask and 0 elsewhere: the null space of diag(F) as lambda -> 0 (ours, after
+the idea of arXiv 2605.15138).
 """
 
 from __future__ import annotations
@@ -76,12 +75,3 @@ def projection(fisher: Float[Tensor, " n"], strength: float, scale: float) -> Fl
         return torch.ones_like(fisher)
     lam = max(scale, 1e-30) / strength
     return lam / (lam + fisher)
-
-
-def retain_bound(
-    retain_gradient: Float[Tensor, " n"], fisher: Float[Tensor, " n"], step: Float[Tensor, " n"]
-) -> float:
-    """|g_r . d| + 1/2 sum F_i d_i^2, in nats per prompt."""
-    first = (retain_gradient.double() @ step.double()).abs()
-    second = 0.5 * (fisher.double() * step.double().square()).sum()
-    return float(first + second)

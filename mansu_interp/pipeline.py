@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,16 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     return Plan(lines, total * forward, memory)
 
 
-def prepare_folder(config: RunConfig) -> None:
-    """Make the output folder, or accept one that holds an unfinished run of the same settings.
+def check_folder(config: RunConfig) -> None:
+    """Accept an absent or empty output folder, or an unfinished run of the same settings.
 
     Raises:
         ArtifactError: the folder holds something else, or a finished run.
     """
     out = config.out
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file. Name a folder with --out.")
     if not out.exists() or not any(out.iterdir()):
-        write_json(out / "config.json", config_json(config))
         return
     same = (out / "config.json").exists() and read_json(out / "config.json") == config_json(config)
     if not same:
@@ -119,6 +120,23 @@ def prepare_folder(config: RunConfig) -> None:
             f"{out} already holds this run, finished (see {out / 'report.html'}). "
             "Name another --out, or delete it to run again."
         )
+
+
+def command_line(config: RunConfig) -> str:
+    """The command that makes this run: every setting that is not the default."""
+    words = ["mansu", "run"]
+
+    def add(prefix: str, given: Any, usual: Any) -> None:
+        for item in fields(given):
+            value, default = getattr(given, item.name), getattr(usual, item.name)
+            name = f"{prefix}{item.name}".replace("_", "-")
+            if is_dataclass(value):
+                add(f"{item.name}.", value, default)
+            elif value != default and item.name not in ("out", "threads"):
+                words.extend([f"--{name}", str(value)])
+
+    add("", config, RunConfig())
+    return shlex.join(words)
 
 
 @dataclass
@@ -183,9 +201,10 @@ def run(
         seconds[stage] = round(time.perf_counter() - clock, 2)
         clock = time.perf_counter()
 
+    check_folder(config)
     model = load_model(config.model)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
-    prepare_folder(config)
+    write_json(config.out / "config.json", config_json(config))
     if on_plan:
         on_plan(plan(config, model, task))
     lap("load")
@@ -258,7 +277,6 @@ def run(
         name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
     }
     ranked = sorted(circuit.to_networkx().edges(data=True), key=lambda e: -abs(e[2]["score"]))
-    command = ["mansu", "run", "--model", config.model, "--task", task.name]
     report: dict[str, Any] = {
         "schema": 1,
         "versions": _versions(),
@@ -275,7 +293,7 @@ def run(
             "dropped": task.dropped,
         },
         "config": config_json(config),
-        "command": shlex.join([*command, "--seed", str(config.seed)]),
+        "command": command_line(config),
         "verdict": verdict(rows),
         "properties": rows,
         "scores": scores.rows,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mansu_interp.models import LanguageModel
-from mansu_interp.nullspace import fisher_diagonal, gradient, projection, retain_bound
+from mansu_interp.nullspace import fisher_diagonal, gradient, projection
 from mansu_interp.tasks import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
@@ -65,16 +65,3 @@ def test_projection_formula():
     assert projection(fisher, 2.0, 2.0).tolist() == pytest.approx([1, 0.5, 0.25, 1e-6], rel=1e-4)
     assert projection(fisher, 1e9, 1.0)[1:].max() < 1e-8  # the exact null space
     assert projection(torch.zeros(2), 1.0, 0.0).tolist() == [1, 1]
-
-
-def test_retain_bound_on_a_quadratic():
-    """L(d) = g . d + 1/2 d F d: the bound is L itself when g . d >= 0, and above it otherwise."""
-    g, f = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([4.0, 1.0, 0.0])
-    for d in ([0.5, -1.0, 2.0], [-0.5, 1.0, 2.0]):
-        first = d[0] - 2 * d[1] + 0.5 * d[2]
-        second = 0.5 * (4 * d[0] ** 2 + d[1] ** 2)
-        bound = retain_bound(g, f, torch.tensor(d))
-        assert bound == pytest.approx(abs(first) + second)
-        assert bound >= first + second - 1e-9
-    assert retain_bound(g, f, torch.zeros(3)) == 0
-    assert math.isclose(retain_bound(-g, f, torch.tensor([1.0, 0, 0])), 3.0)

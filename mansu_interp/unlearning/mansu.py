@@ -6,8 +6,8 @@ into another cell, the weight takes that cell's level. So a weight moves at leas
 not at all, and the quantized model receives the same edit. Gradients pass the snap straight through
 (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's). Steps alternate between
 the full-precision and the quantized model, so that both forget and both retain; each is compared
-with the original at its own precision. The momentum direction is multiplied by the null-space projection
-lambda / (lambda + F).
+with the original at its own precision. The momentum direction is multiplied by the null-space
+projection lambda / (lambda + F).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Snapper:
             plans.append((moved, value, levels[code] * x.scale, distance))
         # Of all that crossed a boundary, the farthest travelled fill the budget.
         travelled = torch.cat([d[m] for m, _, _, d in plans])
-        bar = 0.0
+        bar, edited = 0.0, 0
         if len(travelled) > self.limit:
             bar = float(travelled.kthvalue(len(travelled) - self.limit).values)
         for (name, x), (moved, value, level, distance) in zip(
@@ -134,7 +134,8 @@ class Snapper:
             made = moved & (distance > bar)
             self.model.weights[name].view(-1)[x.index] = torch.where(made, value, x.original)
             self.quantized.weights[name].view(-1)[x.index] = torch.where(made, level, x.quantized)
-        return min(len(travelled), self.limit)
+            edited += int(made.sum())
+        return edited
 
 
 def learning_rate(peak: float, done: int, steps: int) -> float:
