@@ -180,7 +180,7 @@ def table(folder: Path) -> list[str]:
         "PTQ gap, four-way": lambda m: gap(m, "choice"),
         "parameters edited": lambda m: f"{statistics.mean(c['share'] for c in cells[m]):.3%}",
         "edited codes that changed under NF4": lambda m: (
-            f"{statistics.mean(c['survived'] / max(1, c['edited_quantized']) for c in cells[m]):.2%}"
+            f"{statistics.mean(c['survived'] / (c['edited_quantized'] or 1) for c in cells[m]):.2%}"
         ),
         "other codes that changed": lambda m: spread([c["collateral"] for c in cells[m]], 0),
         "update RMS / NF4 bin": lambda m: spread([c["update_over_bin"] for c in cells[m]]),
