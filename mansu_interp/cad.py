@@ -12,7 +12,8 @@ public):
 EAP-IG is complete: mass follows the metric, so mass alone is behaviour in disguise. A model that
 never learnt the facts has low mass *and* low alignment (0.1 to 0.2 on small models); models whose
 output was merely suppressed keep an alignment of 0.45 or more. The thresholds below lie between
-those measurements; they are a first proposal and are **not calibrated**.
+those measurements; they are a first proposal and are **not calibrated**. The never-taught twins that
+ship here reach an alignment of 0.57 and 0.87, so where a twin is at hand it can veto a verdict.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ ERASED_ALIGNMENT = 0.25
 ERASED_PROJECTION = 0.15
 RELOCATED_OUTSIDE = 0.5
 RECOVERED_PROJECTION = 0.2
+REFERENCE = "never taught"
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,28 @@ def divergence(
     )
 
 
-def judge(edited: Divergence, quantized: Divergence | None = None) -> tuple[str, str]:
-    """Verdict and a plain sentence, by the thresholds of this module."""
+def judge(
+    edited: Divergence, quantized: Divergence | None = None, reference: Divergence | None = None
+) -> tuple[str, str]:
+    """Verdict and a plain sentence, by the thresholds of this module.
+
+    Arguments:
+        edited: the unlearned model.
+        quantized: its quantized form, for ``recovered``.
+        reference: a model that was never taught; where it keeps the old alignment too, alignment
+            proves nothing and the verdict is ``undecided``.
+    """
     d = edited
     if quantized and quantized.projection - d.projection > RECOVERED_PROJECTION:
         return "recovered", "Quantization moved the attribution graph back towards the original."
     if d.projection >= UNCHANGED_PROJECTION:
         return "unchanged", "The circuit still carries the answer much as it did."
     if abs(d.alignment) >= SUPPRESSED_ALIGNMENT:
+        if reference and abs(reference.alignment) >= SUPPRESSED_ALIGNMENT:
+            return (
+                "undecided",
+                "What still flows takes the old circuit, but so it does in a model never taught.",
+            )
         return (
             "suppressed",
             "What still flows takes the old circuit, so the knowledge may be hidden, not gone.",
@@ -114,16 +130,19 @@ def compare(
     pairs: PairSet,
     config: AttributionConfig | None = None,
     on_step: Callable[[str, int, int], None] | None = None,
+    reference: LanguageModel | None = None,
 ) -> CAD:
     """Compare attribution graphs on the same forget pairs.
 
     Arguments:
         circuit: the original's circuit.
         original: the model before unlearning.
-        models: the unlearned model first, then its quantized form, then any reference (a twin);
-            the verdict is on the first, ``recovered`` looks at the second.
+        models: the unlearned model first, then its quantized form; the verdict is on the first,
+            ``recovered`` looks at the second.
         pairs: forget pairs; use a phrasing that unlearning never saw.
         config: attribution settings; default: those of the discovery.
+        reference: a twin that was never taught the forget facts, if there is one; it appears
+            among the result's models as ``never taught``.
         on_step: called with (model name, pairs done, pairs in all).
 
     Raises:
@@ -143,10 +162,12 @@ def compare(
     base = graph_of("original", original)
     gap = base.clean - base.corrupt
     out: dict[str, Divergence] = {}
-    for name, model in models.items():
+    named = {**models, REFERENCE: reference} if reference else dict(models)
+    for name, model in named.items():
         found = graph_of(name, model)
         parts = divergence(base.scores, found.scores, circuit.edges)
         out[name] = Divergence(*parts, metric=(found.clean - found.corrupt) / gap)
-    both = list(out.values())
-    verdict, sentence = judge(both[0], both[1] if len(both) > 1 else None)
+    edited, quantized = [*(out[n] for n in models), None][:2]
+    assert edited is not None
+    verdict, sentence = judge(edited, quantized, out.get(REFERENCE))
     return CAD(verdict, sentence, out)

@@ -260,8 +260,7 @@ def run(
 
     held_out = [p for s in task.scored["unseen"]["forget"].values() for p in s]
     compared = {k: models[k] for k in ("unlearned", f"unlearned {QUANTIZER}")}
-    if task.twins and (EMBEDDED / config.model).is_dir():
-        compared["twin (never taught)"] = load_model(task.twins[0])
+    twin = load_model(task.twins[0]) if task.twins and (EMBEDDED / config.model).is_dir() else None
     cad = compare(
         circuit,
         model,
@@ -269,6 +268,7 @@ def run(
         PairSet("held out", tuple(held_out)).sample(CAD_PAIRS, config.seed),
         circuit_config,
         lambda name, d, n: note(f"attribution of {name}", d, n),
+        twin,
     )
     lap("compare")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mansu_interp.artifacts import write_json, write_text
+from mansu_interp.cad import Divergence, judge
 from mansu_interp.config import RunConfig, UnlearnConfig
 from mansu_interp.evaluation import evaluate
 from mansu_interp.models import LanguageModel, load_model
@@ -131,6 +132,12 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def cad_verdict(found: dict[str, Any]) -> str:
+    """The verdict on a cell's recorded parts, by today's thresholds; - if not compared."""
+    parts = [Divergence(**d) for d in found.get("cad", {}).get("models", {}).values()]
+    return judge(*parts)[0] if parts else "-"
+
+
 def table(folder: Path) -> list[str]:
     """Markdown of one model and task."""
     cells: dict[str, list[dict[str, Any]]] = {}
@@ -186,7 +193,7 @@ def table(folder: Path) -> list[str]:
         "update RMS / NF4 bin": lambda m: spread([c["update_over_bin"] for c in cells[m]]),
         "projection retention": lambda m: spread([c["projection"] for c in cells[m]]),
         "four-way, dev phrasings (matched)": lambda m: spread([c["dev_choice"] for c in cells[m]]),
-        "CAD verdict": lambda m: ", ".join(c.get("cad", {}).get("verdict", "-") for c in cells[m]),
+        "CAD verdict": lambda m: ", ".join(map(cad_verdict, cells[m])),
         "seconds": lambda m: spread([c["seconds"] for c in cells[m]], 0),
     }
     for label, figure in rows.items():

@@ -60,6 +60,14 @@ def test_verdicts(verdict: str, edited: Divergence, quantized: Divergence | None
     assert sentence.endswith(".") and sentence[0].isupper()
 
 
+def test_a_twin_that_looks_alike_vetoes_suppressed():
+    edited = of(0.1, 0.8)
+    assert judge(edited, None, of(0.02, 0.1))[0] == "suppressed"
+    said, sentence = judge(edited, None, of(0.02, 0.6))
+    assert said == "undecided"
+    assert "never taught" in sentence
+
+
 def circuit_of(model: LanguageModel, pairs: PairSet) -> Circuit:
     scores = attribute(model, pairs, FEW).scores
     return Circuit(model.graph, scores, strongest(model.graph, scores, 60))
@@ -102,3 +110,10 @@ def test_what_cannot_be_compared(tiny_model: TinyModel, pairs: PairSet):
         compare(circuit, model, {}, pairs)
     with pytest.raises(CircuitError, match="other has another architecture than the circuit"):
         compare(circuit, model, {"other": tiny_model(4)}, pairs, FEW)
+
+
+def test_the_reference_is_compared_but_not_judged(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    cad = compare(circuit_of(model, pairs), model, {"same": model}, pairs, FEW, reference=model)
+    assert list(cad.models) == ["same", "never taught"]
+    assert cad.verdict == "unchanged"
