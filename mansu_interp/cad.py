@@ -12,8 +12,8 @@ public):
 EAP-IG is complete: mass follows the metric, so mass alone is behaviour in disguise. A model that
 never learnt the facts has low mass *and* low alignment (0.1 to 0.2 on small models); models whose
 output was merely suppressed keep an alignment of 0.45 or more. The thresholds below lie between
-those measurements; they are a first proposal and are **not calibrated**. The never-taught twins that
-ship here reach an alignment of 0.57 and 0.87, so where a twin is at hand it can veto a verdict.
+those measurements; they are a first proposal and are **not calibrated**. The never-taught twins
+that ship here reach an alignment of 0.57 and 0.87, so where one is at hand it can veto a verdict.
 """
 
 from __future__ import annotations
