@@ -18,7 +18,7 @@ from .config import CircuitConfig
 from .errors import ArtifactError, CircuitError
 from .faithfulness import circuit_metric, minimal_edges
 from .graph import Architecture, Graph, Node
-from .masks import Mask, choose_parameters, region
+from .masks import DAMPING, Mask, choose_parameters, region
 from .models import LanguageModel
 from .nullspace import fisher_diagonal
 from .objectives import forget_gradient
@@ -93,6 +93,7 @@ class Circuit:
         forget: PairSet | None = None,
         seed: int = 0,
         n_pairs: int = 64,
+        damping: float = DAMPING,
     ) -> Mask:
         """The parameters behind this circuit that forget most per retain damage.
 
@@ -103,6 +104,7 @@ class Circuit:
             forget: pairs for the forget gradient; default: those of the discovery.
             seed: which pairs are drawn.
             n_pairs: how many pairs the gradient and the Fisher use.
+            damping: see `choose_parameters`.
 
         Raises:
             MaskError: budget out of range, or nothing to edit.
@@ -121,7 +123,7 @@ class Circuit:
         fisher = None
         if retain is not None:
             fisher = fisher_diagonal(model, names, retain.sample(n_pairs, seed), seed=seed)
-        mask = choose_parameters(model, regions, budget, g, fisher)
+        mask = choose_parameters(model, regions, budget, g, fisher, damping=damping)
         mask.meta["components"] = [n.id for n, _ in self.components()]
         return mask
 

@@ -128,6 +128,9 @@ class RunConfig:
     """Folder for everything the run writes."""
     budget: float = 0.005
     """Share of all parameters that may be edited, in (0, 1]."""
+    damping: float = 100.0
+    """Median retain damages below which damage hardly counts in the choice of parameters; smaller
+    is more cautious and forgets less."""
     seed: int = 0
     """Seed of every draw."""
     score_pairs: int = 200
@@ -144,6 +147,8 @@ class RunConfig:
             raise ConfigError(
                 f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
             )
+        if self.damping < 0:
+            raise ConfigError(f"damping must not be negative; got {self.damping}.")
         if self.score_pairs < 1 or (self.threads is not None and self.threads < 1):
             raise ConfigError(
                 f"score_pairs and threads must be at least 1; got {self.score_pairs}, "

@@ -226,7 +226,7 @@ def run(
     else:
         note("choosing parameters", 0, 1)
         keep = PairSet("keep", task.retain.pairs + (task.guard.pairs if task.guard else ()))
-        mask = circuit.mask(model, config.budget, keep, seed=config.seed)
+        mask = circuit.mask(model, config.budget, keep, seed=config.seed, damping=config.damping)
         mask.save(out / "mask.safetensors")
         note("choosing parameters", 1, 1)
     lap("mask")

@@ -1,0 +1,31 @@
+"""Re-make ``circuits/``: the circuit and mask of each task of the embedded model.
+
+python scripts/make_circuits.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mansu_interp.circuit import discover
+from mansu_interp.models import load_model
+from mansu_interp.tasks import load_task
+
+OUT = Path(__file__).parents[1] / "circuits"
+
+
+def main() -> None:
+    """Discover with the default settings and write JSON, GraphML and the mask."""
+    model = load_model("facts")
+    for name in ("capitals", "countries"):
+        task = load_task(name, model)
+        circuit = discover(model, task.forget, retain=task.retain)
+        circuit.save(OUT / f"facts-{name}.json")
+        circuit.save_graphml(OUT / f"facts-{name}.graphml")
+        circuit.mask(model, retain=task.retain).save(OUT / f"facts-{name}.mask.safetensors")
+        faithfulness = circuit.meta["faithfulness"]
+        print(f"{name}: {circuit.n_edges} edges, faithfulness {faithfulness:.3f}")
+
+
+if __name__ == "__main__":
+    main()
