@@ -27,6 +27,7 @@ from mansu_interp.artifacts import write_json, write_text
 from mansu_interp.cad import Divergence, judge
 from mansu_interp.config import RunConfig, UnlearnConfig
 from mansu_interp.evaluation import evaluate
+from mansu_interp.masks import DAMPING
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pipeline import run
 from mansu_interp.quantizers import NF4, quantize, survival
@@ -77,23 +78,34 @@ def cell(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(
-    name: str, task_name: str, seed: int, steps: int, rates: dict[str, float], threads: int | None
+    name: str,
+    task_name: str,
+    settings: UnlearnConfig,
+    damping: float,
+    rates: dict[str, float],
+    threads: int | None,
 ) -> None:
     """Run every method of one seed."""
     model = load_model(name)
     task = load_task(task_name, model)
     folder = DOCS / "results" / f"{Path(name).name}-{task.name}"
-    unlearn_config = UnlearnConfig(steps=steps, seed=seed)
+    seed = settings.seed
 
     def mansu() -> dict[str, Any]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as out:
             config = RunConfig(
-                name, task_name, Path(out) / "run", seed=seed, unlearn=unlearn_config,
+                name,
+                task_name,
+                Path(out) / "run",
+                seed=seed,
+                damping=damping,
+                unlearn=settings,
                 threads=threads,
-            )  # fmt: skip
+            )
             result = run(config, lambda stage, d, n: print(f"\r{stage} {d}/{n}   ", end=""))
             out_cell = scored(model, result.model, task, started)
+            out_cell["settings"] = {**result.report["config"], "out": None}
             out_cell["run_seconds"] = result.report["seconds"]
             out_cell["cad"] = result.report["cad"]
             out_cell["circuit"] = {
@@ -104,7 +116,7 @@ def measure(
     def baseline(method: str, stop_at: float) -> dict[str, Any]:
         started = time.monotonic()
         config = replace(
-            unlearn_config,
+            settings,
             method=method,
             lr=rates[method],
             stop_at=stop_at,
@@ -215,14 +227,28 @@ def main() -> None:
     parser.add_argument("--model", default="facts")
     parser.add_argument("--task", default="capitals")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=UnlearnConfig().steps)
+    usual = UnlearnConfig()
+    parser.add_argument("--steps", type=int, default=usual.steps)
+    parser.add_argument("--batch-size", type=int, default=usual.batch_size)
+    parser.add_argument("--lr", type=float, default=usual.lr)
+    parser.add_argument("--margin", type=float, default=usual.margin)
+    parser.add_argument("--retain-weight", type=float, default=usual.retain_weight)
+    parser.add_argument("--damping", type=float, default=DAMPING)
     parser.add_argument("--lr-graddiff", type=float, default=1e-4)
     parser.add_argument("--lr-npo", type=float, default=1e-4)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     rates = {"graddiff": args.lr_graddiff, "npo": args.lr_npo}
     for seed in args.seeds:
-        measure(args.model, args.task, seed, args.steps, rates, args.threads)
+        settings = UnlearnConfig(
+            steps=args.steps,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            margin=args.margin,
+            retain_weight=args.retain_weight,
+            seed=seed,
+        )
+        measure(args.model, args.task, settings, args.damping, rates, args.threads)
     write_page()
 
 

@@ -1,17 +1,15 @@
-"""The command line from outside: it starts quickly, and bad input is one clear line."""
+"""The command line from outside: it starts light, and bad input is one clear line."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = 5
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
@@ -23,20 +21,6 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
 
 def mansu(*args: str) -> subprocess.CompletedProcess[str]:
     return python("-m", "mansu_interp", *args)
-
-
-def fastest(*args: str) -> float:
-    """Shortest wall time of several runs in seconds."""
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        assert python(*args).returncode == 0
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def test_importing_costs_nothing():
-    assert fastest("-c", "import mansu_interp") - fastest("-c", "pass") < 0.3
 
 
 def test_importing_loads_no_library():
@@ -51,8 +35,13 @@ def test_every_public_name_can_be_had():
     assert error.strip().endswith("module 'mansu_interp' has no attribute 'nonsense'")
 
 
-def test_help_is_quick():
-    assert fastest("-m", "mansu_interp", "--help") < 1.0
+def test_help_loads_no_heavy_library():
+    code = (
+        "import sys\nfrom mansu_interp.cli import main\n"
+        "try:\n    main(['run', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'transformer_lens') if m in sys.modules])"
+    )
+    assert python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
 def test_help_explains_itself():
