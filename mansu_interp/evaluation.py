@@ -163,7 +163,7 @@ def properties(scores: Scores, cad: CAD, quantizer: str = "nf4") -> list[dict[st
 
 
 def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One sentence over the four properties."""
+    """One sentence over the four properties; ``passed`` is None if none fails but one is open."""
     met = [r["name"] for r in rows if r["passed"]]
     missed = [r["name"] for r in rows if r["passed"] is False]
     open_ = [r["name"] for r in rows if r["passed"] is None]
@@ -172,4 +172,5 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
         sentence += "; not met: " + ", ".join(missed)
     if open_:
         sentence += "; undecided: " + ", ".join(open_)
-    return {"passed": len(met) == len(rows), "sentence": sentence + "."}
+    passed = False if missed else None if open_ else True
+    return {"passed": passed, "sentence": sentence + "."}
