@@ -142,7 +142,7 @@ def hooked(bridge: Any, hooks: list[tuple[str, Any]]) -> Iterator[None]:
         yield
 
 
-class _Recorder:
+class Recorder:
     """Keeps the tensors that pass the named hooks."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ def _scores_of_batch(
     names = stream.hook_names()
     runs, values = [], []
     for tokens in (batch.clean, batch.corrupt):
-        recorder = _Recorder()
+        recorder = Recorder()
         with torch.no_grad(), hooked(stream.bridge, recorder.on([stream.input_hook, *names])):
             values.append(metric(final_logits(stream.bridge, tokens, batch.last), batch))
         runs.append({k: v.detach() for k, v in recorder.seen.items()})
@@ -191,7 +191,7 @@ def _scores_at(
     """Summed edge scores with the gradient at one input."""
     graph, n_layers = stream.graph, len(stream.blocks)
     start = at.detach().requires_grad_(True)
-    recorder = _Recorder()
+    recorder = Recorder()
     watched = [f"blocks.{i}.{n}" for i in range(n_layers) for n in ("hook_in", "ln2.hook_in")]
     if graph.architecture.parallel:
         watched = [n for n in watched if not n.endswith("ln2.hook_in")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -166,10 +165,6 @@ class Circuit:
                 raise
             raise ArtifactError(f"{path} is not a valid circuit: {error}.") from error
         return cls(graph, scores, edges, meta)
-
-    def dumps(self) -> str:
-        """The metadata and size as one line of JSON."""
-        return json.dumps({"edges": self.n_edges, **self.meta})
 
 
 def selective_scores(

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .attribution import METRICS, Metric, Stream, _Recorder, final_logits, hooked
+from .attribution import METRICS, Metric, Recorder, Stream, final_logits, hooked
 from .errors import CircuitError
 from .graph import Graph
 from .models import LanguageModel
@@ -32,7 +32,7 @@ def run_circuit(
     graph = stream.graph
     keep = torch.from_numpy(edges & graph.exists).float()
     names = stream.hook_names()
-    recorder = _Recorder()
+    recorder = Recorder()
     n_layers = len(stream.blocks)
     reads = [f"blocks.{i}.hook_in" for i in range(n_layers)]
     middles = (
