@@ -149,6 +149,7 @@ class Recorder:
         self.seen: dict[str, Tensor] = {}
 
     def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        """Remember a value under its hook point's name, and pass it on."""
         self.seen[hook.name] = value
         return value  # hooks that reshape pass on a view only if it is returned
 
