@@ -12,239 +12,62 @@ corrupt and the clean input embeddings; the midpoint rule is ours.
 
 Neither split q/k/v inputs nor per-head results are needed: the model runs once with plain hooks;
 gradients at the q, k, v and MLP inputs are pulled back per head through the projection and the
-norm by a vector-Jacobian product, and head writers are expanded from ``z`` block by block.
+norm by a vector-Jacobian product, and what the heads write is expanded once from ``z``.
 Sums are taken in float32 over pairs and divided once, so scores do not depend on the batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .config import AttributionConfig
+from .distributed import rank, sum_over_processes, world_size
 from .errors import CircuitError
 from .graph import Graph
 from .models import LanguageModel
+from .stream import Recorder, Stream
 from .tasks import Batch, PairSet
 
-Metric = Callable[[Float[Tensor, "batch vocab"], Batch], Float[Tensor, " batch"]]
-BLOCK_BYTES = 256 << 20
-"""Working memory for the score product; token positions are taken in blocks that fit."""
+Logits = Float[Tensor, "batch vocab"]
+Metric = Callable[[Logits, Batch, Logits], Float[Tensor, " batch"]]
+"""metric(logits, batch, clean logits) -> one number a pair, at the last position."""
 
 
-def logit_diff(logits: Float[Tensor, "batch vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+def logit_diff(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
     """Logit of the answer minus logit of the counterfactual answer."""
     rows = torch.arange(len(batch))
     return logits[rows, batch.answer] - logits[rows, batch.counterfactual]
 
 
-def log_prob(logits: Float[Tensor, "batch vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+def log_prob(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
     """Log-probability of the answer's first token (nats)."""
     return logits.log_softmax(-1)[torch.arange(len(batch)), batch.answer]
 
 
-def choice_margin(logits: Float[Tensor, "batch vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+def choice_margin(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
     """Logit of the answer minus the log-sum-exp over the distractors (nats)."""
-    choices = logits.gather(1, batch.choices)
+    choices = logits.gather(1, batch.choices.to(logits.device))
     return choices[:, 0] - choices[:, 1:].logsumexp(1)
+
+
+def kl(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
+    """-KL(clean run || this run) in nats: 0 at the clean run, lower elsewhere."""
+    want = clean.log_softmax(-1)
+    return -(want.exp() * (want - logits.log_softmax(-1))).sum(-1)
 
 
 METRICS: dict[str, Metric] = {
     "logit_diff": logit_diff,
     "log_prob": log_prob,
     "choice_margin": choice_margin,
+    "kl": kl,
 }
-
-
-class Stream:
-    """Reads and rebuilds the residual stream of one bridged model, layer by layer.
-
-    Refuses what it cannot do exactly: blocks that normalise a component's output before adding it
-    to the stream, and fused or normalised q/k/v projections.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model, self.graph, self.bridge = model, model.graph, model.bridge
-        arch = self.graph.architecture
-        self.blocks = list(self.bridge.blocks)
-        first = self.blocks[0]
-        parts = [getattr(first.attn, c, None) for c in "qkvo"]
-        if any(p is None for p in parts) or not hasattr(first, "ln1") or not hasattr(first, "mlp"):
-            raise CircuitError(
-                f"{model.name}: attribution needs blocks with ln1, separate q/k/v/o and an MLP; "
-                f"{type(first).__name__} of this architecture has not."
-            )
-        if hasattr(first, "ln1_post") or hasattr(first, "ln2_post"):
-            raise CircuitError(
-                f"{model.name} normalises what attention and MLP write before it is added, so a "
-                "head's write is not additive and edge scores would be wrong. Not supported yet."
-            )
-        self.n_heads, self.n_kv = arch.n_heads, arch.n_kv_heads
-        self.d_head = first.attn.o.weight.shape[1] // self.n_heads
-        # Absolute positions are added after the token embedding; interpolate their sum instead.
-        self.input_hook = "blocks.0.hook_in"
-
-    def hook_names(self) -> list[str]:
-        """Hook points of the writers: per layer z and the MLP output."""
-        return [
-            n for i in range(len(self.blocks)) for n in (f"blocks.{i}.attn.o.hook_in", self.mlp(i))
-        ]
-
-    @staticmethod
-    def mlp(layer: int) -> str:
-        """Hook point of an MLP's output."""
-        return f"blocks.{layer}.mlp.hook_out"
-
-    def head_writes(
-        self, layer: int, z: Float[Tensor, "*rows heads d_head"]
-    ) -> Float[Tensor, "heads *rows d_model"]:
-        """What each head adds to the stream (the output bias belongs to no head)."""
-        weight = self.blocks[layer].attn.o.weight.detach().float()  # [d_model, heads * d_head]
-        per_head = weight.unflatten(1, (self.n_heads, self.d_head))
-        z = z.unflatten(-1, (self.n_heads, self.d_head)) if z.shape[-1] != self.d_head else z
-        return torch.einsum("...hc,dhc->h...d", z.float(), per_head)
-
-    def norm(self, layer: int, mlp: bool) -> Any:
-        """The norm module in front of a layer's attention or MLP."""
-        block = self.blocks[layer]
-        norm = block.ln2 if mlp and hasattr(block, "ln2") else block.ln1
-        return getattr(norm, "original_component", norm)
-
-    def projections(self, layer: int) -> list[tuple[str, int, Tensor, Tensor | None]]:
-        """(q/k/v, number of heads, weight [out, in], bias) of a layer."""
-        attn = self.blocks[layer].attn
-        out = []
-        for c, n in (("q", self.n_heads), ("k", self.n_kv), ("v", self.n_kv)):
-            linear = getattr(attn, c)
-            out.append((c, n, linear.weight.detach().float(), getattr(linear, "bias", None)))
-        return out
-
-    def pull_back(
-        self, norm: Any, x: Float[Tensor, "rows d"], g: Float[Tensor, "readers rows d"]
-    ) -> Float[Tensor, "readers rows d"]:
-        """Gradient at each reader's own residual input from the gradient at its norm's output."""
-        with torch.enable_grad():
-            wide = x.expand(len(g), *x.shape).detach().requires_grad_(True)
-            return torch.autograd.grad(norm(wide), wide, g)[0]
-
-
-@contextmanager
-def hooked(bridge: Any, hooks: list[tuple[str, Any]]) -> Iterator[None]:
-    """Run the body with forward hooks on a bridge, and take exactly these off again."""
-    with bridge.hooks(fwd_hooks=hooks):
-        yield
-
-
-class Recorder:
-    """Keeps the tensors that pass the named hooks."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, Tensor] = {}
-
-    def __call__(self, value: Tensor, hook: Any) -> Tensor:
-        """Remember a value under its hook point's name, and pass it on."""
-        self.seen[hook.name] = value
-        return value  # hooks that reshape pass on a view only if it is returned
-
-    def on(self, names: list[str]) -> list[tuple[str, Any]]:
-        """Hook list for `hooked`."""
-        return [(n, self) for n in names]
-
-
-def final_logits(bridge: Any, tokens: Tensor, last: Tensor) -> Float[Tensor, "batch vocab"]:
-    """Logits of a bridge at the last real position, in float32."""
-    return bridge(tokens, return_type="logits")[torch.arange(len(last)), last].float()
-
-
-def _scores_of_batch(
-    stream: Stream, batch: Batch, config: AttributionConfig, metric: Metric
-) -> tuple[Float[Tensor, "writers readers"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Summed edge scores of a batch, and its clean and corrupt metric per pair."""
-    names = stream.hook_names()
-    runs, values = [], []
-    for tokens in (batch.clean, batch.corrupt):
-        recorder = Recorder()
-        with torch.no_grad(), hooked(stream.bridge, recorder.on([stream.input_hook, *names])):
-            values.append(metric(final_logits(stream.bridge, tokens, batch.last), batch))
-        runs.append({k: v.detach() for k, v in recorder.seen.items()})
-    clean, corrupt = runs
-    delta = {n: clean[n].float() - corrupt[n].float() for n in clean}
-    total = torch.zeros(len(stream.graph.writers), len(stream.graph.readers))
-    path = config.path()
-    for alpha in path:
-        at = corrupt[stream.input_hook] + alpha * delta[stream.input_hook].to(
-            corrupt[stream.input_hook].dtype
-        )
-        total += _scores_at(stream, batch, at, delta, metric)
-    return total / len(path), values[0], values[1]
-
-
-def _scores_at(
-    stream: Stream, batch: Batch, at: Tensor, delta: dict[str, Tensor], metric: Metric
-) -> Float[Tensor, "writers readers"]:
-    """Summed edge scores with the gradient at one input."""
-    graph, n_layers = stream.graph, len(stream.blocks)
-    start = at.detach().requires_grad_(True)
-    recorder = Recorder()
-    watched = [f"blocks.{i}.{n}" for i in range(n_layers) for n in ("hook_in", "ln2.hook_in")]
-    if graph.architecture.parallel:
-        watched = [n for n in watched if not n.endswith("ln2.hook_in")]
-    watched += [
-        f"blocks.{i}.{n}"
-        for i in range(n_layers)
-        for n in ("attn.q.hook_out", "attn.k.hook_out", "attn.v.hook_out", "mlp.hook_in")
-    ]
-    watched += ["ln_final.hook_in"]
-    first = [(stream.input_hook, lambda value, hook: start)]
-    with torch.enable_grad(), hooked(stream.bridge, first + recorder.on(watched)):
-        logits = final_logits(stream.bridge, batch.clean, batch.last)
-        value = metric(logits, batch).sum()
-        seen = recorder.seen
-        wanted = [n for n in watched if n.endswith(("hook_out", "mlp.hook_in", "final.hook_in"))]
-        grads = dict(
-            zip(wanted, torch.autograd.grad(value, [seen[n] for n in wanted]), strict=True)
-        )
-    rows = torch.arange(batch.clean.shape[1])[None] <= batch.last[:, None]  # real tokens only
-
-    def flat(t: Tensor) -> Float[Tensor, "tokens ..."]:
-        return t.detach().float()[rows]
-
-    writes = [flat(delta[stream.input_hook])[None]]
-    scores = torch.zeros(len(graph.writers), len(graph.readers))
-    n_tokens = int(rows.sum())
-    d_model = start.shape[-1]
-    per_layer = graph.readers_per_layer
-
-    def add(column: int, g: Tensor, n_writers: int) -> None:
-        known = torch.cat(writes)[:n_writers]
-        step = max(1, BLOCK_BYTES // (4 * d_model * (len(known) + len(g))))
-        for t in range(0, n_tokens, step):
-            left, right = known[:, t : t + step].flatten(1), g[:, t : t + step].flatten(1)
-            scores[:n_writers, column : column + len(g)] += left @ right.T
-
-    for i in range(n_layers):
-        x = flat(seen[f"blocks.{i}.hook_in"])
-        pulled = []
-        for c, n, weight, _ in stream.projections(i):
-            g = flat(grads[f"blocks.{i}.attn.{c}.hook_out"]).reshape(n_tokens, n, -1)
-            pulled.append(torch.einsum("thc,hcd->htd", g, weight.unflatten(0, (n, -1))))
-        g_attn = stream.pull_back(stream.norm(i, mlp=False), x, torch.cat(pulled))
-        add(i * per_layer, g_attn, graph.writers_before(i))
-        writes.append(stream.head_writes(i, flat(delta[f"blocks.{i}.attn.o.hook_in"])))
-        middle = x if graph.architecture.parallel else flat(seen[f"blocks.{i}.ln2.hook_in"])
-        g_mlp = flat(grads[f"blocks.{i}.mlp.hook_in"])[None]
-        g_mlp = stream.pull_back(stream.norm(i, mlp=True), middle, g_mlp)
-        add((i + 1) * per_layer - 1, g_mlp, graph.writers_before(i, mlp=True))
-        writes.append(flat(delta[stream.mlp(i)])[None])
-    add(n_layers * per_layer, flat(grads["ln_final.hook_in"])[None], len(graph.writers))
-    return scores
 
 
 @dataclass(frozen=True)
@@ -258,11 +81,216 @@ class Attribution:
     """Mean metric of the clean runs."""
     corrupt: float
     """Mean metric of the corrupt runs."""
+    by_position: Float[np.ndarray, "pos writers readers"] | None = None
+    """The same by token position, counted from the start; their sum is ``scores``."""
+    neurons: dict[str, Float[np.ndarray, " n"]] = field(default_factory=dict)
+    """Scores of each MLP's neurons (``m3``) and each head's output dimensions (``a3.h5``); the
+    sum over a writer is its node score."""
 
     def node_scores(self) -> dict[str, float]:
         """Score of each writer: the sum of its outgoing edges, because its total gradient is the
         sum of its readers' gradients."""
         return dict(zip(self.graph.writer_index, self.scores.sum(1).tolist(), strict=True))
+
+
+@dataclass
+class _Sums:
+    """What is added up over pairs and path points."""
+
+    scores: Float[Tensor, "writers readers"]
+    by_position: Float[Tensor, "pos writers readers"] | None
+    neurons: dict[str, Float[Tensor, " n"]]
+
+    @classmethod
+    def zeros(cls, graph: Graph, positions: int) -> _Sums:
+        shape = (len(graph.writers), len(graph.readers))
+        return cls(
+            torch.zeros(shape, dtype=torch.float64),
+            torch.zeros(positions, *shape) if positions else None,
+            {},
+        )
+
+
+def pairs_per_batch(
+    graph: Graph, d_model: int, positions: int, config: AttributionConfig
+) -> tuple[int, float]:
+    """How many pairs fit into ``config.memory_gb``, and what one needs (GB).
+
+    Counted is what attribution adds to the forward and backward passes: the writers' differences
+    (writers x positions x d_model, float32) and half as much again for the readers' gradients.
+
+    Raises:
+        CircuitError: not even one pair fits.
+    """
+    one = 1.5 * len(graph.writers) * positions * d_model * 4 / 1e9
+    if config.memory_gb is None:
+        return config.batch_size, one
+    fit = int(config.memory_gb / one)
+    if fit < 1:
+        raise CircuitError(
+            f"One pair of {positions} tokens needs {one:.2f} GB beyond the model's own passes; "
+            f"memory_gb is {config.memory_gb}. Give more, or shorter prompts."
+        )
+    return min(config.batch_size, fit), one
+
+
+def _difference(
+    stream: Stream,
+    clean: dict[str, Tensor],
+    corrupt: dict[str, Tensor],
+    rows: Bool[Tensor, "batch pos"],
+) -> Float[Tensor, "writers tokens d_model"]:
+    """What each writer adds at each real token in the clean run beyond the corrupt run."""
+
+    def flat(run: dict[str, Tensor], name: str) -> Tensor:
+        return run[name].float()[rows]
+
+    first = flat(clean, stream.input) - flat(corrupt, stream.input)
+    out = first.new_empty(len(stream.graph.writers), *first.shape)
+    out[0] = first
+    at = 1
+    for i in range(stream.n_layers):
+        heads, mlp = out[at : at + stream.n_heads], out[at + stream.n_heads]
+        z = stream.z(i)
+        if hasattr(stream.blocks[i], "ln1_post"):  # the share of a head is not linear in z
+            heads.copy_(stream.head_writes(i, flat(clean, z)))
+            heads -= stream.head_writes(i, flat(corrupt, z))
+        else:
+            heads.copy_(stream.head_writes(i, flat(clean, z) - flat(corrupt, z)))
+        mlp.copy_(flat(clean, stream.mlp_out(i)) - flat(corrupt, stream.mlp_out(i)))
+        at += stream.n_heads + 1
+    return out
+
+
+def _pull_back(
+    norm: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "tokens d_model"],
+    g: Float[Tensor, "readers tokens d_model"],
+) -> Float[Tensor, "readers tokens d_model"]:
+    """Gradient at each reader's own residual input from the gradient at its norm's output."""
+    with torch.enable_grad():
+        wide = x.expand(len(g), *x.shape).detach().requires_grad_(True)
+        return torch.autograd.grad(norm(wide), wide, g)[0]
+
+
+def _add_scores(
+    stream: Stream,
+    batch: Batch,
+    at: Float[Tensor, "batch pos d_model"],
+    difference: Float[Tensor, "writers tokens d_model"],
+    inside: dict[str, Tensor],
+    metric: Metric,
+    clean_logits: Logits,
+    weight: float,
+    sums: _Sums,
+) -> None:
+    """Add the scores with the gradient at one input, times a weight.
+
+    ``inside`` holds clean minus corrupt of the neurons and z, or nothing if they are not asked for.
+    """
+    graph, layers = stream.graph, range(stream.n_layers)
+    reads = [n for i in layers for n in (stream.before_attention(i), stream.before_mlp(i))]
+    asked = [stream.projected(i, c) for i in layers for c in "qkv"]
+    asked += [stream.mlp_in(i) for i in layers] + [stream.final] + list(inside)
+    start = at.detach().requires_grad_(True)
+    recorder = Recorder()
+    first = [(stream.input, lambda value, hook: start)]
+    watched = list(dict.fromkeys([*reads, *asked]))
+    with torch.enable_grad(), stream.hooked(first + recorder.on(watched)):
+        logits = stream.logits(batch.clean, batch.last)
+        value = metric(logits, batch, clean_logits).sum()
+        found = torch.autograd.grad(value, [recorder.seen[n] for n in asked])
+    grads = dict(zip(asked, found, strict=True))
+    rows = _real(batch).to(start.device)
+    position = rows.nonzero()[:, 1]
+
+    def flat(t: Tensor) -> Float[Tensor, "tokens ..."]:
+        return t.detach().float()[rows]
+
+    def add(column: int, g: Float[Tensor, "readers tokens d_model"], n_writers: int) -> None:
+        known = difference[:n_writers]
+        part = weight * (known.flatten(1) @ g.flatten(1).T)
+        sums.scores[:n_writers, column : column + len(g)] += part.cpu()
+        if sums.by_position is not None:
+            by_token = weight * torch.einsum("wtd,rtd->twr", known, g).cpu()
+            sums.by_position[:, :n_writers, column : column + len(g)].index_add_(
+                0, position.cpu(), by_token
+            )
+
+    for i in layers:
+        x = flat(recorder.seen[stream.before_attention(i)])
+        pulled = torch.cat(
+            [
+                torch.einsum(
+                    "thc,hcd->htd",
+                    flat(grads[stream.projected(i, r.kind)]).reshape(len(x), len(r.weight), -1),
+                    r.weight,
+                )
+                for r in stream.readings(i)
+            ]
+        )
+        column = i * graph.readers_per_layer
+        add(column, _pull_back(stream.norm(i, mlp=False), x, pulled), graph.writers_before(i))
+        x = flat(recorder.seen[stream.before_mlp(i)])
+        g = _pull_back(stream.norm(i, mlp=True), x, flat(grads[stream.mlp_in(i)])[None])
+        add(column + len(pulled), g, graph.writers_before(i, mlp=True))
+    add(len(graph.readers) - 1, flat(grads[stream.final])[None], len(graph.writers))
+
+    for i in layers if inside else ():
+        of_neurons = (inside[stream.neurons(i)] * flat(grads[stream.neurons(i)])).sum(0)
+        of_z = (
+            inside[stream.z(i)] * flat(grads[stream.z(i)]).reshape(len(rows.nonzero()), -1)
+        ).sum(0)
+        ids = [f"a{i}.h{h}" for h in range(stream.n_heads)]
+        parts = {f"m{i}": of_neurons, **dict(zip(ids, of_z.chunk(stream.n_heads), strict=True))}
+        for node, part in parts.items():
+            old = sums.neurons.get(node, torch.zeros(part.shape, dtype=torch.float64))
+            sums.neurons[node] = old + weight * part.cpu()
+
+
+def _real(batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """True at real tokens, False at padding."""
+    return torch.arange(batch.clean.shape[1])[None] <= batch.last[:, None]
+
+
+def _add_batch(
+    stream: Stream,
+    batch: Batch,
+    config: AttributionConfig,
+    metric: Metric,
+    neurons: bool,
+    sums: _Sums,
+) -> tuple[float, float]:
+    """Add one batch to the sums; returns its summed clean and corrupt metric."""
+    names = stream.writers()
+    if neurons:
+        names += [stream.neurons(i) for i in range(stream.n_layers)]
+    runs, logits = [], []
+    for tokens in (batch.clean, batch.corrupt):
+        recorder = Recorder()
+        with torch.no_grad(), stream.hooked(recorder.on(names)):
+            logits.append(stream.logits(tokens, batch.last))
+        runs.append({k: v.detach() for k, v in recorder.seen.items()})
+    clean, corrupt = runs
+    rows = _real(batch).to(clean[stream.input].device)
+    inside = {}
+    for i in range(stream.n_layers) if neurons else ():
+        if hasattr(stream.blocks[i], "ln1_post"):
+            raise CircuitError(
+                f"{stream.model.name} has norms behind its components, so that a neuron's share "
+                "of the write is not defined. Score edges or nodes."
+            )
+        for n in (stream.z(i), stream.neurons(i)):
+            inside[n] = (clean[n].float() - corrupt[n].float()).flatten(2)[rows]
+    difference = _difference(stream, clean, corrupt, rows)
+    ends = [corrupt[stream.input], clean[stream.input]]
+    del runs, clean, corrupt
+    path = config.path()
+    for alpha in path:
+        at = ends[0] + alpha * (ends[1] - ends[0])
+        _add_scores(stream, batch, at, difference, inside, metric, logits[0], 1 / len(path), sums)
+    values = [metric(x, batch, logits[0]).sum().item() for x in logits]
+    return values[0], values[1]
 
 
 def attribute(
@@ -271,35 +299,62 @@ def attribute(
     config: AttributionConfig | None = None,
     metric: Metric | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    positions: bool = False,
+    neurons: bool = False,
 ) -> Attribution:
     """Score every edge of a model on a set of pairs.
+
+    Inside a ``torch.distributed`` process group, each process takes its share of the pairs and
+    all return the same scores.
 
     Arguments:
         model: the model; its bridge is built on first use.
         pairs: all of them are used (see `PairSet.sample`).
-        config: method, steps, metric and batch size.
-        metric: any function of (last-position logits [batch, vocab], batch) -> [batch]; replaces
-            ``config.metric``.
+        config: method, steps, metric, batch size and memory.
+        metric: any function of (last-position logits [batch, vocab], batch, logits of the clean
+            run) -> [batch]; replaces ``config.metric``.
         on_batch: called with (pairs done, pairs in all).
+        positions: score every token position apart, too.
+        neurons: score every MLP neuron and head dimension, too.
 
     Returns:
         Mean scores; positive = the clean value along the edge raises the metric.
 
     Raises:
-        CircuitError: the architecture cannot be attributed exactly.
+        CircuitError: the architecture cannot be attributed exactly, a model in training mode or
+            with weights that are not finite, too little memory, or scores that are not finite.
     """
     config = config or AttributionConfig()
     function = metric or METRICS[config.metric]
     stream = Stream(model)
-    total = torch.zeros(len(stream.graph.writers), len(stream.graph.readers), dtype=torch.float64)
-    clean = corrupt = 0.0
+    longest = max(len(p.clean) for p in pairs)
+    sums = _Sums.zeros(stream.graph, longest if positions else 0)
+    mine = pairs.pairs[rank() :: world_size()]
+    size, _ = pairs_per_batch(stream.graph, model.d_model, longest, config)
+    ends = torch.zeros(2, dtype=torch.float64)
     done = 0
-    for batch in pairs.batches(config.batch_size):
-        scores, c, r = _scores_of_batch(stream, batch, config, function)
-        total += scores
-        clean, corrupt, done = clean + c.sum().item(), corrupt + r.sum().item(), done + len(batch)
+    for batch in PairSet(pairs.name, mine).batches(size) if mine else ():
+        ends += torch.tensor(_add_batch(stream, batch, config, function, neurons, sums))
+        done += len(batch)
         if on_batch:
-            on_batch(done, len(pairs))
-    n = len(pairs)
-    mean = (total / n).float().numpy() * stream.graph.exists
-    return Attribution(stream.graph, mean, clean / n, corrupt / n)
+            on_batch(done, len(mine))
+    if neurons and not mine:
+        raise CircuitError("More processes than pairs: give every process a pair.")
+    for tensor in (sums.scores, ends, sums.by_position, *sums.neurons.values()):
+        if tensor is not None:
+            sum_over_processes(tensor)
+    n, exists = len(pairs), stream.graph.exists
+    scores = (sums.scores / n).float().numpy() * exists
+    if not np.isfinite(scores).all():
+        raise CircuitError(
+            f"{model.name}: some scores are not finite. The metric or the model overflows on "
+            "these prompts."
+        )
+    return Attribution(
+        stream.graph,
+        scores,
+        float(ends[0]) / n,
+        float(ends[1]) / n,
+        None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
+        {k: (v / n).float().numpy() for k, v in sums.neurons.items()},
+    )

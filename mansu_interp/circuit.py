@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from .artifacts import atomic_path, read_json, write_json
-from .attribution import attribute
+from .attribution import attribute, pairs_per_batch
 from .config import CircuitConfig
 from .errors import ArtifactError, CircuitError
-from .faithfulness import circuit_metric, minimal_edges
+from .faithfulness import Ablation, minimal_edges, strongest
 from .graph import Architecture, Graph, Node
 from .masks import DAMPING, Mask, choose_parameters, region
 from .models import LanguageModel
 from .nullspace import fisher_diagonal
-from .objectives import forget_gradient
+from .objectives import answer_gradient, forget_gradient
+from .scoring import known
 from .tasks import PairSet
 
 SCHEMA = 1
@@ -59,6 +60,37 @@ class Circuit:
         ]
         return writers + readers
 
+    def __or__(self, other: Circuit) -> Circuit:
+        """Edges of either circuit; scores of the first, and of the second where it alone has the
+        edge."""
+        scores = np.where(self.edges, self.scores, np.where(other.edges, other.scores, self.scores))
+        return self._combined(other, self.edges | other.edges, scores, "union")
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Edges of both circuits, less what is then on no input -> logits path."""
+        return self._combined(other, self.edges & other.edges, self.scores, "intersection")
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """Edges of this circuit alone. Not pruned: a difference need not be connected."""
+        return self._combined(other, self.edges & ~other.edges, self.scores, "difference")
+
+    def _combined(
+        self,
+        other: Circuit,
+        edges: Bool[np.ndarray, "writers readers"],
+        scores: Float[np.ndarray, "writers readers"],
+        how: str,
+    ) -> Circuit:
+        if self.graph.architecture != other.graph.architecture:
+            raise CircuitError(
+                f"Circuits of different models: {self.graph.architecture} and "
+                f"{other.graph.architecture}. Combine circuits of one model."
+            )
+        if how == "intersection":
+            edges = self.graph.prune(edges)
+        meta = {k: self.meta[k] for k in ("model", "model_sha256") if k in self.meta}
+        return Circuit(self.graph, scores, edges, {**meta, "made_by": how}, self.pairs)
+
     def to_networkx(self) -> nx.DiGraph:
         """The circuit as a directed graph.
 
@@ -88,22 +120,27 @@ class Circuit:
         self,
         model: LanguageModel,
         budget: float = 0.005,
-        retain: PairSet | None = None,
+        retain: Sequence[PairSet] = (),
         forget: PairSet | None = None,
         seed: int = 0,
-        n_pairs: int = 64,
+        n_pairs: int = 192,
         damping: float = DAMPING,
+        hold: float = 1.0,
+        depth: float = 0.0,
     ) -> Mask:
         """The parameters behind this circuit that forget most per retain damage.
 
         Arguments:
             model: the model it was discovered on.
             budget: share of all the model's parameters, in (0, 1].
-            retain: what must stay; without it parameters are chosen by forget gain alone.
+            retain: what must stay (`Task.kept`), each set with equal weight; without it parameters
+                are chosen by forget gain alone.
             forget: pairs for the forget gradient; default: those of the discovery.
             seed: which pairs are drawn.
-            n_pairs: how many pairs the gradient and the Fisher use.
+            n_pairs: how many pairs each gradient and the Fisher use.
             damping: see `choose_parameters`.
+            hold: weight of the retain answers' gradient; see `choose_parameters`.
+            depth: share of the layers, from the input on, in which nothing may be edited.
 
         Raises:
             MaskError: budget out of range, or nothing to edit.
@@ -114,16 +151,25 @@ class Circuit:
         pairs = forget or self.pairs
         if pairs is None:
             raise CircuitError("A circuit read from a file needs forget=... to make a mask.")
-        regions = region(model, self.components())
+        first = depth * self.graph.architecture.n_layers
+        components = [c for c in self.components() if c[0].layer >= first or c[0].layer < 0]
+        regions = region(model, components)
         names = list(regions)
         if not 0 < budget <= 1 or not names:
             return choose_parameters(model, regions, budget, {})  # raises the right error
         g = forget_gradient(model, names, pairs.sample(n_pairs, seed))
-        fisher = None
-        if retain is not None:
-            fisher = fisher_diagonal(model, names, retain.sample(n_pairs, seed), seed=seed)
-        mask = choose_parameters(model, regions, budget, g, fisher, damping=damping)
-        mask.meta["components"] = [n.id for n, _ in self.components()]
+        fisher, keep = None, {}
+        if retain:
+            everything = PairSet("retain", tuple(p for pairs in retain for p in pairs))
+            fisher = fisher_diagonal(model, names, everything.sample(n_pairs, seed), seed=seed)
+            for pairs in retain:
+                held = known(model, pairs.sample(n_pairs, seed))
+                for name, part in answer_gradient(model, names, held).items() if held else ():
+                    keep[name] = keep[name].add_(part) if name in keep else part
+        mask = choose_parameters(
+            model, regions, budget, g, fisher, keep or None, damping=damping, hold=hold
+        )
+        mask.meta["components"] = [n.id for n, _ in components]
         return mask
 
     def save(self, path: Path) -> None:
@@ -140,6 +186,11 @@ class Circuit:
         """Write GraphML, for Gephi, Cytoscape and the like."""
         with atomic_path(path) as temporary:
             nx.write_graphml(self.to_networkx(), temporary)
+
+    def save_gexf(self, path: Path) -> None:
+        """Write GEXF, for Gephi."""
+        with atomic_path(path) as temporary:
+            nx.write_gexf(self.to_networkx(), temporary)
 
     @classmethod
     def load(cls, path: Path) -> Circuit:
@@ -209,11 +260,15 @@ def discover(
             on_batch=lambda d, n: note("attribution of retain pairs", d, n),
         )
         ranking = selective_scores(found.scores, kept.scores, config.selective)
-    edges, curve, final = _search(model, chosen, config, ranking, note)
+    edges, curve, final = _select(model, chosen, config, ranking, note)
+    longest = max(len(p.clean) for p in chosen)
+    size, gb = pairs_per_batch(model.graph, model.d_model, longest, config)
     meta = {
         "model": model.name,
         "model_sha256": model.sha256,
         "settings": asdict(config),
+        "pairs_per_batch": size,
+        "gb_per_pair": round(gb, 4),
         "faithfulness": final,
         "curve": curve,
         "metric_clean": found.clean,
@@ -222,30 +277,35 @@ def discover(
     return Circuit(found.graph, found.scores, edges, meta, chosen)
 
 
-def _search(
+def _select(
     model: LanguageModel,
     pairs: PairSet,
     config: CircuitConfig,
     ranking: Float[np.ndarray, "w r"],
     note: Callable[[str, int, int], None],
 ) -> tuple[Bool[np.ndarray, "w r"], list[tuple[int, float]], float]:
-    """Minimal circuit for a ranking, its curve, and its faithfulness."""
+    """The circuit of a ranking, its measured curve, and its faithfulness."""
     sample = pairs.sample(config.faithfulness_pairs, config.seed)
-    graph = model.graph
-    ends = [
-        circuit_metric(model, sample, e, config.metric, config.batch_size)
-        for e in (graph.exists, np.zeros_like(graph.exists))
-    ]
-    if abs(ends[0] - ends[1]) < 1e-6:
-        raise CircuitError("Clean and corrupt prompts give the same metric: nothing to explain.")
+    ablation = Ablation(model, sample, config.metric, config.ablation, config.batch_size)
     tried = 0
 
     def faithful(edges: Bool[np.ndarray, "w r"]) -> float:
         nonlocal tried
         tried += 1
         note("faithfulness of circuits", tried, 0)
-        value = circuit_metric(model, sample, edges, config.metric, config.batch_size)
-        return (value - ends[1]) / (ends[0] - ends[1])
+        return ablation.faithfulness(edges)
 
-    edges, curve = minimal_edges(graph, ranking, faithful, config.faithfulness)
-    return edges, curve, faithful(edges)
+    if config.top is None and config.threshold is None:
+        edges, curve = minimal_edges(model.graph, ranking, faithful, config.faithfulness)
+        return edges, curve, faithful(edges)
+    n = config.top
+    if n is None:
+        n = int((model.graph.exists & (np.abs(ranking) >= (config.threshold or 0))).sum())
+        if n == 0:
+            raise CircuitError(
+                f"No edge reaches the threshold {config.threshold}; the strongest has "
+                f"{float(np.abs(ranking).max()):.4g}."
+            )
+    edges = strongest(model.graph, ranking, n)
+    final = faithful(edges)
+    return edges, [(n, final)], final

@@ -22,12 +22,15 @@ class AttributionConfig:
     """Points on the path (eap-ig)."""
     at: Literal["corrupt", "clean"] = "corrupt"
     """Where eap takes its gradient."""
-    metric: Literal["logit_diff", "log_prob", "choice_margin"] = "logit_diff"
+    metric: Literal["logit_diff", "log_prob", "choice_margin", "kl"] = "logit_diff"
     """What is attributed."""
     pairs: int = 96
     """Pairs used, drawn evenly over phrasings."""
     batch_size: int = 16
     """Pairs per forward pass; changes memory and speed, not scores."""
+    memory_gb: float | None = None
+    """Memory that attribution may take beyond the model's own passes; fewer pairs per pass are
+    taken if need be."""
 
     def __post_init__(self) -> None:
         if min(self.ig_steps, self.pairs, self.batch_size) < 1:
@@ -35,6 +38,8 @@ class AttributionConfig:
                 "ig_steps, pairs and batch_size must be at least 1; got "
                 f"{self.ig_steps}, {self.pairs}, {self.batch_size}."
             )
+        if self.memory_gb is not None and self.memory_gb <= 0:
+            raise ConfigError(f"memory_gb must be positive; got {self.memory_gb}.")
         if self.method not in ("eap", "eap-ig") or self.at not in ("corrupt", "clean"):
             raise ConfigError(
                 f"Unknown method {self.method!r} at {self.at!r}; expected eap or eap-ig, at "
@@ -54,6 +59,12 @@ class CircuitConfig(AttributionConfig):
 
     faithfulness: float = 0.85
     """The circuit is the fewest edges that reach this ablate-outside faithfulness."""
+    top: int | None = None
+    """Take so many edges instead of searching for the fewest."""
+    threshold: float | None = None
+    """Take the edges whose absolute score is at least this instead of searching for the fewest."""
+    ablation: Literal["corrupt", "mean", "zero"] = "corrupt"
+    """What edges outside the circuit carry while faithfulness is measured."""
     faithfulness_pairs: int = 32
     """Forget pairs on which faithfulness is measured during the search."""
     selective: float = 1.0
@@ -69,6 +80,13 @@ class CircuitConfig(AttributionConfig):
                 "faithfulness must lie in (0, 1], faithfulness_pairs be at least 1 and selective "
                 f"not negative; got {self.faithfulness}, {self.faithfulness_pairs}, "
                 f"{self.selective}."
+            )
+        if self.top is not None and self.threshold is not None:
+            raise ConfigError("Give top or threshold, not both.")
+        if (self.top is not None and self.top < 1) or (self.threshold or 0) < 0:
+            raise ConfigError(
+                f"top must be at least 1 and threshold not negative; got {self.top}, "
+                f"{self.threshold}."
             )
 
 
@@ -92,6 +110,8 @@ class UnlearnConfig:
     """mansu: nats by which the hinge overshoots, for the sake of phrasings not trained on."""
     retain_weight: float = 2.0
     """Weight of the retain loss: KL to the original (graddiff: NLL of the answer)."""
+    hold: float = 1.0
+    """mansu: weight, within the retain loss, of the hinge that holds known retain answers."""
     projection: float = 1.0
     """mansu: strength of the null-space projection; 0 = none."""
     quantizer: Literal["nf4"] = "nf4"
@@ -111,8 +131,10 @@ class UnlearnConfig:
             raise ConfigError(
                 f"Unknown forget_loss {self.forget_loss!r}; expected counterfactual or ga."
             )
-        if min(self.push, self.margin, self.retain_weight, self.projection) < 0:
-            raise ConfigError("push, margin, retain_weight and projection must not be negative.")
+        if min(self.push, self.margin, self.retain_weight, self.hold, self.projection) < 0:
+            raise ConfigError(
+                "push, margin, retain_weight, hold and projection must not be negative."
+            )
 
 
 @dataclass(frozen=True)
@@ -131,6 +153,11 @@ class RunConfig:
     damping: float = 100.0
     """Median retain damages below which damage hardly counts in the choice of parameters; smaller
     is more cautious and forgets less."""
+    hold: float = 1.0
+    """Weight of the retain answers' gradient against the forget gradient in the choice of
+    parameters; 0 ignores what retain and forget answers share."""
+    depth: float = 0.0
+    """Share of the layers, counted from the input, in which nothing is edited."""
     seed: int = 0
     """Seed of every draw."""
     score_pairs: int = 200
@@ -147,8 +174,11 @@ class RunConfig:
             raise ConfigError(
                 f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
             )
-        if self.damping < 0:
-            raise ConfigError(f"damping must not be negative; got {self.damping}.")
+        if self.damping < 0 or self.hold < 0 or not 0 <= self.depth < 1:
+            raise ConfigError(
+                "damping and hold must not be negative and depth lie in [0, 1); got "
+                f"{self.damping}, {self.hold}, {self.depth}."
+            )
         if self.score_pairs < 1 or (self.threads is not None and self.threads < 1):
             raise ConfigError(
                 f"score_pairs and threads must be at least 1; got {self.score_pairs}, "

@@ -1,137 +1,281 @@
-"""Exact ablate-outside faithfulness, and the smallest circuit that reaches a target.
+"""Exact ablate-outside faithfulness, its curve and areas, and the smallest circuit for a target.
 
-Every edge outside the circuit carries its corrupt-run value, every edge inside the value computed
+Every edge outside the circuit carries its ablated value, every edge inside the value computed
 in the ablated run itself. Each reader's residual input is rebuilt exactly, then normed and
 projected per head, so nothing is approximated. Faithfulness is
-(metric(circuit) - metric(corrupt)) / (metric(clean) - metric(corrupt)): 0 for the empty circuit,
+(metric(circuit) - metric(empty)) / (metric(full) - metric(empty)): 0 for the empty circuit,
 1 for the full one (the ratio of means over pairs, as in the MIB benchmark, arXiv 2504.13151).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .attribution import METRICS, Metric, Recorder, Stream, final_logits, hooked
+from .attribution import METRICS, Metric
+from .distributed import rank, sum_over_processes, world_size
 from .errors import CircuitError
 from .graph import Graph
 from .models import LanguageModel
+from .stream import Hook, Reading, Recorder, Stream
 from .tasks import Batch, PairSet
 
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Shares of all edges at which a curve is measured, as in the MIB benchmark."""
+ABLATIONS = ("corrupt", "mean", "zero")
 
-@torch.no_grad()
-def run_circuit(
-    stream: Stream, batch: Batch, edges: Bool[np.ndarray, "writers readers"]
-) -> Float[Tensor, "batch vocab"]:
-    """Last-position logits of the clean run with every edge outside ``edges`` corrupted."""
-    graph = stream.graph
-    keep = torch.from_numpy(edges & graph.exists).float()
-    names = stream.hook_names()
-    recorder = Recorder()
-    n_layers = len(stream.blocks)
-    reads = [f"blocks.{i}.hook_in" for i in range(n_layers)]
-    middles = (
-        [] if graph.architecture.parallel else [f"blocks.{i}.ln2.hook_in" for i in range(n_layers)]
-    )
-    with hooked(stream.bridge, recorder.on([*reads, *middles, *names, "ln_final.hook_in"])):
-        final_logits(stream.bridge, batch.corrupt, batch.last)
-    corrupt = {k: v.float() for k, v in recorder.seen.items()}
-    # What each writer adds now beyond its corrupt write, in writer order.
-    change = torch.empty(len(graph.writers), *corrupt[stream.input_hook].shape)
-    written = 0
+Edges = Bool[np.ndarray, "writers readers"]
 
-    def write(values: Float[Tensor, "n batch pos d"]) -> None:
-        nonlocal written
-        change[written : written + len(values)] = values
-        written += len(values)
 
-    def read(column: int, n: int, base: Tensor) -> Float[Tensor, "n batch pos d"]:
-        weights = keep[:written, column : column + n]
-        live = weights.any(1).nonzero()[:, 0]
-        return base + torch.einsum("un,ubpd->nbpd", weights[live], change[live])
+@dataclass
+class _Base:
+    """What the writers add in the ablated run, for one batch."""
 
-    def at_input(value: Tensor, hook: Any) -> None:
-        write((value.float() - corrupt[stream.input_hook])[None])
+    batch: Batch
+    input: Float[Tensor, "#batch #pos d_model"]
+    heads: list[Callable[[], Tensor]]
+    """By layer: heads x batch x position x d_model, made when asked for."""
+    mlps: list[Float[Tensor, "#batch #pos d_model"]]
+    clean_logits: Float[Tensor, "batch vocab"]
 
-    def at_projection(layer: int, offset: int, n: int, c: str) -> Callable[[Tensor, Any], Tensor]:
-        column = layer * graph.readers_per_layer + offset
 
-        def hook_fn(value: Tensor, hook: Any) -> Tensor:
-            inputs = read(column, n, corrupt[f"blocks.{layer}.hook_in"])
-            normed = stream.norm(layer, mlp=False)(inputs)
-            weight, bias = next((w, b) for k, _, w, b in stream.projections(layer) if k == c)
-            out = torch.einsum("nbpd,ncd->bpnc", normed, weight.unflatten(0, (n, -1)))
-            if bias is not None:
-                out = out + bias.unflatten(0, (n, -1))
+class Ablation:
+    """A model in which all edges outside a circuit are ablated, on fixed pairs.
+
+    What does not depend on the circuit is computed once, so that many circuits are cheap to try.
+
+    Arguments:
+        model: the model.
+        pairs: clean and corrupt prompts.
+        metric: name, or a function as in `attribute`.
+        ablation: what an edge outside carries: ``corrupt`` (its value in the corrupt run),
+            ``mean`` (its mean over the corrupt prompts at the same position) or ``zero``.
+        batch_size: pairs per forward pass; changes memory and speed, not the result.
+
+    Raises:
+        CircuitError: unknown ablation, a model that cannot be rebuilt exactly, or a metric that is
+            the same for the full and the empty circuit.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        pairs: PairSet,
+        metric: Metric | str = "logit_diff",
+        ablation: str = "corrupt",
+        batch_size: int = 16,
+    ) -> None:
+        if ablation not in ABLATIONS:
+            raise CircuitError(
+                f"Unknown ablation {ablation!r}; expected one of {', '.join(ABLATIONS)}."
+            )
+        self.stream = Stream(model)
+        self.graph = self.stream.graph
+        self.metric = METRICS[metric] if isinstance(metric, str) else metric
+        self.n_pairs = len(pairs)
+        mine = pairs.pairs[rank() :: world_size()]
+        batches = list(PairSet(pairs.name, mine).batches(batch_size)) if mine else []
+        means = self._means(pairs, batch_size) if ablation == "mean" else None
+        self.bases = [self._base(b, ablation, means) for b in batches]
+        self._ends: tuple[float, float] | None = None
+
+    @torch.no_grad()
+    def _writes(self, batch: Batch) -> dict[str, Tensor]:
+        recorder = Recorder()
+        with self.stream.hooked(recorder.on(self.stream.writers())):
+            self.stream.logits(batch.corrupt, batch.last)
+        return recorder.seen
+
+    @torch.no_grad()
+    def _means(self, pairs: PairSet, batch_size: int) -> list[Tensor]:
+        """Mean write at each position over the corrupt prompts that reach it, per hook point; for
+        heads ``[heads, 1, pos, d_model]``."""
+        longest = max(len(p.corrupt) for p in pairs)
+        total: dict[str, Tensor] = {}
+        count = torch.zeros(longest)
+        for batch in pairs.batches(batch_size):
+            real = torch.arange(batch.corrupt.shape[1])[None] <= batch.last[:, None]
+            count[: real.shape[1]] += real.sum(0)
+            for name, seen in self._writes(batch).items():
+                heads = name.endswith("attn.o.hook_in")
+                writes = self.stream.head_writes(int(name.split(".")[1]), seen) if heads else seen
+                weighed = writes.float() * real[..., None].to(writes.device)
+                summed = weighed.sum(-3, keepdim=True)
+                if name not in total:
+                    total[name] = summed.new_zeros(*summed.shape[:-2], longest, summed.shape[-1])
+                total[name][..., : summed.shape[-2], :] += summed
+        names = self.stream.writers()
+        return [total[n] / count[:, None].clamp_min(1).to(total[n].device) for n in names]
+
+    @torch.no_grad()
+    def _base(self, batch: Batch, ablation: str, means: list[Tensor] | None) -> _Base:
+        stream = self.stream
+        clean = stream.logits(batch.clean, batch.last)
+        if ablation == "corrupt":
+            seen = self._writes(batch)
+            heads = [
+                lambda i=i: stream.head_writes(i, seen[stream.z(i)]) for i in range(stream.n_layers)
+            ]
+            mlps = [seen[stream.mlp_out(i)].float() for i in range(stream.n_layers)]
+            return _Base(batch, seen[stream.input].float(), heads, mlps, clean)
+        width = batch.clean.shape[1]
+        if means is None:
+            none = torch.zeros(1, 1, 1, 1)
+            values = [none[0], *(v for _ in range(stream.n_layers) for v in (none, none[0]))]
+        else:
+            values = [m[..., :width, :] for m in means]
+        return _Base(
+            batch,
+            values[0],
+            [lambda v=v: v for v in values[1::2]],
+            values[2::2],
+            clean,
+        )
+
+    @torch.no_grad()
+    def logits(self, base: _Base, edges: Edges) -> Float[Tensor, "batch vocab"]:
+        """Last-position logits of the clean run of one batch with every edge outside ablated."""
+        stream, graph = self.stream, self.graph
+        keep = torch.from_numpy(edges & graph.exists).float()
+        state = _Rebuilt(keep, len(graph.writers))
+        hooks: list[tuple[str, Hook]] = [(stream.input, self._input(state, base))]
+        for i in range(stream.n_layers):
+            column = i * graph.readers_per_layer
+            for reading in stream.readings(i):
+                hooks.append(
+                    (stream.projected(i, reading.kind), self._projection(state, i, column, reading))
+                )
+                column += len(reading.weight)
+            hooks.append((stream.z(i), self._heads(state, base, i)))
+            hooks.append((stream.mlp_in(i), self._mlp_in(state, i, column)))
+            hooks.append((stream.mlp_out(i), self._mlp_out(state, base, i)))
+        hooks.append((stream.final, lambda value, hook: state.read(-1, 1)[0].to(value.dtype)))
+        with stream.hooked(hooks):
+            return stream.logits(base.batch.clean, base.batch.last)
+
+    def _input(self, state: _Rebuilt, base: _Base) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> None:
+            state.start(value.float(), base.input)
+
+        return hook_fn
+
+    def _projection(self, state: _Rebuilt, layer: int, column: int, reading: Reading) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> Tensor:
+            inputs = state.read(column, len(reading.weight))
+            normed = self.stream.norm(layer, mlp=False)(inputs)
+            out = torch.einsum("nbpd,ncd->bpnc", normed, reading.weight)
+            if reading.bias is not None:
+                out = out + reading.bias
             return out.reshape(value.shape).to(value.dtype)
 
         return hook_fn
 
-    def at_z(layer: int) -> Callable[[Tensor, Any], None]:
-        name = f"blocks.{layer}.attn.o.hook_in"
-
-        def hook_fn(value: Tensor, hook: Any) -> None:
-            write(stream.head_writes(layer, value.float() - corrupt[name]))
-
-        return hook_fn
-
-    def at_mlp_in(layer: int) -> Callable[[Tensor, Any], Tensor]:
-        column = (layer + 1) * graph.readers_per_layer - 1
-        base = corrupt[f"blocks.{layer}." + ("hook_in" if not middles else "ln2.hook_in")]
-
-        def hook_fn(value: Tensor, hook: Any) -> Tensor:
-            return stream.norm(layer, mlp=True)(read(column, 1, base)[0]).to(value.dtype)
+    def _heads(self, state: _Rebuilt, base: _Base, layer: int) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> None:
+            state.before_heads = state.base
+            state.write(self.stream.head_writes(layer, value.float()), base.heads[layer]())
+            bias = self.stream.output_bias(layer)
+            if bias is not None:
+                state.base = state.base + bias
 
         return hook_fn
 
-    def at_mlp_out(layer: int) -> Callable[[Tensor, Any], None]:
-        def hook_fn(value: Tensor, hook: Any) -> None:
-            write((value.float() - corrupt[stream.mlp(layer)])[None])
+    def _mlp_in(self, state: _Rebuilt, layer: int, column: int) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> Tensor:
+            parallel = self.stream.parallel
+            written = state.written - (self.stream.n_heads if parallel else 0)
+            base = state.before_heads if parallel else state.base
+            inputs = state.read(column, 1, written, base)[0]
+            return self.stream.norm(layer, mlp=True)(inputs).to(value.dtype)
 
         return hook_fn
 
-    def at_logits(value: Tensor, hook: Any) -> Tensor:
-        return read(len(graph.readers) - 1, 1, corrupt["ln_final.hook_in"])[0].to(value.dtype)
+    def _mlp_out(self, state: _Rebuilt, base: _Base, layer: int) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> None:
+            state.write(value.float()[None], base.mlps[layer][None])
 
-    hooks: list[tuple[str, Any]] = [(stream.input_hook, at_input)]
-    for i in range(n_layers):
-        offset = 0
-        for c, n, _, _ in stream.projections(i):
-            hooks.append((f"blocks.{i}.attn.{c}.hook_out", at_projection(i, offset, n, c)))
-            offset += n
-        hooks.append((f"blocks.{i}.attn.o.hook_in", at_z(i)))
-        hooks.append((f"blocks.{i}.mlp.hook_in", at_mlp_in(i)))
-        hooks.append((stream.mlp(i), at_mlp_out(i)))
-    hooks.append(("ln_final.hook_in", at_logits))
-    with hooked(stream.bridge, hooks):
-        return final_logits(stream.bridge, batch.clean, batch.last)
+        return hook_fn
+
+    def __call__(self, edges: Edges) -> float:
+        """Mean metric over the pairs, with everything outside ``edges`` ablated."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for base in self.bases:
+            logits = self.logits(base, edges)
+            total += self.metric(logits, base.batch, base.clean_logits).sum().item()
+        return float(sum_over_processes(total)) / self.n_pairs
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Metric of the full and of the empty circuit."""
+        if self._ends is None:
+            exists = self.graph.exists
+            full, empty = self(exists), self(np.zeros_like(exists))
+            if not abs(full - empty) > 1e-6:
+                raise CircuitError(
+                    f"The metric is {full:.4g} with the full circuit and {empty:.4g} with none: "
+                    "nothing to explain. Clean and corrupt prompts must differ in the answer."
+                )
+            self._ends = full, empty
+        return self._ends
+
+    def faithfulness(self, edges: Edges) -> float:
+        """0 for the empty circuit, 1 for the full one; may lie outside [0, 1]."""
+        full, empty = self.ends
+        return (self(edges) - empty) / (full - empty)
+
+
+class _Rebuilt:
+    """The stream as it is being rebuilt: what each writer adds now beyond its ablated value."""
+
+    base: Tensor
+    before_heads: Tensor
+
+    def __init__(self, keep: Float[Tensor, "writers readers"], n_writers: int) -> None:
+        self.keep, self.n_writers, self.written = keep, n_writers, 0
+
+    def start(self, value: Float[Tensor, "batch pos d"], base: Tensor) -> None:
+        """The input writes first."""
+        self.change = value.new_empty(self.n_writers, *value.shape)
+        self.keep = self.keep.to(value.device)
+        self.base = torch.zeros_like(value)
+        self.write(value[None], base[None])
+
+    def write(self, values: Float[Tensor, "n batch pos d"], base: Tensor) -> None:
+        """Some writers write; the ablated stream goes on with their ablated value."""
+        base = base.to(values.device)
+        self.change[self.written : self.written + len(values)] = values - base
+        self.written += len(values)
+        self.base = self.base + base.sum(0)
+
+    def read(
+        self, column: int, n: int, written: int | None = None, base: Tensor | None = None
+    ) -> Float[Tensor, "n batch pos d"]:
+        """What ``n`` readers from a column on see."""
+        at = slice(column, column + n) if column >= 0 else slice(-1, None)
+        weights = self.keep[: self.written if written is None else written, at]
+        live = weights.any(1).nonzero()[:, 0]
+        base = self.base if base is None else base
+        return base + torch.einsum("un,ubpd->nbpd", weights[live], self.change[live])
 
 
 def circuit_metric(
     model: LanguageModel,
     pairs: PairSet,
-    edges: Bool[np.ndarray, "writers readers"],
+    edges: Edges,
     metric: Metric | str = "logit_diff",
     batch_size: int = 16,
+    ablation: str = "corrupt",
 ) -> float:
-    """Mean metric of a circuit with everything outside it corrupted."""
-    function = METRICS[metric] if isinstance(metric, str) else metric
-    stream = Stream(model)
-    total = sum(
-        function(run_circuit(stream, batch, edges), batch).sum().item()
-        for batch in pairs.batches(batch_size)
-    )
-    return total / len(pairs)
+    """Mean metric of a circuit with everything outside it ablated (see `Ablation`)."""
+    return Ablation(model, pairs, metric, ablation, batch_size)(edges)
 
 
-def strongest(
-    graph: Graph, scores: Float[np.ndarray, "writers readers"], n: int
-) -> Bool[np.ndarray, "writers readers"]:
+def strongest(graph: Graph, scores: Float[np.ndarray, "writers readers"], n: int) -> Edges:
     """The ``n`` edges of largest absolute score, less what is not on an input -> logits path."""
     if not 1 <= n <= graph.n_edges:
         raise CircuitError(f"Asked for {n} edges; this graph has {graph.n_edges}, at least 1.")
@@ -144,10 +288,10 @@ def strongest(
 def minimal_edges(
     graph: Graph,
     scores: Float[np.ndarray, "writers readers"],
-    faithfulness: Callable[[Bool[np.ndarray, "writers readers"]], float],
+    faithfulness: Callable[[Edges], float],
     target: float = 0.85,
     tolerance: float = 0.05,
-) -> tuple[Bool[np.ndarray, "writers readers"], list[tuple[int, float]]]:
+) -> tuple[Edges, list[tuple[int, float]]]:
     """The fewest top-scored edges whose faithfulness reaches ``target``, found by search.
 
     Doubles the number of edges until the target is reached, then bisects to within
@@ -178,3 +322,59 @@ def minimal_edges(
         else:
             low = middle
     return strongest(graph, scores, high), sorted(curve.items())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Faithfulness against circuit size."""
+
+    fractions: tuple[float, ...]
+    """Shares of all edges that were asked for."""
+    edges: tuple[int, ...]
+    """Edges left of them after dropping what is on no input -> logits path."""
+    faithfulness: tuple[float, ...]
+
+    @property
+    def cpr(self) -> float:
+        """Area under the curve over the share of edges (MIB's CPR; higher is better)."""
+        return _area(self.fractions, np.array(self.faithfulness))
+
+    @property
+    def cmd(self) -> float:
+        """Area between the curve and 1 (MIB's CMD; 0 is best)."""
+        return _area(self.fractions, np.abs(1 - np.array(self.faithfulness)))
+
+
+def _area(x: Sequence[float], y: Float[np.ndarray, " n"]) -> float:
+    """Trapezoid rule."""
+    return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
+
+
+def faithfulness_curve(
+    ablation: Ablation,
+    scores: Float[np.ndarray, "writers readers"],
+    fractions: Sequence[float] = FRACTIONS,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Curve:
+    """Faithfulness of the top-scored edges at several shares of all edges.
+
+    Arguments:
+        ablation: model, pairs, metric and kind of ablation.
+        scores: ranking of the edges, by absolute value.
+        fractions: ascending shares in (0, 1].
+        on_step: called with (circuits done, circuits in all).
+
+    Raises:
+        CircuitError: fractions out of order or range.
+    """
+    graph = ablation.graph
+    if list(fractions) != sorted(set(fractions)) or not 0 < fractions[0] <= fractions[-1] <= 1:
+        raise CircuitError(f"Fractions must ascend within (0, 1]; got {tuple(fractions)}.")
+    sizes, values = [], []
+    for done, share in enumerate(fractions):
+        edges = strongest(graph, scores, max(1, round(share * graph.n_edges)))
+        sizes.append(int(edges.sum()))
+        values.append(ablation.faithfulness(edges))
+        if on_step:
+            on_step(done + 1, len(fractions))
+    return Curve(tuple(fractions), tuple(sizes), tuple(values))

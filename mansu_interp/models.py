@@ -38,6 +38,18 @@ _LINEARS = re.compile(
 )
 
 
+PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
+"""Model types whose attention and MLP read the same stream, always."""
+MIN_SHARED = 96
+"""Token positions that sharing a prefix must save to be worth a second forward call."""
+
+
+def _common_prefix(tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]) -> int:
+    """How many leading tokens all rows share; each row keeps at least its last one."""
+    same = (tokens == tokens[:1]).all(0).long().cumprod(0).sum()
+    return min(int(same), int(last.min()))
+
+
 def embedded_models() -> list[str]:
     """Names of the models that ship with the package."""
     return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").exists())
@@ -104,8 +116,13 @@ class LanguageModel:
             n_layers=c.num_hidden_layers,
             n_heads=heads,
             n_kv_heads=getattr(c, "num_key_value_heads", None) or heads,
-            parallel=bool(getattr(c, "use_parallel_residual", False)),
+            parallel=bool(getattr(c, "use_parallel_residual", c.model_type in PARALLEL)),
         )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
 
     @cached_property
     def graph(self) -> Graph:
@@ -162,10 +179,34 @@ class LanguageModel:
     def last_logits(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch vocab"]:
-        """Next-token logits at one position of each row; right padding needs no mask."""
+        """Next-token logits at one position of each row; right padding needs no mask.
+
+        Tokens that all rows begin with (an instruction, few-shot examples) are computed once, and
+        their keys and values shared: the same logits and gradients, several times faster.
+        """
         rows = torch.arange(len(tokens), device=tokens.device)
-        hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.hf.get_output_embeddings()(hidden[rows, last])
+        common = _common_prefix(tokens, last)
+        if common * (len(tokens) - 1) < MIN_SHARED:
+            hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            return self._unembed(hidden[rows, last])
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.config)
+        self.hf.base_model(input_ids=tokens[:1, :common], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(tokens))
+        hidden = self.hf.base_model(
+            input_ids=tokens[:, common:], past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self._unembed(hidden[rows, last - common])
+
+    def _unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
+        """Logits as the model's own forward pass makes them."""
+        logits = self.hf.get_output_embeddings()(hidden)
+        scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        logits = logits * scale if scale != 1 else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
 
     def all_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits at every position."""

@@ -33,7 +33,11 @@ def _id(names: dict[str, str], node: Any) -> str:
 
 def _inputs(pair: Pair) -> tuple[torch.Tensor, torch.Tensor, Any]:
     batch = collate([pair])
-    return batch.clean, batch.corrupt, lambda logits: logit_diff(logits[:, -1], batch)[0]
+    return (
+        batch.clean,
+        batch.corrupt,
+        lambda logits: logit_diff(logits[:, -1], batch, logits[:, -1])[0],
+    )
 
 
 def _edges(model: LanguageModel, pair: Pair) -> dict[tuple[Any, Any], float]:

@@ -37,12 +37,12 @@ def small() -> Batch:
 
 def test_metrics_by_hand():
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.0], [1.0, 1.0, 1.0, 4.0]])
-    assert logit_diff(logits, small()).tolist() == [3.0, 3.0]
+    assert logit_diff(logits, small(), logits).tolist() == [3.0, 3.0]
     total = [math.log(math.e**2 + 2 + 1 / math.e), math.log(3 * math.e + math.e**4)]
     expected = [2 - total[0], 4 - total[1]]
-    assert log_prob(logits, small()).tolist() == pytest.approx(expected, rel=1e-5)
+    assert log_prob(logits, small(), logits).tolist() == pytest.approx(expected, rel=1e-5)
     expected = [2 - math.log(2 + 1 / math.e), 4 - math.log(3 * math.e)]
-    assert choice_margin(logits, small()).tolist() == pytest.approx(expected, rel=1e-5)
+    assert choice_margin(logits, small(), logits).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @KV
@@ -110,7 +110,8 @@ def node_scores(model: LanguageModel, pairs: PairSet) -> dict[str, float]:
                     ),
                     layer.mlp.register_forward_hook(lambda m, i, o, n=n: keep(f"m{n}", o)),
                 ]
-            value = logit_diff(model.last_logits(tokens, batch.last), batch).sum()
+            logits = model.last_logits(tokens, batch.last)
+            value = logit_diff(logits, batch, logits).sum()
             for hook in hooks:
                 hook.remove()
             slopes = torch.autograd.grad(value, list(seen.values()))
@@ -186,7 +187,7 @@ def test_own_metric_and_progress(tiny_model: TinyModel, pairs: PairSet):
         tiny_model(4),
         pairs,
         AttributionConfig(ig_steps=2, batch_size=2),
-        metric=lambda logits, batch: 2 * logit_diff(logits, batch),
+        metric=lambda logits, batch, clean: 2 * logit_diff(logits, batch, clean),
         on_batch=lambda done, total: seen.append((done, total)),
     )
     single = attribute(tiny_model(4), pairs, AttributionConfig(ig_steps=2))

@@ -9,10 +9,10 @@ import oracle
 import pytest
 import torch
 
-from mansu_interp.attribution import Stream, attribute, logit_diff
+from mansu_interp.attribution import attribute, logit_diff
 from mansu_interp.config import AttributionConfig
 from mansu_interp.errors import CircuitError
-from mansu_interp.faithfulness import circuit_metric, minimal_edges, run_circuit, strongest
+from mansu_interp.faithfulness import Ablation, circuit_metric, minimal_edges, strongest
 from mansu_interp.graph import Architecture, Graph
 from mansu_interp.models import LanguageModel
 from mansu_interp.tasks import PairSet
@@ -26,13 +26,16 @@ def test_full_circuit_is_the_clean_run_and_empty_the_corrupt_run(
     tiny_model: TinyModel, pairs: PairSet, kv_heads: int
 ):
     model = tiny_model(kv_heads)
-    stream, graph = Stream(model), model.graph
-    for batch in pairs.batches(3):
+    graph = model.graph
+    ablation = Ablation(model, pairs, batch_size=3)
+    assert sum(len(base.batch) for base in ablation.bases) == len(pairs)
+    for base in ablation.bases:
+        batch = base.batch
         clean = model.last_logits(batch.clean, batch.last)
         corrupt = model.last_logits(batch.corrupt, batch.last)
         assert (clean - corrupt).abs().max() > 0.1
-        full = run_circuit(stream, batch, graph.exists)
-        empty = run_circuit(stream, batch, np.zeros_like(graph.exists))
+        full = ablation.logits(base, graph.exists)
+        empty = ablation.logits(base, np.zeros_like(graph.exists))
         assert torch.allclose(full, clean, atol=1e-4)
         assert torch.allclose(empty, corrupt, atol=1e-4)
 

@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 #: Bottom first. A module imports only from rows below its own; within a package, freely.
 LAYERS = [
     ["errors"],
-    ["config", "graph", "artifacts"],
-    ["models"],
-    ["tasks", "quantizers"],
+    ["config", "graph", "artifacts", "distributed"],
+    ["defaults", "models"],
+    ["tasks", "quantizers", "stream"],
     ["scoring", "nullspace", "attribution"],
     ["objectives", "faithfulness", "masks"],
     ["circuit"],
@@ -79,7 +79,9 @@ def test_only_models_imports_transformer_lens():
     assert users == {"models"}
 
 
-@pytest.mark.parametrize("name", ["errors", "config", "graph", "artifacts", "viz", "report", "cli"])
+@pytest.mark.parametrize(
+    "name", ["errors", "config", "defaults", "graph", "artifacts", "viz", "report", "cli"]
+)
 def test_these_need_no_torch_by_themselves(name: str):
     for path in FILES:
         if module(path) == name:

@@ -14,6 +14,7 @@ import torch
 from mansu_interp import models
 from mansu_interp.errors import MansuError, ModelError
 from mansu_interp.models import EMBEDDED, LanguageModel, embedded_models, load_model
+from mansu_interp.nullspace import gradient
 
 
 def test_unknown_model_names_what_ships():
@@ -151,6 +152,38 @@ def test_last_logits_are_those_of_the_row(tiny_model):
     with torch.no_grad():
         expected = model.all_logits(tokens)[torch.arange(2), last]
         assert torch.allclose(model.last_logits(tokens, last), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_shared_prefix_changes_neither_logits_nor_gradients(
+    tiny_model, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_model(kv_heads).copy()
+    rows = [[7, 3, 9, 4, 1, 0], [7, 3, 9, 5, 2, 6], [7, 3, 9, 5, 8, 1], [7, 3, 9, 4, 0, 0]]
+    tokens, last = torch.tensor(rows), torch.tensor([4, 5, 5, 3])
+    names = model.linear_names
+    calls: list[tuple[int, ...]] = []
+    model.hf.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+
+    def both(least: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        monkeypatch.setattr(models, "MIN_SHARED", least)
+        logits = []
+
+        def loss() -> torch.Tensor:
+            logits.append(model.last_logits(tokens, last))
+            return logits[0].log_softmax(-1)[:, 5].sum()
+
+        return logits, gradient(model, names, [loss])
+
+    (apart,), g_apart = both(10**9)
+    (shared,), g_shared = both(0)
+    assert calls == [(4, 6), (1, 3), (4, 3)]
+    assert torch.allclose(apart, shared, atol=1e-5)
+    for a, b in zip(g_apart, g_shared, strict=True):
+        assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
 
 
 def test_the_model_knows_its_facts(facts: LanguageModel):
