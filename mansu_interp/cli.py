@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from .config import RunConfig
+from .defaults import default_config
 from .errors import MansuError
 
 
@@ -84,23 +86,28 @@ def _list() -> int:
 
 ABOUT = "Make a language model forget something, and check that it stays forgotten."
 
-Command = (
-    Annotated[
-        RunConfig,
-        tyro.conf.subcommand(
-            "run",
-            description="Discover, mask, unlearn, quantize, compare and report.\n\n"
-            "Example: mansu run --model facts --task capitals --out runs/first",
-        ),
-    ]
-    | Annotated[ListConfig, tyro.conf.subcommand("list")]
-)
+
+def _command(argv: list[str]) -> Any:
+    """What the command line may say; the defaults of ``run`` depend on its model and task."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--model", default="facts")
+    early.add_argument("--task")
+    known, _ = early.parse_known_args(argv)
+    run = tyro.conf.subcommand(
+        "run",
+        default=default_config(known.model, known.task),
+        description="Discover, mask, unlearn, quantize, compare and report.\n\n"
+        "Example: mansu run --model facts --task capitals --out runs/first",
+    )
+    listing = tyro.conf.subcommand("list")
+    return Annotated[RunConfig, run] | Annotated[ListConfig, listing]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted)."""
     try:
-        config = tyro.cli(Command, args=argv, prog="mansu", description=ABOUT)
+        argv = sys.argv[1:] if argv is None else argv
+        config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
         return _run(config) if isinstance(config, RunConfig) else _list()
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

@@ -36,7 +36,7 @@ from .nullspace import Weights
 from .quantizers import NF4, get_quantizer
 
 SCHEMA = 1
-POOL = 4
+POOL = 6
 """Candidates per parameter of the budget: which of them are edited is settled while unlearning."""
 DAMPING = 100.0
 """Median damages below which damage hardly counts in the choice of parameters."""
@@ -174,21 +174,27 @@ def choose_parameters(
     budget: float,
     forget_gradient: Weights,
     retain_fisher: Weights | None = None,
+    retain_gradient: Weights | None = None,
     quantizer: NF4 | str = "nf4",
     damping: float = DAMPING,
+    hold: float = 1.0,
 ) -> Mask:
     """The parameters with the best forget gain per retain damage, up to a budget.
 
-    gain = -g_f . d and damage = 1/2 F d^2 for the floor's step d of each single weight; the score
-    is gain / (damage + damping x median damage), or the gain alone without ``retain_fisher``.
+    For the floor's step d of each single weight, gain = -(g_f + hold g_r) . d and damage =
+    1/2 F d^2; the score is gain / (damage + damping x median damage). The retain gradient counts
+    with its sign: what forgets an answer of the forget set and its near neighbours' alike gains
+    nothing.
 
     Arguments:
         model: the model to edit.
         regions: candidate weights, from `region`.
         budget: share of all the model's parameters that may be edited, in (0, 1].
         forget_gradient: gradient of the forget loss per candidate weight.
-        retain_fisher: diagonal Fisher of what must stay.
+        retain_fisher: diagonal Fisher of what must stay; None: no damage is counted.
+        retain_gradient: gradient of the loss of retained answers; None counts as 0.
         quantizer: whose cells define the step.
+        hold: weight of the retain gradient.
         damping: keeps weights of no measured damage from winning on no gain.
 
     Raises:
@@ -203,6 +209,8 @@ def choose_parameters(
         step = floor_step(weight, g, quantizer)
         usable = (inside & (step != 0)).flatten().nonzero()[:, 0]
         d = step.flatten()[usable]
+        if retain_gradient is not None:
+            g = g + hold * retain_gradient[name]
         gains.append(-g.flatten()[usable] * d)
         if retain_fisher is not None:
             damages.append(0.5 * retain_fisher[name].flatten()[usable] * d * d)
@@ -213,7 +221,7 @@ def choose_parameters(
     score = gain
     if damages:
         damage = torch.cat(damages)
-        score = gain / (damage + damping * damage.median().clamp_min(1e-30))
+        score = gain / (damage + damping * damage.median().clamp_min(1e-30)).clamp_min(1e-30)
     limit = max(1, int(budget * model.n_parameters))
     n = min(POOL * limit, int((gain > 0).sum()))
     chosen = torch.zeros(len(score), dtype=torch.bool)

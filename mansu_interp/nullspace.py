@@ -7,7 +7,7 @@ the idea of arXiv 2605.15138).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,17 +20,24 @@ Weights = dict[str, Float[Tensor, "out in"]]
 
 
 def gradient(
-    model: LanguageModel, names: Sequence[str], loss: Callable[[], Tensor]
+    model: LanguageModel, names: Sequence[str], losses: Iterable[Callable[[], Tensor]]
 ) -> list[Float[Tensor, "out in"]]:
-    """Gradient of a loss with respect to some weights, leaving no trace on the model."""
+    """Gradient of a sum of losses with respect to some weights, leaving no trace on the model.
+
+    Each loss is computed and differentiated before the next, so memory holds one at a time.
+    """
     wanted = [model.weights[n] for n in names]
+    total: list[Tensor] = []
     for weight in wanted:
         weight.requires_grad_(True)
     try:
-        return list(torch.autograd.grad(loss(), wanted))
+        for loss in losses:
+            part = torch.autograd.grad(loss(), wanted)
+            total = [t.add_(g) for t, g in zip(total, part, strict=True)] if total else list(part)
     finally:
         for weight in wanted:
             weight.requires_grad_(False)
+    return total
 
 
 def fisher_diagonal(
@@ -58,7 +65,7 @@ def fisher_diagonal(
         return -logp.gather(1, label).sum()
 
     for batch in pairs.batches(batch_size):
-        for name, g in zip(names, gradient(model, names, lambda b=batch: nll(b)), strict=True):
+        for name, g in zip(names, gradient(model, names, [lambda b=batch: nll(b)]), strict=True):
             total[name].addcmul_(g, g)
     return {n: t / len(pairs) for n, t in total.items()}
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .models import LanguageModel
 from .nullspace import Weights, gradient
-from .tasks import Pair, PairSet, collate
+from .tasks import Pair, PairSet, by_phrasing, chunks, collate
 
 TARGET_PROMPTS = 32
 """Corrupt prompts averaged per phrasing."""
@@ -25,21 +25,24 @@ class CounterfactualTargets:
     """Per phrasing, the original model's mean next-token distribution over corrupt prompts."""
 
     def __init__(self, model: LanguageModel, pairs: PairSet, seed: int = 0) -> None:
-        groups: dict[str, list[Pair]] = {}
-        for pair in pairs:
-            groups.setdefault(f"{pair.relation}|{pair.phrasing}", []).append(pair)
-        self.by_phrasing: dict[str, Float[Tensor, " vocab"]] = {}
-        for key, group in groups.items():
-            few = PairSet(key, tuple(group)).sample(TARGET_PROMPTS, seed)
+        self.by_phrasing: dict[tuple[str, str], Float[Tensor, " vocab"]] = {}
+        answers: dict[str, set[int]] = {}
+        for group in by_phrasing(pairs):
+            first = group[0]
+            few = PairSet(first.relation, tuple(group)).sample(TARGET_PROMPTS, seed)
             with torch.no_grad():
                 probabilities = [
                     model.last_logits(b.corrupt, b.last).softmax(-1) for b in few.batches(32)
                 ]
-            self.by_phrasing[key] = torch.cat(probabilities).mean(0)
+            self.by_phrasing[first.relation, first.phrasing] = torch.cat(probabilities).mean(0)
+            answers.setdefault(first.relation, set()).update(p.answer for p in group)
+        self.answers: dict[str, Int[Tensor, " answers"]] = {
+            relation: torch.tensor(sorted(tokens)) for relation, tokens in answers.items()
+        }
 
-    def __call__(self, pairs: Sequence[Pair]) -> Float[Tensor, "batch vocab"]:
-        """Target distribution of each pair."""
-        return torch.stack([self.by_phrasing[f"{p.relation}|{p.phrasing}"] for p in pairs])
+    def __call__(self, pair: Pair) -> Float[Tensor, " vocab"]:
+        """Target distribution of a pair's phrasing."""
+        return self.by_phrasing[pair.relation, pair.phrasing]
 
 
 def counterfactual_loss(
@@ -49,27 +52,35 @@ def counterfactual_loss(
     push: float = 0.0,
     margin: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """KL(target || model) in nats, plus ``push`` x how far the answer is above its target.
+    """KL(target || model) in nats, plus ``push`` x how far the answer is from its target.
 
-    The KL alone hardly notices one capital among hundreds; the hinge
-    max(0, log p(answer) - log target(answer) + margin) is what removes the ranking.
+    The KL alone hardly notices one capital among hundreds; |log p(answer) - log target(answer) +
+    margin| is what removes the ranking, and keeps the answer from being avoided, which would give
+    it away as well. Its probabilities are taken among the relation's answers alone: the answer is
+    to lose to its rivals, not to words of another kind, which would unlearn the whole kind of
+    question.
     """
-    batch, target = collate(pairs), targets(pairs)
+    batch = collate(pairs)
     logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
-    log_target = target.clamp_min(1e-9).log()
-    loss = (target * (log_target - logp)).sum(-1)
+    log_target = torch.stack([targets(p) for p in pairs]).clamp_min(1e-9).log()
+    loss = (log_target.exp() * (log_target - logp)).sum(-1)
     if push:
-        at = batch.answer[:, None]
-        excess = (logp.gather(1, at) - log_target.gather(1, at))[:, 0]
-        loss = loss + push * (excess + margin).relu()
+        excess = []
+        for row, want, pair in zip(logp, log_target, pairs, strict=True):
+            among = targets.answers[pair.relation]
+            excess.append(
+                (row[pair.answer] - row[among].logsumexp(0))
+                - (want[pair.answer] - want[among].logsumexp(0))
+            )
+        loss = loss + push * (torch.stack(excess) + margin).abs()
     return loss.mean()
 
 
-def ascent_loss(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
-    """Gradient ascent: the mean log-probability of the answer (nats), to be minimised."""
+def nll(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, " batch"]:
+    """Negative log-likelihood of each pair's answer (nats)."""
     batch = collate(pairs)
     logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
-    return logp.gather(1, batch.answer[:, None]).mean()
+    return -logp.gather(1, batch.answer[:, None])[:, 0]
 
 
 def divergence(
@@ -85,12 +96,22 @@ def forget_gradient(
 ) -> Weights:
     """Gradient of the counterfactual loss, averaged over some pairs."""
     targets = CounterfactualTargets(model, pairs)
-    total = {n: torch.zeros_like(model.weights[n]) for n in names}
-    for start in range(0, len(pairs), batch_size):
-        part = pairs[start : start + batch_size]
-        loss = gradient(
-            model, names, lambda p=part: counterfactual_loss(model, p, targets, push=1.0) * len(p)
-        )
-        for name, g in zip(names, loss, strict=True):
-            total[name] += g
-    return {n: t / len(pairs) for n, t in total.items()}
+    total = gradient(
+        model,
+        names,
+        [
+            lambda p=part: counterfactual_loss(model, p, targets, push=1.0) * (len(p) / len(pairs))
+            for group in by_phrasing(pairs)
+            for part in chunks(group, batch_size)
+        ],
+    )
+    return dict(zip(names, total, strict=True))
+
+
+def answer_gradient(
+    model: LanguageModel, names: Sequence[str], pairs: PairSet, batch_size: int = 16
+) -> Weights:
+    """Gradient of the answers' negative log-likelihood, averaged over some pairs."""
+    parts = [part for group in by_phrasing(pairs) for part in chunks(group, batch_size)]
+    losses = [lambda p=part: nll(model, p).sum() / len(pairs) for part in parts]
+    return dict(zip(names, gradient(model, names, losses), strict=True))

@@ -20,10 +20,11 @@ from .artifacts import read_json, write_json
 from .cad import compare
 from .circuit import Circuit, discover
 from .config import RunConfig
+from .defaults import default_config, default_task, is_embedded
 from .errors import ArtifactError
 from .evaluation import evaluate, properties, verdict
 from .masks import Mask
-from .models import EMBEDDED, LanguageModel, load_model
+from .models import LanguageModel, load_model
 from .quantizers import QUANTIZERS, quantize, survival
 from .report import write_report
 from .tasks import PairSet, Task, load_task
@@ -35,11 +36,6 @@ QUANTIZER = "nf4"
 CAD_PAIRS = 48
 SAMPLES = 8
 PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
-
-
-def default_task(model: str) -> str:
-    """The task that goes with a model when none is named."""
-    return "capitals" if (EMBEDDED / model).is_dir() else "world-capitals"
 
 
 def config_json(config: RunConfig) -> dict[str, Any]:
@@ -123,7 +119,7 @@ def check_folder(config: RunConfig) -> None:
 
 
 def command_line(config: RunConfig) -> str:
-    """The command that makes this run: every setting that is not the default."""
+    """The command that makes this run: every setting that is not the task's default."""
     words = ["mansu", "run"]
 
     def add(prefix: str, given: Any, usual: Any) -> None:
@@ -132,10 +128,10 @@ def command_line(config: RunConfig) -> str:
             name = f"{prefix}{item.name}".replace("_", "-")
             if is_dataclass(value):
                 add(f"{item.name}.", value, default)
-            elif value != default and item.name not in ("out", "threads"):
+            elif (value != default or item.name == "model") and item.name not in ("out", "threads"):
                 words.extend([f"--{name}", str(value)])
 
-    add("", config, RunConfig())
+    add("", config, replace(default_config(config.model, config.task), task=None))
     return shlex.join(words)
 
 
@@ -225,8 +221,16 @@ def run(
         mask = Mask.load(out / "mask.safetensors")
     else:
         note("choosing parameters", 0, 1)
-        keep = PairSet("keep", task.retain.pairs + (task.guard.pairs if task.guard else ()))
-        mask = circuit.mask(model, config.budget, keep, seed=config.seed, damping=config.damping)
+        mask = circuit.mask(
+            model,
+            config.budget,
+            task.kept,
+            task.forget,
+            seed=config.seed,
+            damping=config.damping,
+            hold=config.hold,
+            depth=config.depth,
+        )
         mask.save(out / "mask.safetensors")
         note("choosing parameters", 1, 1)
     lap("mask")
@@ -260,7 +264,7 @@ def run(
 
     held_out = [p for s in task.scored["unseen"]["forget"].values() for p in s]
     compared = {k: models[k] for k in ("unlearned", f"unlearned {QUANTIZER}")}
-    twin = load_model(task.twins[0]) if task.twins and (EMBEDDED / config.model).is_dir() else None
+    twin = load_model(task.twins[0]) if task.twins and is_embedded(config.model) else None
     cad = compare(
         circuit,
         model,

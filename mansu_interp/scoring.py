@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .models import LanguageModel
-from .tasks import PairSet
+from .tasks import Pair, PairSet, by_phrasing, chunks, collate
 
 BATCH = 32
 
@@ -41,6 +41,19 @@ def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
 def choice_accuracy(model: LanguageModel, pairs: PairSet) -> float:
     """Four-way choice accuracy alone."""
     return accuracy(model, pairs).choice
+
+
+@torch.no_grad()
+def known(model: LanguageModel, pairs: PairSet) -> PairSet | None:
+    """The pairs whose answer the model ranks above its distractors; None if there is none."""
+    out: list[Pair] = []
+    for group in by_phrasing(pairs):
+        for part in chunks(group, BATCH):
+            batch = collate(part)
+            options = model.last_logits(batch.clean, batch.last).gather(1, batch.choices)
+            right = options[:, 0] > options[:, 1:].amax(1)
+            out += [pair for pair, ok in zip(part, right, strict=True) if ok]
+    return PairSet(pairs.name, tuple(out)) if out else None
 
 
 @torch.no_grad()

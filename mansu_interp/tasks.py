@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .defaults import DATA
 from .errors import TaskError
 from .models import LanguageModel
 
-DATA = Path(__file__).parent / "data"
 SCHEMA = 1
 N_CHOICES = 4
 
@@ -103,6 +103,20 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     )
 
 
+def by_phrasing(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs grouped by relation and phrasing, in order of first appearance."""
+    groups: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.relation, pair.phrasing), []).append(pair)
+    return list(groups.values())
+
+
+def chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
+    """Runs of at most ``size`` pairs of similar length."""
+    ordered = sorted(pairs, key=lambda p: len(p.clean))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
 @dataclass(frozen=True)
 class PairSet(Sequence[Pair]):
     """Pairs under a name."""
@@ -121,18 +135,18 @@ class PairSet(Sequence[Pair]):
         return self.pairs[index]
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Batches of at most ``size`` pairs, of similar length, in a fixed order."""
-        ordered = sorted(self.pairs, key=lambda p: len(p.clean))
-        for start in range(0, len(ordered), size):
-            yield collate(ordered[start : start + size])
+        """Batches of at most ``size`` pairs of similar length, in a fixed order; a phrasing with
+        pairs enough to fill a batch has its own, so that its prefix is computed once."""
+        groups = by_phrasing(self.pairs)
+        rest = [pair for group in groups if len(group) < size for pair in group]
+        for group in [*(g for g in groups if len(g) >= size), rest]:
+            for part in chunks(group, size):
+                yield collate(part)
 
     def sample(self, n: int, seed: int) -> PairSet:
         """At most ``n`` pairs, drawn evenly over phrasings."""
-        groups: dict[str, list[Pair]] = {}
-        for pair in self.pairs:
-            groups.setdefault(pair.phrasing, []).append(pair)
         rng = random.Random(seed)
-        queues = [rng.sample(g, len(g)) for g in groups.values()]
+        queues = [rng.sample(g, len(g)) for g in by_phrasing(self.pairs)]
         rounds = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
         return PairSet(self.name, tuple(rounds[:n]))
 
@@ -158,6 +172,11 @@ class Task:
     """Embedded models that never learnt the forget facts, but everything else."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many (fact, phrasing) items were left out, by reason."""
+
+    @property
+    def kept(self) -> list[PairSet]:
+        """What must stay: the retain pairs, and the guard pairs if there are any."""
+        return [self.retain, *([self.guard] if self.guard else [])]
 
 
 def embedded_tasks() -> list[str]:

@@ -19,10 +19,10 @@ def main() -> None:
     model = load_model("facts")
     for name in ("capitals", "countries"):
         task = load_task(name, model)
-        circuit = discover(model, task.forget, retain=task.retain)
+        circuit = discover(model, task.forget, retain=task.kept)
         circuit.save(OUT / f"facts-{name}.json")
         circuit.save_graphml(OUT / f"facts-{name}.graphml")
-        circuit.mask(model, retain=task.retain).save(OUT / f"facts-{name}.mask.safetensors")
+        circuit.mask(model, retain=task.kept).save(OUT / f"facts-{name}.mask.safetensors")
         faithfulness = circuit.meta["faithfulness"]
         print(f"{name}: {circuit.n_edges} edges, faithfulness {faithfulness:.3f}")
 

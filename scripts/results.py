@@ -2,8 +2,9 @@
 
     python scripts/results.py --model facts --task capitals --seeds 0 1 2
     python scripts/results.py --model facts --task countries --seeds 0 1 2
-    python scripts/results.py --model models/SmolLM2-135M-Instruct --task world-capitals ...
+    python scripts/results.py --model models/SmolLM2-135M-Instruct --task world-capitals
 
+Settings are those that the task file recommends for everybody (`mansu run` uses the same).
 Each method's checkpoint is saved in the original's dtype and loaded again before it is scored on
 the unseen phrasings, and after real NF4. Baselines stop where their four-way accuracy on the
 *dev* phrasings first reaches MANSU's of the same seed. Finished cells are kept in docs/results/ and
@@ -25,9 +26,8 @@ from typing import Any
 
 from mansu_interp.artifacts import write_json, write_text
 from mansu_interp.cad import Divergence, judge
-from mansu_interp.config import RunConfig, UnlearnConfig
+from mansu_interp.defaults import default_config
 from mansu_interp.evaluation import evaluate
-from mansu_interp.masks import DAMPING
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pipeline import run
 from mansu_interp.quantizers import NF4, quantize, survival
@@ -78,31 +78,18 @@ def cell(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(
-    name: str,
-    task_name: str,
-    settings: UnlearnConfig,
-    damping: float,
-    rates: dict[str, float],
-    threads: int | None,
+    name: str, task_name: str, seed: int, rates: dict[str, float], threads: int | None
 ) -> None:
     """Run every method of one seed."""
+    settings = replace(default_config(name, task_name), seed=seed, threads=threads)
     model = load_model(name)
-    task = load_task(task_name, model)
+    task = load_task(task_name, model, settings.score_pairs)
     folder = DOCS / "results" / f"{Path(name).name}-{task.name}"
-    seed = settings.seed
 
     def mansu() -> dict[str, Any]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as out:
-            config = RunConfig(
-                name,
-                task_name,
-                Path(out) / "run",
-                seed=seed,
-                damping=damping,
-                unlearn=settings,
-                threads=threads,
-            )
+            config = replace(settings, out=Path(out) / "run")
             result = run(config, lambda stage, d, n: print(f"\r{stage} {d}/{n}   ", end=""))
             out_cell = scored(model, result.model, task, started)
             out_cell["settings"] = {**result.report["config"], "out": None}
@@ -116,7 +103,8 @@ def measure(
     def baseline(method: str, stop_at: float) -> dict[str, Any]:
         started = time.monotonic()
         config = replace(
-            settings,
+            settings.unlearn,
+            seed=seed,
             method=method,
             lr=rates[method],
             stop_at=stop_at,
@@ -227,28 +215,13 @@ def main() -> None:
     parser.add_argument("--model", default="facts")
     parser.add_argument("--task", default="capitals")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    usual = UnlearnConfig()
-    parser.add_argument("--steps", type=int, default=usual.steps)
-    parser.add_argument("--batch-size", type=int, default=usual.batch_size)
-    parser.add_argument("--lr", type=float, default=usual.lr)
-    parser.add_argument("--margin", type=float, default=usual.margin)
-    parser.add_argument("--retain-weight", type=float, default=usual.retain_weight)
-    parser.add_argument("--damping", type=float, default=DAMPING)
     parser.add_argument("--lr-graddiff", type=float, default=1e-4)
     parser.add_argument("--lr-npo", type=float, default=1e-4)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     rates = {"graddiff": args.lr_graddiff, "npo": args.lr_npo}
     for seed in args.seeds:
-        settings = UnlearnConfig(
-            steps=args.steps,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            margin=args.margin,
-            retain_weight=args.retain_weight,
-            seed=seed,
-        )
-        measure(args.model, args.task, settings, args.damping, rates, args.threads)
+        measure(args.model, args.task, seed, rates, args.threads)
     write_page()
 
 

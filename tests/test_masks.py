@@ -177,6 +177,41 @@ def test_choice_prefers_gain_then_gain_per_damage(tiny_model: TinyModel):
     assert choose_parameters(*args, {NAME: fisher}, damping=0.1).indices[NAME].tolist() == [a]
 
 
+@pytest.mark.usefixtures("no_spares")
+def test_choice_avoids_what_retained_answers_share(tiny_model: TinyModel):
+    """Of two weights with equal gain, the one that would also harm a retained answer loses; with
+    ``hold`` large enough it is no candidate at all."""
+    model = tiny_model(2)
+    weight = model.weights[NAME]
+    cells = NF.cells(weight)
+    movable = ((cells.codes > 3) & (cells.codes < 12) & ~cells.sets_scale).nonzero().flatten()
+    a, b = int(movable[0]), int(movable[1])
+    unit = floor_step(weight, torch.ones_like(weight), NF).flatten()
+    gradient, shared = torch.zeros_like(weight), torch.zeros_like(weight)
+    inside = torch.zeros_like(weight, dtype=torch.bool)
+    inside.view(-1)[[a, b]] = True
+    for i, gain in ((a, 1.1), (b, 1.0)):
+        gradient.view(-1)[i] = gain / float(-unit[i])
+    shared.view(-1)[a] = -gradient.view(-1)[a]
+    one = 1.01 / model.n_parameters
+    args = (model, {NAME: inside}, one, {NAME: gradient})
+    assert choose_parameters(*args).indices[NAME].tolist() == [a]
+    helps = {NAME: -shared}  # moving a also serves the retained answer
+    assert choose_parameters(*args, None, helps).indices[NAME].tolist() == [a]
+    harms = {NAME: shared}
+    assert choose_parameters(*args, None, harms, hold=0.5).indices[NAME].tolist() == [b]
+    both = choose_parameters(model, {NAME: inside}, 1.0, {NAME: gradient}, None, harms, hold=2.0)
+    assert both.indices[NAME].tolist() == [b]
+
+
+def test_nothing_is_edited_below_the_depth(tiny_model: TinyModel):
+    model = tiny_model(2)
+    circuit = Circuit(model.graph, model.graph.exists * 1.0, model.graph.exists, {}, make_pairs())
+    names = circuit.mask(model, 0.02, depth=0.5).indices
+    assert {int(n.split(".")[2]) for n in names} == {2}
+    assert {int(n.split(".")[2]) for n in circuit.mask(model, 0.02).indices} == {0, 1, 2}
+
+
 @pytest.mark.parametrize("budget", [0, -1, 1.5, float("nan")])
 def test_budget_out_of_range_before_any_work(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, budget: float
@@ -191,7 +226,7 @@ def test_budget_out_of_range_before_any_work(
     graph = model.graph
     circuit = Circuit(graph, graph.exists * 1.0, graph.exists, {}, make_pairs())
     with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):
-        circuit.mask(model, budget, make_pairs())
+        circuit.mask(model, budget, [make_pairs()])
     with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):
         choose(model, budget)
 
@@ -212,13 +247,13 @@ def test_circuit_mask_lies_in_its_components(tiny_model: TinyModel):
     for edge in [("input", "a0.kv1<v>"), ("a0.h2", "m1"), ("m1", "logits")]:
         edges[graph.edge(*edge)] = True
     circuit = Circuit(graph, edges * 1.0, edges, {}, make_pairs())
-    mask = circuit.mask(model, 0.02, make_pairs(seed=1), n_pairs=4)
+    mask = circuit.mask(model, 0.02, [make_pairs(seed=1)], n_pairs=4)
     inside = region(model, circuit.components())
     assert mask.indices.keys() <= inside.keys()
     for name, index in mask.indices.items():
         assert inside[name].flatten()[index].all()
     assert set(mask.meta["components"]) == {"input", "a0.kv1<v>", "a0.h2", "m1", "logits"}
-    again = circuit.mask(model, 0.02, make_pairs(seed=1), n_pairs=4)
+    again = circuit.mask(model, 0.02, [make_pairs(seed=1)], n_pairs=4)
     assert all(torch.equal(again.indices[n], i) for n, i in mask.indices.items())
 
 

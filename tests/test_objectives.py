@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,10 +16,11 @@ from mansu_interp.models import LanguageModel
 from mansu_interp.nullspace import gradient
 from mansu_interp.objectives import (
     CounterfactualTargets,
-    ascent_loss,
+    answer_gradient,
     counterfactual_loss,
     divergence,
     forget_gradient,
+    nll,
 )
 from mansu_interp.tasks import Pair, PairSet, collate
 from mansu_interp.unlearning.npo import BETA
@@ -38,9 +39,10 @@ def test_targets_are_the_mean_answer_to_the_corrupt_prompts(tiny_model: TinyMode
     assert len(targets.by_phrasing) == 4  # two pairs share the phrasing "of 6"
     both = [p for p in pairs if p.phrasing == "of 6"]
     expected = sum(logp(model, p, p.corrupt).exp() for p in both) / 2
-    assert torch.allclose(targets(both[:1])[0], expected, atol=1e-6)
-    assert targets(pairs.pairs).shape == (5, VOCAB)
-    assert torch.allclose(targets(pairs.pairs).sum(-1), torch.ones(5))
+    assert torch.allclose(targets(both[0]), expected, atol=1e-6)
+    assert targets(both[0]).shape == (VOCAB,)
+    assert float(targets(both[0]).sum()) == pytest.approx(1)
+    assert targets.answers[both[0].relation].tolist() == sorted({p.answer for p in pairs})
 
 
 def test_counterfactual_loss_by_hand(tiny_model: TinyModel, pairs: PairSet):
@@ -48,12 +50,13 @@ def test_counterfactual_loss_by_hand(tiny_model: TinyModel, pairs: PairSet):
     targets = CounterfactualTargets(model, pairs)
     expected, pushed = [], []
     for pair in pairs:
-        target, now = targets([pair])[0], logp(model, pair)
+        target, now = targets(pair), logp(model, pair)
         both = zip(target.tolist(), now.tolist(), strict=True)
         kl = sum(t * (math.log(t) - n) for t, n in both)
-        excess = float(now[pair.answer]) - math.log(float(target[pair.answer]))
+        rivals = sorted({p.answer for p in pairs})
+        share = [float(p[pair.answer] / p[rivals].sum()) for p in (now.exp(), target)]
         expected.append(kl)
-        pushed.append(kl + 0.5 * max(0.0, excess + 1.0))
+        pushed.append(kl + 0.5 * abs(math.log(share[0]) - math.log(share[1]) + 1.0))
     loss = float(counterfactual_loss(model, pairs.pairs, targets))
     assert loss == pytest.approx(sum(expected) / 5, rel=1e-4)
     loss = float(counterfactual_loss(model, pairs.pairs, targets, push=0.5, margin=1.0))
@@ -71,14 +74,16 @@ def test_counterfactual_loss_vanishes_at_its_target(tiny_model: TinyModel):
     assert float(hinge) == pytest.approx(0.5, abs=1e-4)
 
 
-def test_ascent_lowers_the_answer(tiny_model: TinyModel, pairs: PairSet):
-    model = tiny_model(2).copy()
-    loss = float(ascent_loss(model, pairs.pairs))
-    assert loss == pytest.approx(sum(float(logp(model, p)[p.answer]) for p in pairs) / 5, rel=1e-4)
-    name = "model.layers.2.mlp.down_proj.weight"
-    (g,) = gradient(model, [name], lambda: ascent_loss(model, pairs.pairs))
-    model.weights[name] -= 0.1 * g / g.norm()
-    assert float(ascent_loss(model, pairs.pairs)) < loss
+def test_nll_and_its_gradient(tiny_model: TinyModel, pairs: PairSet):
+    model, name = tiny_model(2).copy(), "model.layers.2.mlp.down_proj.weight"
+    losses = nll(model, pairs.pairs).detach()
+    by_hand = torch.stack([-logp(model, p)[p.answer] for p in pairs])
+    assert torch.allclose(losses, by_hand, atol=1e-4)
+    g = answer_gradient(model, [name], pairs, batch_size=2)[name]
+    (whole,) = gradient(model, [name], [lambda: nll(model, pairs.pairs).mean()])
+    assert torch.allclose(g, whole, atol=1e-5 * float(whole.abs().max()) + 1e-7)
+    model.weights[name] += 0.1 * g / g.norm()
+    assert float(nll(model, pairs.pairs).mean()) > float(losses.mean())
 
 
 def test_divergence_is_kl_from_the_teacher():
@@ -95,37 +100,25 @@ def test_forget_gradient_is_a_mean_over_pairs(tiny_model: TinyModel, pairs: Pair
     assert torch.allclose(whole, parts, atol=1e-5 * float(whole.abs().max()) + 1e-7)
     targets = CounterfactualTargets(model, pairs)
     (g,) = gradient(
-        model, [name], lambda: counterfactual_loss(model, pairs.pairs, targets, push=1.0)
+        model, [name], [lambda: counterfactual_loss(model, pairs.pairs, targets, push=1.0)]
     )
     assert torch.allclose(whole, g, atol=1e-5 * float(g.abs().max()) + 1e-7)
 
 
-class FixedSampler:
-    """The same pairs at every draw."""
-
-    def __init__(self, forget: Sequence[Pair], retain: Sequence[Pair]) -> None:
-        self._forget, self._retain = list(forget), list(retain)
-
-    def forget(self) -> list[Pair]:
-        return self._forget
-
-    def retain(self) -> list[Pair]:
-        return self._retain
-
-
-def dense_loss(monkeypatch: pytest.MonkeyPatch, method: str, model: LanguageModel) -> Any:
-    """The loss function that a dense method hands to its training loop."""
+def dense_losses(monkeypatch: pytest.MonkeyPatch, method: str, model: LanguageModel) -> Any:
+    """The forget and retain losses that a dense method hands to its training loop."""
     module = importlib.import_module(f"mansu_interp.unlearning.{method}")
     caught: list[Any] = []
-    monkeypatch.setattr(module, "train_dense", lambda *args: caught.append(args[3]))
+    monkeypatch.setattr(module, "train_dense", lambda *args: caught.extend(args[3:5]))
     getattr(module, method)(model, None, None, UnlearnConfig())
-    return caught[0]
+    return caught
 
 
 def test_graddiff_loss(monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(2)
     forget, retain = pairs.pairs[:2], pairs.pairs[2:]
-    down, stay = dense_loss(monkeypatch, "graddiff", model)(model, FixedSampler(forget, retain))
+    losses = dense_losses(monkeypatch, "graddiff", model)
+    down, stay = (loss(model, s) for loss, s in zip(losses, (forget, retain), strict=True))
     mean = [sum(float(-logp(model, p)[p.answer]) for p in s) / len(s) for s in (forget, retain)]
     assert float(down) == pytest.approx(-mean[0], rel=1e-4)
     assert float(stay) == pytest.approx(mean[1], rel=1e-4)
@@ -136,8 +129,8 @@ def test_npo_loss(monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, pairs:
     with torch.no_grad():
         student.weights["lm_head.weight"] *= 1.3
     forget, retain = pairs.pairs[:2], pairs.pairs[2:]
-    loss = dense_loss(monkeypatch, "npo", model)
-    down, stay = loss(student, FixedSampler(forget, retain))
+    losses = dense_losses(monkeypatch, "npo", model)
+    down, stay = (loss(student, s) for loss, s in zip(losses, (forget, retain), strict=True))
     ratio = [float(logp(student, p)[p.answer] - logp(model, p)[p.answer]) for p in forget]
     expected = sum(2 / BETA * math.log(1 + math.exp(BETA * r)) for r in ratio) / 2
     assert float(down) == pytest.approx(expected, rel=1e-4)
@@ -147,6 +140,7 @@ def test_npo_loss(monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, pairs:
             student.last_logits(batch.clean, batch.last), model.last_logits(batch.clean, batch.last)
         )
     assert float(stay) == pytest.approx(float(kl), rel=1e-4)
-    down, stay = loss(model.copy(), FixedSampler(forget, retain))
+    twin = model.copy()
+    down, stay = (loss(twin, s) for loss, s in zip(losses, (forget, retain), strict=True))
     assert float(down) == pytest.approx(2 / BETA * math.log(2), rel=1e-5)
     assert float(stay) == pytest.approx(0, abs=1e-6)

@@ -120,6 +120,16 @@ def test_batches_hold_every_pair_once():
     assert rows == sorted(p.clean for p in pairs)
 
 
+def test_a_phrasing_that_fills_batches_has_its_own(capitals: Task):
+    size = 32
+    batches = list(capitals.forget.batches(size))
+    prompts = {p.clean: p.phrasing for p in capitals.forget}
+    for batch in batches:
+        rows = zip(batch.clean, batch.last, strict=True)
+        assert len({prompts[tuple(r[: n + 1].tolist())] for r, n in rows}) == 1
+    assert sum(map(len, batches)) == len(capitals.forget)
+
+
 def test_sample_is_even_over_phrasings_and_seeded(capitals: Task):
     sample = capitals.forget.sample(20, 3)
     counts: dict[str, int] = {}

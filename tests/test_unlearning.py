@@ -15,6 +15,7 @@ from mansu_interp.objectives import forget_gradient
 from mansu_interp.quantizers import NF4, survival
 from mansu_interp.tasks import Task
 from mansu_interp.unlearning import Unlearned, unlearn
+from mansu_interp.unlearning.common import Sampler
 
 NF = NF4()
 # A large step, so that eight of them move many weights, and by several cells.
@@ -147,3 +148,23 @@ def test_dense_methods_without_a_level_run_to_the_end(facts: LanguageModel, capi
     for method in ("graddiff", "npo"):
         config = UnlearnConfig(method=method, steps=3, lr=1e-4, batch_size=4)  # type: ignore[arg-type]
         assert unlearn(facts, capitals, None, config).stopped_at == 3
+
+
+def test_an_epoch_of_forget_batches_holds_every_pair_once(capitals: Task):
+    sampler = Sampler(capitals, UnlearnConfig(batch_size=40))
+    seen: list[int] = []
+    while len(set(seen)) < len(capitals.forget):
+        for chunk in sampler.forget():
+            assert len({(p.relation, p.phrasing) for p in chunk}) == 1
+            repeated = len(set(seen)) < len(seen)
+            seen += [id(p) for p in chunk]
+            assert len(set(seen)) == len(capitals.forget) or not repeated
+    assert set(seen) == {id(p) for p in capitals.forget}
+
+
+def test_retain_batches_are_even_over_relations(capitals: Task):
+    sampler = Sampler(capitals, UnlearnConfig(batch_size=16))
+    drawn = [p.relation for _ in range(200) for chunk in sampler.retain() for p in chunk]
+    known = {p.relation for p in capitals.retain}
+    assert set(drawn) >= known
+    assert all(drawn.count(r) > 0.5 * len(drawn) / len(set(drawn)) for r in known)

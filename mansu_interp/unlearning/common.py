@@ -13,8 +13,10 @@ from torch import Tensor
 from ..config import UnlearnConfig
 from ..models import LanguageModel
 from ..objectives import divergence
-from ..tasks import Pair, Task, collate
+from ..tasks import Pair, Task, by_phrasing, chunks, collate
 
+HOLD_MARGIN = 0.5
+"""Nats by which known retain answers should gain before the hinge lets go."""
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -31,32 +33,50 @@ class Unlearned:
 
 
 class Sampler:
-    """Seeded batches of forget pairs, retain and guard pairs, and running text."""
+    """Seeded batches of forget pairs, retain and guard pairs, and running text.
 
+    A batch is a few chunks; the pairs of a chunk share one phrasing and are of similar length, so
+    that their common prefix is computed once and little is padded.
+    """
+
+    CHUNK = 16
     TEXT_TOKENS = 64
     TEXT_ROWS = 2
 
     def __init__(self, task: Task, config: UnlearnConfig) -> None:
         self.task, self.size = task, config.batch_size
         self.rng = random.Random(config.seed)
-        self.queue: list[Pair] = []
-        self.by_relation: list[list[Pair]] = []
-        for pairs in (task.retain, task.guard):
+        self.queue: list[list[Pair]] = []
+        self.phrasings = by_phrasing(task.forget.pairs)
+        # [retain, guard] -> relation -> phrasing -> pairs
+        self.kept: list[list[list[list[Pair]]]] = []
+        for pairs in task.kept:
             groups: dict[str, list[Pair]] = {}
-            for pair in pairs or ():
+            for pair in pairs:
                 groups.setdefault(pair.relation, []).append(pair)
-            self.by_relation += groups.values()
+            self.kept.append([by_phrasing(g) for g in groups.values()])
 
-    def forget(self) -> list[Pair]:
+    def _shuffled(self, phrasing: list[Pair]) -> list[list[Pair]]:
+        return chunks(self.rng.sample(phrasing, len(phrasing)), min(self.CHUNK, self.size))
+
+    def forget(self) -> list[list[Pair]]:
         """The next forget batch; every pair comes once before any comes again."""
-        while len(self.queue) < self.size:
-            self.queue += self.rng.sample(self.task.forget.pairs, len(self.task.forget))
-        batch, self.queue = self.queue[: self.size], self.queue[self.size :]
+        batch: list[list[Pair]] = []
+        while sum(map(len, batch)) < self.size:
+            if not self.queue:
+                self.queue = [c for p in self.phrasings for c in self._shuffled(p)]
+                self.rng.shuffle(self.queue)
+            batch.append(self.queue.pop())
         return batch
 
-    def retain(self) -> list[Pair]:
-        """Retain and guard pairs, every relation alike."""
-        return [self.rng.choice(self.rng.choice(self.by_relation)) for _ in range(self.size)]
+    def retain(self) -> list[list[Pair]]:
+        """Retain and guard pairs half and half, every relation and phrasing alike within each."""
+        batch: list[list[Pair]] = []
+        while sum(map(len, batch)) < self.size:
+            kept = self.kept[len(batch) % len(self.kept)]
+            phrasing = self.rng.choice(self.rng.choice(kept))
+            batch.append(self.rng.choice(self._shuffled(phrasing)))
+        return batch
 
     def text(self) -> Tensor | None:
         """A few windows of running text, or None if the task has none."""
@@ -67,19 +87,31 @@ class Sampler:
         return torch.tensor([r[: self.TEXT_TOKENS] for r in rows])
 
 
-def retain_kl(
-    student: LanguageModel,
-    teacher: LanguageModel,
-    pairs: Sequence[Pair],
-    text: Tensor | None,
+def retain_loss(
+    student: LanguageModel, teacher: LanguageModel, pairs: Sequence[Pair], hold: float = 0.0
 ) -> Float[Tensor, ""]:
-    """KL(teacher || student) in nats on retain prompts, plus that on running text."""
+    """KL(teacher || student) in nats on retain prompts, plus ``hold`` x a hinge on known answers.
+
+    The KL has no gradient before damage is done. The hinge max(0, log p_teacher(answer) +
+    HOLD_MARGIN - log p_student(answer)), on the prompts whose answer the teacher ranks above
+    its distractors, pulls from the first step on, against what a forget step would take along.
+    """
     batch = collate(pairs)
     with torch.no_grad():
         want = teacher.last_logits(batch.clean, batch.last)
-    loss = divergence(student.last_logits(batch.clean, batch.last), want)
-    if text is not None:
-        with torch.no_grad():
-            want = teacher.all_logits(text)
-        loss = loss + divergence(student.all_logits(text), want)
+    got = student.last_logits(batch.clean, batch.last)
+    loss = divergence(got, want)
+    if hold:
+        choices = want.gather(1, batch.choices)
+        known = choices[:, 0] > choices[:, 1:].amax(1)
+        answer = batch.answer[:, None]
+        lost = want.log_softmax(-1).gather(1, answer) - got.log_softmax(-1).gather(1, answer)
+        loss = loss + hold * ((lost[:, 0] + HOLD_MARGIN).relu() * known).mean()
     return loss
+
+
+def text_kl(student: LanguageModel, teacher: LanguageModel, text: Tensor) -> Float[Tensor, ""]:
+    """KL(teacher || student) in nats per token of running text."""
+    with torch.no_grad():
+        want = teacher.all_logits(text)
+    return divergence(student.all_logits(text), want)

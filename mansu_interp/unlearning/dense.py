@@ -10,24 +10,21 @@ from torch import Tensor
 from ..config import UnlearnConfig
 from ..models import LanguageModel
 from ..scoring import choice_accuracy
-from ..tasks import Pair, Task, collate
+from ..tasks import Pair, Task
 from .common import OnStep, Sampler, Unlearned
 
 CHECK_EVERY = 2
 
 
-def nll(model: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-    """Negative log-likelihood of each pair's answer (nats), [batch]."""
-    batch = collate(pairs)
-    logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
-    return -logp.gather(1, batch.answer[:, None])[:, 0]
+Loss = Callable[[LanguageModel, Sequence[Pair]], Tensor]
 
 
 def train_dense(
     model: LanguageModel,
     task: Task,
     config: UnlearnConfig,
-    loss: Callable[[LanguageModel, Sampler], tuple[Tensor, Tensor]],
+    forget: Loss,
+    retain: Loss,
     on_step: OnStep | None,
 ) -> Unlearned:
     """Minimise ``forget + retain_weight x retain`` over all weights.
@@ -41,17 +38,27 @@ def train_dense(
     sampler = Sampler(task, config)
     check = list(task.scored["dev"]["forget"].values()) or [task.forget]
     history: list[dict[str, float]] = []
+
+    def descend(loss: Loss, batch: list[list[Pair]], weight: float) -> float:
+        total = 0.0
+        for part in batch:
+            value = loss(student, part) * (len(part) / sum(map(len, batch)))
+            (weight * value).backward()
+            total += value.item()
+        return total
+
     for done in range(config.steps):
         for w in weights:
             w.requires_grad_(True)
-        down, stay = loss(student, sampler)
-        (down + config.retain_weight * stay).backward()
+        record = {
+            "forget": descend(forget, sampler.forget(), 1.0),
+            "retain": descend(retain, sampler.retain(), config.retain_weight),
+        }
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         for w in weights:
             w.requires_grad_(False)
-        record = {"forget": down.item(), "retain": stay.item()}
         if config.stop_at is not None and (done + 1) % CHECK_EVERY == 0:
             record["choice"] = sum(choice_accuracy(student, s) for s in check) / len(check)
         history.append(record)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..config import UnlearnConfig
 from ..masks import Mask
 from ..models import LanguageModel
+from ..objectives import nll
 from ..tasks import Task
-from .common import OnStep, Sampler, Unlearned
-from .dense import nll, train_dense
+from .common import OnStep, Unlearned
+from .dense import train_dense
 
 
 def graddiff(
@@ -21,7 +20,11 @@ def graddiff(
 ) -> Unlearned:
     """Loss = -NLL(forget) + retain_weight x NLL(retain), on all weights; the mask is not used."""
 
-    def loss(student: LanguageModel, sampler: Sampler) -> tuple[Tensor, Tensor]:
-        return -nll(student, sampler.forget()).mean(), nll(student, sampler.retain()).mean()
-
-    return train_dense(model, task, config, loss, on_step)
+    return train_dense(
+        model,
+        task,
+        config,
+        lambda student, pairs: -nll(student, pairs).mean(),
+        lambda student, pairs: nll(student, pairs).mean(),
+        on_step,
+    )

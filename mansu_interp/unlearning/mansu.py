@@ -12,7 +12,9 @@ projection lambda / (lambda + F).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,10 +24,10 @@ from ..config import UnlearnConfig
 from ..masks import Mask
 from ..models import LanguageModel
 from ..nullspace import Weights, fisher_diagonal, gradient, projection
-from ..objectives import CounterfactualTargets, ascent_loss, counterfactual_loss
+from ..objectives import CounterfactualTargets, counterfactual_loss, nll
 from ..quantizers import NF4, get_quantizer, quantize
-from ..tasks import PairSet, Task
-from .common import OnStep, Sampler, Unlearned, retain_kl
+from ..tasks import Pair, PairSet, Task
+from .common import OnStep, Sampler, Unlearned, retain_loss, text_kl
 
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
 FISHER_PAIRS = 48
@@ -162,7 +164,7 @@ def mansu(
     students = (model.copy(), quantize(model, quantizer))
     fisher = None
     if config.projection:
-        keep = PairSet("keep", task.retain.pairs + (task.guard.pairs if task.guard else ()))
+        keep = PairSet("retain", tuple(p for pairs in task.kept for p in pairs))
         fisher = fisher_diagonal(
             model, list(mask.indices), keep.sample(FISHER_PAIRS, config.seed), seed=config.seed
         )
@@ -173,26 +175,37 @@ def mansu(
     for done in range(config.steps):
         side = done % 2
         student, teacher = students[side], teachers[side]
-        losses: dict[str, float] = {}
+        losses = {"forget": 0.0, "retain": 0.0}
+
+        def weighed(kind: str, weight: float, loss: Callable[[], Tensor]) -> Tensor:
+            value = loss() * weight
+            losses[kind] += value.item()  # noqa: B023
+            return value * (config.retain_weight if kind == "retain" else 1.0)
+
+        def down(pairs: list[Pair]) -> Tensor:
+            if config.forget_loss == "ga":
+                return -nll(student, pairs).mean()  # noqa: B023
+            target = targets[side]  # noqa: B023
+            return counterfactual_loss(student, pairs, target, config.push, config.margin)  # noqa: B023
+
         forget, keep = sampler.forget(), sampler.retain()
         text = sampler.text() if done % 4 < 2 else None
-
-        def loss() -> Tensor:
-            if config.forget_loss == "ga":
-                down = ascent_loss(student, forget)  # noqa: B023
-            else:
-                down = counterfactual_loss(
-                    student,  # noqa: B023
-                    forget,  # noqa: B023
-                    targets[side],  # noqa: B023
-                    config.push,
-                    config.margin,
-                )
-            stay = retain_kl(student, teacher, keep, text)  # noqa: B023
-            losses.update(forget=down.item(), retain=stay.item())  # noqa: B023
-            return down + config.retain_weight * stay
-
-        gradients = gradient(student, snapper.names, loss)
+        parts = [
+            partial(weighed, "forget", len(p) / sum(map(len, forget)), partial(down, p))
+            for p in forget
+        ]
+        parts += [
+            partial(
+                weighed,
+                "retain",
+                len(p) / sum(map(len, keep)),
+                partial(retain_loss, student, teacher, p, config.hold),
+            )
+            for p in keep
+        ]
+        if text is not None:
+            parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, teacher, text)))
+        gradients = gradient(student, snapper.names, parts)
         snapper.step(gradients, learning_rate(config.lr, done, config.steps), done + 1)
         losses["edited"] = snapper.write()
         history.append(losses)

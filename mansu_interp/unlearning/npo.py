@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..config import UnlearnConfig
 from ..masks import Mask
 from ..models import LanguageModel
-from ..tasks import Task
-from .common import OnStep, Sampler, Unlearned, retain_kl
-from .dense import nll, train_dense
+from ..objectives import nll
+from ..tasks import Pair, Task
+from .common import OnStep, Unlearned, retain_loss
+from .dense import train_dense
 
 BETA = 0.1
 
@@ -24,12 +27,13 @@ def npo(
 ) -> Unlearned:
     """Loss = -(2/beta) log sigmoid(beta (NLL - NLL_ref)) + retain_weight x KL to the original."""
 
-    def loss(student: LanguageModel, sampler: Sampler) -> tuple[Tensor, Tensor]:
-        forget = sampler.forget()
+    def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         with torch.no_grad():
-            reference = nll(model, forget)
-        gap = nll(student, forget) - reference
-        down = -(2 / BETA) * torch.nn.functional.logsigmoid(BETA * gap).mean()
-        return down, retain_kl(student, model, sampler.retain(), None)
+            reference = nll(model, pairs)
+        gap = nll(student, pairs) - reference
+        return -(2 / BETA) * torch.nn.functional.logsigmoid(BETA * gap).mean()
 
-    return train_dense(model, task, config, loss, on_step)
+    def retain(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
+        return retain_loss(student, model, pairs)
+
+    return train_dense(model, task, config, forget, retain, on_step)
