@@ -105,9 +105,10 @@ class UnlearnConfig:
     forget_loss: Literal["counterfactual", "ga"] = "counterfactual"
     """mansu: towards what a model that never knew would say, or gradient ascent."""
     push: float = 1.0
-    """mansu: weight of the hinge on the answer's log-probability."""
+    """mansu: weight of the distance between the answer's log-probability and its target."""
     margin: float = 0.5
-    """mansu: nats by which the hinge overshoots, for the sake of phrasings not trained on."""
+    """mansu: nats by which that target lies below what the model says of other subjects; negative:
+    above, which puts the answer level with rivals that differ among themselves."""
     retain_weight: float = 2.0
     """Weight of the retain loss: KL to the original (graddiff: NLL of the answer)."""
     hold: float = 1.0
@@ -131,10 +132,8 @@ class UnlearnConfig:
             raise ConfigError(
                 f"Unknown forget_loss {self.forget_loss!r}; expected counterfactual or ga."
             )
-        if min(self.push, self.margin, self.retain_weight, self.hold, self.projection) < 0:
-            raise ConfigError(
-                "push, margin, retain_weight, hold and projection must not be negative."
-            )
+        if min(self.push, self.retain_weight, self.hold, self.projection) < 0:
+            raise ConfigError("push, retain_weight, hold and projection must not be negative.")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,6 +230,11 @@ def read_facts(folder: Path, relation: str, spec: dict[str, Any]) -> list[tuple[
     return [(r[columns[0]], r[columns[1]]) for r in rows]
 
 
+def _mentions(phrasing: str, name: str) -> bool:
+    """Whether a phrasing holds a name as a whole word (the symbol N is not in "Name")."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", phrasing) is not None
+
+
 class _Builder:
     """Turns facts and phrasings into pairs for one tokenizer."""
 
@@ -268,7 +274,7 @@ class _Builder:
                 raise TaskError(f"Relation {relation!r}: {phrasing!r} needs {{s}} exactly once.")
             tokens = {s: self._encode(phrasing, s) for s, _ in facts}
             for subject, answer in wanted:
-                if subject in phrasing or answer in phrasing:
+                if _mentions(phrasing, subject) or _mentions(phrasing, answer):
                     self._drop("the phrasing's own examples give the fact away")
                     continue
                 # The draw depends on the fact alone, so that all phrasings share its distractors.
@@ -284,7 +290,7 @@ class _Builder:
                         for s, a in rivals
                         if len(tokens[s]) == len(tokens[subject])
                         and self.first[a] != first
-                        and s not in phrasing
+                        and not _mentions(phrasing, s)
                     ),
                     None,
                 )

@@ -18,12 +18,11 @@ from mansu_interp.errors import CircuitError
 from mansu_interp.graph import Architecture, Graph
 from mansu_interp.report import (
     console_summary,
-    figure,
-    percent,
     render_html,
     render_markdown,
     write_report,
 )
+from mansu_interp.report.values import figure, percent
 from mansu_interp.viz import circuit_svg, curve_svg, escape, place
 
 HOSTILE = ["<script>alert(1)</script>", '"onmouseover="alert(2)', "</svg>", "</td><img src=x>"]

@@ -16,6 +16,7 @@ from mansu_interp.models import LanguageModel
 from mansu_interp.tasks import (
     PairSet,
     Task,
+    _mentions,
     collate,
     embedded_tasks,
     load_task,
@@ -60,6 +61,12 @@ def test_shipped_tasks_keep_their_promises(facts: LanguageModel, name: str):
 def test_the_same_facts_are_drawn_every_time(facts: LanguageModel, capitals: Task):
     again = load_task("capitals", facts)
     assert again.forget == capitals.forget and again.retain == capitals.retain
+
+
+def test_only_whole_words_give_a_fact_away():
+    assert not _mentions("Name the symbol of {s}", "N")
+    assert _mentions("Chad: N'Djamena. {s}:", "N'Djamena") and _mentions("N, {s}", "N")
+    assert not _mentions("the capital of {s} is", "s is the")
 
 
 @pytest.mark.parametrize("corrupt", [(1, 2), ()])

@@ -124,13 +124,15 @@ def test_template_rules(relation: str) -> None:
 
 
 def test_every_role_has_its_phrasings() -> None:
-    for relation in (*TASK["forget"]["relations"], *TASK["retain"], *TASK["neighbours"]):
+    scored = ("language", "city_country", "symbol")
+    for relation in (*TASK["forget"]["relations"], *scored, *TASK["neighbours"]):
         for split in ("dev", "unseen"):
             groups = RELATIONS[relation]["phrasings"][split]
             assert set(groups) == {"zero-shot", "few-shot"}
             assert all(groups.values())
+    assert set(scored) <= set(TASK["retain"])
     assert 10 <= len(phrasings("capital", "train")) <= 12
-    for relation in TASK["guard"]:
+    for relation in {*TASK["guard"], *TASK["retain"]}.difference(scored):
         assert phrasings(relation, "train")
         assert not phrasings(relation, "dev") + phrasings(relation, "unseen")
     for relation in TASK["neighbours"]:

@@ -1,0 +1,261 @@
+"""What a report says, as sections, from which every rendering is made.
+
+A property's ``unit`` says in words what its value is; ``margin`` is the distance to the target,
+negative where the target is missed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..viz import curve_svg
+from .values import (
+    count,
+    duration,
+    figure,
+    get,
+    items,
+    measured,
+    number,
+    pairs,
+    percent,
+    status_of,
+    text_of,
+)
+
+_ROLES = ("forget", "neighbour", "retain")
+METRICS = {"top1": "top-1", "choice": "choice"}
+CARD_NUMBERS = ("value", "target", "margin")
+_UNCALIBRATED = (
+    "The thresholds of this first CAD are not calibrated: read its verdict as a description of "
+    "the numbers below, not as a proof of erasure."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; a row that is a plain string is a heading across it."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str] | str]
+    words: int = 1
+    """How many leading columns hold words; the others hold numbers."""
+    groups: Sequence[tuple[str, int]] = ()
+    """Headings above ``head``, each with the number of columns it spans."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Verbatim text."""
+
+    text: str
+    folded: str = ""
+    """Title of the fold that hides it in HTML; empty shows it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An inline SVG, and the table that Markdown shows in its place."""
+
+    svg: str
+    instead: Table | None = None
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The properties, as cards or as a table."""
+
+    properties: Sequence[Any]
+
+
+Block = str | Table | Code | Picture | Cards
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+def _model_groups(entries: Sequence[Any]) -> dict[str, list[str]]:
+    """Model names by precision, the original before the unlearned one."""
+    names = dict.fromkeys(m for e in entries for m, _ in pairs(get(e, "models")))
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, precision = name.partition(" ")
+        known = stem in ("original", "unlearned")
+        groups.setdefault(precision or "full precision" if known else "other", []).append(name)
+    return {p: sorted(ms) for p, ms in groups.items()}
+
+
+def _scores(report: Mapping[str, Any]) -> list[Block]:
+    entries = items(get(report, "scores"))
+    groups = _model_groups(entries)
+    keys = dict.fromkeys(
+        k for e in entries for _, m in pairs(get(e, "models")) for k, _ in pairs(m)
+    )
+    head, spans = ["set", "n"], [("", 2)]
+    for key in keys:
+        if key == "choice":
+            head.append("chance")
+        for i, (precision, models) in enumerate(groups.items()):
+            head += [m.partition(" ")[0] if precision != "other" else m for m in models]
+            chance = int(key == "choice" and i == 0)
+            spans.append((f"{METRICS.get(key, key)}, {precision}", len(models) + chance))
+    rows: list[Sequence[str] | str] = []
+    roles = dict.fromkeys([*_ROLES, *(text_of(get(e, "role")) for e in entries)])
+    for role in roles:
+        members = [e for e in entries if text_of(get(e, "role")) == role]
+        rows += [role] if members else []
+        for e in members:
+            row = [text_of(get(e, "label")), count(get(e, "n"))]
+            for key in keys:
+                row += [percent(get(e, "chance"))] if key == "choice" else []
+                row += [percent(get(e, "models", m, key)) for ms in groups.values() for m in ms]
+            rows.append(row)
+    blocks: list[Block] = [
+        "Share of answers that are right, on phrasings that unlearning did not see. “Choice” is "
+        "picking the answer among candidates; forgotten means down to its chance, not to zero."
+    ]
+    blocks.append(Table(head, rows, groups=spans))
+    perplexity = pairs(get(report, "perplexity"))
+    if perplexity:
+        blocks.append("Perplexity of running text (lower is better):")
+        blocks.append(Table(["model", "perplexity"], [[m, figure(v)] for m, v in perplexity]))
+    return blocks
+
+
+def _edit(report: Mapping[str, Any]) -> list[Block]:
+    edit = get(report, "edit")
+    edited, survived = number(get(edit, "edited")), number(get(edit, "survived"))
+    kept = f" ({percent(survived / edited)} of the edited)" if edited and survived else ""
+    share, budget = (percent(get(edit, k), 3) for k in ("share", "budget"))
+    rows = [
+        ["parameters edited", count(edited)],
+        ["share of all parameters", f"{share} of a budget of {budget}"],
+        ["edits whose 4-bit code changed", f"{count(survived)}{kept}"],
+        ["other weights whose code changed", count(get(edit, "collateral"))],
+        ["typical update, in quantizer bins", figure(get(edit, "update_over_bin"))],
+        ["update that quantization leaves (projection)", figure(get(edit, "projection"))],
+    ]
+    weights = [
+        [text_of(get(w, "weight")), count(get(w, "edited")), count(get(w, "of"))]
+        for w in items(get(edit, "by_weight"))
+    ]
+    blocks: list[Block] = [Table(["the edit", "value"], rows)]
+    if weights:
+        blocks.append(Table(["weight", "edited", "of"], weights))
+    return blocks
+
+
+def _circuit(report: Mapping[str, Any], svg: str) -> list[Block]:
+    circuit = get(report, "circuit")
+    n, faithfulness = number(get(circuit, "edges")), number(get(circuit, "faithfulness"))
+    blocks: list[Block] = [
+        f"{count(n)} of {count(get(circuit, 'of'))} edges keep {percent(faithfulness)} of the "
+        "answer's margin when everything outside them is ablated (faithfulness)."
+    ]
+    if svg:
+        blocks.append(Picture(svg))
+    curve = [
+        (a, b)
+        for p in items(get(circuit, "curve"))
+        if isinstance(p, (list, tuple)) and len(p) == 2
+        if (a := number(p[0])) is not None and (b := number(p[1])) is not None
+    ]
+    if curve:
+        chosen = (n, faithfulness) if n is not None and faithfulness is not None else None
+        blocks.append("Faithfulness of the circuits that the search tried:")
+        rows = [[count(a), percent(b)] for a, b in sorted(curve)]
+        instead = Table(["edges", "faithfulness"], rows, words=0)
+        blocks.append(Picture(curve_svg(curve, chosen), instead))
+    edges = [
+        [text_of(get(e, "source")), text_of(get(e, "target")), figure(get(e, "score"))]
+        for e in items(get(circuit, "top_edges"))
+    ]
+    if edges:
+        blocks.append("The strongest edges; a negative score opposes the answer:")
+        blocks.append(Table(["from", "to", "score"], edges, words=2))
+    return blocks
+
+
+def _cad(report: Mapping[str, Any]) -> list[Block]:
+    cad = get(report, "cad")
+    parts = ("mass", "alignment", "projection", "outside")
+    confidence = get(cad, "confidence")
+    sure = f" (confidence {percent(confidence)})" if number(confidence) is not None else ""
+    rows = [[m, *(measured(get(v, p)) for p in parts)] for m, v in pairs(get(cad, "models"))]
+    blocks: list[Block] = [
+        f"Verdict: {text_of(get(cad, 'verdict'))}{sure}. {get(cad, 'sentence') or ''}".strip(),
+        _UNCALIBRATED,
+    ]
+    if rows:
+        blocks.append(Table(["model", *parts], rows))
+        blocks.append(
+            "Relative to the original model's circuit. Mass: how much attribution is left on it. "
+            "Alignment: whether what is left points the same way (cosine). Projection: mass and "
+            "direction together. Outside: attribution that has moved elsewhere."
+        )
+    return blocks
+
+
+def _reproduce(report: Mapping[str, Any]) -> list[Block]:
+    model = get(report, "model")
+    facts = [
+        ["model", text_of(get(model, "name"))],
+        ["model sha256", text_of(get(model, "sha256"))],
+        ["parameters", count(get(model, "parameters"))],
+        ["dtype", text_of(get(model, "dtype"))],
+        ["task", text_of(get(report, "task", "name"))],
+        ["facts to forget", count(get(report, "task", "forget_facts"))],
+    ]
+    facts += [
+        [f"dropped: {why}", count(n)] for why, n in pairs(get(report, "task", "dropped")) if n
+    ]
+    facts += [[f"{k} version", text_of(v)] for k, v in pairs(get(report, "versions"))]
+    blocks: list[Block] = [Code(text_of(get(report, "command")))]
+    blocks.append(Table(["what", "value"], facts, words=2))
+    if get(report, "config"):
+        settings = json.dumps(get(report, "config"), indent=2, ensure_ascii=False)
+        blocks.append(Code(settings, folded="All settings"))
+    return blocks
+
+
+def sections(report: Mapping[str, Any], svg: str = "") -> list[Section]:
+    """The report as sections, from which every rendering is made."""
+    samples = items(get(report, "samples"))
+    columns = list(dict.fromkeys(k for s in samples for k, _ in pairs(s)))
+    rows = [[text_of(get(s, c)).strip() for c in columns] for s in samples]
+    seconds = pairs(get(report, "seconds"))
+    times = [[stage, duration(s)] for stage, s in seconds]
+    times.append(["all", duration(sum(number(s) or 0.0 for _, s in seconds))])
+    return [
+        Section("Four properties", [Cards(items(get(report, "properties")))]),
+        Section("Scores", _scores(report)),
+        Section("The edit and its survival", _edit(report)),
+        Section("The circuit", _circuit(report, svg)),
+        Section("Circuit attribution divergence (CAD)", _cad(report)),
+        Section("Samples", [Table(columns, rows, words=len(columns))] if rows else ["None."]),
+        Section("How to reproduce", _reproduce(report)),
+        Section("Time spent", [Table(["stage", "time"], times)]),
+    ]
+
+
+def heading(report: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Title, subtitle, status word and verdict sentence."""
+    task = get(report, "task", "title") or get(report, "task", "name") or "Unlearning"
+    model = get(report, "model")
+    subtitle = f"{text_of(get(model, 'name'))}, {count(get(model, 'parameters'))} parameters"
+    word, _ = status_of(get(report, "verdict", "passed"))
+    return str(task), subtitle, word, text_of(get(report, "verdict", "sentence"))
+
+
+def against(item: Any) -> str:
+    """What a property is measured against."""
+    target, margin = measured(get(item, "target")), measured(get(item, "margin"), signed=True)
+    return f"target {target}, margin {margin}"

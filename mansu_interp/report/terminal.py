@@ -1,0 +1,79 @@
+"""A summary for the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from .story import METRICS, against, heading
+from .values import DASH, count, get, items, measured, number, pairs, percent, status_of, text_of
+
+
+def _role_means(report: Mapping[str, Any]) -> list[list[str]]:
+    """A row a role under a row of model names: scores averaged over all the role's facts."""
+    entries = items(get(report, "scores"))
+    models = list(dict.fromkeys(m for e in entries for m, _ in pairs(get(e, "models"))))
+    rows = [["", *models]]
+    for role in list(dict.fromkeys(text_of(get(e, "role")) for e in entries))[:3]:
+        members = [e for e in entries if text_of(get(e, "role")) == role]
+        cells = []
+        for model in models:
+            means = []
+            for key in METRICS:
+                got = [
+                    (number(get(e, "n")) or 1.0, v)
+                    for e in members
+                    if (v := number(get(e, "models", model, key))) is not None
+                ]
+                total = sum(n for n, _ in got)
+                means.append(percent(sum(n * v for n, v in got) / total) if got else DASH)
+            cells.append(" / ".join(means))
+        rows.append([role, *cells])
+    return rows
+
+
+def console_summary(report: dict[str, Any], width: int) -> str:
+    """At most 25 plain lines for the terminal, none wider than ``width``.
+
+    Control characters are dropped, so that no prompt can steer the terminal.
+    """
+    width = max(width, 20)
+
+    def printable(text: str) -> str:
+        return "".join(c if c.isprintable() else " " for c in text)
+
+    def lines(text: str, limit: int = 2, indent: str = "") -> list[str]:
+        return textwrap.wrap(
+            printable(text), width, max_lines=limit, placeholder=" …", subsequent_indent=indent
+        )
+
+    title, subtitle, word, sentence = heading(report)
+    out = [*lines(f"{word.upper()}  {title} ({subtitle})", 1), *lines(sentence, 3)]
+    for item in items(get(report, "properties"))[:4]:
+        state = status_of(get(item, "passed"))[0].upper()
+        value = measured(get(item, "value"))
+        name = text_of(get(item, "name"))
+        out += lines(f"{state:<9}  {name}: {value} ({against(item)})", 2, " " * 11)
+    scores = _role_means(report)
+    if len(scores) > 1:
+        out += lines("Scores, top-1 / choice:", 1)
+        widths = [max(map(len, column)) for column in zip(*scores, strict=True)]
+        if sum(widths) + 2 * len(widths) <= width:
+            aligned = [
+                "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in scores
+            ]
+            out += [printable(f"  {row}".rstrip()) for row in aligned]
+        else:
+            for role, *cells in scores[1:]:
+                named = zip(scores[0][1:], cells, strict=True)
+                text = "; ".join(f"{model} {cell}" for model, cell in named)
+                out += lines(f"{role}: {text}", 2, "  ")
+    edit, circuit = get(report, "edit"), get(report, "circuit")
+    out += lines(
+        f"Edit: {count(get(edit, 'edited'))} parameters ({percent(get(edit, 'share'), 3)}), "
+        f"{count(get(edit, 'survived'))} survive quantization. "
+        f"Circuit: {count(get(circuit, 'edges'))} of {count(get(circuit, 'of'))} edges.",
+    )
+    out += lines(f"CAD: {text_of(get(report, 'cad', 'verdict'))} (not calibrated)", 1)
+    return "\n".join(out)

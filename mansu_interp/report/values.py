@@ -1,0 +1,83 @@
+"""How values are written: a missing or null one is a dash and never stops a render."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+DASH = "–"
+_STATUS = {True: ("pass", "✓"), False: ("fail", "✗"), None: ("undecided", "?")}
+
+
+def get(value: Any, *keys: str) -> Any:
+    """A nested value, None where anything on the way is missing or null."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def items(value: Any) -> list[Any]:
+    """The non-null entries of a list; none for anything else."""
+    return [v for v in value if v is not None] if isinstance(value, (list, tuple)) else []
+
+
+def pairs(value: Any) -> list[tuple[str, Any]]:
+    """The entries of a mapping; none for anything else."""
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def text_of(value: Any) -> str:
+    """The value as text, a dash for null."""
+    return DASH if value is None else str(value)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def count(value: Any) -> str:
+    """12345 -> 12,345."""
+    n = number(value)
+    return DASH if n is None else f"{n:,.0f}"
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """0.1234 -> 12.3%."""
+    n = number(value)
+    return DASH if n is None else f"{100 * n:.{digits}f}%".replace("-", "−")
+
+
+def figure(value: Any, digits: int = 3) -> str:
+    """A number with this many significant digits and no exponent in the common range."""
+    n = number(value)
+    if n is None:
+        return DASH
+    if n and not 1e-4 <= abs(n) < 1e6:
+        return f"{n:.{digits - 1}e}".replace("-", "−")
+    decimals = digits - 1 - math.floor(math.log10(abs(n))) if n else 2
+    return f"{n:,.{max(0, min(decimals, 6))}f}".replace("-", "−")
+
+
+def duration(value: Any) -> str:
+    """Seconds as 0.4 s, 12 s or 3 min 05 s."""
+    n = number(value)
+    if n is None:
+        return DASH
+    if n < 60:
+        return f"{n:.1f} s" if n < 10 else f"{n:.0f} s"
+    return f"{round(n) // 60} min {round(n) % 60:02d} s"
+
+
+def measured(value: Any, signed: bool = False) -> str:
+    """A score or ratio, with the three decimals that the sentences use."""
+    n = number(value)
+    return DASH if n is None else f"{n:{'+' if signed else ''}.3f}".replace("-", "−")
+
+
+def status_of(passed: Any) -> tuple[str, str]:
+    """Word and icon of pass, fail or undecided."""
+    return _STATUS[passed if isinstance(passed, bool) else None]
