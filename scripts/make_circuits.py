@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mansu_interp.circuit import discover
+from mansu_interp.defaults import default_config
 from mansu_interp.models import load_model
 from mansu_interp.tasks import load_task
 
@@ -15,14 +16,23 @@ OUT = Path(__file__).parents[1] / "circuits"
 
 
 def main() -> None:
-    """Discover with the default settings and write JSON, GraphML and the mask."""
+    """Discover with the settings of each task and write JSON, GraphML and the mask."""
     model = load_model("facts")
     for name in ("capitals", "countries"):
-        task = load_task(name, model)
-        circuit = discover(model, task.forget, retain=task.kept)
+        task, config = load_task(name, model), default_config("facts", name)
+        circuit = discover(model, task.forget, config.circuit, task.retain)
         circuit.save(OUT / f"facts-{name}.json")
         circuit.save_graphml(OUT / f"facts-{name}.graphml")
-        circuit.mask(model, retain=task.kept).save(OUT / f"facts-{name}.mask.safetensors")
+        mask = circuit.mask(
+            model,
+            config.budget,
+            task.kept,
+            task.forget,
+            damping=config.damping,
+            hold=config.hold,
+            depth=config.depth,
+        )
+        mask.save(OUT / f"facts-{name}.mask.safetensors")
         faithfulness = circuit.meta["faithfulness"]
         print(f"{name}: {circuit.n_edges} edges, faithfulness {faithfulness:.3f}")
 
