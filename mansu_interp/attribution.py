@@ -30,7 +30,7 @@ from .config import AttributionConfig
 from .distributed import rank, sum_over_processes, world_size
 from .errors import CircuitError
 from .graph import Graph
-from .models import LanguageModel
+from .hooked import AnyModel, open_stream
 from .stream import Recorder, Stream
 from .tasks import Batch, PairSet
 
@@ -134,6 +134,7 @@ def pairs_per_batch(
     return min(config.batch_size, fit), one
 
 
+@torch.no_grad()
 def _difference(
     stream: Stream,
     clean: dict[str, Tensor],
@@ -294,7 +295,7 @@ def _add_batch(
 
 
 def attribute(
-    model: LanguageModel,
+    model: AnyModel,
     pairs: PairSet,
     config: AttributionConfig | None = None,
     metric: Metric | None = None,
@@ -308,7 +309,7 @@ def attribute(
     all return the same scores.
 
     Arguments:
-        model: the model; its bridge is built on first use.
+        model: from `load_model` (its bridge is built on first use), or a HookedTransformer.
         pairs: all of them are used (see `PairSet.sample`).
         config: method, steps, metric, batch size and memory.
         metric: any function of (last-position logits [batch, vocab], batch, logits of the clean
@@ -326,11 +327,11 @@ def attribute(
     """
     config = config or AttributionConfig()
     function = metric or METRICS[config.metric]
-    stream = Stream(model)
+    stream = open_stream(model)
     longest = max(len(p.clean) for p in pairs)
     sums = _Sums.zeros(stream.graph, longest if positions else 0)
     mine = pairs.pairs[rank() :: world_size()]
-    size, _ = pairs_per_batch(stream.graph, model.d_model, longest, config)
+    size, _ = pairs_per_batch(stream.graph, stream.model.d_model, longest, config)
     ends = torch.zeros(2, dtype=torch.float64)
     done = 0
     for batch in PairSet(pairs.name, mine).batches(size) if mine else ():
@@ -347,8 +348,8 @@ def attribute(
     scores = (sums.scores / n).float().numpy() * exists
     if not np.isfinite(scores).all():
         raise CircuitError(
-            f"{model.name}: some scores are not finite. The metric or the model overflows on "
-            "these prompts."
+            f"{stream.model.name}: some scores are not finite. The metric or the model overflows "
+            "on these prompts."
         )
     return Attribution(
         stream.graph,

@@ -29,7 +29,7 @@ from .attribution import attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
 from .errors import CircuitError
-from .models import LanguageModel
+from .hooked import AnyModel, as_model
 from .tasks import PairSet
 
 UNCHANGED_PROJECTION = 0.7
@@ -125,12 +125,12 @@ def judge(
 
 def compare(
     circuit: Circuit,
-    original: LanguageModel,
-    models: Mapping[str, LanguageModel],
+    original: AnyModel,
+    models: Mapping[str, AnyModel],
     pairs: PairSet,
     config: AttributionConfig | None = None,
     on_step: Callable[[str, int, int], None] | None = None,
-    reference: LanguageModel | None = None,
+    reference: AnyModel | None = None,
 ) -> CAD:
     """Compare attribution graphs on the same forget pairs.
 
@@ -154,7 +154,8 @@ def compare(
     config = replace(config, metric="logit_diff")
     note = on_step or (lambda *_: None)
 
-    def graph_of(name: str, model: LanguageModel) -> Any:
+    def graph_of(name: str, model: AnyModel) -> Any:
+        model = as_model(model)
         if model.architecture != circuit.graph.architecture:
             raise CircuitError(f"{name} has another architecture than the circuit.")
         return attribute(model, pairs, config, on_batch=lambda d, n: note(name, d, n))

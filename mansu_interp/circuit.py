@@ -17,6 +17,7 @@ from .config import CircuitConfig
 from .errors import ArtifactError, CircuitError
 from .faithfulness import Ablation, minimal_edges, strongest
 from .graph import Architecture, Graph, Node
+from .hooked import AnyModel, as_model
 from .masks import DAMPING, Mask, choose_parameters, region
 from .models import LanguageModel
 from .nullspace import fisher_diagonal
@@ -227,7 +228,7 @@ def selective_scores(
 
 
 def discover(
-    model: LanguageModel,
+    model: AnyModel,
     forget: PairSet,
     config: CircuitConfig | None = None,
     retain: PairSet | None = None,
@@ -236,7 +237,7 @@ def discover(
     """Find the smallest circuit that carries the forget answers.
 
     Arguments:
-        model: the model.
+        model: from `load_model`, or a HookedTransformer of TransformerLens 3.9.
         forget: the pairs whose answers must go.
         config: attribution, faithfulness target and selectivity.
         retain: pairs that must stay; makes the circuit selective.
@@ -245,7 +246,7 @@ def discover(
     Raises:
         CircuitError: a model that cannot be attributed, or settings out of range.
     """
-    config = config or CircuitConfig()
+    config, model = config or CircuitConfig(), as_model(model)
     note = on_step or (lambda *_: None)
     chosen = forget.sample(config.pairs, config.seed)
     found = attribute(
@@ -278,7 +279,7 @@ def discover(
 
 
 def _select(
-    model: LanguageModel,
+    model: AnyModel,
     pairs: PairSet,
     config: CircuitConfig,
     ranking: Float[np.ndarray, "w r"],

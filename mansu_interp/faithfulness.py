@@ -21,8 +21,8 @@ from .attribution import METRICS, Metric
 from .distributed import rank, sum_over_processes, world_size
 from .errors import CircuitError
 from .graph import Graph
-from .models import LanguageModel
-from .stream import Hook, Reading, Recorder, Stream
+from .hooked import AnyModel, open_stream
+from .stream import Hook, Reading, Recorder
 from .tasks import Batch, PairSet
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -50,7 +50,7 @@ class Ablation:
     What does not depend on the circuit is computed once, so that many circuits are cheap to try.
 
     Arguments:
-        model: the model.
+        model: a `LanguageModel` or HookedTransformer.
         pairs: clean and corrupt prompts.
         metric: name, or a function as in `attribute`.
         ablation: what an edge outside carries: ``corrupt`` (its value in the corrupt run),
@@ -64,7 +64,7 @@ class Ablation:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: AnyModel,
         pairs: PairSet,
         metric: Metric | str = "logit_diff",
         ablation: str = "corrupt",
@@ -74,7 +74,7 @@ class Ablation:
             raise CircuitError(
                 f"Unknown ablation {ablation!r}; expected one of {', '.join(ABLATIONS)}."
             )
-        self.stream = Stream(model)
+        self.stream = open_stream(model)
         self.graph = self.stream.graph
         self.metric = METRICS[metric] if isinstance(metric, str) else metric
         self.n_pairs = len(pairs)
@@ -98,12 +98,13 @@ class Ablation:
         longest = max(len(p.corrupt) for p in pairs)
         total: dict[str, Tensor] = {}
         count = torch.zeros(longest)
+        heads_at = {self.stream.z(i): i for i in range(self.stream.n_layers)}
         for batch in pairs.batches(batch_size):
             real = torch.arange(batch.corrupt.shape[1])[None] <= batch.last[:, None]
             count[: real.shape[1]] += real.sum(0)
             for name, seen in self._writes(batch).items():
-                heads = name.endswith("attn.o.hook_in")
-                writes = self.stream.head_writes(int(name.split(".")[1]), seen) if heads else seen
+                layer = heads_at.get(name)
+                writes = seen if layer is None else self.stream.head_writes(layer, seen)
                 weighed = writes.float() * real[..., None].to(writes.device)
                 summed = weighed.sum(-3, keepdim=True)
                 if name not in total:
@@ -264,7 +265,7 @@ class _Rebuilt:
 
 
 def circuit_metric(
-    model: LanguageModel,
+    model: AnyModel,
     pairs: PairSet,
     edges: Edges,
     metric: Metric | str = "logit_diff",

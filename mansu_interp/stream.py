@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .errors import CircuitError
-from .models import LanguageModel
 
 Hook = Callable[[Tensor, Any], Tensor | None]
 
@@ -68,21 +67,21 @@ class Stream:
             architecture whose components do not add to the stream.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.graph, self.bridge = model, model.graph, model.bridge
         arch = self.graph.architecture
         self.n_layers, self.n_heads, self.n_kv = arch.n_layers, arch.n_heads, arch.n_kv_heads
         self.blocks = list(self.bridge.blocks)
         self.parallel = arch.parallel
         self._check()
-        self.d_head = _out_in(self.blocks[0].attn.o).shape[1] // self.n_heads
+        self.d_head = self.output_weight(0).shape[2]
 
-    def _check(self) -> None:
+    def _check_weights(self) -> None:
         name = self.model.name
         if self.model.hf.training:
             raise CircuitError(
                 f"{name} is in training mode, so dropout would make every run another. "
-                "Call model.hf.eval() first."
+                "Call its eval() first."
             )
         for weight_name, weight in self.model.weights.items():
             if not torch.isfinite(weight).all():
@@ -90,7 +89,10 @@ class Stream:
                     f"{name}: the weight {weight_name} holds NaN or infinity. "
                     "Give a checkpoint of finite weights."
                 )
-        first = self.blocks[0]
+
+    def _check(self) -> None:
+        self._check_weights()
+        name, first = self.model.name, self.blocks[0]
         missing = [
             part
             for part, there in {
@@ -120,8 +122,11 @@ class Stream:
     # Hook points. A name with a layer belongs to that layer's block.
     input = "blocks.0.hook_in"
     """Token plus position embeddings."""
-    final = "ln_final.hook_in"
-    """The stream that the final norm and the unembedding read."""
+
+    @property
+    def final(self) -> str:
+        """The stream that the final norm and the unembedding read."""
+        return "ln_final.hook_in"
 
     def before_attention(self, layer: int) -> str:
         """The stream that a layer's attention reads."""
@@ -197,6 +202,10 @@ class Stream:
         bias = getattr(self.blocks[layer].attn.o, "bias", None)
         return None if bias is None else bias.detach().float()
 
+    def output_weight(self, layer: int) -> Float[Tensor, "d_model heads d_head"]:
+        """The output projection, by head."""
+        return _out_in(self.blocks[layer].attn.o).unflatten(1, (self.n_heads, -1))
+
     def head_writes(
         self, layer: int, z: Float[Tensor, "*rows heads d_head"]
     ) -> Float[Tensor, "heads *rows d_model"]:
@@ -204,7 +213,7 @@ class Stream:
 
         With a norm behind attention, each head's share of the normed sum.
         """
-        weight = _out_in(self.blocks[layer].attn.o).unflatten(1, (self.n_heads, self.d_head))
+        weight = self.output_weight(layer)
         z = z if z.shape[-1] == self.d_head else z.unflatten(-1, (self.n_heads, self.d_head))
         writes = torch.einsum("...hc,dhc->h...d", z.float(), weight)
         if hasattr(self.blocks[layer], "ln1_post"):

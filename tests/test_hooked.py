@@ -1,0 +1,213 @@
+"""`HookedTransformer` of TransformerLens 3.9: the same scores as the bridge on the same weights.
+
+TransformerLens 4 has no such class, so this file is skipped there; `.ci/run` runs it in an
+environment of its own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import test_families
+import torch
+from conftest import make_pairs
+
+from mansu_interp.attribution import attribute
+from mansu_interp.cad import compare
+from mansu_interp.circuit import discover
+from mansu_interp.config import AttributionConfig, CircuitConfig
+from mansu_interp.errors import CircuitError
+from mansu_interp.faithfulness import Ablation
+from mansu_interp.hooked import HookedStream, as_model
+from mansu_interp.models import LanguageModel
+
+HookedTransformer: Any
+try:
+    from transformer_lens import HookedTransformer
+except ImportError:
+    HookedTransformer = None
+needs_3_9 = pytest.mark.skipif(HookedTransformer is None, reason="TransformerLens 4")
+CONVERTERS = {
+    "llama gqa": "llama",
+    "qwen3": "qwen3",
+    "gemma2": "gemma",
+    "gpt2": "gpt2",
+    "gpt-neox": "neox",
+    "gpt-neox serial": "neox",
+    "phi": "phi",
+}
+ROTARY = ("llama", "qwen3", "gemma2", "gpt_neox", "phi")
+EACH = pytest.mark.parametrize("family", CONVERTERS)
+PAIRS = make_pairs((5, 4, 6))
+
+
+def hooked_config(model: LanguageModel) -> Any:
+    """What TransformerLens' own table would say of a published model of this family."""
+    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+
+    c, kind = model.config, model.config.model_type
+    rms = kind in ("llama", "qwen3", "gemma2")
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    rotary = (
+        int(head * (c.rope_parameters.get("partial_rotary_factor", 1))) if kind in ROTARY else 0
+    )
+    extra: dict[str, Any] = {
+        "gemma2": {
+            "attn_scale": getattr(c, "query_pre_attn_scalar", 1) ** 0.5,
+            "attn_scores_soft_cap": getattr(c, "attn_logit_softcapping", None),
+            "output_logits_soft_cap": getattr(c, "final_logit_softcapping", None),
+            "use_normalization_before_and_after": True,
+        },
+        "qwen3": {"use_qk_norm": True},
+        "gpt_neox": {"parallel_attn_mlp": getattr(c, "use_parallel_residual", False)},
+        "phi": {"parallel_attn_mlp": True},
+    }.get(kind, {})
+    act = getattr(c, "hidden_act", None) or getattr(c, "activation_function", "relu")
+    return HookedTransformerConfig(
+        n_layers=c.num_hidden_layers,
+        d_model=c.hidden_size,
+        n_ctx=64,
+        d_head=head,
+        n_heads=c.num_attention_heads,
+        n_key_value_heads=c.num_key_value_heads if rms else None,
+        d_mlp=getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", 4 * c.hidden_size),
+        d_vocab=c.vocab_size,
+        act_fn="gelu_pytorch_tanh" if kind == "gemma2" else act,
+        eps=getattr(c, "rms_norm_eps", 1e-5),
+        normalization_type="RMS" if rms else "LN",
+        positional_embedding_type="rotary" if rotary else "standard",
+        rotary_dim=rotary or None,
+        rotary_adjacent_pairs=False,
+        gated_mlp=rms,
+        final_rms=rms,
+        original_architecture=c.architectures[0],
+        device="cpu",
+        **extra,
+    )
+
+
+@lru_cache
+def hooked(family: str, fold: bool = False) -> Any:
+    """The same weights as `test_families.make`, as a HookedTransformer."""
+    from transformer_lens.pretrained import weight_conversions
+
+    model = test_families.make(family)
+    config = hooked_config(model)
+    weights = getattr(weight_conversions, f"convert_{CONVERTERS[family]}_weights")(model.hf, config)
+    out = HookedTransformer(config)
+    out.load_and_process_state_dict(
+        {k: v.detach().clone() for k, v in weights.items()},
+        fold_ln=fold,
+        center_writing_weights=fold,
+        center_unembed=fold,
+        fold_value_biases=fold,
+    )
+    return out.eval()
+
+
+@needs_3_9
+@EACH
+def test_scores_are_those_of_the_bridge(family: str):
+    for config in (AttributionConfig(method="eap"), AttributionConfig(ig_steps=3)):
+        neurons = family != "gemma2"
+        expected = attribute(test_families.make(family), PAIRS, config, neurons=neurons)
+        found = attribute(hooked(family), PAIRS, config, neurons=neurons)
+        size = np.abs(expected.scores).max()
+        assert np.abs(found.scores - expected.scores).max() < 1e-4 * size
+        assert (found.clean, found.corrupt) == pytest.approx(
+            (expected.clean, expected.corrupt), abs=1e-4
+        )
+        for name, values in expected.neurons.items():
+            assert np.abs(found.neurons[name] - values).max() < 1e-4 * size
+
+
+@needs_3_9
+@EACH
+@pytest.mark.parametrize("kind", ["corrupt", "mean"])
+def test_circuits_are_as_faithful_as_on_the_bridge(family: str, kind: str):
+    model = test_families.make(family)
+    rng = np.random.default_rng(0)
+    a, b = (Ablation(m, PAIRS, ablation=kind, batch_size=2) for m in (model, hooked(family)))
+    for _ in range(3):
+        edges = model.graph.prune(rng.random(model.graph.exists.shape) < 0.5)
+        assert 20 < edges.sum() < model.graph.n_edges
+        assert b(edges) == pytest.approx(a(edges), abs=1e-4)
+
+
+@needs_3_9
+def test_processed_weights_stay_exact():
+    """Folded norms and centred writes: another basis, the same function and exact ends."""
+    folded, plain = hooked("gpt2", fold=True), hooked("gpt2")
+    ablation = Ablation(folded, PAIRS)
+    expected = attribute(plain, PAIRS, AttributionConfig(ig_steps=3))
+    assert ablation.ends == pytest.approx((expected.clean, expected.corrupt), abs=1e-3)
+    scores = attribute(folded, PAIRS, AttributionConfig(ig_steps=48)).scores
+    assert scores[0].sum() == pytest.approx(expected.clean - expected.corrupt, abs=0.02)
+
+
+@needs_3_9
+def test_discovery_and_cad_take_it():
+    family = "llama gqa"
+    config = CircuitConfig(top=40, pairs=3, faithfulness_pairs=3, ig_steps=2)
+    found = discover(hooked(family), PAIRS, config)
+    expected = discover(test_families.make(family), PAIRS, config)
+    assert (found.edges == expected.edges).all()
+    assert found.meta["faithfulness"] == pytest.approx(expected.meta["faithfulness"], abs=1e-3)
+    cad = compare(found, hooked(family), {"same": test_families.make(family)}, PAIRS)
+    assert cad.verdict == "unchanged"
+    assert cad.models["same"].projection == pytest.approx(1.0, abs=1e-4)
+
+
+@needs_3_9
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_only": True}, "no MLPs"),
+        ({"normalization_type": None}, "no norms"),
+        ({"positional_embedding_type": "shortformer"}, "adds positions"),
+        ({"ungroup_grouped_query_attention": True}, "ungrouped"),
+        ({"original_architecture": "Olmo2ForCausalLM"}, "behind its components"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = hooked("llama gqa")
+    for name, value in change.items():
+        monkeypatch.setattr(model.cfg, name, value)
+    with pytest.raises(CircuitError, match=message):
+        attribute(model, PAIRS)
+
+
+@needs_3_9
+def test_training_mode_and_bad_weights():
+    model = hooked("gpt2")
+    model.train()
+    try:
+        with pytest.raises(CircuitError, match="training mode"):
+            attribute(model, PAIRS)
+    finally:
+        model.eval()
+    kept = model.blocks[1].mlp.W_in.data[0, 0].clone()
+    model.blocks[1].mlp.W_in.data[0, 0] = torch.nan
+    try:
+        with pytest.raises(CircuitError, match=r"blocks\.1\.mlp\.W_in holds NaN"):
+            attribute(model, PAIRS)
+    finally:
+        model.blocks[1].mlp.W_in.data[0, 0] = kept
+
+
+@needs_3_9
+def test_no_hook_is_left_behind():
+    model = hooked("gpt2")
+    attribute(model, PAIRS, AttributionConfig(ig_steps=1))
+    Ablation(model, PAIRS)(HookedStream(as_model(model)).graph.exists)
+    assert not [p.name for p in model.hook_points() if p.fwd_hooks or p.bwd_hooks]
+
+
+def test_anything_else_is_refused():
+    with pytest.raises(CircuitError, match="HookedTransformer; got Linear"):
+        attribute(torch.nn.Linear(2, 2), PAIRS)
