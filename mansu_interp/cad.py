@@ -146,7 +146,7 @@ def compare(
         on_step: called with (model name, pairs done, pairs in all).
 
     Raises:
-        CircuitError: nothing to compare, or another architecture.
+        CircuitError: nothing to compare, another architecture, or a circuit of another original.
     """
     if not models:
         raise CircuitError("compare() needs at least one model besides the original.")
@@ -160,6 +160,7 @@ def compare(
             raise CircuitError(f"{name} has another architecture than the circuit.")
         return attribute(model, pairs, config, on_batch=lambda d, n: note(name, d, n))
 
+    circuit.check_fits(original)
     base = graph_of("original", original)
     gap = base.clean - base.corrupt
     out: dict[str, Divergence] = {}

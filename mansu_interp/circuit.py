@@ -26,6 +26,8 @@ from .scoring import known
 from .tasks import PairSet
 
 SCHEMA = 1
+MAX_CELLS = 10**9
+"""Writers x readers of the largest model that a file may name (Llama 3.1 405B has 3 x 10^8)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,18 @@ class Circuit:
     def n_edges(self) -> int:
         """Number of edges in the circuit."""
         return int(self.edges.sum())
+
+    def check_fits(self, model: AnyModel) -> None:
+        """Raise CircuitError unless this is a circuit of this very checkpoint."""
+        model = as_model(model)
+        if model.architecture != self.graph.architecture:
+            raise CircuitError(f"The circuit is of {self.graph.architecture}, not {model.name}.")
+        sha = self.meta.get("model_sha256")
+        if sha and model.sha256 and sha != model.sha256:
+            raise CircuitError(
+                f"The circuit was found on another checkpoint ({self.meta.get('model')}) than "
+                f"{model.name}. Discover it again on this one."
+            )
 
     def components(self) -> list[tuple[Node, bool]]:
         """Every node that an edge touches, with True where it takes part as a writer."""
@@ -145,10 +159,9 @@ class Circuit:
 
         Raises:
             MaskError: budget out of range, or nothing to edit.
-            CircuitError: no forget pairs known, or another architecture.
+            CircuitError: no forget pairs known, or another checkpoint.
         """
-        if model.architecture != self.graph.architecture:
-            raise CircuitError(f"The circuit is of {self.graph.architecture}, not {model.name}.")
+        self.check_fits(model)
         pairs = forget or self.pairs
         if pairs is None:
             raise CircuitError("A circuit read from a file needs forget=... to make a mask.")
@@ -198,25 +211,39 @@ class Circuit:
         """Read a circuit; the scores of edges outside it are 0.
 
         Raises:
-            ArtifactError: missing, damaged, or naming an edge that cannot exist.
+            ArtifactError: missing, damaged, or naming an edge or score that cannot exist.
         """
         data = read_json(path)
         try:
             meta = dict(data["graph"])
             if meta.pop("schema") != SCHEMA:
                 raise ArtifactError(f"{path} has an unknown circuit schema; expected {SCHEMA}.")
-            graph = Graph(Architecture(**meta.pop("architecture")))
+            graph = Graph(_architecture(meta.pop("architecture")))
             scores = np.zeros(graph.exists.shape, dtype=np.float32)
             edges = np.zeros(graph.exists.shape, dtype=bool)
             for link in data["links"]:
                 if link["kind"] == "residual":
                     at = graph.edge(link["source"], link["target"])
                     edges[at], scores[at] = True, float(link["score"])
-        except (KeyError, TypeError, ValueError) as error:
+                    if not np.isfinite(scores[at]):
+                        raise ValueError(f"the score of {link} is not a finite number")
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(f"{path} is not a valid circuit: {error}.") from error
         return cls(graph, scores, edges, meta)
+
+
+def _architecture(sizes: dict[str, Any]) -> Architecture:
+    """An architecture from a file, of a size that can be real."""
+    found = Architecture(**sizes)
+    for name, value in sizes.items():
+        if type(value) is not (bool if name == "parallel" else int):
+            raise ValueError(f"{name} is {value!r}")
+    cells = found.n_layers**2 * (found.n_heads + 1) * (found.n_heads + 2 * found.n_kv_heads + 1)
+    if cells > MAX_CELLS:
+        raise ValueError(f"{found} is larger than any model")
+    return found
 
 
 def selective_scores(
@@ -247,6 +274,12 @@ def discover(
         CircuitError: a model that cannot be attributed, or settings out of range.
     """
     config, model = config or CircuitConfig(), as_model(model)
+    for name, pairs in (("forget", forget), ("retain", retain)):
+        if not (isinstance(pairs, PairSet) or (name == "retain" and pairs is None)):
+            raise CircuitError(
+                f"{name} must be a PairSet (task.{name}, or one of your own); got "
+                f"{type(pairs).__name__}."
+            )
     note = on_step or (lambda *_: None)
     chosen = forget.sample(config.pairs, config.seed)
     found = attribute(

@@ -1,0 +1,166 @@
+"""Circuits: discovery's choices, set operations, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pytest
+from conftest import make_pairs
+
+from mansu_interp.cad import compare
+from mansu_interp.circuit import Circuit, discover, selective_scores
+from mansu_interp.config import CircuitConfig
+from mansu_interp.errors import ArtifactError, CircuitError
+from mansu_interp.graph import Architecture, Graph
+from mansu_interp.models import LanguageModel
+from mansu_interp.tasks import PairSet
+
+TinyModel = Callable[[int], LanguageModel]
+GRAPH = Graph(Architecture(2, 4, 2))
+FEW = CircuitConfig(pairs=5, ig_steps=2, faithfulness_pairs=5)
+
+
+def circuit(*edges: tuple[str, str], scale: float = 1.0) -> Circuit:
+    chosen = GRAPH.exists & False
+    for edge in edges:
+        chosen[GRAPH.edge(*edge)] = True
+    return Circuit(GRAPH, scale * np.arange(chosen.size).reshape(chosen.shape), chosen, {})
+
+
+def ids(c: Circuit) -> set[tuple[str, str]]:
+    return {(GRAPH.writers[i].id, GRAPH.readers[j].id) for i, j in np.argwhere(c.edges)}
+
+
+LEFT = [("input", "m0"), ("m0", "logits"), ("input", "a1.kv0<v>"), ("a1.h0", "logits")]
+RIGHT = [("input", "m0"), ("m0", "logits"), ("input", "m1"), ("a1.h0", "logits")]
+
+
+def test_union_intersection_and_difference():
+    a, b = circuit(*LEFT), circuit(*RIGHT, scale=-1.0)
+    assert ids(a | b) == {*LEFT, *RIGHT}
+    assert ids(a & b) == {("input", "m0"), ("m0", "logits")}  # a1.h0 is fed by neither now
+    assert ids(a - b) == {("input", "a1.kv0<v>")}
+    both, own, other = (GRAPH.edge(*e) for e in (LEFT[0], LEFT[2], RIGHT[2]))
+    union = (a | b).scores
+    assert union[both] == a.scores[both]
+    assert union[own] == a.scores[own]
+    assert union[other] == b.scores[other] == -a.scores[other]
+    stranger = Circuit(Graph(Architecture(2, 4, 4)), np.zeros(1), np.zeros(1, bool))
+    with pytest.raises(CircuitError, match="Combine circuits of one model"):
+        _ = a | stranger
+
+
+def test_networkx_graph_links_a_heads_inputs_to_its_output():
+    net = circuit(*LEFT).to_networkx()
+    assert net.edges["a1.kv0<v>", "a1.h0"] == {"score": 0.0, "kind": "inside"}
+    assert nx.has_path(net, "input", "a1.h0")
+    assert net.nodes["a1.kv0<v>"] == {"kind": "v", "layer": 1, "head": 0}
+    assert {(u, v) for u, v, kind in net.edges(data="kind") if kind == "residual"} == set(LEFT)
+
+
+def test_json_graphml_and_gexf_hold_the_same_edges(tmp_path: Path):
+    made = replace(circuit(*LEFT), meta={"model": "tiny", "faithfulness": 0.9})
+    made.save(tmp_path / "c.json")
+    back = Circuit.load(tmp_path / "c.json")
+    assert (back.edges == made.edges).all()
+    assert (back.scores[made.edges] == made.scores[made.edges]).all()
+    assert not back.scores[~made.edges].any()
+    assert back.meta == made.meta
+    expected = {(u, v): d["score"] for u, v, d in made.to_networkx().edges(data=True)}
+    made.save_graphml(tmp_path / "c.graphml")
+    made.save_gexf(tmp_path / "c.gexf")
+    for net in (nx.read_graphml(tmp_path / "c.graphml"), nx.read_gexf(tmp_path / "c.gexf")):
+        assert {(u, v): d["score"] for u, v, d in net.edges(data=True)} == expected
+
+
+def saved(tmp_path: Path) -> dict[str, Any]:
+    circuit(*LEFT).save(tmp_path / "c.json")
+    return json.loads((tmp_path / "c.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("graph", "schema"), 2, "unknown circuit schema; expected 1"),
+        (("graph", "architecture", "n_heads"), 3, "n_kv_heads dividing"),
+        (("graph", "architecture", "n_layers"), 10**9, "larger than any model"),
+        (("graph", "architecture", "n_layers"), 2.0, "n_layers is 2.0"),
+        (("graph", "architecture", "parallel"), "no", "parallel is 'no'"),
+        (("graph", "architecture", "depth"), 1, "depth"),
+        (("links", 0, "source"), "a7.h0", "No edge 'a7.h0'"),
+        (("links", 0, "score"), float("nan"), "not a finite number"),
+        (("links", 0, "score"), "1e999", "not a finite number"),
+        (("links", 0, "score"), "high", "could not convert"),
+        (("links",), 5, "not iterable"),
+        (("graph",), None, "not a valid circuit"),
+    ],
+)
+def test_files_that_cannot_be_true(tmp_path: Path, where: tuple, value: Any, message: str):
+    data = saved(tmp_path)
+    inner: Any = data
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    (tmp_path / "c.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        Circuit.load(tmp_path / "c.json")
+    assert "c.json" in str(caught.value)
+
+
+def test_a_circuit_belongs_to_its_checkpoint(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2).copy()
+    model.sha256 = "aa"
+    found = discover(model, pairs, replace(FEW, top=60))
+    found.check_fits(model)
+    model.sha256 = "bb"
+    for use in (lambda: found.mask(model), lambda: compare(found, model, {"x": model}, pairs)):
+        with pytest.raises(CircuitError, match="found on another checkpoint"):
+            use()
+
+
+def test_top_and_threshold_choose_by_rank(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    top = discover(model, pairs, replace(FEW, top=50))
+    size = np.sort(np.abs(top.scores[model.graph.exists]))[::-1]
+    assert 10 < top.n_edges <= 50
+    cut = discover(model, pairs, replace(FEW, threshold=float(size[49])))
+    assert (cut.edges == top.edges).all()
+    assert np.abs(cut.scores[cut.edges]).min() >= size[49]
+    with pytest.raises(CircuitError, match="No edge reaches the threshold 1000000"):
+        discover(model, pairs, replace(FEW, threshold=1e6))
+
+
+def test_the_smallest_circuit_reaches_its_target(tiny_model: TinyModel):
+    pairs = make_pairs(seed=6)  # their metric differs enough between clean and corrupt
+    low, high = (discover(tiny_model(2), pairs, replace(FEW, faithfulness=f)) for f in (0.5, 0.95))
+    assert low.meta["faithfulness"] >= 0.5
+    assert high.meta["faithfulness"] >= 0.95
+    assert low.n_edges < high.n_edges < low.graph.n_edges
+
+
+def test_retained_edges_lose_rank(tiny_model: TinyModel, pairs: PairSet):
+    """An edge that the retain set needs as much keeps a tenth of its score."""
+    forget = np.array([[4.0, -4.0, 4.0]])
+    assert selective_scores(forget, np.array([[0.0, 3.0, -9.0]]), 1.0).tolist() == [[4, -1, 0.4]]
+    assert selective_scores(forget, np.array([[0.0, 3.0, -9.0]]), 0.0).tolist() == forget.tolist()
+    model = tiny_model(2)
+    top = replace(FEW, top=60)
+    alone = discover(model, pairs, top)
+    same = discover(model, pairs, top, retain=pairs)  # everything is needed: the order stays
+    assert (same.edges == alone.edges).all()
+    other = discover(model, pairs, top, retain=make_pairs(seed=5))
+    assert (other.edges != alone.edges).any()
+    assert (other.scores == alone.scores).all()  # the scores stay the forget set's
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_a_list_of_pairs_is_no_pair_set(tiny_model: TinyModel, pairs: PairSet, name: str):
+    given: dict[str, Any] = {"forget": pairs, "retain": None, name: list(pairs)}
+    with pytest.raises(CircuitError, match=f"{name} must be a PairSet .*; got list"):
+        discover(tiny_model(2), **given)
