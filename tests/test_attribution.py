@@ -9,12 +9,22 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import pytest
+import reference
 import torch
 from conftest import make_pairs
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from mansu_interp.attribution import METRICS, attribute, choice_margin, log_prob, logit_diff
+from mansu_interp.attribution import (
+    METRICS,
+    attribute,
+    choice_margin,
+    log_prob,
+    logit_diff,
+    pairs_per_batch,
+)
 from mansu_interp.config import AttributionConfig
-from mansu_interp.errors import ConfigError
+from mansu_interp.errors import CircuitError, ConfigError
+from mansu_interp.faithfulness import circuit_metric
 from mansu_interp.models import LanguageModel
 from mansu_interp.tasks import Batch, PairSet, collate
 
@@ -148,6 +158,160 @@ def test_edges_agree_with_transformer_lens(tiny_model: TinyModel, pairs: PairSet
     assert size > 0.01
     assert (expected != 0).sum() > 0.9 * model.graph.n_edges
     assert np.abs(found - expected).max() < 1e-4 * size
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_edges_agree_with_the_definition_written_out(
+    tiny_model: TinyModel, pairs: PairSet, kv_heads: int
+):
+    model = tiny_model(kv_heads)
+    expected = np.mean([reference.eap(model, p) for p in pairs], axis=0)
+    found = attribute(model, pairs, EAP).scores
+    size = np.abs(expected).max()
+    assert (expected[model.graph.exists] != 0).mean() > 0.9
+    assert np.abs(found - expected).max() < 1e-4 * size
+
+
+def hand_model() -> LanguageModel:
+    """One layer, one head that attends evenly and copies, no MLP; token t is 2 x unit vector t, so
+    that a norm leaves it alone."""
+    config = LlamaConfig(
+        vocab_size=4,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        rms_norm_eps=0.0,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+    hf = LlamaForCausalLM(config).eval()
+    for name, weight in hf.named_parameters():
+        if weight.ndim == 2:
+            of_size = {"embed": 2.0, "v_proj": 1.0, "o_proj": 1.0, "lm_head": 1.0}
+            size = next((v for k, v in of_size.items() if k in name), 0.0)
+            weight.data = size * torch.eye(4)
+    return LanguageModel("by hand", hf, None)
+
+
+def hand_pairs() -> PairSet:
+    """Clean 0 2, corrupt 1 2; the answer is 0, the counterfactual 1."""
+    pair = replace(
+        make_pairs((2,)).pairs[0],
+        clean=(0, 2),
+        corrupt=(1, 2),
+        answer=0,
+        counterfactual=1,
+        distractors=(1, 2, 3),
+    )
+    return PairSet("hand", (pair,))
+
+
+def test_a_model_solved_by_hand():
+    """The head writes (e0 + e2) / 2, so the stream ends as x = (1, 0, 3, 0), and as (0, 1, 3, 0)
+    for the corrupt prompt; both have RMS r = sqrt(10) / 2, and the metric is (x0 - x1) / r.
+
+    At the corrupt end its gradient is g = (1, -1, 0, 0) / r + (0, 1, 3, 0) / 4r^3, and
+    head -> logits scores g . (1, -1, 0, 0). Restoring token 0 for 1 moves the norm at e1 = (0, 2,
+    0, 0) by (2, 0, 0, 0), of which attention passes half: input -> v scores g . (1, 0, 0, 0).
+    """
+    model, pairs = hand_model(), hand_pairs()
+    r = 10**0.5 / 2
+    found = attribute(model, pairs, EAP)
+    assert (found.clean, found.corrupt) == pytest.approx((1 / r, -1 / r), rel=1e-5)
+    expected = {
+        ("a0.h0", "logits"): 2 / r - 1 / (4 * r**3),
+        ("input", "a0.h0<v>"): 1 / r,
+    }
+    for i, j in np.argwhere(found.graph.exists):
+        edge = found.graph.writers[i].id, found.graph.readers[j].id
+        assert found.scores[i, j] == pytest.approx(expected.get(edge, 0.0), abs=1e-5), edge
+    # Patched one edge at a time: each of these two carries the whole effect, the others nothing.
+    for i, j in np.argwhere(found.graph.exists):
+        edge = found.graph.writers[i].id, found.graph.readers[j].id
+        rest = found.graph.exists.copy()
+        rest[i, j] = False
+        left = -1 / r if edge in expected else 1 / r
+        assert circuit_metric(model, pairs, rest) == pytest.approx(left, abs=1e-5), edge
+
+
+def test_positions_sum_to_the_scores_and_lie_where_prompts_differ(
+    tiny_model: TinyModel, pairs: PairSet
+):
+    """With prompts that differ at position 2 only, nothing happens before it."""
+    changed = [
+        replace(p, corrupt=tuple(c if k != 2 else (c + 1) % 50 for k, c in enumerate(p.clean)))
+        for p in pairs
+        if len(p.clean) > 3
+    ]
+    model, found_pairs = tiny_model(2), PairSet("one place", tuple(changed))
+    found = attribute(model, found_pairs, EAP, positions=True)
+    by_position = found.by_position
+    assert by_position is not None
+    assert by_position.shape == (7, *found.scores.shape)
+    assert np.allclose(by_position.sum(0), found.scores, atol=1e-5)
+    assert not by_position[:2].any()
+    embedding = found.graph.writer_index["input"]
+    assert not by_position[3:, embedding].any()  # the embedding differs at position 2 alone
+    assert by_position[3:].any()
+    # A batch with padding scores each pair at its own positions.
+    one = [attribute(model, PairSet("one", (p,)), EAP, positions=True) for p in changed]
+    expected = np.zeros_like(by_position)
+    for single in one:
+        assert single.by_position is not None
+        expected[: len(single.by_position)] += single.by_position / len(changed)
+    assert np.allclose(by_position, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@KV
+def test_neurons_and_head_dimensions_sum_to_their_node(
+    tiny_model: TinyModel, pairs: PairSet, kv_heads: int
+):
+    model = tiny_model(kv_heads)
+    found = attribute(model, pairs, EAP, neurons=True)
+    nodes = found.node_scores()
+    assert found.neurons.keys() == nodes.keys() - {"input"}
+    assert found.neurons["m1"].shape == (48,)
+    assert found.neurons["a1.h2"].shape == (8,)
+    size = max(abs(v) for v in nodes.values())
+    for name, values in found.neurons.items():
+        assert values.sum() == pytest.approx(nodes[name], abs=1e-4 * size), name
+        assert np.abs(values).max() > 0
+
+
+def test_kl_is_zero_at_the_clean_run(tiny_model: TinyModel, pairs: PairSet):
+    found = attribute(tiny_model(2), pairs, AttributionConfig(metric="kl"))
+    assert found.clean == pytest.approx(0.0, abs=1e-6)
+    assert found.corrupt < -0.01
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    same = torch.tensor([[0.0, 0.0]])
+    expected = -(0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75))
+    assert METRICS["kl"](logits, small(), same).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_decides_the_batch(tiny_model: TinyModel, pairs: PairSet):
+    model, longest = tiny_model(2), 7
+    _, one = pairs_per_batch(model.graph, model.d_model, longest, EAP)
+    assert one == pytest.approx(1.5 * 16 * 7 * 32 * 4 / 1e9)  # 16 writers
+    tight = replace(EAP, memory_gb=2.5 * one, batch_size=5)
+    assert pairs_per_batch(model.graph, model.d_model, longest, tight)[0] == 2
+    seen: list[int] = []
+    a = attribute(model, pairs, tight, on_batch=lambda done, _: seen.append(done))
+    assert seen == [2, 4, 5]
+    assert np.allclose(a.scores, attribute(model, pairs, EAP).scores, atol=1e-5)
+    with pytest.raises(CircuitError, match=r"One pair of 7 tokens needs .* Give more"):
+        attribute(model, pairs, replace(EAP, memory_gb=one / 2))
+
+
+def test_overflow_is_no_score(tiny_model: TinyModel, pairs: PairSet):
+    with pytest.raises(CircuitError, match="some scores are not finite"):
+        attribute(
+            tiny_model(2),
+            pairs,
+            EAP,
+            metric=lambda logits, b, c: logit_diff(logits, b, c) * 1e38 * 1e38,
+        )
 
 
 def test_grouped_keys_are_the_sum_of_their_ungrouped_heads(tiny_model: TinyModel, pairs: PairSet):

@@ -7,12 +7,20 @@ from collections.abc import Callable
 import numpy as np
 import oracle
 import pytest
+import reference
 import torch
 
 from mansu_interp.attribution import attribute, logit_diff
 from mansu_interp.config import AttributionConfig
 from mansu_interp.errors import CircuitError
-from mansu_interp.faithfulness import Ablation, circuit_metric, minimal_edges, strongest
+from mansu_interp.faithfulness import (
+    Ablation,
+    Curve,
+    circuit_metric,
+    faithfulness_curve,
+    minimal_edges,
+    strongest,
+)
 from mansu_interp.graph import Architecture, Graph
 from mansu_interp.models import LanguageModel
 from mansu_interp.tasks import PairSet
@@ -54,6 +62,61 @@ def test_a_random_circuit_agrees_with_transformer_lens(tiny_model: TinyModel, pa
         assert abs(recovered - 1) > 0.01  # the circuit is not trivial
     several = circuit_metric(model, PairSet("three", pairs.pairs[:3]), edges, batch_size=2)
     assert several == pytest.approx(np.mean(values), abs=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_random_circuits_agree_with_the_definition_written_out(
+    tiny_model: TinyModel, pairs: PairSet, kv_heads: int
+):
+    model = tiny_model(kv_heads)
+    rng = np.random.default_rng(2)
+    for density in (0.2, 0.6, 0.95):
+        edges = (rng.random(model.graph.exists.shape) < density) & model.graph.exists
+        expected = [reference.ablated(model, p, edges) for p in pairs]
+        found = circuit_metric(model, pairs, edges, batch_size=3)
+        assert found == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_single_edges_patched_agree_with_the_definition_written_out(
+    tiny_model: TinyModel, pairs: PairSet
+):
+    model, one = tiny_model(2), PairSet("one", pairs.pairs[2:3])
+    ablation = Ablation(model, one)
+    whole = ablation(model.graph.exists)
+    effects = []
+    for i, j in np.argwhere(model.graph.exists)[::7]:
+        edges = model.graph.exists.copy()
+        edges[i, j] = False
+        expected = reference.ablated(model, one.pairs[0], edges)
+        assert ablation(edges) == pytest.approx(expected, abs=1e-4)
+        effects.append(abs(expected - whole))
+    assert max(effects) > 0.05
+
+
+def test_a_metric_that_explains_nothing_is_refused(tiny_model: TinyModel, pairs: PairSet):
+    ablation = Ablation(tiny_model(2), pairs, metric=lambda logits, b, c: logits[:, 0] * 0 + 3)
+    with pytest.raises(CircuitError, match="3 with the full circuit and 3 with none"):
+        ablation.faithfulness(ablation.graph.exists)
+    with pytest.raises(CircuitError, match="Unknown ablation 'noise'; expected one of corrupt"):
+        Ablation(tiny_model(2), pairs, ablation="noise")
+
+
+def test_the_curve_and_its_areas(tiny_model: TinyModel, pairs: PairSet):
+    curve = Curve((0.0, 0.5, 1.0), (0, 5, 10), (0.0, 1.2, 1.0))
+    assert curve.cpr == pytest.approx(0.25 * 1.2 + 0.25 * 2.2)
+    assert curve.cmd == pytest.approx(0.25 * (1 + 0.2) + 0.25 * 0.2)
+    ablation = Ablation(tiny_model(2), pairs)
+    scores = attribute(tiny_model(2), pairs).scores
+    done: list[tuple[int, int]] = []
+    found = faithfulness_curve(ablation, scores, (0.1, 1.0), lambda *x: done.append(x))
+    assert found.faithfulness[1] == pytest.approx(1.0, abs=1e-4)
+    n = round(0.1 * ablation.graph.n_edges)
+    assert found.faithfulness[0] == ablation.faithfulness(strongest(ablation.graph, scores, n))
+    assert found.edges == (strongest(ablation.graph, scores, n).sum(), ablation.graph.n_edges)
+    assert done == [(1, 2), (2, 2)]
+    for wrong in ((0.5, 0.1), (0.0, 1.0), (0.5, 1.5)):
+        with pytest.raises(CircuitError, match="must ascend within"):
+            faithfulness_curve(ablation, scores, wrong)
 
 
 def test_a_dangling_edge_changes_nothing(tiny_model: TinyModel, pairs: PairSet):
