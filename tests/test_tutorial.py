@@ -32,7 +32,7 @@ def test_quickstart_runs(monkeypatch: pytest.MonkeyPatch):
     notebook = nbformat.read(NOTEBOOK, 4)
     client = NotebookClient(
         notebook,
-        timeout=120,
+        timeout=600,
         kernel_name="python3",
         resources={"metadata": {"path": str(NOTEBOOK.parent)}},
     )
