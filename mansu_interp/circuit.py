@@ -26,6 +26,8 @@ from .scoring import known
 from .tasks import PairSet
 
 SCHEMA = 1
+MASK_PAIRS = 192
+"""Pairs behind each gradient of a mask."""
 MAX_CELLS = 10**9
 """Writers x readers of the largest model that a file may name (Llama 3.1 405B has 3 x 10^8)."""
 
@@ -138,7 +140,7 @@ class Circuit:
         retain: Sequence[PairSet] = (),
         forget: PairSet | None = None,
         seed: int = 0,
-        n_pairs: int = 192,
+        n_pairs: int = MASK_PAIRS,
         damping: float = DAMPING,
         hold: float = 1.0,
         depth: float = 0.0,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import RunConfig
+from .config import PlanConfig, RunConfig
 from .defaults import default_config
 from .errors import MansuError
 
@@ -51,7 +51,8 @@ class Progress:
 
 
 def _run(config: RunConfig) -> int:
-    from .pipeline import Plan, run
+    from .pipeline import run
+    from .planning import Plan
     from .report import console_summary
 
     progress = Progress()
@@ -67,6 +68,13 @@ def _run(config: RunConfig) -> int:
     print()
     print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
     print(f"\n{time.monotonic() - start:.0f} s. Open {result.folder / 'report.html'}")
+    return 0
+
+
+def _plan(config: PlanConfig) -> int:
+    from .planning import plan_lines
+
+    print("\n".join(plan_lines(config)))
     return 0
 
 
@@ -99,8 +107,16 @@ def _command(argv: list[str]) -> Any:
         description="Discover, mask, unlearn, quantize, compare and report.\n\n"
         "Example: mansu run --model facts --task capitals --out runs/first",
     )
+    planning = tyro.conf.subcommand(
+        "plan",
+        description="Say what scoring every edge of a model takes, from its config alone.\n\n"
+        "Example: mansu plan --model Llama-3.1-8B/config.json --tokens 32 "
+        "--attribution.batch-size 8",
+    )
     listing = tyro.conf.subcommand("list")
-    return Annotated[RunConfig, run] | Annotated[ListConfig, listing]
+    return (
+        Annotated[RunConfig, run] | Annotated[PlanConfig, planning] | Annotated[ListConfig, listing]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         argv = sys.argv[1:] if argv is None else argv
         config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
-        return _run(config) if isinstance(config, RunConfig) else _list()
+        if isinstance(config, RunConfig):
+            return _run(config)
+        return _plan(config) if isinstance(config, PlanConfig) else _list()
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)
         return 1

@@ -137,6 +137,22 @@ class UnlearnConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What scoring the edges of a model would take, from its configuration alone."""
+
+    model: str = "facts"
+    """Embedded model, config.json, Hugging Face folder, or hub name (its config.json is read)."""
+    tokens: int = 15
+    """Tokens of the longest prompt."""
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    """How edges would be scored."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"tokens must be at least 1; got {self.tokens}.")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One whole job: discover, mask, unlearn, quantize, compare, report."""
 

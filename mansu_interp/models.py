@@ -300,6 +300,37 @@ def _hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def empty_model(name: str | Path) -> LanguageModel:
+    """A model without weights, from its configuration alone: sizes and graph, nothing else.
+
+    Arguments:
+        name: as in `load_model`, or the path of a config.json.
+
+    Raises:
+        ModelError: no such configuration, or one that transformers does not know.
+    """
+    given = Path(name)
+    place = given if given.suffix == ".json" and given.is_file() else _locate(str(name))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet():
+        try:
+            if isinstance(place, Path):
+                file = place if place.is_file() else place / "config.json"
+                raw = json.loads(file.read_text(encoding="utf-8"))
+                config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+            else:
+                config = AutoConfig.from_pretrained(place)
+            with torch.device("meta"):
+                hf = AutoModelForCausalLM.from_config(config).eval()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"{name} is not the configuration of a causal language model: {first}"
+            ) from error
+    return LanguageModel(str(name), hf, None)
+
+
 def load_model(name: str | Path) -> LanguageModel:
     """Load an embedded model, a local Hugging Face folder, or a model of the hub, in float32.
 

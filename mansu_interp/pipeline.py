@@ -25,6 +25,7 @@ from .errors import ArtifactError
 from .evaluation import evaluate, properties, verdict
 from .masks import Mask
 from .models import LanguageModel, load_model
+from .planning import CAD_PAIRS, Plan, plan
 from .quantizers import QUANTIZERS, quantize, survival
 from .report import write_report
 from .tasks import PairSet, Task, load_task
@@ -33,7 +34,6 @@ from .viz.svg import circuit_svg
 
 OnProgress = Callable[[str, int, int], None]
 QUANTIZER = "nf4"
-CAD_PAIRS = 48
 SAMPLES = 8
 PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
 
@@ -43,58 +43,6 @@ def config_json(config: RunConfig) -> dict[str, Any]:
     out = asdict(config)
     out["out"] = str(config.out)
     return out
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about to do, and roughly what it costs."""
-
-    lines: list[str]
-    seconds: float
-    memory_gb: float
-
-
-def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
-    """Estimate a run by timing one small batch of it."""
-    sample = task.forget.sample(4, config.seed)
-    batch = next(sample.batches(4))
-    tokens = batch.clean.numel()
-    with torch.no_grad():
-        model.last_logits(batch.clean, batch.last)
-        start = time.perf_counter()
-        model.last_logits(batch.clean, batch.last)
-    forward = (time.perf_counter() - start) / tokens
-    length = sum(len(p.clean) for p in task.forget) / len(task.forget)
-    c, u = config.circuit, config.unlearn
-    scored = sum(
-        len(p.clean) for by in task.scored["unseen"].values() for s in by.values() for p in s
-    )
-    texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
-    attribution = min(c.pairs, len(task.forget)) * length * (2 + 4 * len(c.path()))
-    search = 14 * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
-    step = 2 * u.batch_size * length * 4 + (64 * 4 if task.text else 0)
-    total = (
-        2 * attribution
-        + search
-        + u.steps * step
-        + 4 * (scored + texts)
-        + 4 * CAD_PAIRS * length * (2 + 4 * len(c.path()))
-    )
-    memory = (model.n_parameters * 4 * 7.5) / 1e9 + 0.6
-    edits = int(config.budget * model.n_parameters)
-    lines = [
-        f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
-        f"task     {task.name}: {task.title}",
-        f"forget   {len({(p.relation, p.subject) for p in task.forget})} facts in "
-        f"{len({(p.relation, p.phrasing) for p in task.forget})} phrasings; "
-        f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",
-        f"edit     at most {edits:,} parameters ({config.budget:.2%}), "
-        f"{u.steps} steps of {u.method}",
-        f"cost     about {max(1, round(total * forward / 60))} min and {memory:.1f} GB on "
-        f"{torch.get_num_threads()} CPU threads",
-        f"output   {config.out}",
-    ]
-    return Plan(lines, total * forward, memory)
 
 
 def check_folder(config: RunConfig) -> None:

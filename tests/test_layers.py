@@ -21,6 +21,7 @@ LAYERS = [
     ["cad", "unlearning"],
     ["evaluation", "viz"],
     ["report"],
+    ["planning"],
     ["pipeline"],
     ["cli"],
     ["__main__", "__init__"],

@@ -18,7 +18,8 @@ from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
 from mansu_interp.errors import ArtifactError, ModelError
 from mansu_interp.masks import Mask
 from mansu_interp.models import LanguageModel
-from mansu_interp.pipeline import Plan, RunResult, run
+from mansu_interp.pipeline import RunResult, run
+from mansu_interp.planning import Plan
 
 CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
 UNLEARN = UnlearnConfig(steps=6, lr=0.1, batch_size=8)

@@ -17,6 +17,8 @@ from ..tasks import Pair, Task, by_phrasing, chunks, collate
 
 HOLD_MARGIN = 0.5
 """Nats by which known retain answers should gain before the hinge lets go."""
+CHUNK = 16
+"""Pairs of one phrasing that share the computation of what they begin with."""
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -39,7 +41,6 @@ class Sampler:
     that their common prefix is computed once and little is padded.
     """
 
-    CHUNK = 16
     TEXT_TOKENS = 64
     TEXT_ROWS = 2
 
@@ -57,7 +58,7 @@ class Sampler:
             self.kept.append([by_phrasing(g) for g in groups.values()])
 
     def _shuffled(self, phrasing: list[Pair]) -> list[list[Pair]]:
-        return chunks(self.rng.sample(phrasing, len(phrasing)), min(self.CHUNK, self.size))
+        return chunks(self.rng.sample(phrasing, len(phrasing)), min(CHUNK, self.size))
 
     def forget(self) -> list[list[Pair]]:
         """The next forget batch; every pair comes once before any comes again."""
