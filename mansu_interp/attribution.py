@@ -328,6 +328,8 @@ def attribute(
     config = config or AttributionConfig()
     function = metric or METRICS[config.metric]
     stream = open_stream(model)
+    if neurons and world_size() > len(pairs):  # said by all of them, or the others would wait
+        raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)
     sums = _Sums.zeros(stream.graph, longest if positions else 0)
     mine = pairs.pairs[rank() :: world_size()]
@@ -339,8 +341,6 @@ def attribute(
         done += len(batch)
         if on_batch:
             on_batch(done, len(mine))
-    if neurons and not mine:
-        raise CircuitError("More processes than pairs: give every process a pair.")
     for tensor in (sums.scores, ends, sums.by_position, *sums.neurons.values()):
         if tensor is not None:
             sum_over_processes(tensor)

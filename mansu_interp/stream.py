@@ -53,8 +53,14 @@ class Reading:
 
 
 def _out_in(linear: Any) -> Float[Tensor, "out in"]:
-    """Weight of a linear module in ``[out, in]`` layout, float32."""
-    weight = linear.weight.detach().float()
+    """Weight of a linear module in ``[out, in]`` layout, float32; never packed storage."""
+    weight = linear.weight.detach()
+    state = getattr(linear.weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight, state)
+    weight = weight.float()
     original = getattr(linear, "original_component", linear)
     return weight.T if type(original).__name__ == "Conv1D" else weight
 
@@ -84,6 +90,12 @@ class Stream:
                 "Call its eval() first."
             )
         for weight_name, weight in self.model.weights.items():
+            packed = not weight.is_floating_point()
+            if packed and getattr(weight, "quant_state", None) is None:
+                raise CircuitError(
+                    f"{name}: the weight {weight_name} is packed as {weight.dtype}. Attribution "
+                    "reads bitsandbytes 4-bit weights or plain ones: de-quantize it first."
+                )
             if not torch.isfinite(weight).all():
                 raise CircuitError(
                     f"{name}: the weight {weight_name} holds NaN or infinity. "

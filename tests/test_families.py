@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from mansu_interp.config import AttributionConfig
 from mansu_interp.errors import CircuitError, ModelError
 from mansu_interp.faithfulness import Ablation
 from mansu_interp.models import LanguageModel
+from mansu_interp.quantizers import quantize
 from mansu_interp.stream import Recorder, Stream
 
 COMMON = {
@@ -156,4 +158,51 @@ def test_what_normalises_the_stream_itself_is_refused():
     config.architectures = ["OPTForCausalLM"]
     model = LanguageModel("post-norm OPT", transformers.OPTForCausalLM(config).eval(), None)
     with pytest.raises((CircuitError, ModelError), match="post-norm OPT"):
+        attribute(model, make_pairs((4,)))
+
+
+def packed(model: LanguageModel) -> LanguageModel:
+    """The same model with bitsandbytes' own 4-bit layers."""
+    import bitsandbytes as bnb
+
+    out = copy.deepcopy(model.hf)
+    for name, linear in list(out.model.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            small = bnb.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                compute_dtype=torch.float32,
+                compress_statistics=False,
+                quant_type="nf4",
+            )
+            small.load_state_dict(linear.state_dict())
+            parent, _, child = name.rpartition(".")
+            setattr(out.model.get_submodule(parent), child, small.to("cpu"))
+    return LanguageModel("packed", out.eval(), None)
+
+
+def test_packed_weights_are_read_unpacked():
+    """bitsandbytes' layers, and their weights de-quantized, score the same."""
+    model, pairs = make("llama gqa"), make_pairs((5, 4))
+    small = packed(model)
+    assert any(w.dtype == torch.uint8 for w in small.weights.values())
+    a = attribute(small, pairs, AttributionConfig(ig_steps=2))
+    b = attribute(quantize(model), pairs, AttributionConfig(ig_steps=2))
+    size = np.abs(b.scores).max()
+    assert a.clean == pytest.approx(b.clean, abs=1e-4)
+    assert np.abs(a.scores - b.scores).max() < 1e-3 * size
+    full = attribute(model, pairs, AttributionConfig(ig_steps=2))
+    assert np.abs(full.scores - b.scores).max() > 1e-2 * size  # quantization does change them
+    edges = model.graph.prune(np.abs(b.scores) > 0.02 * size)
+    assert Ablation(small, pairs)(edges) == pytest.approx(
+        Ablation(quantize(model), pairs)(edges), abs=1e-3
+    )
+
+
+def test_other_packings_are_refused():
+    model = make("llama gqa").copy()
+    name = "model.layers.0.mlp.down_proj.weight"
+    model.weights[name] = model.weights[name].to(torch.int8)
+    with pytest.raises(CircuitError, match=f"{name} is packed as torch.int8"):
         attribute(model, make_pairs((4,)))
