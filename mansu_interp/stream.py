@@ -96,7 +96,8 @@ class Stream:
                     f"{name}: the weight {weight_name} is packed as {weight.dtype}. Attribution "
                     "reads bitsandbytes 4-bit weights or plain ones: de-quantize it first."
                 )
-            if not torch.isfinite(weight).all():
+            # One cheap pass: a sum is finite only if its terms are.
+            if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
                 raise CircuitError(
                     f"{name}: the weight {weight_name} holds NaN or infinity. "
                     "Give a checkpoint of finite weights."
@@ -183,10 +184,15 @@ class Stream:
     def logits(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch vocab"]:
-        """Logits at the last real position, in float32."""
+        """Logits at the last real position, in float32; no other position is unembedded."""
         device = next(iter(self.model.weights.values())).device
-        out = self.bridge(tokens.to(device), return_type="logits")
-        return out[torch.arange(len(last)), last.to(out.device)].float()
+        rows = torch.arange(len(last))
+
+        def last_only(hidden: Tensor, hook: object) -> Tensor:
+            return hidden[rows, last.to(hidden.device)][:, None]
+
+        with self.hooked([("unembed.hook_in", last_only)]):
+            return self.bridge(tokens.to(device), return_type="logits")[:, 0].float()
 
     def readings(self, layer: int) -> list[Reading]:
         """The q, k and v projections of a layer."""
