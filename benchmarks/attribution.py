@@ -6,11 +6,10 @@
 
 The model has GPT-2 small's shape and random weights; there are 8 pairs of 15 tokens. "Bare" are the
 forward and backward passes that the method needs, on the same bridge, hooked only where the
-gradient is taken: 2 forward
-and 1 backward for EAP, 2 forward and m times both for EAP-IG with m steps. Each timing is the
-median of several, taken in turn. Memory is the peak of a process of its own, beyond that of a
-process that does the bare passes; its unit is the writers' difference tensor (pairs x positions x
-writers x d_model, float32).
+gradient is taken: 2 forward and 1 backward for EAP, 2 forward and m times both for EAP-IG with m
+steps. Each timing is the median of several, taken in turn. Memory is the peak of a process of its
+own, beyond that of a process that does the bare passes; its unit is the writers' difference tensor
+(pairs x positions x writers x d_model, float32).
 """
 
 from __future__ import annotations

@@ -116,6 +116,24 @@ def _samples(task: Task, models: dict[str, LanguageModel]) -> list[dict[str, str
     return out
 
 
+def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit) -> Mask:
+    """The mask of a circuit, with a run's settings.
+
+    Raises:
+        MaskError, CircuitError: see `Circuit.mask`.
+    """
+    return circuit.mask(
+        model,
+        config.budget,
+        task.kept,
+        task.forget,
+        seed=config.seed,
+        damping=config.damping,
+        hold=config.hold,
+        depth=config.depth,
+    )
+
+
 def run(
     config: RunConfig,
     on_progress: OnProgress | None = None,
@@ -169,16 +187,7 @@ def run(
         mask = Mask.load(out / "mask.safetensors")
     else:
         note("choosing parameters", 0, 1)
-        mask = circuit.mask(
-            model,
-            config.budget,
-            task.kept,
-            task.forget,
-            seed=config.seed,
-            damping=config.damping,
-            hold=config.hold,
-            depth=config.depth,
-        )
+        mask = make_mask(config, model, task, circuit)
         mask.save(out / "mask.safetensors")
         note("choosing parameters", 1, 1)
     lap("mask")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 
@@ -119,13 +120,9 @@ def _tokens(pairs: Sequence[Pair]) -> float:
     """Mean tokens a pair costs when chunks of one phrasing share what they begin with."""
     total, n = 0.0, 0
     for group in by_phrasing(pairs):
-        first, rest = group[0].clean, [p.clean for p in group[1:]]
-        common = 0
-        while all(len(r) > common + 1 and r[common] == first[common] for r in rest) and (
-            common + 1 < len(first)
-        ):
-            common += 1
-        total += sum(len(p.clean) - common for p in group) + common * len(group) / CHUNK
+        prompts = [p.clean for p in group]
+        common = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+        total += sum(len(p) - common for p in prompts) + common * len(group) / CHUNK
         n += len(group)
     return total / max(1, n)
 
@@ -147,8 +144,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     shared_kept = _tokens(kept)
     scored = [p for by in task.scored["unseen"].values() for pairs in by.values() for p in pairs]
     texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
-    points = len(c.path())
-    per_pair = length * (2 + 3 * points)
+    forwards, backwards = passes(c)
+    per_pair = length * (forwards + 2 * backwards)  # a backward pass costs two forward ones
     attribution = min(c.pairs, len(task.forget)) * per_pair
     search = 14 * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
     mask = MASK_PAIRS * 3 * (shared + (1 + len(task.kept)) * shared_kept)

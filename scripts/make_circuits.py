@@ -10,6 +10,7 @@ from pathlib import Path
 from mansu_interp.circuit import discover
 from mansu_interp.defaults import default_config
 from mansu_interp.models import load_model
+from mansu_interp.pipeline import make_mask
 from mansu_interp.tasks import load_task
 
 OUT = Path(__file__).parents[1] / "circuits"
@@ -23,15 +24,7 @@ def main() -> None:
         circuit = discover(model, task.forget, config.circuit, task.retain)
         circuit.save(OUT / f"facts-{name}.json")
         circuit.save_graphml(OUT / f"facts-{name}.graphml")
-        mask = circuit.mask(
-            model,
-            config.budget,
-            task.kept,
-            task.forget,
-            damping=config.damping,
-            hold=config.hold,
-            depth=config.depth,
-        )
+        mask = make_mask(config, model, task, circuit)
         mask.save(OUT / f"facts-{name}.mask.safetensors")
         faithfulness = circuit.meta["faithfulness"]
         print(f"{name}: {circuit.n_edges} edges, faithfulness {faithfulness:.3f}")
