@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 
 import torch
 
@@ -121,7 +121,8 @@ def _tokens(pairs: Sequence[Pair]) -> float:
     total, n = 0.0, 0
     for group in by_phrasing(pairs):
         prompts = [p.clean for p in group]
-        common = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+        common = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
         total += sum(len(p) - common for p in prompts) + common * len(group) / CHUNK
         n += len(group)
     return total / max(1, n)
