@@ -200,7 +200,7 @@ def _add_scores(
     with torch.enable_grad(), stream.hooked(first + recorder.on(watched)):
         logits = stream.logits(batch.clean, batch.last)
         value = metric(logits, batch, clean_logits).sum()
-        found = torch.autograd.grad(value, [recorder.seen[n] for n in asked])
+        found = torch.autograd.grad(value, [recorder[n] for n in asked])
     grads = dict(zip(asked, found, strict=True))
     rows = _real(batch).to(start.device)
     position = rows.nonzero()[:, 1]
@@ -219,7 +219,7 @@ def _add_scores(
             )
 
     for i in layers:
-        x = flat(recorder.seen[stream.before_attention(i)])
+        x = flat(recorder[stream.before_attention(i)])
         pulled = torch.cat(
             [
                 torch.einsum(
@@ -232,7 +232,7 @@ def _add_scores(
         )
         column = i * graph.readers_per_layer
         add(column, _pull_back(stream.norm(i, mlp=False), x, pulled), graph.writers_before(i))
-        x = flat(recorder.seen[stream.before_mlp(i)])
+        x = flat(recorder[stream.before_mlp(i)])
         g = _pull_back(stream.norm(i, mlp=True), x, flat(grads[stream.mlp_in(i)])[None])
         add(column + len(pulled), g, graph.writers_before(i, mlp=True))
     add(len(graph.readers) - 1, flat(grads[stream.final])[None], len(graph.writers))
@@ -271,7 +271,7 @@ def _add_batch(
         recorder = Recorder()
         with torch.no_grad(), stream.hooked(recorder.on(names)):
             logits.append(stream.logits(tokens, batch.last))
-        runs.append({k: v.detach() for k, v in recorder.seen.items()})
+        runs.append({n: recorder[n].detach() for n in names})
     clean, corrupt = runs
     rows = _real(batch).to(clean[stream.input].device)
     inside = {}

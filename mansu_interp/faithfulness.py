@@ -89,7 +89,7 @@ class Ablation:
         recorder = Recorder()
         with self.stream.hooked(recorder.on(self.stream.writers())):
             self.stream.logits(batch.corrupt, batch.last)
-        return recorder.seen
+        return {n: recorder[n] for n in self.stream.writers()}
 
     @torch.no_grad()
     def _means(self, pairs: PairSet, batch_size: int) -> list[Tensor]:

@@ -50,6 +50,28 @@ def _common_prefix(tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     return min(int(same), int(last.min()))
 
 
+@torch.no_grad()
+def _unpacked(packed: Any) -> torch.nn.Linear:
+    """A plain float32 linear layer with the weights that a bitsandbytes 4-bit layer stands for.
+
+    On some processors such a layer repacks itself when it first runs; what it then does to the
+    unit vectors are its weights.
+    """
+    state, bias = packed.weight.quant_state, packed.bias
+    if getattr(state, "packing_format_for_cpu", False):
+        weight = packed(torch.eye(packed.in_features, dtype=torch.float32))
+        weight = (weight if bias is None else weight - bias).T.contiguous()
+    else:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(packed.weight, state)
+    plain = torch.nn.Linear(packed.in_features, packed.out_features, bias is not None)
+    plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        plain.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
+    return plain
+
+
 def embedded_models() -> list[str]:
     """Names of the models that ship with the package."""
     return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").exists())
@@ -142,7 +164,8 @@ class LanguageModel:
 
     @cached_property
     def bridge(self) -> Any:
-        """The model as a TransformerLens ``TransformerBridge`` over the same weight tensors."""
+        """The model as a TransformerLens ``TransformerBridge`` over the same weight tensors; layers
+        packed to 4 bits by bitsandbytes are replaced by plain ones."""
         with quiet():
             from transformer_lens.model_bridge.sources._bridge_builder import (
                 build_bridge_from_module,
@@ -150,6 +173,9 @@ class LanguageModel:
 
             memo = {id(t): t for t in [*self.hf.parameters(), *self.hf.buffers()]}
             twin = copy.deepcopy(self.hf, memo)
+            for name, module in list(twin.named_modules()):
+                if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+                    twin.set_submodule(name, _unpacked(module))
             twin.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
             try:

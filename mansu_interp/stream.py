@@ -41,6 +41,19 @@ class Recorder:
         """Hook list for `Stream.hooked`."""
         return [(n, self) for n in names]
 
+    def __getitem__(self, name: str) -> Tensor:
+        """What passed a hook point.
+
+        Raises:
+            CircuitError: nothing did.
+        """
+        if name not in self.seen:
+            raise CircuitError(
+                f"This version of TransformerLens does not run the hook point {name} on this "
+                "architecture. Install transformer-lens 4.3 or newer."
+            )
+        return self.seen[name]
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -53,14 +66,8 @@ class Reading:
 
 
 def _out_in(linear: Any) -> Float[Tensor, "out in"]:
-    """Weight of a linear module in ``[out, in]`` layout, float32; never packed storage."""
-    weight = linear.weight.detach()
-    state = getattr(linear.weight, "quant_state", None)
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight, state)
-    weight = weight.float()
+    """Weight of a linear module in ``[out, in]`` layout, float32."""
+    weight = linear.weight.detach().float()
     original = getattr(linear, "original_component", linear)
     return weight.T if type(original).__name__ == "Conv1D" else weight
 

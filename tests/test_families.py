@@ -206,3 +206,26 @@ def test_other_packings_are_refused():
     model.weights[name] = model.weights[name].to(torch.int8)
     with pytest.raises(CircuitError, match=f"{name} is packed as torch.int8"):
         attribute(model, make_pairs((4,)))
+
+
+@pytest.mark.parametrize("family", ["llama gqa", "gpt2"])
+def test_dispatched_models_score_the_same(family: str):
+    """`device_map` models: accelerate's hooks move tensors between devices around every module."""
+    from accelerate import dispatch_model
+
+    model, pairs = make(family), make_pairs((5, 4))
+    layers = "model.layers" if family == "llama gqa" else "transformer.h"
+    hf = copy.deepcopy(model.hf)
+    places = dict.fromkeys((n for n, _ in hf.named_modules() if n.count(".") == 1), "cpu")
+    places |= {f"{layers}.{i}": "cpu" for i in range(3)}
+    places.pop(layers)
+    dispatched = LanguageModel(
+        "dispatched",
+        dispatch_model(hf, {**places, "lm_head": "cpu"}, main_device="cpu", force_hooks=True),
+        None,
+    )
+    assert any(hasattr(m, "_hf_hook") for m in dispatched.bridge.modules())
+    a, b = (attribute(m, pairs, AttributionConfig(ig_steps=2)) for m in (model, dispatched))
+    assert np.array_equal(a.scores, b.scores)
+    edges = model.graph.prune(np.abs(a.scores) > 0.02 * np.abs(a.scores).max())
+    assert Ablation(dispatched, pairs)(edges) == Ablation(model, pairs)(edges)

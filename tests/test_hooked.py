@@ -32,6 +32,9 @@ except ImportError:
 needs_3_9 = pytest.mark.skipif(HookedTransformer is None, reason="TransformerLens 4")
 CONVERTERS = {
     "llama gqa": "llama",
+    "llama mqa": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma2": "gemma",
     "gpt2": "gpt2",
@@ -39,7 +42,8 @@ CONVERTERS = {
     "gpt-neox serial": "neox",
     "phi": "phi",
 }
-ROTARY = ("llama", "qwen3", "gemma2", "gpt_neox", "phi")
+RMS = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+ROTARY = (*RMS, "gpt_neox", "phi")
 EACH = pytest.mark.parametrize("family", CONVERTERS)
 PAIRS = make_pairs((5, 4, 6))
 
@@ -49,7 +53,7 @@ def hooked_config(model: LanguageModel) -> Any:
     from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 
     c, kind = model.config, model.config.model_type
-    rms = kind in ("llama", "qwen3", "gemma2")
+    rms = kind in RMS
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rotary = (
         int(head * (c.rope_parameters.get("partial_rotary_factor", 1))) if kind in ROTARY else 0
@@ -135,6 +139,13 @@ def test_circuits_are_as_faithful_as_on_the_bridge(family: str, kind: str):
         edges = model.graph.prune(rng.random(model.graph.exists.shape) < 0.5)
         assert 20 < edges.sum() < model.graph.n_edges
         assert b(edges) == pytest.approx(a(edges), abs=1e-4)
+
+
+@needs_3_9
+def test_a_bridge_without_the_hooks_is_refused():
+    """TransformerLens 3.9 bridges OPT without a hook behind its MLP; 4.3 has one."""
+    with pytest.raises(CircuitError, match=r"hook point blocks\.0\.mlp\.hook_out"):
+        attribute(test_families.make("opt"), PAIRS)
 
 
 @needs_3_9
