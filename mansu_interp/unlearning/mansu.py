@@ -171,6 +171,7 @@ def mansu(
     targets = [CounterfactualTargets(t, task.forget, config.seed) for t in teachers]
     snapper = Snapper(*students, mask, quantizer, fisher, config.projection)
     sampler = Sampler(task, config)
+    device = next(iter(model.weights.values())).device.type
     history: list[dict[str, float]] = []
     for done in range(config.steps):
         side = done % 2
@@ -178,7 +179,8 @@ def mansu(
         losses = {"forget": 0.0, "retain": 0.0}
 
         def weighed(kind: str, weight: float, loss: Callable[[], Tensor]) -> Tensor:
-            value = loss() * weight
+            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+                value = loss() * weight
             losses[kind] += value.item()  # noqa: B023
             return value * (config.retain_weight if kind == "retain" else 1.0)
 
