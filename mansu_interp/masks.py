@@ -33,7 +33,7 @@ from .errors import ArtifactError, MaskError
 from .graph import Node
 from .models import LanguageModel
 from .nullspace import Weights
-from .quantizers import NF4, get_quantizer
+from .quantizers import FourBit, get_quantizer
 
 SCHEMA = 1
 POOL = 6
@@ -93,7 +93,7 @@ def region(
 
 
 def floor_step(
-    weight: Float[Tensor, "out in"], gradient: Float[Tensor, "out in"], quantizer: NF4
+    weight: Float[Tensor, "out in"], gradient: Float[Tensor, "out in"], quantizer: FourBit
 ) -> Float[Tensor, "out in"]:
     """The step of one whole cell against the gradient; 0 where the floor forbids any.
 
@@ -175,7 +175,7 @@ def choose_parameters(
     forget_gradient: Weights,
     retain_fisher: Weights | None = None,
     retain_gradient: Weights | None = None,
-    quantizer: NF4 | str = "nf4",
+    quantizer: FourBit | str = "nf4",
     damping: float = DAMPING,
     hold: float = 1.0,
 ) -> Mask:

@@ -25,7 +25,7 @@ from ..masks import Mask
 from ..models import LanguageModel
 from ..nullspace import Weights, fisher_diagonal, gradient, projection
 from ..objectives import CounterfactualTargets, counterfactual_loss, nll
-from ..quantizers import NF4, get_quantizer, quantize
+from ..quantizers import FourBit, get_quantizer, quantize
 from ..tasks import Pair, PairSet, Task
 from .common import OnStep, Sampler, Unlearned, retain_loss, text_kl
 
@@ -56,7 +56,7 @@ class Snapper:
         model: LanguageModel,
         quantized: LanguageModel,
         mask: Mask,
-        quantizer: NF4,
+        quantizer: FourBit,
         fisher: Weights | None,
         strength: float,
     ) -> None:
