@@ -144,6 +144,7 @@ class Circuit:
         damping: float = DAMPING,
         hold: float = 1.0,
         depth: float = 0.0,
+        survive: Sequence[str] = ("nf4",),
     ) -> Mask:
         """The parameters behind this circuit that forget most per retain damage.
 
@@ -158,6 +159,7 @@ class Circuit:
             damping: see `choose_parameters`.
             hold: weight of the retain answers' gradient; see `choose_parameters`.
             depth: share of the layers, from the input on, in which nothing may be edited.
+            survive: quantizers that every edit must survive.
 
         Raises:
             MaskError: budget out of range, or nothing to edit.
@@ -183,7 +185,7 @@ class Circuit:
                 for name, part in answer_gradient(model, names, held).items() if held else ():
                     keep[name] = keep[name].add_(part) if name in keep else part
         mask = choose_parameters(
-            model, regions, budget, g, fisher, keep or None, damping=damping, hold=hold
+            model, regions, budget, g, fisher, keep or None, survive, damping, hold
         )
         mask.meta["components"] = [n.id for n, _ in components]
         return mask

@@ -5,11 +5,17 @@ Knows nothing of torch, so that ``mansu --help`` is quick.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from .errors import ConfigError
+
+
+def _names(given: Iterable[str]) -> tuple[str, ...]:
+    """Names separated by spaces or commas."""
+    return tuple(n for part in given for n in part.replace(",", " ").split())
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,9 @@ class UnlearnConfig:
     """mansu: weight, within the retain loss, of the hinge that holds known retain answers."""
     projection: float = 1.0
     """mansu: strength of the null-space projection; 0 = none."""
-    quantizer: Literal["nf4"] = "nf4"
-    """mansu: the quantizer whose cells set the magnitude floor."""
+    survive: tuple[str, ...] = ("nf4",)
+    """mansu: quantizers that every edit survives by construction (`mansu list` names them); steps
+    alternate with the first. Separated by spaces or commas."""
     stop_at: float | None = None
     """Dense methods: stop when four-way forget accuracy on the dev phrasings is at most this."""
     seed: int = 0
@@ -127,6 +134,12 @@ class UnlearnConfig:
             raise ConfigError(
                 "steps and batch_size must be at least 1 and lr positive; got "
                 f"{self.steps}, {self.batch_size}, {self.lr}."
+            )
+        names = _names(self.survive)
+        object.__setattr__(self, "survive", names)
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"survive names one or more different quantizers; got {', '.join(names) or 'none'}."
             )
         if self.forget_loss not in ("counterfactual", "ga"):
             raise ConfigError(
@@ -177,6 +190,8 @@ class RunConfig:
     """Seed of every draw."""
     score_pairs: int = 200
     """Prompts per scored set, drawn evenly over its unseen phrasings."""
+    quantizers: tuple[str, ...] = ()
+    """Quantizers to score besides nf4 and those of unlearn.survive."""
     threads: int | None = None
     """CPU threads; default: torch's own choice."""
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
@@ -185,6 +200,7 @@ class RunConfig:
     """How the model is edited."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "quantizers", _names(self.quantizers))
         if not 0 < self.budget <= 1:
             raise ConfigError(
                 f"The budget is a share of all parameters in (0, 1]; got {self.budget}."

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .artifacts import atomic_path
 from .errors import ArtifactError, MaskError
+from .floor import Set, floor_step, quantizer_set
 from .graph import Node
 from .models import LanguageModel
 from .nullspace import Weights
-from .quantizers import FourBit, get_quantizer
 
 SCHEMA = 1
 POOL = 6
@@ -92,25 +92,6 @@ def region(
     return out
 
 
-def floor_step(
-    weight: Float[Tensor, "out in"], gradient: Float[Tensor, "out in"], quantizer: FourBit
-) -> Float[Tensor, "out in"]:
-    """The step of one whole cell against the gradient; 0 where the floor forbids any.
-
-    It ends on the neighbouring level, so that the quantized model lands there too. Elements that
-    set their block's scale never move, and no element moves to an outermost level, where it
-    would set the scale.
-    """
-    cells = quantizer.cells(weight)
-    target = (cells.codes - torch.sign(gradient).flatten().long()).clamp(
-        1, len(quantizer.levels) - 2
-    )
-    step = quantizer.levels[target] * cells.scale - weight.flatten()
-    uphill = torch.sign(step) == torch.sign(gradient).flatten()
-    step[(target == cells.codes) | cells.sets_scale | uphill] = 0
-    return step.view_as(weight)
-
-
 @dataclass(frozen=True)
 class Mask:
     """Which single parameters of a model may be edited, and how many of them at once."""
@@ -118,7 +99,9 @@ class Mask:
     indices: dict[str, Int[Tensor, " n"]]
     """Flat row-major positions in each Hugging Face weight, ascending."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Model hash, budget, components and how the parameters were chosen."""
+    """Model hash, budget, components and how the parameters were chosen; ``refused`` of
+    ``candidates`` weights cannot take the step that forgetting asks for without breaking the
+    promise for ``survive``."""
 
     def __post_init__(self) -> None:
         if not self.indices or not self.n_parameters:
@@ -175,7 +158,7 @@ def choose_parameters(
     forget_gradient: Weights,
     retain_fisher: Weights | None = None,
     retain_gradient: Weights | None = None,
-    quantizer: FourBit | str = "nf4",
+    survive: Set = "nf4",
     damping: float = DAMPING,
     hold: float = 1.0,
 ) -> Mask:
@@ -193,7 +176,7 @@ def choose_parameters(
         forget_gradient: gradient of the forget loss per candidate weight.
         retain_fisher: diagonal Fisher of what must stay; None: no damage is counted.
         retain_gradient: gradient of the loss of retained answers; None counts as 0.
-        quantizer: whose cells define the step.
+        survive: the set of quantizers whose cells define the step.
         hold: weight of the retain gradient.
         damping: keeps weights of no measured damage from winning on no gain.
 
@@ -202,11 +185,15 @@ def choose_parameters(
     """
     if not 0 < budget <= 1:
         raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
-    quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    quantizers = quantizer_set(survive)
+    refused = candidates = 0
     gains, damages, places = [], [], []
     for name, inside in regions.items():
         weight, g = model.weights[name], forget_gradient[name]
-        step = floor_step(weight, g, quantizer)
+        step = floor_step(weight, g, quantizers, model.saved_dtype)
+        wanted = inside & (g != 0)
+        candidates += int(wanted.sum())
+        refused += int((wanted & (step == 0)).sum())
         usable = (inside & (step != 0)).flatten().nonzero()[:, 0]
         d = step.flatten()[usable]
         if retain_gradient is not None:
@@ -239,6 +226,8 @@ def choose_parameters(
             "model_sha256": model.sha256,
             "budget": budget,
             "limit": min(limit, n),
-            "quantizer": quantizer.name,
+            "survive": [q.name for q in quantizers],
+            "refused": refused,
+            "candidates": candidates,
         },
     )

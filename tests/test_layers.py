@@ -14,7 +14,7 @@ LAYERS = [
     ["config", "graph", "artifacts", "distributed"],
     ["defaults", "models"],
     ["tasks", "quantizers", "stream"],
-    ["scoring", "nullspace", "hooked"],
+    ["scoring", "nullspace", "hooked", "floor"],
     ["attribution"],
     ["objectives", "faithfulness", "masks"],
     ["circuit"],
