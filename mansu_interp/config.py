@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 from .errors import ConfigError
 
 
@@ -163,6 +165,25 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ConfigError(f"tokens must be at least 1; got {self.tokens}.")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `mansu verify` compares."""
+
+    original: Positional[str]
+    """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """The checkpoint after it."""
+    survive: tuple[str, ...] = ()
+    """The quantizers that every edit must survive; default: those of the ledger, or nf4."""
+    ledger: Path | None = None
+    """ledger.safetensors of the run; it must agree with both checkpoints."""
+    mask: Path | None = None
+    """mask.safetensors of the run; no edit may lie outside it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "survive", _names(self.survive))
 
 
 @dataclass(frozen=True)

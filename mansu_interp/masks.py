@@ -16,6 +16,7 @@ the forget gradient (ours).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -92,6 +93,16 @@ def region(
     return out
 
 
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hash of names, dtypes, shapes and values, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Mask:
     """Which single parameters of a model may be edited, and how many of them at once."""
@@ -130,25 +141,31 @@ class Mask:
     def save(self, path: Path) -> None:
         """Write safetensors; the metadata travels as JSON in the header."""
         with atomic_path(path) as temporary:
-            header = {"mansu_mask": json.dumps({"schema": SCHEMA, **self.meta})}
-            save_file({n: i.to(torch.int32) for n, i in self.indices.items()}, temporary, header)
+            tensors = {n: i.to(torch.int32) for n, i in self.indices.items()}
+            header = {"schema": SCHEMA, **self.meta, "sha256": tensors_sha256(tensors)}
+            save_file(tensors, temporary, {"mansu_mask": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path) -> Mask:
         """Read a mask.
 
         Raises:
-            ArtifactError: missing, damaged, or not a mask.
+            ArtifactError: missing, damaged, changed since it was written, or not a mask.
         """
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {})["mansu_mask"])
-                indices = {n: file.get_tensor(n).long() for n in file.keys()}  # noqa: SIM118
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ArtifactError(f"{path} is not a readable mask: {error}.") from error
         if meta.pop("schema", None) != SCHEMA:
             raise ArtifactError(f"{path} has an unknown mask schema; expected {SCHEMA}.")
-        return cls(indices, meta)
+        sha = meta.pop("sha256", None)  # masks written before 0.2 have none
+        if sha and sha != tensors_sha256(tensors):
+            raise ArtifactError(
+                f"{path} was changed after it was written: its hash does not match."
+            )
+        return cls({n: t.long() for n, t in tensors.items()}, meta)
 
 
 def choose_parameters(

@@ -24,6 +24,7 @@ from .defaults import default_config, default_task, is_embedded
 from .errors import ArtifactError
 from .evaluation import evaluate, properties, verdict
 from .floor import quantizer_set
+from .ledger import Ledger
 from .masks import Mask
 from .models import LanguageModel, load_model
 from .planning import CAD_PAIRS, Plan, plan
@@ -242,6 +243,7 @@ def run(
         (out / "model.partial").rename(out / "model")
         # Everything below is measured on the checkpoint as saved and loaded again.
         edited = load_model(out / "model")
+    Ledger.of(model, edited, config.unlearn.survive, mask).save(out / "ledger.safetensors")
     lap("unlearn")
 
     models = {

@@ -17,7 +17,7 @@ LAYERS = [
     ["scoring", "nullspace", "hooked", "floor"],
     ["attribution"],
     ["objectives", "faithfulness", "masks"],
-    ["circuit"],
+    ["circuit", "ledger"],
     ["cad", "unlearning"],
     ["evaluation", "viz"],
     ["report"],

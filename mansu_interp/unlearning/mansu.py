@@ -2,12 +2,12 @@
 
 Every editable weight has a latent position in units of its block's absmax. While the position lies
 in the weight's own cell of any quantizer of the set ``survive``, the weight keeps its exact
-original value; once it has left them all, it lands where `floor` allows. So a weight moves at least one whole cell or
-not at all, and the quantized model receives the same edit. Gradients pass the snap straight through
-(ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's). Steps alternate between
-the full-precision model and the one after the set's first quantizer, so that both forget and both retain; each is compared
-with the original at its own precision. The momentum direction is multiplied by the null-space
-projection lambda / (lambda + F).
+original value; once it has left them all, it lands where `floor` allows. So a weight moves at least
+one whole cell or not at all, and the quantized model receives the same edit. Gradients pass the
+snap straight through (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's).
+Steps alternate between the full-precision model and the one after the set's first quantizer, so
+that both forget and both retain; each is compared with the original at its own precision. The
+momentum direction is multiplied by the null-space projection lambda / (lambda + F).
 """
 
 from __future__ import annotations
