@@ -207,6 +207,9 @@ class RunConfig:
     parameters; 0 ignores what retain and forget answers share."""
     depth: float = 0.0
     """Share of the layers, counted from the input, in which nothing is edited."""
+    by_layer: bool = False
+    """Choose parameters holding gradients and Fisher of one layer at a time: the same mask with
+    less memory and more passes."""
     seed: int = 0
     """Seed of every draw."""
     score_pairs: int = 200

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from .errors import ArtifactError, MaskError
 from .floor import Set, floor_step, quantizer_set
 from .graph import Node
 from .models import LanguageModel
-from .nullspace import Weights
 
 SCHEMA = 1
 POOL = 6
@@ -172,9 +171,9 @@ def choose_parameters(
     model: LanguageModel,
     regions: dict[str, Bool[Tensor, "out in"]],
     budget: float,
-    forget_gradient: Weights,
-    retain_fisher: Weights | None = None,
-    retain_gradient: Weights | None = None,
+    forget_gradient: Mapping[str, Tensor],
+    retain_fisher: Mapping[str, Tensor] | None = None,
+    retain_gradient: Mapping[str, Tensor] | None = None,
     survive: Set = "nf4",
     damping: float = DAMPING,
     hold: float = 1.0,
@@ -190,7 +189,8 @@ def choose_parameters(
         model: the model to edit.
         regions: candidate weights, from `region`.
         budget: share of all the model's parameters that may be edited, in (0, 1].
-        forget_gradient: gradient of the forget loss per candidate weight.
+        forget_gradient: gradient of the forget loss per candidate weight; like the two below a
+            dictionary, or a `ByLayer`, which holds one layer at a time.
         retain_fisher: diagonal Fisher of what must stay; None: no damage is counted.
         retain_gradient: gradient of the loss of retained answers; None counts as 0.
         survive: the set of quantizers whose cells define the step.

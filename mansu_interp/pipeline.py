@@ -164,6 +164,7 @@ def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circ
         hold=config.hold,
         depth=config.depth,
         survive=config.unlearn.survive,
+        by_layer=config.by_layer,
     )
 
 

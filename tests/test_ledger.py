@@ -44,8 +44,10 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 def command(run: Path, *more: str) -> int:
     return main(
-        ["verify", "facts", str(run / "model"), "--ledger", str(run / "ledger.safetensors")]
-        + ["--mask", str(run / "mask.safetensors"), *more]
+        [
+            *("verify", "facts", str(run / "model"), "--ledger", str(run / "ledger.safetensors")),
+            *("--mask", str(run / "mask.safetensors"), *more),
+        ]
     )
 
 
@@ -139,7 +141,7 @@ def test_a_forged_ledger_or_another_mask_does_not_belong(facts: LanguageModel, c
 
 
 def test_not_an_edit_of_it(facts: LanguageModel, tiny_model):
-    with pytest.raises(ArtifactError, match="is not an edit of facts: .* weights differ in name"):
+    with pytest.raises(ArtifactError, match=r"is not an edit of facts: .* weights differ in name"):
         verify(facts, tiny_model(4))
     with pytest.raises(ArtifactError, match="not a readable ledger"):
         Ledger.load(Path("nowhere.safetensors"))
