@@ -129,6 +129,13 @@ class UnlearnConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """mansu: arithmetic of the losses and gradients; edits, floor and scores are always exact. bf16
     is about twice as fast where the processor has it."""
+    attack: int = 0
+    """mansu: harden against relearning: at most so many relearning steps of a random half of the
+    forget subjects come before each gradient on the other half; 0 = none."""
+    attack_rate: float = 1e-3
+    """mansu: typical learning rate of those attacks."""
+    attack_weight: float = 1.0
+    """mansu: weight of the gradient at the relearned point beside that at the model itself."""
     stop_at: float | None = None
     """Dense methods: stop when four-way forget accuracy on the dev phrasings is at most this."""
     seed: int = 0
@@ -149,6 +156,11 @@ class UnlearnConfig:
         if self.forget_loss not in ("counterfactual", "ga"):
             raise ConfigError(
                 f"Unknown forget_loss {self.forget_loss!r}; expected counterfactual or ga."
+            )
+        if self.attack < 0 or self.attack_rate <= 0 or self.attack_weight < 0:
+            raise ConfigError(
+                "attack and attack_weight must not be negative and attack_rate be positive; got "
+                f"{self.attack}, {self.attack_weight}, {self.attack_rate}."
             )
         if min(self.push, self.retain_weight, self.hold, self.projection) < 0:
             raise ConfigError("push, retain_weight, hold and projection must not be negative.")

@@ -30,6 +30,7 @@ from ..quantizers import quantize
 from ..scoring import known
 from ..tasks import Pair, PairSet, Task
 from .common import OnStep, Sampler, Unlearned, retain_loss, text_kl
+from .harden import Attacker
 
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
 FISHER_PAIRS = 48
@@ -170,6 +171,7 @@ def mansu(
     snapper = Snapper(*students, mask, survive, fisher, config.projection)
     sampler = Sampler(task, config)
     device = next(iter(model.weights.values())).device.type
+    attacker = Attacker(task, config) if config.attack else None
     history: list[dict[str, float]] = []
     for done in range(config.steps):
         side = done % 2
@@ -206,6 +208,10 @@ def mansu(
         if text is not None:
             parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, teacher, text)))
         gradients = gradient(student, snapper.names, parts)
+        if attacker:
+            extra, losses["attacked"] = attacker.gradient(student, snapper.names, targets[side])
+            for g, e in zip(gradients, extra, strict=True):
+                g.add_(e, alpha=config.attack_weight)
         snapper.step(gradients, learning_rate(config.lr, done, config.steps), done + 1)
         losses["edited"] = snapper.write()
         history.append(losses)

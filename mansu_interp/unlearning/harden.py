@@ -1,0 +1,98 @@
+"""Hardening against relearning: the attack inside the loop.
+
+Each step copies the model, relearns a random half A of the forget subjects there for a random number
+of steps at a random rate, and takes the gradient of the forget loss on the other half B *at the
+relearned point*; first order, as in Reptile and TAR (arXiv 2408.00761): that gradient is applied to
+the model before the attack. What is pushed down is thus not what the model says, but what half A
+would bring back. The loss, the ranking among half B's answers, is ours (see `ranking_loss`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..config import UnlearnConfig
+from ..models import LanguageModel
+from ..nullspace import gradient
+from ..objectives import CounterfactualTargets
+from ..relearning import batches, descend, halves, make_optimiser, of_subjects
+from ..tasks import Pair, Task, by_phrasing, chunks, collate
+from .common import CHUNK
+
+SPREAD = 3.0
+"""The attack's rate is drawn log-uniformly within this factor of `UnlearnConfig.attack_rate`."""
+
+
+def ranking_loss(
+    model: LanguageModel,
+    pairs: Sequence[Pair],
+    targets: CounterfactualTargets,
+    answers: dict[str, Tensor],
+    margin: float,
+) -> Float[Tensor, ""]:
+    """Mean |log p(answer among answers) - log target(answer among answers) + margin|, in nats.
+
+    Among half B's answers alone: relearning lifts half A's above all of them whether or not the
+    model knows half B, and a loss that counted them would see forgetting where there is none.
+    """
+    batch = collate(pairs)
+    logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
+    terms = []
+    for row, pair in zip(logp, pairs, strict=True):
+        among, want = answers[pair.relation], targets(pair).clamp_min(1e-9).log()
+        terms.append(
+            (row[pair.answer] - row[among].logsumexp(0))
+            - (want[pair.answer] - want[among].logsumexp(0))
+        )
+    return (torch.stack(terms) + margin).abs().mean()
+
+
+class Attacker:
+    """Seeded relearning attacks on copies of a model, and the gradients that resist them."""
+
+    def __init__(self, task: Task, config: UnlearnConfig) -> None:
+        self.task, self.config = task, config
+        self.rng = random.Random(f"attack {config.seed}")
+
+    def attacked(self, student: LanguageModel) -> tuple[LanguageModel, list[Pair]]:
+        """A relearned copy, and the pairs of the half that it did not see."""
+        rng, config = self.rng, self.config
+        first, second = halves(self.task.forget, rng.getrandbits(32))
+        steps = rng.randint(0, config.attack)
+        rate = config.attack_rate * SPREAD ** rng.uniform(-1, 1)
+        victim = student.copy()
+        weights = list(victim.weights.values())
+        optimiser = make_optimiser("adam", weights, rate)
+        train = of_subjects(self.task.forget, first)
+        supply = batches(train.pairs, config.batch_size, rng.getrandbits(32))
+        for _ in range(steps):
+            descend(victim, optimiser, weights, next(supply))
+        return victim, list(of_subjects(self.task.forget, second))
+
+    def gradient(
+        self, student: LanguageModel, names: Sequence[str], targets: CounterfactualTargets
+    ) -> tuple[list[Tensor], float]:
+        """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
+        victim, unseen = self.attacked(student)
+        answers: dict[str, set[int]] = {}
+        for p in unseen:
+            answers.setdefault(p.relation, set()).add(p.answer)
+        among = {r: torch.tensor(sorted(tokens)) for r, tokens in answers.items()}
+        chosen = self.rng.sample(unseen, min(self.config.batch_size, len(unseen)))
+        parts = [part for group in by_phrasing(chosen) for part in chunks(group, CHUNK)]
+        total = 0.0
+
+        def loss(part: list[Pair]) -> Tensor:
+            nonlocal total
+            value = ranking_loss(victim, part, targets, among, self.config.margin)
+            value = value * (len(part) / len(chosen))
+            total += value.item()
+            return value
+
+        found = gradient(victim, names, [lambda p=part: loss(p) for part in parts])
+        return found, total
