@@ -1,0 +1,191 @@
+"""What can be seen in a model's weights without training it: stitches, a probe, virtual relearning.
+
+All on prompts that the edit was made on, split in halves A and B of subjects. Ranking margins are
+log p(answer among half B's answers) + log n: 0 = says nothing of the subject (nats).
+
+*Transfer* (ours): with g_A and g_B the gradients of the two halves' mean ranking margins by all weights,
+
+    transfer = <g_A, g_B> / (|g_A| |g_B|)
+
+says whether raising half A's margins raises half B's, too. In a model that never knew, each fact is
+written by itself: near 0. Where something common hides the facts, removing it serves both:
+towards 1. By weight, the terms of the sum say where it would come from. *Stitches* run the first layers of one model and the last of another (after Bansal et al.
+2021, arXiv 2106.07682). The *probe* is a ridge regression from half A's states to their answers'
+unembedding, asked for half B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .errors import ModelError
+from .models import LanguageModel
+from .nullspace import gradient
+from .tasks import Batch, Pair, PairSet, by_phrasing, chunks, collate
+
+CHUNK = 48
+
+
+def stages(model: LanguageModel) -> list[Any]:
+    """The modules that read the residual stream in turn: every block, then the final norm.
+
+    Raises:
+        ModelError: a model without ``layers`` and ``norm``.
+    """
+    base = model.hf.base_model
+    if not (hasattr(base, "layers") and hasattr(base, "norm")):
+        raise ModelError(f"{model.name}: stitching needs a Llama-shaped model (layers, norm).")
+    return [*base.layers, base.norm]
+
+
+@contextmanager
+def _before(module: Any, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _forward(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
+    hidden = model.hf.base_model(input_ids=batch.clean, use_cache=False).last_hidden_state
+    return model._unembed(hidden[torch.arange(len(batch)), batch.last])
+
+
+@torch.no_grad()
+def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos d_model"]]:
+    """What each stage reads (see `stages`)."""
+    out: list[Tensor] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        out.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    handles = [s.register_forward_pre_hook(keep, with_kwargs=True) for s in stages(model)]
+    try:
+        _forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out
+
+
+def _right(logits: Float[Tensor, "batch vocab"], batch: Batch) -> int:
+    options = logits.gather(1, batch.choices)
+    return int((options[:, 0] > options[:, 1:].amax(1)).sum())
+
+
+@torch.no_grad()
+def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[float]:
+    """Four-way choice with the states of ``first`` up to each cut and ``last`` from there on.
+
+    Entry k: the first k blocks (and the embedding) are of ``first``.
+    """
+    ends = stages(last)
+    right = [0] * len(ends)
+    for batch in pairs.batches(CHUNK):
+        read = states(first, batch)
+        for k, (stage, value) in enumerate(zip(ends, read, strict=True)):
+
+            def put(module: Any, args: Any, kwargs: Any, value: Tensor = value) -> Any:
+                if args:
+                    return (value, *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": value}
+
+            with _before(stage, put):
+                right[k] += _right(_forward(last, batch), batch)
+    return [r / len(pairs) for r in right]
+
+
+@torch.no_grad()
+def probe(model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = 1.0) -> float:
+    """Best layer's four-way choice on half B of a linear probe fitted on half A's last states.
+
+    The probe maps states to the answers' unembedding rows, so that it can name answers it was not
+    fitted on.
+    """
+    rows = model.hf.get_output_embeddings().weight.detach()
+    rows = rows - rows.mean(0)
+
+    def collect(pairs: PairSet) -> tuple[list[list[Tensor]], list[Batch]]:
+        groups = list(pairs.batches(CHUNK))
+        return [[s[torch.arange(len(b)), b.last] for s in states(model, b)] for b in groups], groups
+
+    seen, fit = collect(half_a)
+    asked, ask = collect(half_b)
+    want = rows[torch.cat([b.answer for b in fit])]
+    best = 0.0
+    for k in range(len(stages(model))):
+        x = torch.cat([s[k] for s in seen])
+        center, scale = x.mean(0), x.std(0) + 1e-6
+        x = (x - center) / scale
+        gram = x.T @ x + ridge * len(x) * 0.01 * torch.eye(x.shape[1])
+        weight = torch.linalg.solve(gram, x.T @ (want - want.mean(0)))
+        right = sum(
+            _right((s[k] - center) / scale @ weight @ rows.T, b)
+            for s, b in zip(asked, ask, strict=True)
+        )
+        best = max(best, right / len(half_b))
+    return best
+
+
+def _answers(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    out: dict[str, set[int]] = {}
+    for p in pairs:
+        out.setdefault(p.relation, set()).add(p.answer)
+    return {r: torch.tensor(sorted(t)) for r, t in out.items()}
+
+
+def margins(
+    model: LanguageModel, pairs: Sequence[Pair], among: dict[str, Tensor]
+) -> Float[Tensor, " batch"]:
+    """log p(answer among its relation's answers) + log n, in nats."""
+    batch = collate(pairs)
+    logits = model.last_logits(batch.clean, batch.last)
+    return torch.stack(
+        [
+            row[p.answer] - row[among[p.relation]].logsumexp(0) + math.log(len(among[p.relation]))
+            for row, p in zip(logits, pairs, strict=True)
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Whether what raises half A's answers raises half B's."""
+
+    transfer: float
+    """Cosine of the two halves' margin gradients."""
+    by_weight: dict[str, float]
+    """Each weight's share; they add up to ``transfer``."""
+    margin: float
+    """Mean ranking margin over both halves (nats)."""
+
+
+def gradient_transfer(model: LanguageModel, half_a: PairSet, half_b: PairSet) -> Transfer:
+    """The first-order answer to "what would relearning half A bring half B?" (see the module)."""
+    names, level = list(model.weights), 0.0
+
+    def of(pairs: PairSet) -> list[Tensor]:
+        among = _answers(pairs)
+
+        def mean(part: list[Pair]) -> Tensor:
+            nonlocal level
+            value = margins(model, part, among).sum() / len(pairs)
+            level += value.item() / 2
+            return value
+
+        parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
+        return gradient(model, names, [lambda p=p: mean(p) for p in parts])
+
+    a, b = of(half_a), of(half_b)
+    size = math.sqrt(sum(float((g * g).sum()) for g in a) * sum(float((g * g).sum()) for g in b))
+    shares = [float((x * y).sum()) / max(size, 1e-30) for x, y in zip(a, b, strict=True)]
+    return Transfer(sum(shares), dict(zip(names, shares, strict=True)), level)

@@ -1,0 +1,272 @@
+"""The calibration zoo: models that forgot in many ways, attacked, and what can be seen before.
+
+    python scripts/make_zoo.py --task capitals --seeds 0 1
+    python scripts/make_zoo.py --task capitals --seeds 0 --extra hardened=runs/hardened/model
+
+Each row of docs/research/zoo-TASK.json is one model: how it was made, what it says on unseen phrasings, what
+half A brings back of half B there (the ground truth), and what `mansu_interp.evidence` sees on the
+train phrasings with another split. Finished rows are kept. A summary is printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mansu_interp.artifacts import write_json
+from mansu_interp.config import RelearnConfig, UnlearnConfig
+from mansu_interp.evidence import gradient_transfer, probe, states, stitches
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.objectives import CounterfactualTargets, counterfactual_loss, nll
+from mansu_interp.quantizers import quantize
+from mansu_interp.relearning import halves, of_subjects, relearn, rivals_within
+from mansu_interp.scoring import accuracy
+from mansu_interp.tasks import Pair, Task, collate, load_task
+from mansu_interp.unlearning import unlearn
+from mansu_interp.unlearning.common import Sampler, retain_loss
+
+DOCS = Path(__file__).parents[1] / "docs" / "research"
+ATTACK = RelearnConfig(steps=(5, 10, 20, 40))
+Loss = Callable[[LanguageModel, list[Pair]], Tensor]
+
+
+def tune(
+    model: LanguageModel,
+    task: Task,
+    seed: int,
+    only: dict[str, Tensor | None],
+    steps: int = 80,
+    lr: float = 3e-3,
+    forget: Loss | None = None,
+    rank: int = 0,
+) -> LanguageModel:
+    """A copy trained to forget in a few weights (``only``: name -> 0/1 mask), or by a low-rank
+    addition to them."""
+    student, targets = model.copy(), CounterfactualTargets(model, task.forget, seed)
+    loss = forget or (lambda m, p: counterfactual_loss(m, p, targets, 1.0, -0.5))
+    sampler = Sampler(task, UnlearnConfig(batch_size=32, seed=seed))
+    weights = [student.weights[n] for n in only]
+    start = [w.clone() for w in weights]
+    optimiser = torch.optim.Adam(weights, lr=lr)
+    for _ in range(steps):
+        for w in weights:
+            w.requires_grad_(True)
+        for part in sampler.forget():
+            (loss(student, part) / 2).backward()
+        for part in sampler.retain():
+            (retain_loss(student, model, part, 1.0) / 2).backward()
+        for w, mask in zip(weights, only.values(), strict=True):
+            if mask is not None and w.grad is not None:
+                w.grad.mul_(mask)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        for w in weights:
+            w.requires_grad_(False)
+        if rank:
+            for w, old in zip(weights, start, strict=True):
+                u, s, v = torch.linalg.svd(w - old, full_matrices=False)
+                w.copy_(old + (u[:, :rank] * s[:rank]) @ v[:rank])
+    return student
+
+
+def whole(model: LanguageModel, part: str) -> dict[str, Tensor | None]:
+    """Every weight whose name holds a text."""
+    return {n: None for n in model.weights if part in n}
+
+
+def neurons(model: LanguageModel, layer: int, n: int) -> dict[str, Tensor | None]:
+    """Masks of the n least used neurons of an MLP."""
+    stem = f"model.layers.{layer}.mlp."
+    down = model.weights[stem + "down_proj.weight"]
+    few = down.norm(dim=0).argsort()[:n]
+    masks: dict[str, Tensor | None] = {}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        mask = torch.zeros_like(model.weights[f"{stem}{name}.weight"])
+        if name == "down_proj":
+            mask[:, few] = 1
+        else:
+            mask[few] = 1
+        masks[f"{stem}{name}.weight"] = mask
+    return masks
+
+
+@torch.no_grad()
+def steered(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """What separates forget from retain prompts after block 1, taken out of all later writes."""
+
+    def mean(pairs: list[Pair]) -> Tensor:
+        batch = collate(pairs)
+        return states(model, batch)[2][torch.arange(len(pairs)), batch.last].mean(0)
+
+    direction = mean(list(task.forget.sample(64, seed))) - mean(list(task.retain.sample(64, seed)))
+    direction = direction / direction.norm()
+    out = model.copy()
+    for name, w in out.weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) and ".0." not in name:
+            w.sub_(torch.outer(direction, direction @ w))
+    return out
+
+
+@torch.no_grad()
+def scaled(model: LanguageModel, part: str, factor: float) -> LanguageModel:
+    """Some weights multiplied by a factor."""
+    out = model.copy()
+    for name, w in out.weights.items():
+        if part in name:
+            w.mul_(factor)
+    return out
+
+
+@torch.no_grad()
+def noisy(model: LanguageModel, seed: int, size: float) -> LanguageModel:
+    """Gaussian noise on every linear weight, as a share of its RMS."""
+    out, generator = model.copy(), torch.Generator().manual_seed(seed)
+    for name in out.linear_names:
+        w = out.weights[name]
+        w.add_(torch.randn(w.shape, generator=generator) * size * w.square().mean().sqrt())
+    return out
+
+
+def shuffled(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """Taught other subjects' answers, over all weights."""
+    facts = {(p.relation, p.subject): p.answer for p in task.forget}
+    wrong = list(facts.values())
+    random.Random(seed).shuffle(wrong)
+    lies = dict(zip(facts, wrong, strict=True))
+
+    def loss(student: LanguageModel, pairs: list[Pair]) -> Tensor:
+        batch = collate(pairs)
+        logp = student.last_logits(batch.clean, batch.last).log_softmax(-1)
+        told = torch.tensor([lies[p.relation, p.subject] for p in pairs])
+        return -logp.gather(1, told[:, None]).mean()
+
+    return tune(model, task, seed, whole(model, ""), 120, 1e-3, loss)
+
+
+def rmu(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """RMU (Li et al. 2024): states after block 1 pushed to a random direction."""
+    torch.manual_seed(seed)
+    control = torch.rand(model.d_model)
+    control = 8 * control / control.norm()
+
+    def loss(student: LanguageModel, pairs: list[Pair]) -> Tensor:
+        tokens = collate(pairs).clean
+        hidden = student.hf.base_model(input_ids=tokens, output_hidden_states=True).hidden_states[2]
+        return (hidden - control).square().mean()
+
+    names = {**whole(model, "layers.0.mlp"), **whole(model, "layers.1.mlp")}
+    return tune(model, task, seed, names, 120, 1e-3, loss)
+
+
+def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[[], LanguageModel]]:
+    """Every way of the zoo, by ``family: variant``."""
+
+    def dense(method: str, stop: float | None, steps: int = 300, keep: float = 1.0):
+        config = UnlearnConfig(
+            method=method,  # type: ignore[arg-type]
+            lr=1e-4,
+            steps=steps,
+            stop_at=stop,
+            retain_weight=keep,
+            seed=seed,
+        )
+        return lambda: unlearn(model, task, None, config).model
+
+    def part(name: str, steps: int = 80, lr: float = 3e-3):
+        return lambda: tune(model, task, seed, whole(model, name), steps, lr)
+
+    out = {
+        "unembedding: trained": part("lm_head"),
+        "final norm: trained": part("model.norm", 120, 3e-2),
+        "late MLP: trained": part("layers.3.mlp"),
+        "first layer: trained": part("layers.0"),
+        "embedding: trained": part("embed_tokens"),
+        "late low rank: rank 4": lambda: tune(
+            model, task, seed, whole(model, "layers.3.mlp.down_proj"), rank=4
+        ),
+        "neuron: 8 in layer 3": lambda: tune(model, task, seed, neurons(model, 3, 8), 150, 2e-2),
+        "steering: ablated": lambda: steered(model, task, seed),
+        "graddiff: partly": dense("graddiff", 0.7),
+        "graddiff: to chance": dense("graddiff", 0.3),
+        "npo: to chance": dense("npo", 0.3),
+        "ga: no retain": dense("graddiff", 0.2, keep=0.0),
+        "rmu: layer 1": lambda: rmu(model, task, seed),
+        "overwritten: shuffled": lambda: shuffled(model, task, seed),
+        "damaged: noise 0.5": lambda: noisy(model, seed, 0.5),
+        "damaged: noise 1": lambda: noisy(model, seed, 1.0),
+    }
+    if seed == 0:
+        out["unchanged: original"] = lambda: model.copy()
+        out["unchanged: nf4"] = lambda: quantize(model)
+        out["final norm: x0.1"] = lambda: scaled(model, "model.norm", 0.1)
+        for name in task.twins:
+            out[f"twin: {name[-1]}"] = lambda name=name: load_model(name)
+            out[f"twin: {name[-1]} nf4"] = lambda name=name: quantize(load_model(name))
+            out[f"twin: {name[-1]} noise"] = lambda name=name: noisy(load_model(name), 0, 0.2)
+    return out
+
+
+def row(original: LanguageModel, edited: LanguageModel, task: Task) -> dict[str, object]:
+    """Ground truth on unseen phrasings, evidence on train phrasings and another split."""
+    found = relearn(edited, task, ATTACK)
+    first, second = halves(task.forget, 1)
+    half_a, half_b = (rivals_within(of_subjects(task.forget, h)) for h in (first, second))
+    some_a, some_b = half_a.sample(180, 0), half_b.sample(180, 0)
+    with torch.no_grad():
+        logp = -torch.cat([nll(edited, some_b[k : k + 48]) for k in range(0, len(some_b), 48)])
+    flow = gradient_transfer(edited, some_a, some_b)
+    kept = [accuracy(edited, s).top1 for s in task.scored["unseen"]["retain"].values()]
+    return {
+        "choice": [found.at(k) for k in found.marks],
+        "top1": [found.at(k, "top1") for k in found.marks],
+        "retain": min(kept),
+        "recovery": found.up_to(20),
+        "forget": accuracy(edited, some_b).choice,
+        "logp": float(logp.mean()),
+        "margin": flow.margin,
+        "transfer": flow.transfer,
+        "probe": probe(edited, half_a, half_b),
+        "into": stitches(edited, original, some_b),
+        "from": stitches(original, edited, some_b),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Make and measure the calibration zoo.")
+    parser.add_argument("--model", default="facts")
+    parser.add_argument("--task", default="capitals")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--extra", nargs="*", default=[], metavar="NAME=FOLDER")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_model(args.model)
+    task = load_task(args.task, model)
+    path = DOCS / f"zoo-{args.task}.json"
+    rows: dict[str, dict[str, object]] = json.loads(path.read_text()) if path.exists() else {}
+    todo = {
+        f"{name} #{seed}": make
+        for seed in args.seeds
+        for name, make in builders(model, task, seed).items()
+    }
+    for item in args.extra:
+        name, _, folder = item.partition("=")
+        todo[name] = lambda folder=folder: load_model(folder)
+    for name, make in sorted(todo.items(), key=lambda t: ("graddiff" in t[0], "npo" in t[0])):
+        if name in rows:
+            continue
+        rows[name] = row(model, make(), task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, rows)
+        found = {k: v for k, v in rows[name].items() if k not in ("into", "from")}
+        print(name, found, flush=True)
+
+
+if __name__ == "__main__":
+    main()
