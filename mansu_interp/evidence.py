@@ -3,15 +3,16 @@
 All on prompts that the edit was made on, split in halves A and B of subjects. Ranking margins are
 log p(answer among half B's answers) + log n: 0 = says nothing of the subject (nats).
 
-*Transfer* (ours): with g_A and g_B the gradients of the two halves' mean ranking margins by all weights,
+*Transfer* (ours): with g_A and g_B the gradients of the two halves' mean ranking margins by all
+weights,
 
     transfer = <g_A, g_B> / (|g_A| |g_B|)
 
 says whether raising half A's margins raises half B's, too. In a model that never knew, each fact is
 written by itself: near 0. Where something common hides the facts, removing it serves both:
-towards 1. By weight, the terms of the sum say where it would come from. *Stitches* run the first layers of one model and the last of another (after Bansal et al.
-2021, arXiv 2106.07682). The *probe* is a ridge regression from half A's states to their answers'
-unembedding, asked for half B.
+towards 1. By weight, the terms of the sum say where it would come from. *Stitches* run the first
+layers of one model and the last of another (after Bansal et al. 2021, arXiv 2106.07682). The
+*probe* is a ridge regression from half A's states to their answers' unembedding, asked for half B.
 """
 
 from __future__ import annotations

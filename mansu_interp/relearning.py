@@ -9,7 +9,7 @@ back: half A tells it nothing of half B. What returns on half B was therefore st
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -204,3 +204,21 @@ def relearn(
         (len(train), sum(len(s) for s in asked)),
         {"model": model.name, "task": task.name, "split": split, "settings": asdict(config)},
     )
+
+
+def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
+    """A table in plain text: per model the worst case over learning rates, after each mark."""
+    first = next(iter(found.values()))
+    width = max(len(name) for name in found)
+    out = [
+        f"Half A: {first.facts[0]} prompts relearnt. Half B: {first.facts[1]} prompts asked, "
+        f"{first.meta['split']} phrasings.",
+        "Half B, four-way choice / top-1, worst of the learning rates "
+        + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
+        + f"; chance {CHANCE:.2f}.",
+        "steps".ljust(width) + "".join(f"{m:>14}" for m in first.marks),
+    ]
+    for name, one in found.items():
+        cells = [f"{one.at(m):.3f} / {one.at(m, 'top1'):.3f}" for m in one.marks]
+        out.append(name.ljust(width) + "".join(f"{c:>14}" for c in cells))
+    return out

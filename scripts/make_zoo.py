@@ -3,9 +3,9 @@
     python scripts/make_zoo.py --task capitals --seeds 0 1
     python scripts/make_zoo.py --task capitals --seeds 0 --extra hardened=runs/hardened/model
 
-Each row of docs/research/zoo-TASK.json is one model: how it was made, what it says on unseen phrasings, what
-half A brings back of half B there (the ground truth), and what `mansu_interp.evidence` sees on the
-train phrasings with another split. Finished rows are kept. A summary is printed at the end.
+Each row of docs/research/zoo-TASK.json is one model: what it says on unseen phrasings, what half A
+brings back of half B there (the ground truth), and what `mansu_interp.evidence` sees on the
+train phrasings with another split. Finished rows are kept. `scripts/judge_zoo.py` reads them.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         "damaged: noise 1": lambda: noisy(model, seed, 1.0),
     }
     if seed == 0:
-        out["unchanged: original"] = lambda: model.copy()
+        out["unchanged: original"] = model.copy
         out["unchanged: nf4"] = lambda: quantize(model)
         out["final norm: x0.1"] = lambda: scaled(model, "model.norm", 0.1)
         for name in task.twins:
