@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import PlanConfig, RunConfig, VerifyConfig
-from .defaults import default_config
+from .config import CadConfig, PlanConfig, RelearnRun, RunConfig, VerifyConfig
+from .defaults import default_config, default_task, is_embedded
 from .errors import MansuError
 
 
@@ -99,6 +99,54 @@ def _verify(config: VerifyConfig) -> int:
     return found.status
 
 
+def _relearn(config: RelearnRun) -> int:
+    from .models import load_model
+    from .relearning import relearn, relearning_lines
+    from .tasks import load_task
+
+    progress = Progress()
+    model = load_model(config.model)
+    task = load_task(config.task or default_task(config.original or config.model), model)
+    names = {config.model: config.model}
+    if config.original:
+        names["original"] = config.original
+    if task.twins and is_embedded(config.original or config.model):
+        names["never taught"] = task.twins[0]
+    found = {}
+    try:
+        for label, name in names.items():
+            subject = model if label == config.model else load_model(name)
+            found[label] = relearn(
+                subject,
+                task,
+                config.attack,
+                config.split,
+                lambda rate, d, n, label=label: progress(f"{label} at {rate:g}", d, n),
+            )
+    finally:
+        progress.close()
+    print("\n".join(relearning_lines(found)))
+    return 0
+
+
+def _cad(config: CadConfig) -> int:
+    from .erasure import judge_erasure
+    from .models import load_model
+    from .quantizers import quantize
+    from .tasks import load_task
+
+    original, edited = load_model(config.original), load_model(config.edited)
+    task = load_task(config.task or default_task(config.original), original)
+    quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
+    progress = Progress()
+    try:
+        found = judge_erasure(original, edited, task, quantized, config.seed, progress)
+    finally:
+        progress.close()
+    print("\n".join(found.lines()))
+    return 0
+
+
 def _list() -> int:
     from .models import embedded_models
     from .quantizers import QUANTIZERS
@@ -141,11 +189,23 @@ def _command(argv: list[str]) -> Any:
         "another code changed; 4 the ledger or mask does not belong to these checkpoints.\n\n"
         "Example: mansu verify facts runs/first/model --ledger runs/first/ledger.safetensors",
     )
+    attack = tyro.conf.subcommand(
+        "relearn",
+        description="Fine-tune a copy on half of the forget facts; ask for the other half.\n\n"
+        "Example: mansu relearn runs/latest/model --task capitals --original facts",
+    )
+    comparing = tyro.conf.subcommand(
+        "cad",
+        description="Say whether an edited checkpoint erased what a task forgets, or hides it.\n\n"
+        "Example: mansu cad facts runs/latest/model --task capitals",
+    )
     listing = tyro.conf.subcommand("list")
     return (
         Annotated[RunConfig, run]
         | Annotated[PlanConfig, planning]
         | Annotated[VerifyConfig, verification]
+        | Annotated[tyro.conf.PositionalRequiredArgs[RelearnRun], attack]
+        | Annotated[tyro.conf.PositionalRequiredArgs[CadConfig], comparing]
         | Annotated[ListConfig, listing]
     )
 
@@ -159,6 +219,10 @@ def main(argv: list[str] | None = None) -> int:
             return _run(config)
         if isinstance(config, VerifyConfig):
             return _verify(config)
+        if isinstance(config, RelearnRun):
+            return _relearn(config)
+        if isinstance(config, CadConfig):
+            return _cad(config)
         return _plan(config) if isinstance(config, PlanConfig) else _list()
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

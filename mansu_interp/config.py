@@ -194,6 +194,39 @@ class RelearnConfig:
 
 
 @dataclass(frozen=True)
+class RelearnRun:
+    """Fine-tune on half of the forget facts and ask for the other half."""
+
+    model: str
+    """Model to attack: embedded, Hugging Face folder, or hub name."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: the one that goes with the model."""
+    original: str | None = None
+    """A model to attack beside it, such as the one before unlearning; the task's first twin is
+    attacked too where it fits."""
+    split: Literal["unseen", "dev"] = "unseen"
+    """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
+    attack: RelearnConfig = field(default_factory=RelearnConfig)
+    """How hard the attack tries."""
+
+
+@dataclass(frozen=True)
+class CadConfig:
+    """Compare two checkpoints: is what the task forgets gone from the second, or hidden?"""
+
+    original: str
+    """Model before unlearning: embedded, Hugging Face folder, or hub name."""
+    edited: str
+    """Model after it; same architecture, vocabulary and tokenizer."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: the one that goes with the original."""
+    quantizer: Literal["none", "nf4"] = "nf4"
+    """Also look at the edited model after this quantizer, for knowledge that comes back."""
+    seed: int = 0
+    """How the forget subjects are split in two."""
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """What scoring the edges of a model would take, from its configuration alone."""
 

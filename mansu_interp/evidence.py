@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .errors import ModelError
@@ -78,9 +78,9 @@ def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos 
     return out
 
 
-def _right(logits: Float[Tensor, "batch vocab"], batch: Batch) -> int:
+def _right(logits: Float[Tensor, "batch vocab"], batch: Batch) -> Bool[Tensor, " batch"]:
     options = logits.gather(1, batch.choices)
-    return int((options[:, 0] > options[:, 1:].amax(1)).sum())
+    return options[:, 0] > options[:, 1:].amax(1)
 
 
 @torch.no_grad()
@@ -101,16 +101,19 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
                 return args, {**kwargs, "hidden_states": value}
 
             with _before(stage, put):
-                right[k] += _right(_forward(last, batch), batch)
+                right[k] += int(_right(_forward(last, batch), batch).sum())
     return [r / len(pairs) for r in right]
 
 
 @torch.no_grad()
-def probe(model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = 1.0) -> float:
-    """Best layer's four-way choice on half B of a linear probe fitted on half A's last states.
+def probe(
+    model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = 0.01
+) -> Bool[Tensor, "cuts prompts"]:
+    """Which prompts of half B a linear probe, fitted on half A's last states, answers right.
 
     The probe maps states to the answers' unembedding rows, so that it can name answers it was not
-    fitted on.
+    fitted on. One row per stage (see `stages`): the embedding first, the last block's output last.
+    Prompts are in the order of ``half_b.batches(CHUNK)``.
     """
     rows = model.hf.get_output_embeddings().weight.detach()
     rows = rows - rows.mean(0)
@@ -122,19 +125,19 @@ def probe(model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float =
     seen, fit = collect(half_a)
     asked, ask = collect(half_b)
     want = rows[torch.cat([b.answer for b in fit])]
-    best = 0.0
+    found = []
     for k in range(len(stages(model))):
         x = torch.cat([s[k] for s in seen])
         center, scale = x.mean(0), x.std(0) + 1e-6
         x = (x - center) / scale
-        gram = x.T @ x + ridge * len(x) * 0.01 * torch.eye(x.shape[1])
+        gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1])
         weight = torch.linalg.solve(gram, x.T @ (want - want.mean(0)))
-        right = sum(
+        read = [
             _right((s[k] - center) / scale @ weight @ rows.T, b)
             for s, b in zip(asked, ask, strict=True)
-        )
-        best = max(best, right / len(half_b))
-    return best
+        ]
+        found.append(torch.cat(read))
+    return torch.stack(found)
 
 
 def _answers(pairs: Sequence[Pair]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def auroc(rows: list[Row], sign: Callable[[Row], float]) -> float:
 def threshold(rows: list[Row], sign: Callable[[Row], float]) -> float:
     """The cut with the best balanced accuracy, halfway between neighbours."""
     values = sorted({sign(r) for r in rows})
-    cuts = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)] or values
+    cuts = [(a + b) / 2 for a, b in pairwise(values)] or values
     high, low = [r for r in rows if recoverable(r)], [r for r in rows if not recoverable(r)]
 
     def balanced(cut: float) -> float:
@@ -80,9 +81,8 @@ def main() -> None:
         )
     n = sum(map(recoverable, rows))
     print(f"\n{len(rows)} models, {n} recoverable.\n")
-    print(
-        "| sign | AUROC | 95 % interval | right, family left out | threshold |\n|---|---|---|---|---|"
-    )
+    print("| sign | AUROC | 95 % interval | right, family left out | threshold |")
+    print("|---|---|---|---|---|")
     rng = random.Random(args.seed)
     samples = [rng.choices(rows, k=len(rows)) for _ in range(500)]
     for label, sign in SIGNS.items():

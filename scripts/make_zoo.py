@@ -231,7 +231,7 @@ def row(original: LanguageModel, edited: LanguageModel, task: Task) -> dict[str,
         "logp": float(logp.mean()),
         "margin": flow.margin,
         "transfer": flow.transfer,
-        "probe": probe(edited, half_a, half_b),
+        "probe": float(probe(edited, half_a, half_b).float().mean(1).max()),
         "into": stitches(edited, original, some_b),
         "from": stitches(original, edited, some_b),
     }

@@ -1,10 +1,11 @@
 """Hardening against relearning: the attack inside the loop.
 
 Each step copies the model, relearns a random half A of the forget subjects there for a random
-number of steps at a random rate, and takes the gradient of the forget loss on the other half B *at the
-relearned point*; first order, as in Reptile and TAR (arXiv 2408.00761): that gradient is applied to
-the model before the attack. What is pushed down is thus not what the model says, but what half A
-would bring back. The loss, the ranking among half B's answers, is ours (see `ranking_loss`).
+number of steps at a random rate, and takes the gradient of the forget loss on the other half B *at
+the relearned point*; first order, as in Reptile and TAR (arXiv 2408.00761): that gradient is
+applied to the model before the attack. What is pushed down is thus not what the model says, but
+what half A would bring back. The loss, the ranking among half B's answers, is ours (see
+`ranking_loss`).
 """
 
 from __future__ import annotations

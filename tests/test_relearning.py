@@ -1,0 +1,117 @@
+"""The relearning attack: its halves, its rivals, and what it finds in models whose past is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mansu_interp.config import RelearnConfig, UnlearnConfig
+from mansu_interp.errors import ConfigError, TaskError
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.objectives import CounterfactualTargets, nll
+from mansu_interp.relearning import (
+    batches,
+    halves,
+    of_subjects,
+    relearn,
+    relearning_lines,
+    rivals_within,
+)
+from mansu_interp.tasks import PairSet, Task
+from mansu_interp.unlearning.harden import Attacker, ranking_loss
+
+QUICK = RelearnConfig(steps=(10,), rates=(1e-3,))
+
+
+def test_halves_are_disjoint_seeded_and_by_subject(capitals: Task):
+    first, second = halves(capitals.forget, 0)
+    assert not first & second
+    assert first | second == {p.subject for p in capitals.forget}
+    assert 0 <= len(first) - len(second) <= 1
+    assert halves(capitals.forget, 0) == (first, second)
+    assert halves(capitals.forget, 1) != (first, second)
+    with pytest.raises(TaskError, match="at least two forget subjects to split; got 1"):
+        halves(capitals.forget[:1], 0)
+
+
+def test_rivals_are_the_halfs_own_answers(capitals: Task):
+    _, second = halves(capitals.forget, 0)
+    asked = rivals_within(of_subjects(capitals.forget, second))
+    own = {p.answer for p in asked}
+    for pair in asked:
+        assert len(pair.distractors) == 3
+        assert set(pair.distractors) <= own - {pair.answer}
+    few = rivals_within(PairSet("few", capitals.forget.pairs[:2]))
+    assert all(len(set(p.choices)) == 4 for p in few)  # filled up with the pair's own
+
+
+def test_batches_use_every_pair_before_any_twice(capitals: Task):
+    pairs = list(capitals.forget[:10])
+    supply = batches(pairs, 4, seed=3)
+    seen = [p for _ in range(5) for p in next(supply)]
+    assert set(seen[:10]) == set(pairs) and set(seen[10:]) == set(pairs)
+
+
+def test_the_attack_tells_a_twin_from_a_hidden_model(facts: LanguageModel, capitals: Task):
+    before = {n: w.clone() for n, w in facts.weights.items()}
+    known = relearn(facts, capitals, QUICK, "dev")
+    never = relearn(load_model(capitals.twins[0]), capitals, QUICK, "dev")
+    again = relearn(load_model(capitals.twins[0]), capitals, QUICK, "dev")
+    assert known.at(0) == known.at(10) == 1.0
+    assert never.up_to(10) < 0.4 and never.at(10, "top1") == 0
+    assert never.points == again.points  # by seed
+    assert never.marks == [0, 10]
+    assert all(torch.equal(before[n], w) for n, w in facts.weights.items())
+    lines = relearning_lines({"known": known, "never taught": never})
+    assert "dev phrasings" in lines[0] and lines[-2].endswith("1.000 / 1.000")
+
+
+def test_an_attack_learns_its_half(capitals: Task):
+    twin = load_model(capitals.twins[0])
+    found = relearn(twin, capitals, replace(QUICK, steps=(40,)), "dev")
+    assert found.at(40, "learnt") > 0.9
+    assert found.at(40) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": (20, 10)}, "steps must be positive and ascending"),
+        ({"rates": ()}, "rates must be positive"),
+        ({"optimiser": "lion"}, "Unknown optimiser 'lion'"),
+    ],
+)
+def test_bad_settings(wrong: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        RelearnConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_ranking_loss_by_hand(facts: LanguageModel, capitals: Task):
+    """Against uniform targets it is |log n + log p(answer among answers) + margin|."""
+    pairs = list(capitals.forget[:3])
+    targets = CounterfactualTargets(facts, PairSet("few", tuple(pairs)))
+    for key, value in targets.by_phrasing.items():
+        targets.by_phrasing[key] = torch.full_like(value, 1 / len(value))
+    among = {"capital": torch.tensor([p.answer for p in pairs])}
+    full = torch.stack([-nll(facts, [replace(p, answer=a.answer)]) for p in pairs for a in pairs])
+    logp = full.view(3, 3).log_softmax(1).diagonal()
+    want = (logp + torch.tensor(3.0).log() + 0.25).abs().mean()
+    assert ranking_loss(facts, pairs, targets, among, 0.25) == pytest.approx(float(want), abs=1e-4)
+
+
+def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, capitals: Task):
+    name = "model.layers.1.mlp.down_proj.weight"
+    targets = CounterfactualTargets(facts, capitals.forget)
+    config = UnlearnConfig(attack=3, batch_size=8, attack_rate=0.003)
+    before = facts.weights[name].clone()
+    first, loss = Attacker(capitals, config).gradient(facts, [name], targets)
+    again, _ = Attacker(capitals, config).gradient(facts, [name], targets)
+    other, _ = Attacker(capitals, replace(config, seed=1)).gradient(facts, [name], targets)
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+    assert loss > 1  # the shipped model knows every capital
+    assert torch.equal(before, facts.weights[name])
+    victim, unseen = Attacker(capitals, replace(config, seed=2)).attacked(facts)
+    assert len({p.subject for p in unseen}) == 89
+    assert not torch.equal(victim.weights[name], facts.weights[name])
