@@ -1,4 +1,4 @@
-"""The relearning attack: its halves, its rivals, and what it finds in models whose past is known."""
+"""The relearning attack: its halves and rivals, and what it finds where the past is known."""
 
 from __future__ import annotations
 

@@ -1,0 +1,119 @@
+"""Evidence without training, and the verdict: solved by hand, and models whose past is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mansu_interp.erasure import answers_right, check_alike, decide, judge_erasure
+from mansu_interp.errors import ModelError
+from mansu_interp.evidence import gradient_transfer, margins, probe, states, stitches
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.relearning import halves, of_subjects, rivals_within
+from mansu_interp.scoring import accuracy
+from mansu_interp.tasks import PairSet, Task, collate
+
+TinyModel = Callable[[int], LanguageModel]
+
+
+@pytest.fixture(scope="module")
+def split(capitals: Task) -> tuple[PairSet, PairSet]:
+    first, second = halves(capitals.forget, 0)
+    a, b = (rivals_within(of_subjects(capitals.forget, h)) for h in (first, second))
+    return a, b.sample(90, 0)
+
+
+def test_a_model_stitched_to_itself_is_itself(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    assert stitches(model, model, pairs) == [accuracy(model, pairs).choice] * 4
+
+
+def test_stitches_take_the_right_end(facts: LanguageModel, split: tuple[PairSet, PairSet]):
+    """With its unembedding gone, a model's states still answer in the original, not vice versa."""
+    mute = facts.copy()
+    mute.weights["lm_head.weight"].zero_()
+    assert stitches(mute, facts, split[1]) == [1.0] * 5
+    assert stitches(facts, mute, split[1]) == [0.0] * 5  # a tie counts against the model
+
+
+def test_states_are_those_of_transformers(tiny_model: TinyModel, pairs: PairSet):
+    model, batch = tiny_model(2), collate(pairs.pairs)
+    want = model.hf.base_model(input_ids=batch.clean, output_hidden_states=True).hidden_states
+    got = states(model, batch)
+    assert len(got) == 4
+    for mine, theirs in zip(got[:3], want[:3], strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.allclose(model.hf.base_model.norm(got[3]), want[3])
+
+
+def test_the_probe_reads_what_was_taught(facts: LanguageModel, split: tuple[PairSet, PairSet]):
+    read = probe(facts, *split).float().mean(1)
+    assert read[0] < 0.4  # the last token's embedding is the same in every prompt of a phrasing
+    assert read[1:].min() > 0.95
+    never = load_model("facts-capitals-twin-1")
+    assert probe(never, *split).float().mean(1).max() < 0.4
+
+
+def test_transfer_against_the_gradient_of_a_weight(
+    facts: LanguageModel, split: tuple[PairSet, PairSet]
+):
+    half_a, half_b = (s.sample(12, 0) for s in split)
+    found = gradient_transfer(facts, half_a, half_b)
+    assert sum(found.by_weight.values()) == pytest.approx(found.transfer)
+    assert gradient_transfer(facts, half_a, half_a).transfer == pytest.approx(1)
+    among = {"capital": torch.tensor(sorted({p.answer for p in half_b}))}
+    with torch.no_grad():
+        level = margins(facts, half_b.pairs, among)
+    assert level.max() <= torch.tensor(12.0).log() + 1e-4  # certain of one answer in 12
+    weight, name = facts.copy(), "model.layers.1.mlp.down_proj.weight"
+    assert found.by_weight[name] != 0
+    assert all(not w.requires_grad for w in weight.weights.values())
+
+
+@pytest.mark.parametrize(
+    ("verdict", "says", "reads", "carried", "quantized"),
+    [
+        ("unchanged", 0.97, 1.0, 1.0, None),
+        ("relocated", 0.97, 1.0, 0.3, None),
+        ("suppressed", 0.28, 0.9, 0.3, None),
+        ("suppressed", 0.28, 0.35, 1.0, None),  # only the unembedding is blind
+        ("erased", 0.28, 0.35, 0.3, 0.3),
+        ("recovered", 0.28, 0.35, 0.3, 0.5),
+        ("undecided", 0.28, 0.45, 0.3, None),
+        ("undecided", 0.6, 0.45, 0.3, None),
+    ],
+)
+def test_verdicts(verdict: str, says: float, reads: float, carried: float, quantized: float | None):
+    assert decide(says, reads, 1.0, carried, quantized)[0] == verdict
+
+
+def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):
+    same = judge_erasure(facts, facts.copy(), capitals)
+    assert (same.verdict, same.cad, same.confidence) == ("unchanged", 0.0, 1.0)
+    never = judge_erasure(facts, load_model(capitals.twins[1]), capitals)
+    assert never.verdict == "erased"
+    assert never.cad > 0.85
+    mute = facts.copy()
+    mute.weights["lm_head.weight"].zero_()
+    hidden = judge_erasure(facts, mute, capitals)
+    assert hidden.verdict == "suppressed"
+    assert hidden.lines()[0].startswith("suppressed")
+
+
+def test_right_answers_agree_with_the_scores(facts: LanguageModel, split: tuple[PairSet, PairSet]):
+    assert float(answers_right(facts, split[1]).float().mean()) == accuracy(facts, split[1]).choice
+
+
+def test_what_cannot_be_compared(facts: LanguageModel, tiny_model: TinyModel):
+    with pytest.raises(ModelError, match="Compare two of one model"):
+        check_alike(facts, tiny_model(2))
+    other = facts.copy()
+    other.tokenizer = type("Other", (), {"get_vocab": lambda self: {"a": 1}})()
+    with pytest.raises(ModelError, match="different tokenizers"):
+        check_alike(facts, other)
+    smaller = facts.copy()
+    smaller.hf.resize_token_embeddings(900)
+    with pytest.raises(ModelError, match="vocabulary of 900, facts of 960"):
+        check_alike(facts, smaller)
