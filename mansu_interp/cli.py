@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from .config import CadConfig, PlanConfig, RelearnRun, RunConfig, VerifyConfig
-from .defaults import default_config, default_task, is_embedded
+from .defaults import default_config, default_task
 from .errors import MansuError
 
 
@@ -110,12 +110,14 @@ def _relearn(config: RelearnRun) -> int:
     names = {config.model: config.model}
     if config.original:
         names["original"] = config.original
-    if task.twins and is_embedded(config.original or config.model):
+    if task.twins:
         names["never taught"] = task.twins[0]
     found = {}
     try:
         for label, name in names.items():
             subject = model if label == config.model else load_model(name)
+            if subject.architecture != model.architecture and label == "never taught":
+                continue
             found[label] = relearn(
                 subject,
                 task,

@@ -3,7 +3,7 @@
     python scripts/judge_zoo.py --task capitals
 
 Reads docs/research/zoo-TASK.json. A model is *recoverable* if half A brings half B's choice above
-0.25 + 0.15 within 20 steps at any rate. Per sign: AUROC, its 95 % interval over resampled models,
+0.25 + 0.15 within HORIZON steps at any rate. Per sign: AUROC, its 95 % interval over resampled models,
 and how many models are right when the threshold is chosen without their family (`left out`).
 """
 
@@ -20,6 +20,9 @@ from typing import Any
 from mansu_interp.relearning import CHANCE, TOLERANCE
 
 DOCS = Path(__file__).parents[1] / "docs" / "research"
+MARKS = (0, 5, 10, 20, 40)
+HORIZON = 40
+"""Attack steps within which a model counts as recoverable."""
 Row = dict[str, Any]
 SIGNS: dict[str, Callable[[Row], float]] = {
     "linear probe": lambda r: r["probe"],
@@ -36,7 +39,7 @@ SIGNS: dict[str, Callable[[Row], float]] = {
 
 def recoverable(row: Row) -> bool:
     """The ground truth."""
-    return row["recovery"] > CHANCE + TOLERANCE
+    return max(row["choice"][: MARKS.index(HORIZON) + 1]) > CHANCE + TOLERANCE
 
 
 def auroc(rows: list[Row], sign: Callable[[Row], float]) -> float:
