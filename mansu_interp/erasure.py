@@ -29,6 +29,9 @@ from .tasks import PairSet, Task
 
 ERASED, HELD = 0.40, 0.50
 """Best probe's choice: at most so much is erased, at least so much held, between undecided."""
+CARRIED = 0.75
+"""Choice of the original's unembedding on the edited model's last states from which they hold the
+answers. Higher than HELD: a twin from the same initial weights reaches 0.48."""
 SAID = 0.90
 """Share of the original's own accuracy from which on nothing was forgotten."""
 RECOVERED = 0.10
@@ -122,7 +125,7 @@ def decide(
         says: four-way choice of the edited model.
         reads: the best probe's on its states.
         original_says: the original's own.
-        carried: best stitch of the edited model's states into the original, past its first block.
+        carried: that of the original's unembedding on the edited model's last states.
         quantized_says: that of its quantized form, if looked at.
     """
     if quantized_says is not None and quantized_says - says > RECOVERED:
@@ -138,10 +141,10 @@ def decide(
             "of the facts is likely to bring back the others.",
         )
     if says <= ERASED and reads <= ERASED:
-        if carried >= HELD:
+        if carried >= CARRIED:
             return (
                 "suppressed",
-                "Its own output is blind to the answers, but the original's later layers read them "
+                "Its own output is blind to the answers, but the original's unembedding reads them "
                 "from its states.",
             )
         return "erased", "Neither the model nor a probe on its states tells the answers."
@@ -193,7 +196,7 @@ def judge_erasure(
             float(said["edited"][rows].float().mean()),
             float(read["edited"][:, rows].mean(1).max()),
             float(said["original"][rows].float().mean()),
-            max(into[2:], default=0.0),
+            into[-1],
             float(said["edited, quantized"][rows].float().mean()) if quantized else None,
         )
 

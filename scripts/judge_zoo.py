@@ -3,8 +3,8 @@
     python scripts/judge_zoo.py --task capitals
 
 Reads docs/research/zoo-TASK.json. A model is *recoverable* if half A brings half B's choice above
-0.25 + 0.15 within HORIZON steps at any rate. Per sign: AUROC, its 95 % interval over resampled models,
-and how many models are right when the threshold is chosen without their family (`left out`).
+0.25 + 0.15 within HORIZON steps at any rate. Per sign: AUROC, its 95 % interval over resampled
+models, and how many models are right when the threshold is chosen without their family (`left out`).
 """
 
 from __future__ import annotations

@@ -92,9 +92,10 @@ def test_verdicts(verdict: str, says: float, reads: float, carried: float, quant
 def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):
     same = judge_erasure(facts, facts.copy(), capitals)
     assert (same.verdict, same.cad, same.confidence) == ("unchanged", 0.0, 1.0)
-    never = judge_erasure(facts, load_model(capitals.twins[1]), capitals)
-    assert never.verdict == "erased"
-    assert never.cad > 0.85
+    for twin in capitals.twins:  # from the same initial weights, and from others
+        never = judge_erasure(facts, load_model(twin), capitals)
+        assert never.verdict == "erased"
+        assert never.cad > 0.85
     mute = facts.copy()
     mute.weights["lm_head.weight"].zero_()
     hidden = judge_erasure(facts, mute, capitals)
