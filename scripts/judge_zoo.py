@@ -4,7 +4,7 @@
 
 Reads docs/research/zoo-TASK.json. A model is *recoverable* if half A brings half B's choice above
 0.25 + 0.15 within HORIZON steps at any rate. Per sign: AUROC, its 95 % interval over resampled
-models, and how many models are right when the threshold is chosen without their family (`left out`).
+models, and how many are right with the threshold chosen without their family (`left out`).
 """
 
 from __future__ import annotations
