@@ -242,3 +242,40 @@ def choose_parameters(
             "quantizer": quantizer.name,
         },
     )
+
+
+def random_mask(
+    model: LanguageModel, budget: float, seed: int = 0, quantizer: NF4 | str = "nf4"
+) -> Mask:
+    """As many candidates as `choose_parameters` takes, drawn from every linear weight: an ablation.
+
+    Arguments:
+        model: the model to edit.
+        budget: share of all the model's parameters that may be edited, in (0, 1].
+        seed: of the draw.
+        quantizer: whose scale-setting elements are left out, since they can never move.
+
+    Raises:
+        MaskError: budget out of range.
+    """
+    if not 0 < budget <= 1:
+        raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
+    quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    generator = torch.Generator().manual_seed(seed)
+    movable = torch.cat([~quantizer.cells(model.weights[n]).sets_scale for n in model.linear_names])
+    limit = max(1, int(budget * model.n_parameters))
+    order = torch.randperm(len(movable), generator=generator)
+    chosen = torch.zeros_like(movable)
+    chosen[order[movable[order]][: POOL * limit]] = True
+    parts = chosen.split([model.weights[n].numel() for n in model.linear_names])
+    indices = {n: part.nonzero()[:, 0] for n, part in zip(model.linear_names, parts, strict=True)}
+    return Mask(
+        {n: index for n, index in indices.items() if len(index)},
+        {
+            "model": model.name,
+            "model_sha256": model.sha256,
+            "budget": budget,
+            "limit": min(limit, int(chosen.sum())),
+            "quantizer": quantizer.name,
+        },
+    )

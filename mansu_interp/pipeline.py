@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .artifacts import read_json, write_json
@@ -23,7 +24,7 @@ from .config import RunConfig
 from .defaults import default_config, default_task, is_embedded
 from .errors import ArtifactError
 from .evaluation import evaluate, properties, verdict
-from .masks import Mask
+from .masks import Mask, random_mask
 from .models import LanguageModel, load_model
 from .planning import CAD_PAIRS, Plan, plan
 from .quantizers import QUANTIZERS, quantize, survival
@@ -75,7 +76,7 @@ def command_line(config: RunConfig) -> str:
             value, default = getattr(given, item.name), getattr(usual, item.name)
             name = f"{prefix}{item.name}".replace("_", "-")
             if is_dataclass(value):
-                add(f"{item.name}.", value, default)
+                add(f"{prefix}{item.name}.", value, default)
             elif (value != default or item.name == "model") and item.name not in ("out", "threads"):
                 words.extend([f"--{name}", str(value)])
 
@@ -117,11 +118,15 @@ def _samples(task: Task, models: dict[str, LanguageModel]) -> list[dict[str, str
 
 
 def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit) -> Mask:
-    """The mask of a circuit, with a run's settings.
+    """The mask of a circuit, with a run's settings; of ablations, one that ignores the circuit.
 
     Raises:
         MaskError, CircuitError: see `Circuit.mask`.
     """
+    if config.unlearn.method == "mansu-random":
+        return random_mask(model, config.budget, config.seed)
+    if config.unlearn.method == "mansu-whole":
+        circuit = replace(circuit, edges=np.ones_like(circuit.edges))
     return circuit.mask(
         model,
         config.budget,
