@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import PlanConfig, RunConfig
+from .config import BenchConfig, PlanConfig, RunConfig
 from .defaults import default_config
 from .errors import MansuError
 
@@ -71,6 +71,18 @@ def _run(config: RunConfig) -> int:
     return 0
 
 
+def _bench(config: BenchConfig) -> int:
+    from .bench import run_bench
+
+    progress = Progress()
+    try:
+        rows = run_bench(config, progress)
+    finally:
+        progress.close()
+    print(f"{len(rows)} rows. Open {config.out / 'scoreboard.html'}")
+    return 0
+
+
 def _plan(config: PlanConfig) -> int:
     from .planning import plan_lines
 
@@ -113,9 +125,18 @@ def _command(argv: list[str]) -> Any:
         "Example: mansu plan --model Llama-3.1-8B/config.json --tokens 32 "
         "--attribution.batch-size 8",
     )
+    bench = tyro.conf.subcommand(
+        "bench",
+        description="Compare methods at the same forgetting, before and after quantizers. A killed "
+        "benchmark goes on where it was.\n\n"
+        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
+    )
     listing = tyro.conf.subcommand("list")
     return (
-        Annotated[RunConfig, run] | Annotated[PlanConfig, planning] | Annotated[ListConfig, listing]
+        Annotated[RunConfig, run]
+        | Annotated[BenchConfig, bench]
+        | Annotated[PlanConfig, planning]
+        | Annotated[ListConfig, listing]
     )
 
 
@@ -126,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
         if isinstance(config, RunConfig):
             return _run(config)
+        if isinstance(config, BenchConfig):
+            return _bench(config)
         return _plan(config) if isinstance(config, PlanConfig) else _list()
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

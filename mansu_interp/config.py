@@ -97,7 +97,7 @@ Method = Literal[
 ]  # fmt: skip
 """MANSU; MANSU without its circuit (random mask, mask over the whole model), without projection and
 without floor; and baselines that train all weights."""
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
 BASELINES = tuple(m for m in METHODS if not m.startswith("mansu"))
 
 
@@ -253,4 +253,45 @@ class RunConfig:
             raise ConfigError(
                 f"score_pairs and threads must be at least 1; got {self.score_pairs}, "
                 f"{self.threads}."
+            )
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Models x tasks x methods x quantizers x seeds, each method stopped at the same forgetting."""
+
+    models: tuple[str, ...] = ("facts",)
+    """As --model of a run."""
+    tasks: tuple[str, ...] = ("capitals",)
+    """As --task of a run."""
+    methods: tuple[Method, ...] = METHODS
+    """What is compared."""
+    quantizers: tuple[str, ...] = ("nf4",)
+    """What each checkpoint goes through once saved and loaded again."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """The first one chooses the step size, which the others take over."""
+    levels: tuple[float, ...] = (0.3,)
+    """Four-way forget accuracies on the dev phrasings at which every method stops."""
+    strengths: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Step sizes that each method may try, as multiples of its usual one."""
+    steps: int = 250
+    """Steps that each try may take at most."""
+    lr: float = 1e-4
+    """Usual step size of the baselines; that of mansu and its variants comes with the task."""
+    jobs: int = 1
+    """Processes that work side by side, each with one thread."""
+    out: Path = Path("runs/bench")
+    """Folder for cells, table and pages; what is already there is not run again."""
+
+    def __post_init__(self) -> None:
+        for name in ("models", "tasks", "methods", "quantizers", "seeds", "levels", "strengths"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{name} needs one or more different values; got {values}.")
+        if unknown := [m for m in self.methods if m not in METHODS]:
+            raise ConfigError(f"Unknown method {unknown[0]!r}; available: {', '.join(METHODS)}.")
+        if min(self.strengths) <= 0 or self.lr <= 0 or min(self.steps, self.jobs) < 1:
+            raise ConfigError(
+                "strengths and lr must be positive, steps and jobs at least 1; got "
+                f"{self.strengths}, {self.lr}, {self.steps}, {self.jobs}."
             )

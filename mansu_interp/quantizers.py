@@ -126,13 +126,15 @@ class Survival:
     """RMS of the edit over the RMS of the local bin width (mean gap 2/15 x absmax)."""
     projection: float
     """<dQ, d> / <d, d>: the share of the edit that the quantized model keeps, 1 = all."""
+    noise_over_signal: float = 0.0
+    """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 
 
 @torch.no_grad()
 def survival(before: LanguageModel, after: LanguageModel, quantizer: NF4) -> Survival:
     """Compare two checkpoints code by code, over every quantized weight."""
     edited = survived = collateral = 0
-    update = bins = kept = norm = 0.0
+    update = bins = kept = norm = noise = 0.0
     for name in before.linear_names:
         a, b = before.weights[name], after.weights[name]
         moved = (a != b).flatten()
@@ -149,6 +151,9 @@ def survival(before: LanguageModel, after: LanguageModel, quantizer: NF4) -> Sur
         bins += float((cells_a.scale[moved].double() * 2 / 15).square().sum())
         kept += float(dq @ d)
         norm += float(d @ d)
+        noise += float((dq - d).square().sum())
     if not edited:
         return Survival(0, 0, 0, 0.0, 0.0)
-    return Survival(edited, survived, collateral, (update / bins) ** 0.5, kept / norm)
+    return Survival(
+        edited, survived, collateral, (update / bins) ** 0.5, kept / norm, (noise / norm) ** 0.5
+    )
