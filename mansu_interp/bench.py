@@ -270,10 +270,9 @@ def _die_with_parent() -> None:
 
 
 def _each(
-    do: Callable[[Cell], Any], cells: Iterable[Cell], jobs: int, stage: str, note: OnProgress
+    do: Callable[[Cell], Any], cells: Sequence[Cell], jobs: int, stage: str, note: OnProgress
 ) -> None:
     """Do something for every cell, in order or side by side."""
-    cells = list(cells)
     if cells:
         note(stage, 0, len(cells))
     if jobs == 1 or len(cells) < 2:
@@ -323,7 +322,10 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     measured = partial(finish, quantizers=bench.quantizers)
 
     originals = [new(m, t, ORIGINAL, first, 1.0, 1.0) for m, t in grid]
-    _each(measured, _unmeasured(originals, bench), bench.jobs, "the originals", note)
+    each: Callable[..., None] = partial(_each, jobs=bench.jobs, note=note)
+    if bench.table_only:
+        each = lambda *_, **__: None  # noqa: E731
+    each(measured, _unmeasured(originals, bench), stage="the originals")
     tries = [
         (m, [new(m, t, method, first, level, s) for s in strengths])
         for m, t in grid
@@ -331,18 +333,20 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         for method in bench.methods
     ]
     todo = [c for _, cells in tries for c in cells if c.read() is None]
-    _each(attempt, todo, bench.jobs, "choosing step sizes", note)
+    each(attempt, todo, stage="choosing step sizes")
     chosen: list[Chosen] = []
     for model, cells in tries:
+        if bench.table_only and any(c.read() is None for c in cells):
+            continue
         best, reached = best_retained([c.read() or {} for c in cells], cells[0].level)
         for k, cell in enumerate(cells):
-            if k != best:
+            if k != best and not bench.table_only:
                 shutil.rmtree(cell.checkpoint, ignore_errors=True)
         won = cells[best]
         others = [new(model, won.task, won.method, x, won.level, won.strength) for x in rest]
         chosen.append(Chosen([won, *others], reached))
     winners = [c for group in chosen for c in group.cells]
-    _each(measured, _unmeasured(winners, bench), bench.jobs, "measuring", note)
+    each(measured, _unmeasured(winners, bench), stage="measuring")
     rows = tidy(originals, chosen, bench.quantizers)
     write_scoreboard(bench.out, rows)
     return rows
@@ -356,6 +360,11 @@ def _unmeasured(cells: Iterable[Cell], bench: BenchConfig) -> list[Cell]:
         if "error" not in found and set(bench.quantizers) - set(found.get("quantizers", {})):
             out.append(cell)
     return out
+
+
+def _complete(cell: Cell, quantizer: str) -> bool:
+    found = cell.read() or {}
+    return "error" in found or quantizer in found.get("quantizers", {})
 
 
 def _row(
@@ -452,4 +461,6 @@ def tidy(
         for group in chosen
         for cell in group.cells
         for quantizer in quantizers
+        if _complete(cell, quantizer)
+        and quantizer in reference[cell.model, cell.task].get("quantizers", {})
     ]

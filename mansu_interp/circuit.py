@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 from jaxtyping import Bool, Float
+from torch import Tensor
 
 from .artifacts import atomic_path, read_json, write_json
 from .attribution import attribute, pairs_per_batch
@@ -20,7 +21,7 @@ from .graph import Architecture, Graph, Node
 from .hooked import AnyModel, as_model
 from .masks import DAMPING, Mask, choose_parameters, region
 from .models import LanguageModel
-from .nullspace import fisher_diagonal
+from .nullspace import ByLayer, Weights, fisher_diagonal
 from .objectives import answer_gradient, forget_gradient
 from .scoring import known
 from .tasks import PairSet
@@ -144,6 +145,8 @@ class Circuit:
         damping: float = DAMPING,
         hold: float = 1.0,
         depth: float = 0.0,
+        survive: Sequence[str] = ("nf4",),
+        by_layer: bool = False,
     ) -> Mask:
         """The parameters behind this circuit that forget most per retain damage.
 
@@ -158,6 +161,9 @@ class Circuit:
             damping: see `choose_parameters`.
             hold: weight of the retain answers' gradient; see `choose_parameters`.
             depth: share of the layers, from the input on, in which nothing may be edited.
+            survive: quantizers that every edit must survive.
+            by_layer: hold gradients and Fisher of one layer at a time: the same mask with less
+                memory and as many more passes as there are layers.
 
         Raises:
             MaskError: budget out of range, or nothing to edit.
@@ -173,18 +179,26 @@ class Circuit:
         names = list(regions)
         if not 0 < budget <= 1 or not names:
             return choose_parameters(model, regions, budget, {})  # raises the right error
-        g = forget_gradient(model, names, pairs.sample(n_pairs, seed))
-        fisher, keep = None, {}
+        chosen = pairs.sample(n_pairs, seed)
+
+        def per_weight(compute: Callable[[list[str]], Weights]) -> Mapping[str, Tensor]:
+            return ByLayer(names, compute) if by_layer else compute(names)
+
+        g = per_weight(lambda some: forget_gradient(model, some, chosen))
+        fisher = keep = None
         if retain:
             everything = PairSet("retain", tuple(p for pairs in retain for p in pairs))
-            fisher = fisher_diagonal(model, names, everything.sample(n_pairs, seed), seed=seed)
-            for pairs in retain:
-                held = known(model, pairs.sample(n_pairs, seed))
-                for name, part in answer_gradient(model, names, held).items() if held else ():
-                    keep[name] = keep[name].add_(part) if name in keep else part
-        mask = choose_parameters(
-            model, regions, budget, g, fisher, keep or None, damping=damping, hold=hold
-        )
+            sample = everything.sample(n_pairs, seed)
+            fisher = per_weight(lambda some: fisher_diagonal(model, some, sample, seed=seed))
+            held = [known(model, pairs.sample(n_pairs, seed)) for pairs in retain]
+            held = [pairs for pairs in held if pairs]
+
+            def kept(some: list[str]) -> Weights:
+                parts = [answer_gradient(model, some, pairs) for pairs in held]
+                return {n: sum((p[n] for p in parts[1:]), parts[0][n]) for n in some}
+
+            keep = per_weight(kept) if held else None
+        mask = choose_parameters(model, regions, budget, g, fisher, keep, survive, damping, hold)
         mask.meta["components"] = [n.id for n, _ in components]
         return mask
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import BenchConfig, PlanConfig, RunConfig
+from .config import BenchConfig, PlanConfig, RunConfig, VerifyConfig
 from .defaults import default_config
 from .errors import MansuError
 
@@ -90,6 +90,27 @@ def _plan(config: PlanConfig) -> int:
     return 0
 
 
+def _verify(config: VerifyConfig) -> int:
+    from .ledger import Ledger, verify
+    from .masks import Mask
+    from .models import load_model
+
+    ledger = Ledger.load(config.ledger) if config.ledger else None
+    mask = Mask.load(config.mask) if config.mask else None
+    found = verify(
+        load_model(config.original), load_model(config.edited), config.survive, ledger, mask
+    )
+    print(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
+    for name, row in found.rows.items():
+        print(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+    if found.outside:
+        print(f"{found.outside} values changed outside the quantized layers.")
+    for sentence in found.mismatches:
+        print(f"Mismatch: {sentence}.")
+    print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
+    return found.status
+
+
 def _list() -> int:
     from .models import embedded_models
     from .quantizers import QUANTIZERS
@@ -131,17 +152,25 @@ def _command(argv: list[str]) -> Any:
         "benchmark goes on where it was.\n\n"
         "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
     )
+    verification = tyro.conf.subcommand(
+        "verify",
+        description="Recompute from two checkpoints what an edit's promise says.\n\n"
+        "Exit status: 0 it holds; 1 a file is missing, damaged or changed; 3 an edit is lost or "
+        "another code changed; 4 the ledger or mask does not belong to these checkpoints.\n\n"
+        "Example: mansu verify facts runs/first/model --ledger runs/first/ledger.safetensors",
+    )
     listing = tyro.conf.subcommand("list")
     return (
         Annotated[RunConfig, run]
         | Annotated[BenchConfig, bench]
         | Annotated[PlanConfig, planning]
+        | Annotated[VerifyConfig, verification]
         | Annotated[ListConfig, listing]
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted)."""
+    """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted; verify: more)."""
     try:
         argv = sys.argv[1:] if argv is None else argv
         config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
@@ -149,6 +178,8 @@ def main(argv: list[str] | None = None) -> int:
             return _run(config)
         if isinstance(config, BenchConfig):
             return _bench(config)
+        if isinstance(config, VerifyConfig):
+            return _verify(config)
         return _plan(config) if isinstance(config, PlanConfig) else _list()
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

@@ -5,11 +5,19 @@ Knows nothing of torch, so that ``mansu --help`` is quick.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from tyro.conf import Positional
+
 from .errors import ConfigError
+
+
+def _names(given: Iterable[str]) -> tuple[str, ...]:
+    """Names separated by spaces or commas."""
+    return tuple(n for part in given for n in part.replace(",", " ").split())
 
 
 @dataclass(frozen=True)
@@ -165,11 +173,12 @@ class UnlearnConfig:
     """mansu: weight, within the retain loss, of the hinge that holds known retain answers."""
     projection: float = 1.0
     """mansu: strength of the null-space projection; 0 = none."""
-    quantizer: Literal["nf4"] = "nf4"
-    """mansu: the quantizer whose cells set the magnitude floor."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """mansu: arithmetic of the losses and gradients; edits, floor and scores are always exact. bf16
     is about twice as fast where the processor has it."""
+    survive: tuple[str, ...] = ("nf4",)
+    """mansu: quantizers that every edit survives by construction (`mansu list` names them); steps
+    alternate with the first. Separated by spaces or commas."""
     stop_at: float | None = None
     """Stop when four-way forget accuracy on the dev phrasings is at most this."""
     seed: int = 0
@@ -182,6 +191,12 @@ class UnlearnConfig:
             raise ConfigError(
                 "steps and batch_size must be at least 1 and lr positive; got "
                 f"{self.steps}, {self.batch_size}, {self.lr}."
+            )
+        names = _names(self.survive)
+        object.__setattr__(self, "survive", names)
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"survive names one or more different quantizers; got {', '.join(names) or 'none'}."
             )
         if self.forget_loss not in ("counterfactual", "ga"):
             raise ConfigError(
@@ -208,6 +223,25 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class VerifyConfig:
+    """What `mansu verify` compares."""
+
+    original: Positional[str]
+    """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """The checkpoint after it."""
+    survive: tuple[str, ...] = ()
+    """The quantizers that every edit must survive; default: those of the ledger, or nf4."""
+    ledger: Path | None = None
+    """ledger.safetensors of the run; it must agree with both checkpoints."""
+    mask: Path | None = None
+    """mask.safetensors of the run; no edit may lie outside it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "survive", _names(self.survive))
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One whole job: discover, mask, unlearn, quantize, compare, report."""
 
@@ -228,10 +262,15 @@ class RunConfig:
     parameters; 0 ignores what retain and forget answers share."""
     depth: float = 0.0
     """Share of the layers, counted from the input, in which nothing is edited."""
+    by_layer: bool = False
+    """Choose parameters holding gradients and Fisher of one layer at a time: the same mask with
+    less memory and more passes."""
     seed: int = 0
     """Seed of every draw."""
     score_pairs: int = 200
     """Prompts per scored set, drawn evenly over its unseen phrasings."""
+    quantizers: tuple[str, ...] = ()
+    """Quantizers to score besides nf4 and those of unlearn.survive."""
     threads: int | None = None
     """CPU threads; default: torch's own choice."""
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
@@ -240,6 +279,7 @@ class RunConfig:
     """How the model is edited."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "quantizers", _names(self.quantizers))
         if not 0 < self.budget <= 1:
             raise ConfigError(
                 f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
@@ -280,6 +320,8 @@ class BenchConfig:
     """Usual step size of the baselines; that of mansu and its variants comes with the task."""
     jobs: int = 1
     """Processes that work side by side, each with one thread."""
+    table_only: bool = False
+    """Train and measure nothing: write the table of what is finished."""
     out: Path = Path("runs/bench")
     """Folder for cells, table and pages; what is already there is not run again."""
 

@@ -16,24 +16,24 @@ the forget gradient (ours).
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .artifacts import atomic_path
 from .errors import ArtifactError, MaskError
+from .floor import Set, floor, floor_step, quantizer_set
 from .graph import Node
 from .models import LanguageModel
-from .nullspace import Weights
-from .quantizers import NF4, get_quantizer
 
 SCHEMA = 1
 POOL = 6
@@ -92,23 +92,14 @@ def region(
     return out
 
 
-def floor_step(
-    weight: Float[Tensor, "out in"], gradient: Float[Tensor, "out in"], quantizer: NF4
-) -> Float[Tensor, "out in"]:
-    """The step of one whole cell against the gradient; 0 where the floor forbids any.
-
-    It ends on the neighbouring level, so that the quantized model lands there too. Elements that
-    set their block's scale never move, and no element moves to an outermost level, where it
-    would set the scale.
-    """
-    cells = quantizer.cells(weight)
-    target = (cells.codes - torch.sign(gradient).flatten().long()).clamp(
-        1, len(quantizer.levels) - 2
-    )
-    step = quantizer.levels[target] * cells.scale - weight.flatten()
-    uphill = torch.sign(step) == torch.sign(gradient).flatten()
-    step[(target == cells.codes) | cells.sets_scale | uphill] = 0
-    return step.view_as(weight)
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hash of names, dtypes, shapes and values, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,9 @@ class Mask:
     indices: dict[str, Int[Tensor, " n"]]
     """Flat row-major positions in each Hugging Face weight, ascending."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Model hash, budget, components and how the parameters were chosen."""
+    """Model hash, budget, components and how the parameters were chosen; ``refused`` of
+    ``candidates`` weights cannot take the step that forgetting asks for without breaking the
+    promise for ``survive``."""
 
     def __post_init__(self) -> None:
         if not self.indices or not self.n_parameters:
@@ -147,35 +140,41 @@ class Mask:
     def save(self, path: Path) -> None:
         """Write safetensors; the metadata travels as JSON in the header."""
         with atomic_path(path) as temporary:
-            header = {"mansu_mask": json.dumps({"schema": SCHEMA, **self.meta})}
-            save_file({n: i.to(torch.int32) for n, i in self.indices.items()}, temporary, header)
+            tensors = {n: i.to(torch.int32) for n, i in self.indices.items()}
+            header = {"schema": SCHEMA, **self.meta, "sha256": tensors_sha256(tensors)}
+            save_file(tensors, temporary, {"mansu_mask": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path) -> Mask:
         """Read a mask.
 
         Raises:
-            ArtifactError: missing, damaged, or not a mask.
+            ArtifactError: missing, damaged, changed since it was written, or not a mask.
         """
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {})["mansu_mask"])
-                indices = {n: file.get_tensor(n).long() for n in file.keys()}  # noqa: SIM118
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ArtifactError(f"{path} is not a readable mask: {error}.") from error
         if meta.pop("schema", None) != SCHEMA:
             raise ArtifactError(f"{path} has an unknown mask schema; expected {SCHEMA}.")
-        return cls(indices, meta)
+        sha = meta.pop("sha256", None)  # masks written before 0.2 have none
+        if sha and sha != tensors_sha256(tensors):
+            raise ArtifactError(
+                f"{path} was changed after it was written: its hash does not match."
+            )
+        return cls({n: t.long() for n, t in tensors.items()}, meta)
 
 
 def choose_parameters(
     model: LanguageModel,
     regions: dict[str, Bool[Tensor, "out in"]],
     budget: float,
-    forget_gradient: Weights,
-    retain_fisher: Weights | None = None,
-    retain_gradient: Weights | None = None,
-    quantizer: NF4 | str = "nf4",
+    forget_gradient: Mapping[str, Tensor],
+    retain_fisher: Mapping[str, Tensor] | None = None,
+    retain_gradient: Mapping[str, Tensor] | None = None,
+    survive: Set = "nf4",
     damping: float = DAMPING,
     hold: float = 1.0,
 ) -> Mask:
@@ -190,10 +189,11 @@ def choose_parameters(
         model: the model to edit.
         regions: candidate weights, from `region`.
         budget: share of all the model's parameters that may be edited, in (0, 1].
-        forget_gradient: gradient of the forget loss per candidate weight.
+        forget_gradient: gradient of the forget loss per candidate weight; like the two below a
+            dictionary, or a `ByLayer`, which holds one layer at a time.
         retain_fisher: diagonal Fisher of what must stay; None: no damage is counted.
         retain_gradient: gradient of the loss of retained answers; None counts as 0.
-        quantizer: whose cells define the step.
+        survive: the set of quantizers whose cells define the step.
         hold: weight of the retain gradient.
         damping: keeps weights of no measured damage from winning on no gain.
 
@@ -202,11 +202,15 @@ def choose_parameters(
     """
     if not 0 < budget <= 1:
         raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
-    quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    quantizers = quantizer_set(survive)
+    refused = candidates = 0
     gains, damages, places = [], [], []
     for name, inside in regions.items():
         weight, g = model.weights[name], forget_gradient[name]
-        step = floor_step(weight, g, quantizer)
+        step = floor_step(weight, g, quantizers, model.saved_dtype)
+        wanted = inside & (g != 0)
+        candidates += int(wanted.sum())
+        refused += int((wanted & (step == 0)).sum())
         usable = (inside & (step != 0)).flatten().nonzero()[:, 0]
         d = step.flatten()[usable]
         if retain_gradient is not None:
@@ -239,30 +243,31 @@ def choose_parameters(
             "model_sha256": model.sha256,
             "budget": budget,
             "limit": min(limit, n),
-            "quantizer": quantizer.name,
+            "survive": [q.name for q in quantizers],
+            "refused": refused,
+            "candidates": candidates,
         },
     )
 
 
-def random_mask(
-    model: LanguageModel, budget: float, seed: int = 0, quantizer: NF4 | str = "nf4"
-) -> Mask:
+def random_mask(model: LanguageModel, budget: float, seed: int = 0, survive: Set = "nf4") -> Mask:
     """As many candidates as `choose_parameters` takes, drawn from every linear weight: an ablation.
 
     Arguments:
         model: the model to edit.
         budget: share of all the model's parameters that may be edited, in (0, 1].
         seed: of the draw.
-        quantizer: whose scale-setting elements are left out, since they can never move.
+        survive: the set of quantizers; what the floor lets move neither way is left out.
 
     Raises:
         MaskError: budget out of range.
     """
     if not 0 < budget <= 1:
         raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
-    quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    quantizers = quantizer_set(survive)
     generator = torch.Generator().manual_seed(seed)
-    movable = torch.cat([~quantizer.cells(model.weights[n]).sets_scale for n in model.linear_names])
+    floors = [floor(model.weights[n], quantizers, model.saved_dtype) for n in model.linear_names]
+    movable = torch.cat([~(f.up.isnan() & f.down.isnan()) for f in floors])
     limit = max(1, int(budget * model.n_parameters))
     order = torch.randperm(len(movable), generator=generator)
     chosen = torch.zeros_like(movable)
@@ -276,6 +281,6 @@ def random_mask(
             "model_sha256": model.sha256,
             "budget": budget,
             "limit": min(limit, int(chosen.sum())),
-            "quantizer": quantizer.name,
+            "survive": [q.name for q in quantizers],
         },
     )

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import ModelError
@@ -394,7 +395,7 @@ def load_model(name: str | Path) -> LanguageModel:
                 place, dtype=torch.float32, use_safetensors=True, **kwargs
             ).eval()
             tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             first = str(error).strip().splitlines()[0]
             raise ModelError(f"{name} could not be loaded: {first}") from error
     saved = getattr(

@@ -7,7 +7,9 @@ the idea of arXiv 2605.15138).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -82,3 +84,93 @@ def projection(fisher: Float[Tensor, " n"], strength: float, scale: float) -> Fl
         return torch.ones_like(fisher)
     lam = max(scale, 1e-30) / strength
     return lam / (lam + fisher)
+
+
+class ByLayer(Mapping[str, Float[Tensor, "out in"]]):
+    """Values per weight, computed for one layer at a time and held for that layer only.
+
+    Reads like a dictionary of all of them. Read layer after layer, every layer is computed once.
+    """
+
+    def __init__(self, names: Sequence[str], compute: Callable[[list[str]], Weights]) -> None:
+        """``compute`` gives the values of the weights that it is told."""
+        self.compute = compute
+        self.layers: dict[str, list[str]] = {}
+        for name in names:
+            self.layers.setdefault(self._layer(name), []).append(name)
+        self.held: Weights = {}
+
+    @staticmethod
+    def _layer(name: str) -> str:
+        found = re.search(r"\.(\d+)\.", name)
+        return found.group(1) if found else name
+
+    def __getitem__(self, name: str) -> Float[Tensor, "out in"]:
+        if name not in self.held:
+            self.held = {}  # freed before the next layer is computed
+            self.held = self.compute(self.layers[self._layer(name)])
+        return self.held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for names in self.layers.values() for n in names)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.layers.values()))
+
+
+@dataclass(frozen=True)
+class RetainBound:
+    """The second-order estimate of what an edit d costs on retained answers, in nats per answer.
+
+    dL <= |g_r . d| + 1/2 sum_i F_i d_i^2. Off-diagonal curvature and higher orders are what it
+    leaves out, so it bounds nothing by itself: ``remainder`` says what they came to.
+    """
+
+    first: float
+    """|g_r . d|."""
+    second: float
+    """1/2 sum F_i d_i^2, F the diagonal Fisher at the original."""
+    measured: float
+    """Loss of the edited model minus loss of the original."""
+
+    @property
+    def bound(self) -> float:
+        """The estimate."""
+        return self.first + self.second
+
+    @property
+    def remainder(self) -> float:
+        """Measured minus estimate; positive where the estimate was not a bound."""
+        return self.measured - self.bound
+
+
+def retain_bound(
+    model: LanguageModel, edited: LanguageModel, pairs: PairSet, seed: int = 0
+) -> RetainBound:
+    """The bound for an edit, next to the measured change of the retain loss.
+
+    Arguments:
+        model: the original.
+        edited: after the edit.
+        pairs: retained answers; the loss is the mean negative log-likelihood of the answer.
+        seed: of the labels that the Fisher draws.
+    """
+    names = [n for n, w in model.weights.items() if not torch.equal(w, edited.weights[n])]
+
+    def loss(of: LanguageModel, batch: Batch) -> Tensor:
+        logp = of.last_logits(batch.clean, batch.last).log_softmax(-1)
+        return -logp.gather(1, batch.answer[:, None]).sum() / len(pairs)
+
+    batches = list(pairs.batches(16))
+    with torch.no_grad():
+        change = sum(float(loss(edited, b) - loss(model, b)) for b in batches)
+    if not names:
+        return RetainBound(0.0, 0.0, change)
+    slopes = gradient(model, names, [lambda b=b: loss(model, b) for b in batches])
+    fisher = fisher_diagonal(model, names, pairs, seed=seed)
+    first = second = 0.0
+    for name, g in zip(names, slopes, strict=True):
+        d = edited.weights[name] - model.weights[name]
+        first += float((g.double() * d).sum())
+        second += 0.5 * float((fisher[name].double() * d * d).sum())
+    return RetainBound(abs(first), second, change)

@@ -24,11 +24,14 @@ from .config import RunConfig
 from .defaults import default_config, default_task, is_embedded
 from .errors import ArtifactError
 from .evaluation import evaluate, properties, verdict
+from .floor import quantizer_set
+from .ledger import Ledger
 from .masks import Mask, random_mask
 from .models import LanguageModel, load_model
 from .planning import CAD_PAIRS, Plan, plan
-from .quantizers import QUANTIZERS, quantize, survival
+from .quantizers import Quantizer, get_quantizer, quantize, survival
 from .report import write_report
+from .scoring import accuracy
 from .tasks import PairSet, Task, load_task
 from .unlearning import unlearn
 from .viz.svg import circuit_svg
@@ -43,6 +46,8 @@ def config_json(config: RunConfig) -> dict[str, Any]:
     """The settings as plain JSON values."""
     out = asdict(config)
     out["out"] = str(config.out)
+    out["unlearn"]["survive"] = list(config.unlearn.survive)
+    out["quantizers"] = list(config.quantizers)
     return out
 
 
@@ -78,7 +83,8 @@ def command_line(config: RunConfig) -> str:
             if is_dataclass(value):
                 add(f"{prefix}{item.name}.", value, default)
             elif (value != default or item.name == "model") and item.name not in ("out", "threads"):
-                words.extend([f"--{name}", str(value)])
+                values = value if isinstance(value, tuple) else (value,)
+                words.extend([f"--{name}", *map(str, values)])
 
     add("", config, replace(default_config(config.model, config.task), task=None))
     return shlex.join(words)
@@ -117,6 +123,32 @@ def _samples(task: Task, models: dict[str, LanguageModel]) -> list[dict[str, str
     return out
 
 
+def quantizer_row(
+    model: LanguageModel, edited: LanguageModel, quantizer: Quantizer, task: Task, promised: bool
+) -> dict[str, Any]:
+    """What one quantizer makes of a run's edit: survival, and forget accuracy on unseen phrasings.
+
+    ``gap`` is the change of an accuracy from the edited model to the same after the quantizer.
+    """
+    sets = list(task.scored["unseen"]["forget"].values())
+    models = {"original": model, "unlearned": edited}
+    models |= {f"{k} quantized": quantize(m, quantizer) for k, m in models.items()}
+    out: dict[str, Any] = {"name": quantizer.name, "promised": promised}
+    out |= asdict(survival(model, edited, quantizer))
+    for key in ("choice", "top1"):
+        mean = {
+            k: sum(getattr(accuracy(m, s), key) for s in sets) / len(sets)
+            for k, m in models.items()
+        }
+        gap = mean["unlearned quantized"] - mean["unlearned"]
+        out[key] = {
+            "original": mean["original quantized"],
+            "unlearned": mean["unlearned quantized"],
+            "gap": gap,
+        }
+    return out
+
+
 def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit) -> Mask:
     """The mask of a circuit, with a run's settings; of ablations, one that ignores the circuit.
 
@@ -124,7 +156,7 @@ def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circ
         MaskError, CircuitError: see `Circuit.mask`.
     """
     if config.unlearn.method == "mansu-random":
-        return random_mask(model, config.budget, config.seed)
+        return random_mask(model, config.budget, config.seed, config.unlearn.survive)
     if config.unlearn.method == "mansu-whole":
         circuit = replace(circuit, edges=np.ones_like(circuit.edges))
     return circuit.mask(
@@ -136,6 +168,8 @@ def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circ
         damping=config.damping,
         hold=config.hold,
         depth=config.depth,
+        survive=config.unlearn.survive,
+        by_layer=config.by_layer,
     )
 
 
@@ -169,6 +203,9 @@ def run(
         clock = time.perf_counter()
 
     check_folder(config)
+    survive = quantizer_set(config.unlearn.survive)
+    measured = {q.name: q for q in (get_quantizer(QUANTIZER), *survive)}
+    measured |= {name: get_quantizer(name) for name in config.quantizers}
     model = load_model(config.model)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
     write_json(config.out / "config.json", config_json(config))
@@ -212,6 +249,7 @@ def run(
         (out / "model.partial").rename(out / "model")
         # Everything below is measured on the checkpoint as saved and loaded again.
         edited = load_model(out / "model")
+    Ledger.of(model, edited, config.unlearn.survive, mask).save(out / "ledger.safetensors")
     lap("unlearn")
 
     models = {
@@ -221,7 +259,11 @@ def run(
         f"unlearned {QUANTIZER}": quantize(edited, QUANTIZER),
     }
     scores = evaluate(models, task, on_step=note)
-    lived = survival(model, edited, QUANTIZERS[QUANTIZER])
+    lived = survival(model, edited, QUANTIZER)
+    lives = [
+        quantizer_row(model, edited, q, task, q.name in config.unlearn.survive)
+        for q in measured.values()
+    ]
     lap("evaluate")
 
     held_out = [p for s in task.scored["unseen"]["forget"].values() for p in s]
@@ -268,6 +310,8 @@ def run(
             "edited": lived.edited,
             "share": lived.edited / model.n_parameters,
             "budget": config.budget,
+            "refused": mask.meta.get("refused"),
+            "candidates": mask.meta.get("candidates"),
             "survived": lived.survived,
             "collateral": lived.collateral,
             "update_over_bin": lived.update_over_bin,
@@ -278,6 +322,7 @@ def run(
                 if k
             ],
         },
+        "quantizers": lives,
         "circuit": {
             "edges": circuit.n_edges,
             "of": circuit.graph.n_edges,

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from mansu_interp.circuit import Circuit
 from mansu_interp.errors import ArtifactError, CircuitError, MaskError
+from mansu_interp.floor import floor_step
 from mansu_interp.graph import Graph, Node
-from mansu_interp.masks import Mask, choose_parameters, component_slices, floor_step, region
+from mansu_interp.masks import Mask, choose_parameters, component_slices, region
 from mansu_interp.models import LanguageModel
 from mansu_interp.quantizers import NF4
 
@@ -28,7 +29,7 @@ def test_floor_step_takes_one_whole_cell_against_the_gradient():
     weight = torch.randn(64, 96, generator=generator) * 0.05
     gradient = torch.randn(64, 96, generator=generator)
     gradient[5] = 0
-    step = floor_step(weight, gradient, NF)
+    step = floor_step(weight, gradient, NF, narrow=())
     before, after = NF.cells(weight), NF.cells(weight + step)
     moved = (step != 0).flatten()
     change = (after.codes - before.codes)[moved]
@@ -138,7 +139,7 @@ def test_choice_respects_the_budget(tiny_model: TinyModel, budget: float):
     assert int(mask.meta.get("limit", mask.n_parameters)) == mask.n_parameters
     index = mask.indices[NAME]
     assert torch.equal(index, index.unique())
-    assert mask.meta["budget"] == budget and mask.meta["quantizer"] == "nf4"
+    assert mask.meta["budget"] == budget and mask.meta["survive"] == ["nf4"]
 
 
 def test_choice_stays_inside_the_region(tiny_model: TinyModel):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from mansu_interp.circuit import Circuit
 from mansu_interp.models import LanguageModel
-from mansu_interp.nullspace import fisher_diagonal, gradient, projection
+from mansu_interp.nullspace import ByLayer, fisher_diagonal, gradient, projection, retain_bound
 from mansu_interp.tasks import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
@@ -64,3 +66,40 @@ def test_projection_formula():
     assert projection(fisher, 2.0, 2.0).tolist() == pytest.approx([1, 0.5, 0.25, 1e-6], rel=1e-4)
     assert projection(fisher, 1e9, 1.0)[1:].max() < 1e-8  # the exact null space
     assert projection(torch.zeros(2), 1.0, 0.0).tolist() == [1, 1]
+
+
+def test_by_layer_gives_the_same_mask_and_holds_one_layer(facts, capitals):
+    circuit = Circuit.load(Path(__file__).parents[1] / "circuits" / "facts-capitals.json")
+    args = (facts, 0.002, capitals.kept, capitals.forget)
+    whole = circuit.mask(*args, n_pairs=12)
+    streamed = circuit.mask(*args, n_pairs=12, by_layer=True)
+    assert whole.meta == streamed.meta and whole.indices.keys() == streamed.indices.keys()
+    assert all(torch.equal(i, streamed.indices[n]) for n, i in whole.indices.items())
+    asked: list[list[str]] = []
+
+    def compute(names: list[str]) -> dict[str, torch.Tensor]:
+        asked.append(names)
+        return {n: facts.weights[n] for n in names}
+
+    lazy = ByLayer(facts.linear_names, compute)
+    assert len(lazy) == len(facts.linear_names) and not asked
+    for name, weight in lazy.items():
+        assert weight is facts.weights[name] and set(lazy.held) == set(asked[-1])
+    assert len(asked) == facts.architecture.n_layers and len(asked[0]) == 7
+
+
+def test_retain_bound_of_a_small_edit(facts, capitals):
+    """To first order the change is g . d; the curvature term is the quadratic form by hand."""
+    name = facts.linear_names[-1]
+    pairs = PairSet("retain", capitals.kept[0].pairs[:8])
+    edited = facts.copy()
+    generator = torch.Generator().manual_seed(0)
+    d = 1e-3 * torch.randn(facts.weights[name].shape, generator=generator)
+    edited.weights[name] += d
+    found = retain_bound(facts, edited, pairs, seed=3)
+    fisher = fisher_diagonal(facts, [name], pairs, seed=3)[name]
+    moved = edited.weights[name] - facts.weights[name]
+    assert found.second == pytest.approx(float((fisher * moved**2).sum()) / 2, rel=1e-4)
+    assert abs(found.measured) == pytest.approx(found.first, rel=0.3, abs=2 * found.second + 1e-6)
+    assert found.remainder == pytest.approx(found.measured - found.first - found.second)
+    assert retain_bound(facts, facts.copy(), pairs).bound == 0

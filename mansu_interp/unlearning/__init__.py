@@ -81,7 +81,7 @@ def unlearn(
     mask.check_fits(model)
     if method == "mansu-unprojected":
         config = replace(config, projection=0.0)
-    return mansu(model, task, mask, config, on_step, floor=method != "mansu-unsnapped")
+    return mansu(model, task, mask, config, on_step, floored=method != "mansu-unsnapped")
 
 
 __all__ = ["METHODS", "OBJECTIVES", "UnlearnConfig", "Unlearned", "dev_choice", "unlearn"]

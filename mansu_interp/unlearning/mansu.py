@@ -1,13 +1,13 @@
 """MANSU: sparse, discrete edits inside a circuit that survive quantization by construction.
 
 Every editable weight has a latent position in units of its block's absmax. While the position lies
-in the weight's own quantizer cell, the weight keeps its exact original value; once it has crossed
-into another cell, the weight takes that cell's level. So a weight moves at least one whole cell or
-not at all, and the quantized model receives the same edit. Gradients pass the snap straight through
-(ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's). Steps alternate between
-the full-precision and the quantized model, so that both forget and both retain; each is compared
-with the original at its own precision. The momentum direction is multiplied by the null-space
-projection lambda / (lambda + F).
+in the weight's own cell of any quantizer of the set ``survive``, the weight keeps its exact
+original value; once it has left them all, it lands where `floor` allows. So a weight moves at least
+one whole cell or not at all, and the quantized model receives the same edit. Gradients pass the
+snap straight through (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's).
+Steps alternate between the full-precision model and the one after the set's first quantizer, so
+that both forget and both retain; each is compared with the original at its own precision. The
+momentum direction is multiplied by the null-space projection lambda / (lambda + F).
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import UnlearnConfig
+from ..floor import Floor, Set, floor, quantizer_set
 from ..masks import Mask
 from ..models import LanguageModel
 from ..nullspace import Weights, fisher_diagonal, gradient, projection
 from ..objectives import CounterfactualTargets, counterfactual_loss, nll
-from ..quantizers import NF4, get_quantizer, quantize
+from ..quantizers import quantize
 from ..tasks import Pair, PairSet, Task
 from .common import OnStep, Sampler, Unlearned, reached, retain_loss, text_kl
 
@@ -40,9 +41,8 @@ class _Latent:
     index: Int[Tensor, " n"]
     original: Float[Tensor, " n"]
     quantized: Float[Tensor, " n"]
+    floor: Floor
     scale: Float[Tensor, " n"]
-    code: Int[Tensor, " n"]
-    fixed: Bool[Tensor, " n"]
     position: Float[Tensor, " n"]
     projection: Float[Tensor, " n"]
     mean: Float[Tensor, " n"]
@@ -56,27 +56,26 @@ class Snapper:
         model: LanguageModel,
         quantized: LanguageModel,
         mask: Mask,
-        quantizer: NF4,
+        survive: Set,
         fisher: Weights | None,
         strength: float,
     ) -> None:
-        self.model, self.quantized, self.quantizer = model, quantized, quantizer
+        self.model, self.quantized = model, quantized
         self.latents: dict[str, _Latent] = {}
         self.power = 0.0
         self.limit = mask.limit
         inside = [fisher[n].flatten()[i] for n, i in mask.indices.items()] if fisher else []
         typical = float(torch.cat(inside).median()) if inside else 0.0
         for name, index in mask.indices.items():
-            cells = quantizer.cells(model.weights[name])
+            where = floor(model.weights[name], survive, model.saved_dtype, index)
             original = model.weights[name].flatten()[index].clone()
-            scale = cells.scale[index]
+            scale = where.first.span
             self.latents[name] = _Latent(
                 index,
                 original,
                 quantized.weights[name].flatten()[index].clone(),
+                where,
                 scale,
-                cells.codes[index],
-                cells.sets_scale[index] | (scale == 0),
                 original / scale.clamp_min(1e-30),
                 projection(fisher[name].flatten()[index], strength, typical)
                 if fisher
@@ -112,19 +111,14 @@ class Snapper:
     def write(self) -> int:
         """Put the snapped weights into both models; returns how many weights are edited.
 
-        An edit whose value, rounded to the checkpoint's dtype, would leave the target cell
-        is not made.
+        See `Floor.land` for where a weight ends.
         """
-        levels, boundaries = self.quantizer.levels, self.quantizer.boundaries
         plans = []
         for x in self.latents.values():
-            code = torch.bucketize(x.position, boundaries)
-            code = torch.where(code == x.code, code, code.clamp(1, len(levels) - 2))
-            value = (levels[code] * x.scale).to(self.model.saved_dtype).float()
-            lands = torch.bucketize(value / x.scale.clamp_min(1e-30), boundaries) == code
-            moved = (code != x.code) & ~x.fixed & lands
+            value, moved = x.floor.land(x.position * x.scale)
+            level = x.floor.first.value(x.floor.first.encode(value))
             distance = (x.position - x.original / x.scale.clamp_min(1e-30)).abs()
-            plans.append((moved, value, levels[code] * x.scale, distance))
+            plans.append((moved, value, level, distance))
         # Of all that crossed a boundary, the farthest travelled fill the budget.
         travelled = torch.cat([d[m] for m, _, _, d in plans])
         bar, edited = 0.0, 0
@@ -178,18 +172,18 @@ def mansu(
     mask: Mask,
     config: UnlearnConfig,
     on_step: OnStep | None = None,
-    floor: bool = True,
+    floored: bool = True,
 ) -> Unlearned:
     """Unlearn inside a mask (see the module's text).
 
-    Without ``floor`` (an ablation) positions are written as they are and nothing is known of the
+    Without ``floored`` (an ablation) positions are written as they are and nothing is known of the
     quantizer: the same mask, budget, losses and step rule, on the full-precision model alone.
 
     The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``.
     """
-    quantizer = get_quantizer(config.quantizer)
-    teachers = (model, quantize(model, quantizer))
-    students = (model.copy(), quantize(model, quantizer))
+    survive = quantizer_set(config.survive)
+    teachers = (model, quantize(model, survive[0]))
+    students = (model.copy(), quantize(model, survive[0]))
     fisher = None
     if config.projection:
         keep = PairSet("retain", tuple(p for pairs in task.kept for p in pairs))
@@ -197,14 +191,13 @@ def mansu(
             model, list(mask.indices), keep.sample(FISHER_PAIRS, config.seed), seed=config.seed
         )
     targets = [CounterfactualTargets(t, task.forget, config.seed) for t in teachers]
-    snapper = (Snapper if floor else Continuous)(
-        *students, mask, quantizer, fisher, config.projection
-    )
+    kind = Snapper if floored else Continuous
+    snapper = kind(*students, mask, survive, fisher, config.projection)
     sampler = Sampler(task, config)
     device = next(iter(model.weights.values())).device.type
     history: list[dict[str, float]] = []
     for done in range(config.steps):
-        side = done % 2 if floor else 0
+        side = done % 2 if floored else 0
         student, teacher = students[side], teachers[side]
         losses = {"forget": 0.0, "retain": 0.0}
 

@@ -1,0 +1,155 @@
+"""The magnitude floor for a set of quantizers (ours, after the idea of arXiv 2605.15138).
+
+An edited weight must leave its cell in every quantizer of the set, and change no group's scale in
+any of them. Upwards it therefore lands at least on the farthest of the next levels above, which is
+beyond its own cell by half a cell of the coarsest quantizer and by more of the others; downwards
+likewise. For one quantizer that is the neighbouring level, where the quantized model lands too.
+
+Every condition is checked on the values as the checkpoint stores them, and again with original and
+edit both rounded to bfloat16 and to float16: the guarantee also holds between the two checkpoints
+saved again in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .errors import ConfigError
+from .quantizers import Cells, Quantizer, get_quantizer
+
+Set = Sequence[Quantizer | str] | Quantizer | str
+NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes that a checkpoint may be saved in later."""
+ROUNDING = 2.0**-7
+"""Share of a group's extreme that an edit keeps below it: four times what bfloat16 rounds."""
+
+
+def quantizer_set(survive: Set) -> list[Quantizer]:
+    """The quantizers of a set, by name or as they are.
+
+    Raises:
+        ConfigError: none given, unknown, or one that no edit can be sure to survive.
+    """
+    given = [survive] if isinstance(survive, (str, Quantizer)) else list(survive)
+    found = [get_quantizer(q) if isinstance(q, str) else q for q in given]
+    if not found:
+        raise ConfigError("survive names no quantizer; give at least one, such as nf4.")
+    for q in found:
+        if not q.promises:
+            raise ConfigError(
+                f"No edit can be made to survive {q.name} by construction: its groups depend on "
+                "every element. Leave it out of survive; name it under quantizers to measure it."
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Where the elements of one weight may land."""
+
+    up: Float[Tensor, " n"]
+    """Nearest admissible value above, as stored; NaN where there is none."""
+    down: Float[Tensor, " n"]
+    """Nearest admissible value below; NaN where there is none."""
+    leave_up: Float[Tensor, " n"]
+    """The highest upper boundary of the element's own cells."""
+    leave_down: Float[Tensor, " n"]
+    """The lowest lower boundary of its own cells."""
+    lowest: Float[Tensor, " n"]
+    """No edit may lie at or below this."""
+    highest: Float[Tensor, " n"]
+    """No edit may lie at or above this."""
+    first: Cells
+    """The cells of the first quantizer of the set that touches this weight."""
+    dtype: torch.dtype
+    """Of the checkpoint."""
+
+    def land(self, wanted: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+        """Where weights end that would like to be at some values.
+
+        A weight moves once the wanted value lies outside its own cell in every quantizer: to the
+        first quantizer's level nearest to it, or to the nearest admissible value if that is
+        farther.
+
+        Returns:
+            Values as stored, and which weights move; the values of the others mean nothing.
+        """
+        codes = self.first.encode(wanted).clamp(1, len(self.first.levels) - 2)
+        level = self.first.value(codes).to(self.dtype).float()
+        inside = (level > self.lowest) & (level < self.highest)
+        above, below = wanted > self.leave_up, wanted < self.leave_down
+        value = torch.where(above, self.up, self.down)
+        farther = torch.where(above, level > self.up, level < self.down) & inside
+        value = torch.where(farther, level, value)
+        return value, (above | below) & ~value.isnan()
+
+
+@torch.no_grad()
+def floor(
+    weight: Float[Tensor, "out in"],
+    survive: Set,
+    dtype: torch.dtype = torch.float32,
+    index: Int[Tensor, " n"] | None = None,
+    narrow: Sequence[torch.dtype] = NARROW,
+) -> Floor:
+    """The floor for a weight.
+
+    Arguments:
+        weight: as loaded, in float32.
+        survive: the set; the first is the one whose levels are landed on.
+        dtype: of the checkpoint.
+        index: flat positions of the elements wanted; default: all.
+        narrow: dtypes that both checkpoints may be saved in later.
+
+    Raises:
+        ConfigError: see `quantizer_set`.
+    """
+    index = torch.arange(weight.numel()) if index is None else index
+    quantizers = [q for q in quantizer_set(survive) if q.touches(weight)] or [get_quantizer("nf4")]
+    grids: list[tuple[torch.dtype, Cells]] = []
+    for kind in dict.fromkeys((dtype, *narrow)):
+        stored = weight.detach().to(kind).float()
+        grids += [(kind, q.cells(stored)[index]) for q in quantizers]
+    own = [g for kind, g in grids if kind == dtype]
+    lowest = torch.stack([g.lowest + ROUNDING * g.lowest.abs() for _, g in grids]).amax(0)
+    highest = torch.stack([g.highest - ROUNDING * g.highest.abs() for _, g in grids]).amin(0)
+    fixed = torch.stack([g.sets_scale | (g.scale <= 0) for _, g in grids]).any(0)
+
+    def nearest(step: int) -> Tensor:
+        levels = torch.stack([g.value(g.codes + step) for _, g in grids])
+        target = (levels.amax(0) if step > 0 else levels.amin(0)).to(dtype).float()
+        good = ~fixed & (target > lowest) & (target < highest)
+        for kind, g in grids:
+            good &= (g.encode(target.to(kind).float()) - g.codes) * step > 0
+        return torch.where(good, target, torch.nan)
+
+    return Floor(
+        nearest(1),
+        nearest(-1),
+        torch.stack([g.edge(g.codes) for g in own]).amax(0),
+        torch.stack([g.edge(g.codes - 1) for g in own]).amin(0),
+        lowest,
+        highest,
+        own[0],
+        dtype,
+    )
+
+
+def floor_step(
+    weight: Float[Tensor, "out in"],
+    gradient: Float[Tensor, "out in"],
+    survive: Set,
+    dtype: torch.dtype = torch.float32,
+    narrow: Sequence[torch.dtype] = NARROW,
+) -> Float[Tensor, "out in"]:
+    """The smallest step against the gradient that the floor allows; 0 where it forbids any."""
+    where = floor(weight, survive, dtype, narrow=narrow)
+    slope = gradient.flatten()
+    target = torch.where(slope > 0, where.down, where.up)
+    step = (target - weight.flatten()).nan_to_num(0.0)
+    return torch.where(slope == 0, 0.0, step).view_as(weight)

@@ -1,0 +1,208 @@
+"""The ledger of an edit, and its verification from two checkpoints alone.
+
+A ledger is one safetensors file: for every edited weight ``NAME`` the tensors ``NAME|index`` (flat
+row-major), ``NAME|old`` and ``NAME|new`` (in the checkpoint's dtype), and ``NAME|QUANTIZER`` (codes
+before and after, counted from the lowest level). Its header is JSON: schema, the set, the hashes of
+both checkpoints and of the mask, and a hash of its own tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .artifacts import atomic_path
+from .errors import ArtifactError
+from .floor import quantizer_set
+from .masks import Mask, tensors_sha256
+from .models import LanguageModel
+from .quantizers import Survival, get_quantizer, survival
+
+SCHEMA = 1
+
+
+def check_same_shape(original: LanguageModel, edited: LanguageModel) -> None:
+    """Raise ArtifactError unless two checkpoints have the same weights by name and shape."""
+    a = {n: tuple(w.shape) for n, w in original.weights.items()}
+    b = {n: tuple(w.shape) for n, w in edited.weights.items()}
+    odd = sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
+    if odd:
+        raise ArtifactError(
+            f"{edited.name} is not an edit of {original.name}: {odd[0]} is {b.get(odd[0])}, "
+            f"expected {a.get(odd[0])} ({len(odd)} weights differ in name or shape)."
+        )
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every edit of a run."""
+
+    tensors: dict[str, Tensor]
+    """See the module's text."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """``survive``, ``original_sha256``, ``edited_sha256``, ``mask_sha256``."""
+
+    @property
+    def n_edits(self) -> int:
+        """Edited weights."""
+        return sum(len(t) for n, t in self.tensors.items() if n.endswith("|index"))
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        original: LanguageModel,
+        edited: LanguageModel,
+        survive: Sequence[str],
+        mask: Mask | None = None,
+    ) -> Ledger:
+        """Record what differs between two checkpoints.
+
+        Raises:
+            ArtifactError: they are not checkpoints of one architecture.
+            ConfigError: unknown quantizer.
+        """
+        check_same_shape(original, edited)
+        tensors: dict[str, Tensor] = {}
+        for name, before in original.weights.items():
+            after = edited.weights[name]
+            index = (before != after).flatten().nonzero()[:, 0]
+            if not len(index):
+                continue
+            tensors[f"{name}|index"] = index.int()
+            for key, weight in (("old", before), ("new", after)):
+                tensors[f"{name}|{key}"] = weight.flatten()[index].to(edited.saved_dtype)
+            for q in map(get_quantizer, survive):
+                if name in original.linear_names and q.touches(before):
+                    codes = [q.cells(w).codes[index] for w in (before, after)]
+                    tensors[f"{name}|{q.name}"] = torch.stack(codes, 1).to(torch.uint8)
+        return cls(
+            tensors,
+            {
+                "survive": list(survive),
+                "original_sha256": original.sha256,
+                "edited_sha256": edited.sha256,
+                "mask_sha256": tensors_sha256(mask.indices) if mask else "",
+            },
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the ledger atomically."""
+        header = {"schema": SCHEMA, "sha256": tensors_sha256(self.tensors), **self.meta}
+        with atomic_path(path) as temporary:
+            save_file(self.tensors, temporary, {"mansu_ledger": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger:
+        """Read a ledger.
+
+        Raises:
+            ArtifactError: missing, truncated, changed since it was written, or not a ledger.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {})["mansu_ledger"])
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ArtifactError(f"{path} is not a readable ledger: {error}.") from error
+        if meta.pop("schema", None) != SCHEMA:
+            raise ArtifactError(f"{path} has an unknown ledger schema; expected {SCHEMA}.")
+        if meta.pop("sha256", None) != tensors_sha256(tensors):
+            raise ArtifactError(
+                f"{path} was changed after it was written: its hash does not match."
+            )
+        return cls(tensors, meta)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What two checkpoints say about a promise."""
+
+    rows: dict[str, Survival]
+    """Per quantizer of the set."""
+    outside: int
+    """Values that differ outside the layers that quantizers touch, where nothing is promised."""
+    mismatches: list[str]
+    """What the ledger or the mask says otherwise than the checkpoints."""
+
+    @property
+    def holds(self) -> bool:
+        """Every edit survives every quantizer, and no other code changes."""
+        return not self.outside and all(
+            r.survived == r.edited and not r.collateral for r in self.rows.values()
+        )
+
+    @property
+    def status(self) -> int:
+        """Exit status: 0 holds, 3 the promise is broken, 4 ledger or mask do not belong to it."""
+        return 4 if self.mismatches else 0 if self.holds else 3
+
+
+def _mask_mismatches(mask: Mask, ledger: Ledger, original: LanguageModel) -> list[str]:
+    out = []
+    sha = mask.meta.get("model_sha256")
+    if sha and sha != original.sha256:
+        out.append("the mask was made for another original")
+    beyond = 0
+    for name, index in ledger.tensors.items():
+        if name.endswith("|index"):
+            allowed = mask.indices.get(name.removesuffix("|index"), torch.zeros(0))
+            beyond += int((~torch.isin(index.long(), allowed)).sum())
+    if beyond:
+        out.append(f"{beyond} edits lie outside the mask")
+    return out
+
+
+def verify(
+    original: LanguageModel,
+    edited: LanguageModel,
+    survive: Sequence[str] = (),
+    ledger: Ledger | None = None,
+    mask: Mask | None = None,
+) -> Verification:
+    """Recompute survival and collateral from two checkpoints, and hold a ledger and a mask to them.
+
+    Arguments:
+        original: before the edit.
+        edited: after it.
+        survive: the set; default: the ledger's, or nf4.
+        ledger: what the run says it did.
+        mask: where the run may edit.
+
+    Raises:
+        ArtifactError: not checkpoints of one architecture.
+        ConfigError: unknown quantizer, or one that allows no promise.
+    """
+    check_same_shape(original, edited)
+    names = list(survive) or (ledger.meta.get("survive") if ledger else None) or ["nf4"]
+    rows = {q.name: survival(original, edited, q) for q in quantizer_set(names)}
+    linear = set(original.linear_names)
+    outside = sum(
+        int((w != edited.weights[n]).sum()) for n, w in original.weights.items() if n not in linear
+    )
+    mismatches: list[str] = []
+    found = Ledger.of(original, edited, ledger.meta.get("survive", []) if ledger else [])
+    if ledger:
+        for key, model in (("original", original), ("edited", edited)):
+            said = ledger.meta.get(f"{key}_sha256")
+            if said and model.sha256 != said:
+                mismatches.append(f"the ledger is of another {key} checkpoint (its hash differs)")
+        if tensors_sha256(found.tensors) != tensors_sha256(ledger.tensors):
+            mismatches.append(
+                f"the ledger records {ledger.n_edits} edits, the checkpoints show {found.n_edits}, "
+                "and they are not the same"
+            )
+        said = ledger.meta.get("mask_sha256")
+        if mask and said and tensors_sha256(mask.indices) != said:
+            mismatches.append("the mask is not the one that the ledger names")
+    if mask:
+        mismatches += _mask_mismatches(mask, found, original)
+    return Verification(rows, outside, mismatches)

@@ -1,0 +1,135 @@
+"""What all quantizers share: cells on a grid per element, and the interface.
+
+A *cell* is the set of values that a quantizer maps to one code. Every element of a weight belongs
+to a group (a block, a part of a row, or a row), whose scale and offset are set by its extremes.
+Codes are counted from the lowest level upwards, whatever bits the library stores for them, so that
+a higher code is a higher value.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..models import quiet
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Where every element of one weight lies; ``value = level x scale + offset``."""
+
+    codes: Int[Tensor, " n"]
+    """Rank of the element's level, 0 = lowest."""
+    scale: Float[Tensor, " n"]
+    """Value of one grid unit in the element's group."""
+    sets_scale: Bool[Tensor, " n"]
+    """True where the element sets its group's scale or offset: touching it would re-code others."""
+    levels: Float[Tensor, " k"]
+    """Levels in grid units, ascending; the same for all groups."""
+    offset: Float[Tensor, " n"]
+    """Value of grid unit 0."""
+    lowest: Float[Tensor, " n"]
+    """Extreme value of the group: at or below it an edited element would set the scale."""
+    highest: Float[Tensor, " n"]
+    """Likewise from above."""
+
+    @property
+    def boundaries(self) -> Float[Tensor, " k-1"]:
+        """Cell boundaries in grid units: the midpoints."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
+
+    @property
+    def span(self) -> Float[Tensor, " n"]:
+        """Half the range of the group's levels (absmax, where the levels are symmetric)."""
+        return self.scale * float(self.levels[-1] - self.levels[0]) / 2
+
+    @property
+    def width(self) -> Float[Tensor, " n"]:
+        """Mean width of a cell."""
+        return 2 * self.span / (len(self.levels) - 1)
+
+    def __getitem__(self, index: Int[Tensor, " m"]) -> Cells:
+        """The cells of some elements."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "levels"}
+        return replace(self, **{k: v[index] for k, v in parts.items()})
+
+    def encode(self, values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Codes that other values would get, group scales unchanged.
+
+        Within a rounding error of a boundary the library may say otherwise.
+        """
+        units = (values - self.offset) / torch.where(self.scale > 0, self.scale, 1.0)
+        return torch.bucketize(units, self.boundaries)
+
+    def value(self, codes: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The values of levels, before the library rounds its scale for storage."""
+        return self.levels[codes.clamp(0, len(self.levels) - 1)] * self.scale + self.offset
+
+    def edge(self, codes: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The boundary above each code, infinite above the last and below the first."""
+        inf = self.boundaries.new_tensor([float("inf")])
+        edges = torch.cat([-inf, self.boundaries, inf])
+        return edges[(codes + 1).clamp(0, len(self.levels))] * self.scale + self.offset
+
+
+class Quantizer(ABC):
+    """A post-training quantizer of weights in the deployed ``[out, in]`` layout."""
+
+    name: str
+    promises: bool = True
+    """Whether an edit can be made so that no other code changes: false where a group's parameters
+    depend on every element (HQQ) or on activations."""
+
+    @abstractmethod
+    def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
+        """Codes, grid and scale setters of a weight, code for code those of the library."""
+
+    @abstractmethod
+    def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Quantize and de-quantize with the library itself; float32."""
+
+    def touches(self, weight: Float[Tensor, "out in"]) -> bool:
+        """Whether the library quantizes a linear layer of this shape, or leaves it alone."""
+        return True
+
+
+def library(name: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        ConfigError: it is not installed; names the line that installs it.
+    """
+    try:
+        with quiet():
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"This quantizer needs the package {name.partition('.')[0]}, which cannot be imported "
+            f'({error}). Install it: pip install "mansu-interp[{extra}]"'
+        ) from error
+
+
+def grouped(weight: Float[Tensor, "out in"], size: int) -> Float[Tensor, "groups size"]:
+    """Rows of a weight cut into groups."""
+    return weight.detach().float().contiguous().view(-1, size)
+
+
+def affine(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    sets: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+) -> Cells:
+    """Cells from ``[groups, size]`` codes and setters and ``[groups, 1]`` parameters."""
+    flat = [t.float().expand_as(codes).flatten() for t in (scale, offset, lowest, highest)]
+    return Cells(codes.long().flatten(), flat[0], sets.flatten(), levels, *flat[1:])

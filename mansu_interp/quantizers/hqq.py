@@ -1,0 +1,60 @@
+"""HQQ (Badri & Shaji 2023) at 4 bits, groups of 64 along a row, as the ``hqq`` package does it.
+
+Its zero point is optimised over every element of a group, so any edit may re-code its neighbours:
+no promise is possible, and what survives is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..models import quiet
+from .base import Cells, Quantizer, affine, library
+
+GROUP = 64
+
+
+@dataclass(frozen=True)
+class Hqq(Quantizer):
+    """HQQ with the package's own defaults for 4 bits."""
+
+    name: str = "hqq"
+    promises: bool = False
+
+    def touches(self, weight: Float[Tensor, "out in"]) -> bool:
+        """Rows must divide into groups of 64."""
+        return weight.shape[-1] % GROUP == 0
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        quantizer = library("hqq.core.quantize", "hqq").Quantizer
+        with quiet():
+            return quantizer.quantize(
+                weight.detach().float().contiguous(),
+                nbits=4,
+                group_size=GROUP,
+                round_zero=True,
+                axis=1,
+                bitpack=False,
+                device="cpu",
+            )
+
+    def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
+        """See `Quantizer.cells`; every element counts as one that sets its group's parameters."""
+        codes, meta = self._quantize(weight)
+        codes = codes.view(-1, GROUP)
+        scale, zero = meta["scale"].float().view(-1, 1), meta["zero"].float().view(-1, 1)
+        x = weight.detach().float().view(-1, GROUP)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        every = torch.ones_like(x, dtype=torch.bool)
+        return affine(codes, scale, -zero * scale, torch.arange(16.0), every, low, high)
+
+    def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `Quantizer.round_trip`."""
+        codes, meta = self._quantize(weight)
+        quantizer = library("hqq.core.quantize", "hqq").Quantizer
+        return quantizer.dequantize(codes, meta).float().view_as(weight)

@@ -1,0 +1,33 @@
+"""Quantizers by name."""
+
+from __future__ import annotations
+
+from ..errors import ConfigError
+from .base import Quantizer
+from .bitsandbytes import FourBit, Int8
+from .gguf import Gguf
+from .hqq import Hqq
+from .torchao import Int4
+
+BLOCKS = (64, 128, 256, 512)
+GROUPS = (32, 64, 128)
+_ALL: list[Quantizer] = [
+    *(FourBit(k, b, d) for k in ("nf4", "fp4") for b in BLOCKS for d in (False, True)),
+    Int8(),
+    *(Int4(rule, g) for rule in ("asym", "sym", "tinygemm") for g in GROUPS),
+    *(Gguf(name) for name in ("q4_0", "q4_1", "q8_0")),
+    Hqq(),
+]
+QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in _ALL}
+"""Every quantizer, by the name that settings and the command line use."""
+
+
+def get_quantizer(name: str) -> Quantizer:
+    """A quantizer by name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in QUANTIZERS:
+        raise ConfigError(f"Unknown quantizer {name!r}; available: {', '.join(QUANTIZERS)}.")
+    return QUANTIZERS[name]

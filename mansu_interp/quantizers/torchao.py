@@ -1,0 +1,91 @@
+"""INT4 by rounding to nearest in groups along a row, as torchao's quantization primitives do it.
+
+- ``sym``: scale = absmax / 7.5, levels -8..7;
+- ``asym``: scale = (max - min) / 15 with 0 in the range, an integer zero point;
+- ``tinygemm``: scale = (max - min) / 15, the minimum on level 0: the rule behind torchao's
+  ``Int4WeightOnlyConfig``, whose packed tensors need an accelerator; these primitives do not.
+
+The weight is widened to float32 first; torchao given a bfloat16 weight also rounds its scale to
+bfloat16, which can send a value near a boundary to the other side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .base import Cells, Quantizer, affine, grouped, library
+
+TINY = torch.finfo(torch.float32).smallest_normal
+
+
+@dataclass(frozen=True)
+class Int4(Quantizer):
+    """One of the rules above at one group size."""
+
+    rule: str = "asym"
+    group: int = 128
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As in `get_quantizer`."""
+        stem = {"asym": "int4", "sym": "int4-sym", "tinygemm": "torchao-int4"}[self.rule]
+        return f"{stem}-g{self.group}"
+
+    def touches(self, weight: Float[Tensor, "out in"]) -> bool:
+        """Rows must divide into groups."""
+        return weight.shape[-1] % self.group == 0
+
+    def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
+        """See `Quantizer.cells`."""
+        x = grouped(weight, self.group)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        if self.rule == "sym":
+            absmax = x.abs().amax(1, keepdim=True)
+            scale = (absmax / 7.5).clamp(min=TINY)
+            codes = (torch.round(x * (1.0 / scale)) + 8).clamp(0, 15)
+            return affine(
+                codes, scale, scale * 0, torch.arange(-8.0, 8.0), x.abs() == absmax, -absmax, absmax
+            )
+        sets = (x == low) | (x == high)
+        if self.rule == "tinygemm":
+            scale = ((high - low) / 15).clamp(min=TINY)
+            zero = low + scale * 8
+            codes = torch.round((x - (zero - scale * 8)) / scale).clamp(0, 15)
+            return affine(codes, scale, low, torch.arange(16.0), sets, low, high)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = ((high - low) / 15).clamp(min=TINY)
+        zero = (-torch.round(low / scale)).clamp(0, 15)
+        codes = (torch.round(x * (1.0 / scale)) + zero).clamp(0, 15)
+        sets = (x == low) | (x == high)
+        return affine(codes, scale, -zero * scale, torch.arange(16.0), sets, low, high)
+
+    def library_codes(
+        self, weight: Float[Tensor, "out in"]
+    ) -> tuple[Tensor, Float[Tensor, "out in"]]:
+        """Codes and restored values by torchao."""
+        ao = library("torchao.quantization.quant_primitives", "torchao")
+        x = weight.detach().float().contiguous()
+        block, kinds = (1, self.group), ao.MappingType
+        low, high = (-8, 7) if self.rule == "sym" else (0, 15)
+        dtype = torch.int8 if self.rule == "sym" else torch.uint8
+        if self.rule == "tinygemm":
+            params = ao._choose_qparams_affine_tinygemm(
+                x, kinds.ASYMMETRIC, block, dtype, low, high
+            )
+            quantize, restore = ao._quantize_affine_tinygemm, ao._dequantize_affine_tinygemm
+        else:
+            kind = kinds.SYMMETRIC if self.rule == "sym" else kinds.ASYMMETRIC
+            params = ao.choose_qparams_affine(
+                x, kind, block, dtype, low, high, zero_point_dtype=torch.int32
+            )
+            quantize, restore = ao.quantize_affine, ao.dequantize_affine
+        codes = quantize(x, block, *params, dtype, low, high)
+        return codes, restore(codes, block, *params, dtype, low, high, output_dtype=torch.float32)
+
+    def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `Quantizer.round_trip`."""
+        return self.library_codes(weight)[1]

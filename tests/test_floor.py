@@ -1,0 +1,103 @@
+"""The floor for a set of quantizers: every edit leaves its cell in all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mansu_interp.config import UnlearnConfig
+from mansu_interp.errors import ConfigError
+from mansu_interp.floor import NARROW, floor, floor_step, quantizer_set
+from mansu_interp.quantizers import NF4, get_quantizer
+
+SETS = [
+    ("nf4",),
+    ("nf4", "fp4", "int4-g64", "q4_0"),
+    ("nf4-dq", "nf4-128", "int4-sym-g32", "q4_1", "torchao-int4-g128", "q8_0", "int8"),
+    ("q4_0", "nf4"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weight(dtype: torch.dtype) -> Tensor:
+    made = torch.randn(64, 256, generator=torch.Generator().manual_seed(3)) * 0.03
+    made[5] = 0
+    made[6] = made[6].abs() + 0.02
+    return made.to(dtype).float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("survive", SETS, ids=",".join)
+def test_every_edit_survives_every_quantizer_and_dtype(survive: tuple, dtype: torch.dtype):
+    """Random wishes; the codes are recomputed from scratch, with the checkpoint's dtype and after
+    both checkpoints are saved in a narrower one."""
+    before = weight(dtype)
+    where = floor(before, survive, dtype)
+    wish = before.flatten() + 0.06 * torch.randn(
+        before.numel(), generator=torch.Generator().manual_seed(4)
+    )
+    value, moved = where.land(wish)
+    after = torch.where(moved, value, before.flatten()).view_as(before)
+    assert torch.equal(after, after.to(dtype).float())
+    assert 0.2 < moved.float().mean() < 1
+    up = (after > before).flatten()[moved]
+    for kind in (dtype, *NARROW):
+        for name in survive:
+            quantizer = get_quantizer(name)
+            a = quantizer.cells(before.to(kind).float()).codes
+            b = quantizer.cells(after.to(kind).float()).codes
+            assert torch.equal(a[~moved], b[~moved]), (name, kind)
+            assert (a != b)[moved].all(), (name, kind)
+            assert torch.equal((b > a)[moved], up), (name, kind)
+    for name in survive:  # the real round trip moves the way of the edit, too
+        quantizer = get_quantizer(name)
+        change = (quantizer.round_trip(after) - quantizer.round_trip(before)).flatten()
+        assert torch.equal(change[moved] > 0, up), name
+        assert (change[~moved] == 0).all(), name
+
+
+def test_one_quantizer_lands_on_the_neighbouring_level():
+    before = weight(torch.float32)
+    cells, where = NF4().cells(before), floor(before, "nf4", narrow=())
+    free = ~cells.sets_scale & (cells.codes > 1) & (cells.codes < 13) & ~where.up.isnan()
+    assert free.float().mean() > 0.8
+    assert torch.equal(where.up[free], cells.value(cells.codes + 1)[free])
+    assert torch.equal(where.down[free], cells.value(cells.codes - 1)[free])
+    edge = cells.boundaries[cells.codes[free]] * cells.scale[free]
+    assert torch.equal(where.leave_up[free], edge)
+
+
+def test_a_larger_set_steps_at_least_as_far_and_refuses_at_least_as_often():
+    before = weight(torch.bfloat16)
+    slope = torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
+    one = floor_step(before, slope, "nf4", torch.bfloat16)
+    many = floor_step(before, slope, SETS[2], torch.bfloat16)
+    both = (one != 0) & (many != 0)
+    assert (many.abs() >= one.abs())[both].all()
+    assert ((many == 0) | (one != 0)).float().mean() > 0.99
+    assert (many == 0).sum() > (one == 0).sum()
+    assert (torch.sign(many) == -torch.sign(slope))[many != 0].all()
+    assert (floor_step(before, slope * 0, "nf4") == 0).all()
+
+
+def test_a_wish_within_the_cell_of_one_of_the_set_moves_nothing():
+    before = weight(torch.float32)
+    where = floor(before, ("nf4", "q8_0"))
+    nf4, q8 = NF4().cells(before), get_quantizer("q8_0").cells(before)
+    out_of_q8 = (q8.edge(q8.codes) + nf4.edge(nf4.codes)) / 2
+    between = (out_of_q8 > q8.edge(q8.codes)) & (out_of_q8 < nf4.edge(nf4.codes))
+    assert between.float().mean() > 0.5
+    assert not where.land(out_of_q8)[1][between].any()
+
+
+def test_sets_are_checked_before_any_work():
+    with pytest.raises(ConfigError, match="No edit can be made to survive hqq by construction"):
+        quantizer_set(("nf4", "hqq"))
+    with pytest.raises(ConfigError, match="Unknown quantizer 'q5'; available: nf4, "):
+        quantizer_set("q5")
+    with pytest.raises(ConfigError, match="survive names no quantizer"):
+        quantizer_set(())
+    assert UnlearnConfig(survive=("nf4,fp4", "q4_0")).survive == ("nf4", "fp4", "q4_0")
+    with pytest.raises(ConfigError, match="different quantizers; got nf4, nf4"):
+        UnlearnConfig(survive=("nf4,nf4",))

@@ -1,0 +1,147 @@
+"""The ledger, and verification of an edit from two checkpoints alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mansu_interp.cli import main
+from mansu_interp.errors import ArtifactError
+from mansu_interp.floor import floor
+from mansu_interp.ledger import Ledger, verify
+from mansu_interp.masks import Mask
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.quantizers import get_quantizer
+
+SET = ("nf4", "fp4", "q4_0")
+NAME = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def run(facts: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a run leaves it, with 40 edits by the floor."""
+    out = tmp_path_factory.mktemp("run")
+    where = floor(facts.weights[NAME], SET, facts.saved_dtype)
+    index = (~where.up.isnan()).nonzero()[:40, 0]
+    model = facts.copy()
+    model.weights[NAME].view(-1)[index] = where.up[index]
+    model.save(out / "model")
+    mask = Mask({NAME: index}, {"model_sha256": facts.sha256})
+    mask.save(out / "mask.safetensors")
+    Ledger.of(facts, load_model(out / "model"), SET, mask).save(out / "ledger.safetensors")
+    return out
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def command(run: Path, *more: str) -> int:
+    return main(
+        [
+            *("verify", "facts", str(run / "model"), "--ledger", str(run / "ledger.safetensors")),
+            *("--mask", str(run / "mask.safetensors"), *more),
+        ]
+    )
+
+
+def change(path: Path, key: str, at: int, to: float) -> None:
+    """Set one element of one tensor of a safetensors file, header untouched."""
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    tensors = load_file(path)
+    tensors[key].view(-1)[at] = to
+    save_file(tensors, path, meta)
+
+
+def test_an_honest_run_verifies(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert command(run) == 0
+    out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines()[1:4]] == [[q, "40", "40", "0"] for q in SET]
+    assert "The guarantee holds." in out
+    assert main(["verify", "facts", str(run / "model"), "--survive", "nf4,q4_0"]) == 0
+
+
+def test_the_ledger_says_what_happened(run: Path, facts: LanguageModel):
+    ledger, edited = Ledger.load(run / "ledger.safetensors"), load_model(run / "model")
+    index = ledger.tensors[f"{NAME}|index"].long()
+    assert ledger.n_edits == len(index) == 40
+    for key, model in (("old", facts), ("new", edited)):
+        stored = ledger.tensors[f"{NAME}|{key}"]
+        assert stored.dtype == torch.bfloat16
+        assert torch.equal(stored.float(), model.weights[NAME].flatten()[index])
+    for name in SET:
+        codes = ledger.tensors[f"{NAME}|{name}"].long()
+        assert (codes[:, 0] < codes[:, 1]).all()
+        assert torch.equal(
+            codes[:, 1], get_quantizer(name).cells(edited.weights[NAME]).codes[index]
+        )
+    assert ledger.meta["original_sha256"] == facts.sha256
+    assert ledger.meta["edited_sha256"] == edited.sha256
+    assert (run / "ledger.safetensors").stat().st_size < 40 * 14 + 1500
+
+
+def test_a_lost_edit_and_collateral_break_the_guarantee(facts: LanguageModel, copy: Path, capsys):
+    weight = facts.weights[NAME]
+    cells = get_quantizer("nf4").cells(weight)
+    file, at = copy / "model" / "model.safetensors", 200
+    change(file, NAME, at, float(weight.flatten()[at]) * (1 + 2**-7))  # stays in its cell
+    assert main(["verify", "facts", str(copy / "model")]) == 3
+    assert "does NOT hold" in capsys.readouterr().out
+    change(file, NAME, at, float(weight.flatten()[at]))
+    assert main(["verify", "facts", str(copy / "model")]) == 0
+    change(file, NAME, int(cells.sets_scale.nonzero()[3]), 1.0)
+    assert main(["verify", "facts", str(copy / "model")]) == 3
+    assert command(copy) == 4  # the ledger knows nothing of it
+
+
+def test_a_change_outside_the_quantized_layers(copy: Path, capsys):
+    change(copy / "model" / "model.safetensors", "model.norm.weight", 0, 7.0)
+    assert main(["verify", "facts", str(copy / "model")]) == 3
+    assert "1 values changed outside the quantized layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "part", ["model/model.safetensors", "ledger.safetensors", "mask.safetensors"]
+)
+def test_truncated_files_are_errors(copy: Path, part: str, capsys):
+    data = (copy / part).read_bytes()
+    (copy / part).write_bytes(data[: len(data) - 9])
+    assert command(copy) == 1
+    assert "mansu: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["ledger.safetensors", "mask.safetensors"])
+def test_tampered_files_are_errors(copy: Path, part: str, capsys):
+    key = f"{NAME}|index" if part.startswith("ledger") else NAME
+    change(copy / part, key, 39, 3)
+    assert command(copy) == 1
+    assert "was changed after it was written" in capsys.readouterr().err
+
+
+def test_a_forged_ledger_or_another_mask_does_not_belong(facts: LanguageModel, copy: Path):
+    """Written anew, hash and all, but not what the checkpoints show."""
+    ledger, edited = Ledger.load(copy / "ledger.safetensors"), load_model(copy / "model")
+    forged = dict(ledger.tensors)
+    forged[f"{NAME}|new"] = forged[f"{NAME}|new"] * 2
+    found = verify(facts, edited, (), Ledger(forged, ledger.meta))
+    assert found.status == 4 and "not the same" in found.mismatches[0]
+    other = verify(facts, edited, (), Ledger(ledger.tensors, ledger.meta | {"edited_sha256": "0"}))
+    assert other.status == 4 and "another edited checkpoint" in other.mismatches[0]
+    few = Mask({NAME: Mask.load(copy / "mask.safetensors").indices[NAME][:30]})
+    assert verify(facts, edited, (), None, few).mismatches == ["10 edits lie outside the mask"]
+    swapped = Mask(few.indices, {"model_sha256": "0"})
+    assert "for another original" in verify(facts, edited, (), ledger, swapped).mismatches[1]
+
+
+def test_not_an_edit_of_it(facts: LanguageModel, tiny_model):
+    with pytest.raises(ArtifactError, match=r"is not an edit of facts: .* weights differ in name"):
+        verify(facts, tiny_model(4))
+    with pytest.raises(ArtifactError, match="not a readable ledger"):
+        Ledger.load(Path("nowhere.safetensors"))
