@@ -38,6 +38,7 @@ from .config import BASELINES, BenchConfig, Method, RunConfig
 from .defaults import default_config, is_embedded
 from .errors import MansuError
 from .evaluation import CHANCE, Scores, evaluate, properties
+from .floor import quantizer_set
 from .models import LanguageModel, load_model
 from .pipeline import config_json, make_mask
 from .planning import CAD_PAIRS
@@ -120,6 +121,7 @@ def make_cell(
         stop_at=level,
         lr=(bench.lr if dense else own.lr) * strength,
         retain_weight=1.0 if dense else own.retain_weight,
+        survive=own.survive if dense else bench.survive,
     )
     config = replace(base, unlearn=own)
     return Cell(model.name, task, method, seed, level, strength, config, model.sha256, bench.out)
@@ -311,6 +313,7 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     note = on_progress or (lambda *_: None)
     for name in bench.quantizers:
         get_quantizer(name)
+    quantizer_set(bench.survive)
     models = {name: load_model(name) for name in bench.models}
     for model in models.values():
         for task in bench.tasks:

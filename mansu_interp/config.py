@@ -308,6 +308,8 @@ class BenchConfig:
     """What is compared."""
     quantizers: tuple[str, ...] = ("nf4",)
     """What each checkpoint goes through once saved and loaded again."""
+    survive: tuple[str, ...] = ("nf4",)
+    """What the edits of mansu and its variants are made to survive."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The first one chooses the step size, which the others take over."""
     levels: tuple[float, ...] = (0.3,)
@@ -326,7 +328,16 @@ class BenchConfig:
     """Folder for cells, table and pages; what is already there is not run again."""
 
     def __post_init__(self) -> None:
-        for name in ("models", "tasks", "methods", "quantizers", "seeds", "levels", "strengths"):
+        for name in (
+            "models",
+            "tasks",
+            "methods",
+            "quantizers",
+            "survive",
+            "seeds",
+            "levels",
+            "strengths",
+        ):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name} needs one or more different values; got {values}.")
