@@ -173,12 +173,12 @@ class UnlearnConfig:
     """mansu: weight, within the retain loss, of the hinge that holds known retain answers."""
     projection: float = 1.0
     """mansu: strength of the null-space projection; 0 = none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """mansu: arithmetic of the losses and gradients; edits, floor and scores are always exact. bf16
-    is about twice as fast where the processor has it."""
     survive: tuple[str, ...] = ("nf4",)
     """mansu: quantizers that every edit survives by construction (`mansu list` names them); steps
     alternate with the first. Separated by spaces or commas."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """mansu: arithmetic of the losses and gradients; edits, floor and scores are always exact. bf16
+    is about twice as fast where the processor has it."""
     stop_at: float | None = None
     """Stop when four-way forget accuracy on the dev phrasings is at most this."""
     seed: int = 0

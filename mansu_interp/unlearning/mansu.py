@@ -13,7 +13,7 @@ momentum direction is multiplied by the null-space projection lambda / (lambda +
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,6 +27,7 @@ from ..models import LanguageModel
 from ..nullspace import Weights, fisher_diagonal, gradient, projection
 from ..objectives import CounterfactualTargets, counterfactual_loss, nll
 from ..quantizers import quantize
+from ..scoring import known
 from ..tasks import Pair, PairSet, Task
 from .common import OnStep, Sampler, Unlearned, reached, retain_loss, text_kl
 
@@ -184,6 +185,9 @@ def mansu(
     survive = quantizer_set(config.survive)
     teachers = (model, quantize(model, survive[0]))
     students = (model.copy(), quantize(model, survive[0]))
+    # A guard that the model does not know holds nothing: keep those whose answer it ranks first.
+    guard = known(model, task.guard) if task.guard else None
+    task = replace(task, guard=guard or task.guard)
     fisher = None
     if config.projection:
         keep = PairSet("retain", tuple(p for pairs in task.kept for p in pairs))
