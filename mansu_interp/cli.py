@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import CadConfig, PlanConfig, RelearnRun, RunConfig, VerifyConfig
+from .config import BenchConfig, CadConfig, PlanConfig, RelearnRun, RunConfig, VerifyConfig
 from .defaults import default_config, default_task
 from .errors import MansuError
 
@@ -68,6 +68,18 @@ def _run(config: RunConfig) -> int:
     print()
     print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
     print(f"\n{time.monotonic() - start:.0f} s. Open {result.folder / 'report.html'}")
+    return 0
+
+
+def _bench(config: BenchConfig) -> int:
+    from .bench import run_bench
+
+    progress = Progress()
+    try:
+        rows = run_bench(config, progress)
+    finally:
+        progress.close()
+    print(f"{len(rows)} rows. Open {config.out / 'scoreboard.html'}")
     return 0
 
 
@@ -184,6 +196,12 @@ def _command(argv: list[str]) -> Any:
         "Example: mansu plan --model Llama-3.1-8B/config.json --tokens 32 "
         "--attribution.batch-size 8",
     )
+    bench = tyro.conf.subcommand(
+        "bench",
+        description="Compare methods at the same forgetting, before and after quantizers. A killed "
+        "benchmark goes on where it was.\n\n"
+        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
+    )
     verification = tyro.conf.subcommand(
         "verify",
         description="Recompute from two checkpoints what an edit's promise says.\n\n"
@@ -204,6 +222,7 @@ def _command(argv: list[str]) -> Any:
     listing = tyro.conf.subcommand("list")
     return (
         Annotated[RunConfig, run]
+        | Annotated[BenchConfig, bench]
         | Annotated[PlanConfig, planning]
         | Annotated[VerifyConfig, verification]
         | Annotated[tyro.conf.PositionalRequiredArgs[RelearnRun], attack]
@@ -219,6 +238,8 @@ def main(argv: list[str] | None = None) -> int:
         config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
         if isinstance(config, RunConfig):
             return _run(config)
+        if isinstance(config, BenchConfig):
+            return _bench(config)
         if isinstance(config, VerifyConfig):
             return _verify(config)
         if isinstance(config, RelearnRun):

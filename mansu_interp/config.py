@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from tyro.conf import Positional
 
@@ -98,12 +98,62 @@ class CircuitConfig(AttributionConfig):
             )
 
 
+Method = Literal[
+    "mansu", "mansu-random", "mansu-whole", "mansu-unprojected", "mansu-unsnapped",
+    "ga", "graddiff", "kl", "npo", "simnpo", "dpo", "idkdpo", "rmu", "undial", "wga", "satimp",
+    "task-vector", "sure",
+]  # fmt: skip
+"""MANSU; MANSU without its circuit (random mask, mask over the whole model), without projection and
+without floor; and baselines that train all weights."""
+METHODS: tuple[Method, ...] = get_args(Method)
+BASELINES = tuple(m for m in METHODS if not m.startswith("mansu"))
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What single baselines have beside a learning rate; defaults are those usual for each."""
+
+    npo_beta: float = 0.1
+    """npo: inverse temperature beta."""
+    simnpo_beta: float = 4.5
+    """simnpo: inverse temperature beta."""
+    simnpo_delta: float = 0.0
+    """simnpo: reward margin delta (nats per token)."""
+    dpo_beta: float = 0.1
+    """dpo, idkdpo: inverse temperature beta."""
+    rmu_layer: int | None = None
+    """rmu: layer whose output is misdirected, from 0; default: at 7/32 of the depth."""
+    rmu_scale: float = 20.0
+    """rmu: length c of the random target."""
+    undial_beta: float = 10.0
+    """undial: what is taken off the teacher's logit of the answer."""
+    wga_beta: float = 1.0
+    """wga: power of the answer's probability that weighs its loss."""
+    satimp_beta1: float = 5.0
+    """satimp: power of p in the weight p^beta1 (1 - p)^beta2."""
+    satimp_beta2: float = 1.0
+    """satimp: power of 1 - p in that weight."""
+    task_vector_scale: float = 1.0
+    """task-vector: how many times the forget-tuned difference is taken off."""
+    sure_percentile: float = 90.0
+    """sure: rows of weights below this percentile of forget gradient stay as they are."""
+
+    def __post_init__(self) -> None:
+        betas = (self.npo_beta, self.simnpo_beta, self.dpo_beta)
+        if min(betas) <= 0 or not 0 <= self.sure_percentile < 100:
+            raise ConfigError(
+                "npo_beta, simnpo_beta and dpo_beta must be positive and sure_percentile lie in "
+                f"[0, 100); got {betas} and {self.sure_percentile}."
+            )
+
+
 @dataclass(frozen=True)
 class UnlearnConfig:
     """How the model is edited."""
 
-    method: Literal["mansu", "graddiff", "npo"] = "mansu"
-    """mansu edits inside the mask; graddiff and npo are dense baselines."""
+    method: Method = "mansu"
+    """mansu edits inside the mask, its variants lack one part each; the others are baselines that
+    train all weights."""
     steps: int = 250
     """Optimiser steps (dense methods: at most)."""
     lr: float = 0.03
@@ -118,7 +168,7 @@ class UnlearnConfig:
     """mansu: nats by which that target lies below what the model says of other subjects; negative:
     above, which puts the answer level with rivals that differ among themselves."""
     retain_weight: float = 2.0
-    """Weight of the retain loss: KL to the original (graddiff: NLL of the answer)."""
+    """Weight of the retain loss, which each method has its own of (ga, task-vector: none)."""
     hold: float = 1.0
     """mansu: weight, within the retain loss, of the hinge that holds known retain answers."""
     projection: float = 1.0
@@ -137,9 +187,11 @@ class UnlearnConfig:
     attack_weight: float = 1.0
     """mansu: weight of the gradient at the relearned point beside that at the model itself."""
     stop_at: float | None = None
-    """Dense methods: stop when four-way forget accuracy on the dev phrasings is at most this."""
+    """Stop when four-way forget accuracy on the dev phrasings is at most this."""
     seed: int = 0
     """Order of batches (a run sets this to its own seed)."""
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    """What single baselines have beside a learning rate."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.batch_size < 1:
@@ -313,4 +365,58 @@ class RunConfig:
             raise ConfigError(
                 f"score_pairs and threads must be at least 1; got {self.score_pairs}, "
                 f"{self.threads}."
+            )
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Models x tasks x methods x quantizers x seeds, each method stopped at the same forgetting."""
+
+    models: tuple[str, ...] = ("facts",)
+    """As --model of a run."""
+    tasks: tuple[str, ...] = ("capitals",)
+    """As --task of a run."""
+    methods: tuple[Method, ...] = METHODS
+    """What is compared."""
+    quantizers: tuple[str, ...] = ("nf4",)
+    """What each checkpoint goes through once saved and loaded again."""
+    survive: tuple[str, ...] = ("nf4",)
+    """What the edits of mansu and its variants are made to survive."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """The first one chooses the step size, which the others take over."""
+    levels: tuple[float, ...] = (0.3,)
+    """Four-way forget accuracies on the dev phrasings at which every method stops."""
+    strengths: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Step sizes that each method may try, as multiples of its usual one."""
+    steps: int = 250
+    """Steps that each try may take at most."""
+    lr: float = 1e-4
+    """Usual step size of the baselines; that of mansu and its variants comes with the task."""
+    jobs: int = 1
+    """Processes that work side by side, each with one thread."""
+    table_only: bool = False
+    """Train and measure nothing: write the table of what is finished."""
+    out: Path = Path("runs/bench")
+    """Folder for cells, table and pages; what is already there is not run again."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "models",
+            "tasks",
+            "methods",
+            "quantizers",
+            "survive",
+            "seeds",
+            "levels",
+            "strengths",
+        ):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{name} needs one or more different values; got {values}.")
+        if unknown := [m for m in self.methods if m not in METHODS]:
+            raise ConfigError(f"Unknown method {unknown[0]!r}; available: {', '.join(METHODS)}.")
+        if min(self.strengths) <= 0 or self.lr <= 0 or min(self.steps, self.jobs) < 1:
+            raise ConfigError(
+                "strengths and lr must be positive, steps and jobs at least 1; got "
+                f"{self.strengths}, {self.lr}, {self.steps}, {self.jobs}."
             )

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .artifacts import atomic_path
 from .errors import ArtifactError, MaskError
-from .floor import Set, floor_step, quantizer_set
+from .floor import Set, floor, floor_step, quantizer_set
 from .graph import Node
 from .models import LanguageModel
 
@@ -246,5 +246,41 @@ def choose_parameters(
             "survive": [q.name for q in quantizers],
             "refused": refused,
             "candidates": candidates,
+        },
+    )
+
+
+def random_mask(model: LanguageModel, budget: float, seed: int = 0, survive: Set = "nf4") -> Mask:
+    """As many candidates as `choose_parameters` takes, drawn from every linear weight: an ablation.
+
+    Arguments:
+        model: the model to edit.
+        budget: share of all the model's parameters that may be edited, in (0, 1].
+        seed: of the draw.
+        survive: the set of quantizers; what the floor lets move neither way is left out.
+
+    Raises:
+        MaskError: budget out of range.
+    """
+    if not 0 < budget <= 1:
+        raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
+    quantizers = quantizer_set(survive)
+    generator = torch.Generator().manual_seed(seed)
+    floors = [floor(model.weights[n], quantizers, model.saved_dtype) for n in model.linear_names]
+    movable = torch.cat([~(f.up.isnan() & f.down.isnan()) for f in floors])
+    limit = max(1, int(budget * model.n_parameters))
+    order = torch.randperm(len(movable), generator=generator)
+    chosen = torch.zeros_like(movable)
+    chosen[order[movable[order]][: POOL * limit]] = True
+    parts = chosen.split([model.weights[n].numel() for n in model.linear_names])
+    indices = {n: part.nonzero()[:, 0] for n, part in zip(model.linear_names, parts, strict=True)}
+    return Mask(
+        {n: index for n, index in indices.items() if len(index)},
+        {
+            "model": model.name,
+            "model_sha256": model.sha256,
+            "budget": budget,
+            "limit": min(limit, int(chosen.sum())),
+            "survive": [q.name for q in quantizers],
         },
     )

@@ -45,6 +45,12 @@ class CounterfactualTargets:
         return self.by_phrasing[pair.relation, pair.phrasing]
 
 
+def log_probs(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, "batch vocab"]:
+    """Log-probabilities (nats) of the token that follows each clean prompt."""
+    batch = collate(pairs)
+    return model.last_logits(batch.clean, batch.last).log_softmax(-1)
+
+
 def counterfactual_loss(
     model: LanguageModel,
     pairs: Sequence[Pair],
@@ -60,8 +66,7 @@ def counterfactual_loss(
     to lose to its rivals, not to words of another kind, which would unlearn the whole kind of
     question.
     """
-    batch = collate(pairs)
-    logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
+    logp = log_probs(model, pairs)
     log_target = torch.stack([targets(p) for p in pairs]).clamp_min(1e-9).log()
     loss = (log_target.exp() * (log_target - logp)).sum(-1)
     if push:
@@ -78,9 +83,8 @@ def counterfactual_loss(
 
 def nll(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, " batch"]:
     """Negative log-likelihood of each pair's answer (nats)."""
-    batch = collate(pairs)
-    logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
-    return -logp.gather(1, batch.answer[:, None])[:, 0]
+    answers = torch.tensor([p.answer for p in pairs])
+    return -log_probs(model, pairs).gather(1, answers[:, None])[:, 0]
 
 
 def divergence(

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .artifacts import read_json, write_json
@@ -25,7 +26,7 @@ from .errors import ArtifactError
 from .evaluation import evaluate, properties, verdict
 from .floor import quantizer_set
 from .ledger import Ledger
-from .masks import Mask
+from .masks import Mask, random_mask
 from .models import LanguageModel, load_model
 from .planning import CAD_PAIRS, Plan, plan
 from .quantizers import Quantizer, get_quantizer, quantize, survival
@@ -80,7 +81,7 @@ def command_line(config: RunConfig) -> str:
             value, default = getattr(given, item.name), getattr(usual, item.name)
             name = f"{prefix}{item.name}".replace("_", "-")
             if is_dataclass(value):
-                add(f"{item.name}.", value, default)
+                add(f"{prefix}{item.name}.", value, default)
             elif (value != default or item.name == "model") and item.name not in ("out", "threads"):
                 values = value if isinstance(value, tuple) else (value,)
                 words.extend([f"--{name}", *map(str, values)])
@@ -149,11 +150,15 @@ def quantizer_row(
 
 
 def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit) -> Mask:
-    """The mask of a circuit, with a run's settings.
+    """The mask of a circuit, with a run's settings; of ablations, one that ignores the circuit.
 
     Raises:
         MaskError, CircuitError: see `Circuit.mask`.
     """
+    if config.unlearn.method == "mansu-random":
+        return random_mask(model, config.budget, config.seed, config.unlearn.survive)
+    if config.unlearn.method == "mansu-whole":
+        circuit = replace(circuit, edges=np.ones_like(circuit.edges))
     return circuit.mask(
         model,
         config.budget,

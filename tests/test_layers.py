@@ -23,6 +23,7 @@ LAYERS = [
     ["report"],
     ["planning"],
     ["pipeline"],
+    ["bench"],
     ["cli"],
     ["__main__", "__init__"],
 ]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from conftest import VOCAB, make_pairs
 
-from mansu_interp.config import UnlearnConfig
 from mansu_interp.models import LanguageModel
 from mansu_interp.nullspace import gradient
 from mansu_interp.objectives import (
@@ -22,8 +19,7 @@ from mansu_interp.objectives import (
     forget_gradient,
     nll,
 )
-from mansu_interp.tasks import Pair, PairSet, collate
-from mansu_interp.unlearning.npo import BETA
+from mansu_interp.tasks import Pair, PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 
@@ -103,44 +99,3 @@ def test_forget_gradient_is_a_mean_over_pairs(tiny_model: TinyModel, pairs: Pair
         model, [name], [lambda: counterfactual_loss(model, pairs.pairs, targets, push=1.0)]
     )
     assert torch.allclose(whole, g, atol=1e-5 * float(g.abs().max()) + 1e-7)
-
-
-def dense_losses(monkeypatch: pytest.MonkeyPatch, method: str, model: LanguageModel) -> Any:
-    """The forget and retain losses that a dense method hands to its training loop."""
-    module = importlib.import_module(f"mansu_interp.unlearning.{method}")
-    caught: list[Any] = []
-    monkeypatch.setattr(module, "train_dense", lambda *args: caught.extend(args[3:5]))
-    getattr(module, method)(model, None, None, UnlearnConfig())
-    return caught
-
-
-def test_graddiff_loss(monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, pairs: PairSet):
-    model = tiny_model(2)
-    forget, retain = pairs.pairs[:2], pairs.pairs[2:]
-    losses = dense_losses(monkeypatch, "graddiff", model)
-    down, stay = (loss(model, s) for loss, s in zip(losses, (forget, retain), strict=True))
-    mean = [sum(float(-logp(model, p)[p.answer]) for p in s) / len(s) for s in (forget, retain)]
-    assert float(down) == pytest.approx(-mean[0], rel=1e-4)
-    assert float(stay) == pytest.approx(mean[1], rel=1e-4)
-
-
-def test_npo_loss(monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, pairs: PairSet):
-    model, student = tiny_model(2), tiny_model(2).copy()
-    with torch.no_grad():
-        student.weights["lm_head.weight"] *= 1.3
-    forget, retain = pairs.pairs[:2], pairs.pairs[2:]
-    losses = dense_losses(monkeypatch, "npo", model)
-    down, stay = (loss(student, s) for loss, s in zip(losses, (forget, retain), strict=True))
-    ratio = [float(logp(student, p)[p.answer] - logp(model, p)[p.answer]) for p in forget]
-    expected = sum(2 / BETA * math.log(1 + math.exp(BETA * r)) for r in ratio) / 2
-    assert float(down) == pytest.approx(expected, rel=1e-4)
-    with torch.no_grad():
-        batch = collate(retain)
-        kl = divergence(
-            student.last_logits(batch.clean, batch.last), model.last_logits(batch.clean, batch.last)
-        )
-    assert float(stay) == pytest.approx(float(kl), rel=1e-4)
-    twin = model.copy()
-    down, stay = (loss(twin, s) for loss, s in zip(losses, (forget, retain), strict=True))
-    assert float(down) == pytest.approx(2 / BETA * math.log(2), rel=1e-5)
-    assert float(stay) == pytest.approx(0, abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from mansu_interp.config import UnlearnConfig
 from mansu_interp.errors import ConfigError, MaskError
-from mansu_interp.masks import Mask, choose_parameters
+from mansu_interp.masks import POOL, Mask, choose_parameters, random_mask
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import forget_gradient
 from mansu_interp.quantizers import NF4, survival
@@ -117,8 +118,57 @@ def test_gradient_ascent_lowers_the_answers(facts: LanguageModel, capitals: Task
     assert history[-1]["forget"] < history[0]["forget"]
 
 
+def test_without_the_floor_edits_are_continuous(
+    facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned
+):
+    config = replace(CONFIG, method="mansu-unsnapped", lr=0.002)
+    found = unlearn(facts, capitals, mask, config).model
+    lived = survival(facts, found, NF)
+    assert 0 < lived.edited <= mask.limit
+    assert lived.survived < 0.9 * lived.edited  # most of them stay in their cells
+    assert lived.update_over_bin < 0.5 * survival(facts, result.model, NF).update_over_bin
+    for name, weight in facts.weights.items():
+        moved = (weight != found.weights[name]).flatten().nonzero()[:, 0]
+        assert not set(moved.tolist()) - set(mask.indices.get(name, torch.zeros(0)).tolist()), name
+        assert torch.equal(found.weights[name], found.weights[name].bfloat16().float())
+
+
+def test_without_the_projection_nothing_is_held_back(
+    facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned
+):
+    found = unlearn(facts, capitals, mask, replace(CONFIG, method="mansu-unprojected")).model
+    same = unlearn(facts, capitals, mask, replace(CONFIG, projection=0.0)).model
+    assert all(torch.equal(w, same.weights[n]) for n, w in found.weights.items())
+    assert any(not torch.equal(w, result.model.weights[n]) for n, w in found.weights.items())
+
+
+def test_a_random_mask_is_as_large_as_a_chosen_one(facts: LanguageModel, mask: Mask):
+    drawn = random_mask(facts, 0.005, seed=3)
+    assert drawn.limit == mask.limit == 5166
+    assert drawn.n_parameters == POOL * drawn.limit
+    assert set(drawn.indices) == set(facts.linear_names)
+    for name, index in drawn.indices.items():
+        assert not NF.cells(facts.weights[name]).sets_scale[index].any()
+        share = len(index) / facts.weights[name].numel()
+        assert share == pytest.approx(
+            drawn.n_parameters / sum(facts.weights[n].numel() for n in facts.linear_names), rel=0.2
+        )
+    again, other = random_mask(facts, 0.005, seed=3), random_mask(facts, 0.005, seed=4)
+    name = facts.linear_names[0]
+    assert torch.equal(drawn.indices[name], again.indices[name])
+    assert not torch.equal(drawn.indices[name][:9], other.indices[name][:9])
+    with pytest.raises(MaskError, match=r"in \(0, 1\]; got 2"):
+        random_mask(facts, 2)
+
+
+def test_mansu_stops_where_told(facts: LanguageModel, capitals: Task, mask: Mask):
+    found = unlearn(facts, capitals, mask, replace(CONFIG, stop_at=1.0))
+    assert found.stopped_at == len(found.history) == 2
+    assert found.history[-1]["choice"] <= 1.0
+
+
 def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, mask: Mask):
-    with pytest.raises(ConfigError, match=r"Unknown method 'magic'; available: mansu, graddiff, n"):
+    with pytest.raises(ConfigError, match=r"Unknown method 'magic'; available: mansu, mansu-r"):
         unlearn(facts, capitals, mask, UnlearnConfig(method="magic"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"give mask=circuit\.mask\(model\)"):
         unlearn(facts, capitals)

@@ -42,6 +42,8 @@ class Survival:
     """<dQ, d> / <d, d>: the share of the edit that the quantized model keeps, 1 = all."""
     intended: int = 0
     """Edited weights whose quantized value moved in the direction of the edit."""
+    noise_over_signal: float = 0.0
+    """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 
 
 @torch.no_grad()
@@ -51,7 +53,7 @@ def survival(
     """Compare two checkpoints code by code, over every quantized weight."""
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     edited = survived = collateral = intended = 0
-    update = bins = kept = 0.0
+    update = bins = kept = noise = 0.0
     for name in before.linear_names:
         a, b = before.weights[name], after.weights[name]
         moved = (a != b).flatten()
@@ -68,6 +70,15 @@ def survival(
         bins += float(cells_a.width[moved].double().square().sum())
         kept += float(dq @ d)
         intended += int((dq * d > 0).sum())
+        noise += float((dq - d).square().sum())
     if not edited:
         return Survival(0, 0, 0, 0.0, 0.0)
-    return Survival(edited, survived, collateral, (update / bins) ** 0.5, kept / update, intended)
+    return Survival(
+        edited,
+        survived,
+        collateral,
+        (update / bins) ** 0.5,
+        kept / update,
+        intended,
+        (noise / update) ** 0.5,
+    )

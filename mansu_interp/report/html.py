@@ -148,10 +148,15 @@ def render_html(report: dict[str, Any], svg: str) -> str:
     for section in sections(report, svg):
         blocks = "\n".join(_html_block(block) for block in section.blocks)
         body.append(f"<section>\n<h2>{escape(section.title)}</h2>\n{blocks}\n</section>")
+    return page(f"{title}: unlearning report", body)
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """Blocks of HTML as one page under the policy that forbids every request."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}: unlearning report</title>\n<style>{_CSS}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n"
         "<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
     )

@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from ..config import UnlearnConfig
+from ..config import METHODS, UnlearnConfig
 from ..errors import ConfigError
 from ..masks import Mask
 from ..models import LanguageModel
 from ..tasks import Task
-from .common import Unlearned
+from .common import Unlearned, dev_choice
+from .dense import Objective, train_dense
+from .dpo import dpo, idkdpo
+from .ga import ga
 from .graddiff import graddiff
+from .kl import kl
 from .mansu import mansu
 from .npo import npo
+from .rmu import rmu
+from .satimp import satimp
+from .simnpo import simnpo
+from .sure import sure
+from .taskvector import task_vector
+from .undial import undial
+from .wga import wga
 
-METHODS: dict[str, Callable[..., Unlearned]] = {"mansu": mansu, "graddiff": graddiff, "npo": npo}
+OBJECTIVES: dict[str, Callable[[LanguageModel, Task, UnlearnConfig], Objective]] = {
+    "ga": ga,
+    "graddiff": graddiff,
+    "kl": kl,
+    "npo": npo,
+    "simnpo": simnpo,
+    "dpo": dpo,
+    "idkdpo": idkdpo,
+    "rmu": rmu,
+    "undial": undial,
+    "wga": wga,
+    "satimp": satimp,
+    "task-vector": task_vector,
+    "sure": sure,
+}
+"""Dense methods: what each minimises."""
 
 
 def unlearn(
@@ -29,7 +56,9 @@ def unlearn(
     Arguments:
         model: the original; it is not changed.
         task: what to forget and what to keep.
-        mask: the parameters that may be edited; required by ``mansu``, ignored by dense methods.
+        mask: the parameters that may be edited; required by ``mansu`` and its variants (of which
+            ``mansu-random`` and ``mansu-whole`` differ from it by their mask alone: see
+            `pipeline.make_mask`), ignored by dense methods.
         config: method and settings; default: those of ``mansu``.
         on_step: called with (steps done, steps in all, losses).
 
@@ -41,13 +70,18 @@ def unlearn(
         MaskError: the mask does not fit the model.
     """
     config = config or UnlearnConfig()
-    if config.method not in METHODS:
-        raise ConfigError(f"Unknown method {config.method!r}; available: {', '.join(METHODS)}.")
-    if config.method == "mansu":
-        if mask is None:
-            raise ConfigError("mansu edits inside a mask: give mask=circuit.mask(model).")
-        mask.check_fits(model)
-    return METHODS[config.method](model, task, mask, config, on_step)
+    method = config.method
+    if method not in METHODS:
+        raise ConfigError(f"Unknown method {method!r}; available: {', '.join(METHODS)}.")
+    if method in OBJECTIVES:
+        objective = OBJECTIVES[method](model, task, config)
+        return train_dense(model, task, config, objective, on_step)
+    if mask is None:
+        raise ConfigError(f"{method} edits inside a mask: give mask=circuit.mask(model).")
+    mask.check_fits(model)
+    if method == "mansu-unprojected":
+        config = replace(config, projection=0.0)
+    return mansu(model, task, mask, config, on_step, floored=method != "mansu-unsnapped")
 
 
-__all__ = ["METHODS", "UnlearnConfig", "Unlearned", "unlearn"]
+__all__ = ["METHODS", "OBJECTIVES", "UnlearnConfig", "Unlearned", "dev_choice", "unlearn"]

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..objectives import divergence
+from ..objectives import divergence, nll
+from ..scoring import choice_accuracy
 from ..tasks import Pair, Task, by_phrasing, chunks, collate
 
 HOLD_MARGIN = 0.5
 """Nats by which known retain answers should gain before the hinge lets go."""
 CHUNK = 16
 """Pairs of one phrasing that share the computation of what they begin with."""
+CHECK_EVERY = 2
+"""Steps between two looks at the forgetting level."""
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -86,6 +89,39 @@ class Sampler:
             return None
         rows = self.rng.sample(paragraphs, min(self.TEXT_ROWS, len(paragraphs)))
         return torch.tensor([r[: self.TEXT_TOKENS] for r in rows])
+
+
+def dev_choice(model: LanguageModel, task: Task) -> float:
+    """Mean four-way accuracy on the forget facts' dev phrasings (the trained ones without any)."""
+    sets = list(task.scored["dev"]["forget"].values()) or [task.forget]
+    return sum(choice_accuracy(model, s) for s in sets) / len(sets)
+
+
+def reached(
+    outcome: Callable[[], LanguageModel],
+    task: Task,
+    config: UnlearnConfig,
+    done: int,
+    record: dict[str, float],
+) -> bool:
+    """Whether a run may stop at its forgetting level: the one rule for every method.
+
+    Arguments:
+        outcome: makes the model that the run would end with now.
+        task: whose dev phrasings decide; never the unseen ones.
+        config: ``stop_at`` is the level; None: never stop.
+        done: steps done before this one; every ``CHECK_EVERY``-th step is looked at.
+        record: this step's record, where the accuracy is noted as ``choice``.
+    """
+    if config.stop_at is None or (done + 1) % CHECK_EVERY:
+        return False
+    record["choice"] = dev_choice(outcome(), task)
+    return record["choice"] <= config.stop_at
+
+
+def answer_loss(student: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the answers (nats): the usual retain loss."""
+    return nll(student, pairs).mean()
 
 
 def retain_loss(

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from ..config import UnlearnConfig
-from ..masks import Mask
 from ..models import LanguageModel
-from ..objectives import nll
 from ..tasks import Task
-from .common import OnStep, Unlearned
-from .dense import train_dense
+from .common import answer_loss
+from .dense import Objective
 
 
-def graddiff(
-    model: LanguageModel,
-    task: Task,
-    mask: Mask | None,
-    config: UnlearnConfig,
-    on_step: OnStep | None = None,
-) -> Unlearned:
-    """Loss = -NLL(forget) + retain_weight x NLL(retain), on all weights; the mask is not used."""
-
-    return train_dense(
-        model,
-        task,
-        config,
-        lambda student, pairs: -nll(student, pairs).mean(),
-        lambda student, pairs: nll(student, pairs).mean(),
-        on_step,
-    )
+def graddiff(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+    """Loss = -NLL(forget) + retain_weight x NLL(retain), of the one answer token."""
+    return Objective(lambda student, pairs: -answer_loss(student, pairs), answer_loss)

@@ -29,7 +29,7 @@ from ..objectives import CounterfactualTargets, counterfactual_loss, nll
 from ..quantizers import quantize
 from ..scoring import known
 from ..tasks import Pair, PairSet, Task
-from .common import OnStep, Sampler, Unlearned, retain_loss, text_kl
+from .common import OnStep, Sampler, Unlearned, reached, retain_loss, text_kl
 from .harden import Attacker
 
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
@@ -136,6 +136,30 @@ class Snapper:
         return edited
 
 
+class Continuous(Snapper):
+    """The same steps without the floor: an ablation."""
+
+    @torch.no_grad()
+    def write(self) -> int:
+        """Put the positions, rounded to the checkpoint's dtype, into the full-precision model."""
+        values = [
+            (x.position * x.scale).to(self.model.saved_dtype).float() for x in self.latents.values()
+        ]
+        moved = [
+            (x.position * x.scale - x.original).abs() / x.scale.clamp_min(1e-30)
+            for x in self.latents.values()
+        ]
+        travelled, bar = torch.cat(moved), -1.0
+        if len(travelled) > self.limit:
+            bar = float(travelled.kthvalue(len(travelled) - self.limit).values)
+        edited = 0
+        for (name, x), value, distance in zip(self.latents.items(), values, moved, strict=True):
+            made = (distance > bar) & (value != x.original)
+            self.model.weights[name].view(-1)[x.index] = torch.where(made, value, x.original)
+            edited += int(made.sum())
+        return edited
+
+
 def learning_rate(peak: float, done: int, steps: int) -> float:
     """Warm-up over 5 steps, flat until 60 %, then linear to a twentieth."""
     if done < 5:
@@ -150,8 +174,12 @@ def mansu(
     mask: Mask,
     config: UnlearnConfig,
     on_step: OnStep | None = None,
+    floored: bool = True,
 ) -> Unlearned:
     """Unlearn inside a mask (see the module's text).
+
+    Without ``floored`` (an ablation) positions are written as they are and nothing is known of the
+    quantizer: the same mask, budget, losses and step rule, on the full-precision model alone.
 
     The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``.
     """
@@ -168,13 +196,14 @@ def mansu(
             model, list(mask.indices), keep.sample(FISHER_PAIRS, config.seed), seed=config.seed
         )
     targets = [CounterfactualTargets(t, task.forget, config.seed) for t in teachers]
-    snapper = Snapper(*students, mask, survive, fisher, config.projection)
+    kind = Snapper if floored else Continuous
+    snapper = kind(*students, mask, survive, fisher, config.projection)
     sampler = Sampler(task, config)
     device = next(iter(model.weights.values())).device.type
     attacker = Attacker(task, config) if config.attack else None
     history: list[dict[str, float]] = []
     for done in range(config.steps):
-        side = done % 2
+        side = done % 2 if floored else 0
         student, teacher = students[side], teachers[side]
         losses = {"forget": 0.0, "retain": 0.0}
 
@@ -214,7 +243,10 @@ def mansu(
                 g.add_(e, alpha=config.attack_weight)
         snapper.step(gradients, learning_rate(config.lr, done, config.steps), done + 1)
         losses["edited"] = snapper.write()
+        stop = reached(lambda: students[0], task, config, done, losses)
         history.append(losses)
         if on_step:
             on_step(done + 1, config.steps, losses)
-    return Unlearned(students[0], history, config.steps)
+        if stop:
+            break
+    return Unlearned(students[0], history, len(history))

@@ -6,34 +6,26 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..config import UnlearnConfig
-from ..masks import Mask
 from ..models import LanguageModel
 from ..objectives import nll
 from ..tasks import Pair, Task
-from .common import OnStep, Unlearned, retain_loss
-from .dense import train_dense
-
-BETA = 0.1
+from .common import retain_loss
+from .dense import Objective
 
 
-def npo(
-    model: LanguageModel,
-    task: Task,
-    mask: Mask | None,
-    config: UnlearnConfig,
-    on_step: OnStep | None = None,
-) -> Unlearned:
-    """Loss = -(2/beta) log sigmoid(beta (NLL - NLL_ref)) + retain_weight x KL to the original."""
+def npo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+    """Loss = -(2/b) log sigmoid(b (NLL - NLL_ref)) + retain_weight x KL to the original.
+
+    NLL of the answer, a sum over one token here; b is ``config.baseline.npo_beta``.
+    """
+    beta = config.baseline.npo_beta
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         with torch.no_grad():
             reference = nll(model, pairs)
-        gap = nll(student, pairs) - reference
-        return -(2 / BETA) * torch.nn.functional.logsigmoid(BETA * gap).mean()
+        return -(2 / beta) * logsigmoid(beta * (nll(student, pairs) - reference)).mean()
 
-    def retain(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-        return retain_loss(student, model, pairs)
-
-    return train_dense(model, task, config, forget, retain, on_step)
+    return Objective(forget, lambda student, pairs: retain_loss(student, model, pairs))

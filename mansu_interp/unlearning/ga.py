@@ -1,0 +1,14 @@
+"""Gradient ascent (Jang et al. 2023, arXiv 2210.01504): ascend on forget, retain nothing."""
+
+from __future__ import annotations
+
+from ..config import UnlearnConfig
+from ..models import LanguageModel
+from ..tasks import Task
+from .common import answer_loss
+from .dense import Objective
+
+
+def ga(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+    """Loss = -NLL(forget) of the one answer token: a sequence's mean and sum are the same here."""
+    return Objective(lambda student, pairs: -answer_loss(student, pairs))

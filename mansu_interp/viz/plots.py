@@ -1,0 +1,157 @@
+"""Small static charts as inline SVG: values by method, and one value against another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .svg import _open, escape
+
+_LEFT, _RIGHT, _ROW = 150.0, 560.0, 18.0
+
+
+@dataclass(frozen=True)
+class Dots:
+    """The values of one method, one per seed."""
+
+    name: str
+    values: Sequence[float]
+    ours: bool = False
+    """Drawn in the other colour, and as squares."""
+
+
+@dataclass(frozen=True)
+class _Axis:
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+
+    def at(self, value: float) -> float:
+        """Where a value lies, in pixels; values outside lie on the edge."""
+        scale: Callable[[float], float] = math.log10 if self.log else float
+        value = min(max(value, self.low), self.high)
+        share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Powers of ten, or four or so round values."""
+        if self.log:
+            first, last = math.ceil(math.log10(self.low) - 1e-9), math.log10(self.high) + 1e-9
+            return [10.0**k for k in range(first, math.floor(last) + 1)]
+        rough = (self.high - self.low) / 4
+        unit = 10 ** math.floor(math.log10(rough))
+        step = next(f * unit for f in (1, 2, 5, 10) if f * unit >= rough * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _axis(values: Sequence[float], start: float, end: float, log: bool) -> _Axis:
+    """An axis that holds all values; a logarithmic one leaves out those that are not positive."""
+    shown = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.1, 1.0]
+    low, high = min(shown), max(shown)
+    if log:
+        low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
+        return _Axis(low, high if high > low else low * 10, start, end, True)
+    pad = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
+    return _Axis(low - pad, high + pad, start, end, False)
+
+
+def _mark(x: float, y: float, ours: bool, note: str) -> str:
+    title = f"<title>{escape(note)}</title>"
+    if ours:
+        return (
+            f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="var(--pos)" '
+            f'opacity=".75">{title}</rect>'
+        )
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var(--neg)" opacity=".75">{title}</circle>'
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _across(axis: _Axis, top: float, bottom: float, label: str) -> list[str]:
+    """Vertical grid lines, their values, and what they measure."""
+    parts = []
+    for tick in axis.ticks():
+        x = axis.at(tick)
+        parts.append(f'<path class="axis" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>')
+        parts.append(
+            f'<text class="soft mid" x="{x:.1f}" y="{bottom + 12:.1f}">{_number(tick)}</text>'
+        )
+    middle = (axis.start + axis.end) / 2
+    parts.append(
+        f'<text class="soft mid" x="{middle:.1f}" y="{bottom + 30:.1f}">{escape(label)}</text>'
+    )
+    return parts
+
+
+def strip_svg(
+    rows: Sequence[Dots], label: str, target: float | None = None, log: bool = False
+) -> str:
+    """One row of dots per method.
+
+    Arguments:
+        rows: from top to bottom.
+        label: what is measured.
+        target: marked by a dashed line.
+        log: logarithmic; values that are not positive are left out.
+    """
+    every = [v for r in rows for v in r.values] + ([] if target is None else [target])
+    axis = _axis(every, _LEFT, _RIGHT, log)
+    bottom = 10 + _ROW * len(rows)
+    parts = [_open(_RIGHT + 20, bottom + 44, label), *_across(axis, 6, bottom, label)]
+    if target is not None:
+        x = axis.at(target)
+        parts.append(
+            f'<path class="erased" stroke-width="1.5" d="M{x:.1f} 4V{bottom:.1f}">'
+            f"<title>target {_number(target)}</title></path>"
+        )
+    for k, row in enumerate(rows):
+        y = 10 + _ROW * (k + 0.5)
+        parts.append(
+            f'<text text-anchor="end" x="{_LEFT - 10}" y="{y + 4:.1f}">{escape(row.name)}</text>'
+        )
+        for value in row.values:
+            if math.isfinite(value) and (value > 0 or not log):
+                note = f"{row.name}: {_number(value)}"
+                parts.append(_mark(axis.at(value), y, row.ours, note))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def scatter_svg(
+    points: Sequence[tuple[Dots, Dots]], x_label: str, y_label: str, log_x: bool = False
+) -> str:
+    """One mark per method and seed; hovering names it.
+
+    Arguments:
+        points: per method its values across, and up.
+        x_label: what is measured across.
+        y_label: and up.
+        log_x: across on a logarithmic axis.
+    """
+    pairs = [
+        (x.name, a, b, x.ours)
+        for x, y in points
+        for a, b in zip(x.values, y.values, strict=True)
+        if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x)
+    ]
+    across = _axis([a for _, a, _, _ in pairs], 70.0, _RIGHT, log_x)
+    up = _axis([b for _, _, b, _ in pairs], 250.0, 10.0, False)
+    parts = [_open(_RIGHT + 20, 294, f"{y_label} by {x_label}"), *_across(across, 10, 250, x_label)]
+    parts.append(f'<text class="soft" x="4" y="8">{escape(y_label)}</text>')
+    for tick in up.ticks():
+        y = up.at(tick)
+        parts.append(f'<path class="axis" d="M70 {y:.1f}H{_RIGHT}"/>')
+        parts.append(
+            f'<text class="soft" text-anchor="end" x="64" y="{y + 4:.1f}">{_number(tick)}</text>'
+        )
+    for name, a, b, ours in pairs:
+        note = f"{name}: {_number(a)}, {_number(b)}"
+        parts.append(_mark(across.at(a), up.at(b), ours, note))
+    return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,0 +1,55 @@
+"""A benchmark whose training and attribution are stand-ins, for test_bench.py and its processes.
+
+    python bench_script.py OUT JOBS SEEDS
+
+Patches stand at module level, so that spawned workers have them too.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mansu_interp import bench
+from mansu_interp.cad import CAD, Divergence
+from mansu_interp.config import BenchConfig
+from mansu_interp.unlearning import Unlearned
+
+NAME = "model.layers.2.mlp.down_proj.weight"
+
+
+def fake_unlearn(model: Any, task: Any, mask: Any, config: Any) -> Unlearned:
+    """Adds seeded noise to one weight; graddiff's is so large that the model forgets everything."""
+    out = model.copy()
+    scale = config.lr * {"graddiff": 1e6, "ga": 1e2}[config.method]
+    generator = torch.Generator().manual_seed(config.seed)
+    out.weights[NAME] += scale * torch.randn(out.weights[NAME].shape, generator=generator)
+    time.sleep(0.2)
+    return Unlearned(out, [], 7)
+
+
+bench.unlearn = fake_unlearn  # type: ignore[assignment]
+bench._circuit = lambda *_: None  # type: ignore[assignment]
+bench.compare = lambda *_, **__: CAD(  # type: ignore[assignment]
+    "undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)}
+)
+
+
+def config(out: Path, jobs: int, seeds: int, **settings: Any) -> BenchConfig:
+    """Two methods, two step sizes."""
+    usual: dict[str, Any] = {
+        "methods": ("graddiff", "ga"),
+        "seeds": tuple(range(seeds)),
+        "strengths": (1.0, 2.0),
+    }
+    return BenchConfig(out=out, jobs=jobs, **{**usual, **settings})
+
+
+if __name__ == "__main__":
+    done = config(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    print(len(bench.run_bench(done)), asdict(done)["jobs"])

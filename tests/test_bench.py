@@ -1,0 +1,221 @@
+"""The benchmark: the fair stop, resuming after a kill, side by side, and the table's figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench_script
+import pytest
+
+from mansu_interp import bench
+from mansu_interp.bench import best_retained, make_cell, run_bench
+from mansu_interp.config import BenchConfig, RunConfig
+from mansu_interp.errors import ConfigError, MaskError
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.quantizers import quantize
+from mansu_interp.report.scoreboard import spread, write_scoreboard
+from mansu_interp.scoring import accuracy
+from mansu_interp.tasks import Task
+
+SCRIPT = Path(__file__).with_name("bench_script.py")
+
+
+def try_(forget: float, retain: float, choice: float = 1.0) -> dict[str, Any]:
+    return {"dev": {"forget": forget, "retain": retain, "retain_choice": choice}}
+
+
+@pytest.mark.parametrize(
+    ("tries", "expected"),
+    [
+        # The best retained of those that reach the level, though another forgot more.
+        ([try_(0.30, 0.9), try_(0.10, 0.8), try_(0.9, 1.0)], (0, True)),
+        ([try_(0.29, 0.8), try_(0.30, 0.9), try_(0.31, 1.0)], (1, True)),
+        # Ties: four-way retention, then the smallest step.
+        ([try_(0.2, 0.9, 0.95), try_(0.1, 0.9, 0.97)], (1, True)),
+        ([try_(0.2, 0.9), try_(0.1, 0.9)], (0, True)),
+        # None reaches it: the one that forgot most, and said so.
+        ([try_(0.9, 1.0), try_(0.5, 0.2)], (1, False)),
+        # A failed try never wins over one that ran.
+        ([{"error": "x"}, try_(1.0, 0.1)], (1, False)),
+    ],
+)
+def test_the_fair_stop(tries: list[dict[str, Any]], expected: tuple[int, bool]):
+    assert best_retained(tries, 0.30) == expected
+
+
+def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: Path):
+    config = BenchConfig(out=tmp_path)
+    cell = make_cell(config, facts, "capitals", "npo", 0, 0.3, 1.0)
+    assert cell.config.unlearn.lr == config.lr and cell.config.unlearn.stop_at == 0.3
+    assert cell.config.unlearn.retain_weight == 1.0
+    mansu = make_cell(config, facts, "capitals", "mansu", 0, 0.3, 3.0).config.unlearn
+    assert mansu.lr == pytest.approx(3 * RunConfig().unlearn.lr)
+    assert mansu.margin == -0.5  # the task's own
+    others = [
+        make_cell(config, facts, "capitals", "npo", 1, 0.3, 1.0),
+        make_cell(config, facts, "capitals", "ga", 0, 0.3, 1.0),
+        make_cell(config, facts, "capitals", "npo", 0, 0.9, 1.0),
+        make_cell(config, facts, "capitals", "npo", 0, 0.3, 3.0),
+        make_cell(replace(config, steps=9), facts, "capitals", "npo", 0, 0.3, 1.0),
+        make_cell(config, facts, "countries", "npo", 0, 0.3, 1.0),
+        replace(cell, sha256="another"),
+    ]
+    assert len({c.key for c in [cell, *others]}) == 8
+    same = replace(config, quantizers=("nf4",), seeds=(5,), methods=("npo",), jobs=3)
+    assert make_cell(same, facts, "capitals", "npo", 0, 0.3, 1.0).key == cell.key
+
+
+def test_a_new_setting_at_its_default_leaves_cells_valid():
+    usual = {"a": 1, "nested": {"b": 2, "new": 0}, "other": 5}
+    given = {"a": 9, "nested": {"b": 3, "new": 0}, "other": 5}
+    assert bench._differences(given, usual) == {"a": 9, "nested": {"b": 3}}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("bench")
+    return out, run_bench(bench_script.config(out, 1, 2))
+
+
+def test_figures_are_those_of_the_saved_checkpoint(
+    ran: tuple[Path, list[dict[str, Any]]], facts: LanguageModel, capitals: Task
+):
+    out, rows = ran
+    assert [(r["method"], r["seed"]) for r in rows] == [
+        (m, s) for m in ("graddiff", "ga") for s in (0, 1)
+    ]
+    unseen = capitals.scored["unseen"]["forget"]["capital"]
+    for row in rows:
+        (folder,) = (out / "work" / "facts-capitals").glob(
+            f"{row['method']}-*x{row['strength']:g}-s{row['seed']}-*"
+        )
+        saved = load_model(folder)
+        before, after = accuracy(saved, unseen), accuracy(quantize(saved), unseen)
+        assert row["forget_choice"] == before.choice and row["forget_top1"] == before.top1
+        assert row["gap_choice"] == pytest.approx(after.choice - before.choice, abs=1e-12)
+        assert row["gap_top1"] == pytest.approx(after.top1 - before.top1, abs=1e-12)
+        noise = saved.weights[bench_script.NAME] - facts.weights[bench_script.NAME]
+        moved = int((noise != 0).sum())
+        assert row["edited_share"] == pytest.approx(moved / facts.n_parameters)
+        assert row["forgets"] == (max(before.choice, after.choice) <= 0.35)
+    dense, weak = rows[0], rows[2]
+    assert dense["reached"] and dense["forgets"] and not dense["retains"]
+    assert not weak["reached"] and not weak["searched"] and not weak["forgets"]
+    assert dense["update_over_bin"] > 10 and weak["update_over_bin"] < 1
+    assert dense["noise_over_signal"] < 0.3 * weak["noise_over_signal"]
+    # Only the winner of each search is kept, and the losers' results are.
+    assert len(list((out / "work" / "facts-capitals").iterdir())) == 4
+    assert len(list((out / "cells" / "facts-capitals").glob("*.json"))) == 1 + 4 + 2
+
+
+def test_what_is_done_is_not_done_again(
+    ran: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+):
+    out, rows = ran
+
+    def never(*_: Any) -> None:
+        raise AssertionError("trained or scored again")
+
+    monkeypatch.setattr(bench, "unlearn", never)
+    monkeypatch.setattr(bench, "evaluate", never)
+    assert run_bench(bench_script.config(out, 1, 2)) == rows
+
+
+def test_a_failed_try_is_recorded_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(model: Any, task: Any, mask: Any, config: Any) -> Any:
+        if config.method == "ga":
+            raise MaskError("nothing to edit.")
+        return bench_script.fake_unlearn(model, task, mask, config)
+
+    monkeypatch.setattr(bench, "unlearn", fails)
+    rows = run_bench(bench_script.config(tmp_path, 1, 1, strengths=(1.0,)))
+    assert rows[1]["error"] == "nothing to edit." and "error" not in rows[0]
+    assert "failed: nothing to edit." in (tmp_path / "scoreboard.md").read_text()
+
+
+def start(out: Path, jobs: int, seeds: int) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, str(SCRIPT), str(out), str(jobs), str(seeds)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
+    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+):
+    """A run with two workers, killed each time another cell has come, then left to finish."""
+    cells = tmp_path / "cells"
+
+    def whole() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in cells.rglob("[!.]*.json")}
+
+    for wanted in (1, 4):
+        process = start(tmp_path, 2, 2)
+        end = time.monotonic() + 120
+        while len(whole()) < wanted and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert all(json.loads(text) for text in whole().values())
+    kept = {k: json.loads(v) for k, v in whole().items()}
+    assert len(kept) > 0
+    process = start(tmp_path, 2, 2)
+    assert process.communicate(timeout=200)[0].split() == ["4", "2"]
+    for name, found in kept.items():  # tries that were done have not been done again
+        assert json.loads(Path(name).read_text()).get("seconds") == found.get("seconds")
+    ours, theirs = (
+        list(csv.DictReader((folder / "table.csv").open())) for folder in (tmp_path, ran[0])
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        for key in a.keys() - {"seconds", "peak_gb"}:
+            assert a[key] == b[key], key
+
+
+def test_pages(ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path):
+    _, rows = ran
+    write_scoreboard(tmp_path, [{**r, "method": f"<b>{r['method']}"} for r in rows])
+    page = (tmp_path / "scoreboard.html").read_text()
+    assert "<b>" not in page and "&lt;b&gt;graddiff" in page
+    assert page.count("<svg") == 5
+    assert "default-src 'none'" in page
+    assert not [w for w in ("<script", "src=", "href=", "url(") if w in page]
+    text = (tmp_path / "scoreboard.md").read_text()
+    (line,) = [x for x in text.splitlines() if "graddiff" in x and "e-0" in x]
+    assert spread([r["forget_choice"] for r in rows[:2]]) in line
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert len(table) == 4 and float(table[0]["forget_choice"]) == rows[0]["forget_choice"]
+
+
+def test_spread_by_hand():
+    assert spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+    assert spread([0.5, None], 1, 100) == "50.0"
+    assert spread([None]) == "–"
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"seeds": ()}, "seeds needs one or more different values"),
+        ({"levels": (0.3, 0.3)}, "levels needs one or more different values"),
+        ({"methods": ("magic",)}, "Unknown method 'magic'; available: mansu"),
+        ({"strengths": (0.0,)}, "strengths and lr must be positive"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], text: str):
+    with pytest.raises(ConfigError, match=text):
+        BenchConfig(**settings)
+
+
+def test_unknown_quantizer_before_any_work(tmp_path: Path):
+    with pytest.raises(ConfigError, match="Unknown quantizer 'q9'"):
+        run_bench(BenchConfig(quantizers=("q9",), out=tmp_path))
+    assert not list(tmp_path.iterdir())
