@@ -125,7 +125,7 @@ class UnlearnConfig:
     """mansu: strength of the null-space projection; 0 = none."""
     survive: tuple[str, ...] = ("nf4",)
     """mansu: quantizers that every edit survives by construction (`mansu list` names them); steps
-    alternate with the first. Separated by spaces or commas."""
+    alternate between full precision and each of them in turn. Separated by spaces or commas."""
     stop_at: float | None = None
     """Dense methods: stop when four-way forget accuracy on the dev phrasings is at most this."""
     seed: int = 0
