@@ -3,8 +3,8 @@
     python scripts/retain_bound.py --seeds 0 1 2
 
 Both arms spend the same budget of parameters and the same steps with the same settings; the one may
-edit weights of the circuit, the other any weight of the blocks. Forgetting (four-way, dev phrasings)
-is printed beside the bound, so that the arms can be compared at what they forget.
+edit weights of the circuit, the other any weight of the blocks. Forgetting (four-way, dev
+phrasings) is printed beside the bound, so that the arms can be compared at what they forget.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ in the weight's own cell of any quantizer of the set ``survive``, the weight kee
 original value; once it has left them all, it lands where `floor` allows. So a weight moves at least
 one whole cell or not at all, and the quantized model receives the same edit. Gradients pass the
 snap straight through (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's).
-Steps alternate between the full-precision model and the one after the set's first quantizer, so
-that both forget and both retain; each is compared with the original at its own precision. The
-momentum direction is multiplied by the null-space projection lambda / (lambda + F).
+Steps alternate between the full-precision model and the quantized ones, one quantizer of the set
+after the other, so that all forget and all retain; each is compared with the original at its own
+precision. The momentum direction is multiplied by the null-space projection lambda / (lambda + F).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import UnlearnConfig
-from ..floor import Floor, Set, floor, quantizer_set
+from ..floor import Floor, floor, quantizer_set
 from ..masks import Mask
 from ..models import LanguageModel
 from ..nullspace import Weights, fisher_diagonal, gradient, projection
 from ..objectives import CounterfactualTargets, counterfactual_loss, nll
-from ..quantizers import quantize
+from ..quantizers import Cells, Quantizer, quantize
 from ..scoring import known
 from ..tasks import Pair, PairSet, Task
 from .common import OnStep, Sampler, Unlearned, reached, retain_loss, text_kl
@@ -42,7 +42,8 @@ class _Latent:
 
     index: Int[Tensor, " n"]
     original: Float[Tensor, " n"]
-    quantized: Float[Tensor, " n"]
+    quantized: list[Float[Tensor, " n"]]
+    grids: list[Cells | None]
     floor: Floor
     scale: Float[Tensor, " n"]
     position: Float[Tensor, " n"]
@@ -51,14 +52,14 @@ class _Latent:
 
 
 class Snapper:
-    """The edits of a mask, applied alike to a full-precision model and its quantized twin."""
+    """The edits of a mask, applied alike to a full-precision model and its quantized twins."""
 
     def __init__(
         self,
         model: LanguageModel,
-        quantized: LanguageModel,
+        quantized: list[LanguageModel],
         mask: Mask,
-        survive: Set,
+        survive: list[Quantizer],
         fisher: Weights | None,
         strength: float,
     ) -> None:
@@ -75,7 +76,11 @@ class Snapper:
             self.latents[name] = _Latent(
                 index,
                 original,
-                quantized.weights[name].flatten()[index].clone(),
+                [q.weights[name].flatten()[index].clone() for q in quantized],
+                [
+                    q.cells(model.weights[name])[index] if q.touches(model.weights[name]) else None
+                    for q in survive
+                ],
                 where,
                 scale,
                 original / scale.clamp_min(1e-30),
@@ -111,27 +116,26 @@ class Snapper:
 
     @torch.no_grad()
     def write(self) -> int:
-        """Put the snapped weights into both models; returns how many weights are edited.
+        """Put the snapped weights into all models; returns how many weights are edited.
 
         See `Floor.land` for where a weight ends.
         """
         plans = []
         for x in self.latents.values():
             value, moved = x.floor.land(x.position * x.scale)
-            level = x.floor.first.value(x.floor.first.encode(value))
             distance = (x.position - x.original / x.scale.clamp_min(1e-30)).abs()
-            plans.append((moved, value, level, distance))
+            plans.append((moved, value, distance))
         # Of all that crossed a boundary, the farthest travelled fill the budget.
-        travelled = torch.cat([d[m] for m, _, _, d in plans])
+        travelled = torch.cat([d[m] for m, _, d in plans])
         bar, edited = 0.0, 0
         if len(travelled) > self.limit:
             bar = float(travelled.kthvalue(len(travelled) - self.limit).values)
-        for (name, x), (moved, value, level, distance) in zip(
-            self.latents.items(), plans, strict=True
-        ):
+        for (name, x), (moved, value, distance) in zip(self.latents.items(), plans, strict=True):
             made = moved & (distance > bar)
             self.model.weights[name].view(-1)[x.index] = torch.where(made, value, x.original)
-            self.quantized.weights[name].view(-1)[x.index] = torch.where(made, level, x.quantized)
+            for twin, own, grid in zip(self.quantized, x.quantized, x.grids, strict=True):
+                level = grid.value(grid.encode(value)) if grid else value
+                twin.weights[name].view(-1)[x.index] = torch.where(made, level, own)
             edited += int(made.sum())
         return edited
 
@@ -184,8 +188,8 @@ def mansu(
     The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``.
     """
     survive = quantizer_set(config.survive)
-    teachers = (model, quantize(model, survive[0]))
-    students = (model.copy(), quantize(model, survive[0]))
+    teachers = [model, *(quantize(model, q) for q in survive)]
+    students = [model.copy(), *(quantize(model, q) for q in survive)]
     # A guard that the model does not know holds nothing: keep those whose answer it ranks first.
     guard = known(model, task.guard) if task.guard else None
     task = replace(task, guard=guard or task.guard)
@@ -197,13 +201,13 @@ def mansu(
         )
     targets = [CounterfactualTargets(t, task.forget, config.seed) for t in teachers]
     kind = Snapper if floored else Continuous
-    snapper = kind(*students, mask, survive, fisher, config.projection)
+    snapper = kind(students[0], students[1:], mask, survive, fisher, config.projection)
     sampler = Sampler(task, config)
     device = next(iter(model.weights.values())).device.type
     attacker = Attacker(task, config) if config.attack else None
     history: list[dict[str, float]] = []
     for done in range(config.steps):
-        side = done % 2 if floored else 0
+        side = 1 + done // 2 % len(survive) if done % 2 and floored else 0
         student, teacher = students[side], teachers[side]
         losses = {"forget": 0.0, "retain": 0.0}
 
