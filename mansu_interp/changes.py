@@ -1,7 +1,7 @@
 """What became of each edge: one definition, used by the report, the command line and every view.
 
-Given the attribution scores of one edge (or node) in the original model (b), the edited one (a) and,
-if there is one, its quantized form (q), all on the same pairs in the same metric. The signed share
+Given the attribution scores of one edge (or node) in the original model (b), the edited one (a)
+and, if there is one, its quantized form (q), all on the same pairs in the same metric. The signed share
 of the old flow that is left is
 
     left(x) = x / b          1: as before,  0: nothing,  negative: it now works against the answer
@@ -53,7 +53,7 @@ MEANING = {
 class Changes:
     """The class of every edge (or node)."""
 
-    codes: Int8[np.ndarray, "..."]
+    codes: Int8[np.ndarray, ...]
     """Index into ``CLASSES``, in the shape of the scores."""
     threshold: float
     """What counted as present, in metric units."""
@@ -68,9 +68,9 @@ class Changes:
 
 
 def classify(
-    before: Float[np.ndarray, "..."],
-    after: Float[np.ndarray, "..."],
-    quantized: Float[np.ndarray, "..."] | None = None,
+    before: Float[np.ndarray, ...],
+    after: Float[np.ndarray, ...],
+    quantized: Float[np.ndarray, ...] | None = None,
     threshold: float | None = None,
 ) -> Changes:
     """What became of each edge; see the module for the classes.

@@ -367,7 +367,7 @@ def test_svg_status_recolours_and_adds_new_edges() -> None:
     shown = {title_of(g).split(":")[0].split(" (")[0]: class_of(g) for g in groups}
     assert shown[" -> ".join(names[0])] == "new" and shown[" -> ".join(names[1])] == "erased"
     assert list(shown.values()).count("other") == circuit.n_edges - 1
-    assert "erased: carries nothing" in text and "positive score" not in text
+    assert "erased: carries less than a quarter" in text and "positive score" not in text
     with pytest.raises(CircuitError, match="'gone' is none of kept, erased"):
         circuit_svg(circuit, {names[1]: "gone"})
     with pytest.raises(CircuitError, match="No edge 'm1' -> 'a0"):
