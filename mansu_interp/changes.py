@@ -1,8 +1,8 @@
 """What became of each edge: one definition, used by the report, the command line and every view.
 
 Given the attribution scores of one edge (or node) in the original model (b), the edited one (a)
-and, if there is one, its quantized form (q), all on the same pairs in the same metric. The signed share
-of the old flow that is left is
+and, if there is one, its quantized form (q), all on the same pairs in the same metric. The signed
+share of the old flow that is left is
 
     left(x) = x / b          1: as before,  0: nothing,  negative: it now works against the answer
 

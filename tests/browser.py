@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
 
@@ -21,7 +22,7 @@ def missing() -> str:
     except ImportError:
         return "selenium is not installed (pip install -e '.[test]')"
     if not CHROMIUM or not DRIVER:
-        return "chromium and chromedriver are not installed (apt-get install chromium chromium-driver)"
+        return "no chromium with chromedriver (apt-get install chromium chromium-driver)"
     return ""
 
 
@@ -50,6 +51,8 @@ def chromium(width: int = 1280, height: int = 900, dark: bool = False) -> Iterat
             )
             scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
             driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+            driver.get("about:blank")
+            driver.get_log("performance")
             yield driver
         finally:
             driver.quit()
@@ -68,15 +71,14 @@ def requests(driver: Any) -> list[str]:
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             found.append(message["params"]["request"]["url"])
-    return [u for u in found if not u.startswith(("data:", "blob:"))]
+    own = ("data:", "blob:", "chrome:", "about:")
+    return [u for u in found if not u.startswith(own)]
 
 
 def screenshot(driver: Any, path: Path) -> None:
     """The whole page."""
     metrics = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": metrics["width"], "height": metrics["height"], "scale": 1}
-    import base64
-
     shot = driver.execute_cdp_cmd(
         "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
     )

@@ -26,7 +26,7 @@ border-top:1px solid var(--faint)}
 .mg input[type=range]{width:150px;accent-color:var(--accent);margin:0}
 .mg input[type=number],.mg input[type=search]{font:inherit;color:var(--ink);background:var(--paper);
 border:1px solid var(--faint);border-radius:5px;padding:2px 6px;width:68px}
-.mg input[type=search]{width:118px}
+.mg input[type=search]{width:150px}
 .mg button{font:inherit;color:var(--soft);background:none;border:1px solid var(--faint);
 border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg button[aria-pressed=true]{color:var(--ink);background:var(--box);border-color:var(--soft)}
@@ -40,6 +40,8 @@ border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg .legend{display:flex;flex-wrap:wrap;gap:4px 8px;margin-top:8px}
 .mg .legend button,.mg .legend span{display:inline-flex;gap:7px;align-items:center;font-size:12px;color:var(--soft)}
 .mg .legend button[aria-pressed=false]{opacity:.45;text-decoration:line-through}
+.mg .legend button,.mg .legend button[aria-pressed]{border-color:transparent;background:none;padding:1px 4px}
+.mg .legend button:hover{border-color:var(--faint)}.mg .legend span{padding:1px 4px}
 .mg .legend svg{flex:none}
 .mg .detail{margin-top:9px;padding-top:8px;border-top:1px solid var(--faint);min-height:44px;overflow-x:auto}
 .mg .cols{display:flex;flex-wrap:wrap;gap:4px 34px}

@@ -295,7 +295,7 @@ def view_svg(data: Mapping[str, Any], top: int = 200, theme: str | None = None) 
         (data["writers"][i], data["readers"][j])
         for i, j in zip(edges["source"], edges["target"], strict=True)
     ]
-    n = min(len(names), max(top, 0), max(data["top"], 1) if not classes else len(names))
+    n = min(len(names), max(top, 0), max(data["top"], 1))
     largest = max((abs(s) for scores in edges["scores"] for s in scores[:1]), default=0.0)
     largest = max([largest, *(abs(s) for scores in edges["scores"] for s in scores[:n])])
     active = {box_id(end) for edge in names[:n] for end in edge}

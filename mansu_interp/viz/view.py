@@ -201,6 +201,7 @@ def _view(
         nodes["class"] = of_nodes.codes.tolist()
         data["classes"], data["meaning"] = list(CLASSES), MEANING
         data["counts"], data["present_from"] = of_edges.counts(), of_edges.threshold
+        data["top"] = max(1, min(TOP, sum(data["counts"].values())))  # not what is quiet in all
     return View(json.loads(json.dumps(data)))
 
 
