@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .layout import Box, Layout, place
-from .svg import circuit_svg, curve_svg, escape
+from .svg import circuit_svg, curve_svg, escape, lines_svg
 from .view import View, circuit_view, erasure_view
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "curve_svg",
     "erasure_view",
     "escape",
+    "lines_svg",
     "place",
 ]
