@@ -391,7 +391,7 @@ class GraphView {
     layout.rows.forEach((y, i) => { if (layout.pitch * z > 11 || i % 5 === 0) c.fillText(`L${i}`, 8, y); });
     for (const box of this.boxes) if (!this.active.has(box.id)) this.paintBox(c, box, p, false, z);
     const scores = this.data.edges.scores[p];
-    const weakest = 0.25 + 0.3 * Math.min(1, 40 / Math.max(this.drawn.length, 1));
+    const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1));
     for (let n = this.drawn.length - 1; n >= 0; n--) { // the strongest end up in front
       const i = this.drawn[n], share = Math.sqrt(Math.abs(scores[i]) / this.largest), name = this.nameOf(i);
       const hot = this.hover && this.hover.edge === i;
@@ -399,7 +399,7 @@ class GraphView {
       const at = this.curve(i).p;
       c.globalAlpha = alpha;
       c.strokeStyle = this.colour(name);
-      c.lineWidth = (0.6 + 3.4 * share * share + (hot ? 2 : 0)) * thin;
+      c.lineWidth = (0.9 + 3.1 * share * share + (hot ? 2 : 0)) * thin;
       c.setLineDash(this.data.styles[name][2].split(" ").filter(Boolean).map((x) => x * thin));
       c.beginPath();
       c.moveTo(at[0], at[1]);
