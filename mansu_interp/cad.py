@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .attribution import attribute
+from .attribution import Attribution, attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
 from .errors import CircuitError
@@ -131,6 +131,7 @@ def compare(
     config: AttributionConfig | None = None,
     on_step: Callable[[str, int, int], None] | None = None,
     reference: AnyModel | None = None,
+    on_scores: Callable[[str, Attribution], None] | None = None,
 ) -> CAD:
     """Compare attribution graphs on the same forget pairs.
 
@@ -144,6 +145,7 @@ def compare(
         reference: a twin that was never taught the forget facts, if there is one; it appears
             among the result's models as ``never taught``.
         on_step: called with (model name, pairs done, pairs in all).
+        on_scores: called with (``original`` or a model's name, its scores), to draw them.
 
     Raises:
         CircuitError: nothing to compare, another architecture, or a circuit of another original.
@@ -158,7 +160,10 @@ def compare(
         model = as_model(model)
         if model.architecture != circuit.graph.architecture:
             raise CircuitError(f"{name} has another architecture than the circuit.")
-        return attribute(model, pairs, config, on_batch=lambda d, n: note(name, d, n))
+        found = attribute(model, pairs, config, on_batch=lambda d, n: note(name, d, n))
+        if on_scores:
+            on_scores(name, found)
+        return found
 
     circuit.check_fits(original)
     base = graph_of("original", original)

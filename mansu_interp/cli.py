@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import tyro
 
 from .config import BenchConfig, CadConfig, PlanConfig, RelearnRun, RunConfig, VerifyConfig
 from .defaults import default_config, default_task
-from .errors import MansuError
+from .errors import ConfigError, MansuError
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,28 @@ class ListConfig:
     """Name the models, tasks, methods and quantizers that ship."""
 
 
+def _time(seconds: float) -> str:
+    """12 s, 3 min 05 s or 2 h 04 min."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return (
+        f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+    )
+
+
 class Progress:
     """One line that is rewritten on a terminal, and one line per stage elsewhere."""
 
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and not quiet
         self.stage, self.start = "", time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that a stage is at ``done`` of ``total`` (0 = unknown)."""
+        if self.quiet:
+            return
         now = time.monotonic()
         if stage != self.stage:
             self.close()
@@ -38,9 +52,9 @@ class Progress:
                 print(f"{stage} ...", file=sys.stderr, flush=True)
         if self.live:
             spent = now - self.start
-            left = f", {spent / done * (total - done):.0f} s left" if total and done else ""
+            left = f", {_time(spent / done * (total - done))} left" if total and done else ""
             count = f"{done}/{total}" if total else f"{done}"
-            line = f"{stage}  {count}  {spent:.0f} s{left}"
+            line = f"{stage}  {count}  {_time(spent)}{left}"
             width = shutil.get_terminal_size().columns - 1
             print("\r" + line[:width].ljust(width), end="", file=sys.stderr, flush=True)
 
@@ -50,31 +64,58 @@ class Progress:
             print(file=sys.stderr)
 
 
-def _run(config: RunConfig) -> int:
+@dataclass(frozen=True)
+class Output:
+    """How results are printed; may stand anywhere on the command line."""
+
+    quiet: bool = False
+    """``--quiet``: nothing but the result."""
+    json: bool = False
+    """``--json``: the result as one JSON value on standard output."""
+
+    @classmethod
+    def split(cls, argv: list[str]) -> tuple[Output, list[str]]:
+        """These two options, and the rest of the command line."""
+        rest = [word for word in argv if word not in ("--quiet", "--json")]
+        return cls("--quiet" in argv, "--json" in argv), rest
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _run(config: RunConfig, output: Output) -> int:
     from .pipeline import run
     from .planning import Plan
     from .report import console_summary
 
-    progress = Progress()
+    progress = Progress(output.quiet)
 
     def show(plan: Plan) -> None:
-        print("\n".join(plan.lines), flush=True)
+        if not (output.quiet or output.json):
+            print("\n".join(plan.lines), flush=True)
 
     start = time.monotonic()
     try:
         result = run(config, progress, show)
     finally:
         progress.close()
-    print()
+    if output.json:
+        from .artifacts import read_json
+
+        _print_json(read_json(result.folder / "report.json"))
+        return 0
+    print("" if output.quiet else "\n", end="")
     print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
-    print(f"\n{time.monotonic() - start:.0f} s. Open {result.folder / 'report.html'}")
+    if not output.quiet:
+        print(f"\n{_time(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
     return 0
 
 
-def _bench(config: BenchConfig) -> int:
+def _bench(config: BenchConfig, output: Output) -> int:
     from .bench import run_bench
 
-    progress = Progress()
+    progress = Progress(output.quiet)
     try:
         rows = run_bench(config, progress)
     finally:
@@ -83,9 +124,15 @@ def _bench(config: BenchConfig) -> int:
     return 0
 
 
-def _plan(config: PlanConfig) -> int:
+def _plan(config: PlanConfig, output: Output) -> int:
     from .planning import plan_lines
 
+    if output.json:
+        from .models import empty_model
+        from .planning import estimate
+
+        _print_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
+        return 0
     print("\n".join(plan_lines(config)))
     return 0
 
@@ -111,12 +158,12 @@ def _verify(config: VerifyConfig) -> int:
     return found.status
 
 
-def _relearn(config: RelearnRun) -> int:
+def _relearn(config: RelearnRun, output: Output) -> int:
     from .models import load_model
     from .relearning import relearn, relearning_lines
     from .tasks import load_task
 
-    progress = Progress()
+    progress = Progress(output.quiet)
     model = load_model(config.model)
     task = load_task(config.task or default_task(config.original or config.model), model)
     names = {config.model: config.model}
@@ -143,7 +190,7 @@ def _relearn(config: RelearnRun) -> int:
     return 0
 
 
-def _cad(config: CadConfig) -> int:
+def _cad(config: CadConfig, output: Output) -> int:
     from .erasure import judge_erasure
     from .models import load_model
     from .quantizers import quantize
@@ -152,7 +199,7 @@ def _cad(config: CadConfig) -> int:
     original, edited = load_model(config.original), load_model(config.edited)
     task = load_task(config.task or default_task(config.original), original)
     quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
-    progress = Progress()
+    progress = Progress(output.quiet)
     try:
         found = judge_erasure(original, edited, task, quantized, config.seed, progress)
     finally:
@@ -161,13 +208,19 @@ def _cad(config: CadConfig) -> int:
     return 0
 
 
-def _list() -> int:
+def _list(output: Output) -> int:
     from .models import embedded_models
     from .quantizers import QUANTIZERS
     from .tasks import embedded_tasks, read_task_file
     from .unlearning import METHODS
 
-    print("models      " + ", ".join(m for m in embedded_models() if "twin" not in m))
+    models = [m for m in embedded_models() if "twin" not in m]
+    if output.json:
+        tasks = {name: read_task_file(name)[0]["title"] for name in embedded_tasks()}
+        found = {"models": models, "tasks": tasks, "methods": [*METHODS]}
+        _print_json({**found, "quantizers": [*QUANTIZERS]})
+        return 0
+    print("models      " + ", ".join(models))
     for name in embedded_tasks():
         print(f"task        {name}: {read_task_file(name)[0]['title']}")
     print("methods     " + ", ".join(METHODS))
@@ -175,7 +228,16 @@ def _list() -> int:
     return 0
 
 
-ABOUT = "Make a language model forget something, and check that it stays forgotten."
+ABOUT = """Make a language model forget something, and check that it stays forgotten.
+
+Examples:
+  mansu list                                    what ships
+  mansu run --out runs/first                    the embedded model forgets capitals
+  mansu run --task my-task.json --out runs/mine your own facts
+  mansu plan --model Llama-3.1-8B/config.json   what it would cost
+
+With every command: --quiet prints the result alone, --json prints it as JSON. Colours follow
+NO_COLOR. Completion: mansu --tyro-print-completion bash (or zsh)."""
 
 
 def _command(argv: list[str]) -> Any:
@@ -235,18 +297,21 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted; verify: more)."""
     try:
         argv = sys.argv[1:] if argv is None else argv
+        output, argv = Output.split(argv)
         config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
+        if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):
+            raise ConfigError("--json is for run, plan and list; leave it out here.")
         if isinstance(config, RunConfig):
-            return _run(config)
+            return _run(config, output)
         if isinstance(config, BenchConfig):
-            return _bench(config)
+            return _bench(config, output)
         if isinstance(config, VerifyConfig):
             return _verify(config)
         if isinstance(config, RelearnRun):
-            return _relearn(config)
+            return _relearn(config, output)
         if isinstance(config, CadConfig):
-            return _cad(config)
-        return _plan(config) if isinstance(config, PlanConfig) else _list()
+            return _cad(config, output)
+        return _plan(config, output) if isinstance(config, PlanConfig) else _list(output)
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)
         return 1

@@ -22,6 +22,10 @@ class CircuitError(MansuError, ValueError):
     """A circuit or attribution request is malformed, or does not fit the model."""
 
 
+class ViewError(MansuError, ValueError):
+    """A picture or widget cannot be made: a package is missing, or it is asked for nonsense."""
+
+
 class MaskError(MansuError, ValueError):
     """A mask is malformed, empty, or does not fit the model."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .artifacts import read_json, write_json
+from .attribution import Attribution
 from .cad import compare
 from .circuit import Circuit, discover
 from .config import RunConfig
@@ -34,11 +35,13 @@ from .report import write_report
 from .scoring import accuracy
 from .tasks import PairSet, Task, load_task
 from .unlearning import unlearn
-from .viz.svg import circuit_svg
+from .viz import circuit_svg, erasure_view
 
 OnProgress = Callable[[str, int, int], None]
 QUANTIZER = "nf4"
 SAMPLES = 8
+GRAPH_LIMIT = 1500
+"""Edges that the report's graph holds; all else in report.json is a few kilobytes."""
 PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
 
 
@@ -269,6 +272,7 @@ def run(
     held_out = [p for s in task.scored["unseen"]["forget"].values() for p in s]
     compared = {k: models[k] for k in ("unlearned", f"unlearned {QUANTIZER}")}
     twin = load_model(task.twins[0]) if task.twins and is_embedded(config.model) else None
+    graphs: dict[str, Attribution] = {}
     cad = compare(
         circuit,
         model,
@@ -277,6 +281,16 @@ def run(
         circuit_config,
         lambda name, d, n: note(f"attribution of {name}", d, n),
         twin,
+        graphs.__setitem__,
+    )
+    graph = erasure_view(
+        circuit,
+        graphs["original"],
+        graphs["unlearned"],
+        graphs[f"unlearned {QUANTIZER}"],
+        model=model,
+        mask=mask,
+        limit=GRAPH_LIMIT,
     )
     lap("compare")
 
@@ -335,6 +349,7 @@ def run(
             ],
         },
         "cad": cad.to_json(),
+        "graph": graph.data,
         "samples": _samples(
             task, {k: v for k, v in models.items() if k != f"original {QUANTIZER}"}
         ),

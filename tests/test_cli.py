@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -64,6 +65,42 @@ def test_list_names_what_ships():
     assert lines["quantizers"].startswith("nf4, ") and "q4_0" in lines["quantizers"]
     assert "task        capitals: Forget the capital of every country" in done.stdout
     assert "twin" not in done.stdout
+
+
+def test_json_output_is_json_and_nothing_else():
+    found = json.loads(mansu("list", "--json").stdout)
+    assert found["models"] == ["facts"] and "mansu" in found["methods"]
+    assert found["tasks"]["capitals"].startswith("Forget the capital")
+    cost = json.loads(mansu("plan", "--json", "--tokens", "8").stdout)
+    assert cost["edges"] == 1055 and cost["backward"] > 0
+
+
+def test_help_teaches_by_example_and_without_colour():
+    done = mansu("--help")
+    assert "mansu run --task my-task.json" in done.stdout and "--json" in done.stdout
+    assert "\x1b[" not in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shell_completion(shell: str):
+    done = mansu("--tyro-print-completion", shell)
+    assert done.returncode == 0, done.stderr
+    assert "mansu" in done.stdout and "--budget" in done.stdout
+
+
+def test_progress(capsys: pytest.CaptureFixture[str]):
+    from mansu_interp.cli import Progress, _time
+
+    assert [_time(s) for s in (3.4, 65, 7440)] == ["3 s", "1 min 05 s", "2 h 04 min"]
+    quiet, plain = Progress(quiet=True), Progress()
+    quiet("scores", 1, 2)
+    assert capsys.readouterr().err == ""
+    plain("scores", 1, 2)
+    plain("scores", 2, 2)
+    assert capsys.readouterr().err == "scores ...\n"
+    plain.live, plain.stage = True, ""
+    plain("unlearning", 1, 4)
+    assert "unlearning  1/4" in (text := capsys.readouterr().err) and text.rstrip().endswith("left")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The report as one self-contained page: no script, no font, no image, no request.
+"""The report as one self-contained page: no font, no image, no request.
 
 Whatever a model or a prompt says is escaped, and a content security policy forbids everything but
-the page's own styles.
+the page's own styles and, where it holds a graph, the graph's script.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..viz import escape
-from .story import Block, Cards, Code, Picture, Table, against, heading, sections
+from ..viz.page import graph_element, policy, script_element
+from .story import Block, Cards, Code, Graph, Picture, Table, against, heading, sections
 from .values import get, measured, status_of, text_of
 
 _CSS = """
@@ -63,7 +64,6 @@ th,td{padding:5px 9px}}
 table{font-size:8pt}th,td{padding:3px 6px}figure .mansu{max-width:100%;height:auto;max-height:20cm}
 .cards{grid-template-columns:1fr 1fr}}
 """
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def _state(passed: Any) -> str:
@@ -126,6 +126,11 @@ def _html_block(block: Block) -> str:
         return code
     if isinstance(block, Picture):
         return f'<figure class="scroll" tabindex="0">{block.svg}</figure>'
+    if isinstance(block, Graph):
+        try:
+            return graph_element(block.data)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return _html_table(block.instead)  # damaged data must not cost the whole report
     if isinstance(block, Cards):
         return f'<div class="cards">{"".join(_card(item) for item in block.properties)}</div>'
     return f"<p>{escape(block)}</p>"
@@ -153,10 +158,13 @@ def render_html(report: dict[str, Any], svg: str) -> str:
 
 def page(title: str, body: Sequence[str]) -> str:
     """Blocks of HTML as one page under the policy that forbids every request."""
+    drawn = any("data-mansu-graph" in part for part in body)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(script=drawn)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n"
-        "<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
+        "<body>\n<main>\n"
+        + "\n".join(body)
+        + f"\n</main>\n{script_element() if drawn else ''}\n</body>\n</html>\n"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .story import CARD_NUMBERS, Block, Cards, Code, Picture, Table, heading, sections
+from .story import CARD_NUMBERS, Block, Cards, Code, Graph, Picture, Table, heading, sections
 from .values import get, measured, status_of, text_of
 
 
@@ -35,6 +35,8 @@ def _md_table(table: Table) -> str:
 def _md_block(block: Block) -> str:
     if isinstance(block, Picture):
         return _md_table(block.instead) if block.instead else ""
+    if isinstance(block, Graph):
+        return _md_table(block.instead)
     if isinstance(block, Table):
         return _md_table(block)
     if isinstance(block, Code):

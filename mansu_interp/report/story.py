@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..viz import curve_svg
+from ..viz import curve_svg, lines_svg
 from .values import (
     count,
     duration,
@@ -65,13 +65,21 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """The interactive view of what became of the graph, and the table that stands in its place."""
+
+    data: Mapping[str, Any]
+    instead: Table
+
+
+@dataclass(frozen=True)
 class Cards:
     """The properties, as cards or as a table."""
 
     properties: Sequence[Any]
 
 
-Block = str | Table | Code | Picture | Cards
+Block = str | Table | Code | Picture | Graph | Cards
 
 
 @dataclass(frozen=True)
@@ -148,9 +156,64 @@ def _edit(report: Mapping[str, Any]) -> list[Block]:
         for w in items(get(edit, "by_weight"))
     ]
     blocks: list[Block] = [Table(["the edit", "value"], rows)]
+    survival = pairs(get(report, "survival"))
+    columns = list(dict.fromkeys(k for _, v in survival for k, _ in pairs(v)))
+    if columns:
+        rows = [[name, *(_plain(get(v, c)) for c in columns)] for name, v in survival]
+        blocks.append("What each quantizer leaves of the edit:")
+        blocks.append(Table(["quantizer", *(c.replace("_", " ") for c in columns)], rows))
     if weights:
+        blocks.append("Where the edits lie:")
         blocks.append(Table(["weight", "edited", "of"], weights))
     return blocks
+
+
+def _plain(value: Any) -> str:
+    """A count, a share or a word."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return count(value)
+    return figure(value) if number(value) is not None else text_of(value)
+
+
+def _graph(report: Mapping[str, Any]) -> list[Block]:
+    """What became of every edge, as a view and as counts."""
+    data = get(report, "graph")
+    meaning = get(data, "meaning")
+    counts = [
+        [name, count(n), text_of(get(meaning, name)).partition(": ")[2]]
+        for name, n in pairs(get(data, "counts"))
+    ]
+    if not counts:
+        return []
+    return [
+        "What became of every edge of the attribution graph, on forget prompts that unlearning "
+        "never saw. Drag to move, click to select; the three graphs share it.",
+        Graph(data, Table(["edges that were", "number", "meaning"], counts, words=3)),
+    ]
+
+
+def _relearning(report: Mapping[str, Any]) -> list[Block]:
+    """Relearning curves: model -> [[steps, accuracy on the facts not trained on], ...]."""
+    curves = {
+        name: [p for p in items(points) if isinstance(p, (list, tuple)) and len(p) == 2]
+        for name, points in pairs(get(report, "relearning"))
+    }
+    steps = sorted({float(x) for ps in curves.values() for x, _ in ps if number(x) is not None})
+    if not steps:
+        return []
+    table = Table(
+        ["model", *(f"{s:g} steps" for s in steps)],
+        [
+            [name, *(percent({number(x): y for x, y in points}.get(s)) for s in steps)]
+            for name, points in curves.items()
+        ],
+    )
+    return [
+        "After fine-tuning on one half of the forget facts for some steps: share of the other "
+        "half that is answered again. Erased knowledge stays away.",
+        Picture(lines_svg(curves, "steps of relearning", "answered")),
+        table,
+    ]
 
 
 def _circuit(report: Mapping[str, Any], svg: str) -> list[Block]:
@@ -228,6 +291,7 @@ def _reproduce(report: Mapping[str, Any]) -> list[Block]:
 
 def sections(report: Mapping[str, Any], svg: str = "") -> list[Section]:
     """The report as sections, from which every rendering is made."""
+    relearning = _relearning(report)
     samples = items(get(report, "samples"))
     columns = list(dict.fromkeys(k for s in samples for k, _ in pairs(s)))
     rows = [[text_of(get(s, c)).strip() for c in columns] for s in samples]
@@ -236,10 +300,11 @@ def sections(report: Mapping[str, Any], svg: str = "") -> list[Section]:
     times.append(["all", duration(sum(number(s) or 0.0 for _, s in seconds))])
     return [
         Section("Four properties", [Cards(items(get(report, "properties")))]),
+        Section("Circuit attribution divergence (CAD)", [*_cad(report), *_graph(report)]),
         Section("Scores", _scores(report)),
+        *([Section("Relearning", relearning)] if relearning else []),
         Section("The edit and its survival", _edit(report)),
         Section("The circuit", _circuit(report, svg)),
-        Section("Circuit attribution divergence (CAD)", _cad(report)),
         Section("Samples", [Table(columns, rows, words=len(columns))] if rows else ["None."]),
         Section("How to reproduce", _reproduce(report)),
         Section("Time spent", [Table(["stage", "time"], times)]),

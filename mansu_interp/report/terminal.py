@@ -75,5 +75,8 @@ def console_summary(report: dict[str, Any], width: int) -> str:
         f"{count(get(edit, 'survived'))} survive quantization. "
         f"Circuit: {count(get(circuit, 'edges'))} of {count(get(circuit, 'of'))} edges.",
     )
+    became = pairs(get(report, "graph", "counts"))
+    if became:
+        out += lines(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in became)}.", 1)
     out += lines(f"CAD: {text_of(get(report, 'cad', 'verdict'))} (not calibrated)", 1)
     return "\n".join(out)

@@ -19,6 +19,13 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 58.0, 10.0, 10.0
 _MLP_WIDTH, _MLP_GAP = 46.0, 26.0
 _PORTS = {"q": -0.28, "k": 0.0, "v": 0.28}
 _SHARED_PORTS = {"k": -0.16, "v": 0.16}
+CONSTANTS = {
+    "ports": _PORTS,
+    "shared_ports": _SHARED_PORTS,
+    "right": RIGHT,
+    "mlp_width": _MLP_WIDTH,
+}
+"""What `curve` needs besides a layout; graph.js draws by the same rule."""
 
 
 @dataclass(frozen=True)

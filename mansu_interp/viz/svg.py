@@ -13,27 +13,22 @@ import html
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..changes import MEANING
 from ..errors import CircuitError
-from .layout import Box, Layout, box_id, curve, place, reader_name
+from ..graph import Architecture
+from .layout import LEFT, Box, Layout, box_id, curve, place, reader_name
 
 if TYPE_CHECKING:  # at run time only its methods are used, so pictures need no torch
     from ..circuit import Circuit
 
-STATUS_TEXT = {
-    "kept": "kept: carries what it carried",
-    "erased": "erased: carries nothing any more",
-    "suppressed": "suppressed: still there, cancelled later",
-    "recovered": "recovered: came back after quantization",
-    "new": "new: not in the original circuit",
-}
+STATUS_TEXT = MEANING
 _SIGN_TEXT = {
     "pos": "positive score: supports the answer",
     "neg": "negative score: opposes the answer",
 }
-# One rule per edge class: light colour, dark colour, dash pattern.
-_EDGE_STYLES = {
+EDGE_STYLES = {
     "pos": ("#0072B2", "#4BA3DB", ""),
     "neg": ("#D55E00", "#EC7A24", "6 3"),
     "kept": ("#0072B2", "#4BA3DB", ""),
@@ -42,7 +37,9 @@ _EDGE_STYLES = {
     "recovered": ("#D55E00", "#EC7A24", "12 3"),
     "new": ("#CC79A7", "#CC79A7", "8 3 2 3"),
     "other": ("#8A9099", "#7A828C", ""),
+    "quiet": ("#8A9099", "#7A828C", ""),
 }
+"""One rule per edge class: light colour, dark colour, dash pattern."""
 _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -52,18 +49,24 @@ def escape(text: object) -> str:
     return html.escape(_ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", str(text)), quote=True)
 
 
-def _style() -> str:
-    """The style sheet; every rule is scoped, because inline SVG shares the page's styles."""
+def _style(theme: str | None = None) -> str:
+    """The style sheet; every rule is scoped, because inline SVG shares the page's styles.
 
-    def variables(column: int) -> str:
-        return "".join(f"--{name}:{style[column]};" for name, style in _EDGE_STYLES.items())
+    With a ``theme`` (light, dark) the colours are written out, for programs that know no variables.
+    """
+    light = {"paper": "#fff", "ink": "#1d2329", "soft": "#5c6670", "faint": "#dfe3e7"}
+    dark = {"paper": "#15191d", "ink": "#e8ebee", "soft": "#a3adb7", "faint": "#2c333a"}
+    light["box"], dark["box"] = "#f4f6f8", "#232a31"
+    for name, (bright, dim, _) in EDGE_STYLES.items():
+        light[name], dark[name] = bright, dim
+
+    def variables(colours: Mapping[str, str]) -> str:
+        return "".join(f"--{name}:{value};" for name, value in colours.items())
 
     rules = [
-        f".mansu{{--paper:#fff;--ink:#1d2329;--soft:#5c6670;--faint:#dfe3e7;--box:#f4f6f8;"
-        f"{variables(0)}background:var(--paper);color:var(--ink);font:11px {_FONT}}}",
-        "@media screen and (prefers-color-scheme:dark){.mansu{--paper:#15191d;--ink:#e8ebee;"
-        f"--soft:#a3adb7;--faint:#2c333a;--box:#232a31;{variables(1)}}}}}",
-        ".mansu text{fill:currentColor;stroke:none}",
+        f".mansu{{{variables(light)}background:var(--paper);color:var(--ink);font:11px {_FONT}}}",
+        f"@media screen and (prefers-color-scheme:dark){{.mansu{{{variables(dark)}}}}}",
+        ".mansu text{fill:var(--ink);stroke:none}",
         ".mansu .mid{text-anchor:middle;dominant-baseline:central}",
         ".mansu .soft{fill:var(--soft)}",
         ".mansu .off rect{fill:none;stroke:var(--faint)}",
@@ -76,17 +79,29 @@ def _style() -> str:
         ".mansu .edge:hover .line{stroke-width:5px;opacity:1}",
         ".mansu .axis{stroke:var(--faint)}",
     ]
-    for name, (_, _, dash) in _EDGE_STYLES.items():
+    for name, (_, _, dash) in EDGE_STYLES.items():
         dashes = f";stroke-dasharray:{dash}" if dash else ""
         rules.append(f".mansu .{name}{{stroke:var(--{name}){dashes}}}")
+    if theme is not None:
+        chosen = dark if theme == "dark" else light
+        rules = [
+            re.sub(r"var\(--(\w+)\)", lambda m: chosen[m[1]], rule)
+            for rule in rules[2:]
+            if "hover" not in rule and "transparent" not in rule
+        ]
+        rules.append(f".mansu{{font-family:{_FONT};font-size:11px}}")
+        rules.append(".mansu .hit{stroke:none}")
     return "<style>" + "\n".join(rules) + "</style>"
 
 
-def _open(width: float, height: float, label: str) -> str:
+def _open(width: float, height: float, label: str, theme: str | None = None) -> str:
+    paper = "#15191d" if theme == "dark" else "#fff"
+    ground = f'<rect width="100%" height="100%" fill="{paper}"/>' if theme else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="mansu" role="img" '
         f'aria-label="{escape(label)}" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}">\n<title>{escape(label)}</title>\n{_style()}'
+        f'viewBox="0 0 {width:.0f} {height:.0f}">\n<title>{escape(label)}</title>\n'
+        f"{_style(theme)}{ground}"
     )
 
 
@@ -263,4 +278,107 @@ def curve_svg(
             f'<text text-anchor="{anchor}" x="{x + (-10 if anchor == "end" else 10):.1f}" '
             f'y="{y + 18:.1f}">{note}</text>'
         )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+_LINES = ("kept", "recovered", "suppressed", "new", "erased", "other")
+
+
+def lines_svg(curves: Mapping[str, Sequence[Any]], x_label: str, y_label: str) -> str:
+    """A small line chart of shares (0 to 1), a line a name with its own colour and dashes.
+
+    Arguments:
+        curves: by name, [[x, share], ...] in any order; points that are not numbers are left out.
+        x_label: what x counts.
+        y_label: what the share is of.
+    """
+
+    def real(value: Any) -> bool:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
+    lines = {k: sorted((x, y) for x, y in v if real(x) and real(y)) for k, v in curves.items()}
+    most = max([1.0, *(x for points in lines.values() for x, _ in points)])
+    left, right, top, bottom = 44.0, 404.0, 16.0, 170.0
+    parts = [_open(420, 214 + 18 * len(lines), f"{y_label} by {x_label}")]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = bottom - (bottom - top) * share
+        parts.append(f'<path class="axis" d="M{left} {y:.1f}H{right}"/>')
+        parts.append(
+            f'<text class="soft" text-anchor="end" x="{left - 6}" y="{y + 4:.1f}">{share:g}</text>'
+        )
+    for x in sorted({x for points in lines.values() for x, _ in points}):
+        at = left + (right - left) * x / most
+        parts.append(f'<text class="soft mid" x="{at:.1f}" y="{bottom + 14}">{x:g}</text>')
+    middle = (left + right) / 2
+    parts.append(f'<text class="soft mid" x="{middle}" y="{bottom + 32}">{escape(x_label)}</text>')
+    for name, points in zip(_LINES * len(lines), lines.values(), strict=False):
+        path = " ".join(
+            f"{left + (right - left) * x / most:.1f} {bottom - (bottom - top) * y:.1f}"
+            for x, y in points
+        )
+        parts.append(f'<path class="{name}" stroke-width="2" d="M{path}"/>' if path else "")
+    legend = list(zip(_LINES * len(lines), lines, strict=False))
+    parts.append(_legend(legend, 8, 222))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def view_svg(data: Mapping[str, Any], top: int = 200, theme: str | None = None) -> str:
+    """The static picture of a view: its panes side by side, one legend.
+
+    Arguments:
+        data: `View.data`.
+        top: draw at most this many edges, the strongest in any pane.
+        theme: ``light`` or ``dark`` writes the colours out; None follows the reader's.
+    """
+    layout = place(Architecture(**data["architecture"]))
+    edges, panes, classes = data["edges"], data["panes"], data.get("classes")
+    names = [
+        (data["writers"][i], data["readers"][j])
+        for i, j in zip(edges["source"], edges["target"], strict=True)
+    ]
+    n = min(len(names), max(top, 0), max(data["top"], 1))
+    largest = max((abs(s) for scores in edges["scores"] for s in scores[:1]), default=0.0)
+    largest = max([largest, *(abs(s) for scores in edges["scores"] for s in scores[:n])])
+    active = {box_id(end) for edge in names[:n] for end in edge}
+    weakest = 0.25 + 0.3 * min(1.0, 40 / max(n, 1))
+
+    def class_of(k: int) -> str:
+        if classes:
+            return classes[edges["class"][k]]
+        return "pos" if edges["scores"][0][k] >= 0 else "neg"
+
+    if classes:
+        legend = [(c, f"{data['meaning'][c]} ({data['counts'][c]:,})") for c in classes[1:]]
+    else:
+        legend = list(_SIGN_TEXT.items())
+    legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data['unit']}."))
+    legend.append(("", f"The {n:,} strongest of {data['total']:,} edges are drawn."))
+    cad = data.get("cad") or {}
+    lines = [data["title"]]
+    if cad:
+        lines.append(f"CAD: {cad.get('verdict')}. {cad.get('sentence') or ''}".strip())
+    top_y = 18.0 * len(lines) + (22 if any(panes) else 4)
+    width = layout.width * len(panes)
+    height = top_y + layout.height + 18 * len(legend) + 12
+    label = f"{data['title']}: {', '.join(p for p in panes if p) or 'scores'}, {n:,} edges drawn"
+    parts = [_open(width, height, label, theme)]
+    for k, line in enumerate(lines):
+        weight = ' font-weight="600"' if k == 0 else ""
+        parts.append(f'<text x="8" y="{16 + 18 * k}"{weight} font-size="13">{escape(line)}</text>')
+    for p, (pane, scores) in enumerate(zip(panes, edges["scores"], strict=True)):
+        parts.append(f'<g transform="translate({p * layout.width:.0f} {top_y:.0f})">')
+        if pane:
+            parts.append(f'<text x="{LEFT:.0f}" y="-6" font-weight="600">{escape(pane)}</text>')
+        parts += [
+            f'<text class="soft" x="8" y="{y + 4:.1f}">L{layer}</text>'
+            for layer, y in enumerate(layout.rows)
+        ]
+        boxes = layout.boxes.values()
+        parts += [_box(b, "not drawn", False) for b in boxes if b.id not in active]
+        for k in reversed(range(n)):
+            share = abs(scores[k]) / largest if largest else 0.0
+            parts.append(_edge(layout, names[k], scores[k], share, weakest, class_of(k)))
+        parts += [_box(b, pane or "component", True) for b in boxes if b.id in active]
+        parts.append("</g>")
+    parts.append(_legend(legend, 8, top_y + layout.height + 12))
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,0 +1,655 @@
+// The interactive graph: one ES module for the notebook widget (anywidget calls `render`) and for
+// saved pages (they inline this file and call `mount`). No dependency, no request. Everything that
+// comes from data is written with textContent. The data's format is described in docs/viewing.md.
+
+const CSS = `
+.mg{--paper:#fff;--ink:#1d2329;--soft:#5c6670;--faint:#dfe3e7;--box:#f4f6f8;--accent:#0b6bcb;
+color:var(--ink);background:var(--paper);font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif;border:1px solid var(--faint);border-radius:8px;padding:12px 14px;
+text-align:left;container-type:inline-size}
+.mg.dark{--paper:#15191d;--ink:#e8ebee;--soft:#a3adb7;--faint:#333b43;--box:#232a31;--accent:#6cb4f5;
+color-scheme:dark}
+.mg *{box-sizing:border-box}.mg [hidden]{display:none!important}
+.mg .head{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline;margin-bottom:8px}
+.mg .title{font-weight:650;font-size:15px;overflow-wrap:anywhere}
+.mg .soft{color:var(--soft)}
+.mg .cad{border-left:4px solid var(--soft);background:var(--box);border-radius:4px;
+padding:7px 12px;margin:0 0 10px;overflow-x:auto}
+.mg .cad b{text-transform:capitalize}
+.mg table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:12px;margin-top:5px;color:inherit}
+.mg th,.mg td{padding:1px 14px 1px 0;text-align:right;font-weight:400;border:0;background:none;white-space:nowrap}
+.mg th{color:var(--soft)}.mg th:first-child,.mg td:first-child{text-align:left}
+.mg .bar{display:flex;flex-wrap:wrap;gap:8px 16px;align-items:center;padding:7px 0 9px;
+border-top:1px solid var(--faint)}
+.mg label{display:inline-flex;gap:6px;align-items:center;color:var(--soft);margin:0}
+.mg output{font-variant-numeric:tabular-nums;color:var(--ink)}
+.mg input[type=range]{width:150px;accent-color:var(--accent);margin:0}
+.mg input[type=number],.mg input[type=search]{font:inherit;color:var(--ink);background:var(--paper);
+border:1px solid var(--faint);border-radius:5px;padding:2px 6px;width:68px}
+.mg input[type=search]{width:150px}
+.mg button{font:inherit;color:var(--soft);background:none;border:1px solid var(--faint);
+border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
+.mg button[aria-pressed=true]{color:var(--ink);background:var(--box);border-color:var(--soft)}
+.mg :focus-visible{outline:2px solid var(--accent);outline-offset:1px}
+.mg .chips{display:inline-flex;gap:4px;align-items:center;color:var(--soft)}
+.mg .panes{display:grid;grid-template-columns:repeat(var(--panes),minmax(0,1fr));gap:10px}
+.mg figure{margin:0;min-width:0}
+.mg figcaption{color:var(--soft);font-weight:600;padding:0 0 3px 2px;font-size:13px;text-align:left}
+.mg canvas{display:block;width:100%;border-radius:6px;cursor:grab;touch-action:pan-y}
+.mg canvas.over{cursor:pointer}
+.mg .legend{display:flex;flex-wrap:wrap;gap:4px 8px;margin-top:8px}
+.mg .legend button,.mg .legend span{display:inline-flex;gap:7px;align-items:center;font-size:12px;color:var(--soft)}
+.mg .legend button[aria-pressed=false]{opacity:.45;text-decoration:line-through}
+.mg .legend button,.mg .legend button[aria-pressed]{border-color:transparent;background:none;padding:1px 4px}
+.mg .legend button:hover{border-color:var(--faint)}.mg .legend span{padding:1px 4px}
+.mg .legend svg{flex:none}
+.mg .detail{margin-top:9px;padding-top:8px;border-top:1px solid var(--faint);min-height:44px;overflow-x:auto}
+.mg .cols{display:flex;flex-wrap:wrap;gap:4px 34px}
+.mg .mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:11.5px;overflow-wrap:anywhere}
+.mg .tip{position:fixed;z-index:99999;pointer-events:none;background:var(--paper);color:var(--ink);
+border:1px solid var(--soft);border-radius:6px;padding:6px 10px;font-size:12px;max-width:min(430px,90vw);
+box-shadow:0 3px 12px #0003}
+@container (max-width:760px){.mg .panes{grid-template-columns:minmax(0,1fr)}}
+@media print{.mg .bar,.mg .detail{display:none}}
+`;
+
+const fmt = (x) => (x === null || x === undefined ? "–" : (x < 0 ? "−" : "+") + short(Math.abs(x)));
+const short = (x) => (x === 0 ? "0" : x < 1e-4 ? x.toExponential(1) : Number(x.toPrecision(4)).toString());
+const count = (n) => n.toLocaleString("en-US");
+const boxOf = (id) => id.split("<")[0];
+const readerOf = (id) => (id.includes("<") ? id.slice(id.indexOf("<") + 1, -1) : "");
+
+function make(tag, props = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [k, v] of Object.entries(props)) {
+    if (k === "text") node.textContent = v;
+    else if (k === "class") node.className = v;
+    else if (k.startsWith("on")) node.addEventListener(k.slice(2), v);
+    else node.setAttribute(k, v);
+  }
+  node.append(...children);
+  return node;
+}
+
+function table(rows) {
+  const cell = (tag) => (text) => make(tag, { text });
+  return make("table", {}, ...rows.map((r, i) => make("tr", {}, ...r.map(cell(i ? "td" : "th")))));
+}
+
+// The four Bezier points of an edge: the same rule as `curve` in layout.py (a test compares them).
+export function curve(layout, source, target) {
+  const u = layout.box[boxOf(source)], v = layout.box[boxOf(target)], c = layout.constants;
+  const offsets = v.kind === "kv" ? c.shared_ports : c.ports;
+  const isEnd = (a, b) => (u.kind === a && v.kind === b) || (u.kind === b && v.kind === a);
+  let x0 = u.x, x1 = v.x + (offsets[readerOf(target)] || 0) * v.width;
+  if (u.kind === "input" && v.kind !== "logits") x0 += 0.75 * (x1 - u.x);
+  if (v.kind === "logits" && u.kind !== "input") x1 += 0.75 * (x0 - v.x);
+  const y0 = u.y - u.height / 2, y1 = v.y + v.height / 2, rise = y0 - y1;
+  if (rise > 1.1 * layout.pitch && Math.abs(x1 - x0) < 0.6 * layout.cell) {
+    let swing;
+    if (u.kind === "mlp" || v.kind === "mlp" || isEnd("input", "logits")) {
+      swing = Math.min(26 + (5 * rise) / layout.pitch, c.right * 1.1);
+      if (isEnd("input", "logits")) {
+        x0 = x1 = layout.box.m0.x + c.mlp_width / 2 - 4;
+        swing = c.right * 1.25;
+      }
+    } else {
+      const side = roundEven(y0 / layout.pitch) % 2 ? 1 : -1;
+      swing = side * layout.cell * Math.min(0.55 + (0.05 * rise) / layout.pitch, 1.1);
+    }
+    return [x0, y0, x0 + swing, y0 - 0.3 * rise, x1 + swing, y1 + 0.3 * rise, x1, y1];
+  }
+  const reach = Math.min(0.5 * rise, 1.2 * layout.pitch);
+  return [x0, y0, x0, y0 - reach, x1, y1 + reach, x1, y1];
+}
+
+function roundEven(x) { // Python's round
+  const r = Math.round(x);
+  return Math.abs(x % 1) === 0.5 && r % 2 ? r - 1 : r;
+}
+
+function bezier(p, t) {
+  const s = 1 - t, a = s * s * s, b = 3 * s * s * t, c = 3 * s * t * t, d = t * t * t;
+  return [a * p[0] + b * p[2] + c * p[4] + d * p[6], a * p[1] + b * p[3] + c * p[5] + d * p[7]];
+}
+
+function isDark(el) {
+  const jupyter = document.body.dataset.jpThemeLight;
+  if (jupyter) return jupyter === "false";
+  if (el.closest(".dark, .dark-theme, [data-theme=dark]")) return true;
+  if (el.closest(".light, .light-theme, [data-theme=light]")) return false;
+  return matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+class GraphView {
+  constructor(el, data, model) {
+    Object.assign(this, { el, data, model, panes: data.panes, hidden: new Set(), query: "" });
+    this.index();
+    this.kinds = new Set(["q", "k", "v", "mlp", "logits"]);
+    this.selected = new Set(model ? model.get("selected") : []);
+    this.selectedEdge = model ? model.get("selected_edge") : [];
+    this.changedOnly = model ? model.get("changed_only") : false;
+    this.circuitOnly = false;
+    this.view = { k: 1, x: 0, y: 0 };
+    this.threshold = (model && model.get("threshold")) ?? this.atRank(data.top);
+    this.stop = new AbortController();
+    this.build();
+    this.refilter();
+  }
+
+  index() {
+    const d = this.data, e = d.edges;
+    const keys = ["id", "kind", "label", "x", "y", "width", "height"];
+    this.boxes = d.layout.boxes.map((row) => Object.fromEntries(keys.map((k, i) => [k, row[i]])));
+    this.layout = { ...d.layout, box: Object.fromEntries(this.boxes.map((b) => [b.id, b])) };
+    const n = e.source.length;
+    this.strength = new Float64Array(n);
+    this.largest = 0;
+    for (let i = 0; i < n; i++) {
+      for (const s of e.scores) this.strength[i] = Math.max(this.strength[i], Math.abs(s[i]));
+      this.largest = Math.max(this.largest, this.strength[i]);
+    }
+    this.order = Array.from({ length: n }, (_, i) => i).sort((a, b) => this.strength[b] - this.strength[a]);
+    this.low = Math.max(n ? this.strength[this.order[n - 1]] : 0, this.largest * 1e-5) || 1e-9;
+    this.source = e.source.map((i) => d.writers[i]);
+    this.target = e.target.map((j) => d.readers[j]);
+    this.kind = this.target.map((id) => readerOf(id) || (id === "logits" ? "logits" : "mlp"));
+    this.nodeRow = Object.fromEntries(d.writers.map((id, i) => [id, i]));
+    this.curves = new Array(n);
+  }
+
+  curve(i) {
+    if (!this.curves[i]) {
+      const p = curve(this.layout, this.source[i], this.target[i]);
+      const line = new Float32Array(34);
+      for (let t = 0; t <= 16; t++) line.set(bezier(p, t / 16), 2 * t);
+      this.curves[i] = { p, line };
+    }
+    return this.curves[i];
+  }
+
+  atRank(k) {
+    const n = this.order.length;
+    return n ? this.strength[this.order[Math.max(0, Math.min(k, n) - 1)]] : 0;
+  }
+
+  rank(threshold) {
+    let low = 0, high = this.order.length;
+    while (low < high) {
+      const mid = (low + high) >> 1;
+      if (this.strength[this.order[mid]] >= threshold) low = mid + 1;
+      else high = mid;
+    }
+    return low;
+  }
+
+  // ---- controls -------------------------------------------------------------------------------
+  build() {
+    const d = this.data;
+    this.el.replaceChildren();
+    this.root = make("div", { class: "mg" });
+    const head = make("div", { class: "head" }, make("span", { class: "title", text: d.title }));
+    for (const fact of d.facts || []) head.append(make("span", { class: "soft", text: fact }));
+    this.slider = make("input", {
+      type: "range", min: 0, max: 1000, "aria-label": "threshold on |score|",
+      oninput: () => this.setThreshold(this.largest * Math.pow(this.low / this.largest, 1 - this.slider.value / 1000)),
+    });
+    this.thresholdOut = make("output");
+    this.topInput = make("input", {
+      type: "number", min: 1, max: this.order.length, "aria-label": "strongest edges to draw",
+      onchange: () => this.setThreshold(this.atRank(Number(this.topInput.value) || 1)),
+    });
+    this.countOut = make("output", { "aria-live": "polite", class: "count" });
+    const bar = make("div", { class: "bar" },
+      make("label", {}, "|score| ≥", this.slider, this.thresholdOut),
+      make("label", {}, "top", this.topInput), this.countOut);
+    const chips = make("span", { class: "chips" }, "read as");
+    for (const kind of ["q", "k", "v", "mlp", "logits"]) {
+      chips.append(this.toggle(kind, true, (on) => {
+        this.kinds[on ? "add" : "delete"](kind);
+        this.refilter();
+      }));
+    }
+    bar.append(chips);
+    if (d.edges.class) {
+      this.changedButton = this.toggle("changed only", this.changedOnly, (on) => {
+        this.changedOnly = on;
+        this.sync("changed_only", on);
+        this.refilter();
+      });
+      bar.append(this.changedButton);
+    }
+    if (d.edges.in_circuit.some((x) => !x)) {
+      bar.append(this.toggle("circuit only", false, (on) => { this.circuitOnly = on; this.refilter(); }));
+    }
+    this.search = make("input", {
+      type: "search", placeholder: "find node, e.g. a2.h1", "aria-label": "find node",
+      oninput: () => { this.query = this.search.value.trim().toLowerCase(); this.refilter(); },
+    });
+    bar.append(this.search, make("button", { type: "button", text: "reset view", title: "key 0", onclick: () => this.resetView() }));
+
+    this.panesEl = make("div", { class: "panes" });
+    this.panesEl.style.setProperty("--panes", this.panes.length);
+    this.canvases = this.panes.map((name, p) => {
+      const canvas = make("canvas", {
+        tabindex: 0, role: "img",
+        "aria-label": `Attribution graph${name ? ", " + name : ""}. Arrow keys move between components, Enter selects, plus and minus zoom, square brackets move the threshold.`,
+      });
+      this.listen(canvas, p);
+      this.panesEl.append(make("figure", {}, ...(name ? [make("figcaption", { text: name })] : []), canvas));
+      return canvas;
+    });
+    this.legend = make("div", { class: "legend" });
+    this.detail = make("div", { class: "detail", "aria-live": "polite" });
+    this.tip = make("div", { class: "tip", hidden: "" });
+    this.root.append(make("style", { text: CSS }), head, ...this.verdict(), bar, this.panesEl, this.legend, this.detail, this.tip);
+    this.el.append(this.root);
+    this.buildLegend();
+    const redraw = () => { this.theme(); this.draw(); };
+    const signal = this.stop.signal;
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw, { signal });
+    const watcher = new MutationObserver(redraw);
+    watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class", "data-theme"] });
+    watcher.observe(document.documentElement, { attributes: true, attributeFilter: ["class", "data-theme"] });
+    const resize = new ResizeObserver(() => this.draw());
+    resize.observe(this.panesEl);
+    signal.addEventListener("abort", () => { watcher.disconnect(); resize.disconnect(); });
+    this.theme();
+  }
+
+  toggle(text, on, act) {
+    const button = make("button", { type: "button", text, "aria-pressed": String(on) });
+    button.addEventListener("click", () => {
+      const now = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(now));
+      act(now);
+    });
+    return button;
+  }
+
+  verdict() {
+    const cad = this.data.cad;
+    if (!cad) return [];
+    const parts = ["mass", "projection", "alignment", "outside"];
+    const number = (x) => (typeof x === "number" ? x.toFixed(3).replace("-", "−") : "–");
+    const models = Object.entries(cad.models || {});
+    const rows = [["share of the original", ...parts], ...models.map(([m, v]) => [m, ...parts.map((p) => number(v && v[p]))])];
+    return [make("div", { class: "cad" },
+      make("b", { text: `CAD: ${cad.verdict ?? "–"}. ` }), cad.sentence ?? "", ...(models.length ? [table(rows)] : []))];
+  }
+
+  buildLegend() {
+    const d = this.data, ns = "http://www.w3.org/2000/svg";
+    const swatch = (name) => {
+      const svg = document.createElementNS(ns, "svg"), line = document.createElementNS(ns, "path");
+      svg.setAttribute("width", 34); svg.setAttribute("height", 8);
+      line.setAttribute("d", "M0 4H34"); line.setAttribute("stroke-width", 2.5);
+      line.setAttribute("stroke", this.colour(name)); line.setAttribute("stroke-dasharray", d.styles[name][2]);
+      svg.append(line);
+      return svg;
+    };
+    this.legend.replaceChildren();
+    if (d.edges.class) {
+      for (const name of d.classes.slice(1)) {
+        const n = d.counts[name];
+        const button = this.toggle("", !this.hidden.has(name), (on) => {
+          this.hidden[on ? "delete" : "add"](name);
+          this.refilter();
+        });
+        button.append(swatch(name), `${d.meaning[name]} (${count(n)})`);
+        this.legend.append(button);
+      }
+    } else {
+      this.legend.append(make("span", {}, swatch("pos"), "supports the answer"), make("span", {}, swatch("neg"), "opposes it"));
+    }
+    this.legend.append(make("span", { text: `Width: |score|, largest ${short(this.largest)} ${d.unit}` }));
+  }
+
+  theme() {
+    this.dark = isDark(this.el);
+    this.root.classList.toggle("dark", this.dark);
+    const style = getComputedStyle(this.root);
+    this.css = Object.fromEntries(["paper", "ink", "soft", "faint", "box", "accent"].map((n) => [n, style.getPropertyValue("--" + n).trim()]));
+    this.buildLegend();
+  }
+
+  colour(name) { return this.data.styles[name][this.dark ? 1 : 0]; }
+
+  nameOf(i) {
+    const d = this.data;
+    return d.edges.class ? d.classes[d.edges.class[i]] : d.edges.scores[0][i] < 0 ? "neg" : "pos";
+  }
+
+  sync(name, value) {
+    if (!this.model) return;
+    this.model.set(name, value);
+    this.model.save_changes();
+  }
+
+  setThreshold(value) {
+    this.threshold = Math.min(value, this.largest);
+    this.sync("threshold", this.threshold);
+    this.refilter();
+  }
+
+  refilter() {
+    const d = this.data, e = d.edges, q = this.query;
+    const matches = (id) => !q || boxOf(id).includes(q) || id.includes(q);
+    const k = this.rank(this.threshold);
+    this.drawn = this.order.slice(0, k).filter((i) =>
+      this.kinds.has(this.kind[i]) && (!this.circuitOnly || e.in_circuit[i]) &&
+      (!e.class || (!this.hidden.has(d.classes[e.class[i]]) && (!this.changedOnly || !["kept", "quiet"].includes(d.classes[e.class[i]])))) &&
+      (matches(this.source[i]) || matches(this.target[i])));
+    this.active = new Set(this.drawn.flatMap((i) => [boxOf(this.source[i]), boxOf(this.target[i])]));
+    const span = Math.log(this.low / this.largest) || 1;
+    this.slider.value = Math.round(1000 * (1 - Math.log(Math.max(this.threshold, this.low) / this.largest) / span));
+    this.thresholdOut.textContent = short(this.threshold);
+    if (document.activeElement !== this.topInput) this.topInput.value = k;
+    const held = this.order.length < d.total ? ` held here, ${count(d.total)} in all` : "";
+    this.countOut.textContent = `${count(this.drawn.length)} of ${count(this.order.length)} edges${held}`;
+    if (this.selectedEdge.length && !this.edgeIndex(this.selectedEdge)) this.selectedEdge = [];
+    this.showDetail();
+    this.draw();
+  }
+
+  edgeIndex([source, target]) { return this.drawn.find((i) => this.source[i] === source && this.target[i] === target); }
+
+  // ---- drawing --------------------------------------------------------------------------------
+  draw() {
+    if (this.pending) return;
+    this.pending = requestAnimationFrame(() => {
+      this.pending = 0;
+      this.canvases.forEach((_, p) => this.paint(p));
+    });
+  }
+
+  paint(p) {
+    const canvas = this.canvases[p], { layout, css, view } = this;
+    const width = canvas.clientWidth;
+    if (!width) return;
+    const fit = Math.min(width / layout.width, 1.5), height = Math.min(layout.height * fit, 760);
+    this.fit = Math.min(fit, height / layout.height);
+    this.shift = (width - layout.width * this.fit) / 2;
+    const ratio = window.devicePixelRatio || 1;
+    if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+      canvas.width = Math.round(width * ratio);
+      canvas.height = Math.round(height * ratio);
+      canvas.style.height = `${height}px`;
+    }
+    const c = canvas.getContext("2d"), z = this.fit * view.k;
+    c.setTransform(ratio, 0, 0, ratio, 0, 0);
+    c.fillStyle = css.paper;
+    c.fillRect(0, 0, width, height);
+    c.setTransform(ratio * z, 0, 0, ratio * z, ratio * (this.shift + view.x), ratio * view.y);
+    const thin = Math.max(1, 0.75 / z); // lines and letters stay legible when zoomed out
+    const shown = this.selected.size || this.selectedEdge.length;
+    const touches = (i) => this.selected.has(boxOf(this.source[i])) || this.selected.has(boxOf(this.target[i])) || this.isSelectedEdge(i);
+    c.font = `${Math.min(11 * thin, 15)}px system-ui, sans-serif`;
+    c.textBaseline = "middle";
+    c.textAlign = "left";
+    c.fillStyle = css.soft;
+    layout.rows.forEach((y, i) => { if (layout.pitch * z > 11 || i % 5 === 0) c.fillText(`L${i}`, 8, y); });
+    for (const box of this.boxes) if (!this.active.has(box.id)) this.paintBox(c, box, p, false, z);
+    const scores = this.data.edges.scores[p];
+    const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1));
+    for (let n = this.drawn.length - 1; n >= 0; n--) { // the strongest end up in front
+      const i = this.drawn[n], share = Math.sqrt(Math.abs(scores[i]) / this.largest), name = this.nameOf(i);
+      const hot = this.hover && this.hover.edge === i;
+      const alpha = hot ? 1 : shown && !touches(i) ? 0.07 : weakest + (0.95 - weakest) * share;
+      const at = this.curve(i).p;
+      c.globalAlpha = alpha;
+      c.strokeStyle = this.colour(name);
+      c.lineWidth = (0.9 + 3.1 * share * share + (hot ? 2 : 0)) * thin;
+      c.setLineDash(this.data.styles[name][2].split(" ").filter(Boolean).map((x) => x * thin));
+      c.beginPath();
+      c.moveTo(at[0], at[1]);
+      c.bezierCurveTo(at[2], at[3], at[4], at[5], at[6], at[7]);
+      c.stroke();
+    }
+    c.setLineDash([]);
+    c.globalAlpha = 1;
+    for (const box of this.boxes) if (this.active.has(box.id)) this.paintBox(c, box, p, true, z);
+  }
+
+  paintBox(c, box, p, on, z) {
+    const { css } = this, d = this.data, row = this.nodeRow[box.id];
+    const chosen = this.selected.has(box.id), found = this.query && box.id.includes(this.query);
+    let line = on ? css.soft : css.faint, dash = "";
+    if (on && d.nodes.class && row !== undefined && d.nodes.class[row]) {
+      const name = d.classes[d.nodes.class[row]];
+      line = this.colour(name);
+      dash = d.styles[name][2];
+    }
+    const x = box.x - box.width / 2, y = box.y - box.height / 2;
+    c.beginPath();
+    c.roundRect(x, y, box.width, box.height, box.kind === "kv" ? 2 : 5);
+    if (box.kind === "kv") {
+      c.fillStyle = on ? css.soft : css.faint;
+      c.fill();
+    } else if (on) {
+      c.fillStyle = css.box;
+      c.fill();
+    }
+    const hot = this.hover && this.hover.box === box.id, focus = this.focus === box.id;
+    c.strokeStyle = chosen || hot || found || focus ? css.accent : line;
+    c.lineWidth = (chosen ? 3 : hot || found || focus ? 2 : on && d.nodes.class ? 1.8 : 1) / Math.min(z, 1);
+    c.setLineDash(chosen || hot || found || focus ? [] : dash.split(" ").filter(Boolean).map(Number));
+    if (box.kind !== "kv" || chosen || hot) c.stroke();
+    c.setLineDash([]);
+    if (box.label && box.width * z > 17) {
+      c.fillStyle = on || chosen ? css.ink : css.soft;
+      c.globalAlpha = on || chosen ? 1 : 0.55;
+      c.textAlign = "center";
+      c.fillText(box.label, box.x, box.y + 0.5);
+      c.globalAlpha = 1;
+    }
+  }
+
+  isSelectedEdge(i) { return this.selectedEdge[0] === this.source[i] && this.selectedEdge[1] === this.target[i]; }
+
+  // ---- mouse and keyboard ---------------------------------------------------------------------
+  toWorld(event, p) {
+    const r = this.canvases[p].getBoundingClientRect(), z = this.fit * this.view.k;
+    return [(event.clientX - r.left - this.shift - this.view.x) / z, (event.clientY - r.top - this.view.y) / z];
+  }
+
+  hit(event, p) {
+    const [x, y] = this.toWorld(event, p), z = this.fit * this.view.k;
+    const box = this.boxes.find((b) => Math.abs(x - b.x) <= b.width / 2 + 1 && Math.abs(y - b.y) <= b.height / 2 + (b.kind === "kv" ? 3 : 1));
+    if (box) return { box: box.id };
+    let best = null, least = (6 / z) ** 2;
+    for (const i of this.drawn) {
+      const l = this.curve(i).line;
+      for (let t = 0; t < 32; t += 2) {
+        const dx = l[t + 2] - l[t], dy = l[t + 3] - l[t + 1], size = dx * dx + dy * dy || 1;
+        const s = Math.max(0, Math.min(1, ((x - l[t]) * dx + (y - l[t + 1]) * dy) / size));
+        const far = (x - l[t] - s * dx) ** 2 + (y - l[t + 1] - s * dy) ** 2;
+        if (far < least) { least = far; best = i; }
+      }
+    }
+    return best === null ? null : { edge: best };
+  }
+
+  listen(canvas, p) {
+    let start = null, moved = false;
+    canvas.addEventListener("pointermove", (event) => {
+      if (start) {
+        const dx = event.clientX - start.x, dy = event.clientY - start.y;
+        if (Math.hypot(dx, dy) > 3) moved = true;
+        if (moved) { this.view.x = start.vx + dx; this.view.y = start.vy + dy; this.draw(); }
+        return;
+      }
+      const hover = this.hit(event, p), was = this.hover;
+      this.hover = hover;
+      canvas.classList.toggle("over", !!hover);
+      this.showTip(event);
+      if (hover?.box !== was?.box || hover?.edge !== was?.edge) this.draw();
+    });
+    canvas.addEventListener("pointerleave", () => { this.hover = null; this.tip.hidden = true; this.draw(); });
+    canvas.addEventListener("pointerdown", (event) => {
+      if (event.button) return;
+      start = { x: event.clientX, y: event.clientY, vx: this.view.x, vy: this.view.y };
+      moved = false;
+      if (event.isTrusted) canvas.setPointerCapture(event.pointerId);
+    });
+    canvas.addEventListener("pointerup", (event) => {
+      if (start && !moved) this.click(this.hit(event, p), event.shiftKey);
+      start = null;
+    });
+    canvas.addEventListener("pointercancel", () => { start = null; });
+    canvas.addEventListener("wheel", (event) => {
+      if (!event.ctrlKey && !event.metaKey && this.view.k === 1 && document.activeElement !== canvas) return; // let the page scroll
+      event.preventDefault();
+      const r = canvas.getBoundingClientRect();
+      this.zoom(Math.exp(-event.deltaY / 400), event.clientX - r.left, event.clientY - r.top);
+    }, { passive: false });
+    canvas.addEventListener("dblclick", (event) => {
+      const r = canvas.getBoundingClientRect();
+      this.zoom(1.8, event.clientX - r.left, event.clientY - r.top);
+    });
+    canvas.addEventListener("keydown", (event) => this.key(event, canvas));
+  }
+
+  zoom(by, x, y) {
+    const k = Math.max(0.5, Math.min(12, this.view.k * by)), f = k / this.view.k;
+    x -= this.shift; // what lies under the pointer stays there
+    this.view = { k, x: x - (x - this.view.x) * f, y: y - (y - this.view.y) * f };
+    this.draw();
+  }
+
+  resetView() { this.view = { k: 1, x: 0, y: 0 }; this.draw(); }
+
+  key(event, canvas) {
+    const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    if (step) this.moveFocus(step);
+    else if (event.key === "Enter" || event.key === " ") this.click(this.focus ? { box: this.focus } : null, event.shiftKey);
+    else if (event.key === "Escape") this.click(null);
+    else if (event.key === "+" || event.key === "=") this.zoom(1.25, canvas.clientWidth / 2, canvas.clientHeight / 2);
+    else if (event.key === "-") this.zoom(0.8, canvas.clientWidth / 2, canvas.clientHeight / 2);
+    else if (event.key === "0") this.resetView();
+    else if (event.key === "[" || event.key === "]") {
+      this.slider.value = Number(this.slider.value) + (event.key === "[" ? -20 : 20);
+      this.slider.dispatchEvent(new Event("input"));
+    } else if (event.key === "/") this.search.focus();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  moveFocus([dx, dy]) {
+    const from = this.layout.box[this.focus || [...this.selected][0]] || this.layout.box.input;
+    const ahead = this.boxes.filter((b) => b.kind !== "kv" && b.id !== from.id && (dx ? dx * (b.x - from.x) > 4 && Math.abs(b.y - from.y) < this.layout.pitch * 0.6 : dy * (b.y - from.y) > 4));
+    const far = (b) => (dx ? Math.abs(b.x - from.x) + 3 * Math.abs(b.y - from.y) : 3 * Math.abs(b.y - from.y) + Math.abs(b.x - from.x));
+    const next = ahead.sort((a, b) => far(a) - far(b))[0];
+    if (next) this.focus = next.id;
+    this.showDetail(this.focus);
+    this.draw();
+  }
+
+  click(hit, add = false) {
+    if (hit && hit.box) {
+      const had = this.selected.has(hit.box);
+      if (!add) this.selected.clear();
+      if (had) this.selected.delete(hit.box);
+      else this.selected.add(hit.box);
+      this.selectedEdge = [];
+    } else if (hit) {
+      this.selected.clear();
+      this.selectedEdge = this.isSelectedEdge(hit.edge) ? [] : [this.source[hit.edge], this.target[hit.edge]];
+    } else {
+      this.selected.clear();
+      this.selectedEdge = [];
+    }
+    this.focus = null;
+    if (this.model) {
+      this.model.set("selected", [...this.selected]);
+      this.model.set("selected_edge", this.selectedEdge);
+      this.model.save_changes();
+    }
+    this.showDetail();
+    this.draw();
+  }
+
+  // ---- words ----------------------------------------------------------------------------------
+  paneNames() { return this.panes.map((name) => name || "score"); }
+
+  edgeRows(list) {
+    const e = this.data.edges;
+    return list.map((i) => [`${this.source[i]} → ${this.target[i]}`, ...e.scores.map((s) => fmt(s[i])), ...(e.class ? [this.nameOf(i)] : [])]);
+  }
+
+  describeBox(id, full) {
+    const d = this.data, row = this.nodeRow[id], out = [make("b", { text: id })];
+    const into = this.drawn.filter((i) => boxOf(this.target[i]) === id), from = this.drawn.filter((i) => boxOf(this.source[i]) === id);
+    out.push(make("span", { class: "soft", text: `  ${into.length} edges in, ${from.length} out, as drawn` }));
+    if (row !== undefined) {
+      const values = d.nodes.scores.map((s) => s[row]);
+      const left = this.panes.length > 1 ? ["left", ...values.map((v) => (values[0] ? `${Math.round((100 * v) / values[0])}%`.replace("-", "−") : "–"))] : null;
+      const kind = d.nodes.class ? d.classes[d.nodes.class[row]] : null;
+      out.push(table([["", ...this.paneNames()], ["node score", ...values.map(fmt)], ...(left ? [left] : [])]));
+      if (kind && kind !== "quiet") out.push(make("div", { class: "soft", text: d.meaning[kind] }));
+    }
+    const weights = d.weights[id] || [];
+    if (weights.length) out.push(make("div", { class: "mono soft" }, ...weights.flatMap((w) => [w, make("br")])));
+    if (!full) return out;
+    const heads = ["", ...this.paneNames(), ...(d.edges.class ? ["became"] : [])];
+    const cols = [["strongest in", into], ["strongest out", from]].filter(([, list]) => list.length)
+      .map(([title, list]) => make("div", {}, table([[title, ...heads.slice(1)], ...this.edgeRows(list.slice(0, 8))])));
+    return [make("div", { class: "cols" }, make("div", {}, ...out), ...cols)];
+  }
+
+  describeEdge(i) {
+    const e = this.data.edges;
+    const heads = ["", ...this.paneNames(), ...(e.class ? ["became"] : [])];
+    return [table([heads, ...this.edgeRows([i])]),
+      make("div", { class: "soft", text: e.in_circuit[i] ? "in the circuit" : "outside the circuit" })];
+  }
+
+  showTip(event) {
+    const { hover, tip } = this;
+    tip.hidden = !hover;
+    if (!hover) return;
+    tip.replaceChildren(...(hover.box ? this.describeBox(hover.box, false) : this.describeEdge(hover.edge)));
+    const { width, height } = tip.getBoundingClientRect();
+    tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 6))}px`;
+    tip.style.top = `${event.clientY + 16 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 16}px`;
+  }
+
+  showDetail(id) {
+    const edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
+    const ids = id ? [id] : [...this.selected];
+    const hint = "Click a component or an edge (shift-click adds); drag to move, double-click, + and − to zoom; arrows and Enter work too.";
+    this.detail.replaceChildren(...(ids.length ? ids.slice(0, 4).flatMap((x) => this.describeBox(x, true))
+      : edge !== undefined ? this.describeEdge(edge) : [make("span", { class: "soft", text: hint })]));
+  }
+
+  close() { this.stop.abort(); cancelAnimationFrame(this.pending); }
+}
+
+export function mount(el, data, model = null) {
+  try {
+    return new GraphView(el, data, model);
+  } catch (error) { // a picture that fails must not take the page with it
+    el.textContent = `This graph cannot be drawn: ${error.message}`;
+    return null;
+  }
+}
+
+export default {
+  render({ model, el }) {
+    const view = mount(el, model.get("data"), model);
+    if (!view) return;
+    const on = (name, act) => { model.on(`change:${name}`, act); return () => model.off(`change:${name}`, act); };
+    const off = [
+      on("selected", () => { view.selected = new Set(model.get("selected")); view.showDetail(); view.draw(); }),
+      on("selected_edge", () => { view.selectedEdge = model.get("selected_edge"); view.showDetail(); view.draw(); }),
+      on("threshold", () => { if (model.get("threshold") !== null) { view.threshold = model.get("threshold"); view.refilter(); } }),
+      on("changed_only", () => {
+        view.changedOnly = model.get("changed_only");
+        view.changedButton?.setAttribute("aria-pressed", String(view.changedOnly));
+        view.refilter();
+      }),
+    ];
+    return () => { off.forEach((f) => f()); view.close(); };
+  },
+};

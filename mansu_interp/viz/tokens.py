@@ -1,0 +1,173 @@
+"""Attention patterns and token log-probabilities, drawn by CircuitsVis without a network.
+
+CircuitsVis' own objects ask whether a web host answers and then load their script from a content
+network; here only its local source is used, once per page however many panels there are (about
+1.3 MB). Needs the ``viz`` extra.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artifacts import write_text
+from ..errors import ViewError
+from ..stream import Recorder
+from ..tasks import Pair, collate
+from .svg import escape
+
+if TYPE_CHECKING:
+    from ..models import LanguageModel
+
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "font-src data:; base-uri 'none'; form-action 'none'"
+)
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One or several CircuitsVis panels."""
+
+    html: str
+    """Markup with the script inlined, as a notebook shows it."""
+    summary: str
+    """The same in words, for whatever cannot run scripts."""
+
+    def to_html(self, path: Path | str) -> Path:
+        """Write one self-contained page."""
+        path = Path(path)
+        write_text(
+            path,
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            "<title>Tokens</title>\n</head>\n"
+            '<body style="margin:24px;background:#fff;color:#1d2329">\n'
+            f"{self.html}\n</body>\n</html>\n",
+        )
+        return path
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return self.summary
+
+
+def _plain(token: str) -> str:
+    """A token that cannot end or open a script element, at the cost of an invisible space."""
+    return re.sub(r"<(?=[/!]|script)", "<\N{ZERO WIDTH SPACE}", token, flags=re.I)
+
+
+def _combine(panels: Sequence[tuple[str, Any]], summary: str) -> TokenView:
+    """Panels with headings that share one copy of the script."""
+    marks, calls, library = [], [], ""
+    for title, rendered in panels:
+        source = rendered.local_src
+        start, end = source.index(">", source.index("<script")) + 1, source.rindex("</script>")
+        at = source.rindex("CircuitsVis.render(")
+        library = library or source[start:at]
+        calls.append(source[at:end])
+        name = re.search(r'<div id="([\w-]+)"', source)
+        assert name is not None
+        marks.append(
+            '<h3 style="font:600 14px system-ui,sans-serif;margin:18px 0 4px">'
+            f'{escape(title)}</h3><div id="{name[1]}" style="margin:4px 0 12px"></div>'
+        )
+    script = library + "\n".join(calls)
+    return TokenView(f'{"".join(marks)}<script type="module">{script}</script>', summary)
+
+
+def _library(part: str) -> Any:
+    try:
+        import importlib
+
+        return importlib.import_module(f"circuitsvis.{part}")
+    except ImportError as error:
+        raise ViewError(
+            "This view needs the package circuitsvis: pip install 'mansu-interp[viz]'."
+        ) from error
+
+
+def _decoder(model: LanguageModel) -> Callable[[int], str]:
+    return lambda token: _plain(model.tokenizer.decode([token]))
+
+
+def attention_patterns(
+    models: Mapping[str, LanguageModel], pair: Pair, layer: int, head: int
+) -> TokenView:
+    """Where one head looks, on the clean and the corrupt prompt, in each model.
+
+    Arguments:
+        models: name -> model, e.g. before, after and quantized.
+        pair: a pair of prompts.
+        layer: layer of the head.
+        head: query head (``a3.h5`` is layer 3, head 5).
+
+    Raises:
+        ViewError: no such head, or CircuitsVis is not installed.
+    """
+    attention = _library("attention")
+    panels, words = [], []
+    batch = collate([pair])
+    for name, model in models.items():
+        a = model.architecture
+        if not (0 <= layer < a.n_layers and 0 <= head < a.n_heads):
+            raise ViewError(f"No head a{layer}.h{head} in {name}: {a}.")
+        decode = _decoder(model)
+        for which, tokens in (("clean", batch.clean), ("corrupt", batch.corrupt)):
+            recorder = Recorder()
+            hook = f"blocks.{layer}.attn.hook_pattern"
+            with model.bridge.hooks(fwd_hooks=recorder.on([hook])):
+                model.bridge(tokens, return_type=None)
+            pattern = recorder.seen[hook][0, head].detach().float()
+            texts = [decode(int(t)) for t in tokens[0]]
+            panels.append(
+                (
+                    f"a{layer}.h{head}, {name}, {which}",
+                    attention.attention_heads(
+                        attention=pattern[None],
+                        tokens=texts,
+                        attention_head_names=[f"a{layer}.h{head}"],
+                    ),
+                )
+            )
+            most = int(pattern[-1].argmax())
+            words.append(
+                f"{name}, {which}: the last token looks most at {texts[most]!r} "
+                f"({float(pattern[-1, most]):.2f})"
+            )
+    return _combine(panels, "\n".join(words))
+
+
+def token_log_probs(models: Mapping[str, LanguageModel], pair: Pair, top: int = 10) -> TokenView:
+    """Log-probability of every next token, the answer's included, on both prompts in each model.
+
+    Arguments:
+        models: name -> model, e.g. before, after and quantized.
+        pair: a pair of prompts; the answer is appended to the clean one, the counterfactual answer
+            to the corrupt one.
+        top: candidates listed at each token.
+
+    Raises:
+        ViewError: CircuitsVis is not installed.
+    """
+    logits = _library("logits")
+    panels, words = [], []
+    batch = collate([pair])
+    for name, model in models.items():
+        ends = (
+            ("clean", batch.clean, pair.answer),
+            ("corrupt", batch.corrupt, pair.counterfactual),
+        )
+        for which, tokens, answer in ends:
+            row = tokens[0].new_tensor([*tokens[0].tolist(), answer])
+            found = model.all_logits(row[None])[0].detach().float().log_softmax(-1)
+            drawn = logits.token_log_probs(row, found, _decoder(model), top_k=top)
+            panels.append((f"{name}, {which}", drawn))
+            text = model.tokenizer.decode([answer])
+            words.append(f"{name}, {which}: log-prob of {text!r} {float(found[-2, answer]):+.2f}")
+    return _combine(panels, "\n".join(words))

@@ -1,0 +1,84 @@
+"""The graph as a notebook widget. Needs the ``viz`` extra (anywidget)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import ViewError
+from .layout import box_id
+from .page import module_source
+
+try:
+    import anywidget
+    import traitlets
+except ImportError as error:
+    raise ViewError(
+        "The widget needs the package anywidget: pip install 'mansu-interp[viz]'. "
+        "A view's to_html, to_svg and its picture in a notebook work without it."
+    ) from error
+
+if TYPE_CHECKING:
+    from ..circuit import Circuit
+    from .view import View
+
+
+class GraphWidget(anywidget.AnyWidget):
+    """An interactive view whose selection and threshold are shared with Python."""
+
+    _esm = module_source()
+    data = traitlets.Dict().tag(sync=True)
+    """What is shown; see `View.data`."""
+    selected = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    """Selected components, e.g. ``["a1.h2", "m3"]``; set it to select from Python."""
+    selected_edge = traitlets.List(traitlets.Unicode(), maxlen=2).tag(sync=True)
+    """The selected edge as [source, target], or empty."""
+    threshold = traitlets.Float(None, allow_none=True).tag(sync=True)
+    """Smallest |score| that is drawn; None until it is set or moved (then the strongest 200)."""
+    changed_only = traitlets.Bool(False).tag(sync=True)
+    """Erasure view: leave out what was kept."""
+    view: View
+    """The view it was made from: its static forms."""
+
+    def circuit(self, circuit: Circuit) -> Circuit:
+        """The part of a circuit that is selected and above the threshold.
+
+        Edges that touch a selected component, or the selected edge; all of them if nothing is
+        selected. Not pruned to paths from input to logits. ``.mask(...)`` on it, with
+        ``forget=``, gives the parameters behind the selection.
+
+        Raises:
+            ViewError: a selected name that is not of this graph.
+        """
+        graph = circuit.graph
+        known = {box_id(n.id) for n in (*graph.writers, *graph.readers)}
+        if unknown := [name for name in self.selected if name not in known]:
+            raise ViewError(f"{unknown[0]!r} is no component of {graph.architecture}.")
+        edges = circuit.edges & (np.abs(circuit.scores) >= (self.threshold or 0.0))
+        if self.selected_edge:
+            only = np.zeros_like(edges)
+            only[graph.edge(*self.selected_edge)] = True
+            edges &= only
+        elif self.selected:
+            chosen = set(self.selected)
+            rows = np.array([box_id(n.id) in chosen for n in graph.writers])
+            columns = np.array([box_id(n.id) in chosen for n in graph.readers])
+            edges &= rows[:, None] | columns[None, :]
+        meta = {k: circuit.meta[k] for k in ("model", "model_sha256") if k in circuit.meta}
+        return replace(circuit, edges=edges, meta={**meta, "made_by": "selection"})
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The live widget, with the static picture for whatever cannot run it."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, *rest = bundle if isinstance(bundle, tuple) else (bundle or {},)
+        data = {**data, "image/svg+xml": self.view.svg(), "text/plain": repr(self.view)}
+        return (data, *rest) if rest else data
+
+
+def graph_widget(view: View) -> GraphWidget:
+    """A widget of a view."""
+    widget = GraphWidget(data=view.data)
+    widget.view = view
+    return widget

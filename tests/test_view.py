@@ -1,0 +1,188 @@
+"""Views without a browser: what they hold, what they leave out, and every static form."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mansu_interp.attribution import Attribution
+from mansu_interp.changes import classify
+from mansu_interp.circuit import Circuit
+from mansu_interp.errors import CircuitError, ViewError
+from mansu_interp.graph import Architecture, Graph
+from mansu_interp.viz import circuit_view, erasure_view
+from mansu_interp.viz.page import module_source, page_script, policy
+
+
+def make_circuit(layers: int = 3, heads: int = 4, kv: int = 4, n: int = 40) -> Circuit:
+    graph = Graph(Architecture(layers, heads, kv))
+    rng = np.random.default_rng(0)
+    scores = rng.standard_t(2, graph.exists.shape) * graph.exists * 0.05
+    edges = np.abs(scores) >= np.sort(np.abs(scores[graph.exists]))[-n]
+    return Circuit(graph, scores, edges & graph.exists, {"model": "facts", "faithfulness": 0.87})
+
+
+def make_attributions(circuit: Circuit) -> list[Attribution]:
+    """Before, after and quantized, with every class of edge."""
+    before = circuit.scores.copy()
+    rng = np.random.default_rng(1)
+    after = before * rng.choice([1.0, 0.0, 0.4, -0.8], before.shape)
+    quantized = np.where(rng.random(before.shape) < 0.3, before, after)
+    new = (rng.random(before.shape) < 0.1) & circuit.graph.exists
+    before[new] = 0
+    return [Attribution(circuit.graph, s, 1.0, 0.0) for s in (before, after, quantized)]
+
+
+def test_a_view_holds_the_strongest_edges_and_the_circuit():
+    circuit = make_circuit()
+    weakest = np.argwhere(circuit.graph.exists & ~circuit.edges)[0]
+    circuit.edges[tuple(weakest)] = True
+    circuit.scores[tuple(weakest)] = 1e-9
+    data = circuit_view(circuit, limit=50).data
+    edges = data["edges"]
+    at = list(zip(edges["source"], edges["target"], strict=True))
+    strongest = np.sort(np.abs(circuit.scores[circuit.graph.exists]))[::-1]
+    assert np.abs(edges["scores"][0])[:50] == pytest.approx(strongest[:50], rel=1e-3)
+    assert tuple(weakest) in at and len(at) == 51 and sum(edges["in_circuit"]) == 41
+    assert len(circuit_view(circuit, limit=None).data["edges"]["source"]) == circuit.graph.n_edges
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+
+
+def test_an_erasure_view_agrees_with_classify():
+    circuit = make_circuit()
+    before, after, quantized = make_attributions(circuit)
+    data = erasure_view(circuit, before, after, quantized).data
+    wanted = classify(before.scores, after.scores, quantized.scores)
+    assert data["counts"] == wanted.counts() and min(data["counts"].values()) > 0
+    for i, j, code in zip(*(data["edges"][k] for k in ("source", "target", "class")), strict=True):
+        assert wanted.codes[i, j] == code
+    of_nodes = classify(*(a.scores.sum(1) for a in (before, after, quantized)))
+    assert data["nodes"]["class"] == of_nodes.codes.tolist()
+
+
+def test_the_data_of_a_view_is_small():
+    circuit = make_circuit(12, 12, 12, 400)
+    data = erasure_view(circuit, *make_attributions(circuit)).data
+    assert circuit.graph.n_edges == 32_491
+    assert len(json.dumps(data, separators=(",", ":"))) < 250_000
+
+
+def test_the_weights_behind_a_component(tiny_model: Any):
+    model = tiny_model(2)
+    circuit = make_circuit(3, 4, 2)
+    weights = circuit_view(circuit, model).data["weights"]
+    assert weights["a1.h3"] == [
+        "model.layers.1.self_attn.q_proj.weight rows 24–31",
+        "model.layers.1.self_attn.o_proj.weight cols 24–31",
+    ]
+    assert weights["a2.kv1"][0] == "model.layers.2.self_attn.k_proj.weight rows 8–15"
+    assert [w.split()[0].split(".")[-2] for w in weights["m0"]] == [
+        "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+
+
+def test_scores_of_another_architecture_are_refused():
+    circuit = make_circuit()
+    other = make_attributions(make_circuit(2))
+    with pytest.raises(CircuitError, match=r"scores of before have shape \(11, 27\)"):
+        erasure_view(circuit, *other)
+
+
+def test_every_static_form(tmp_path: Path):
+    circuit = make_circuit()
+    for view, panes in (
+        (circuit_view(circuit), 1),
+        (erasure_view(circuit, *make_attributions(circuit)), 3),
+    ):
+        root = ET.fromstring(view.to_svg(tmp_path / "v.svg").read_text("utf-8"))
+        assert len([e for e in root if e.tag.endswith("}g")]) == panes + 0
+        drawn = [e for e in root.iter() if e.get("class") == "edge"]
+        assert len(drawn) == panes * min(200, view.data["top"])
+        page = view.to_html(tmp_path / "v.html").read_text("utf-8")
+        assert page_script() in page and policy() in page
+        assert view.to_json(tmp_path / "v.json").stat().st_size > 1000
+        bundle = view._repr_mimebundle_()
+        assert bundle["image/svg+xml"].startswith("<svg")
+    assert "var(" not in circuit_view(circuit).svg(theme="light")
+
+
+def test_png(tmp_path: Path):
+    pytest.importorskip("resvg_py")
+    image = pytest.importorskip("PIL.Image")
+    view = circuit_view(make_circuit())
+    light, dark = (
+        np.asarray(image.open(view.to_png(tmp_path / f"{d}.png", dark=d)).convert("RGB"))
+        for d in (False, True)
+    )
+    assert light.shape == dark.shape and light.shape[1] > 900
+    assert light[1, 1].tolist() == [255, 255, 255] and dark[1, 1].max() < 50
+    blue = (light == [0x00, 0x72, 0xB2]).all(-1).sum() + (np.ptp(light, axis=-1) > 60).sum()
+    assert blue > 500  # edges in colour, not only boxes
+
+
+def test_without_the_extra_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = builtins.__import__
+
+    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in ("resvg_py", "anywidget", "circuitsvis"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(__import__("sys").modules, "mansu_interp.viz.widget", raising=False)
+    monkeypatch.setattr(builtins, "__import__", absent)
+    view = circuit_view(make_circuit())
+    with pytest.raises(ViewError, match=r"pip install 'mansu-interp\[viz\]'.*to_svg"):
+        view.to_png(tmp_path / "x.png")
+    with pytest.raises(ViewError, match=r"needs the package anywidget: pip install"):
+        view.widget()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_widget_is_an_ordinary_one_with_a_static_picture():
+    pytest.importorskip("anywidget")
+    widget = circuit_view(make_circuit()).widget()
+    bundle = widget._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert data["image/svg+xml"].startswith("<svg")
+    assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_a_selection_becomes_a_circuit():
+    pytest.importorskip("anywidget")
+    circuit = make_circuit()
+    widget = circuit_view(circuit).widget()
+    assert (widget.circuit(circuit).edges == circuit.edges).all()
+    widget.selected = ["a1.h2", "m0"]
+    found = widget.circuit(circuit)
+    edges = [e[:2] for e in found.to_networkx().edges(data="kind") if e[2] == "residual"]
+    names = [(u, v.split("<")[0]) for u, v in edges]
+    assert names and all({"a1.h2", "m0"} & {u, v} for u, v in names)
+    touching = sum(
+        bool({"a1.h2", "m0"} & {u, v.split("<")[0]})
+        for u, v, d in circuit.to_networkx().edges(data=True)
+        if d["kind"] == "residual"
+    )
+    assert len(names) == touching
+    widget.threshold = float(np.abs(circuit.scores).max())
+    assert widget.circuit(circuit).n_edges <= 1
+    widget.threshold = None
+    source, target = names[0][0], next(v for u, v in found.to_networkx().edges if u == names[0][0])
+    widget.selected_edge = [source, target]
+    assert widget.circuit(circuit).n_edges == 1
+    widget.selected_edge, widget.selected = [], ["a9.h9"]
+    with pytest.raises(ViewError, match=r"'a9\.h9' is no component"):
+        widget.circuit(circuit)
+
+
+def test_the_module_asks_for_nothing():
+    source = module_source()
+    for needle in ("http:", "https:", "import ", "fetch(", "XMLHttp", "innerHTML", "eval("):
+        assert needle not in source.replace("http://www.w3.org/2000/svg", ""), needle

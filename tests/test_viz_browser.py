@@ -1,0 +1,231 @@
+"""Pages and widget in a real Chromium without a network: no error, no request, and it works."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import numpy as np
+import pytest
+from test_view import make_attributions, make_circuit
+
+from mansu_interp.graph import Architecture, Graph
+from mansu_interp.viz import circuit_view, erasure_view, place
+from mansu_interp.viz.layout import curve
+from mansu_interp.viz.page import module_source
+
+pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    with browser.chromium() as driver:
+        yield driver
+
+
+def opened(driver: Any, path: Path) -> None:
+    browser.complaints(driver), browser.requests(driver)
+    driver.get(path.as_uri())
+    settle(driver)
+
+
+def settle(driver: Any) -> None:
+    """Two frames: the first asks for a drawing, the second has drawn."""
+    driver.execute_async_script(
+        "const done = arguments[0];"
+        "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 0)))"
+    )
+
+
+def quiet(driver: Any, *pages: Path) -> None:
+    assert browser.complaints(driver) == []
+    assert set(browser.requests(driver)) <= {p.as_uri() for p in pages}
+
+
+def view(driver: Any, expression: str) -> Any:
+    return driver.execute_script(f"const v = window.mansuViews[0]; return {expression};")
+
+
+CLICK = """
+const [v, x, y] = [window.mansuViews[0], arguments[0], arguments[1]];
+const c = v.canvases[0], r = c.getBoundingClientRect(), z = v.fit * v.view.k;
+const at = {clientX: r.left + v.shift + v.view.x + x * z, clientY: r.top + v.view.y + y * z,
+            bubbles: true, pointerId: 1, button: 0};
+for (const name of ["pointermove", "pointerdown", "pointerup"])
+  c.dispatchEvent(new PointerEvent(name, at));
+"""
+
+
+def test_circuit_page(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    page = circuit_view(circuit).to_html(tmp_path / "circuit.html")
+    opened(driver, page)
+    n = circuit.n_edges
+    assert view(driver, "v.drawn.length") == n
+    canvas = driver.find_element("css selector", "canvas")
+    painted = driver.execute_script(
+        "const c = arguments[0], d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "return new Set(new Uint32Array(d.buffer)).size", canvas,
+    )  # fmt: skip
+    assert painted > 20
+    # the slider
+    driver.execute_script(
+        "const s = window.mansuViews[0].slider; s.value = 1000; s.dispatchEvent(new Event('input'))"
+    )
+    assert view(driver, "v.drawn.length") == 1
+    assert driver.find_element("css selector", ".count").text.startswith("1 of ")
+    (only,) = view(driver, "v.drawn.map((i) => [v.source[i], v.target[i]])")
+    at = np.unravel_index(np.abs(circuit.scores).argmax(), circuit.scores.shape)
+    assert circuit.graph.edge(*only) == at
+    # top-k, then one kind of reader
+    driver.execute_script(
+        "const t = window.mansuViews[0].topInput;t.value = 25; t.dispatchEvent(new Event('change'))"
+    )
+    assert view(driver, "v.drawn.length") == 25
+    for name in ("q", "k", "v", "mlp"):
+        driver.find_element("xpath", f"//button[text()='{name}']").click()
+    assert set(view(driver, "v.drawn.map((i) => v.target[i])")) <= {"logits"}
+    quiet(driver, page)
+
+
+def test_hover_click_and_keys(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    page = circuit_view(circuit).to_html(tmp_path / "circuit.html")
+    opened(driver, page)
+    box = place(circuit.graph.architecture).boxes["a1.h2"]
+    driver.execute_script(CLICK, box.x, box.y)
+    settle(driver)
+    assert view(driver, "[...v.selected]") == ["a1.h2"]
+    tip = driver.find_element("css selector", ".tip")
+    assert tip.is_displayed() and "a1.h2" in tip.text and "node score" in tip.text
+    row = circuit.scores[circuit.graph.writer_index["a1.h2"]].sum()
+    assert f"{abs(row):.4g}" in tip.text
+    assert "strongest" in driver.find_element("css selector", ".detail").text
+    driver.execute_script(CLICK, box.x, box.y)
+    assert view(driver, "[...v.selected]") == []
+    canvas = driver.find_element("css selector", "canvas")
+    press = (
+        "const [c, key] = arguments;"
+        "c.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))"
+    )
+    for key in ("ArrowUp", "Enter"):
+        driver.execute_script(press, canvas, key)
+    (chosen,) = view(driver, "[...v.selected]")
+    assert chosen.startswith("a0.h")
+    driver.execute_script(press, canvas, "+")
+    assert view(driver, "v.view.k") == pytest.approx(1.25)
+    driver.execute_script(press, canvas, "0")
+    driver.execute_script(press, canvas, "Escape")
+    assert view(driver, "[v.view.k, v.selected.size]") == [1, 0]
+    # an edge: its middle is on its curve
+    i = view(driver, "v.drawn[0]")
+    x, y = view(driver, f"[...v.curve({i}).line.slice(16, 18)]")
+    driver.execute_script(CLICK, x, y)
+    assert len(view(driver, "v.selectedEdge")) == 2
+    quiet(driver, page)
+
+
+def test_erasure_page(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    cad = {"verdict": "suppressed", "sentence": "Hidden.", "models": {"unlearned": {"mass": 0.1}}}
+    made = erasure_view(circuit, *make_attributions(circuit), cad=cad)
+    page = made.to_html(tmp_path / "erasure.html")
+    opened(driver, page)
+    panes = [c.text for c in driver.find_elements("css selector", "figcaption")]
+    assert panes == ["before", "after", "quantized"]
+    assert "suppressed" in driver.find_element("css selector", ".cad").text.lower()
+    names = set(view(driver, "v.drawn.map((i) => v.nameOf(i))"))
+    assert names == {"kept", "erased", "suppressed", "recovered", "new"}
+    driver.find_element("xpath", "//button[text()='changed only']").click()
+    assert "kept" not in view(driver, "v.drawn.map((i) => v.nameOf(i))")
+    driver.find_element("xpath", "//button[contains(., 'new: ')]").click()
+    assert "new" not in view(driver, "v.drawn.map((i) => v.nameOf(i))")
+    quiet(driver, page)
+
+
+@pytest.mark.parametrize(
+    "hostile", ["</script><script>alert(1)</script>", '"><img src=x onerror=1>']
+)
+def test_hostile_text_stays_text(driver: Any, tmp_path: Path, hostile: str):
+    circuit = make_circuit()
+    circuit.meta["model"] = hostile
+    cad = {"verdict": hostile, "sentence": hostile, "models": {hostile: {"mass": 0.5}}}
+    made = erasure_view(circuit, *make_attributions(circuit), cad=cad)
+    page = made.to_html(tmp_path / "hostile.html")
+    opened(driver, page)
+    assert hostile in driver.find_element("css selector", ".title").text
+    assert not driver.find_elements("css selector", "img")
+    assert len(driver.find_elements("css selector", "script")) == 2
+    quiet(driver, page)
+
+
+def test_the_policy_stops_what_is_not_ours(driver: Any, tmp_path: Path):
+    page = circuit_view(make_circuit()).to_html(tmp_path / "page.html")
+    page.write_text(page.read_text("utf-8") + "<script>window.evil = 1</script>", "utf-8")
+    opened(driver, page)
+    assert driver.execute_script("return window.evil") is None
+    assert any("Content Security Policy" in c for c in browser.complaints(driver))
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 4), (12, 12, 12), (5, 9, 3)])
+def test_javascript_and_python_draw_the_same_curves(
+    driver: Any, tmp_path: Path, sizes: tuple[int, int, int]
+):
+    graph = Graph(Architecture(*sizes))
+    circuit = make_circuit(*sizes, n=4)
+    page = circuit_view(circuit, limit=None).to_html(tmp_path / "curves.html")
+    opened(driver, page)
+    found = view(driver, "v.source.map((_, i) => [v.source[i], v.target[i], ...v.curve(i).p])")
+    assert len(found) == graph.n_edges
+    layout = place(graph.architecture)
+    for source, target, *points in found[:: max(1, len(found) // 4000)]:
+        wanted = [c for point in curve(layout, source, target) for c in point]
+        assert points == pytest.approx(wanted, abs=0.05), (source, target)
+
+
+WIDGET = """<!doctype html><meta charset="utf-8"><body><div id="w" style="width:1000px"></div>
+<script type="application/json" id="d">DATA</script>
+<script type="module">MODULE
+const state = {data: JSON.parse(document.getElementById("d").textContent), selected: [],
+               selected_edge: [], threshold: null, changed_only: false};
+const calls = {};
+window.saved = [];
+window.model = {
+  get: (k) => state[k], set: (k, v) => { state[k] = v; },
+  save_changes: () => window.saved.push(structuredClone({...state, data: 0})),
+  on: (k, f) => (calls[k] ??= []).push(f), off: (k, f) => {},
+  fromPython: (k, v) => { state[k] = v; for (const f of calls["change:" + k] ?? []) f(); },
+};
+window.mansuViews = [mount(document.createElement("div"), state.data)];
+const render = DEFAULT.render;
+window.stop = render({model: window.model, el: document.getElementById("w")});
+</script>"""
+
+
+def test_the_widget_module_speaks_to_its_model(driver: Any, tmp_path: Path):
+    """anywidget's contract with a stand-in for the kernel; a real kernel: scripts/check_lab.py."""
+    made = circuit_view(make_circuit())
+    module = module_source().replace("export default {", "const DEFAULT = {")
+    page = tmp_path / "widget.html"
+    data = json.dumps(made.data).replace("<", "\\u003c")
+    page.write_text(WIDGET.replace("MODULE", module).replace("DATA", data), "utf-8")
+    opened(driver, page)
+    box = place(make_circuit().graph.architecture).boxes["a0.h1"]
+    driver.execute_script(
+        "const c = document.querySelector('#w canvas'), r = c.getBoundingClientRect();"
+        "const [x, y, w] = arguments, f = Math.min(r.width / w, 1.5, r.height / arguments[3]);"
+        "const at = {clientX: r.left + (r.width - w * f) / 2 + x * f, clientY: r.top + y * f,"
+        " pointerId: 1, button: 0};"
+        "for (const n of ['pointerdown', 'pointerup']) c.dispatchEvent(new PointerEvent(n, at));",
+        box.x, box.y, made.data["layout"]["width"], made.data["layout"]["height"],
+    )  # fmt: skip
+    assert driver.execute_script("return window.saved.at(-1).selected") == ["a0.h1"]
+    driver.execute_script("window.model.fromPython('threshold', 1e9)")
+    assert driver.find_element("css selector", "#w .count").text.startswith("0 of")
+    driver.execute_script("window.model.fromPython('selected', ['m1'])")
+    assert "m1" in driver.find_element("css selector", "#w .detail").text
+    driver.execute_script("window.stop()")
+    assert browser.complaints(driver) == []
