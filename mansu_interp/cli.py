@@ -236,8 +236,11 @@ Examples:
   mansu run --task my-task.json --out runs/mine your own facts
   mansu plan --model Llama-3.1-8B/config.json   what it would cost
 
-With every command: --quiet prints the result alone, --json prints it as JSON. Colours follow
-NO_COLOR. Completion: mansu --tyro-print-completion bash (or zsh)."""
+With every command: --quiet prints the result alone. run, plan and list: --json prints it as JSON.
+
+Colours follow NO_COLOR.
+
+Completion: mansu --tyro-print-completion bash (or zsh)."""
 
 
 def _command(argv: list[str]) -> Any:
