@@ -343,6 +343,8 @@ class RunConfig:
     """Prompts per scored set, drawn evenly over its unseen phrasings."""
     quantizers: tuple[str, ...] = ()
     """Quantizers to score besides nf4 and those of unlearn.survive."""
+    relearn_steps: int = 20
+    """Steps of the relearning attack that tests erasure, on half of the forget facts; 0 = none."""
     threads: int | None = None
     """CPU threads; default: torch's own choice."""
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
@@ -356,6 +358,8 @@ class RunConfig:
             raise ConfigError(
                 f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
             )
+        if self.relearn_steps < 0:
+            raise ConfigError(f"relearn_steps must not be negative; got {self.relearn_steps}.")
         if self.damping < 0 or self.hold < 0 or not 0 <= self.depth < 1:
             raise ConfigError(
                 "damping and hold must not be negative and depth lie in [0, 1); got "

@@ -12,10 +12,10 @@ from typing import Any
 
 from .cad import CAD
 from .models import LanguageModel
+from .relearning import CHANCE, TOLERANCE, Relearning
 from .scoring import accuracy, perplexity
-from .tasks import N_CHOICES, Task
+from .tasks import Task
 
-CHANCE = 1 / N_CHOICES
 FORGET_TARGET = CHANCE + 0.10
 RETAIN_TARGET = 0.03
 NEIGHBOUR_TARGET = 0.05
@@ -84,10 +84,14 @@ def evaluate(
     return Scores(rows, values)
 
 
-def properties(scores: Scores, cad: CAD, quantizer: str = "nf4") -> list[dict[str, Any]]:
+def properties(
+    scores: Scores, cad: CAD, quantizer: str = "nf4", relearning: Relearning | None = None
+) -> list[dict[str, Any]]:
     """The four properties with targets, margins (positive = met) and a sentence each.
 
     ``scores`` must hold the models original, unlearned and both with the quantizer's name appended.
+    Erasure is judged by the relearning attack on the unlearned model where there was one, otherwise
+    by CAD's verdict.
     """
     after, before = f"unlearned {quantizer}", f"original {quantizer}"
     known = scores.worst("forget", "choice", "original")
@@ -108,7 +112,6 @@ def properties(scores: Scores, cad: CAD, quantizer: str = "nf4") -> list[dict[st
         sentence += f"; the near neighbour, never trained on, by {near:.3f}"
     if scores.perplexity:
         sentence += f"; perplexity by {drift:+.1%}"
-    erased = {"erased": True, "undecided": None}.get(cad.verdict, False)
     d = next(iter(cad.models.values()))
 
     def row(
@@ -124,6 +127,27 @@ def properties(scores: Scores, cad: CAD, quantizer: str = "nf4") -> list[dict[st
             "sentence": sentence,
         }
 
+    if relearning:
+        steps = relearning.marks[-1]
+        back = relearning.up_to(steps)
+        erasure = row(
+            "structural erasure",
+            back <= CHANCE + TOLERANCE,
+            back,
+            CHANCE + TOLERANCE,
+            "four-way accuracy on half B, after relearning half A",
+            f"At most {steps} steps of relearning one half of the facts raise four-way accuracy on "
+            f"the other from {relearning.at(0):.3f} to {back:.3f}; chance is {CHANCE:.2f}.",
+        )
+    else:
+        erasure = row(
+            "structural erasure",
+            {"erased": True, "undecided": None}.get(cad.verdict, False),
+            d.alignment,
+            0.25,
+            "alignment with the original circuit",
+            f"CAD says {cad.verdict}: {cad.sentence[0].lower()}{cad.sentence[1:]}",
+        )
     return [
         row(
             "meaningful forgetting",
@@ -151,14 +175,7 @@ def properties(scores: Scores, cad: CAD, quantizer: str = "nf4") -> list[dict[st
             f"{quantizer} changed four-way forget accuracy by {gaps['choice']:+.3f} and top-1 by "
             f"{gaps['top1']:+.3f}.",
         ),
-        row(
-            "structural erasure",
-            erased,
-            d.alignment,
-            0.25,
-            "alignment with the original circuit",
-            f"CAD says {cad.verdict}: {cad.sentence[0].lower()}{cad.sentence[1:]}",
-        ),
+        erasure,
     ]
 
 

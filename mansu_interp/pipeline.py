@@ -19,9 +19,9 @@ import torch
 
 from .artifacts import read_json, write_json
 from .attribution import Attribution
-from .cad import compare
+from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
-from .config import RunConfig
+from .config import RelearnConfig, RunConfig
 from .defaults import default_config, default_task, is_embedded
 from .errors import ArtifactError
 from .evaluation import evaluate, properties, verdict
@@ -31,6 +31,7 @@ from .masks import Mask, random_mask
 from .models import LanguageModel, load_model
 from .planning import CAD_PAIRS, Plan, plan
 from .quantizers import Quantizer, get_quantizer, quantize, survival
+from .relearning import Relearning, relearn
 from .report import write_report
 from .scoring import accuracy
 from .tasks import PairSet, Task, load_task
@@ -150,6 +151,11 @@ def quantizer_row(
             "gap": gap,
         }
     return out
+
+
+def relearning_marks(steps: int) -> tuple[int, ...]:
+    """Where a run's attack is measured: after a quarter of its steps, and after all."""
+    return tuple(dict.fromkeys((max(1, steps // 4), steps)))
 
 
 def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit) -> Mask:
@@ -294,7 +300,20 @@ def run(
     )
     lap("compare")
 
-    rows = properties(scores, cad, QUANTIZER)
+    attacked: dict[str, Relearning] = {}
+    if config.relearn_steps:
+        attack = RelearnConfig(steps=relearning_marks(config.relearn_steps), seed=config.seed)
+        targets = {"unlearned": edited, **({REFERENCE: twin} if twin else {})}
+        for name, target in targets.items():
+            attacked[name] = relearn(
+                target,
+                task,
+                attack,
+                on_step=lambda rate, d, n, name=name: note(f"relearning {name} at {rate:g}", d, n),
+            )
+        lap("relearn")
+
+    rows = properties(scores, cad, QUANTIZER, attacked.get("unlearned"))
     edits = {
         name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
     }
@@ -349,6 +368,7 @@ def run(
             ],
         },
         "cad": cad.to_json(),
+        "relearning": {n: [[m, found.at(m)] for m in found.marks] for n, found in attacked.items()},
         "graph": graph.data,
         "samples": _samples(
             task, {k: v for k, v in models.items() if k != f"original {QUANTIZER}"}

@@ -28,6 +28,7 @@ FILES = {
     "circuit.json",
     "circuit.graphml",
     "mask.safetensors",
+    "ledger.safetensors",
     "history.json",
     "model",
     "report.json",
@@ -37,7 +38,7 @@ FILES = {
 
 
 def settings(out: Path) -> RunConfig:
-    return RunConfig(model="facts", out=out, circuit=CIRCUIT, unlearn=UNLEARN)
+    return RunConfig(model="facts", out=out, circuit=CIRCUIT, unlearn=UNLEARN, relearn_steps=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +68,18 @@ def finished(
 
 def test_every_artefact_is_there(finished: RunResult):
     assert {p.name for p in finished.folder.iterdir()} == FILES
+
+
+def test_erasure_is_judged_by_the_attack(finished: RunResult):
+    """What half A brings back decides, not the attribution graph; the twin stands beside it."""
+    curves = finished.report["relearning"]
+    assert list(curves) == ["unlearned", "never taught"]
+    assert all([steps for steps, _ in curve] == [0, 1, 4] for curve in curves.values())
+    (erasure,) = [p for p in finished.report["properties"] if p["name"] == "structural erasure"]
+    worst = max(choice for _, choice in curves["unlearned"])
+    assert erasure["value"] == worst > 0.9  # three steps of unlearning erase nothing
+    assert erasure["passed"] is False
+    assert max(choice for _, choice in curves["never taught"]) < erasure["target"] == 0.4
 
 
 def test_artefacts_say_the_same(finished: RunResult, facts: LanguageModel):
