@@ -28,6 +28,7 @@ FILES = {
     "circuit.json",
     "circuit.graphml",
     "mask.safetensors",
+    "ledger.safetensors",
     "history.json",
     "model",
     "report.json",
