@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,18 @@ pytest.importorskip("circuitsvis")
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: Any) -> None:
-        raise AssertionError("the network was probed")
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails afterwards too: CircuitsVis swallows every error of its own probe."""
+    asked: list[Any] = []
+
+    def refuse(*where: Any, **_: Any) -> None:
+        asked.append(where)
+        raise OSError("no network here")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert asked == []
 
 
 def test_log_probs_say_what_the_model_says(no_network: None, facts: LanguageModel, capitals: Task):

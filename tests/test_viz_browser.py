@@ -147,7 +147,7 @@ def test_erasure_page(driver: Any, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "hostile", ["</script><script>alert(1)</script>", '"><img src=x onerror=1>']
+    "hostile", ["</script><script>alert(1)//", "</script x", '"><img src=x onerror=1>']
 )
 def test_hostile_text_stays_text(driver: Any, tmp_path: Path, hostile: str):
     circuit = make_circuit()
