@@ -296,7 +296,17 @@ def with_graph() -> dict[str, Any]:
     scores = [Attribution(circuit.graph, circuit.scores * k, 1, 0) for k in (1, 0.1, 0.6)]
     report["graph"] = erasure_view(circuit, *scores).data
     report["relearning"] = {"unlearned": [[10, 0.4], [0, 0.02]], "never taught": [[0, 0.0]]}
-    report["survival"] = {"nf4": {"edited": 1612, "survived": 1612}, "q4_0": {"survived": 1340}}
+    report["quantizers"] = [
+        {"name": "nf4", "promised": True, "edited": 1612, "survived": 1612, "collateral": 0},
+        {
+            "name": "q4_0",
+            "promised": False,
+            "edited": 1612,
+            "survived": 1340,
+            "collateral": 7,
+            "choice": {"original": 1.0, "unlearned": 0.25, "gap": -0.01},
+        },
+    ]
     return report
 
 
@@ -308,7 +318,8 @@ def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     assert page.tags.count("script") == 2 and "data-mansu-graph" in page.attributes
     assert f"| recovered | {counts['recovered']} | lost by the edit" in markdown
     assert "| unlearned | 2.0% | 40.0% |" in markdown and "| never taught | 0.0% | – |" in markdown
-    assert "| q4\\_0 | – | 1,340 |" in markdown
+    assert "| nf4 | yes | 1,612 of 1,612 | 0 | – | – | – |" in markdown
+    assert "| q4\\_0 | no | 1,340 of 1,612 | 7 | 100.0% | 25.0% | −0.010 |" in markdown
     assert "answered by steps of relearning" in render_html(report, svg)
     assert f"{counts['recovered']} recovered" in console_summary(report, 100)
 

@@ -156,23 +156,30 @@ def _edit(report: Mapping[str, Any]) -> list[Block]:
         for w in items(get(edit, "by_weight"))
     ]
     blocks: list[Block] = [Table(["the edit", "value"], rows)]
-    survival = pairs(get(report, "survival"))
-    columns = list(dict.fromkeys(k for _, v in survival for k, _ in pairs(v)))
-    if columns:
-        rows = [[name, *(_plain(get(v, c)) for c in columns)] for name, v in survival]
-        blocks.append("What each quantizer leaves of the edit:")
-        blocks.append(Table(["quantizer", *(c.replace("_", " ") for c in columns)], rows))
+    rows = [
+        [
+            text_of(get(q, "name")),
+            "yes" if get(q, "promised") is True else "no",
+            f"{count(get(q, 'survived'))} of {count(get(q, 'edited'))}",
+            count(get(q, "collateral")),
+            percent(get(q, "choice", "original")),
+            percent(get(q, "choice", "unlearned")),
+            measured(get(q, "choice", "gap"), signed=True),
+        ]
+        for q in items(get(report, "quantizers"))
+    ]
+    if rows:
+        head = ["quantizer", "promised", "codes changed", "other codes changed"]
+        head += ["forget, original", "forget, unlearned", "gap"]
+        blocks.append(
+            "What each quantizer leaves of the edit, and four-way forget accuracy after it; the "
+            "gap is to full precision."
+        )
+        blocks.append(Table(head, rows, words=2))
     if weights:
         blocks.append("Where the edits lie:")
         blocks.append(Table(["weight", "edited", "of"], weights))
     return blocks
-
-
-def _plain(value: Any) -> str:
-    """A count, a share or a word."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return count(value)
-    return figure(value) if number(value) is not None else text_of(value)
 
 
 def _graph(report: Mapping[str, Any]) -> list[Block]:
