@@ -23,6 +23,7 @@ from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
 from .config import RelearnConfig, RunConfig
 from .defaults import default_config, default_task, is_embedded
+from .erasure import judge_erasure
 from .errors import ArtifactError
 from .evaluation import evaluate, properties, verdict
 from .floor import quantizer_set
@@ -301,7 +302,11 @@ def run(
     lap("compare")
 
     attacked: dict[str, Relearning] = {}
+    erasure = None
     if config.relearn_steps:
+        erasure = judge_erasure(
+            model, edited, task, models[f"unlearned {QUANTIZER}"], config.seed, note
+        )
         attack = RelearnConfig(steps=relearning_marks(config.relearn_steps), seed=config.seed)
         targets = {"unlearned": edited, **({REFERENCE: twin} if twin else {})}
         for name, target in targets.items():
@@ -368,6 +373,7 @@ def run(
             ],
         },
         "cad": cad.to_json(),
+        "erasure": erasure.to_json() if erasure else None,
         "relearning": {n: [[m, found.at(m)] for m in found.marks] for n, found in attacked.items()},
         "graph": graph.data,
         "samples": _samples(

@@ -72,6 +72,7 @@ def test_every_artefact_is_there(finished: RunResult):
 
 def test_erasure_is_judged_by_the_attack(finished: RunResult):
     """What half A brings back decides, not the attribution graph; the twin stands beside it."""
+    assert finished.report["erasure"]["verdict"] in ("suppressed", "unchanged")
     curves = finished.report["relearning"]
     assert list(curves) == ["unlearned", "never taught"]
     assert all([steps for steps, _ in curve] == [0, 1, 4] for curve in curves.values())

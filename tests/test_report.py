@@ -296,6 +296,12 @@ def with_graph() -> dict[str, Any]:
     scores = [Attribution(circuit.graph, circuit.scores * k, 1, 0) for k in (1, 0.1, 0.6)]
     report["graph"] = erasure_view(circuit, *scores).data
     report["relearning"] = {"unlearned": [[10, 0.4], [0, 0.02]], "never taught": [[0, 0.0]]}
+    report["erasure"] = {
+        "verdict": "suppressed",
+        "sentence": "Hidden.",
+        "confidence": 0.97,
+        "cad": 0,
+    }
     report["quantizers"] = [
         {"name": "nf4", "promised": True, "edited": 1612, "survived": 1612, "collateral": 0},
         {
@@ -318,6 +324,7 @@ def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     assert page.tags.count("script") == 2 and "data-mansu-graph" in page.attributes
     assert f"| recovered | {counts['recovered']} | lost by the edit" in markdown
     assert "| unlearned | 2.0% | 40.0% |" in markdown and "| never taught | 0.0% | – |" in markdown
+    assert "reads: suppressed (confidence 97%, CAD 0.000 of 1). Hidden." in markdown
     assert "| nf4 | yes | 1,612 of 1,612 | 0 | – | – | – |" in markdown
     assert "| q4\\_0 | no | 1,340 of 1,612 | 7 | 100.0% | 25.0% | −0.010 |" in markdown
     assert "answered by steps of relearning" in render_html(report, svg)

@@ -260,8 +260,17 @@ def _cad(report: Mapping[str, Any]) -> list[Block]:
     confidence = get(cad, "confidence")
     sure = f" (confidence {percent(confidence)})" if number(confidence) is not None else ""
     rows = [[m, *(measured(get(v, p)) for p in parts)] for m, v in pairs(get(cad, "models"))]
-    blocks: list[Block] = [
-        f"Verdict: {text_of(get(cad, 'verdict'))}{sure}. {get(cad, 'sentence') or ''}".strip(),
+    blocks: list[Block] = []
+    erasure = get(report, "erasure")
+    if get(erasure, "verdict"):
+        blocks.append(
+            f"By what a linear probe reads: {text_of(get(erasure, 'verdict'))} (confidence "
+            f"{percent(get(erasure, 'confidence'), 0)}, CAD {measured(get(erasure, 'cad'))} of 1). "
+            f"{get(erasure, 'sentence') or ''}"
+        )
+    blocks += [
+        f"By the attribution graphs: {text_of(get(cad, 'verdict'))}{sure}. "
+        f"{get(cad, 'sentence') or ''}".strip(),
         _UNCALIBRATED,
     ]
     if rows:
