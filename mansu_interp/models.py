@@ -65,7 +65,10 @@ def _unpacked(packed: Any) -> torch.nn.Linear:
     else:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = dequantize_4bit(packed.weight, state)
+        # Flat: the library's CPU kernel restores blocks that span rows with wrong scales.
+        flat = copy.copy(state)
+        flat.shape = torch.Size([state.shape.numel()])
+        weight = dequantize_4bit(packed.weight, flat).view(state.shape)
     plain = torch.nn.Linear(packed.in_features, packed.out_features, bias is not None)
     plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
     if bias is not None:
