@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,39 @@ def test_every_edit_survives_on_the_saved_checkpoint(facts: LanguageModel, saved
     assert found.collateral == 0
     assert found.update_over_bin > 0.3
     assert found.projection == pytest.approx(1, abs=0.2)
+
+
+def test_bf16_sees_every_edit(facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned):
+    """Low precision rounds the losses a little; weights cached from before an edit would not
+    follow the full-precision losses from step to step."""
+    config = replace(CONFIG, precision="bf16")
+    low = [h["forget"] for h in unlearn(facts, capitals, mask, config).history]
+    high = [h["forget"] for h in result.history]
+    assert low != high
+    assert low == pytest.approx(high, rel=0.005)
+
+
+def test_only_guards_that_the_model_knows_stand_guard(
+    facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch
+):
+    right = capitals.retain.pairs[:6]
+    wrong = []
+    for p in right:
+        other = next(d for d in p.distractors if d != p.counterfactual)
+        rest = tuple(p.answer if d == other else d for d in p.distractors)
+        wrong.append(replace(p, answer=other, distractors=rest))
+    task = replace(capitals, guard=replace(capitals.retain, pairs=(*right, *wrong)))
+    seen: list[Task] = []
+
+    class Watched(Sampler):
+        def __init__(self, task: Task, config: UnlearnConfig) -> None:
+            seen.append(task)
+            super().__init__(task, config)
+
+    # The package's attribute of that name is the function, not the module.
+    monkeypatch.setattr(sys.modules["mansu_interp.unlearning.mansu"], "Sampler", Watched)
+    unlearn(facts, task, mask, replace(CONFIG, steps=1))
+    assert seen[0].guard is not None and set(seen[0].guard.pairs) == set(right)
 
 
 def test_saving_rounds_nothing(result: Unlearned, saved: LanguageModel):
