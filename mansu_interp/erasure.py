@@ -25,6 +25,7 @@ from .errors import ModelError
 from .evidence import CHUNK, gradient_transfer, probe, stitches
 from .models import LanguageModel
 from .relearning import CHANCE, halves, of_subjects, rivals_within
+from .scoring import ranked_first
 from .tasks import PairSet, Task
 
 ERASED, HELD = 0.40, 0.50
@@ -111,8 +112,7 @@ def answers_right(model: LanguageModel, pairs: PairSet) -> Bool[Tensor, " prompt
     """Which prompts the model itself answers right in four-way choice."""
     out = []
     for batch in pairs.batches(CHUNK):
-        options = model.last_logits(batch.clean, batch.last).gather(1, batch.choices)
-        out.append(options[:, 0] > options[:, 1:].amax(1))
+        out.append(ranked_first(model.last_logits(batch.clean, batch.last), batch.choices))
     return torch.cat(out)
 
 

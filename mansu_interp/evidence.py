@@ -30,7 +30,8 @@ from torch import Tensor
 from .errors import ModelError
 from .models import LanguageModel
 from .nullspace import gradient
-from .tasks import Batch, Pair, PairSet, by_phrasing, chunks, collate
+from .scoring import ranked_first
+from .tasks import Batch, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
 
 CHUNK = 48
 
@@ -78,11 +79,6 @@ def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos 
     return out
 
 
-def _right(logits: Float[Tensor, "batch vocab"], batch: Batch) -> Bool[Tensor, " batch"]:
-    options = logits.gather(1, batch.choices)
-    return options[:, 0] > options[:, 1:].amax(1)
-
-
 @torch.no_grad()
 def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[float]:
     """Four-way choice with the states of ``first`` up to each cut and ``last`` from there on.
@@ -101,7 +97,7 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
                 return args, {**kwargs, "hidden_states": value}
 
             with _before(stage, put):
-                right[k] += int(_right(_forward(last, batch), batch).sum())
+                right[k] += int(ranked_first(_forward(last, batch), batch.choices).sum())
     return [r / len(pairs) for r in right]
 
 
@@ -133,18 +129,11 @@ def probe(
         gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1])
         weight = torch.linalg.solve(gram, x.T @ (want - want.mean(0)))
         read = [
-            _right((s[k] - center) / scale @ weight @ rows.T, b)
+            ranked_first((s[k] - center) / scale @ weight @ rows.T, b.choices)
             for s, b in zip(asked, ask, strict=True)
         ]
         found.append(torch.cat(read))
     return torch.stack(found)
-
-
-def _answers(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    out: dict[str, set[int]] = {}
-    for p in pairs:
-        out.setdefault(p.relation, set()).add(p.answer)
-    return {r: torch.tensor(sorted(t)) for r, t in out.items()}
 
 
 def margins(
@@ -178,7 +167,7 @@ def gradient_transfer(model: LanguageModel, half_a: PairSet, half_b: PairSet) ->
     names, level = list(model.weights), 0.0
 
     def of(pairs: PairSet) -> list[Tensor]:
-        among = _answers(pairs)
+        among = answer_tokens(pairs)
 
         def mean(part: list[Pair]) -> Tensor:
             nonlocal level

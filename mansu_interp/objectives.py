@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from .models import LanguageModel
 from .nullspace import Weights, gradient
-from .tasks import Pair, PairSet, by_phrasing, chunks, collate
+from .tasks import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
 
 TARGET_PROMPTS = 32
 """Corrupt prompts averaged per phrasing."""
@@ -26,7 +26,6 @@ class CounterfactualTargets:
 
     def __init__(self, model: LanguageModel, pairs: PairSet, seed: int = 0) -> None:
         self.by_phrasing: dict[tuple[str, str], Float[Tensor, " vocab"]] = {}
-        answers: dict[str, set[int]] = {}
         for group in by_phrasing(pairs):
             first = group[0]
             few = PairSet(first.relation, tuple(group)).sample(TARGET_PROMPTS, seed)
@@ -35,10 +34,7 @@ class CounterfactualTargets:
                     model.last_logits(b.corrupt, b.last).softmax(-1) for b in few.batches(32)
                 ]
             self.by_phrasing[first.relation, first.phrasing] = torch.cat(probabilities).mean(0)
-            answers.setdefault(first.relation, set()).update(p.answer for p in group)
-        self.answers: dict[str, Int[Tensor, " answers"]] = {
-            relation: torch.tensor(sorted(tokens)) for relation, tokens in answers.items()
-        }
+        self.answers = answer_tokens(pairs)
 
     def __call__(self, pair: Pair) -> Float[Tensor, " vocab"]:
         """Target distribution of a pair's phrasing."""

@@ -25,7 +25,7 @@ from .config import RelearnConfig, RunConfig
 from .defaults import default_config, default_task, is_embedded
 from .erasure import judge_erasure
 from .errors import ArtifactError
-from .evaluation import evaluate, properties, verdict
+from .evaluation import Scores, evaluate, properties, verdict
 from .floor import quantizer_set
 from .ledger import Ledger
 from .masks import Mask, random_mask
@@ -129,28 +129,27 @@ def _samples(task: Task, models: dict[str, LanguageModel]) -> list[dict[str, str
 
 
 def quantizer_row(
-    model: LanguageModel, edited: LanguageModel, quantizer: Quantizer, task: Task, promised: bool
+    model: LanguageModel,
+    edited: LanguageModel,
+    quantizer: Quantizer,
+    task: Task,
+    promised: bool,
+    scores: Scores,
 ) -> dict[str, Any]:
     """What one quantizer makes of a run's edit: survival, and forget accuracy on unseen phrasings.
 
     ``gap`` is the change of an accuracy from the edited model to the same after the quantizer.
     """
     sets = list(task.scored["unseen"]["forget"].values())
-    models = {"original": model, "unlearned": edited}
-    models |= {f"{k} quantized": quantize(m, quantizer) for k, m in models.items()}
+    found = {
+        name: [accuracy(quantize(m, quantizer), s) for s in sets]
+        for name, m in (("original", model), ("unlearned", edited))
+    }
     out: dict[str, Any] = {"name": quantizer.name, "promised": promised}
     out |= asdict(survival(model, edited, quantizer))
     for key in ("choice", "top1"):
-        mean = {
-            k: sum(getattr(accuracy(m, s), key) for s in sets) / len(sets)
-            for k, m in models.items()
-        }
-        gap = mean["unlearned quantized"] - mean["unlearned"]
-        out[key] = {
-            "original": mean["original quantized"],
-            "unlearned": mean["unlearned quantized"],
-            "gap": gap,
-        }
+        mean = {name: sum(getattr(a, key) for a in by) / len(sets) for name, by in found.items()}
+        out[key] = {**mean, "gap": mean["unlearned"] - scores.mean("forget", key, "unlearned")}
     return out
 
 
@@ -271,7 +270,7 @@ def run(
     scores = evaluate(models, task, on_step=note)
     lived = survival(model, edited, QUANTIZER)
     lives = [
-        quantizer_row(model, edited, q, task, q.name in config.unlearn.survive)
+        quantizer_row(model, edited, q, task, q.name in config.unlearn.survive, scores)
         for q in measured.values()
     ]
     lap("evaluate")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from .models import LanguageModel
 from .tasks import Pair, PairSet, by_phrasing, chunks, collate
@@ -26,6 +28,14 @@ class Accuracy:
     """Prompts."""
 
 
+def ranked_first(
+    logits: Float[Tensor, "batch vocab"], choices: Int[Tensor, "batch 4"]
+) -> Bool[Tensor, " batch"]:
+    """Where the answer (the first choice) outranks its distractors; a tie counts against it."""
+    options = logits.gather(1, choices)
+    return options[:, 0] > options[:, 1:].amax(1)
+
+
 @torch.no_grad()
 def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
     """Top-1 and four-way choice accuracy. A tie counts against the model."""
@@ -33,8 +43,7 @@ def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
     for batch in pairs.batches(BATCH):
         logits = model.last_logits(batch.clean, batch.last)
         top1 += int((logits.argmax(-1) == batch.answer).sum())
-        options = logits.gather(1, batch.choices)
-        choice += int((options[:, 0] > options[:, 1:].amax(1)).sum())
+        choice += int(ranked_first(logits, batch.choices).sum())
     return Accuracy(top1 / len(pairs), choice / len(pairs), len(pairs))
 
 
@@ -50,8 +59,7 @@ def known(model: LanguageModel, pairs: PairSet) -> PairSet | None:
     for group in by_phrasing(pairs):
         for part in chunks(group, BATCH):
             batch = collate(part)
-            options = model.last_logits(batch.clean, batch.last).gather(1, batch.choices)
-            right = options[:, 0] > options[:, 1:].amax(1)
+            right = ranked_first(model.last_logits(batch.clean, batch.last), batch.choices)
             out += [pair for pair, ok in zip(part, right, strict=True) if ok]
     return PairSet(pairs.name, tuple(out)) if out else None
 

@@ -112,6 +112,14 @@ def by_phrasing(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
+def answer_tokens(pairs: Sequence[Pair]) -> dict[str, Int[Tensor, " answers"]]:
+    """The different answers of each relation among some pairs, ascending."""
+    answers: dict[str, set[int]] = {}
+    for pair in pairs:
+        answers.setdefault(pair.relation, set()).add(pair.answer)
+    return {relation: torch.tensor(sorted(tokens)) for relation, tokens in answers.items()}
+
+
 def chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
     """Runs of at most ``size`` pairs of similar length."""
     ordered = sorted(pairs, key=lambda p: len(p.clean))

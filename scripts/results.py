@@ -31,20 +31,13 @@ from mansu_interp.evaluation import evaluate
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pipeline import run
 from mansu_interp.quantizers import NF4, quantize, survival
-from mansu_interp.scoring import choice_accuracy
 from mansu_interp.tasks import Task, load_task
-from mansu_interp.unlearning import unlearn
+from mansu_interp.unlearning import dev_choice, unlearn
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASELINES = ("graddiff", "npo")
 DENSE_STEPS = 600
 ORDER = ("original", "mansu", *BASELINES)
-
-
-def dev_choice(model: LanguageModel, task: Task) -> float:
-    """Mean four-way accuracy on the forget facts' dev phrasings."""
-    sets = task.scored["dev"]["forget"].values()
-    return sum(choice_accuracy(model, s) for s in sets) / len(sets)
 
 
 def scored(

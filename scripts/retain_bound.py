@@ -19,9 +19,8 @@ from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.nullspace import fisher_diagonal, retain_bound
 from mansu_interp.objectives import forget_gradient
 from mansu_interp.pipeline import make_mask
-from mansu_interp.scoring import choice_accuracy
 from mansu_interp.tasks import PairSet, Task, load_task
-from mansu_interp.unlearning import unlearn
+from mansu_interp.unlearning import dev_choice, unlearn
 
 
 def whole_model_mask(model: LanguageModel, task: Task, budget: float, seed: int) -> Mask:
@@ -47,7 +46,6 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args.model)
     task = load_task(args.task, model)
-    dev = task.scored["dev"]["forget"].values()
     retained = PairSet("retain", tuple(p for pairs in task.kept for p in pairs)).sample(128, 99)
     print("| seed | mask | forget, dev | abs(g.d) | 1/2 sum F d^2 | bound | measured | remainder |")
     print("|---|---|---|---|---|---|---|---|")
@@ -62,7 +60,7 @@ def main() -> None:
             settings = replace(config.unlearn, seed=seed, steps=args.steps)
             edited = unlearn(model, task, mask, settings).model
             b = retain_bound(model, edited, retained, seed)
-            forget = sum(choice_accuracy(edited, s) for s in dev) / len(dev)
+            forget = dev_choice(edited, task)
             cells = [b.first, b.second, b.bound, b.measured, b.remainder]
             print(f"| {seed} | {name} | {forget:.3f} | ", end="")
             print(" | ".join(f"{c:.4f}" for c in cells) + " |", flush=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import UnlearnConfig
 from ..models import LanguageModel
 from ..objectives import divergence, nll
-from ..scoring import choice_accuracy
+from ..scoring import choice_accuracy, ranked_first
 from ..tasks import Pair, Task, by_phrasing, chunks, collate
 
 HOLD_MARGIN = 0.5
@@ -139,8 +139,7 @@ def retain_loss(
     got = student.last_logits(batch.clean, batch.last)
     loss = divergence(got, want)
     if hold:
-        choices = want.gather(1, batch.choices)
-        known = choices[:, 0] > choices[:, 1:].amax(1)
+        known = ranked_first(want, batch.choices)
         answer = batch.answer[:, None]
         lost = want.log_softmax(-1).gather(1, answer) - got.log_softmax(-1).gather(1, answer)
         loss = loss + hold * ((lost[:, 0] + HOLD_MARGIN).relu() * known).mean()

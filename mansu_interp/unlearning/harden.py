@@ -22,7 +22,7 @@ from ..models import LanguageModel
 from ..nullspace import gradient
 from ..objectives import CounterfactualTargets
 from ..relearning import batches, descend, halves, make_optimiser, of_subjects
-from ..tasks import Pair, Task, by_phrasing, chunks, collate
+from ..tasks import Pair, Task, answer_tokens, by_phrasing, chunks, collate
 from .common import CHUNK
 
 SPREAD = 3.0
@@ -80,10 +80,7 @@ class Attacker:
     ) -> tuple[list[Tensor], float]:
         """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
         victim, unseen = self.attacked(student)
-        answers: dict[str, set[int]] = {}
-        for p in unseen:
-            answers.setdefault(p.relation, set()).add(p.answer)
-        among = {r: torch.tensor(sorted(tokens)) for r, tokens in answers.items()}
+        among = answer_tokens(unseen)
         chosen = self.rng.sample(unseen, min(self.config.batch_size, len(unseen)))
         parts = [part for group in by_phrasing(chosen) for part in chunks(group, CHUNK)]
         total = 0.0
