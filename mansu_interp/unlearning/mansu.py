@@ -114,6 +114,13 @@ class Snapper:
             direction = latent.mean / (1 - BETA1**t) / rms
             latent.position.sub_(lr * direction * latent.projection).clamp_(-1, 1)
 
+    def _bar(self, travelled: Float[Tensor, " n"], least: float) -> float:
+        """The distance beyond which a weight is edited, so that the farthest fill the budget;
+        ``least`` where all of them fit."""
+        if len(travelled) <= self.limit:
+            return least
+        return float(travelled.kthvalue(len(travelled) - self.limit).values)
+
     @torch.no_grad()
     def write(self) -> int:
         """Put the snapped weights into all models; returns how many weights are edited.
@@ -127,9 +134,7 @@ class Snapper:
             plans.append((moved, value, distance))
         # Of all that crossed a boundary, the farthest travelled fill the budget.
         travelled = torch.cat([d[m] for m, _, d in plans])
-        bar, edited = 0.0, 0
-        if len(travelled) > self.limit:
-            bar = float(travelled.kthvalue(len(travelled) - self.limit).values)
+        bar, edited = self._bar(travelled, 0.0), 0
         for (name, x), (moved, value, distance) in zip(self.latents.items(), plans, strict=True):
             made = moved & (distance > bar)
             self.model.weights[name].view(-1)[x.index] = torch.where(made, value, x.original)
@@ -153,10 +158,7 @@ class Continuous(Snapper):
             (x.position * x.scale - x.original).abs() / x.scale.clamp_min(1e-30)
             for x in self.latents.values()
         ]
-        travelled, bar = torch.cat(moved), -1.0
-        if len(travelled) > self.limit:
-            bar = float(travelled.kthvalue(len(travelled) - self.limit).values)
-        edited = 0
+        bar, edited = self._bar(torch.cat(moved), -1.0), 0
         for (name, x), value, distance in zip(self.latents.items(), values, moved, strict=True):
             made = (distance > bar) & (value != x.original)
             self.model.weights[name].view(-1)[x.index] = torch.where(made, value, x.original)
