@@ -5,9 +5,8 @@ in the weight's own cell of any quantizer of the set ``survive``, the weight kee
 original value; once it has left them all, it lands where `floor` allows. So a weight moves at least
 one whole cell or not at all, and the quantized model receives the same edit. Gradients pass the
 snap straight through (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's).
-Steps alternate between the full-precision model and the quantized ones, one quantizer of the set
-after the other, so that all forget and all retain; each is compared with the original at its own
-precision. The momentum direction is multiplied by the null-space projection lambda / (lambda + F).
+Steps take turns, the full-precision model first and then each quantized one, so that all forget and
+all retain; each is compared with the original at its own precision. The momentum direction is multiplied by the null-space projection lambda / (lambda + F).
 """
 
 from __future__ import annotations
@@ -209,7 +208,7 @@ def mansu(
     attacker = Attacker(task, config) if config.attack else None
     history: list[dict[str, float]] = []
     for done in range(config.steps):
-        side = 1 + done // 2 % len(survive) if done % 2 and floored else 0
+        side = done % len(students) if floored else 0
         student, teacher = students[side], teachers[side]
         losses = {"forget": 0.0, "retain": 0.0}
 
@@ -226,7 +225,7 @@ def mansu(
             return counterfactual_loss(student, pairs, target, config.push, config.margin)  # noqa: B023
 
         forget, keep = sampler.forget(), sampler.retain()
-        text = sampler.text() if done % 4 < 2 else None
+        text = sampler.text() if done // len(students) % 2 == 0 else None
         parts = [
             partial(weighed, "forget", len(p) / sum(map(len, forget)), partial(down, p))
             for p in forget
