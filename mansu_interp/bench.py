@@ -227,7 +227,7 @@ def measure(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
     if not untouched and not cell.checkpoint.exists():
         found = attempt(cell)  # the same again: everything is seeded
     edited = model if untouched else load_model(cell.checkpoint)
-    models = {q: quantize(edited, q) for q in todo}
+    models = {q: quantize(edited, q, task.calibration) for q in todo}
     scores = evaluate(models if have else {"fp": edited, **models}, task)
     rows = found.get("rows", scores.rows)
     for row, new in zip(rows, scores.rows, strict=True):
@@ -235,7 +235,7 @@ def measure(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
     found["rows"] = rows
     perplexity = {**(found.get("perplexity") or {}), **(scores.perplexity or {})}
     found["perplexity"] = perplexity or None
-    lived = {q: asdict(survival(model, edited, get_quantizer(q))) for q in todo}
+    lived = {q: asdict(survival(model, edited, q, task.calibration)) for q in todo}
     found["quantizers"] = {**have, **lived}
     found["edited"] = sum(int((model.weights[n] != w).sum()) for n, w in edited.weights.items())
     found["parameters"] = model.n_parameters

@@ -175,7 +175,7 @@ class UnlearnConfig:
     """mansu: strength of the null-space projection; 0 = none."""
     survive: tuple[str, ...] = ("nf4",)
     """mansu: quantizers that every edit survives by construction (`mansu list` names them); steps
-    take turns on the model in full precision and after each of them. Separated by spaces or commas."""
+    take turns in full precision and after each of them. Separated by spaces or commas."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """mansu: arithmetic of the losses and gradients; edits, floor and scores are always exact. bf16
     is about twice as fast where the processor has it."""

@@ -142,11 +142,11 @@ def quantizer_row(
     """
     sets = list(task.scored["unseen"]["forget"].values())
     found = {
-        name: [accuracy(quantize(m, quantizer), s) for s in sets]
+        name: [accuracy(quantize(m, quantizer, task.calibration), s) for s in sets]
         for name, m in (("original", model), ("unlearned", edited))
     }
     out: dict[str, Any] = {"name": quantizer.name, "promised": promised}
-    out |= asdict(survival(model, edited, quantizer))
+    out |= asdict(survival(model, edited, quantizer, task.calibration))
     for key in ("choice", "top1"):
         mean = {name: sum(getattr(a, key) for a in by) / len(sets) for name, by in found.items()}
         out[key] = {**mean, "gap": mean["unlearned"] - scores.mean("forget", key, "unlearned")}

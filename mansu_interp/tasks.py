@@ -28,6 +28,7 @@ from .models import LanguageModel
 
 SCHEMA = 1
 N_CHOICES = 4
+CALIBRATION_TEXTS, CALIBRATION_PROMPTS = 32, 512
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,13 @@ class Task:
     def kept(self) -> list[PairSet]:
         """What must stay: the retain pairs, and the guard pairs if there are any."""
         return [self.retain, *([self.guard] if self.guard else [])]
+
+    @property
+    def calibration(self) -> list[tuple[int, ...]]:
+        """Token rows for calibrated quantizers: running text and retain prompts, as somebody who
+        knows nothing of the forget facts would take them."""
+        prompts = self.retain.sample(CALIBRATION_PROMPTS, 0)
+        return [*self.text.get("train", ())[:CALIBRATION_TEXTS], *(p.clean for p in prompts)]
 
 
 def embedded_tasks() -> list[str]:

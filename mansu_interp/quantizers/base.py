@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..models import quiet
+from ..models import LanguageModel, quiet
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class Quantizer(ABC):
     promises: bool = True
     """Whether an edit can be made so that no other code changes: false where a group's parameters
     depend on every element (HQQ) or on activations."""
+    rescales: bool = False
+    """Whether scales move between layers, so that single weights no longer compare with the
+    original's."""
 
     @abstractmethod
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
@@ -98,6 +102,12 @@ class Quantizer(ABC):
     def touches(self, weight: Float[Tensor, "out in"]) -> bool:
         """Whether the library quantizes a linear layer of this shape, or leaves it alone."""
         return True
+
+    def fit(
+        self, model: LanguageModel, calibration: Sequence[Sequence[int]]
+    ) -> dict[str, Quantizer]:
+        """What quantizes each weight of a model, by name: itself, unless it calibrates."""
+        return {n: self for n in model.linear_names if self.touches(model.weights[n])}
 
 
 def library(name: str, extra: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import ConfigError
 from .base import Quantizer
 from .bitsandbytes import FourBit, Int8
+from .calibrated import Calibrated
 from .gguf import Gguf
 from .hqq import Hqq
 from .torchao import Int4
@@ -17,6 +18,7 @@ _ALL: list[Quantizer] = [
     *(Int4(rule, g) for rule in ("asym", "sym", "tinygemm") for g in GROUPS),
     *(Gguf(name) for name in ("q4_0", "q4_1", "q8_0")),
     Hqq(),
+    *(Calibrated(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),
 ]
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in _ALL}
 """Every quantizer, by the name that settings and the command line use."""

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..models import LanguageModel
 from .base import Quantizer
+from .calibrated import Calibrated
 from .registry import get_quantizer
 
 
 @torch.no_grad()
-def quantize(model: LanguageModel, quantizer: Quantizer | str = "nf4") -> LanguageModel:
+def quantize(
+    model: LanguageModel,
+    quantizer: Quantizer | str = "nf4",
+    calibration: Sequence[Sequence[int]] = (),
+) -> LanguageModel:
     """A copy whose linear weights went through a quantizer and back.
 
     De-quantized weights sit in a plain model, so that every analysis runs on it unchanged. Layers
     whose shape the quantizer's library does not take stay as they are.
+
+    Arguments:
+        model: not changed.
+        quantizer: one of `QUANTIZERS`, or its name.
+        calibration: prompts as token ids, such as `Task.calibration`; only calibrated ones look.
+
+    Raises:
+        ConfigError: unknown quantizer, its library is missing, or calibration prompts are.
     """
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     copy = model.copy()
-    for name in copy.linear_names:
-        if quantizer.touches(copy.weights[name]):
-            copy.weights[name].copy_(quantizer.round_trip(copy.weights[name]))
+    for name, layer in quantizer.fit(model, calibration).items():
+        copy.weights[name].copy_(layer.round_trip(model.weights[name]))
     return copy
 
 
@@ -36,49 +49,58 @@ class Survival:
     """Edited weights whose code changed."""
     collateral: int
     """Unedited weights whose code changed."""
-    update_over_bin: float
+    intended: int | None
+    """Edited weights whose quantized value moved in the direction of the edit. This and all below
+    are None where the quantizer moves scales between layers (AWQ)."""
+    update_over_bin: float | None
     """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels)."""
-    projection: float
+    projection: float | None
     """<dQ, d> / <d, d>: the share of the edit that the quantized model keeps, 1 = all."""
-    intended: int = 0
-    """Edited weights whose quantized value moved in the direction of the edit."""
-    noise_over_signal: float = 0.0
+    noise_over_signal: float | None
     """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 
 
 @torch.no_grad()
 def survival(
-    before: LanguageModel, after: LanguageModel, quantizer: Quantizer | str = "nf4"
+    before: LanguageModel,
+    after: LanguageModel,
+    quantizer: Quantizer | str = "nf4",
+    calibration: Sequence[Sequence[int]] = (),
 ) -> Survival:
-    """Compare two checkpoints code by code, over every quantized weight."""
+    """Compare two checkpoints code by code, over every quantized weight (arguments: `quantize`)."""
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     edited = survived = collateral = intended = 0
     update = bins = kept = noise = 0.0
+    layers = [quantizer.fit(model, calibration) for model in (before, after)]
     for name in before.linear_names:
         a, b = before.weights[name], after.weights[name]
         moved = (a != b).flatten()
-        if not moved.any() or not quantizer.touches(a):
+        # A calibrated quantizer re-codes layers that no edit touched.
+        if name not in layers[0] or not (moved.any() or isinstance(quantizer, Calibrated)):
             continue
-        cells_a, cells_b = quantizer.cells(a), quantizer.cells(b)
+        first, second = (found[name] for found in layers)
+        cells_a, cells_b = first.cells(a), second.cells(b)
         changed = cells_a.codes != cells_b.codes
         edited += int(moved.sum())
         survived += int((changed & moved).sum())
         collateral += int((changed & ~moved).sum())
         d = (b - a).flatten()[moved].double()
-        dq = (quantizer.round_trip(b) - quantizer.round_trip(a)).flatten()[moved].double()
+        dq = (second.round_trip(b) - first.round_trip(a)).flatten()[moved].double()
         update += float(d @ d)
         bins += float(cells_a.width[moved].double().square().sum())
         kept += float(dq @ d)
         intended += int((dq * d > 0).sum())
         noise += float((dq - d).square().sum())
+    if quantizer.rescales:
+        return Survival(edited, survived, collateral, None, None, None, None)
     if not edited:
-        return Survival(0, 0, 0, 0.0, 0.0)
+        return Survival(0, 0, collateral, 0, 0.0, 0.0, 0.0)
     return Survival(
         edited,
         survived,
         collateral,
+        intended,
         (update / bins) ** 0.5,
         kept / update,
-        intended,
         (noise / update) ** 0.5,
     )

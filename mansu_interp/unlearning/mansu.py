@@ -6,7 +6,8 @@ original value; once it has left them all, it lands where `floor` allows. So a w
 one whole cell or not at all, and the quantized model receives the same edit. Gradients pass the
 snap straight through (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's).
 Steps take turns, the full-precision model first and then each quantized one, so that all forget and
-all retain; each is compared with the original at its own precision. The momentum direction is multiplied by the null-space projection lambda / (lambda + F).
+all retain; each is compared with the original at its own precision. The momentum direction is
+multiplied by the null-space projection lambda / (lambda + F).
 """
 
 from __future__ import annotations

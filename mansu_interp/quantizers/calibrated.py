@@ -1,0 +1,162 @@
+"""Calibrated 4-bit quantizers, as the ``auto-round`` package does them on any processor.
+
+- ``awq``: activation-aware scaling of input channels (Lin et al. 2023), then rounding;
+- ``autoround``: rounding and clipping learnt by signed gradient descent (Cheng et al. 2023).
+
+Both are symmetric, in groups along a row, and look at what the layers do on calibration prompts. So
+the codes of one weight depend on all others: no promise is possible, and what survives is measured.
+AWQ also divides each channel's scale out of the layer before, so that its weights, norms included,
+can be compared with the original's only as a whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..models import LanguageModel, quiet
+from .base import Cells, Quantizer, affine, library
+
+ROW = 64
+"""Tokens of a calibration row; auto-round drops shorter ones."""
+ROWS = 128
+MIDDLE = 8
+"""Code of the value 0."""
+KEPT = 2
+"""Models whose calibration is remembered: scoring and comparing a pair asks for each twice."""
+_FITTED: dict[tuple[Any, ...], dict[str, Quantizer]] = {}
+
+
+@dataclass(frozen=True)
+class Fitted(Quantizer):
+    """One weight as a calibrated quantizer left it; knows no other."""
+
+    restored: Float[Tensor, "out in"]
+    found: Cells | None = None
+    """None: kept in full precision, but scaled."""
+    promises: bool = False
+
+    def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
+        """The cells that calibration gave to this weight."""
+        if self.found is None:
+            raise ConfigError("This weight was scaled and not quantized: it has no codes.")
+        return self.found
+
+    def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The values that calibration gave to this weight."""
+        return self.restored
+
+
+@dataclass(frozen=True)
+class Calibrated(Quantizer):
+    """One algorithm of auto-round at one group size, with the package's own defaults."""
+
+    algorithm: str = "awq"
+    group: int = 128
+    promises: bool = False
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As in `get_quantizer`."""
+        return f"{self.algorithm}-g{self.group}"
+
+    @property
+    def rescales(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True of AWQ."""
+        return self.algorithm == "awq"
+
+    def fit(
+        self, model: LanguageModel, calibration: Sequence[Sequence[int]]
+    ) -> dict[str, Quantizer]:
+        """Quantize a whole model.
+
+        Arguments:
+            model: not changed.
+            calibration: prompts as token ids, joined to rows of ``ROW`` tokens.
+
+        Raises:
+            ConfigError: auto-round is not installed, or there are too few calibration tokens.
+        """
+        tokens = [t for prompt in calibration for t in prompt][: ROW * ROWS]
+        if len(tokens) < ROW:
+            raise ConfigError(
+                f"{self.name} needs at least {ROW} tokens of calibration prompts; "
+                f"got {len(tokens)}."
+            )
+        key = (self.name, _digest(model), tuple(tokens))
+        if key not in _FITTED:
+            while len(_FITTED) >= KEPT:
+                del _FITTED[next(iter(_FITTED))]
+            _FITTED[key] = _fit(self, model, tuple(tokens))
+        return dict(_FITTED[key])
+
+    def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
+        """Not of a lone weight: see `fit`."""
+        raise ConfigError(f"{self.name} quantizes whole models; use quantize() and survival().")
+
+    round_trip = cells  # pyright: ignore[reportAssignmentType]
+
+
+def _digest(model: LanguageModel) -> bytes:
+    """Equal where all weights are."""
+    digest = hashlib.sha256()
+    for name, weight in model.weights.items():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dict[str, Quantizer]:
+    package = library("auto_round", "autoround")
+    rows = torch.tensor(tokens)[: len(tokens) // ROW * ROW].view(-1, 1, ROW)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    try:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.enable_grad():
+            rounder = package.AutoRound(
+                copy.deepcopy(model.hf),
+                model.tokenizer,
+                scheme="W4A16",
+                alg_configs={"awq": "awq", "autoround": "auto_round"}[kind.algorithm],
+                group_size=kind.group,
+                dataset=list(rows),
+                seqlen=ROW,
+                nsamples=len(rows),
+                device_map="cpu",
+                enable_torch_compile=False,
+                seed=0,
+            )
+            hf, _ = rounder.quantize()
+    finally:
+        torch.set_rng_state(state)
+        torch.set_num_threads(threads)
+    layers: dict[str, Any] = dict(hf.named_modules())
+    fitted: dict[str, Quantizer] = {}
+    for name, value in hf.named_parameters():
+        original, restored = model.weights[name].float(), value.detach().float()
+        scale = getattr(layers[name.rpartition(".")[0]], "scale", None)
+        if scale is not None and name.endswith(".weight"):
+            fitted[name] = Fitted(restored, _cells(original, restored, scale))
+        elif not torch.equal(restored, original):
+            fitted[name] = Fitted(restored)
+    return fitted
+
+
+def _cells(original: Tensor, restored: Tensor, scale: Tensor) -> Cells:
+    """Cells of a layer that auto-round left de-quantized; a negative scale turns -8..7 around."""
+    scale = scale.detach().float().abs().reshape(-1, 1)
+    codes = (restored.view(len(scale), -1) / scale.clamp_min(1e-30)).round() + MIDDLE
+    x = original.view(len(scale), -1)
+    every = torch.ones_like(x, dtype=torch.bool)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    levels = torch.arange(2.0 * MIDDLE + 1) - MIDDLE
+    return affine(codes, scale, scale * 0, levels, every, low, high)
