@@ -49,9 +49,9 @@ def world_size() -> int:
     return distributed.get_world_size() if _active() else 1
 
 
-def shard(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> tuple[T, ...]:
     """The items that are this process's own: every ``world_size``-th."""
-    return items[rank() :: world_size()]
+    return tuple(items[rank() :: world_size()])
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
