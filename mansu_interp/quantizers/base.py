@@ -100,8 +100,8 @@ class Quantizer(ABC):
         return True
 
 
-def library(name: str, extra: str) -> Any:
-    """Import an optional package.
+def library(name: str, extra: str, what: str = "This quantizer") -> Any:
+    """Import an optional package, which ``what`` needs.
 
     Raises:
         ConfigError: it is not installed; names the line that installs it.
@@ -111,7 +111,7 @@ def library(name: str, extra: str) -> Any:
             return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"This quantizer needs the package {name.partition('.')[0]}, which cannot be imported "
+            f"{what} needs the package {name.partition('.')[0]}, which cannot be imported "
             f'({error}). Install it: pip install "mansu-interp[{extra}]"'
         ) from error
 
