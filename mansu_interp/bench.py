@@ -293,7 +293,8 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     for model in models.values():
         for task in bench.tasks:
             load_task(task, model, default_config(model.name, task).score_pairs)
-    with engine(bench.jobs, bench.scheduler) as compute:
+    jobs, scheduler = (1, None) if bench.table_only else (bench.jobs, bench.scheduler)
+    with engine(jobs, scheduler) as compute:
         rows = _run_missing(bench, models, compute, on_progress or (lambda *_: None))
     write_scoreboard(bench.out, rows)
     return rows

@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError, MansuError
 from .quantizers.base import library
 
-Item = TypeVar("Item")
 Engine = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """engine(do, items) -> what ``do`` returns for each item, in the order in which they finish."""
+
+
+def _unreachable(scheduler: str | None, why: object) -> ConfigError:
+    return ConfigError(
+        f"No Dask scheduler answers at {scheduler!r} ({why}). Expected an address such as "
+        "tcp://host:8786, or the scheduler file of a running one."
+    )
 
 
 @contextlib.contextmanager
@@ -31,6 +38,8 @@ def engine(jobs: int = 1, scheduler: str | None = None) -> Iterator[Engine]:
     if scheduler is None and jobs == 1:
         yield map
         return
+    if scheduler and "://" not in scheduler and not Path(scheduler).exists():
+        raise _unreachable(scheduler, "no such file")  # Dask would wait for it for ever
     dask = library("distributed", "sweep", "Working side by side")
     with contextlib.ExitStack() as opened:
         if scheduler is None:
@@ -50,10 +59,7 @@ def engine(jobs: int = 1, scheduler: str | None = None) -> Iterator[Engine]:
         try:
             client = opened.enter_context(dask.Client(**where))
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"No Dask scheduler answers at {scheduler!r} ({error}). Expected an address such "
-                "as tcp://host:8786, or the scheduler file of a running one."
-            ) from error
+            raise _unreachable(scheduler, error) from error
         if any(threads > 1 for threads in client.nthreads().values()):
             raise ConfigError(
                 "A Dask worker has several threads, but seeds belong to a whole process. Start the "
