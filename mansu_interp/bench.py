@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +33,8 @@ from .cad import CAD, Divergence, compare
 from .circuit import Circuit, discover
 from .config import BASELINES, BenchConfig, Method, RunConfig
 from .defaults import default_config, is_embedded
-from .errors import MansuError
+from .distributed import launched
+from .errors import ConfigError, MansuError
 from .evaluation import CHANCE, Scores, evaluate, properties
 from .floor import quantizer_set
 from .models import LanguageModel, load_model
@@ -44,6 +42,7 @@ from .pipeline import config_json, make_mask
 from .planning import CAD_PAIRS
 from .quantizers import get_quantizer, quantize, survival
 from .report.scoreboard import write_scoreboard
+from .sweep import Engine, engine
 from .tasks import PairSet, Task, load_task
 from .unlearning import dev_choice, unlearn
 
@@ -262,32 +261,6 @@ def finish(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
     return measure(cell, quantizers)
 
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed ends at once: it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        sentinel = parent.sentinel
-        watch = threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True)
-        watch.start()
-
-
-def _each(
-    do: Callable[[Cell], Any], cells: Sequence[Cell], jobs: int, stage: str, note: OnProgress
-) -> None:
-    """Do something for every cell, in order or side by side."""
-    if cells:
-        note(stage, 0, len(cells))
-    if jobs == 1 or len(cells) < 2:
-        for k, cell in enumerate(cells):
-            do(cell)
-            note(stage, k + 1, len(cells))
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, len(cells)), _die_with_parent) as pool:
-        for k, _ in enumerate(pool.imap_unordered(do, cells)):
-            note(stage, k + 1, len(cells))
-
-
 @dataclass(frozen=True)
 class Chosen:
     """A method's winning step size on one model, task and level, with a cell per seed."""
@@ -308,9 +281,11 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         One row per model, task, level, method, seed and quantizer (see `tidy`).
 
     Raises:
-        MansuError: an unknown model, task or quantizer, before any long work.
+        MansuError: an unknown model, task or quantizer, or Dask is needed and cannot be used,
+            before any long work.
     """
-    note = on_progress or (lambda *_: None)
+    if launched() > 1:
+        raise ConfigError("bench shares out whole cells: start it once, with --jobs.")
     for name in bench.quantizers:
         get_quantizer(name)
     quantizer_set(bench.survive)
@@ -318,6 +293,17 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     for model in models.values():
         for task in bench.tasks:
             load_task(task, model, default_config(model.name, task).score_pairs)
+    jobs, scheduler = (1, None) if bench.table_only else (bench.jobs, bench.scheduler)
+    with engine(jobs, scheduler) as compute:
+        rows = _run_missing(bench, models, compute, on_progress or (lambda *_: None))
+    write_scoreboard(bench.out, rows)
+    return rows
+
+
+def _run_missing(
+    bench: BenchConfig, models: dict[str, LanguageModel], compute: Engine, note: OnProgress
+) -> list[dict[str, Any]]:
+    """Train and measure the cells that are not finished; the table's rows."""
     new = partial(make_cell, bench)
     grid = [(m, t) for m in models.values() for t in bench.tasks]
     strengths = sorted(bench.strengths)
@@ -325,9 +311,14 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     measured = partial(finish, quantizers=bench.quantizers)
 
     originals = [new(m, t, ORIGINAL, first, 1.0, 1.0) for m, t in grid]
-    each: Callable[..., None] = partial(_each, jobs=bench.jobs, note=note)
-    if bench.table_only:
-        each = lambda *_, **__: None  # noqa: E731
+
+    def each(do: Callable[[Cell], Any], cells: Sequence[Cell], stage: str) -> None:
+        if not cells or bench.table_only:
+            return
+        note(stage, 0, len(cells))
+        for k, _ in enumerate(compute(do, cells)):
+            note(stage, k + 1, len(cells))
+
     each(measured, _unmeasured(originals, bench), stage="the originals")
     tries = [
         (m, [new(m, t, method, first, level, s) for s in strengths])
@@ -350,9 +341,7 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         chosen.append(Chosen([won, *others], reached))
     winners = [c for group in chosen for c in group.cells]
     each(measured, _unmeasured(winners, bench), stage="measuring")
-    rows = tidy(originals, chosen, bench.quantizers)
-    write_scoreboard(bench.out, rows)
-    return rows
+    return tidy(originals, chosen, bench.quantizers)
 
 
 def _unmeasured(cells: Iterable[Cell], bench: BenchConfig) -> list[Cell]:

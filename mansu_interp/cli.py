@@ -85,21 +85,24 @@ def _print_json(value: Any) -> None:
 
 
 def _run(config: RunConfig, output: Output) -> int:
+    from .distributed import group, rank
     from .pipeline import run
     from .planning import Plan
     from .report import console_summary
 
-    progress = Progress(output.quiet)
-
     def show(plan: Plan) -> None:
-        if not (output.quiet or output.json):
+        if not (output.quiet or output.json or rank()):
             print("\n".join(plan.lines), flush=True)
 
     start = time.monotonic()
-    try:
-        result = run(config, progress, show)
-    finally:
-        progress.close()
+    with group():
+        progress = Progress(output.quiet or rank() > 0)
+        try:
+            result = run(config, progress, show)
+        finally:
+            progress.close()
+        if rank():
+            return 0  # the first process says what came out
     if output.json:
         from .artifacts import read_json
 

@@ -397,7 +397,9 @@ class BenchConfig:
     lr: float = 1e-4
     """Usual step size of the baselines; that of mansu and its variants comes with the task."""
     jobs: int = 1
-    """Processes that work side by side, each with one thread."""
+    """Processes that work side by side, each with one thread; more than 1 needs Dask."""
+    scheduler: str | None = None
+    """Work on a running Dask cluster instead: address, or path of its scheduler file."""
     table_only: bool = False
     """Train and measure nothing: write the table of what is finished."""
     out: Path = Path("runs/bench")

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .distributed import sum_number
 from .errors import ModelError
 from .models import LanguageModel
 from .nullspace import gradient
@@ -179,6 +180,7 @@ def gradient_transfer(model: LanguageModel, half_a: PairSet, half_b: PairSet) ->
         return gradient(model, names, [lambda p=p: mean(p) for p in parts])
 
     a, b = of(half_a), of(half_b)
+    level = sum_number(level)
     size = math.sqrt(sum(float((g * g).sum()) for g in a) * sum(float((g * g).sum()) for g in b))
     shares = [float((x * y).sum()) / max(size, 1e-30) for x, y in zip(a, b, strict=True)]
     return Transfer(sum(shares), dict(zip(names, shares, strict=True)), level)

@@ -23,6 +23,7 @@ from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
 from .config import RelearnConfig, RunConfig
 from .defaults import default_config, default_task, is_embedded
+from .distributed import first_says, rank
 from .erasure import judge_erasure
 from .errors import ArtifactError
 from .evaluation import Scores, evaluate, properties, verdict
@@ -189,6 +190,9 @@ def run(
 ) -> RunResult:
     """Run the whole job and write every artefact.
 
+    Inside a ``torch.distributed`` process group the processes share discovery, the mask and
+    unlearning, and the first one writes; all need to see the same folder.
+
     Arguments:
         config: all settings.
         on_progress: called with (stage, done, total); total 0 = unknown.
@@ -217,35 +221,40 @@ def run(
     measured |= {name: get_quantizer(name) for name in config.quantizers}
     model = load_model(config.model)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
-    write_json(config.out / "config.json", config_json(config))
+    out, writes = config.out, rank() == 0
+
+    def done(name: str) -> bool:
+        return first_says((out / name).exists())
+
+    if not done("config.json") and writes:
+        write_json(out / "config.json", config_json(config))
     if on_plan:
         on_plan(plan(config, model, task))
     lap("load")
 
-    out = config.out
-    if (out / "circuit.json").exists():
+    if done("circuit.json"):
         circuit = replace(
             Circuit.load(out / "circuit.json"),
             pairs=task.forget.sample(circuit_config.pairs, circuit_config.seed),
         )
     else:
         circuit = discover(model, task.forget, circuit_config, task.retain, note)
-        circuit.save_graphml(out / "circuit.graphml")
-        circuit.save(out / "circuit.json")
+        if writes:
+            circuit.save_graphml(out / "circuit.graphml")
+            circuit.save(out / "circuit.json")
     lap("discover")
 
-    if (out / "mask.safetensors").exists():
+    if done("mask.safetensors"):
         mask = Mask.load(out / "mask.safetensors")
     else:
         note("choosing parameters", 0, 1)
         mask = make_mask(config, model, task, circuit)
-        mask.save(out / "mask.safetensors")
+        if writes:
+            mask.save(out / "mask.safetensors")
         note("choosing parameters", 1, 1)
     lap("mask")
 
-    if (out / "model" / "model.safetensors").exists():
-        edited = load_model(out / "model")
-    else:
+    if not done("model/model.safetensors"):
         result = unlearn(
             model,
             task,
@@ -253,12 +262,15 @@ def run(
             unlearn_config,
             lambda done, total, _: note("unlearning", done, total),
         )
-        write_json(out / "history.json", result.history)
-        result.model.save(out / "model.partial")
-        (out / "model.partial").rename(out / "model")
-        # Everything below is measured on the checkpoint as saved and loaded again.
-        edited = load_model(out / "model")
-    Ledger.of(model, edited, config.unlearn.survive, mask).save(out / "ledger.safetensors")
+        if writes:
+            write_json(out / "history.json", result.history)
+            result.model.save(out / "model.partial")
+            (out / "model.partial").rename(out / "model")
+        first_says(True)  # the others wait for the checkpoint
+    # Everything below is measured on the checkpoint as saved and loaded again.
+    edited = load_model(out / "model")
+    if writes:
+        Ledger.of(model, edited, config.unlearn.survive, mask).save(out / "ledger.safetensors")
     lap("unlearn")
 
     models = {
@@ -380,5 +392,6 @@ def run(
         ),
         "seconds": seconds,
     }
-    write_report(out, report, circuit_svg(circuit))
+    if writes:
+        write_report(out, report, circuit_svg(circuit))
     return RunResult(report, circuit, mask, edited, out)

@@ -14,7 +14,7 @@ LAYERS = [
     ["config", "graph", "artifacts", "changes", "distributed"],
     ["defaults", "models"],
     ["tasks", "quantizers", "stream"],
-    ["scoring", "nullspace", "hooked", "floor"],
+    ["scoring", "nullspace", "hooked", "floor", "sweep"],
     ["attribution"],
     ["objectives", "faithfulness", "masks"],
     ["circuit", "ledger", "relearning", "evidence"],

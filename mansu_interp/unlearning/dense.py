@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..config import UnlearnConfig
+from ..distributed import shard, sum_number, sum_over_processes, world_size
 from ..models import LanguageModel
 from ..tasks import Pair, Task
 from .common import OnStep, Sampler, Unlearned, reached
@@ -54,11 +55,11 @@ def train_dense(
 
     def descend(loss: Loss, batch: list[list[Pair]], weight: float) -> float:
         total = 0.0
-        for part in batch:
+        for part in shard(batch):
             value = loss(student, part) * (len(part) / sum(map(len, batch)))
             (weight * value).backward()
             total += value.item()
-        return total
+        return sum_number(total)
 
     for done in range(config.steps):
         for w in weights:
@@ -66,6 +67,9 @@ def train_dense(
         record = {"forget": descend(objective.forget, sampler.forget(), 1.0)}
         if objective.retain:
             record["retain"] = descend(objective.retain, sampler.retain(), config.retain_weight)
+        if world_size() > 1:
+            for w in weights:
+                w.grad = sum_over_processes(torch.zeros_like(w) if w.grad is None else w.grad)
         for name, keep in rows.items():
             grad = student.weights[name].grad
             if grad is not None:

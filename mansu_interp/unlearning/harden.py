@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import UnlearnConfig
+from ..distributed import sum_number
 from ..models import LanguageModel
 from ..nullspace import gradient
 from ..objectives import CounterfactualTargets
@@ -93,4 +94,4 @@ class Attacker:
             return value
 
         found = gradient(victim, names, [lambda p=part: loss(p) for part in parts])
-        return found, total
+        return found, sum_number(total)

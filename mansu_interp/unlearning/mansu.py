@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import UnlearnConfig
+from ..distributed import sum_number
 from ..floor import Floor, floor, quantizer_set
 from ..masks import Mask
 from ..models import LanguageModel
@@ -243,6 +244,7 @@ def mansu(
         if text is not None:
             parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, teacher, text)))
         gradients = gradient(student, snapper.names, parts)
+        losses = {kind: sum_number(value) for kind, value in losses.items()}
         if attacker:
             extra, losses["attacked"] = attacker.gradient(student, snapper.names, targets[side])
             for g, e in zip(gradients, extra, strict=True):
