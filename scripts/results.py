@@ -2,7 +2,8 @@
 
     python scripts/results.py --model facts --task capitals --seeds 0 1 2
     python scripts/results.py --model facts --task countries --seeds 0 1 2
-    python scripts/results.py --model models/SmolLM2-135M-Instruct --task world-capitals
+    python scripts/results.py --model models/SmolLM2-135M-Instruct --task world-capitals \
+      --dense-steps 40
 
 Settings are those that the task file recommends for everybody (`mansu run` uses the same).
 Each method's checkpoint is saved in the original's dtype and loaded again before it is scored on
@@ -36,7 +37,6 @@ from mansu_interp.unlearning import dev_choice, unlearn
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASELINES = ("graddiff", "npo")
-DENSE_STEPS = 600
 ORDER = ("original", "mansu", *BASELINES)
 
 
@@ -71,7 +71,12 @@ def cell(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(
-    name: str, task_name: str, seed: int, rates: dict[str, float], threads: int | None
+    name: str,
+    task_name: str,
+    seed: int,
+    rates: dict[str, float],
+    dense_steps: int,
+    threads: int | None,
 ) -> None:
     """Run every method of one seed."""
     settings = replace(default_config(name, task_name), seed=seed, threads=threads)
@@ -102,7 +107,7 @@ def measure(
             lr=rates[method],
             stop_at=stop_at,
             retain_weight=1.0,
-            steps=DENSE_STEPS,
+            steps=dense_steps,
         )
         result = unlearn(model, task, None, config)
         with tempfile.TemporaryDirectory() as out:
@@ -210,11 +215,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--lr-graddiff", type=float, default=1e-4)
     parser.add_argument("--lr-npo", type=float, default=1e-4)
+    parser.add_argument("--dense-steps", type=int, default=600, help="a baseline's steps at most")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     rates = {"graddiff": args.lr_graddiff, "npo": args.lr_npo}
     for seed in args.seeds:
-        measure(args.model, args.task, seed, rates, args.threads)
+        measure(args.model, args.task, seed, rates, args.dense_steps, args.threads)
     write_page()
 
 
