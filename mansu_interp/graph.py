@@ -142,7 +142,8 @@ class Graph:
             CircuitError: if no such edge exists.
         """
         i, j = self.writer_index.get(source), self.reader_index.get(target)
-        if i is None or j is None or not self.exists[i, j]:
+        v = self.readers[j or 0]
+        if i is None or j is None or i >= self.writers_before(v.layer, v.kind == "mlp"):
             raise CircuitError(f"No edge {source!r} -> {target!r} in {self.architecture}.")
         return i, j
 

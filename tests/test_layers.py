@@ -12,7 +12,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 LAYERS = [
     ["errors"],
     ["config", "graph", "artifacts", "changes", "distributed"],
+    ["tensors"],
     ["defaults", "models"],
+    ["taskfiles"],
     ["tasks", "quantizers", "stream"],
     ["scoring", "nullspace", "hooked", "floor"],
     ["attribution"],
