@@ -9,10 +9,12 @@ distractors of the same type for four-way choice.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,12 @@ class Task:
     """Embedded models that never learnt the forget facts, but everything else."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many (fact, phrasing) items were left out, by reason."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all prompts, answers and texts, as tokens."""
+        parts = (self.forget, self.retain, self.guard, self.scored, self.text)
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def kept(self) -> list[PairSet]:
