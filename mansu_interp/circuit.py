@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,16 @@ from .tasks import PairSet
 SCHEMA = 1
 MASK_PAIRS = 192
 """Pairs behind each gradient of a mask."""
-MAX_CELLS = 10**9
-"""Writers x readers of the largest model that a file may name (Llama 3.1 405B has 3 x 10^8)."""
 MAX_SCORE = 1e38
 FILE = {
     "graph": {
         "schema": int,
-        "architecture": {"n_layers": int, "n_heads": int, "n_kv_heads": int, "parallel?": bool},
+        "architecture": {
+            "n_layers": int,
+            "n_heads": int,
+            "n_kv_heads": int,
+            "parallel?": bool,
+        },
         "model?": str,
         "model_sha256?": str,
         "settings?": dict,
@@ -249,7 +252,10 @@ class Circuit:
             meta = dict(data["graph"])
             if meta.pop("schema") != SCHEMA:
                 raise ArtifactError(f"{path} has an unknown circuit schema; expected {SCHEMA}.")
-            graph = Graph(_architecture(meta.pop("architecture")))
+            sizes = meta.pop("architecture")
+            if odd := sorted(sizes.keys() - {f.name for f in fields(Architecture)}):
+                raise ValueError(f"the architecture has an unknown {odd[0][:80]!r}")
+            graph = Graph(Architecture(**sizes))
             # Zeros take no memory before they are written to: a small file cannot claim much.
             shape = (len(graph.writers), len(graph.readers))
             scores, edges = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
@@ -264,18 +270,6 @@ class Circuit:
                 raise
             raise ArtifactError(f"{path} is not a valid circuit: {error}.") from error
         return cls(graph, scores, edges, meta)
-
-
-def _architecture(sizes: dict[str, Any]) -> Architecture:
-    """An architecture from a file, of a size that can be real."""
-    names = ("n_layers", "n_heads", "n_kv_heads", "parallel")
-    if odd := sorted(sizes.keys() - set(names)):
-        raise ValueError(f"the architecture has an unknown {odd[0][:80]!r}")
-    found = Architecture(**sizes)
-    cells = found.n_layers**2 * (found.n_heads + 1) * (found.n_heads + 2 * found.n_kv_heads + 1)
-    if cells > MAX_CELLS:
-        raise ValueError(f"{found} is larger than any model")
-    return found
 
 
 def selective_scores(

@@ -26,6 +26,10 @@ from jaxtyping import Bool
 from .errors import CircuitError
 
 
+MAX_CELLS = 10**9
+"""Writers x readers of the largest model that is believed (Llama 3.1 405B has 3 x 10^8)."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What the graph needs to know of a model."""
@@ -45,6 +49,11 @@ class Architecture:
             raise CircuitError(
                 f"An architecture needs n_layers, n_heads, n_kv_heads >= 1 and n_kv_heads dividing "
                 f"n_heads; got {self.n_layers}, {self.n_heads}, {self.n_kv_heads}."
+            )
+        readers = self.n_heads + 2 * self.n_kv_heads + 1
+        if self.n_layers**2 * (self.n_heads + 1) * readers > MAX_CELLS:
+            raise CircuitError(
+                f"{self.n_layers} layers of {self.n_heads} heads are larger than any model."
             )
 
 

@@ -202,16 +202,20 @@ def _graph(report: Mapping[str, Any]) -> list[Block]:
 def _relearning(report: Mapping[str, Any]) -> list[Block]:
     """Relearning curves: model -> [[steps, accuracy on the facts not trained on], ...]."""
     curves = {
-        name: [p for p in items(points) if isinstance(p, (list, tuple)) and len(p) == 2]
+        name: [
+            (x, number(p[1]))
+            for p in items(points)
+            if isinstance(p, (list, tuple)) and len(p) == 2 and (x := number(p[0])) is not None
+        ]
         for name, points in pairs(get(report, "relearning"))
     }
-    steps = sorted({float(x) for ps in curves.values() for x, _ in ps if number(x) is not None})
+    steps = sorted({x for ps in curves.values() for x, _ in ps})
     if not steps:
         return []
     table = Table(
         ["model", *(f"{s:g} steps" for s in steps)],
         [
-            [name, *(percent({number(x): y for x, y in points}.get(s)) for s in steps)]
+            [name, *(percent(dict(points).get(s)) for s in steps)]
             for name, points in curves.items()
         ],
     )
