@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,14 +32,15 @@ from typing import Any, cast
 
 import torch
 
-from .artifacts import read_json, write_json
+from .artifacts import atomic_folder, expect, locked, read_json, write_json
 from .cad import CAD, Divergence, compare
 from .circuit import Circuit, discover
 from .config import BASELINES, BenchConfig, Method, RunConfig
 from .defaults import default_config, is_embedded
-from .errors import MansuError
+from .errors import ArtifactError, MansuError, ResourceError
 from .evaluation import CHANCE, Scores, evaluate, properties
 from .floor import quantizer_set
+from .memory import enough_memory
 from .models import LanguageModel, load_model
 from .pipeline import config_json, make_mask
 from .planning import CAD_PAIRS
@@ -49,6 +51,27 @@ from .unlearning import dev_choice, unlearn
 
 SCHEMA = 1
 ORIGINAL = "original"
+MAYBE = (float, None)
+FILE = {
+    "error?": str,
+    "steps?": int,
+    "seconds?": MAYBE,
+    "peak_gb?": MAYBE,
+    "dev?": {"forget": float, "retain": float, "retain_choice": float},
+}
+"""What is checked of a cell's file."""
+SURVIVAL = ("update_over_bin", "projection", "noise_over_signal")
+MEASURED = {
+    "quantizers": {
+        ...: {"edited": int, "survived": int, "collateral": int, **dict.fromkeys(SURVIVAL, MAYBE)}
+    },
+    "rows": [{"role": str, "n": int, "models": {...: {...: MAYBE}}}],
+    "perplexity": ({...: MAYBE}, None),
+    "edited": int,
+    "parameters": int,
+    "cad?": {"verdict": str, "sentence": str, "models": {...: {...: MAYBE}}},
+}
+"""And once it is measured."""
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -59,6 +82,24 @@ def _differences(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]
         for k, v in given.items()
         if v != usual[k]
     }
+
+
+def read_cell(file: Path) -> dict[str, Any]:
+    """The results of a try, as `attempt` and `measure` write them.
+
+    Raises:
+        ArtifactError: missing, damaged, or something else.
+    """
+    found = read_json(file)
+    try:
+        expect(found, FILE, "it")
+        if "quantizers" in found:
+            expect(found, MEASURED, "it")
+    except ValueError as error:
+        raise ArtifactError(
+            f"{file} is no cell of a benchmark: {error}. Delete it to run it again."
+        ) from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,7 +141,7 @@ class Cell:
 
     def read(self) -> dict[str, Any] | None:
         """Its results so far."""
-        return read_json(self.file) if self.file.exists() else None
+        return read_cell(self.file) if self.file.exists() else None
 
 
 def make_cell(
@@ -165,11 +206,15 @@ def attempt(cell: Cell) -> dict[str, Any]:
     model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
     torch.manual_seed(cell.seed)
     circuit = None if cell.method in BASELINES else _circuit(cell, model, task)
+    place = cell.checkpoint.with_name(f"{cell.checkpoint.name}.state")
     _reset_peak()
     started = time.perf_counter()
     try:
-        mask = make_mask(cell.config, model, task, circuit) if circuit else None
-        result = unlearn(model, task, mask, cell.config.unlearn)
+        with enough_memory("training a cell", "Fewer --jobs take less."):
+            mask = make_mask(cell.config, model, task, circuit) if circuit else None
+            result = unlearn(model, task, mask, cell.config.unlearn, resume=place)
+    except ResourceError:
+        raise  # says nothing of the method
     except MansuError as error:
         found: dict[str, Any] = {"error": str(error)}
     else:
@@ -178,10 +223,9 @@ def attempt(cell: Cell) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 2),
             "peak_gb": _peak_gb(),
         }
-        partial_ = cell.checkpoint.with_name(f".{cell.checkpoint.name}.{os.getpid()}")
-        result.model.save(partial_)
-        shutil.rmtree(cell.checkpoint, ignore_errors=True)
-        partial_.rename(cell.checkpoint)
+        with atomic_folder(cell.checkpoint) as partial_:
+            result.model.save(partial_)
+        place.unlink(missing_ok=True)
         saved = load_model(cell.checkpoint)
         scores = evaluate({"fp": saved}, task, "dev")
         found["dev"] = {
@@ -263,7 +307,9 @@ def finish(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
 
 
 def _die_with_parent() -> None:
-    """A worker whose parent was killed ends at once: it would wait for work for ever."""
+    """A worker whose parent was killed ends at once: it would wait for work for ever. Ctrl-C is
+    the parent's, which then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent:
         sentinel = parent.sentinel
@@ -309,6 +355,7 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
 
     Raises:
         MansuError: an unknown model, task or quantizer, before any long work.
+        ResourceError: disk or memory ran out, or another benchmark writes to the folder.
     """
     note = on_progress or (lambda *_: None)
     for name in bench.quantizers:
@@ -318,6 +365,13 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     for model in models.values():
         for task in bench.tasks:
             load_task(task, model, default_config(model.name, task).score_pairs)
+    with locked(bench.out):
+        return _run(bench, models, note)
+
+
+def _run(
+    bench: BenchConfig, models: dict[str, LanguageModel], note: OnProgress
+) -> list[dict[str, Any]]:
     new = partial(make_cell, bench)
     grid = [(m, t) for m in models.values() for t in bench.tasks]
     strengths = sorted(bench.strengths)

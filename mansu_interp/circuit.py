@@ -23,6 +23,7 @@ from .masks import DAMPING, Mask, choose_parameters, region
 from .models import LanguageModel
 from .nullspace import ByLayer, Weights, fisher_diagonal
 from .objectives import answer_gradient, forget_gradient
+from .provenance import provenance, stranger
 from .scoring import known
 from .tasks import PairSet
 
@@ -74,10 +75,9 @@ class Circuit:
         model = as_model(model)
         if model.architecture != self.graph.architecture:
             raise CircuitError(f"The circuit is of {self.graph.architecture}, not {model.name}.")
-        sha = self.meta.get("model_sha256")
-        if sha and model.sha256 and sha != model.sha256:
+        if other := stranger(self.meta, model):
             raise CircuitError(
-                f"The circuit was found on another checkpoint ({self.meta.get('model')}) than "
+                f"The circuit was found on another {other} ({self.meta.get('model')}) than "
                 f"{model.name}. Discover it again on this one."
             )
 
@@ -217,6 +217,7 @@ class Circuit:
             keep = per_weight(kept) if held else None
         mask = choose_parameters(model, regions, budget, g, fisher, keep, survive, damping, hold)
         mask.meta["components"] = [n.id for n, _ in components]
+        mask.meta["provenance"] = self.meta.get("provenance")
         return mask
 
     def save(self, path: Path) -> None:
@@ -327,6 +328,7 @@ def discover(
         "model": model.name,
         "model_sha256": model.sha256,
         "settings": asdict(config),
+        "provenance": provenance(model, config.seed, asdict(config)),
         "pairs_per_batch": size,
         "gb_per_pair": round(gb, 4),
         "faithfulness": final,

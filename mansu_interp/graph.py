@@ -25,7 +25,6 @@ from jaxtyping import Bool
 
 from .errors import CircuitError
 
-
 MAX_CELLS = 10**9
 """Writers x readers of the largest model that is believed (Llama 3.1 405B has 3 x 10^8)."""
 

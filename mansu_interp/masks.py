@@ -30,6 +30,7 @@ from .errors import ArtifactError, MaskError
 from .floor import Set, floor, floor_step, quantizer_set
 from .graph import Node
 from .models import LanguageModel
+from .provenance import stranger
 from .tensors import read_tensors, write_tensors
 
 SCHEMA = 1
@@ -136,9 +137,8 @@ class Mask:
             size = model.weights[name].numel() if name in model.weights else 0
             if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
                 raise MaskError(f"The mask does not fit {model.name}: {name} has {size} elements.")
-        sha = self.meta.get("model_sha256")
-        if sha and model.sha256 and sha != model.sha256:
-            raise MaskError(f"The mask was made for another checkpoint than {model.name}.")
+        if other := stranger(self.meta, model):
+            raise MaskError(f"The mask was made for another {other} than {model.name}.")
 
     def save(self, path: Path) -> None:
         """Write safetensors; the metadata travels as JSON in the header.

@@ -27,8 +27,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .artifacts import expect, read_json
-from .errors import ModelError
+from .errors import ModelError, ResourceError
 from .graph import Architecture, Graph
+from .memory import is_out_of_memory
 
 EMBEDDED = Path(__file__).parent / "data" / "models"
 HUB_HOST = ("huggingface.co", 443)
@@ -293,6 +294,16 @@ def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1
 
 
+def _cached(name: str) -> Path | None:
+    """The folder in which a model of the hub lies on this machine, if it does."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
+        return Path(found).parent
+    return None
+
+
 def _locate(name: str) -> str | Path:
     """The folder of an embedded or local model, or the hub name itself."""
     if (EMBEDDED / name / "config.json").exists() and not re.search(r"[\\/]|^\.", name):
@@ -310,11 +321,8 @@ def _locate(name: str) -> str | Path:
             f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
             "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str) and list(Path(cached).parent.glob("*.safetensors")):
-        return Path(cached).parent
+    if cached := _cached(name):
+        return cached
     if os.environ.get("HF_HUB_OFFLINE") == "1" or not _reachable():
         raise ModelError(
             f"Model {name!r} is not a local folder, and the hub ({HUB_HOST[0]}) cannot be reached. "
@@ -424,12 +432,16 @@ def load_model(name: str | Path) -> LanguageModel:
                 place, dtype=torch.float32, use_safetensors=True, **kwargs
             ).eval()
             tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
-        except MemoryError:
-            raise
         except Exception as error:  # the libraries below trip over damaged files in many ways
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    f"Out of memory while loading {name}. It takes four bytes a parameter and as "
+                    "much again for each copy: take a smaller model or a larger machine."
+                ) from error
             raise ModelError(f"{name} could not be loaded: {_first_line(error)}") from error
     named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
     saved = getattr(torch, named, None)
     if not isinstance(saved, torch.dtype) or not saved.is_floating_point:
         raise ModelError(f"{name} has the dtype {named[:80]!r} in its config.json; no such float.")
-    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(place) if local else "")
+    folder = place if isinstance(place, Path) else _cached(place)
+    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(folder) if folder else "")
