@@ -28,10 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mansu_interp.errors import MansuError
+
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e400, 2**31, -(2**63), 10**30, 10**400, float("nan"),
-    "", "a", "\0", "..", "../../etc/passwd", "/dev/zero", "{s}", "\ud800", "é" * 300, "x" * 5000,
+    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e400, 2**31, -(2**63), 10**30, 10**400,
+    float("nan"), "", "a", "\0", "..", "../../etc/passwd", "/dev/zero", "{s}", "\ud800", "é" * 300, "x" * 5000,
     [], {}, [[]], [None], {"": None}, [0] * 2000,
 ]  # fmt: skip
 """What a value is replaced with."""
@@ -318,22 +320,61 @@ def _load_config(data: bytes) -> object:
     return empty_model(_file("config.json", data)).architecture
 
 
+def _cell_seeds() -> list[bytes]:
+    score = {"choice": 0.5, "top1": 0.5}
+    cell = {
+        "dev": {"forget": 0.3, "retain": 1.0, "retain_choice": 1.0}, "steps": 3, "seconds": 1.5,
+        "rows": [{"role": "forget", "n": 3, "models": {"fp": score, "nf4": score}}],
+        "quantizers": {"nf4": {"edited": 2, "survived": 2, "collateral": 0, "update_over_bin": 1.0,
+                               "projection": 1.0, "noise_over_signal": None}},
+        "edited": 2, "parameters": 9, "perplexity": None,
+    }  # fmt: skip
+    return [json.dumps(cell).encode()]
+
+
+def _load_cell(data: bytes) -> object:
+    from mansu_interp.bench import read_cell
+
+    return read_cell(_file("cell.json", data))
+
+
+def _run_seeds() -> list[bytes]:
+    from mansu_interp.config import RunConfig
+    from mansu_interp.runfolder import config_json
+
+    return [json.dumps(config_json(RunConfig())).encode()]
+
+
+def _load_run(data: bytes) -> object:
+    """The three JSON files that a run finds in its folder."""
+    from mansu_interp.config import RunConfig
+    from mansu_interp.runfolder import Clock, begin
+
+    folder = _scratch() / "run"
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "provenance.json"):
+        (folder / name).write_bytes(data)
+    with contextlib.suppress(MansuError):
+        Clock(folder / "config.json")
+    return begin(RunConfig(out=folder), {"versions": {}, "config_sha256": "x"})
+
+
 LOADERS = {
-    "circuit": Loader(_circuit_seeds, _load_circuit, mutate_text, 260_000),
-    "mask": Loader(_mask_seeds, _load_mask, mutate_tensors, 200_000),
-    "ledger": Loader(_ledger_seeds, _load_ledger, mutate_tensors, 180_000),
-    "state": Loader(_state_seeds, _load_state, mutate_tensors, 160_000),
-    "task": Loader(_task_seeds, _load_task, mutate_text, 120_000),
-    "settings": Loader(_settings_seeds, _load_settings, mutate_text, 120_000),
-    "report": Loader(_report_seeds, _load_report, mutate_text, 8_000),
-    "model config": Loader(_config_seeds, _load_config, mutate_text, 4_000),
+    "model config": Loader(_config_seeds, _load_config, mutate_text, 1_000),
+    "report": Loader(_report_seeds, _load_report, mutate_text, 1_000),
+    "run folder": Loader(_run_seeds, _load_run, mutate_text, 5_000),
+    "cell": Loader(_cell_seeds, _load_cell, mutate_text, 20_000),
+    "settings": Loader(_settings_seeds, _load_settings, mutate_text, 20_000),
+    "task": Loader(_task_seeds, _load_task, mutate_text, 20_000),
+    "state": Loader(_state_seeds, _load_state, mutate_tensors, 230_000),
+    "ledger": Loader(_ledger_seeds, _load_ledger, mutate_tensors, 290_000),
+    "mask": Loader(_mask_seeds, _load_mask, mutate_tensors, 330_000),
+    "circuit": Loader(_circuit_seeds, _load_circuit, mutate_text, 150_000),
 }
 
 
 def attempt(loader: Loader, data: bytes) -> bool:
     """Load one input: True if it is taken, False if it is refused; anything else is raised."""
-    from mansu_interp.errors import MansuError
-
     try:
         loader.load(data)
     except MansuError:
@@ -346,6 +387,7 @@ def fuzz(name: str, runs: int, corpus: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["mansu_interp"]):
+        import mansu_interp.bench
         import mansu_interp.ledger
         import mansu_interp.report
         import mansu_interp.unlearning  # noqa: F401
@@ -394,9 +436,8 @@ def lines_reached(name: str, corpus: Path) -> int:
 
 def full(share: float, out: Path) -> None:
     """Fuzz every loader, one after the other, and print the table."""
-    print(
-        "| loader | inputs | seconds | kept as new | lines reached | result |\n|---|---|---|---|---|---|"
-    )
+    print("| loader | inputs | seconds | kept as new | lines reached | result |")
+    print("|---|---|---|---|---|---|", flush=True)
     total = 0
     for name, loader in LOADERS.items():
         corpus, started = out / name.replace(" ", "-"), time.monotonic()
@@ -418,12 +459,10 @@ def full(share: float, out: Path) -> None:
         said = re.search(r"number_of_executed_units: (\d+)", done.stderr)
         n = int(said.group(1)) if said else 0
         total += n
-        print(
-            f"| {name} | {n:,} | {time.monotonic() - started:.0f} | {len(list(corpus.iterdir()))} | "
-            f"{lines_reached(name, corpus)} | "
-            f"{'only own errors' if not done.returncode else f'exit {done.returncode}'} |",
-            flush=True,
-        )
+        spent, kept = time.monotonic() - started, len(list(corpus.iterdir()))
+        result = "only own errors" if not done.returncode else f"exit {done.returncode}"
+        lines = lines_reached(name, corpus)
+        print(f"| {name} | {n:,} | {spent:.0f} | {kept} | {lines} | {result} |", flush=True)
     print(f"| all | {total:,} | | | | |", flush=True)
 
 
