@@ -63,6 +63,7 @@ def begin(config: RunConfig, made_from: dict[str, Any]) -> None:
             another model, task or package version.
     """
     check_folder(config)
+    write_json(config.out / "config.json", config_json(config))
     file = config.out / "provenance.json"
     if not file.exists():
         write_json(file, made_from)
@@ -72,7 +73,6 @@ def begin(config: RunConfig, made_from: dict[str, Any]) -> None:
             f"{config.out} was begun with {' and '.join(other)}. Go on with the same, or name "
             "another --out."
         )
-    write_json(config.out / "config.json", config_json(config))
 
 
 class Clock:
