@@ -248,9 +248,16 @@ if __name__ == "__main__":
     ROOT = Path(sys.argv[1]).resolve()
     load_model("facts")
     found: dict[str, Any] = {"whole": go(ROOT / "whole")}
-    for fault in sys.argv[2:] or (
-        "killed file_limit disk_full read_only interrupted two_at_once truncated another_model"
-    ).split():
+    for fault in sys.argv[2:] or [
+        "killed",
+        "file_limit",
+        "disk_full",
+        "read_only",
+        "interrupted",
+        "two_at_once",
+        "truncated",
+        "another_model",
+    ]:
         found[fault] = globals()[fault]()
     if len(sys.argv) == 2:
         found["memory"] = memory("discover", "--circuit.batch-size 1")
