@@ -28,15 +28,16 @@ from typing import Any, cast
 
 import torch
 
-from .artifacts import read_json, write_json
+from .artifacts import atomic_folder, expect, locked, read_json, write_json
 from .cad import CAD, Divergence, compare
 from .circuit import Circuit, discover
 from .config import BASELINES, BenchConfig, Method, RunConfig
 from .defaults import default_config, is_embedded
 from .distributed import launched
-from .errors import ConfigError, MansuError
+from .errors import ArtifactError, ConfigError, MansuError, ResourceError
 from .evaluation import CHANCE, Scores, evaluate, properties
 from .floor import quantizer_set
+from .memory import enough_memory
 from .models import LanguageModel, load_model
 from .pipeline import config_json, make_mask
 from .planning import CAD_PAIRS
@@ -48,6 +49,27 @@ from .unlearning import dev_choice, unlearn
 
 SCHEMA = 1
 ORIGINAL = "original"
+MAYBE = (float, None)
+FILE = {
+    "error?": str,
+    "steps?": int,
+    "seconds?": MAYBE,
+    "peak_gb?": MAYBE,
+    "dev?": {"forget": float, "retain": float, "retain_choice": float},
+}
+"""What is checked of a cell's file."""
+SURVIVAL = ("update_over_bin", "projection", "noise_over_signal")
+MEASURED = {
+    "quantizers": {
+        ...: {"edited": int, "survived": int, "collateral": int, **dict.fromkeys(SURVIVAL, MAYBE)}
+    },
+    "rows": [{"role": str, "n": int, "models": {...: {...: MAYBE}}}],
+    "perplexity": ({...: MAYBE}, None),
+    "edited": int,
+    "parameters": int,
+    "cad?": {"verdict": str, "sentence": str, "models": {...: {...: MAYBE}}},
+}
+"""And once it is measured."""
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -58,6 +80,24 @@ def _differences(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]
         for k, v in given.items()
         if v != usual[k]
     }
+
+
+def read_cell(file: Path) -> dict[str, Any]:
+    """The results of a try, as `attempt` and `measure` write them.
+
+    Raises:
+        ArtifactError: missing, damaged, or something else.
+    """
+    found = read_json(file)
+    try:
+        expect(found, FILE, "it")
+        if "quantizers" in found:
+            expect(found, MEASURED, "it")
+    except ValueError as error:
+        raise ArtifactError(
+            f"{file} is no cell of a benchmark: {error}. Delete it to run it again."
+        ) from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,7 +139,7 @@ class Cell:
 
     def read(self) -> dict[str, Any] | None:
         """Its results so far."""
-        return read_json(self.file) if self.file.exists() else None
+        return read_cell(self.file) if self.file.exists() else None
 
 
 def make_cell(
@@ -164,11 +204,15 @@ def attempt(cell: Cell) -> dict[str, Any]:
     model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
     torch.manual_seed(cell.seed)
     circuit = None if cell.method in BASELINES else _circuit(cell, model, task)
+    place = cell.checkpoint.with_name(f"{cell.checkpoint.name}.state")
     _reset_peak()
     started = time.perf_counter()
     try:
-        mask = make_mask(cell.config, model, task, circuit) if circuit else None
-        result = unlearn(model, task, mask, cell.config.unlearn)
+        with enough_memory("training a cell", "Fewer --jobs take less."):
+            mask = make_mask(cell.config, model, task, circuit) if circuit else None
+            result = unlearn(model, task, mask, cell.config.unlearn, resume=place)
+    except ResourceError:
+        raise  # says nothing of the method
     except MansuError as error:
         found: dict[str, Any] = {"error": str(error)}
     else:
@@ -177,10 +221,9 @@ def attempt(cell: Cell) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 2),
             "peak_gb": _peak_gb(),
         }
-        partial_ = cell.checkpoint.with_name(f".{cell.checkpoint.name}.{os.getpid()}")
-        result.model.save(partial_)
-        shutil.rmtree(cell.checkpoint, ignore_errors=True)
-        partial_.rename(cell.checkpoint)
+        with atomic_folder(cell.checkpoint) as partial_:
+            result.model.save(partial_)
+        place.unlink(missing_ok=True)
         saved = load_model(cell.checkpoint)
         scores = evaluate({"fp": saved}, task, "dev")
         found["dev"] = {
@@ -283,6 +326,7 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     Raises:
         MansuError: an unknown model, task or quantizer, or Dask is needed and cannot be used,
             before any long work.
+        ResourceError: disk or memory ran out, or another benchmark writes to the folder.
     """
     if launched() > 1:
         raise ConfigError("bench shares out whole cells: start it once, with --jobs.")
@@ -294,9 +338,9 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         for task in bench.tasks:
             load_task(task, model, default_config(model.name, task).score_pairs)
     jobs, scheduler = (1, None) if bench.table_only else (bench.jobs, bench.scheduler)
-    with engine(jobs, scheduler) as compute:
+    with locked(bench.out), engine(jobs, scheduler) as compute:
         rows = _run_missing(bench, models, compute, on_progress or (lambda *_: None))
-    write_scoreboard(bench.out, rows)
+        write_scoreboard(bench.out, rows)
     return rows
 
 

@@ -214,7 +214,7 @@ def _cad(config: CadConfig, output: Output) -> int:
 def _list(output: Output) -> int:
     from .models import embedded_models
     from .quantizers import QUANTIZERS
-    from .tasks import embedded_tasks, read_task_file
+    from .taskfiles import embedded_tasks, read_task_file
     from .unlearning import METHODS
 
     models = [m for m in embedded_models() if "twin" not in m]

@@ -8,25 +8,30 @@ both checkpoints and of the mask, and a hash of its own tensors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifacts import atomic_path
+from .artifacts import expect
 from .errors import ArtifactError
 from .floor import quantizer_set
-from .masks import Mask, tensors_sha256
+from .masks import Mask
 from .models import LanguageModel
 from .quantizers import Survival, get_quantizer, survival
+from .tensors import read_tensors, tensors_sha256, write_tensors
 
 SCHEMA = 1
+META = {
+    "survive": [str],
+    "original_sha256?": str,
+    "edited_sha256?": str,
+    "mask_sha256?": str,
+}
+"""What is checked of the header of a file; more may stand there."""
 
 
 def check_same_shape(original: LanguageModel, edited: LanguageModel) -> None:
@@ -95,10 +100,12 @@ class Ledger:
         )
 
     def save(self, path: Path) -> None:
-        """Write the ledger atomically."""
-        header = {"schema": SCHEMA, "sha256": tensors_sha256(self.tensors), **self.meta}
-        with atomic_path(path) as temporary:
-            save_file(self.tensors, temporary, {"mansu_ledger": json.dumps(header)})
+        """Write the ledger atomically.
+
+        Raises:
+            ResourceError: the disk is full, or the like.
+        """
+        write_tensors(path, "ledger", SCHEMA, self.tensors, self.meta)
 
     @classmethod
     def load(cls, path: Path) -> Ledger:
@@ -107,19 +114,29 @@ class Ledger:
         Raises:
             ArtifactError: missing, truncated, changed since it was written, or not a ledger.
         """
+        tensors, meta = read_tensors(path, "ledger", SCHEMA)
         try:
-            with safe_open(path, "pt") as file:
-                meta = json.loads((file.metadata() or {})["mansu_ledger"])
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            expect(meta, META, "its header")
+            for key, value in tensors.items():
+                _check_part(key, value, tensors)
+        except ValueError as error:
             raise ArtifactError(f"{path} is not a readable ledger: {error}.") from error
-        if meta.pop("schema", None) != SCHEMA:
-            raise ArtifactError(f"{path} has an unknown ledger schema; expected {SCHEMA}.")
-        if meta.pop("sha256", None) != tensors_sha256(tensors):
-            raise ArtifactError(
-                f"{path} was changed after it was written: its hash does not match."
-            )
         return cls(tensors, meta)
+
+
+def _check_part(key: str, value: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a tensor of a ledger is as the module's text says."""
+    name, _, part = key.rpartition("|")
+    index = tensors.get(f"{name}|index")
+    if index is None or index.ndim != 1 or index.dtype != torch.int32:
+        raise ValueError(f"{key} has no list of positions beside it")
+    codes = part not in ("index", "old", "new")
+    if value.shape != (len(index), *([2] if codes else [])) or (
+        codes and value.dtype != torch.uint8
+    ):
+        raise ValueError(
+            f"{key} is {tuple(value.shape)} of {value.dtype}, for {len(index)} positions"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ the forget gradient (ours).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,21 +23,30 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifacts import atomic_path
+from .artifacts import expect
 from .errors import ArtifactError, MaskError
 from .floor import Set, floor, floor_step, quantizer_set
 from .graph import Node
 from .models import LanguageModel
+from .provenance import stranger
+from .tensors import read_tensors, write_tensors
 
 SCHEMA = 1
 POOL = 6
 """Candidates per parameter of the budget: which of them are edited is settled while unlearning."""
 DAMPING = 100.0
 """Median damages below which damage hardly counts in the choice of parameters."""
+META = {
+    "model?": str,
+    "model_sha256?": str,
+    "limit?": int,
+    "budget?": float,
+    "survive?": [str],
+    "components?": [str],
+}
+"""What is checked of the header of a file; more may stand there."""
 _PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
 
 
@@ -92,16 +99,6 @@ def region(
     return out
 
 
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and values, whatever the order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class Mask:
     """Which single parameters of a model may be edited, and how many of them at once."""
@@ -116,6 +113,13 @@ class Mask:
     def __post_init__(self) -> None:
         if not self.indices or not self.n_parameters:
             raise MaskError("The mask is empty: no parameter is left to edit.")
+        for name, index in self.indices.items():
+            whole = index.ndim == 1 and index.dtype in (torch.int32, torch.int64)
+            if not whole or not (len(index) and index[0] >= 0 and (index.diff() > 0).all()):
+                raise MaskError(
+                    f"The positions of {name} must be whole numbers from 0 on, ascending; got "
+                    f"{tuple(index.shape)} of {index.dtype}."
+                )
 
     @property
     def n_parameters(self) -> int:
@@ -133,16 +137,18 @@ class Mask:
             size = model.weights[name].numel() if name in model.weights else 0
             if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
                 raise MaskError(f"The mask does not fit {model.name}: {name} has {size} elements.")
-        sha = self.meta.get("model_sha256")
-        if sha and model.sha256 and sha != model.sha256:
-            raise MaskError(f"The mask was made for another checkpoint than {model.name}.")
+        if other := stranger(self.meta, model):
+            raise MaskError(f"The mask was made for another {other} than {model.name}.")
 
     def save(self, path: Path) -> None:
-        """Write safetensors; the metadata travels as JSON in the header."""
-        with atomic_path(path) as temporary:
-            tensors = {n: i.to(torch.int32) for n, i in self.indices.items()}
-            header = {"schema": SCHEMA, **self.meta, "sha256": tensors_sha256(tensors)}
-            save_file(tensors, temporary, {"mansu_mask": json.dumps(header)})
+        """Write safetensors; the metadata travels as JSON in the header.
+
+        Raises:
+            ResourceError: the disk is full, or the like.
+        """
+        write_tensors(
+            path, "mask", SCHEMA, {n: i.to(torch.int32) for n, i in self.indices.items()}, self.meta
+        )
 
     @classmethod
     def load(cls, path: Path) -> Mask:
@@ -151,20 +157,12 @@ class Mask:
         Raises:
             ArtifactError: missing, damaged, changed since it was written, or not a mask.
         """
+        tensors, meta = read_tensors(path, "mask", SCHEMA)
         try:
-            with safe_open(path, "pt") as file:
-                meta = json.loads((file.metadata() or {})["mansu_mask"])
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ArtifactError(f"{path} is not a readable mask: {error}.") from error
-        if meta.pop("schema", None) != SCHEMA:
-            raise ArtifactError(f"{path} has an unknown mask schema; expected {SCHEMA}.")
-        sha = meta.pop("sha256", None)  # masks written before 0.2 have none
-        if sha and sha != tensors_sha256(tensors):
-            raise ArtifactError(
-                f"{path} was changed after it was written: its hash does not match."
-            )
-        return cls({n: t.long() for n, t in tensors.items()}, meta)
+            expect(meta, META, "its header")
+            return cls({n: t.long() for n, t in tensors.items()}, meta)
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not a readable mask: {error}") from error
 
 
 def choose_parameters(

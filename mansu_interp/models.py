@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import logging
 import os
 import re
@@ -25,11 +24,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import ModelError
+from .artifacts import expect, read_json
+from .errors import ModelError, ResourceError
 from .graph import Architecture, Graph
+from .memory import is_out_of_memory
 
 EMBEDDED = Path(__file__).parent / "data" / "models"
 HUB_HOST = ("huggingface.co", 443)
@@ -41,6 +41,9 @@ _LINEARS = re.compile(
 
 PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
 """Model types whose attention and MLP read the same stream, always."""
+MAX_SIZE = 10**8
+"""Largest whole number in a config.json."""
+MAX_LAYERS = 1000
 MIN_SHARED = 96
 """Token positions that sharing a prefix must save to be worth a second forward call."""
 
@@ -291,6 +294,16 @@ def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1
 
 
+def _cached(name: str) -> Path | None:
+    """The folder in which a model of the hub lies on this machine, if it does."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
+        return Path(found).parent
+    return None
+
+
 def _locate(name: str) -> str | Path:
     """The folder of an embedded or local model, or the hub name itself."""
     if (EMBEDDED / name / "config.json").exists() and not re.search(r"[\\/]|^\.", name):
@@ -308,11 +321,8 @@ def _locate(name: str) -> str | Path:
             f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
             "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str) and list(Path(cached).parent.glob("*.safetensors")):
-        return Path(cached).parent
+    if cached := _cached(name):
+        return cached
     if os.environ.get("HF_HUB_OFFLINE") == "1" or not _reachable():
         raise ModelError(
             f"Model {name!r} is not a local folder, and the hub ({HUB_HOST[0]}) cannot be reached. "
@@ -328,6 +338,29 @@ def _hash_folder(folder: Path) -> str:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """A model's config.json, of a size that can be real.
+
+    Raises:
+        ModelError: no such file, no JSON object, or a size that no model has.
+    """
+    try:
+        raw = read_json(file)
+        expect(raw, dict, "it")
+        for key, value in raw.items():
+            if type(value) is int and abs(value) > MAX_SIZE:
+                raise ValueError(f"{key} is larger than {MAX_SIZE:,}")
+        if not raw.get("num_hidden_layers", raw.get("n_layer", 1)) <= MAX_LAYERS:
+            raise ValueError(f"it has more than {MAX_LAYERS:,} layers")
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file} is not the configuration of a model: {error}.") from error
+    return raw
 
 
 def empty_model(name: str | Path) -> LanguageModel:
@@ -346,17 +379,17 @@ def empty_model(name: str | Path) -> LanguageModel:
     with quiet():
         try:
             if isinstance(place, Path):
-                file = place if place.is_file() else place / "config.json"
-                raw = json.loads(file.read_text(encoding="utf-8"))
+                raw = _read_config(place if place.is_file() else place / "config.json")
                 config = AutoConfig.for_model(raw.pop("model_type"), **raw)
             else:
-                config = AutoConfig.from_pretrained(place)
+                config = AutoConfig.from_pretrained(place, trust_remote_code=False)
             with torch.device("meta"):
-                hf = AutoModelForCausalLM.from_config(config).eval()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+        except ModelError:
+            raise
+        except Exception as error:  # the libraries below trip over damaged settings in many ways
             raise ModelError(
-                f"{name} is not the configuration of a causal language model: {first}"
+                f"{name} is not the configuration of a causal language model: {_first_line(error)}"
             ) from error
     return LanguageModel(str(name), hf, None)
 
@@ -378,11 +411,11 @@ def load_model(name: str | Path) -> LanguageModel:
     with quiet():
         local = isinstance(place, Path)
         if local:
-            raw = json.loads((place / "config.json").read_text())
+            raw = _read_config(place / "config.json")
         else:
-            raw = AutoConfig.from_pretrained(place).to_dict()
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
+            raw = AutoConfig.from_pretrained(place, trust_remote_code=False).to_dict()
+        if packed := raw.get("quantization_config"):
+            method = packed.get("quant_method") if isinstance(packed, dict) else "unknown"
             raise ModelError(
                 f"{name} is already quantized ({method}). Unlearning needs the full-precision "
                 "weights: give the original checkpoint; this tool quantizes the result itself."
@@ -393,15 +426,22 @@ def load_model(name: str | Path) -> LanguageModel:
                 "code): convert it with save_pretrained."
             )
         try:
-            kwargs: dict[str, Any] = {"local_files_only": True} if local else {}
+            # Code that comes with a model is never run, and never offered to be.
+            kwargs: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
             hf = AutoModelForCausalLM.from_pretrained(
                 place, dtype=torch.float32, use_safetensors=True, **kwargs
             ).eval()
             tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ModelError(f"{name} could not be loaded: {first}") from error
-    saved = getattr(
-        torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
-    )
-    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(place) if local else "")
+        except Exception as error:  # the libraries below trip over damaged files in many ways
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    f"Out of memory while loading {name}. It takes four bytes a parameter and as "
+                    "much again for each copy: take a smaller model or a larger machine."
+                ) from error
+            raise ModelError(f"{name} could not be loaded: {_first_line(error)}") from error
+    named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
+    saved = getattr(torch, named, None)
+    if not isinstance(saved, torch.dtype) or not saved.is_floating_point:
+        raise ModelError(f"{name} has the dtype {named[:80]!r} in its config.json; no such float.")
+    folder = place if isinstance(place, Path) else _cached(place)
+    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(folder) if folder else "")

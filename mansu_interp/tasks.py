@@ -9,12 +9,12 @@ distractors of the same type for four-way choice.
 
 from __future__ import annotations
 
-import csv
-import json
+import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .defaults import DATA
 from .errors import TaskError
 from .models import LanguageModel
+from .taskfiles import data_file, read_facts, read_task_file, read_text
 
-SCHEMA = 1
 N_CHOICES = 4
 CALIBRATION_TEXTS, CALIBRATION_PROMPTS = 32, 512
+MAX_PAIRS = 1_000_000
+"""Rows x phrasings of all relations together."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,12 @@ class Task:
     dropped: dict[str, int] = field(default_factory=dict)
     """How many (fact, phrasing) items were left out, by reason."""
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all prompts, answers and texts, as tokens."""
+        parts = (self.forget, self.retain, self.guard, self.scored, self.text)
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
     @property
     def kept(self) -> list[PairSet]:
         """What must stay: the retain pairs, and the guard pairs if there are any."""
@@ -196,59 +203,14 @@ class Task:
         return [*self.text.get("train", ())[:CALIBRATION_TEXTS], *(p.clean for p in prompts)]
 
 
-def embedded_tasks() -> list[str]:
-    """Names of the tasks that ship with the package."""
-    return sorted(p.stem for p in (DATA / "tasks").glob("*.json"))
-
-
-def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
-    """The parsed task file, and the folder in which its tables are looked up first.
-
-    Raises:
-        TaskError: no such task, or not a task file.
-    """
-    shipped = DATA / "tasks" / f"{name}.json"
-    path = shipped if shipped.exists() else Path(name)
-    if not path.is_file():
-        raise TaskError(
-            f"Unknown task {str(name)!r}. Shipped: {', '.join(embedded_tasks())}. "
-            "Or give the path of a task file (JSON; the shipped ones are examples)."
-        )
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TaskError(f"The task file {path} is not valid JSON: {error}.") from error
-    required = {"schema", "name", "relations", "forget", "retain"}
-    if missing := required - (spec.keys() if isinstance(spec, dict) else set()):
-        raise TaskError(f"The task file {path} lacks {', '.join(sorted(missing))}.")
-    if spec["schema"] != SCHEMA:
-        raise TaskError(f"The task file {path} has schema {spec['schema']}; expected {SCHEMA}.")
-    return spec, path.parent
-
-
-def _data_file(folder: Path, kind: str, name: str) -> Path:
-    if Path(name).name != name:
-        raise TaskError(f"{name!r}: name a file beside the task file, without a path.")
-    for place in (folder / name, DATA / kind / name):
-        if place.is_file():
-            return place
-    raise TaskError(f"The file {name!r} is neither beside the task file nor shipped.")
-
-
-def read_facts(folder: Path, relation: str, spec: dict[str, Any]) -> list[tuple[str, str]]:
-    """Subject and answer of every row of a relation's table."""
-    path = _data_file(folder, "facts", spec["table"])
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    columns = (spec["subject"], spec["answer"])
-    if not rows or any(c not in rows[0] for c in columns):
-        raise TaskError(f"Relation {relation!r}: {path.name} lacks the columns {columns}.")
-    return [(r[columns[0]], r[columns[1]]) for r in rows]
-
-
 def _mentions(phrasing: str, name: str) -> bool:
     """Whether a phrasing holds a name as a whole word (the symbol N is not in "Name")."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", phrasing) is not None
+
+
+def _scored(phrasings: dict[str, Any]) -> list[list[str]]:
+    """The phrasings of both scored splits, by label."""
+    return [some for split in ("dev", "unseen") for some in phrasings.get(split, {}).values()]
 
 
 class _Builder:
@@ -261,6 +223,15 @@ class _Builder:
         self.facts = {
             name: read_facts(folder, name, rel) for name, rel in spec["relations"].items()
         }
+        items = sum(
+            len(self.facts[n]) * (len(p.get("train", [])) + sum(map(len, _scored(p))))
+            for n, p in ((n, rel["phrasings"]) for n, rel in spec["relations"].items())
+        )
+        if items > MAX_PAIRS:
+            raise TaskError(
+                f"Task {spec['name']!r} has {items:,} (fact, phrasing) items, more than "
+                f"{MAX_PAIRS:,}. Leave out facts or phrasings."
+            )
         self.first = {a: self._first(a) for facts in self.facts.values() for _, a in facts}
 
     def _first(self, answer: str) -> int:
@@ -339,7 +310,7 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
     """Build a task for a model's tokenizer.
 
     Arguments:
-        name: shipped task (see `embedded_tasks`) or the path of a task file.
+        name: shipped task (`mansu list` names them) or the path of a task file.
         model: the model whose tokenizer is used.
         score_pairs: at most so many prompts per scored set, drawn evenly over its phrasings, the
             same ones for every model and seed.
@@ -400,7 +371,7 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
     text = {
         split: tuple(
             tuple(model.encode(spec.get("prefix", "") + line))
-            for line in _data_file(folder, "text", file).read_text("utf-8").splitlines()
+            for line in read_text(data_file(folder, "text", file)).splitlines()
             if line.strip()
         )
         for split, file in (spec.get("text") or {}).items()

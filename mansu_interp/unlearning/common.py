@@ -82,6 +82,13 @@ class Sampler:
             batch.append(self.rng.choice(self._shuffled(phrasing)))
         return batch
 
+    def batch(
+        self, done: int, sides: int
+    ) -> tuple[list[list[Pair]], list[list[Pair]], Tensor | None]:
+        """Forget and retain batch of MANSU's next step; text comes with every second round of
+        steps over the ``sides`` (full precision and the quantizers)."""
+        return self.forget(), self.retain(), self.text() if done // sides % 2 == 0 else None
+
     def text(self) -> Tensor | None:
         """A few windows of running text, or None if the task has none."""
         paragraphs = [t for t in self.task.text.get("train", ()) if len(t) >= self.TEXT_TOKENS]
