@@ -243,12 +243,22 @@ def _mentions(phrasing: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", phrasing) is not None
 
 
+def prefix(model: LanguageModel, spec: dict[str, Any]) -> str:
+    """What stands before every prompt: the task's prefix; where that is a special token that the
+    model's tokenizer does not have, the model's own token for a beginning, if it has one."""
+    wanted = spec.get("prefix", "")
+    special = re.fullmatch(r"<\S+>", wanted)
+    if special and len(model.encode(wanted)) != 1:
+        return model.tokenizer.bos_token or ""
+    return wanted
+
+
 class _Builder:
     """Turns facts and phrasings into pairs for one tokenizer."""
 
     def __init__(self, model: LanguageModel, spec: dict[str, Any], folder: Path) -> None:
         self.model, self.spec, self.folder = model, spec, folder
-        self.prefix = spec.get("prefix", "")
+        self.prefix = prefix(model, spec)
         self.dropped: dict[str, int] = {}
         self.facts = {
             name: read_facts(folder, name, rel) for name, rel in spec["relations"].items()
@@ -391,7 +401,7 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
     guard = collect("guard", spec.get("guard", []), "train")
     text = {
         split: tuple(
-            tuple(model.encode(spec.get("prefix", "") + line))
+            tuple(model.encode(build.prefix + line))
             for line in _data_file(folder, "text", file).read_text("utf-8").splitlines()
             if line.strip()
         )
