@@ -33,6 +33,7 @@ from .artifacts import atomic_path
 from .errors import ArtifactError, MaskError
 from .floor import Set, floor, floor_step, quantizer_set
 from .graph import Node
+from .layout import head_slice, mlp_weights
 from .models import LanguageModel
 
 SCHEMA = 1
@@ -40,7 +41,6 @@ POOL = 6
 """Candidates per parameter of the budget: which of them are edited is settled while unlearning."""
 DAMPING = 100.0
 """Median damages below which damage hardly counts in the choice of parameters."""
-_PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
 
 
 def component_slices(
@@ -49,32 +49,21 @@ def component_slices(
     """(weight name, ``rows`` or ``cols``, slice) behind a node.
 
     Arguments:
-        model: a model with separate q/k/v/o and gate/up/down projections.
+        model: a decoder whose weights `layout` knows.
         node: a reader, or with ``writes`` a writer.
         writes: for an MLP, its output (down) rather than its input (gate, up).
 
     Raises:
-        MaskError: the model has no such weight.
+        ModelError: no weight of a known name, or a fused one of unknown order.
     """
     if node.kind in ("input", "logits"):
         return []  # embeddings and unembedding are never edited: quantizers leave them alone
-    stem = next((n.split(".0.")[0] for n in model.linear_names if ".0." in n), "")
+    names, arch = model.linear_names, model.architecture
     if node.kind == "mlp":
-        names = ["down_proj"] if writes else ["gate_proj", "up_proj"]
-        found = [f"{stem}.{node.layer}.mlp.{n}.weight" for n in names]
-        out = [(n, "rows", slice(None)) for n in found]
-    else:
-        name = f"{stem}.{node.layer}.self_attn.{_PARTS[node.kind]}.weight"
-        if name not in model.weights:
-            raise MaskError(f"{model.name} has no weight {name}: cannot make a mask for {node.id}.")
-        axis = "cols" if node.kind == "head" else "rows"
-        heads = model.architecture.n_kv_heads if node.kind in "kv" else model.architecture.n_heads
-        width = model.weights[name].shape[1 if axis == "cols" else 0] // heads
-        out = [(name, axis, slice(node.head * width, (node.head + 1) * width))]
-    for name, _, _ in out:
-        if name not in model.weights:
-            raise MaskError(f"{model.name} has no weight {name}: cannot make a mask for {node.id}.")
-    return out
+        return [(n, "rows", slice(None)) for n in mlp_weights(names, node.layer, writes)]
+    return [
+        head_slice(model.hf, names, node.layer, node.kind, node.head, arch.n_heads, arch.n_kv_heads)
+    ]
 
 
 def region(

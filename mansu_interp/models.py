@@ -30,15 +30,10 @@ from torch import Tensor
 
 from .errors import ModelError
 from .graph import Architecture, Graph
+from .layout import linear_weights, turn, turn_back
 
 EMBEDDED = Path(__file__).parent / "data" / "models"
 HUB_HOST = ("huggingface.co", 443)
-_LINEARS = re.compile(
-    r"(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2|c_attn|c_proj|c_fc|"
-    r"query_key_value|qkv_proj|dense|dense_h_to_4h|dense_4h_to_h|gate_up_proj)\.weight$"
-)
-
-
 PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
 """Model types whose attention and MLP read the same stream, always."""
 MIN_SHARED = 96
@@ -115,7 +110,8 @@ class LanguageModel:
     name: str
     """Embedded name, folder or hub name it was loaded from."""
     hf: Any
-    """The Hugging Face ``PreTrainedModel`` (float32, eval mode)."""
+    """The Hugging Face ``PreTrainedModel`` (float32, eval mode); a `Conv1D` in it is turned into a
+    linear layer, see `layout`."""
     tokenizer: Any
     """The Hugging Face tokenizer."""
     saved_dtype: torch.dtype = torch.float32
@@ -126,6 +122,7 @@ class LanguageModel:
     """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
 
     def __post_init__(self) -> None:
+        turn(self.hf)
         self.weights = {n: p.requires_grad_(False) for n, p in self.hf.named_parameters()}
 
     @property
@@ -162,9 +159,9 @@ class LanguageModel:
 
     @cached_property
     def linear_names(self) -> list[str]:
-        """Names of the weights that 4-bit quantizers touch: every linear layer of the blocks,
-        not embeddings, unembedding, norms or biases."""
-        return [n for n, w in self.weights.items() if w.ndim == 2 and _LINEARS.search(n)]
+        """Names of the weights that 4-bit quantizers touch: every linear layer but the unembedding,
+        not embeddings, norms or biases."""
+        return linear_weights(self.hf)
 
     @cached_property
     def bridge(self) -> Any:
@@ -180,6 +177,7 @@ class LanguageModel:
             for name, module in list(twin.named_modules()):
                 if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
                     twin.set_submodule(name, _unpacked(module))
+            turn_back(twin)
             twin.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
             try:
@@ -258,6 +256,7 @@ class LanguageModel:
         """
         with quiet():
             out = copy.deepcopy(self.hf).to(self.saved_dtype)
+            turn_back(out)
             out.config.dtype = self.saved_dtype
             out.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

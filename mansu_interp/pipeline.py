@@ -27,6 +27,7 @@ from .erasure import judge_erasure
 from .errors import ArtifactError
 from .evaluation import Scores, evaluate, properties, verdict
 from .floor import quantizer_set
+from .layout import check_layout
 from .ledger import Ledger
 from .masks import Mask, random_mask
 from .models import LanguageModel, load_model
@@ -216,6 +217,8 @@ def run(
     measured = {q.name: q for q in (get_quantizer(QUANTIZER), *survive)}
     measured |= {name: get_quantizer(name) for name in config.quantizers}
     model = load_model(config.model)
+    arch = model.architecture
+    check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
     write_json(config.out / "config.json", config_json(config))
     if on_plan:

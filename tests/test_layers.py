@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 #: Bottom first. A module imports only from rows below its own; within a package, freely.
 LAYERS = [
     ["errors"],
-    ["config", "graph", "artifacts", "changes", "distributed"],
+    ["config", "graph", "artifacts", "changes", "distributed", "layout"],
     ["defaults", "models"],
     ["tasks", "quantizers", "stream"],
     ["scoring", "nullspace", "hooked", "floor"],

