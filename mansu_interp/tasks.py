@@ -248,7 +248,7 @@ def prefix(model: LanguageModel, spec: dict[str, Any]) -> str:
     model's tokenizer does not have, the model's own token for a beginning, if it has one."""
     wanted = spec.get("prefix", "")
     special = re.fullmatch(r"<\S+>", wanted)
-    if special and len(model.encode(wanted)) != 1:
+    if special and wanted not in model.tokenizer.get_vocab():
         return model.tokenizer.bos_token or ""
     return wanted
 

