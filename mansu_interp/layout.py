@@ -135,7 +135,7 @@ def _unknown(names: Iterable[str], layer: int, what: str) -> list[str]:
     there = [n for n in names if f".{layer}." in n]
     raise ModelError(
         f"No weight of layer {layer} is known as its {what}; the layer has "
-        f"{', '.join(there) or 'no linear layers'}. Masks need one of a decoder family that is known."
+        f"{', '.join(there) or 'no linear layers'}. Masks need a decoder family that is known."
     )
 
 

@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -33,6 +33,7 @@ from .artifacts import atomic_path
 from .errors import ArtifactError, MaskError
 from .floor import Set, floor, floor_step, quantizer_set
 from .graph import Node
+from .hub import Shareable
 from .layout import head_slice, mlp_weights
 from .models import LanguageModel
 
@@ -92,11 +93,13 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(Shareable):
     """Which single parameters of a model may be edited, and how many of them at once."""
 
+    FILE: ClassVar[str] = "mask.safetensors"
+
     indices: dict[str, Int[Tensor, " n"]]
-    """Flat row-major positions in each Hugging Face weight, ascending."""
+    """Flat row-major positions in each Hugging Face weight, ``[out, in]``, ascending."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Model hash, budget, components and how the parameters were chosen; ``refused`` of
     ``candidates`` weights cannot take the step that forgetting asks for without breaking the
@@ -125,6 +128,33 @@ class Mask:
         sha = self.meta.get("model_sha256")
         if sha and model.sha256 and sha != model.sha256:
             raise MaskError(f"The mask was made for another checkpoint than {model.name}.")
+
+    def booleans(self, hf: Any) -> dict[str, Bool[Tensor, ...]]:
+        """True where a parameter of a plain Hugging Face model may be edited, in its own shape.
+
+        Arguments:
+            hf: the model, as transformers loads it; all its parameters have an entry.
+
+        Raises:
+            MaskError: the mask does not fit the model.
+        """
+        out = {}
+        parameters = dict(hf.named_parameters())
+        if odd := sorted(self.indices.keys() - parameters.keys()):
+            raise MaskError(f"The mask does not fit the model: it has no parameter {odd[0]}.")
+        for name, parameter in parameters.items():
+            module = hf.get_submodule(name.rpartition(".")[0])
+            stored_in_out = type(module).__name__ == "Conv1D" and parameter.ndim == 2
+            shape = parameter.shape[::-1] if stored_in_out else parameter.shape
+            chosen = torch.zeros(parameter.numel(), dtype=torch.bool)
+            index = self.indices.get(name)
+            if index is not None:
+                if not 0 <= int(index.min()) <= int(index.max()) < len(chosen):
+                    raise MaskError(f"The mask does not fit the model: see {name}.")
+                chosen[index] = True
+            chosen = chosen.view(shape)
+            out[name] = (chosen.T if stored_in_out else chosen).to(parameter.device)
+        return out
 
     def save(self, path: Path) -> None:
         """Write safetensors; the metadata travels as JSON in the header."""

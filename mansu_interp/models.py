@@ -279,7 +279,12 @@ def _reachable(timeout: float = 3.0) -> bool:
     return bool(found)
 
 
-def _is_hub_name(name: str) -> bool:
+def online() -> bool:
+    """Whether the hub may be asked, and answers within 3 s."""
+    return os.environ.get("HF_HUB_OFFLINE") != "1" and _reachable()
+
+
+def is_hub_name(name: str) -> bool:
     """Whether a name has the form that the hub accepts, and is no mistyped path."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -302,7 +307,7 @@ def _locate(name: str) -> str | Path:
                 "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)."
             )
         return folder
-    if not _is_hub_name(name):
+    if not is_hub_name(name):
         raise ModelError(
             f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
             "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
@@ -312,7 +317,7 @@ def _locate(name: str) -> str | Path:
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str) and list(Path(cached).parent.glob("*.safetensors")):
         return Path(cached).parent
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or not _reachable():
+    if not online():
         raise ModelError(
             f"Model {name!r} is not a local folder, and the hub ({HUB_HOST[0]}) cannot be reached. "
             "Give a local folder, or try again with a network."

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .artifacts import read_json, write_json
+from .artifacts import read_json, write_json, write_text
 from .attribution import Attribution
 from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
@@ -34,7 +34,7 @@ from .models import LanguageModel, load_model
 from .planning import CAD_PAIRS, Plan, plan
 from .quantizers import Quantizer, get_quantizer, quantize, survival
 from .relearning import Relearning, relearn
-from .report import write_report
+from .report import model_card, write_report
 from .scoring import accuracy
 from .tasks import PairSet, Task, load_task
 from .unlearning import unlearn
@@ -384,4 +384,5 @@ def run(
         "seconds": seconds,
     }
     write_report(out, report, circuit_svg(circuit))
+    write_text(out / "model" / "README.md", model_card(report))
     return RunResult(report, circuit, mask, edited, out)

