@@ -38,8 +38,9 @@ def turn(hf: Any) -> None:
 
     for name, module in list(hf.named_modules()):
         if isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
             with torch.device("meta"):
-                linear = Turned(*module.weight.shape).train(module.training)
+                linear = Turned(inputs, outputs).train(module.training)
             _give(linear, module)
             linear.weight = nn.Parameter(linear.weight.data.contiguous(), requires_grad=False)
             hf.set_submodule(name, linear)
