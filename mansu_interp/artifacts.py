@@ -157,6 +157,24 @@ def locked(folder: Path) -> Iterator[None]:
         stream.close()
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling folder to fill; it becomes ``path`` only if the body succeeds.
+
+    Raises:
+        ArtifactError: there is something already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ArtifactError(f"{path} exists already. Name a new folder, or delete it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
+        inside = Path(place) / path.name
+        inside.mkdir()
+        yield inside
+        inside.rename(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:

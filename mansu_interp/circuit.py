@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import networkx as nx
 import numpy as np
@@ -19,6 +19,7 @@ from .errors import ArtifactError, CircuitError
 from .faithfulness import Ablation, minimal_edges, strongest
 from .graph import Architecture, Graph, Node
 from .hooked import AnyModel, as_model
+from .hub import Shareable
 from .masks import DAMPING, Mask, choose_parameters, region
 from .models import LanguageModel
 from .nullspace import ByLayer, Weights, fisher_diagonal
@@ -52,8 +53,10 @@ FILE = {
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Shareable):
     """A set of edges of one model's attribution graph, with the scores of all edges."""
+
+    FILE: ClassVar[str] = "circuit.json"
 
     graph: Graph
     scores: Float[np.ndarray, "writers readers"]

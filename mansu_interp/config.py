@@ -314,6 +314,45 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
+class DeltaConfig:
+    """Write the edit alone: which weights differ between two checkpoints, and their new values."""
+
+    original: Positional[str]
+    """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """The checkpoint after it."""
+    out: Path = Path("delta.safetensors")
+    """The file to write."""
+
+
+@dataclass(frozen=True)
+class ApplyConfig:
+    """Make the edited checkpoint from the original and a delta, or the ledger of a run."""
+
+    original: Positional[str]
+    """The checkpoint that the delta was made for."""
+    delta: Positional[Path]
+    """What `mansu delta` wrote, or a run's ledger.safetensors."""
+    out: Path = Path("edited")
+    """New folder for the Hugging Face checkpoint."""
+
+
+ExportType = Literal["f16", "q8_0", "q4_0"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it."""
+
+    model: Positional[str]
+    """Folder of a run, Hugging Face folder, embedded model, or hub name."""
+    type: ExportType = "q8_0"
+    """f16, or llama.cpp's 8-bit or 4-bit blocks for all matrices."""
+    out: Path = Path("model.gguf")
+    """The file to write."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One whole job: discover, mask, unlearn, quantize, compare, report."""
 

@@ -35,18 +35,26 @@ from .scoring import ranked_first
 from .tasks import Batch, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
 
 CHUNK = 48
+BLOCKS = ("layers", "h")
+FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 def stages(model: LanguageModel) -> list[Any]:
     """The modules that read the residual stream in turn: every block, then the final norm.
 
     Raises:
-        ModelError: a model without ``layers`` and ``norm``.
+        ModelError: blocks or final norm have a name that is not known.
     """
     base = model.hf.base_model
-    if not (hasattr(base, "layers") and hasattr(base, "norm")):
-        raise ModelError(f"{model.name}: stitching needs a Llama-shaped model (layers, norm).")
-    return [*base.layers, base.norm]
+    base = getattr(base, "decoder", base)  # OPT
+    blocks = [getattr(base, n) for n in BLOCKS if hasattr(base, n)]
+    norms = [getattr(base, n) for n in FINAL_NORM if getattr(base, n, None) is not None]
+    if not (blocks and norms):
+        raise ModelError(
+            f"{model.name}: stitching needs blocks named {' or '.join(BLOCKS)} and a final norm "
+            f"named {', '.join(FINAL_NORM)}; {type(base).__name__} lacks them."
+        )
+    return [*blocks[0], norms[0]]
 
 
 @contextmanager

@@ -46,6 +46,11 @@ def check_same_shape(original: LanguageModel, edited: LanguageModel) -> None:
         )
 
 
+def weights_sha256(model: LanguageModel) -> str:
+    """Hash of a model's weights as its checkpoint stores them, whatever the number of files."""
+    return tensors_sha256({n: w.to(model.saved_dtype) for n, w in model.weights.items()})
+
+
 @dataclass(frozen=True)
 class Ledger:
     """Every edit of a run."""
@@ -53,7 +58,9 @@ class Ledger:
     tensors: dict[str, Tensor]
     """See the module's text."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """``survive``, ``original_sha256``, ``edited_sha256``, ``mask_sha256``."""
+    """``survive``, ``mask_sha256``; of both checkpoints the hash of their files
+    (``original_sha256``, ``edited_sha256``), and of their weights, however cut into files
+    (``original_weights_sha256``, ``edited_weights_sha256``)."""
 
     @property
     def n_edits(self) -> int:
@@ -95,6 +102,8 @@ class Ledger:
                 "survive": list(survive),
                 "original_sha256": original.sha256,
                 "edited_sha256": edited.sha256,
+                "original_weights_sha256": weights_sha256(original),
+                "edited_weights_sha256": weights_sha256(edited),
                 "mask_sha256": tensors_sha256(mask.indices) if mask else "",
             },
         )
@@ -137,6 +146,58 @@ def _check_part(key: str, value: Tensor, tensors: dict[str, Tensor]) -> None:
         raise ValueError(
             f"{key} is {tuple(value.shape)} of {value.dtype}, for {len(index)} positions"
         )
+
+
+def delta(original: LanguageModel, edited: LanguageModel) -> Ledger:
+    """The edit alone: a ledger without codes, from which `apply` makes the edited checkpoint.
+
+    Raises:
+        ArtifactError: not checkpoints of one architecture and dtype, or no weight differs.
+    """
+    if original.saved_dtype != edited.saved_dtype:
+        raise ArtifactError(
+            f"{original.name} is stored as {original.saved_dtype} and {edited.name} as "
+            f"{edited.saved_dtype}: a delta needs checkpoints of one dtype."
+        )
+    found = Ledger.of(original, edited, ())
+    if not found.n_edits:
+        raise ArtifactError(f"{edited.name} and {original.name} have the same weights.")
+    return found
+
+
+@torch.no_grad()
+def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
+    """The edited model that a ledger tells of, bit for bit.
+
+    Arguments:
+        original: the checkpoint that the ledger was made for.
+        ledger: from a run, or from `delta`.
+
+    Raises:
+        ArtifactError: another original, a ledger that does not fit it, or another outcome than it
+            promises.
+    """
+    said = ledger.meta.get("original_weights_sha256")
+    if not said:
+        raise ArtifactError("The ledger lacks the hash of its original: make a new one (delta).")
+    if said != weights_sha256(original):
+        raise ArtifactError(
+            f"The ledger belongs to another original than {original.name}: its weights differ."
+        )
+    edited = original.copy()
+    for key, index in ledger.tensors.items():
+        name, _, kind = key.rpartition("|")
+        if kind != "index":
+            continue
+        new = ledger.tensors.get(f"{name}|new")
+        size = edited.weights[name].numel() if name in edited.weights else 0
+        fits = new is not None and new.shape == index.shape and index.ndim == 1 and len(index)
+        if new is None or not fits or not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ArtifactError(f"The ledger does not fit {original.name}: see {name}.")
+        edited.weights[name].view(-1)[index.long()] = new.float()
+    if weights_sha256(edited) != ledger.meta.get("edited_weights_sha256"):
+        raise ArtifactError("The ledger's edits do not give the weights that it promises.")
+    return edited
 
 
 @dataclass(frozen=True)

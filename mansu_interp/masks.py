@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,6 +29,8 @@ from .artifacts import expect
 from .errors import ArtifactError, MaskError
 from .floor import Set, floor, floor_step, quantizer_set
 from .graph import Node
+from .hub import Shareable
+from .layout import head_slice, mlp_weights
 from .models import LanguageModel
 from .provenance import stranger
 from .tensors import read_tensors, write_tensors
@@ -47,7 +49,6 @@ META = {
     "components?": [str],
 }
 """What is checked of the header of a file; more may stand there."""
-_PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
 
 
 def component_slices(
@@ -56,32 +57,21 @@ def component_slices(
     """(weight name, ``rows`` or ``cols``, slice) behind a node.
 
     Arguments:
-        model: a model with separate q/k/v/o and gate/up/down projections.
+        model: a decoder whose weights `layout` knows.
         node: a reader, or with ``writes`` a writer.
         writes: for an MLP, its output (down) rather than its input (gate, up).
 
     Raises:
-        MaskError: the model has no such weight.
+        ModelError: no weight of a known name, or a fused one of unknown order.
     """
     if node.kind in ("input", "logits"):
         return []  # embeddings and unembedding are never edited: quantizers leave them alone
-    stem = next((n.split(".0.")[0] for n in model.linear_names if ".0." in n), "")
+    names, arch = model.linear_names, model.architecture
     if node.kind == "mlp":
-        names = ["down_proj"] if writes else ["gate_proj", "up_proj"]
-        found = [f"{stem}.{node.layer}.mlp.{n}.weight" for n in names]
-        out = [(n, "rows", slice(None)) for n in found]
-    else:
-        name = f"{stem}.{node.layer}.self_attn.{_PARTS[node.kind]}.weight"
-        if name not in model.weights:
-            raise MaskError(f"{model.name} has no weight {name}: cannot make a mask for {node.id}.")
-        axis = "cols" if node.kind == "head" else "rows"
-        heads = model.architecture.n_kv_heads if node.kind in "kv" else model.architecture.n_heads
-        width = model.weights[name].shape[1 if axis == "cols" else 0] // heads
-        out = [(name, axis, slice(node.head * width, (node.head + 1) * width))]
-    for name, _, _ in out:
-        if name not in model.weights:
-            raise MaskError(f"{model.name} has no weight {name}: cannot make a mask for {node.id}.")
-    return out
+        return [(n, "rows", slice(None)) for n in mlp_weights(names, node.layer, writes)]
+    return [
+        head_slice(model.hf, names, node.layer, node.kind, node.head, arch.n_heads, arch.n_kv_heads)
+    ]
 
 
 def region(
@@ -100,11 +90,13 @@ def region(
 
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(Shareable):
     """Which single parameters of a model may be edited, and how many of them at once."""
 
+    FILE: ClassVar[str] = "mask.safetensors"
+
     indices: dict[str, Int[Tensor, " n"]]
-    """Flat row-major positions in each Hugging Face weight, ascending."""
+    """Flat row-major positions in each Hugging Face weight, ``[out, in]``, ascending."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Model hash, budget, components and how the parameters were chosen; ``refused`` of
     ``candidates`` weights cannot take the step that forgetting asks for without breaking the
@@ -139,6 +131,33 @@ class Mask:
                 raise MaskError(f"The mask does not fit {model.name}: {name} has {size} elements.")
         if other := stranger(self.meta, model):
             raise MaskError(f"The mask was made for another {other} than {model.name}.")
+
+    def booleans(self, hf: Any) -> dict[str, Bool[Tensor, ...]]:
+        """True where a parameter of a plain Hugging Face model may be edited, in its own shape.
+
+        Arguments:
+            hf: the model, as transformers loads it; all its parameters have an entry.
+
+        Raises:
+            MaskError: the mask does not fit the model.
+        """
+        out = {}
+        parameters = dict(hf.named_parameters())
+        if odd := sorted(self.indices.keys() - parameters.keys()):
+            raise MaskError(f"The mask does not fit the model: it has no parameter {odd[0]}.")
+        for name, parameter in parameters.items():
+            module = hf.get_submodule(name.rpartition(".")[0])
+            stored_in_out = type(module).__name__ == "Conv1D" and parameter.ndim == 2
+            shape = parameter.shape[::-1] if stored_in_out else parameter.shape
+            chosen = torch.zeros(parameter.numel(), dtype=torch.bool)
+            index = self.indices.get(name)
+            if index is not None:
+                if not 0 <= int(index.min()) <= int(index.max()) < len(chosen):
+                    raise MaskError(f"The mask does not fit the model: see {name}.")
+                chosen[index] = True
+            chosen = chosen.view(shape)
+            out[name] = (chosen.T if stored_in_out else chosen).to(parameter.device)
+        return out
 
     def save(self, path: Path) -> None:
         """Write safetensors; the metadata travels as JSON in the header.

@@ -29,16 +29,11 @@ from torch import Tensor
 from .artifacts import expect, read_json
 from .errors import ModelError, ResourceError
 from .graph import Architecture, Graph
+from .layout import linear_weights, turn, turn_back
 from .memory import is_out_of_memory
 
 EMBEDDED = Path(__file__).parent / "data" / "models"
 HUB_HOST = ("huggingface.co", 443)
-_LINEARS = re.compile(
-    r"(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2|c_attn|c_proj|c_fc|"
-    r"query_key_value|qkv_proj|dense|dense_h_to_4h|dense_4h_to_h|gate_up_proj)\.weight$"
-)
-
-
 PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
 """Model types whose attention and MLP read the same stream, always."""
 MAX_SIZE = 10**8
@@ -118,7 +113,8 @@ class LanguageModel:
     name: str
     """Embedded name, folder or hub name it was loaded from."""
     hf: Any
-    """The Hugging Face ``PreTrainedModel`` (float32, eval mode)."""
+    """The Hugging Face ``PreTrainedModel`` (float32, eval mode); a `Conv1D` in it is turned into a
+    linear layer, see `layout`."""
     tokenizer: Any
     """The Hugging Face tokenizer."""
     saved_dtype: torch.dtype = torch.float32
@@ -129,6 +125,7 @@ class LanguageModel:
     """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
 
     def __post_init__(self) -> None:
+        turn(self.hf)
         self.weights = {n: p.requires_grad_(False) for n, p in self.hf.named_parameters()}
 
     @property
@@ -165,9 +162,9 @@ class LanguageModel:
 
     @cached_property
     def linear_names(self) -> list[str]:
-        """Names of the weights that 4-bit quantizers touch: every linear layer of the blocks,
-        not embeddings, unembedding, norms or biases."""
-        return [n for n, w in self.weights.items() if w.ndim == 2 and _LINEARS.search(n)]
+        """Names of the weights that 4-bit quantizers touch: every linear layer but the unembedding,
+        not embeddings, norms or biases."""
+        return linear_weights(self.hf)
 
     @cached_property
     def bridge(self) -> Any:
@@ -183,6 +180,7 @@ class LanguageModel:
             for name, module in list(twin.named_modules()):
                 if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
                     twin.set_submodule(name, _unpacked(module))
+            turn_back(twin)
             twin.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
             try:
@@ -261,6 +259,7 @@ class LanguageModel:
         """
         with quiet():
             out = copy.deepcopy(self.hf).to(self.saved_dtype)
+            turn_back(out)
             out.config.dtype = self.saved_dtype
             out.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -283,7 +282,12 @@ def _reachable(timeout: float = 3.0) -> bool:
     return bool(found)
 
 
-def _is_hub_name(name: str) -> bool:
+def online() -> bool:
+    """Whether the hub may be asked, and answers within 3 s."""
+    return os.environ.get("HF_HUB_OFFLINE") != "1" and _reachable()
+
+
+def is_hub_name(name: str) -> bool:
     """Whether a name has the form that the hub accepts, and is no mistyped path."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -316,14 +320,14 @@ def _locate(name: str) -> str | Path:
                 "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)."
             )
         return folder
-    if not _is_hub_name(name):
+    if not is_hub_name(name):
         raise ModelError(
             f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
             "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
     if cached := _cached(name):
         return cached
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or not _reachable():
+    if not online():
         raise ModelError(
             f"Model {name!r} is not a local folder, and the hub ({HUB_HOST[0]}) cannot be reached. "
             "Give a local folder, or try again with a network."

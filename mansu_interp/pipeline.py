@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .artifacts import atomic_folder, locked, write_json
+from .artifacts import atomic_folder, locked, write_json, write_text
 from .attribution import Attribution
 from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
@@ -27,6 +27,7 @@ from .erasure import judge_erasure
 from .errors import ArtifactError
 from .evaluation import Scores, evaluate, properties, verdict
 from .floor import quantizer_set
+from .layout import check_layout
 from .ledger import Ledger
 from .masks import Mask, random_mask
 from .memory import enough_memory
@@ -35,7 +36,7 @@ from .planning import CAD_PAIRS, Plan, plan
 from .provenance import provenance
 from .quantizers import Quantizer, get_quantizer, quantize, survival
 from .relearning import Relearning, relearn
-from .report import write_report
+from .report import model_card, write_report
 from .runfolder import Clock, begin, check_folder, config_json, deciding
 from .scoring import accuracy
 from .tasks import PairSet, Task, load_task
@@ -175,6 +176,8 @@ def run(
     for name in config.quantizers:
         get_quantizer(name)
     model = load_model(config.model)
+    arch = model.architecture
+    check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
     made_from = provenance(model, config.seed, deciding(config_json(config)), task)
     writes = rank() == 0
@@ -189,6 +192,7 @@ def run(
         with enough_memory("measuring the result", "Free memory and run the same command again."):
             report = _measure(config, model, task, made_from, circuit, mask, edited, note, clock)
         if writes:
+            write_text(config.out / "model" / "README.md", model_card(report))
             write_report(config.out, report, circuit_svg(circuit))
     return RunResult(report, circuit, mask, edited, config.out, clock.seconds)
 

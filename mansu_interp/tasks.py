@@ -213,12 +213,22 @@ def _scored(phrasings: dict[str, Any]) -> list[list[str]]:
     return [some for split in ("dev", "unseen") for some in phrasings.get(split, {}).values()]
 
 
+def prefix(model: LanguageModel, spec: dict[str, Any]) -> str:
+    """What stands before every prompt: the task's prefix; where that is a special token that the
+    model's tokenizer does not have, the model's own token for a beginning, if it has one."""
+    wanted = spec.get("prefix", "")
+    special = re.fullmatch(r"<\S+>", wanted)
+    if special and wanted not in model.tokenizer.get_vocab():
+        return model.tokenizer.bos_token or ""
+    return wanted
+
+
 class _Builder:
     """Turns facts and phrasings into pairs for one tokenizer."""
 
     def __init__(self, model: LanguageModel, spec: dict[str, Any], folder: Path) -> None:
         self.model, self.spec, self.folder = model, spec, folder
-        self.prefix = spec.get("prefix", "")
+        self.prefix = prefix(model, spec)
         self.dropped: dict[str, int] = {}
         self.facts = {
             name: read_facts(folder, name, rel) for name, rel in spec["relations"].items()
@@ -370,7 +380,7 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
     guard = collect("guard", spec.get("guard", []), "train")
     text = {
         split: tuple(
-            tuple(model.encode(spec.get("prefix", "") + line))
+            tuple(model.encode(build.prefix + line))
             for line in read_text(data_file(folder, "text", file)).splitlines()
             if line.strip()
         )

@@ -11,15 +11,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 #: Bottom first. A module imports only from rows below its own; within a package, freely.
 LAYERS = [
     ["errors"],
-    ["config", "graph", "artifacts", "changes", "distributed", "memory"],
+    ["config", "graph", "artifacts", "changes", "distributed", "memory", "layout"],
     ["tensors"],
     ["defaults", "models"],
     ["taskfiles"],
     ["tasks", "quantizers", "stream"],
-    ["scoring", "nullspace", "hooked", "floor", "sweep", "provenance"],
+    ["scoring", "nullspace", "hooked", "floor", "sweep", "provenance", "hub"],
     ["attribution"],
     ["objectives", "faithfulness", "masks"],
-    ["circuit", "ledger", "relearning", "evidence"],
+    ["circuit", "ledger", "relearning", "evidence", "gguf_export"],
     ["cad", "erasure", "unlearning"],
     ["evaluation", "viz"],
     ["report"],
