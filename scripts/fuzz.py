@@ -33,7 +33,8 @@ from mansu_interp.errors import MansuError
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE: list[Any] = [
     None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e400, 2**31, -(2**63), 10**30, 10**400,
-    float("nan"), "", "a", "\0", "..", "../../etc/passwd", "/dev/zero", "{s}", "\ud800", "é" * 300, "x" * 5000,
+    float("nan"), "", "a", "\0", "..", "../../etc/passwd", "/dev/zero", "{s}", "\ud800",
+    "é" * 300, "x" * 5000,
     [], {}, [[]], [None], {"": None}, [0] * 2000,
 ]  # fmt: skip
 """What a value is replaced with."""

@@ -25,9 +25,9 @@ import torch
 
 torch.set_num_threads(1)
 
-from mansu_interp import cli, pipeline
-from mansu_interp.models import load_model
-from mansu_interp.unlearning import state
+from mansu_interp import cli, pipeline  # noqa: E402
+from mansu_interp.models import load_model  # noqa: E402
+from mansu_interp.unlearning import state  # noqa: E402
 
 pipeline.CAD_PAIRS = 4
 state.SECONDS = 0.0  # the loop keeps its place at every step
@@ -192,26 +192,6 @@ def two_at_once() -> dict[str, Any]:
     return {**told(folder, first, lambda: go(folder)), "pid": child}
 
 
-def memory(at: str, less: str) -> dict[str, Any]:
-    """An address space that holds what there is and a little more."""
-    folder = ROOT / f"memory-{at}"
-    sizes = {"discover": "--circuit.pairs 96 --circuit.batch-size 96 --circuit.ig-steps 1"}
-
-    def hook() -> None:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (EXTRA << 20), resource.RLIM_INFINITY))
-
-    first = go(folder, hook, sizes[at])
-    kept = files(folder / "run")
-    second = go(folder, hook, f"{sizes[at]} {less}")
-    return {"status": first[0], "said": first[1], "kept": kept, "then": second[0],
-            "then_said": second[1]}  # fmt: skip
-
-
-EXTRA = 60
-"""MB that a run may take beyond what is loaded."""
-
-
 def truncated() -> dict[str, Any]:
     """Each artefact of a run that is not finished, cut short; then deleted."""
     whole, out = ROOT / "begun", {}
@@ -244,21 +224,12 @@ def another_model() -> dict[str, Any]:
     return {"status": first[0], "said": first[1], "kept": files(folder / "run")}
 
 
+FAULTS = "killed file_limit disk_full read_only interrupted two_at_once truncated another_model"
+
 if __name__ == "__main__":
     ROOT = Path(sys.argv[1]).resolve()
     load_model("facts")
     found: dict[str, Any] = {"whole": go(ROOT / "whole")}
-    for fault in sys.argv[2:] or [
-        "killed",
-        "file_limit",
-        "disk_full",
-        "read_only",
-        "interrupted",
-        "two_at_once",
-        "truncated",
-        "another_model",
-    ]:
-        found[fault] = globals()[fault]()
-    if len(sys.argv) == 2:
-        found["memory"] = memory("discover", "--circuit.batch-size 1")
+    for name in sys.argv[2:] or FAULTS.split():
+        found[name] = globals()[name]()
     print(json.dumps(found, indent=1))
