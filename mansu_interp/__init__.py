@@ -25,10 +25,10 @@ _WHERE = {
     "LanguageModel": "models",
     "MansuError": "errors",
     "Mask": "masks",
-    "Pair": "tasks",
-    "PairSet": "tasks",
+    "Pair": "pairs",
+    "PairSet": "pairs",
     "RunConfig": "config",
-    "Task": "tasks",
+    "Task": "pairs",
     "UnlearnConfig": "config",
     "attribute": "attribution",
     "circuit_metric": "faithfulness",
@@ -66,7 +66,8 @@ if TYPE_CHECKING:
     from .faithfulness import circuit_metric
     from .masks import Mask
     from .models import LanguageModel, load_model
+    from .pairs import Pair, PairSet, Task
     from .pipeline import run
     from .quantizers import quantize, survival
-    from .tasks import Pair, PairSet, Task, load_task
+    from .tasks import load_task
     from .unlearning import unlearn

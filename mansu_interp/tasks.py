@@ -13,179 +13,47 @@ import csv
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from .defaults import DATA
 from .errors import TaskError
 from .models import LanguageModel
+from .pairs import (
+    N_CHOICES,
+    Batch,
+    Laid,
+    Pair,
+    PairSet,
+    Task,
+    answer_tokens,
+    by_phrasing,
+    chunks,
+    collate,
+    lay,
+    lay_answers,
+)
+
+__all__ = [
+    "N_CHOICES",
+    "Batch",
+    "Laid",
+    "Pair",
+    "PairSet",
+    "Task",
+    "answer_tokens",
+    "by_phrasing",
+    "chunks",
+    "collate",
+    "embedded_tasks",
+    "lay",
+    "lay_answers",
+    "load_task",
+    "read_task_file",
+]
 
 SCHEMA = 1
-N_CHOICES = 4
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One fact asked in one phrasing, with its corrupt twin."""
-
-    clean: tuple[int, ...]
-    """Prompt tokens; the answer comes next."""
-    corrupt: tuple[int, ...]
-    """The same phrasing about another subject; as many tokens."""
-    answer: int
-    """First token of the answer."""
-    counterfactual: int
-    """First token of the corrupt subject's answer."""
-    distractors: tuple[int, ...]
-    """First tokens of other answers of the same type."""
-    relation: str
-    subject: str
-    phrasing: str
-    prompt: str
-    """The clean prompt as text."""
-    answer_text: str
-
-    def __post_init__(self) -> None:
-        where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
-        if len(self.clean) != len(self.corrupt) or not self.clean:
-            raise TaskError(
-                f"{where}: the clean prompt has {len(self.clean)} tokens and the corrupt one "
-                f"{len(self.corrupt)}. Give prompts of equal, non-zero token length."
-            )
-        if self.answer == self.counterfactual or self.answer in self.distractors:
-            raise TaskError(
-                f"{where}: the answer {self.answer_text!r} shares its first token with a "
-                "distractor or the counterfactual answer. Give answers that differ at once."
-            )
-
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """The answer, then the distractors."""
-        return (self.answer, *self.distractors)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pairs as right-padded tensors."""
-
-    clean: Int[Tensor, "batch pos"]
-    corrupt: Int[Tensor, "batch pos"]
-    last: Int[Tensor, " batch"]
-    """Index of the last real token of each row."""
-    answer: Int[Tensor, " batch"]
-    counterfactual: Int[Tensor, " batch"]
-    choices: Int[Tensor, "batch 4"]
-    """The answer first."""
-
-    def __len__(self) -> int:
-        return len(self.last)
-
-
-def collate(pairs: Sequence[Pair]) -> Batch:
-    """Stack pairs, padding on the right with token 0 (causal attention never looks there)."""
-    width = max(len(p.clean) for p in pairs)
-
-    def pad(rows: Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.tensor([row + (0,) * (width - len(row)) for row in rows])
-
-    return Batch(
-        pad([p.clean for p in pairs]),
-        pad([p.corrupt for p in pairs]),
-        torch.tensor([len(p.clean) - 1 for p in pairs]),
-        torch.tensor([p.answer for p in pairs]),
-        torch.tensor([p.counterfactual for p in pairs]),
-        torch.tensor([p.choices for p in pairs]),
-    )
-
-
-def by_phrasing(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs grouped by relation and phrasing, in order of first appearance."""
-    groups: dict[tuple[str, str], list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault((pair.relation, pair.phrasing), []).append(pair)
-    return list(groups.values())
-
-
-def answer_tokens(pairs: Sequence[Pair]) -> dict[str, Int[Tensor, " answers"]]:
-    """The different answers of each relation among some pairs, ascending."""
-    answers: dict[str, set[int]] = {}
-    for pair in pairs:
-        answers.setdefault(pair.relation, set()).add(pair.answer)
-    return {relation: torch.tensor(sorted(tokens)) for relation, tokens in answers.items()}
-
-
-def chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
-    """Runs of at most ``size`` pairs of similar length."""
-    ordered = sorted(pairs, key=lambda p: len(p.clean))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-
-
-@dataclass(frozen=True)
-class PairSet(Sequence[Pair]):
-    """Pairs under a name."""
-
-    name: str
-    pairs: tuple[Pair, ...]
-
-    def __post_init__(self) -> None:
-        if not self.pairs:
-            raise TaskError(f"The set {self.name!r} is empty: no fact is left to ask about.")
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.pairs[index]
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Batches of at most ``size`` pairs of similar length, in a fixed order; a phrasing with
-        pairs enough to fill a batch has its own, so that its prefix is computed once."""
-        groups = by_phrasing(self.pairs)
-        rest = [pair for group in groups if len(group) < size for pair in group]
-        for group in [*(g for g in groups if len(g) >= size), rest]:
-            for part in chunks(group, size):
-                yield collate(part)
-
-    def sample(self, n: int, seed: int) -> PairSet:
-        """At most ``n`` pairs, drawn evenly over phrasings."""
-        rng = random.Random(seed)
-        queues = [rng.sample(g, len(g)) for g in by_phrasing(self.pairs)]
-        rounds = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
-        return PairSet(self.name, tuple(rounds[:n]))
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to forget and what to keep, tokenized for one model."""
-
-    name: str
-    title: str
-    forget: PairSet
-    """Forget facts in the ``train`` phrasings."""
-    retain: PairSet
-    """Retain facts in their ``train`` phrasings."""
-    guard: PairSet | None
-    """Prompts whose next-token distribution should stay, right or wrong (may be None)."""
-    scored: dict[str, dict[str, dict[str, PairSet]]]
-    """split (``dev``, ``unseen``) -> role (``forget``, ``retain``, ``neighbour``) -> label ->
-    pairs."""
-    text: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    """``train`` and ``unseen`` running text, one token tuple a paragraph."""
-    twins: tuple[str, ...] = ()
-    """Embedded models that never learnt the forget facts, but everything else."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """How many (fact, phrasing) items were left out, by reason."""
-
-    @property
-    def kept(self) -> list[PairSet]:
-        """What must stay: the retain pairs, and the guard pairs if there are any."""
-        return [self.retain, *([self.guard] if self.guard else [])]
 
 
 def embedded_tasks() -> list[str]:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 LAYERS = [
     ["errors"],
     ["config", "graph", "artifacts", "changes", "distributed"],
-    ["defaults", "models"],
+    ["defaults", "models", "pairs"],
     ["tasks", "quantizers", "stream"],
     ["scoring", "nullspace", "hooked", "floor"],
     ["attribution"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["__main__", "__init__"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.parts)
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
 
 
 def module(path: Path) -> str:
