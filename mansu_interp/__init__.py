@@ -27,6 +27,7 @@ _WHERE = {
     "Mask": "masks",
     "Pair": "pairs",
     "PairSet": "pairs",
+    "RowOptions": "pairing",
     "RunConfig": "config",
     "Task": "pairs",
     "UnlearnConfig": "config",
@@ -38,8 +39,10 @@ _WHERE = {
     "load_model": "models",
     "load_task": "tasks",
     "quantize": "quantizers",
+    "read_rows": "rows",
     "run": "pipeline",
     "survival": "quantizers",
+    "task_from_rows": "pairing",
     "unlearn": "unlearning",
 }
 
@@ -66,8 +69,10 @@ if TYPE_CHECKING:
     from .faithfulness import circuit_metric
     from .masks import Mask
     from .models import LanguageModel, load_model
+    from .pairing import RowOptions, task_from_rows
     from .pairs import Pair, PairSet, Task
     from .pipeline import run
     from .quantizers import quantize, survival
+    from .rows import read_rows
     from .tasks import load_task
     from .unlearning import unlearn

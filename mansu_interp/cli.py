@@ -12,7 +12,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import BenchConfig, CadConfig, PlanConfig, RelearnRun, RunConfig, VerifyConfig
+from .config import (
+    BenchConfig,
+    CadConfig,
+    PlanConfig,
+    RelearnRun,
+    RunConfig,
+    TaskConfig,
+    VerifyConfig,
+)
 from .defaults import default_config, default_task
 from .errors import ConfigError, MansuError
 
@@ -208,6 +216,14 @@ def _cad(config: CadConfig, output: Output) -> int:
     return 0
 
 
+def _task(config: TaskConfig, output: Output) -> int:
+    from .adapters import make_task
+
+    n = make_task(config)
+    print(f"{n} rows. Use it: mansu run --task {config.out}")
+    return 0
+
+
 def _list(output: Output) -> int:
     from .models import embedded_models
     from .quantizers import QUANTIZERS
@@ -284,6 +300,11 @@ def _command(argv: list[str]) -> Any:
         description="Say whether an edited checkpoint erased what a task forgets, or hides it.\n\n"
         "Example: mansu cad facts runs/latest/model --task capitals",
     )
+    making = tyro.conf.subcommand(
+        "task",
+        description="Make a task file from your own rows or those of TOFU, MUSE, WMDP and MMLU.\n\n"
+        "Example: mansu task tofu --forget forget10.jsonl --retain retain90.jsonl --out tofu.json",
+    )
     listing = tyro.conf.subcommand("list")
     return (
         Annotated[RunConfig, run]
@@ -292,6 +313,7 @@ def _command(argv: list[str]) -> Any:
         | Annotated[VerifyConfig, verification]
         | Annotated[tyro.conf.PositionalRequiredArgs[RelearnRun], attack]
         | Annotated[tyro.conf.PositionalRequiredArgs[CadConfig], comparing]
+        | Annotated[TaskConfig, making]
         | Annotated[ListConfig, listing]
     )
 
@@ -314,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
             return _relearn(config, output)
         if isinstance(config, CadConfig):
             return _cad(config, output)
+        if isinstance(config, TaskConfig):
+            return _task(config, output)
         return _plan(config, output) if isinstance(config, PlanConfig) else _list(output)
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

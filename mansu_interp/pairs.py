@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -118,30 +118,45 @@ class Pair:
         """All tokens of the counterfactual answer."""
         return self.whole.counterfactual if self.whole else (self.counterfactual,)
 
-    def with_answers(self, whole: Whole) -> Pair:
-        """The same prompts with these answers; ``whole`` is kept only if one has several tokens.
+    @classmethod
+    def build(cls, question: Tokens, corrupt: Tokens, whole: Whole, **labels: str) -> Pair:
+        """A pair from prompts and answers of any length; ``whole`` is kept only where one has
+        several tokens.
+
+        Arguments:
+            question: the clean prompt.
+            corrupt: the corrupt one, as many tokens.
+            whole: the answers.
+            labels: relation, subject, phrasing, prompt and answer_text.
 
         Raises:
-            TaskError: an answer is the beginning of another.
+            TaskError: prompts of different lengths, or an answer that begins another.
         """
         if any(clash(whole.answer, x) for x in (whole.counterfactual, *whole.distractors)):
             raise TaskError(
-                f"{self.relation} of {self.subject!r}: the answer {self.answer_text!r} and another "
-                "one begin with each other. Give answers that differ in a token."
+                f"{labels['relation']} of {labels['subject']!r}: the answer "
+                f"{labels['answer_text']!r} and another one begin with each other. Give answers "
+                "that differ in a token."
             )
         longest = max(map(len, (whole.answer, whole.counterfactual, *whole.distractors)))
-        cut = len(self.question)
         begun = whole.answer[: whole.shared]
         answer, counterfactual, *distractors = whole.deciding()
-        return replace(
-            self,
-            clean=self.clean[:cut] + begun,
-            corrupt=self.corrupt[:cut] + begun,
-            answer=answer,
-            counterfactual=counterfactual,
-            distractors=tuple(distractors),
+        return cls(
+            question + begun,
+            corrupt + begun,
+            answer,
+            counterfactual,
+            tuple(distractors),
+            **labels,
             whole=whole if longest > 1 else None,
         )
+
+    def with_answers(self, whole: Whole) -> Pair:
+        """The same prompts with other answers (see `build`)."""
+        names = ("relation", "subject", "phrasing", "prompt", "answer_text")
+        labels = {name: getattr(self, name) for name in names}
+        cut = len(self.question)
+        return Pair.build(self.clean[:cut], self.corrupt[:cut], whole, **labels)
 
 
 @dataclass(frozen=True)

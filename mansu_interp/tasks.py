@@ -14,12 +14,14 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from .defaults import DATA
 from .errors import TaskError
 from .models import LanguageModel
+from .pairing import RowOptions, task_from_rows
 from .pairs import (
     N_CHOICES,
     Batch,
@@ -34,6 +36,7 @@ from .pairs import (
     lay,
     lay_answers,
 )
+from .rows import SUFFIXES, read_rows
 
 __all__ = [
     "N_CHOICES",
@@ -54,6 +57,8 @@ __all__ = [
 ]
 
 SCHEMA = 1
+ROW_KEYS = {"schema", "name", "title", "rows", "text", "twins", "settings"}
+"""Keys of a task file over rows, beside those of `RowOptions`."""
 
 
 def embedded_tasks() -> list[str]:
@@ -72,13 +77,18 @@ def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
     if not path.is_file():
         raise TaskError(
             f"Unknown task {str(name)!r}. Shipped: {', '.join(embedded_tasks())}. "
-            "Or give the path of a task file (JSON; the shipped ones are examples)."
+            "Or give the path of a task file (JSON; the shipped ones are examples) or of rows "
+            "(JSONL, CSV)."
         )
+    if path.suffix in SUFFIXES:
+        return {"schema": SCHEMA, "name": path.stem, "rows": path.name}, path.parent
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TaskError(f"The task file {path} is not valid JSON: {error}.") from error
     required = {"schema", "name", "relations", "forget", "retain"}
+    if isinstance(spec, dict) and "rows" in spec:
+        required = {"schema", "name", "rows"}
     if missing := required - (spec.keys() if isinstance(spec, dict) else set()):
         raise TaskError(f"The task file {path} lacks {', '.join(sorted(missing))}.")
     if spec["schema"] != SCHEMA:
@@ -195,11 +205,44 @@ class _Builder:
         return out
 
 
+def _running_text(
+    spec: dict[str, Any], folder: Path, model: LanguageModel
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Split -> the paragraphs of its text file as tokens."""
+    return {
+        split: tuple(
+            tuple(model.encode(spec.get("prefix", "") + line))
+            for line in _data_file(folder, "text", file).read_text("utf-8").splitlines()
+            if line.strip()
+        )
+        for split, file in (spec.get("text") or {}).items()
+    }
+
+
+def _load_rows(spec: dict[str, Any], folder: Path, model: LanguageModel, score_pairs: int) -> Task:
+    """`load_task` of a task file over rows."""
+    keys = {f.name for f in fields(RowOptions)}
+    if unknown := sorted(spec.keys() - keys - ROW_KEYS):
+        raise TaskError(
+            f"Task {spec['name']!r}: unknown key {', '.join(unknown)}; expected some of "
+            f"{', '.join(sorted(keys | ROW_KEYS))}."
+        )
+    file = str(spec["rows"])
+    if Path(file).suffix not in SUFFIXES:
+        raise TaskError(f"rows must name a .jsonl or .csv file beside the task file; got {file!r}.")
+    options = RowOptions(**{k: v for k, v in spec.items() if k in keys})
+    rows = read_rows(_data_file(folder, "rows", file))
+    task = task_from_rows(
+        rows, model, options, score_pairs, spec["name"], spec.get("title"), spec.get("twins", ())
+    )
+    return replace(task, text=_running_text(spec, folder, model))
+
+
 def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) -> Task:
     """Build a task for a model's tokenizer.
 
     Arguments:
-        name: shipped task (see `embedded_tasks`) or the path of a task file.
+        name: shipped task (see `embedded_tasks`), or the path of a task file or of rows.
         model: the model whose tokenizer is used.
         score_pairs: at most so many prompts per scored set, drawn evenly over its phrasings, the
             same ones for every model and seed.
@@ -209,6 +252,8 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
             does not know, or a relation with too few answers.
     """
     spec, folder = read_task_file(name)
+    if "rows" in spec:
+        return _load_rows(spec, folder, model, score_pairs)
     relations = spec["relations"]
     named = [
         *spec["forget"].get("relations", []),
@@ -257,14 +302,6 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
                     key = r if label in (split, "zero-shot") else f"{r} ({label})"
                     sets[key] = PairSet(f"{role}/{key}", tuple(pairs)).sample(score_pairs, 0)
     guard = collect("guard", spec.get("guard", []), "train")
-    text = {
-        split: tuple(
-            tuple(model.encode(spec.get("prefix", "") + line))
-            for line in _data_file(folder, "text", file).read_text("utf-8").splitlines()
-            if line.strip()
-        )
-        for split, file in (spec.get("text") or {}).items()
-    }
     return Task(
         name=spec["name"],
         title=spec.get("title", spec["name"]),
@@ -272,7 +309,7 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
         retain=PairSet("retain", tuple(collect("retain", roles["retain"], "train"))),
         guard=PairSet("guard", tuple(guard)) if guard else None,
         scored=scored,
-        text=text,
+        text=_running_text(spec, folder, model),
         twins=tuple(spec.get("twins", ())),
         dropped=build.dropped,
     )
