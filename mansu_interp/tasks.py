@@ -4,7 +4,8 @@ A task is a small JSON file over CSV fact tables. Each relation has phrasings in
 ``train`` (discovery and unlearning see these), ``dev`` (for choosing settings) and ``unseen``
 (every reported score). Each fact and phrasing becomes a `Pair`: a clean prompt, a corrupt prompt of
 equal token length about another subject, the answer, the counterfactual answer, and three
-distractors of the same type for four-way choice.
+distractors of the same type for four-way choice. Rows of the user (`rows`, `pairing`) are the
+other kind of task; both are loaded by `load_task`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of the user: read from every kind of source, refused with line and reason, made into tasks."""
+"""Rows of the user: read from every source, refused with line and reason, made into tasks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def fact_rows(n: int = 40) -> list[dict[str, Any]]:
                             "phrasing": text,
                         }
                     )
-    return out
+    odd = {**out[0], "phrasing": "asked like no other row"}  # no swap is of its kind
+    return [*out, odd]
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
@@ -174,7 +175,8 @@ def test_random_rows_are_accepted_or_refused_by_our_own_error():
     keys = ["role", "prompt", "answer", "split", "distractors", "relation", "subject", "x"]
     seen = set()
     for _ in range(5000):
-        record = {k: rng.choice(values) for k in rng.sample(keys, rng.randint(0, 6))}
+        drawn = {k: rng.choice(values) for k in rng.sample(keys, rng.randint(0, 3))}
+        record = {**GOOD, **drawn}
         try:
             seen.add(len(parse_rows([(1, record)])))
         except TaskError:
@@ -203,7 +205,6 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_swapped_prompts_are_of_the_same_kind(task: Task):
-    answer_of = {(p.relation, p.prompt): p.answer_text for p in every_pair(task)}
     assert len(task.forget) > 40 and task.guard is None
     for p in every_pair(task):
         assert len(p.clean) == len(p.corrupt) and p.clean != p.corrupt and p.whole is None
@@ -214,15 +215,14 @@ def test_swapped_prompts_are_of_the_same_kind(task: Task):
         if other is not None:
             assert (other.relation, other.phrasing) == (p.relation, p.phrasing)
             assert other.answer == p.counterfactual
-    assert answer_of
 
 
 def test_what_cannot_be_paired_is_counted_with_its_lines(task: Task):
     total = len(fact_rows())
     left = sum(task.dropped.values())
     assert left and left + len(every_pair(task)) == total
-    assert all("(line" in why for why in task.dropped)
-    assert any(why.startswith("swap: no other prompt of as many tokens") for why in task.dropped)
+    why = f"swap: no other prompt of as many tokens and another answer (line {total})"
+    assert task.dropped == {why: 1}
 
 
 def test_symbol_and_any(facts: LanguageModel):
@@ -296,14 +296,11 @@ def test_letters_are_permuted_and_rotated():
     for p in task.forget:
         assert p.whole is None and set(p.choices) == set(letters.values())
         count[p.answer_text] += 1
-        answer, wrong = next(
-            (r["answer"], r["distractors"]) for r in many if r["prompt"] in p.prompt
-        )
+        (answer,) = {r["answer"] for r in many if p.prompt.startswith(r["prompt"] + "\n")}
         for tokens, letter in ((p.clean, p.answer), (p.corrupt, p.counterfactual)):
             shown = model.tokenizer.decode(tokens)
             mark = next(x for x, t in letters.items() if t == letter)
             follows = shown.split(f"{mark}.")[1].split(" A.")[0].strip()
-            assert any(follows.startswith(a) for a in (answer, *wrong))
             assert follows.startswith(answer)
     assert min(count.values()) > 0.1 * len(task.forget)  # position does not give the answer away
     orders = {
@@ -312,13 +309,12 @@ def test_letters_are_permuted_and_rotated():
     assert orders["t"][0] not in orders["u"]
 
 
-CHAT = "{% for m in messages %}user {{ m.content }} {% endfor %}assistant"
+CHAT = "{% for m in messages %}user {{ m.content }} {% endfor %}assistant{{ '\\n' }}"
 
 
 def test_the_chat_template_wraps_the_prompt():
     phrasings = {"train": ["{s}"], "unseen": ["{s} Answer:"]}
     model, options = toy(WORDS, CHAT), RowOptions(chat=True, phrasings=phrasings)
-    model.tokenizer.chat_template = CHAT + "\n"
     with pytest.raises(TaskError, match="no chat template: set chat false"):
         task_from_rows(parse_rows(enumerate(QUIZ, 1)), toy(WORDS), options)
     task = task_from_rows(parse_rows(enumerate(QUIZ, 1)), model, options)
@@ -355,7 +351,7 @@ def test_a_missing_split_says_what_to_do(facts: LanguageModel):
     with pytest.raises(TaskError) as caught:
         task_from_rows(parse_rows(enumerate(made, 1)), facts, BOS)
     assert "no usable forget prompt in the split unseen. Give rows of that" in str(caught.value)
-    assert "prompts: swap: no other prompt" in str(caught.value)
+    assert "1 prompts: swap: no other prompt of as many tokens" in str(caught.value)
     assert isinstance(caught.value, MansuError)
 
 
@@ -366,7 +362,6 @@ def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = RunConfig(
         task=str(path),
         out=tmp_path / "run",
-        score_pairs=20,
         relearn_steps=1,
         circuit=CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4),
         unlearn=UnlearnConfig(steps=4, lr=0.1, batch_size=8),
