@@ -21,6 +21,7 @@ from .config import (
     PlanConfig,
     RelearnRun,
     RunConfig,
+    TaskConfig,
     VerifyConfig,
 )
 from .defaults import default_config, default_task
@@ -256,6 +257,14 @@ def _cad(config: CadConfig, output: Output) -> int:
     return 0
 
 
+def _task(config: TaskConfig, output: Output) -> int:
+    from .adapters import make_task
+
+    n = make_task(config)
+    print(f"{n} rows. Use it: mansu run --task {config.out}")
+    return 0
+
+
 def _list(output: Output) -> int:
     from .models import embedded_models
     from .quantizers import QUANTIZERS
@@ -347,6 +356,11 @@ def _command(argv: list[str]) -> Any:
         description="Write one GGUF file (Llama, Mistral, Qwen2 and Qwen3).\n\n"
         "Example: mansu export runs/smollm2 --type q4_0 --out smollm2.gguf",
     )
+    making = tyro.conf.subcommand(
+        "task",
+        description="Make a task file from your own rows or those of TOFU, MUSE, WMDP and MMLU.\n\n"
+        "Example: mansu task tofu --forget forget10.jsonl --retain retain90.jsonl --out tofu.json",
+    )
     listing = tyro.conf.subcommand("list")
     return (
         Annotated[RunConfig, run]
@@ -358,6 +372,7 @@ def _command(argv: list[str]) -> Any:
         | Annotated[DeltaConfig, delta]
         | Annotated[ApplyConfig, applying]
         | Annotated[ExportConfig, exporting]
+        | Annotated[TaskConfig, making]
         | Annotated[ListConfig, listing]
     )
 
@@ -386,6 +401,8 @@ def main(argv: list[str] | None = None) -> int:
             return _apply(config)
         if isinstance(config, ExportConfig):
             return _export(config)
+        if isinstance(config, TaskConfig):
+            return _task(config, output)
         return _plan(config, output) if isinstance(config, PlanConfig) else _list(output)
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

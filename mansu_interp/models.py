@@ -43,10 +43,10 @@ MIN_SHARED = 96
 """Token positions that sharing a prefix must save to be worth a second forward call."""
 
 
-def _common_prefix(tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]) -> int:
-    """How many leading tokens all rows share; each row keeps at least its last one."""
+def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> int:
+    """How many leading tokens all rows share, short of the first position that is read."""
     same = (tokens == tokens[:1]).all(0).long().cumprod(0).sum()
-    return min(int(same), int(last.min()))
+    return min(int(same), int(at.min()))
 
 
 @torch.no_grad()
@@ -210,16 +210,24 @@ class LanguageModel:
     def last_logits(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch vocab"]:
-        """Next-token logits at one position of each row; right padding needs no mask.
+        """Next-token logits at one position of each row (see `logits_at`)."""
+        return self.logits_at(tokens, torch.arange(len(tokens), device=tokens.device), last)
+
+    def logits_at(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        rows: Int[Tensor, " n"],
+        at: Int[Tensor, " n"],
+    ) -> Float[Tensor, "n vocab"]:
+        """Next-token logits at any positions of any rows; right padding needs no mask.
 
         Tokens that all rows begin with (an instruction, few-shot examples) are computed once, and
         their keys and values shared: the same logits and gradients, several times faster.
         """
-        rows = torch.arange(len(tokens), device=tokens.device)
-        common = _common_prefix(tokens, last)
+        common = _common_prefix(tokens, at)
         if common * (len(tokens) - 1) < MIN_SHARED:
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            return self._unembed(hidden[rows, last])
+            return self._unembed(hidden[rows, at])
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.config)
@@ -228,7 +236,7 @@ class LanguageModel:
         hidden = self.hf.base_model(
             input_ids=tokens[:, common:], past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return self._unembed(hidden[rows, last - common])
+        return self._unembed(hidden[rows, at - common])
 
     def _unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
         """Logits as the model's own forward pass makes them."""

@@ -11,6 +11,7 @@ from typing import Any
 from .artifacts import expect, read_bytes, read_json
 from .defaults import DATA, is_embedded
 from .errors import ArtifactError, TaskError
+from .rows import SUFFIXES
 
 SCHEMA = 1
 MAX_TABLE = 16 << 20
@@ -37,6 +38,16 @@ FILE = {
     "twins?": [str],
 }
 """What is checked of a task file; more may stand there."""
+FILE_OVER_ROWS = {
+    "schema": int,
+    "name": str,
+    "title?": str,
+    "prefix?": str,
+    "rows": str,
+    "text?": ({...: str}, None),
+    "twins?": [str],
+}
+"""The same of one whose facts are rows (see `rows`)."""
 
 
 def embedded_tasks() -> list[str]:
@@ -55,14 +66,18 @@ def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
     if not path.is_file():
         raise TaskError(
             f"Unknown task {str(name)!r}. Shipped: {', '.join(embedded_tasks())}. "
-            "Or give the path of a task file (JSON; the shipped ones are examples)."
+            "Or give the path of a task file (JSON; the shipped ones are examples) or of rows "
+            "(JSONL, CSV)."
         )
+    if path.suffix in SUFFIXES:
+        return {"schema": SCHEMA, "name": path.stem, "rows": path.name}, path.parent
     try:
         spec = read_json(path)
     except ArtifactError as error:
         raise TaskError(f"The task file {path} is not valid JSON: {error}") from error
     try:
-        expect(spec, FILE, "the file")
+        over_rows = isinstance(spec, dict) and "rows" in spec
+        expect(spec, FILE_OVER_ROWS if over_rows else FILE, "the file")
     except ValueError as error:
         raise TaskError(f"The task file {path} is malformed: {error} (docs/tasks.md).") from error
     if spec["schema"] != SCHEMA:

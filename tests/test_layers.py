@@ -13,9 +13,10 @@ LAYERS = [
     ["errors"],
     ["config", "graph", "artifacts", "changes", "distributed", "memory", "layout"],
     ["tensors"],
-    ["defaults", "models"],
-    ["taskfiles"],
-    ["tasks", "quantizers", "stream"],
+    ["defaults", "models", "pairs"],
+    ["rows"],
+    ["pairing", "taskfiles"],
+    ["tasks", "adapters", "quantizers", "stream"],
     ["scoring", "nullspace", "hooked", "floor", "sweep", "provenance", "hub"],
     ["attribution"],
     ["objectives", "faithfulness", "masks"],
@@ -30,7 +31,7 @@ LAYERS = [
     ["__main__", "__init__"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.parts)
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
 
 
 def module(path: Path) -> str:
