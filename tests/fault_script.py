@@ -2,8 +2,9 @@
 
     python fault_script.py FOLDER
 
-Imports and models are loaded once; every go is a fork of this process, with one thread, in a folder
-of its own. Prints JSON: per fault the exit status, what the user saw, and what was left.
+Imports are done once; every go is a fork of this process, with one thread, in a folder of its own.
+The process itself computes nothing: torch's threads do not outlive a fork. Prints JSON: per fault
+the exit status, what the user saw, and what was left.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import bitsandbytes  # noqa: F401
 import torch
+import transformer_lens.model_bridge  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 torch.set_num_threads(1)
 
 from mansu_interp import cli, pipeline  # noqa: E402
-from mansu_interp.models import load_model  # noqa: E402
 from mansu_interp.unlearning import state  # noqa: E402
 
 pipeline.CAD_PAIRS = 4
@@ -45,6 +48,7 @@ def go(folder: Path, hook: Hook | None = None, more: str = "", wait: bool = True
     child = os.fork()
     if not child:
         os.chdir(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
         for fd, name in ((1, "out.txt"), (2, "err.txt")):
             os.dup2(os.open(ROOT / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         if hook:
@@ -118,9 +122,9 @@ def killed() -> dict[str, Any]:
     """Killed while each file is written in turn, and once more between two steps."""
     names: list[str] = []
     folder, out = ROOT / "killed", []
-    order = "config.json seconds.json provenance.json circuit.graphml circuit.json mask.safetensors"
+    order = "config.json provenance.json seconds.json circuit.graphml circuit.json mask.safetensors"
     order += " unlearning.safetensors history.json model ledger.safetensors"
-    for name in [*order.split(), "report.json", "report.md", "report.html"]:
+    for name in [*order.split(), "README.md", "report.json", "report.md", "report.html"]:
         names.append(name)
         out.append(go(folder, at_write(name, die))[0])
         if name == "unlearning.safetensors":
@@ -228,7 +232,6 @@ FAULTS = "killed file_limit disk_full read_only interrupted two_at_once truncate
 
 if __name__ == "__main__":
     ROOT = Path(sys.argv[1]).resolve()
-    load_model("facts")
     found: dict[str, Any] = {"whole": go(ROOT / "whole")}
     for name in sys.argv[2:] or FAULTS.split():
         found[name] = globals()[name]()
