@@ -25,10 +25,11 @@ _WHERE = {
     "LanguageModel": "models",
     "MansuError": "errors",
     "Mask": "masks",
-    "Pair": "tasks",
-    "PairSet": "tasks",
+    "Pair": "pairs",
+    "PairSet": "pairs",
+    "RowOptions": "pairing",
     "RunConfig": "config",
-    "Task": "tasks",
+    "Task": "pairs",
     "UnlearnConfig": "config",
     "attribute": "attribution",
     "circuit_metric": "faithfulness",
@@ -38,8 +39,10 @@ _WHERE = {
     "load_model": "models",
     "load_task": "tasks",
     "quantize": "quantizers",
+    "read_rows": "rows",
     "run": "pipeline",
     "survival": "quantizers",
+    "task_from_rows": "pairing",
     "unlearn": "unlearning",
 }
 
@@ -66,7 +69,10 @@ if TYPE_CHECKING:
     from .faithfulness import circuit_metric
     from .masks import Mask
     from .models import LanguageModel, load_model
+    from .pairing import RowOptions, task_from_rows
+    from .pairs import Pair, PairSet, Task
     from .pipeline import run
     from .quantizers import quantize, survival
-    from .tasks import Pair, PairSet, Task, load_task
+    from .rows import read_rows
+    from .tasks import load_task
     from .unlearning import unlearn

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .config import AttributionConfig
-from .distributed import rank, sum_over_processes, world_size
+from .distributed import shard, sum_over_processes, world_size
 from .errors import CircuitError
 from .graph import Graph
 from .hooked import AnyModel, open_stream
@@ -332,7 +332,7 @@ def attribute(
         raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)
     sums = _Sums.zeros(stream.graph, longest if positions else 0)
-    mine = pairs.pairs[rank() :: world_size()]
+    mine = shard(pairs.pairs)
     size, _ = pairs_per_batch(stream.graph, stream.model.d_model, longest, config)
     ends = torch.zeros(2, dtype=torch.float64)
     done = 0

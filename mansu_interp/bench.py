@@ -16,39 +16,60 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from .artifacts import read_json, write_json
+from .artifacts import atomic_folder, expect, locked, read_json, write_json
 from .cad import CAD, Divergence, compare
 from .circuit import Circuit, discover
 from .config import BASELINES, BenchConfig, Method, RunConfig
 from .defaults import default_config, is_embedded
-from .errors import MansuError
+from .distributed import launched
+from .errors import ArtifactError, ConfigError, MansuError, ResourceError
 from .evaluation import CHANCE, Scores, evaluate, properties
 from .floor import quantizer_set
+from .memory import enough_memory
 from .models import LanguageModel, load_model
 from .pipeline import config_json, make_mask
 from .planning import CAD_PAIRS
 from .quantizers import get_quantizer, quantize, survival
 from .report.scoreboard import write_scoreboard
+from .sweep import Engine, engine
 from .tasks import PairSet, Task, load_task
 from .unlearning import dev_choice, unlearn
 
 SCHEMA = 1
 ORIGINAL = "original"
+MAYBE = (float, None)
+FILE = {
+    "error?": str,
+    "steps?": int,
+    "seconds?": MAYBE,
+    "peak_gb?": MAYBE,
+    "dev?": {"forget": float, "retain": float, "retain_choice": float},
+}
+"""What is checked of a cell's file."""
+SURVIVAL = ("update_over_bin", "projection", "noise_over_signal")
+MEASURED = {
+    "quantizers": {
+        ...: {"edited": int, "survived": int, "collateral": int, **dict.fromkeys(SURVIVAL, MAYBE)}
+    },
+    "rows": [{"role": str, "n": int, "models": {...: {...: MAYBE}}}],
+    "perplexity": ({...: MAYBE}, None),
+    "edited": int,
+    "parameters": int,
+    "cad?": {"verdict": str, "sentence": str, "models": {...: {...: MAYBE}}},
+}
+"""And once it is measured."""
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -59,6 +80,24 @@ def _differences(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]
         for k, v in given.items()
         if v != usual[k]
     }
+
+
+def read_cell(file: Path) -> dict[str, Any]:
+    """The results of a try, as `attempt` and `measure` write them.
+
+    Raises:
+        ArtifactError: missing, damaged, or something else.
+    """
+    found = read_json(file)
+    try:
+        expect(found, FILE, "it")
+        if "quantizers" in found:
+            expect(found, MEASURED, "it")
+    except ValueError as error:
+        raise ArtifactError(
+            f"{file} is no cell of a benchmark: {error}. Delete it to run it again."
+        ) from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,7 +139,7 @@ class Cell:
 
     def read(self) -> dict[str, Any] | None:
         """Its results so far."""
-        return read_json(self.file) if self.file.exists() else None
+        return read_cell(self.file) if self.file.exists() else None
 
 
 def make_cell(
@@ -165,11 +204,15 @@ def attempt(cell: Cell) -> dict[str, Any]:
     model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
     torch.manual_seed(cell.seed)
     circuit = None if cell.method in BASELINES else _circuit(cell, model, task)
+    place = cell.checkpoint.with_name(f"{cell.checkpoint.name}.state")
     _reset_peak()
     started = time.perf_counter()
     try:
-        mask = make_mask(cell.config, model, task, circuit) if circuit else None
-        result = unlearn(model, task, mask, cell.config.unlearn)
+        with enough_memory("training a cell", "Fewer --jobs take less."):
+            mask = make_mask(cell.config, model, task, circuit) if circuit else None
+            result = unlearn(model, task, mask, cell.config.unlearn, resume=place)
+    except ResourceError:
+        raise  # says nothing of the method
     except MansuError as error:
         found: dict[str, Any] = {"error": str(error)}
     else:
@@ -178,10 +221,9 @@ def attempt(cell: Cell) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 2),
             "peak_gb": _peak_gb(),
         }
-        partial_ = cell.checkpoint.with_name(f".{cell.checkpoint.name}.{os.getpid()}")
-        result.model.save(partial_)
-        shutil.rmtree(cell.checkpoint, ignore_errors=True)
-        partial_.rename(cell.checkpoint)
+        with atomic_folder(cell.checkpoint) as partial_:
+            result.model.save(partial_)
+        place.unlink(missing_ok=True)
         saved = load_model(cell.checkpoint)
         scores = evaluate({"fp": saved}, task, "dev")
         found["dev"] = {
@@ -262,32 +304,6 @@ def finish(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
     return measure(cell, quantizers)
 
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed ends at once: it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        sentinel = parent.sentinel
-        watch = threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True)
-        watch.start()
-
-
-def _each(
-    do: Callable[[Cell], Any], cells: Sequence[Cell], jobs: int, stage: str, note: OnProgress
-) -> None:
-    """Do something for every cell, in order or side by side."""
-    if cells:
-        note(stage, 0, len(cells))
-    if jobs == 1 or len(cells) < 2:
-        for k, cell in enumerate(cells):
-            do(cell)
-            note(stage, k + 1, len(cells))
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, len(cells)), _die_with_parent) as pool:
-        for k, _ in enumerate(pool.imap_unordered(do, cells)):
-            note(stage, k + 1, len(cells))
-
-
 @dataclass(frozen=True)
 class Chosen:
     """A method's winning step size on one model, task and level, with a cell per seed."""
@@ -308,9 +324,12 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         One row per model, task, level, method, seed and quantizer (see `tidy`).
 
     Raises:
-        MansuError: an unknown model, task or quantizer, before any long work.
+        MansuError: an unknown model, task or quantizer, or Dask is needed and cannot be used,
+            before any long work.
+        ResourceError: disk or memory ran out, or another benchmark writes to the folder.
     """
-    note = on_progress or (lambda *_: None)
+    if launched() > 1:
+        raise ConfigError("bench shares out whole cells: start it once, with --jobs.")
     for name in bench.quantizers:
         get_quantizer(name)
     quantizer_set(bench.survive)
@@ -318,6 +337,17 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     for model in models.values():
         for task in bench.tasks:
             load_task(task, model, default_config(model.name, task).score_pairs)
+    jobs, scheduler = (1, None) if bench.table_only else (bench.jobs, bench.scheduler)
+    with locked(bench.out), engine(jobs, scheduler) as compute:
+        rows = _run_missing(bench, models, compute, on_progress or (lambda *_: None))
+        write_scoreboard(bench.out, rows)
+    return rows
+
+
+def _run_missing(
+    bench: BenchConfig, models: dict[str, LanguageModel], compute: Engine, note: OnProgress
+) -> list[dict[str, Any]]:
+    """Train and measure the cells that are not finished; the table's rows."""
     new = partial(make_cell, bench)
     grid = [(m, t) for m in models.values() for t in bench.tasks]
     strengths = sorted(bench.strengths)
@@ -325,9 +355,14 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     measured = partial(finish, quantizers=bench.quantizers)
 
     originals = [new(m, t, ORIGINAL, first, 1.0, 1.0) for m, t in grid]
-    each: Callable[..., None] = partial(_each, jobs=bench.jobs, note=note)
-    if bench.table_only:
-        each = lambda *_, **__: None  # noqa: E731
+
+    def each(do: Callable[[Cell], Any], cells: Sequence[Cell], stage: str) -> None:
+        if not cells or bench.table_only:
+            return
+        note(stage, 0, len(cells))
+        for k, _ in enumerate(compute(do, cells)):
+            note(stage, k + 1, len(cells))
+
     each(measured, _unmeasured(originals, bench), stage="the originals")
     tries = [
         (m, [new(m, t, method, first, level, s) for s in strengths])
@@ -350,9 +385,7 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         chosen.append(Chosen([won, *others], reached))
     winners = [c for group in chosen for c in group.cells]
     each(measured, _unmeasured(winners, bench), stage="measuring")
-    rows = tidy(originals, chosen, bench.quantizers)
-    write_scoreboard(bench.out, rows)
-    return rows
+    return tidy(originals, chosen, bench.quantizers)
 
 
 def _unmeasured(cells: Iterable[Cell], bench: BenchConfig) -> list[Cell]:

@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import networkx as nx
 import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .artifacts import atomic_path, read_json, write_json
+from .artifacts import atomic_path, expect, read_json, write_json
 from .attribution import attribute, pairs_per_batch
 from .config import CircuitConfig
 from .errors import ArtifactError, CircuitError
 from .faithfulness import Ablation, minimal_edges, strongest
 from .graph import Architecture, Graph, Node
 from .hooked import AnyModel, as_model
+from .hub import Shareable
 from .masks import DAMPING, Mask, choose_parameters, region
 from .models import LanguageModel
 from .nullspace import ByLayer, Weights, fisher_diagonal
 from .objectives import answer_gradient, forget_gradient
+from .provenance import provenance, stranger
 from .scoring import known
 from .tasks import PairSet
 
 SCHEMA = 1
 MASK_PAIRS = 192
 """Pairs behind each gradient of a mask."""
-MAX_CELLS = 10**9
-"""Writers x readers of the largest model that a file may name (Llama 3.1 405B has 3 x 10^8)."""
+MAX_SCORE = 1e38
+FILE = {
+    "graph": {
+        "schema": int,
+        "architecture": {
+            "n_layers": int,
+            "n_heads": int,
+            "n_kv_heads": int,
+            "parallel?": bool,
+        },
+        "model?": str,
+        "model_sha256?": str,
+        "settings?": dict,
+        "faithfulness?": (float, None),
+        "curve?": [[float]],
+    },
+    "links": [{"source": str, "target": str, "score": float, "kind": str}],
+}
+"""What is checked of a file; more may stand there."""
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Shareable):
     """A set of edges of one model's attribution graph, with the scores of all edges."""
+
+    FILE: ClassVar[str] = "circuit.json"
 
     graph: Graph
     scores: Float[np.ndarray, "writers readers"]
@@ -57,10 +78,9 @@ class Circuit:
         model = as_model(model)
         if model.architecture != self.graph.architecture:
             raise CircuitError(f"The circuit is of {self.graph.architecture}, not {model.name}.")
-        sha = self.meta.get("model_sha256")
-        if sha and model.sha256 and sha != model.sha256:
+        if other := stranger(self.meta, model):
             raise CircuitError(
-                f"The circuit was found on another checkpoint ({self.meta.get('model')}) than "
+                f"The circuit was found on another {other} ({self.meta.get('model')}) than "
                 f"{model.name}. Discover it again on this one."
             )
 
@@ -200,6 +220,7 @@ class Circuit:
             keep = per_weight(kept) if held else None
         mask = choose_parameters(model, regions, budget, g, fisher, keep, survive, damping, hold)
         mask.meta["components"] = [n.id for n, _ in components]
+        mask.meta["provenance"] = self.meta.get("provenance")
         return mask
 
     def save(self, path: Path) -> None:
@@ -231,35 +252,28 @@ class Circuit:
         """
         data = read_json(path)
         try:
+            expect(data, FILE, "the file")
             meta = dict(data["graph"])
             if meta.pop("schema") != SCHEMA:
                 raise ArtifactError(f"{path} has an unknown circuit schema; expected {SCHEMA}.")
-            graph = Graph(_architecture(meta.pop("architecture")))
-            scores = np.zeros(graph.exists.shape, dtype=np.float32)
-            edges = np.zeros(graph.exists.shape, dtype=bool)
+            sizes = meta.pop("architecture")
+            if odd := sorted(sizes.keys() - {f.name for f in fields(Architecture)}):
+                raise ValueError(f"the architecture has an unknown {odd[0][:80]!r}")
+            graph = Graph(Architecture(**sizes))
+            # Zeros take no memory before they are written to: a small file cannot claim much.
+            shape = (len(graph.writers), len(graph.readers))
+            scores, edges = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
             for link in data["links"]:
                 if link["kind"] == "residual":
+                    if abs(link["score"]) > MAX_SCORE:
+                        raise ValueError(f"the score {link['score']:g} is no float32")
                     at = graph.edge(link["source"], link["target"])
-                    edges[at], scores[at] = True, float(link["score"])
-                    if not np.isfinite(scores[at]):
-                        raise ValueError(f"the score of {link} is not a finite number")
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+                    edges[at], scores[at] = True, link["score"]
+        except ValueError as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(f"{path} is not a valid circuit: {error}.") from error
         return cls(graph, scores, edges, meta)
-
-
-def _architecture(sizes: dict[str, Any]) -> Architecture:
-    """An architecture from a file, of a size that can be real."""
-    found = Architecture(**sizes)
-    for name, value in sizes.items():
-        if type(value) is not (bool if name == "parallel" else int):
-            raise ValueError(f"{name} is {value!r}")
-    cells = found.n_layers**2 * (found.n_heads + 1) * (found.n_heads + 2 * found.n_kv_heads + 1)
-    if cells > MAX_CELLS:
-        raise ValueError(f"{found} is larger than any model")
-    return found
 
 
 def selective_scores(
@@ -317,6 +331,7 @@ def discover(
         "model": model.name,
         "model_sha256": model.sha256,
         "settings": asdict(config),
+        "provenance": provenance(model, config.seed, asdict(config)),
         "pairs_per_batch": size,
         "gb_per_pair": round(gb, 4),
         "faithfulness": final,

@@ -12,7 +12,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import BenchConfig, CadConfig, PlanConfig, RelearnRun, RunConfig, VerifyConfig
+from .config import (
+    ApplyConfig,
+    BenchConfig,
+    CadConfig,
+    DeltaConfig,
+    ExportConfig,
+    PlanConfig,
+    RelearnRun,
+    RunConfig,
+    TaskConfig,
+    VerifyConfig,
+)
 from .defaults import default_config, default_task
 from .errors import ConfigError, MansuError
 
@@ -85,21 +96,24 @@ def _print_json(value: Any) -> None:
 
 
 def _run(config: RunConfig, output: Output) -> int:
+    from .distributed import group, rank
     from .pipeline import run
     from .planning import Plan
     from .report import console_summary
 
-    progress = Progress(output.quiet)
-
     def show(plan: Plan) -> None:
-        if not (output.quiet or output.json):
+        if not (output.quiet or output.json or rank()):
             print("\n".join(plan.lines), flush=True)
 
     start = time.monotonic()
-    try:
-        result = run(config, progress, show)
-    finally:
-        progress.close()
+    with group():
+        progress = Progress(output.quiet or rank() > 0)
+        try:
+            result = run(config, progress, show)
+        finally:
+            progress.close()
+        if rank():
+            return 0  # the first process says what came out
     if output.json:
         from .artifacts import read_json
 
@@ -158,6 +172,41 @@ def _verify(config: VerifyConfig) -> int:
     return found.status
 
 
+def _delta(config: DeltaConfig) -> int:
+    from .ledger import delta
+    from .models import load_model
+
+    found = delta(load_model(config.original), load_model(config.edited))
+    found.save(config.out)
+    print(f"{found.n_edits} edits, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
+    return 0
+
+
+def _apply(config: ApplyConfig) -> int:
+    from .artifacts import new_folder
+    from .ledger import Ledger, apply
+    from .models import load_model
+
+    with new_folder(config.out) as folder:
+        ledger = Ledger.load(config.delta)
+        apply(load_model(config.original), ledger).save(folder)
+    print(f"{ledger.n_edits} edits applied: {config.out}")
+    return 0
+
+
+def _export(config: ExportConfig) -> int:
+    from pathlib import Path
+
+    from .gguf_export import export_gguf
+    from .models import load_model
+
+    inside = Path(config.model) / "model"
+    model = load_model(inside if (inside / "config.json").exists() else config.model)
+    export_gguf(model, config.out, config.type)
+    print(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
+    return 0
+
+
 def _relearn(config: RelearnRun, output: Output) -> int:
     from .models import load_model
     from .relearning import relearn, relearning_lines
@@ -208,10 +257,18 @@ def _cad(config: CadConfig, output: Output) -> int:
     return 0
 
 
+def _task(config: TaskConfig, output: Output) -> int:
+    from .adapters import make_task
+
+    n = make_task(config)
+    print(f"{n} rows. Use it: mansu run --task {config.out}")
+    return 0
+
+
 def _list(output: Output) -> int:
     from .models import embedded_models
     from .quantizers import QUANTIZERS
-    from .tasks import embedded_tasks, read_task_file
+    from .taskfiles import embedded_tasks, read_task_file
     from .unlearning import METHODS
 
     models = [m for m in embedded_models() if "twin" not in m]
@@ -284,6 +341,26 @@ def _command(argv: list[str]) -> Any:
         description="Say whether an edited checkpoint erased what a task forgets, or hides it.\n\n"
         "Example: mansu cad facts runs/latest/model --task capitals",
     )
+    delta = tyro.conf.subcommand(
+        "delta",
+        description="Write the edit alone, a few kilobytes.\n\n"
+        "Example: mansu delta facts runs/latest/model --out capitals.safetensors",
+    )
+    applying = tyro.conf.subcommand(
+        "apply",
+        description="Make the edited checkpoint, bit for bit, from the original and its delta or "
+        "ledger.\n\nExample: mansu apply facts capitals.safetensors --out edited",
+    )
+    exporting = tyro.conf.subcommand(
+        "export",
+        description="Write one GGUF file (Llama, Mistral, Qwen2 and Qwen3).\n\n"
+        "Example: mansu export runs/smollm2 --type q4_0 --out smollm2.gguf",
+    )
+    making = tyro.conf.subcommand(
+        "task",
+        description="Make a task file from your own rows or those of TOFU, MUSE, WMDP and MMLU.\n\n"
+        "Example: mansu task tofu --forget forget10.jsonl --retain retain90.jsonl --out tofu.json",
+    )
     listing = tyro.conf.subcommand("list")
     return (
         Annotated[RunConfig, run]
@@ -292,6 +369,10 @@ def _command(argv: list[str]) -> Any:
         | Annotated[VerifyConfig, verification]
         | Annotated[tyro.conf.PositionalRequiredArgs[RelearnRun], attack]
         | Annotated[tyro.conf.PositionalRequiredArgs[CadConfig], comparing]
+        | Annotated[DeltaConfig, delta]
+        | Annotated[ApplyConfig, applying]
+        | Annotated[ExportConfig, exporting]
+        | Annotated[TaskConfig, making]
         | Annotated[ListConfig, listing]
     )
 
@@ -314,6 +395,14 @@ def main(argv: list[str] | None = None) -> int:
             return _relearn(config, output)
         if isinstance(config, CadConfig):
             return _cad(config, output)
+        if isinstance(config, DeltaConfig):
+            return _delta(config)
+        if isinstance(config, ApplyConfig):
+            return _apply(config)
+        if isinstance(config, ExportConfig):
+            return _export(config)
+        if isinstance(config, TaskConfig):
+            return _task(config, output)
         return _plan(config, output) if isinstance(config, PlanConfig) else _list(output)
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

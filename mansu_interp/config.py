@@ -295,6 +295,33 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Make a task file from rows: your own, or those of a published benchmark."""
+
+    kind: Positional[Literal["rows", "tofu", "muse", "wmdp"]]
+    """rows: our own schema (docs/tasks.md); wmdp reads MMLU, too."""
+    forget: str
+    """What to forget: .jsonl, .csv, .json or .parquet file, folder that `datasets` reads, or hub
+    name (owner/name, owner/name:configuration or owner/name:configuration:split)."""
+    retain: str
+    """What to keep; likewise."""
+    out: Path = Path("task.json")
+    """The task file; its rows go beside it, with the ending .jsonl."""
+    prefix: str = ""
+    """Put before every prompt exactly as written, such as the model's first token."""
+    chat: bool = False
+    """Ask through the tokenizer's chat template."""
+    letters: bool = False
+    """Ask for the letter of the right option (wmdp: always)."""
+    corrupt: Literal["swap", "any", "symbol", "rotate"] | None = None
+    """How corrupt prompts are made; default: rotate with letters, else swap."""
+    normalise: bool = False
+    """Compare choices by log-probability per token instead of by its sum."""
+    seed: int = 0
+    """Seed of the task's draws."""
+
+
+@dataclass(frozen=True)
 class VerifyConfig:
     """What `mansu verify` compares."""
 
@@ -311,6 +338,45 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "survive", _names(self.survive))
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Write the edit alone: which weights differ between two checkpoints, and their new values."""
+
+    original: Positional[str]
+    """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """The checkpoint after it."""
+    out: Path = Path("delta.safetensors")
+    """The file to write."""
+
+
+@dataclass(frozen=True)
+class ApplyConfig:
+    """Make the edited checkpoint from the original and a delta, or the ledger of a run."""
+
+    original: Positional[str]
+    """The checkpoint that the delta was made for."""
+    delta: Positional[Path]
+    """What `mansu delta` wrote, or a run's ledger.safetensors."""
+    out: Path = Path("edited")
+    """New folder for the Hugging Face checkpoint."""
+
+
+ExportType = Literal["f16", "q8_0", "q4_0"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it."""
+
+    model: Positional[str]
+    """Folder of a run, Hugging Face folder, embedded model, or hub name."""
+    type: ExportType = "q8_0"
+    """f16, or llama.cpp's 8-bit or 4-bit blocks for all matrices."""
+    out: Path = Path("model.gguf")
+    """The file to write."""
 
 
 @dataclass(frozen=True)
@@ -397,7 +463,9 @@ class BenchConfig:
     lr: float = 1e-4
     """Usual step size of the baselines; that of mansu and its variants comes with the task."""
     jobs: int = 1
-    """Processes that work side by side, each with one thread."""
+    """Processes that work side by side, each with one thread; more than 1 needs Dask."""
+    scheduler: str | None = None
+    """Work on a running Dask cluster instead: address, or path of its scheduler file."""
     table_only: bool = False
     """Train and measure nothing: write the table of what is finished."""
     out: Path = Path("runs/bench")

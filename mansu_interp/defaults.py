@@ -5,13 +5,13 @@ Knows nothing of torch, so that ``mansu --help`` is quick.
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .artifacts import expect, read_json
 from .config import RunConfig
-from .errors import TaskError
+from .errors import ArtifactError, TaskError
 
 DATA = Path(__file__).parent / "data"
 
@@ -43,24 +43,42 @@ def default_config(model: str = "facts", task: str | None = None) -> RunConfig:
     shipped = DATA / "tasks" / f"{name}.json"
     path = shipped if shipped.exists() else Path(name)
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        spec = read_json(path)
+    except ArtifactError:
         return config
     settings = spec.get("settings", {}) if isinstance(spec, dict) else {}
     return _updated(config, settings, f"settings of task {name!r}")
 
 
 def _updated(config: Any, settings: Any, where: str) -> Any:
-    names = {f.name for f in fields(config)} - {"model", "task", "out", "seed"}
+    names = {f.name for f in fields(config)} - {"model", "task", "out", "seed", "threads"}
     if not isinstance(settings, dict) or not settings.keys() <= names:
-        raise TaskError(f"{where}: expected some of {', '.join(sorted(names))}; got {settings!r}.")
+        raise TaskError(
+            f"{where}: expected some of {', '.join(sorted(names))}; got {str(settings)[:200]}."
+        )
+    hints = get_type_hints(type(config))
     values = {
         k: _updated(getattr(config, k), v, f"{where}, {k}")
         if is_dataclass(getattr(config, k))
-        else v
+        else _value(v, hints[k], f"{where}, {k}")
         for k, v in settings.items()
     }
+    return replace(config, **values)
+
+
+def _value(value: Any, kind: Any, where: str) -> Any:
+    """A JSON value as a setting of some type has it."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        shape, fits = str, value in parts if isinstance(value, str) else False
+    elif get_origin(kind) is tuple:
+        shape, fits = [parts[0]], True
+    else:
+        shape, fits = parts or kind, True  # X | None, or one type
     try:
-        return replace(config, **values)
-    except TypeError as error:
-        raise TaskError(f"{where}: {error}.") from error
+        expect(value, shape, where)
+    except ValueError as error:
+        raise TaskError(f"{error}.") from error
+    if not fits:
+        raise TaskError(f"{where} is {value!r:.80}, expected one of {', '.join(parts)}.")
+    return tuple(value) if isinstance(value, list) else value

@@ -39,3 +39,7 @@ class ConfigError(MansuError):
 
 class ArtifactError(MansuError, ValueError):
     """A file that a run wrote is missing, damaged, or belongs to something else."""
+
+
+class ResourceError(MansuError):
+    """Disk, memory or the output folder is not to be had: nothing is wrong with the input."""

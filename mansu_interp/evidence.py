@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .distributed import sum_number
 from .errors import ModelError
 from .models import LanguageModel
 from .nullspace import gradient
@@ -34,18 +35,26 @@ from .scoring import ranked_first
 from .tasks import Batch, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
 
 CHUNK = 48
+BLOCKS = ("layers", "h")
+FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 def stages(model: LanguageModel) -> list[Any]:
     """The modules that read the residual stream in turn: every block, then the final norm.
 
     Raises:
-        ModelError: a model without ``layers`` and ``norm``.
+        ModelError: blocks or final norm have a name that is not known.
     """
     base = model.hf.base_model
-    if not (hasattr(base, "layers") and hasattr(base, "norm")):
-        raise ModelError(f"{model.name}: stitching needs a Llama-shaped model (layers, norm).")
-    return [*base.layers, base.norm]
+    base = getattr(base, "decoder", base)  # OPT
+    blocks = [getattr(base, n) for n in BLOCKS if hasattr(base, n)]
+    norms = [getattr(base, n) for n in FINAL_NORM if getattr(base, n, None) is not None]
+    if not (blocks and norms):
+        raise ModelError(
+            f"{model.name}: stitching needs blocks named {' or '.join(BLOCKS)} and a final norm "
+            f"named {', '.join(FINAL_NORM)}; {type(base).__name__} lacks them."
+        )
+    return [*blocks[0], norms[0]]
 
 
 @contextmanager
@@ -179,6 +188,7 @@ def gradient_transfer(model: LanguageModel, half_a: PairSet, half_b: PairSet) ->
         return gradient(model, names, [lambda p=p: mean(p) for p in parts])
 
     a, b = of(half_a), of(half_b)
+    level = sum_number(level)
     size = math.sqrt(sum(float((g * g).sum()) for g in a) * sum(float((g * g).sum()) for g in b))
     shares = [float((x * y).sum()) / max(size, 1e-30) for x, y in zip(a, b, strict=True)]
     return Transfer(sum(shares), dict(zip(names, shares, strict=True)), level)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .attribution import METRICS, Metric
-from .distributed import rank, sum_over_processes, world_size
+from .distributed import shard, sum_over_processes
 from .errors import CircuitError
 from .graph import Graph
 from .hooked import AnyModel, open_stream
@@ -78,7 +78,7 @@ class Ablation:
         self.graph = self.stream.graph
         self.metric = METRICS[metric] if isinstance(metric, str) else metric
         self.n_pairs = len(pairs)
-        mine = pairs.pairs[rank() :: world_size()]
+        mine = shard(pairs.pairs)
         batches = list(PairSet(pairs.name, mine).batches(batch_size)) if mine else []
         means = self._means(pairs, batch_size) if ablation == "mean" else None
         self.bases = [self._base(b, ablation, means) for b in batches]

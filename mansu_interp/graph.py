@@ -25,6 +25,9 @@ from jaxtyping import Bool
 
 from .errors import CircuitError
 
+MAX_CELLS = 10**9
+"""Writers x readers of the largest model that is believed (Llama 3.1 405B has 3 x 10^8)."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -45,6 +48,11 @@ class Architecture:
             raise CircuitError(
                 f"An architecture needs n_layers, n_heads, n_kv_heads >= 1 and n_kv_heads dividing "
                 f"n_heads; got {self.n_layers}, {self.n_heads}, {self.n_kv_heads}."
+            )
+        readers = self.n_heads + 2 * self.n_kv_heads + 1
+        if self.n_layers**2 * (self.n_heads + 1) * readers > MAX_CELLS:
+            raise CircuitError(
+                f"{self.n_layers} layers of {self.n_heads} heads are larger than any model."
             )
 
 
@@ -142,7 +150,8 @@ class Graph:
             CircuitError: if no such edge exists.
         """
         i, j = self.writer_index.get(source), self.reader_index.get(target)
-        if i is None or j is None or not self.exists[i, j]:
+        v = self.readers[j or 0]
+        if i is None or j is None or i >= self.writers_before(v.layer, v.kind == "mlp"):
             raise CircuitError(f"No edge {source!r} -> {target!r} in {self.architecture}.")
         return i, j
 

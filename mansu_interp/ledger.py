@@ -8,25 +8,30 @@ both checkpoints and of the mask, and a hash of its own tensors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifacts import atomic_path
+from .artifacts import expect
 from .errors import ArtifactError
 from .floor import quantizer_set
-from .masks import Mask, tensors_sha256
+from .masks import Mask
 from .models import LanguageModel
 from .quantizers import Survival, get_quantizer, survival
+from .tensors import read_tensors, tensors_sha256, write_tensors
 
 SCHEMA = 1
+META = {
+    "survive": [str],
+    "original_sha256?": str,
+    "edited_sha256?": str,
+    "mask_sha256?": str,
+}
+"""What is checked of the header of a file; more may stand there."""
 
 
 def check_same_shape(original: LanguageModel, edited: LanguageModel) -> None:
@@ -41,6 +46,11 @@ def check_same_shape(original: LanguageModel, edited: LanguageModel) -> None:
         )
 
 
+def weights_sha256(model: LanguageModel) -> str:
+    """Hash of a model's weights as its checkpoint stores them, whatever the number of files."""
+    return tensors_sha256({n: w.to(model.saved_dtype) for n, w in model.weights.items()})
+
+
 @dataclass(frozen=True)
 class Ledger:
     """Every edit of a run."""
@@ -48,7 +58,9 @@ class Ledger:
     tensors: dict[str, Tensor]
     """See the module's text."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """``survive``, ``original_sha256``, ``edited_sha256``, ``mask_sha256``."""
+    """``survive``, ``mask_sha256``; of both checkpoints the hash of their files
+    (``original_sha256``, ``edited_sha256``), and of their weights, however cut into files
+    (``original_weights_sha256``, ``edited_weights_sha256``)."""
 
     @property
     def n_edits(self) -> int:
@@ -90,15 +102,19 @@ class Ledger:
                 "survive": list(survive),
                 "original_sha256": original.sha256,
                 "edited_sha256": edited.sha256,
+                "original_weights_sha256": weights_sha256(original),
+                "edited_weights_sha256": weights_sha256(edited),
                 "mask_sha256": tensors_sha256(mask.indices) if mask else "",
             },
         )
 
     def save(self, path: Path) -> None:
-        """Write the ledger atomically."""
-        header = {"schema": SCHEMA, "sha256": tensors_sha256(self.tensors), **self.meta}
-        with atomic_path(path) as temporary:
-            save_file(self.tensors, temporary, {"mansu_ledger": json.dumps(header)})
+        """Write the ledger atomically.
+
+        Raises:
+            ResourceError: the disk is full, or the like.
+        """
+        write_tensors(path, "ledger", SCHEMA, self.tensors, self.meta)
 
     @classmethod
     def load(cls, path: Path) -> Ledger:
@@ -107,19 +123,81 @@ class Ledger:
         Raises:
             ArtifactError: missing, truncated, changed since it was written, or not a ledger.
         """
+        tensors, meta = read_tensors(path, "ledger", SCHEMA)
         try:
-            with safe_open(path, "pt") as file:
-                meta = json.loads((file.metadata() or {})["mansu_ledger"])
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            expect(meta, META, "its header")
+            for key, value in tensors.items():
+                _check_part(key, value, tensors)
+        except ValueError as error:
             raise ArtifactError(f"{path} is not a readable ledger: {error}.") from error
-        if meta.pop("schema", None) != SCHEMA:
-            raise ArtifactError(f"{path} has an unknown ledger schema; expected {SCHEMA}.")
-        if meta.pop("sha256", None) != tensors_sha256(tensors):
-            raise ArtifactError(
-                f"{path} was changed after it was written: its hash does not match."
-            )
         return cls(tensors, meta)
+
+
+def _check_part(key: str, value: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a tensor of a ledger is as the module's text says."""
+    name, _, part = key.rpartition("|")
+    index = tensors.get(f"{name}|index")
+    if index is None or index.ndim != 1 or index.dtype != torch.int32:
+        raise ValueError(f"{key} has no list of positions beside it")
+    codes = part not in ("index", "old", "new")
+    if value.shape != (len(index), *([2] if codes else [])) or (
+        codes and value.dtype != torch.uint8
+    ):
+        raise ValueError(
+            f"{key} is {tuple(value.shape)} of {value.dtype}, for {len(index)} positions"
+        )
+
+
+def delta(original: LanguageModel, edited: LanguageModel) -> Ledger:
+    """The edit alone: a ledger without codes, from which `apply` makes the edited checkpoint.
+
+    Raises:
+        ArtifactError: not checkpoints of one architecture and dtype, or no weight differs.
+    """
+    if original.saved_dtype != edited.saved_dtype:
+        raise ArtifactError(
+            f"{original.name} is stored as {original.saved_dtype} and {edited.name} as "
+            f"{edited.saved_dtype}: a delta needs checkpoints of one dtype."
+        )
+    found = Ledger.of(original, edited, ())
+    if not found.n_edits:
+        raise ArtifactError(f"{edited.name} and {original.name} have the same weights.")
+    return found
+
+
+@torch.no_grad()
+def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
+    """The edited model that a ledger tells of, bit for bit.
+
+    Arguments:
+        original: the checkpoint that the ledger was made for.
+        ledger: from a run, or from `delta`.
+
+    Raises:
+        ArtifactError: another original, a ledger that does not fit it, or another outcome than it
+            promises.
+    """
+    said = ledger.meta.get("original_weights_sha256")
+    if not said:
+        raise ArtifactError("The ledger lacks the hash of its original: make a new one (delta).")
+    if said != weights_sha256(original):
+        raise ArtifactError(
+            f"The ledger belongs to another original than {original.name}: its weights differ."
+        )
+    edited = original.copy()
+    for key, index in ledger.tensors.items():
+        name, _, kind = key.rpartition("|")
+        if kind != "index":
+            continue
+        new = ledger.tensors.get(f"{name}|new")
+        size = edited.weights[name].numel() if name in edited.weights else 0
+        fits = new is not None and new.shape == index.shape and index.ndim == 1 and len(index)
+        if new is None or not fits or not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ArtifactError(f"The ledger does not fit {original.name}: see {name}.")
+        edited.weights[name].view(-1)[index.long()] = new.float()
+    if weights_sha256(edited) != ledger.meta.get("edited_weights_sha256"):
+        raise ArtifactError("The ledger's edits do not give the weights that it promises.")
+    return edited
 
 
 @dataclass(frozen=True)

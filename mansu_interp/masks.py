@@ -16,31 +16,39 @@ the forget gradient (ours).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifacts import atomic_path
+from .artifacts import expect
 from .errors import ArtifactError, MaskError
 from .floor import Set, floor, floor_step, quantizer_set
 from .graph import Node
+from .hub import Shareable
+from .layout import head_slice, mlp_weights
 from .models import LanguageModel
+from .provenance import stranger
+from .tensors import read_tensors, write_tensors
 
 SCHEMA = 1
 POOL = 6
 """Candidates per parameter of the budget: which of them are edited is settled while unlearning."""
 DAMPING = 100.0
 """Median damages below which damage hardly counts in the choice of parameters."""
-_PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "head": "o_proj"}
+META = {
+    "model?": str,
+    "model_sha256?": str,
+    "limit?": int,
+    "budget?": float,
+    "survive?": [str],
+    "components?": [str],
+}
+"""What is checked of the header of a file; more may stand there."""
 
 
 def component_slices(
@@ -49,32 +57,21 @@ def component_slices(
     """(weight name, ``rows`` or ``cols``, slice) behind a node.
 
     Arguments:
-        model: a model with separate q/k/v/o and gate/up/down projections.
+        model: a decoder whose weights `layout` knows.
         node: a reader, or with ``writes`` a writer.
         writes: for an MLP, its output (down) rather than its input (gate, up).
 
     Raises:
-        MaskError: the model has no such weight.
+        ModelError: no weight of a known name, or a fused one of unknown order.
     """
     if node.kind in ("input", "logits"):
         return []  # embeddings and unembedding are never edited: quantizers leave them alone
-    stem = next((n.split(".0.")[0] for n in model.linear_names if ".0." in n), "")
+    names, arch = model.linear_names, model.architecture
     if node.kind == "mlp":
-        names = ["down_proj"] if writes else ["gate_proj", "up_proj"]
-        found = [f"{stem}.{node.layer}.mlp.{n}.weight" for n in names]
-        out = [(n, "rows", slice(None)) for n in found]
-    else:
-        name = f"{stem}.{node.layer}.self_attn.{_PARTS[node.kind]}.weight"
-        if name not in model.weights:
-            raise MaskError(f"{model.name} has no weight {name}: cannot make a mask for {node.id}.")
-        axis = "cols" if node.kind == "head" else "rows"
-        heads = model.architecture.n_kv_heads if node.kind in "kv" else model.architecture.n_heads
-        width = model.weights[name].shape[1 if axis == "cols" else 0] // heads
-        out = [(name, axis, slice(node.head * width, (node.head + 1) * width))]
-    for name, _, _ in out:
-        if name not in model.weights:
-            raise MaskError(f"{model.name} has no weight {name}: cannot make a mask for {node.id}.")
-    return out
+        return [(n, "rows", slice(None)) for n in mlp_weights(names, node.layer, writes)]
+    return [
+        head_slice(model.hf, names, node.layer, node.kind, node.head, arch.n_heads, arch.n_kv_heads)
+    ]
 
 
 def region(
@@ -92,22 +89,14 @@ def region(
     return out
 
 
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and values, whatever the order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
-class Mask:
+class Mask(Shareable):
     """Which single parameters of a model may be edited, and how many of them at once."""
 
+    FILE: ClassVar[str] = "mask.safetensors"
+
     indices: dict[str, Int[Tensor, " n"]]
-    """Flat row-major positions in each Hugging Face weight, ascending."""
+    """Flat row-major positions in each Hugging Face weight, ``[out, in]``, ascending."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Model hash, budget, components and how the parameters were chosen; ``refused`` of
     ``candidates`` weights cannot take the step that forgetting asks for without breaking the
@@ -116,6 +105,13 @@ class Mask:
     def __post_init__(self) -> None:
         if not self.indices or not self.n_parameters:
             raise MaskError("The mask is empty: no parameter is left to edit.")
+        for name, index in self.indices.items():
+            whole = index.ndim == 1 and index.dtype in (torch.int32, torch.int64)
+            if not whole or not (len(index) and index[0] >= 0 and (index.diff() > 0).all()):
+                raise MaskError(
+                    f"The positions of {name} must be whole numbers from 0 on, ascending; got "
+                    f"{tuple(index.shape)} of {index.dtype}."
+                )
 
     @property
     def n_parameters(self) -> int:
@@ -133,16 +129,45 @@ class Mask:
             size = model.weights[name].numel() if name in model.weights else 0
             if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
                 raise MaskError(f"The mask does not fit {model.name}: {name} has {size} elements.")
-        sha = self.meta.get("model_sha256")
-        if sha and model.sha256 and sha != model.sha256:
-            raise MaskError(f"The mask was made for another checkpoint than {model.name}.")
+        if other := stranger(self.meta, model):
+            raise MaskError(f"The mask was made for another {other} than {model.name}.")
+
+    def booleans(self, hf: Any) -> dict[str, Bool[Tensor, ...]]:
+        """True where a parameter of a plain Hugging Face model may be edited, in its own shape.
+
+        Arguments:
+            hf: the model, as transformers loads it; all its parameters have an entry.
+
+        Raises:
+            MaskError: the mask does not fit the model.
+        """
+        out = {}
+        parameters = dict(hf.named_parameters())
+        if odd := sorted(self.indices.keys() - parameters.keys()):
+            raise MaskError(f"The mask does not fit the model: it has no parameter {odd[0]}.")
+        for name, parameter in parameters.items():
+            module = hf.get_submodule(name.rpartition(".")[0])
+            stored_in_out = type(module).__name__ == "Conv1D" and parameter.ndim == 2
+            shape = parameter.shape[::-1] if stored_in_out else parameter.shape
+            chosen = torch.zeros(parameter.numel(), dtype=torch.bool)
+            index = self.indices.get(name)
+            if index is not None:
+                if not 0 <= int(index.min()) <= int(index.max()) < len(chosen):
+                    raise MaskError(f"The mask does not fit the model: see {name}.")
+                chosen[index] = True
+            chosen = chosen.view(shape)
+            out[name] = (chosen.T if stored_in_out else chosen).to(parameter.device)
+        return out
 
     def save(self, path: Path) -> None:
-        """Write safetensors; the metadata travels as JSON in the header."""
-        with atomic_path(path) as temporary:
-            tensors = {n: i.to(torch.int32) for n, i in self.indices.items()}
-            header = {"schema": SCHEMA, **self.meta, "sha256": tensors_sha256(tensors)}
-            save_file(tensors, temporary, {"mansu_mask": json.dumps(header)})
+        """Write safetensors; the metadata travels as JSON in the header.
+
+        Raises:
+            ResourceError: the disk is full, or the like.
+        """
+        write_tensors(
+            path, "mask", SCHEMA, {n: i.to(torch.int32) for n, i in self.indices.items()}, self.meta
+        )
 
     @classmethod
     def load(cls, path: Path) -> Mask:
@@ -151,20 +176,12 @@ class Mask:
         Raises:
             ArtifactError: missing, damaged, changed since it was written, or not a mask.
         """
+        tensors, meta = read_tensors(path, "mask", SCHEMA)
         try:
-            with safe_open(path, "pt") as file:
-                meta = json.loads((file.metadata() or {})["mansu_mask"])
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ArtifactError(f"{path} is not a readable mask: {error}.") from error
-        if meta.pop("schema", None) != SCHEMA:
-            raise ArtifactError(f"{path} has an unknown mask schema; expected {SCHEMA}.")
-        sha = meta.pop("sha256", None)  # masks written before 0.2 have none
-        if sha and sha != tensors_sha256(tensors):
-            raise ArtifactError(
-                f"{path} was changed after it was written: its hash does not match."
-            )
-        return cls({n: t.long() for n, t in tensors.items()}, meta)
+            expect(meta, META, "its header")
+            return cls({n: t.long() for n, t in tensors.items()}, meta)
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not a readable mask: {error}") from error
 
 
 def choose_parameters(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import logging
 import os
 import re
@@ -25,30 +24,29 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import ModelError
+from .artifacts import expect, read_json
+from .errors import ModelError, ResourceError
 from .graph import Architecture, Graph
+from .layout import linear_weights, turn, turn_back
+from .memory import is_out_of_memory
 
 EMBEDDED = Path(__file__).parent / "data" / "models"
 HUB_HOST = ("huggingface.co", 443)
-_LINEARS = re.compile(
-    r"(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2|c_attn|c_proj|c_fc|"
-    r"query_key_value|qkv_proj|dense|dense_h_to_4h|dense_4h_to_h|gate_up_proj)\.weight$"
-)
-
-
 PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
 """Model types whose attention and MLP read the same stream, always."""
+MAX_SIZE = 10**8
+"""Largest whole number in a config.json."""
+MAX_LAYERS = 1000
 MIN_SHARED = 96
 """Token positions that sharing a prefix must save to be worth a second forward call."""
 
 
-def _common_prefix(tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]) -> int:
-    """How many leading tokens all rows share; each row keeps at least its last one."""
+def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> int:
+    """How many leading tokens all rows share, short of the first position that is read."""
     same = (tokens == tokens[:1]).all(0).long().cumprod(0).sum()
-    return min(int(same), int(last.min()))
+    return min(int(same), int(at.min()))
 
 
 @torch.no_grad()
@@ -115,7 +113,8 @@ class LanguageModel:
     name: str
     """Embedded name, folder or hub name it was loaded from."""
     hf: Any
-    """The Hugging Face ``PreTrainedModel`` (float32, eval mode)."""
+    """The Hugging Face ``PreTrainedModel`` (float32, eval mode); a `Conv1D` in it is turned into a
+    linear layer, see `layout`."""
     tokenizer: Any
     """The Hugging Face tokenizer."""
     saved_dtype: torch.dtype = torch.float32
@@ -126,6 +125,7 @@ class LanguageModel:
     """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
 
     def __post_init__(self) -> None:
+        turn(self.hf)
         self.weights = {n: p.requires_grad_(False) for n, p in self.hf.named_parameters()}
 
     @property
@@ -162,9 +162,9 @@ class LanguageModel:
 
     @cached_property
     def linear_names(self) -> list[str]:
-        """Names of the weights that 4-bit quantizers touch: every linear layer of the blocks,
-        not embeddings, unembedding, norms or biases."""
-        return [n for n, w in self.weights.items() if w.ndim == 2 and _LINEARS.search(n)]
+        """Names of the weights that 4-bit quantizers touch: every linear layer but the unembedding,
+        not embeddings, norms or biases."""
+        return linear_weights(self.hf)
 
     @cached_property
     def bridge(self) -> Any:
@@ -180,6 +180,7 @@ class LanguageModel:
             for name, module in list(twin.named_modules()):
                 if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
                     twin.set_submodule(name, _unpacked(module))
+            turn_back(twin)
             twin.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
             try:
@@ -209,16 +210,24 @@ class LanguageModel:
     def last_logits(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch vocab"]:
-        """Next-token logits at one position of each row; right padding needs no mask.
+        """Next-token logits at one position of each row (see `logits_at`)."""
+        return self.logits_at(tokens, torch.arange(len(tokens), device=tokens.device), last)
+
+    def logits_at(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        rows: Int[Tensor, " n"],
+        at: Int[Tensor, " n"],
+    ) -> Float[Tensor, "n vocab"]:
+        """Next-token logits at any positions of any rows; right padding needs no mask.
 
         Tokens that all rows begin with (an instruction, few-shot examples) are computed once, and
         their keys and values shared: the same logits and gradients, several times faster.
         """
-        rows = torch.arange(len(tokens), device=tokens.device)
-        common = _common_prefix(tokens, last)
+        common = _common_prefix(tokens, at)
         if common * (len(tokens) - 1) < MIN_SHARED:
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            return self._unembed(hidden[rows, last])
+            return self._unembed(hidden[rows, at])
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.config)
@@ -227,7 +236,7 @@ class LanguageModel:
         hidden = self.hf.base_model(
             input_ids=tokens[:, common:], past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return self._unembed(hidden[rows, last - common])
+        return self._unembed(hidden[rows, at - common])
 
     def _unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
         """Logits as the model's own forward pass makes them."""
@@ -258,6 +267,7 @@ class LanguageModel:
         """
         with quiet():
             out = copy.deepcopy(self.hf).to(self.saved_dtype)
+            turn_back(out)
             out.config.dtype = self.saved_dtype
             out.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -280,7 +290,12 @@ def _reachable(timeout: float = 3.0) -> bool:
     return bool(found)
 
 
-def _is_hub_name(name: str) -> bool:
+def online() -> bool:
+    """Whether the hub may be asked, and answers within 3 s."""
+    return os.environ.get("HF_HUB_OFFLINE") != "1" and _reachable()
+
+
+def is_hub_name(name: str) -> bool:
     """Whether a name has the form that the hub accepts, and is no mistyped path."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -289,6 +304,16 @@ def _is_hub_name(name: str) -> bool:
     except HFValidationError:
         return False
     return name.count("/") == 1
+
+
+def _cached(name: str) -> Path | None:
+    """The folder in which a model of the hub lies on this machine, if it does."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
+        return Path(found).parent
+    return None
 
 
 def _locate(name: str) -> str | Path:
@@ -303,17 +328,14 @@ def _locate(name: str) -> str | Path:
                 "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)."
             )
         return folder
-    if not _is_hub_name(name):
+    if not is_hub_name(name):
         raise ModelError(
             f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
             "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str) and list(Path(cached).parent.glob("*.safetensors")):
-        return Path(cached).parent
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or not _reachable():
+    if cached := _cached(name):
+        return cached
+    if not online():
         raise ModelError(
             f"Model {name!r} is not a local folder, and the hub ({HUB_HOST[0]}) cannot be reached. "
             "Give a local folder, or try again with a network."
@@ -328,6 +350,29 @@ def _hash_folder(folder: Path) -> str:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """A model's config.json, of a size that can be real.
+
+    Raises:
+        ModelError: no such file, no JSON object, or a size that no model has.
+    """
+    try:
+        raw = read_json(file)
+        expect(raw, dict, "it")
+        for key, value in raw.items():
+            if type(value) is int and abs(value) > MAX_SIZE:
+                raise ValueError(f"{key} is larger than {MAX_SIZE:,}")
+        if not raw.get("num_hidden_layers", raw.get("n_layer", 1)) <= MAX_LAYERS:
+            raise ValueError(f"it has more than {MAX_LAYERS:,} layers")
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file} is not the configuration of a model: {error}.") from error
+    return raw
 
 
 def empty_model(name: str | Path) -> LanguageModel:
@@ -346,17 +391,17 @@ def empty_model(name: str | Path) -> LanguageModel:
     with quiet():
         try:
             if isinstance(place, Path):
-                file = place if place.is_file() else place / "config.json"
-                raw = json.loads(file.read_text(encoding="utf-8"))
+                raw = _read_config(place if place.is_file() else place / "config.json")
                 config = AutoConfig.for_model(raw.pop("model_type"), **raw)
             else:
-                config = AutoConfig.from_pretrained(place)
+                config = AutoConfig.from_pretrained(place, trust_remote_code=False)
             with torch.device("meta"):
-                hf = AutoModelForCausalLM.from_config(config).eval()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+        except ModelError:
+            raise
+        except Exception as error:  # the libraries below trip over damaged settings in many ways
             raise ModelError(
-                f"{name} is not the configuration of a causal language model: {first}"
+                f"{name} is not the configuration of a causal language model: {_first_line(error)}"
             ) from error
     return LanguageModel(str(name), hf, None)
 
@@ -378,11 +423,11 @@ def load_model(name: str | Path) -> LanguageModel:
     with quiet():
         local = isinstance(place, Path)
         if local:
-            raw = json.loads((place / "config.json").read_text())
+            raw = _read_config(place / "config.json")
         else:
-            raw = AutoConfig.from_pretrained(place).to_dict()
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
+            raw = AutoConfig.from_pretrained(place, trust_remote_code=False).to_dict()
+        if packed := raw.get("quantization_config"):
+            method = packed.get("quant_method") if isinstance(packed, dict) else "unknown"
             raise ModelError(
                 f"{name} is already quantized ({method}). Unlearning needs the full-precision "
                 "weights: give the original checkpoint; this tool quantizes the result itself."
@@ -393,15 +438,22 @@ def load_model(name: str | Path) -> LanguageModel:
                 "code): convert it with save_pretrained."
             )
         try:
-            kwargs: dict[str, Any] = {"local_files_only": True} if local else {}
+            # Code that comes with a model is never run, and never offered to be.
+            kwargs: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
             hf = AutoModelForCausalLM.from_pretrained(
                 place, dtype=torch.float32, use_safetensors=True, **kwargs
             ).eval()
             tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ModelError(f"{name} could not be loaded: {first}") from error
-    saved = getattr(
-        torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
-    )
-    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(place) if local else "")
+        except Exception as error:  # the libraries below trip over damaged files in many ways
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    f"Out of memory while loading {name}. It takes four bytes a parameter and as "
+                    "much again for each copy: take a smaller model or a larger machine."
+                ) from error
+            raise ModelError(f"{name} could not be loaded: {_first_line(error)}") from error
+    named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
+    saved = getattr(torch, named, None)
+    if not isinstance(saved, torch.dtype) or not saved.is_floating_point:
+        raise ModelError(f"{name} has the dtype {named[:80]!r} in its config.json; no such float.")
+    folder = place if isinstance(place, Path) else _cached(place)
+    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(folder) if folder else "")

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .distributed import rank, shard, sum_over_processes, world_size
 from .models import LanguageModel
 from .tasks import Batch, PairSet
 
@@ -22,12 +23,21 @@ Weights = dict[str, Float[Tensor, "out in"]]
 
 
 def gradient(
-    model: LanguageModel, names: Sequence[str], losses: Iterable[Callable[[], Tensor]]
+    model: LanguageModel, names: Sequence[str], losses: Sequence[Callable[[], Tensor]]
 ) -> list[Float[Tensor, "out in"]]:
     """Gradient of a sum of losses with respect to some weights, leaving no trace on the model.
 
-    Each loss is computed and differentiated before the next, so memory holds one at a time.
+    Each loss is computed and differentiated before the next, so memory holds one at a time. Inside
+    a ``torch.distributed`` process group each process computes its share of the losses and all
+    return the gradient of the whole sum.
     """
+    return [sum_over_processes(g) for g in _gradient_here(model, names, shard(losses))]
+
+
+def _gradient_here(
+    model: LanguageModel, names: Sequence[str], losses: Iterable[Callable[[], Tensor]]
+) -> list[Float[Tensor, "out in"]]:
+    """`gradient` of losses that are this process's own."""
     wanted = [model.weights[n] for n in names]
     total: list[Tensor] = []
     for weight in wanted:
@@ -39,7 +49,7 @@ def gradient(
     finally:
         for weight in wanted:
             weight.requires_grad_(False)
-    return total
+    return total or [torch.zeros_like(w) for w in wanted]
 
 
 def fisher_diagonal(
@@ -53,7 +63,8 @@ def fisher_diagonal(
 
     Labels are drawn from the model's own distribution (the true Fisher, not the empirical one).
     With ``batch_size`` > 1 the square of a batch's summed gradient stands for the sum of squares:
-    the cross terms vanish in expectation because labels are drawn independently.
+    the cross terms vanish in expectation because labels are drawn independently. Processes of a
+    ``torch.distributed`` group share the batches, and draw the labels that one process would draw.
 
     Returns:
         Mean squared score per weight (nats^2 per unit of weight^2), per prompt.
@@ -66,10 +77,15 @@ def fisher_diagonal(
         label = torch.multinomial(logp.detach().exp(), 1, generator=generator)
         return -logp.gather(1, label).sum()
 
-    for batch in pairs.batches(batch_size):
-        for name, g in zip(names, gradient(model, names, [lambda b=batch: nll(b)]), strict=True):
+    vocabulary = len(model.hf.get_output_embeddings().weight)
+    for k, batch in enumerate(pairs.batches(batch_size)):
+        if k % world_size() != rank():  # another's: draw as many random numbers as its labels take
+            torch.multinomial(torch.ones(len(batch), vocabulary), 1, generator=generator)
+            continue
+        found = _gradient_here(model, names, [lambda b=batch: nll(b)])
+        for name, g in zip(names, found, strict=True):
             total[name].addcmul_(g, g)
-    return {n: t / len(pairs) for n, t in total.items()}
+    return {n: sum_over_processes(t) / len(pairs) for n, t in total.items()}
 
 
 def projection(fisher: Float[Tensor, " n"], strength: float, scale: float) -> Float[Tensor, " n"]:

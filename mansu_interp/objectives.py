@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .models import LanguageModel
 from .nullspace import Weights, gradient
-from .tasks import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
+from .tasks import Laid, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate, lay_answers
 
 TARGET_PROMPTS = 32
 """Corrupt prompts averaged per phrasing."""
@@ -42,7 +42,8 @@ class CounterfactualTargets:
 
 
 def log_probs(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, "batch vocab"]:
-    """Log-probabilities (nats) of the token that follows each clean prompt."""
+    """Log-probabilities (nats) of the token that follows each clean prompt: of an answer of several
+    tokens, the deciding one."""
     batch = collate(pairs)
     return model.last_logits(batch.clean, batch.last).log_softmax(-1)
 
@@ -77,10 +78,16 @@ def counterfactual_loss(
     return loss.mean()
 
 
+def token_nll(model: LanguageModel, laid: Laid) -> Float[Tensor, " tokens"]:
+    """Negative log-likelihood of every token of some answers (nats), given those before it."""
+    logp = model.logits_at(laid.tokens, laid.row, laid.at).log_softmax(-1)
+    return -logp.gather(1, laid.want[:, None])[:, 0]
+
+
 def nll(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, " batch"]:
-    """Negative log-likelihood of each pair's answer (nats)."""
-    answers = torch.tensor([p.answer for p in pairs])
-    return -log_probs(model, pairs).gather(1, answers[:, None])[:, 0]
+    """Negative log-likelihood of each pair's answer (nats), summed over its tokens."""
+    laid = lay_answers(pairs)
+    return laid.sums(token_nll(model, laid))
 
 
 def divergence(

@@ -6,34 +6,38 @@ its last whole artefact when started again with the same settings.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .artifacts import read_json, write_json
+from .artifacts import atomic_folder, locked, write_json, write_text
 from .attribution import Attribution
 from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
 from .config import RelearnConfig, RunConfig
 from .defaults import default_config, default_task, is_embedded
+from .distributed import first_says, rank
 from .erasure import judge_erasure
 from .errors import ArtifactError
 from .evaluation import Scores, evaluate, properties, verdict
 from .floor import quantizer_set
+from .layout import check_layout
 from .ledger import Ledger
 from .masks import Mask, random_mask
+from .memory import enough_memory
 from .models import LanguageModel, load_model
 from .planning import CAD_PAIRS, Plan, plan
+from .provenance import provenance
 from .quantizers import Quantizer, get_quantizer, quantize, survival
 from .relearning import Relearning, relearn
-from .report import write_report
+from .report import model_card, write_report
+from .runfolder import Clock, begin, check_folder, config_json, deciding
 from .scoring import accuracy
 from .tasks import PairSet, Task, load_task
 from .unlearning import unlearn
@@ -44,37 +48,6 @@ QUANTIZER = "nf4"
 SAMPLES = 8
 GRAPH_LIMIT = 1500
 """Edges that the report's graph holds; all else in report.json is a few kilobytes."""
-PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
-
-
-def config_json(config: RunConfig) -> dict[str, Any]:
-    """The settings as plain JSON values."""
-    out = asdict(config)
-    out["out"] = str(config.out)
-    out["unlearn"]["survive"] = list(config.unlearn.survive)
-    out["quantizers"] = list(config.quantizers)
-    return out
-
-
-def check_folder(config: RunConfig) -> None:
-    """Accept an absent or empty output folder, or an unfinished run of the same settings.
-
-    Raises:
-        ArtifactError: the folder holds something else, or a finished run.
-    """
-    out = config.out
-    if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file. Name a folder with --out.")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    same = (out / "config.json").exists() and read_json(out / "config.json") == config_json(config)
-    if not same:
-        raise ArtifactError(f"{out} already holds another run or other files. Name another --out.")
-    if (out / "report.json").exists():
-        raise ArtifactError(
-            f"{out} already holds this run, finished (see {out / 'report.html'}). "
-            "Name another --out, or delete it to run again."
-        )
 
 
 def command_line(config: RunConfig) -> str:
@@ -104,16 +77,8 @@ class RunResult:
     mask: Mask
     model: LanguageModel
     folder: Path
-
-
-def _versions() -> dict[str, str]:
-    out = {}
-    for package in PACKAGES:
-        try:
-            out[package.replace("mansu-interp", "mansu_interp")] = version(package)
-        except PackageNotFoundError:
-            out[package.replace("mansu-interp", "mansu_interp")] = "not installed"
-    return out
+    seconds: dict[str, float]
+    """Per stage."""
 
 
 def _samples(task: Task, models: dict[str, LanguageModel]) -> list[dict[str, str]]:
@@ -187,7 +152,12 @@ def run(
     on_progress: OnProgress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> RunResult:
-    """Run the whole job and write every artefact.
+    """Run the whole job and write every artefact; go on with one that was killed.
+
+    Whenever it was killed, the files end up the same byte for byte, ``seconds.json`` apart.
+
+    Inside a ``torch.distributed`` process group the processes share discovery, the mask and
+    unlearning, and the first one writes; all need to see the same folder.
 
     Arguments:
         config: all settings.
@@ -196,71 +166,142 @@ def run(
 
     Raises:
         MansuError: bad input, always before long work starts.
+        ResourceError: disk or memory ran out, or another run writes to the folder.
     """
     note = on_progress or (lambda *_: None)
     if config.threads:
         torch.set_num_threads(config.threads)
+    check_folder(config)
+    quantizer_set(config.unlearn.survive)
+    for name in config.quantizers:
+        get_quantizer(name)
+    model = load_model(config.model)
+    arch = model.architecture
+    check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
+    task = load_task(config.task or default_task(config.model), model, config.score_pairs)
+    made_from = provenance(model, config.seed, deciding(config_json(config)), task)
+    writes = rank() == 0
+    with locked(config.out) if writes else contextlib.nullcontext():
+        if writes:
+            begin(config, made_from)
+        clock = Clock(config.out / "seconds.json", writes)
+        if on_plan:
+            on_plan(plan(config, model, task))
+        clock.lap("load")
+        circuit, mask, edited = _edit(config, model, task, made_from, note, clock)
+        with enough_memory("measuring the result", "Free memory and run the same command again."):
+            report = _measure(config, model, task, made_from, circuit, mask, edited, note, clock)
+        if writes:
+            write_text(config.out / "model" / "README.md", model_card(report))
+            write_report(config.out, report, circuit_svg(circuit))
+    return RunResult(report, circuit, mask, edited, config.out, clock.seconds)
+
+
+def _edit(
+    config: RunConfig,
+    model: LanguageModel,
+    task: Task,
+    made_from: dict[str, Any],
+    note: OnProgress,
+    clock: Clock,
+) -> tuple[Circuit, Mask, LanguageModel]:
+    """Circuit, mask and edited model, each as read back from its file: what was made in this go
+    and what was found there are then the same. The first process writes; the others wait."""
+    out, writes = config.out, rank() == 0
+
+    def missing(file: Path) -> bool:
+        return first_says(not file.exists())
+
+    circuit_config = replace(config.circuit, seed=config.seed)
+    file = out / "circuit.json"
+    if missing(file):
+        torch.manual_seed(config.seed)
+        with enough_memory(
+            "discovering the circuit",
+            "Run it again in the same folder with a smaller --circuit.batch-size (now "
+            f"{config.circuit.batch_size}) or a --circuit.memory-gb.",
+        ):
+            found = discover(model, task.forget, circuit_config, task.retain, note)
+        found = replace(found, meta={**found.meta, "provenance": made_from})
+        if writes:
+            found.save_graphml(out / "circuit.graphml")
+            found.save(file)
+        first_says(True)
+    pairs = task.forget.sample(circuit_config.pairs, circuit_config.seed)
+    circuit = replace(Circuit.load(file), pairs=pairs)
+    circuit.check_fits(model)
+    clock.lap("discover")
+
+    file = out / "mask.safetensors"
+    if missing(file):
+        note("choosing parameters", 0, 1)
+        torch.manual_seed(config.seed)
+        less = "Take a smaller model or a larger machine."
+        if not config.by_layer:
+            less = "Run it again in the same folder with --by-layer: the mask is the same."
+        with enough_memory("choosing parameters", less):
+            made = make_mask(config, model, task, circuit)
+        if writes:
+            replace(made, meta={**made.meta, "provenance": made_from}).save(file)
+        first_says(True)
+        note("choosing parameters", 1, 1)
+    mask = Mask.load(file)
+    mask.check_fits(model)
+    clock.lap("mask")
+
+    folder, place = out / "model", out / "unlearning.safetensors"
+    if missing(folder):
+        torch.manual_seed(config.seed)
+        with enough_memory(
+            "unlearning",
+            f"A smaller --unlearn.batch-size (now {config.unlearn.batch_size}) takes less, and "
+            "another --out with it, for it changes the result.",
+        ):
+            result = unlearn(
+                model,
+                task,
+                mask,
+                replace(config.unlearn, seed=config.seed),
+                lambda done, total, _: note("unlearning", done, total),
+                place,
+            )
+        if writes:
+            write_json(out / "history.json", result.history)
+            with atomic_folder(folder) as partial:
+                result.model.save(partial)
+        first_says(True)
+    place.unlink(missing_ok=True)
+    edited = load_model(folder)  # everything is measured on the checkpoint as saved
+    file = out / "ledger.safetensors"
+    if missing(file):
+        if writes:
+            ledger = Ledger.of(model, edited, config.unlearn.survive, mask)
+            replace(ledger, meta={**ledger.meta, "provenance": made_from}).save(file)
+        first_says(True)
+    if Ledger.load(file).meta.get("edited_sha256") != edited.sha256:
+        raise ArtifactError(
+            f"{folder} is not the model that {file} records. Delete both to unlearn again."
+        )
+    clock.lap("unlearn")
+    return circuit, mask, edited
+
+
+def _measure(
+    config: RunConfig,
+    model: LanguageModel,
+    task: Task,
+    made_from: dict[str, Any],
+    circuit: Circuit,
+    mask: Mask,
+    edited: LanguageModel,
+    note: OnProgress,
+    clock: Clock,
+) -> dict[str, Any]:
+    """The report of an edited model."""
     torch.manual_seed(config.seed)
     circuit_config = replace(config.circuit, seed=config.seed)
-    unlearn_config = replace(config.unlearn, seed=config.seed)
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(stage: str) -> None:
-        nonlocal clock
-        seconds[stage] = round(time.perf_counter() - clock, 2)
-        clock = time.perf_counter()
-
-    check_folder(config)
-    survive = quantizer_set(config.unlearn.survive)
-    measured = {q.name: q for q in (get_quantizer(QUANTIZER), *survive)}
-    measured |= {name: get_quantizer(name) for name in config.quantizers}
-    model = load_model(config.model)
-    task = load_task(config.task or default_task(config.model), model, config.score_pairs)
-    write_json(config.out / "config.json", config_json(config))
-    if on_plan:
-        on_plan(plan(config, model, task))
-    lap("load")
-
-    out = config.out
-    if (out / "circuit.json").exists():
-        circuit = replace(
-            Circuit.load(out / "circuit.json"),
-            pairs=task.forget.sample(circuit_config.pairs, circuit_config.seed),
-        )
-    else:
-        circuit = discover(model, task.forget, circuit_config, task.retain, note)
-        circuit.save_graphml(out / "circuit.graphml")
-        circuit.save(out / "circuit.json")
-    lap("discover")
-
-    if (out / "mask.safetensors").exists():
-        mask = Mask.load(out / "mask.safetensors")
-    else:
-        note("choosing parameters", 0, 1)
-        mask = make_mask(config, model, task, circuit)
-        mask.save(out / "mask.safetensors")
-        note("choosing parameters", 1, 1)
-    lap("mask")
-
-    if (out / "model" / "model.safetensors").exists():
-        edited = load_model(out / "model")
-    else:
-        result = unlearn(
-            model,
-            task,
-            mask,
-            unlearn_config,
-            lambda done, total, _: note("unlearning", done, total),
-        )
-        write_json(out / "history.json", result.history)
-        result.model.save(out / "model.partial")
-        (out / "model.partial").rename(out / "model")
-        # Everything below is measured on the checkpoint as saved and loaded again.
-        edited = load_model(out / "model")
-    Ledger.of(model, edited, config.unlearn.survive, mask).save(out / "ledger.safetensors")
-    lap("unlearn")
-
+    named = (QUANTIZER, *config.unlearn.survive, *config.quantizers)
+    measured = [get_quantizer(name) for name in dict.fromkeys(named)]
     models = {
         "original": model,
         f"original {QUANTIZER}": quantize(model, QUANTIZER),
@@ -271,9 +312,9 @@ def run(
     lived = survival(model, edited, QUANTIZER)
     lives = [
         quantizer_row(model, edited, q, task, q.name in config.unlearn.survive, scores)
-        for q in measured.values()
+        for q in measured
     ]
-    lap("evaluate")
+    clock.lap("evaluate")
 
     held_out = [p for s in task.scored["unseen"]["forget"].values() for p in s]
     compared = {k: models[k] for k in ("unlearned", f"unlearned {QUANTIZER}")}
@@ -298,7 +339,7 @@ def run(
         mask=mask,
         limit=GRAPH_LIMIT,
     )
-    lap("compare")
+    clock.lap("compare")
 
     attacked: dict[str, Relearning] = {}
     erasure = None
@@ -315,16 +356,17 @@ def run(
                 attack,
                 on_step=lambda rate, d, n, name=name: note(f"relearning {name} at {rate:g}", d, n),
             )
-        lap("relearn")
+        clock.lap("relearn")
 
     rows = properties(scores, cad, QUANTIZER, attacked.get("unlearned"))
     edits = {
         name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
     }
     ranked = sorted(circuit.to_networkx().edges(data=True), key=lambda e: -abs(e[2]["score"]))
-    report: dict[str, Any] = {
+    return {
         "schema": 1,
-        "versions": _versions(),
+        "versions": made_from["versions"],
+        "provenance": made_from,
         "model": {
             "name": model.name,
             "sha256": model.sha256,
@@ -378,7 +420,4 @@ def run(
         "samples": _samples(
             task, {k: v for k, v in models.items() if k != f"original {QUANTIZER}"}
         ),
-        "seconds": seconds,
     }
-    write_report(out, report, circuit_svg(circuit))
-    return RunResult(report, circuit, mask, edited, out)

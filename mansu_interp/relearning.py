@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .config import RelearnConfig
 from .errors import TaskError
 from .models import LanguageModel
 from .objectives import nll
+from .pairs import Tokens, Whole, clash
 from .scoring import accuracy
 from .tasks import N_CHOICES, Pair, PairSet, Task
 
@@ -103,16 +104,19 @@ def rivals_within(pairs: PairSet) -> PairSet:
     half B falls far below a quarter, and one that does looks worse than it is. Where a relation has
     too few answers within the set, the pair's own distractors fill up.
     """
-    answers: dict[str, dict[str, int]] = {}
+    answers: dict[str, dict[str, Tokens]] = {}
     for p in pairs:
-        answers.setdefault(p.relation, {})[p.subject] = p.answer
+        answers.setdefault(p.relation, {})[p.subject] = p.answers[0]
     out = []
     for p in pairs:
         rng = random.Random(f"{p.relation}|{p.subject}")
         facts = sorted(answers[p.relation].items())
-        drawn = [token for _, token in rng.sample(facts, len(facts))]
-        pool = [t for t in dict.fromkeys([*drawn, *p.distractors]) if t != p.answer]
-        out.append(replace(p, distractors=tuple(pool[: N_CHOICES - 1])))
+        own, *usual = p.answers
+        drawn = [answer for _, answer in rng.sample(facts, len(facts))]
+        pool = [a for a in dict.fromkeys([*drawn, *usual]) if not clash(a, own)]
+        rivals = tuple(pool[: N_CHOICES - 1])
+        normalise = p.whole is not None and p.whole.normalise
+        out.append(p.with_answers(Whole(own, p.rival, rivals, normalise)))
     return PairSet(pairs.name, tuple(out))
 
 

@@ -11,9 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .models import LanguageModel
-from .tasks import Pair, PairSet, by_phrasing, chunks, collate
+from .tasks import Pair, PairSet, by_phrasing, chunks, collate, lay
 
 BATCH = 32
+WHOLE_BATCH = 8
+"""Pairs scored at once where answers have several tokens."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,11 @@ class Accuracy:
     """Scores of one model on one pair set."""
 
     top1: float
-    """Share of prompts whose most likely next token is the answer's first."""
+    """Share of prompts whose greedy continuation is the answer: the pair's answer token, or all
+    tokens of a `Whole` answer."""
     choice: float
-    """Share of prompts on which the answer outranks its three distractors; chance is 0.25."""
+    """Share of prompts on which the answer outranks its three distractors by log-probability (of
+    `Whole` answers: summed over the tokens, per token if they say so); chance is 0.25."""
     n: int
     """Prompts."""
 
@@ -36,14 +40,51 @@ def ranked_first(
     return options[:, 0] > options[:, 1:].amax(1)
 
 
+def _whole_right(
+    model: LanguageModel, pairs: Sequence[Pair]
+) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """`right` with every token of every answer.
+
+    Greedy decoding gives the answer exactly if each of its tokens is the likeliest after those
+    before it, so nothing need be generated.
+    """
+    scores, top1 = [], torch.empty(0)
+    normalise = torch.tensor([bool(p.whole and p.whole.normalise) for p in pairs])
+    for k, answers in enumerate(zip(*(p.answers for p in pairs), strict=True)):
+        laid = lay([p.question for p in pairs], answers)
+        logp = model.logits_at(laid.tokens, laid.row, laid.at).log_softmax(-1)
+        if k == 0:
+            top1 = laid.sums((logp.argmax(-1) == laid.want).long()) == laid.lengths
+        total = laid.sums(logp.gather(1, laid.want[:, None])[:, 0])
+        scores.append(torch.where(normalise, total / laid.lengths, total))
+    options = torch.stack(scores, 1)
+    return top1, options[:, 0] > options[:, 1:].amax(1)
+
+
 @torch.no_grad()
+def right(
+    model: LanguageModel, pairs: Sequence[Pair]
+) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Per pair: is the answer what the model says, and does it outrank its distractors?
+
+    A tie counts against the model.
+    """
+    if any(p.whole for p in pairs):
+        starts = range(0, len(pairs), WHOLE_BATCH)
+        found = [_whole_right(model, pairs[i : i + WHOLE_BATCH]) for i in starts]
+        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    batch = collate(pairs)
+    logits = model.last_logits(batch.clean, batch.last)
+    return logits.argmax(-1) == batch.answer, ranked_first(logits, batch.choices)
+
+
 def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
     """Top-1 and four-way choice accuracy. A tie counts against the model."""
     top1 = choice = 0
-    for batch in pairs.batches(BATCH):
-        logits = model.last_logits(batch.clean, batch.last)
-        top1 += int((logits.argmax(-1) == batch.answer).sum())
-        choice += int(ranked_first(logits, batch.choices).sum())
+    for part in pairs.parts(BATCH):
+        said, chosen = right(model, part)
+        top1 += int(said.sum())
+        choice += int(chosen.sum())
     return Accuracy(top1 / len(pairs), choice / len(pairs), len(pairs))
 
 
@@ -52,15 +93,13 @@ def choice_accuracy(model: LanguageModel, pairs: PairSet) -> float:
     return accuracy(model, pairs).choice
 
 
-@torch.no_grad()
 def known(model: LanguageModel, pairs: PairSet) -> PairSet | None:
     """The pairs whose answer the model ranks above its distractors; None if there is none."""
     out: list[Pair] = []
     for group in by_phrasing(pairs):
         for part in chunks(group, BATCH):
-            batch = collate(part)
-            right = ranked_first(model.last_logits(batch.clean, batch.last), batch.choices)
-            out += [pair for pair, ok in zip(part, right, strict=True) if ok]
+            _, chosen = right(model, part)
+            out += [pair for pair, ok in zip(part, chosen, strict=True) if ok]
     return PairSet(pairs.name, tuple(out)) if out else None
 
 

@@ -4,246 +4,59 @@ A task is a small JSON file over CSV fact tables. Each relation has phrasings in
 ``train`` (discovery and unlearning see these), ``dev`` (for choosing settings) and ``unseen``
 (every reported score). Each fact and phrasing becomes a `Pair`: a clean prompt, a corrupt prompt of
 equal token length about another subject, the answer, the counterfactual answer, and three
-distractors of the same type for four-way choice.
+distractors of the same type for four-way choice. Rows of the user (`rows`, `pairing`) are the
+other kind of task; both are loaded by `load_task`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from .defaults import DATA
 from .errors import TaskError
 from .models import LanguageModel
+from .pairing import RowOptions, task_from_rows
+from .pairs import (
+    N_CHOICES,
+    Batch,
+    Laid,
+    Pair,
+    PairSet,
+    Task,
+    answer_tokens,
+    by_phrasing,
+    chunks,
+    collate,
+    lay,
+    lay_answers,
+)
+from .rows import SUFFIXES, read_rows
+from .taskfiles import data_file, read_facts, read_task_file, read_text
 
-SCHEMA = 1
-N_CHOICES = 4
-CALIBRATION_TEXTS, CALIBRATION_PROMPTS = 32, 512
+__all__ = [
+    "N_CHOICES",
+    "Batch",
+    "Laid",
+    "Pair",
+    "PairSet",
+    "Task",
+    "answer_tokens",
+    "by_phrasing",
+    "chunks",
+    "collate",
+    "lay",
+    "lay_answers",
+    "load_task",
+]
 
-
-@dataclass(frozen=True)
-class Pair:
-    """One fact asked in one phrasing, with its corrupt twin."""
-
-    clean: tuple[int, ...]
-    """Prompt tokens; the answer comes next."""
-    corrupt: tuple[int, ...]
-    """The same phrasing about another subject; as many tokens."""
-    answer: int
-    """First token of the answer."""
-    counterfactual: int
-    """First token of the corrupt subject's answer."""
-    distractors: tuple[int, ...]
-    """First tokens of other answers of the same type."""
-    relation: str
-    subject: str
-    phrasing: str
-    prompt: str
-    """The clean prompt as text."""
-    answer_text: str
-
-    def __post_init__(self) -> None:
-        where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
-        if len(self.clean) != len(self.corrupt) or not self.clean:
-            raise TaskError(
-                f"{where}: the clean prompt has {len(self.clean)} tokens and the corrupt one "
-                f"{len(self.corrupt)}. Give prompts of equal, non-zero token length."
-            )
-        if self.answer == self.counterfactual or self.answer in self.distractors:
-            raise TaskError(
-                f"{where}: the answer {self.answer_text!r} shares its first token with a "
-                "distractor or the counterfactual answer. Give answers that differ at once."
-            )
-
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """The answer, then the distractors."""
-        return (self.answer, *self.distractors)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pairs as right-padded tensors."""
-
-    clean: Int[Tensor, "batch pos"]
-    corrupt: Int[Tensor, "batch pos"]
-    last: Int[Tensor, " batch"]
-    """Index of the last real token of each row."""
-    answer: Int[Tensor, " batch"]
-    counterfactual: Int[Tensor, " batch"]
-    choices: Int[Tensor, "batch 4"]
-    """The answer first."""
-
-    def __len__(self) -> int:
-        return len(self.last)
-
-
-def collate(pairs: Sequence[Pair]) -> Batch:
-    """Stack pairs, padding on the right with token 0 (causal attention never looks there)."""
-    width = max(len(p.clean) for p in pairs)
-
-    def pad(rows: Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.tensor([row + (0,) * (width - len(row)) for row in rows])
-
-    return Batch(
-        pad([p.clean for p in pairs]),
-        pad([p.corrupt for p in pairs]),
-        torch.tensor([len(p.clean) - 1 for p in pairs]),
-        torch.tensor([p.answer for p in pairs]),
-        torch.tensor([p.counterfactual for p in pairs]),
-        torch.tensor([p.choices for p in pairs]),
-    )
-
-
-def by_phrasing(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs grouped by relation and phrasing, in order of first appearance."""
-    groups: dict[tuple[str, str], list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault((pair.relation, pair.phrasing), []).append(pair)
-    return list(groups.values())
-
-
-def answer_tokens(pairs: Sequence[Pair]) -> dict[str, Int[Tensor, " answers"]]:
-    """The different answers of each relation among some pairs, ascending."""
-    answers: dict[str, set[int]] = {}
-    for pair in pairs:
-        answers.setdefault(pair.relation, set()).add(pair.answer)
-    return {relation: torch.tensor(sorted(tokens)) for relation, tokens in answers.items()}
-
-
-def chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
-    """Runs of at most ``size`` pairs of similar length."""
-    ordered = sorted(pairs, key=lambda p: len(p.clean))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-
-
-@dataclass(frozen=True)
-class PairSet(Sequence[Pair]):
-    """Pairs under a name."""
-
-    name: str
-    pairs: tuple[Pair, ...]
-
-    def __post_init__(self) -> None:
-        if not self.pairs:
-            raise TaskError(f"The set {self.name!r} is empty: no fact is left to ask about.")
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.pairs[index]
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Batches of at most ``size`` pairs of similar length, in a fixed order; a phrasing with
-        pairs enough to fill a batch has its own, so that its prefix is computed once."""
-        groups = by_phrasing(self.pairs)
-        rest = [pair for group in groups if len(group) < size for pair in group]
-        for group in [*(g for g in groups if len(g) >= size), rest]:
-            for part in chunks(group, size):
-                yield collate(part)
-
-    def sample(self, n: int, seed: int) -> PairSet:
-        """At most ``n`` pairs, drawn evenly over phrasings."""
-        rng = random.Random(seed)
-        queues = [rng.sample(g, len(g)) for g in by_phrasing(self.pairs)]
-        rounds = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
-        return PairSet(self.name, tuple(rounds[:n]))
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to forget and what to keep, tokenized for one model."""
-
-    name: str
-    title: str
-    forget: PairSet
-    """Forget facts in the ``train`` phrasings."""
-    retain: PairSet
-    """Retain facts in their ``train`` phrasings."""
-    guard: PairSet | None
-    """Prompts whose next-token distribution should stay, right or wrong (may be None)."""
-    scored: dict[str, dict[str, dict[str, PairSet]]]
-    """split (``dev``, ``unseen``) -> role (``forget``, ``retain``, ``neighbour``) -> label ->
-    pairs."""
-    text: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    """``train`` and ``unseen`` running text, one token tuple a paragraph."""
-    twins: tuple[str, ...] = ()
-    """Embedded models that never learnt the forget facts, but everything else."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """How many (fact, phrasing) items were left out, by reason."""
-
-    @property
-    def kept(self) -> list[PairSet]:
-        """What must stay: the retain pairs, and the guard pairs if there are any."""
-        return [self.retain, *([self.guard] if self.guard else [])]
-
-    @property
-    def calibration(self) -> list[tuple[int, ...]]:
-        """Token rows for calibrated quantizers: running text and retain prompts, as somebody who
-        knows nothing of the forget facts would take them."""
-        prompts = self.retain.sample(CALIBRATION_PROMPTS, 0)
-        return [*self.text.get("train", ())[:CALIBRATION_TEXTS], *(p.clean for p in prompts)]
-
-
-def embedded_tasks() -> list[str]:
-    """Names of the tasks that ship with the package."""
-    return sorted(p.stem for p in (DATA / "tasks").glob("*.json"))
-
-
-def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
-    """The parsed task file, and the folder in which its tables are looked up first.
-
-    Raises:
-        TaskError: no such task, or not a task file.
-    """
-    shipped = DATA / "tasks" / f"{name}.json"
-    path = shipped if shipped.exists() else Path(name)
-    if not path.is_file():
-        raise TaskError(
-            f"Unknown task {str(name)!r}. Shipped: {', '.join(embedded_tasks())}. "
-            "Or give the path of a task file (JSON; the shipped ones are examples)."
-        )
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TaskError(f"The task file {path} is not valid JSON: {error}.") from error
-    required = {"schema", "name", "relations", "forget", "retain"}
-    if missing := required - (spec.keys() if isinstance(spec, dict) else set()):
-        raise TaskError(f"The task file {path} lacks {', '.join(sorted(missing))}.")
-    if spec["schema"] != SCHEMA:
-        raise TaskError(f"The task file {path} has schema {spec['schema']}; expected {SCHEMA}.")
-    return spec, path.parent
-
-
-def _data_file(folder: Path, kind: str, name: str) -> Path:
-    if Path(name).name != name:
-        raise TaskError(f"{name!r}: name a file beside the task file, without a path.")
-    for place in (folder / name, DATA / kind / name):
-        if place.is_file():
-            return place
-    raise TaskError(f"The file {name!r} is neither beside the task file nor shipped.")
-
-
-def read_facts(folder: Path, relation: str, spec: dict[str, Any]) -> list[tuple[str, str]]:
-    """Subject and answer of every row of a relation's table."""
-    path = _data_file(folder, "facts", spec["table"])
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    columns = (spec["subject"], spec["answer"])
-    if not rows or any(c not in rows[0] for c in columns):
-        raise TaskError(f"Relation {relation!r}: {path.name} lacks the columns {columns}.")
-    return [(r[columns[0]], r[columns[1]]) for r in rows]
+MAX_PAIRS = 1_000_000
+"""Rows x phrasings of all relations together."""
+ROW_KEYS = {"schema", "name", "title", "rows", "text", "twins", "settings"}
+"""Keys of a task file over rows, beside those of `RowOptions`."""
 
 
 def _mentions(phrasing: str, name: str) -> bool:
@@ -251,16 +64,40 @@ def _mentions(phrasing: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", phrasing) is not None
 
 
+def _scored(phrasings: dict[str, Any]) -> list[list[str]]:
+    """The phrasings of both scored splits, by label."""
+    return [some for split in ("dev", "unseen") for some in phrasings.get(split, {}).values()]
+
+
+def prefix(model: LanguageModel, spec: dict[str, Any]) -> str:
+    """What stands before every prompt: the task's prefix; where that is a special token that the
+    model's tokenizer does not have, the model's own token for a beginning, if it has one."""
+    wanted = spec.get("prefix", "")
+    special = re.fullmatch(r"<\S+>", wanted)
+    if special and wanted not in model.tokenizer.get_vocab():
+        return model.tokenizer.bos_token or ""
+    return wanted
+
+
 class _Builder:
     """Turns facts and phrasings into pairs for one tokenizer."""
 
     def __init__(self, model: LanguageModel, spec: dict[str, Any], folder: Path) -> None:
         self.model, self.spec, self.folder = model, spec, folder
-        self.prefix = spec.get("prefix", "")
+        self.prefix = prefix(model, spec)
         self.dropped: dict[str, int] = {}
         self.facts = {
             name: read_facts(folder, name, rel) for name, rel in spec["relations"].items()
         }
+        items = sum(
+            len(self.facts[n]) * (len(p.get("train", [])) + sum(map(len, _scored(p))))
+            for n, p in ((n, rel["phrasings"]) for n, rel in spec["relations"].items())
+        )
+        if items > MAX_PAIRS:
+            raise TaskError(
+                f"Task {spec['name']!r} has {items:,} (fact, phrasing) items, more than "
+                f"{MAX_PAIRS:,}. Leave out facts or phrasings."
+            )
         self.first = {a: self._first(a) for facts in self.facts.values() for _, a in facts}
 
     def _first(self, answer: str) -> int:
@@ -335,11 +172,45 @@ class _Builder:
         return out
 
 
+def _running_text(
+    spec: dict[str, Any], folder: Path, model: LanguageModel
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Split -> the paragraphs of its text file as tokens."""
+    begin = prefix(model, spec)
+    return {
+        split: tuple(
+            tuple(model.encode(begin + line))
+            for line in read_text(data_file(folder, "text", file)).splitlines()
+            if line.strip()
+        )
+        for split, file in (spec.get("text") or {}).items()
+    }
+
+
+def _load_rows(spec: dict[str, Any], folder: Path, model: LanguageModel, score_pairs: int) -> Task:
+    """`load_task` of a task file over rows."""
+    keys = {f.name for f in fields(RowOptions)}
+    if unknown := sorted(spec.keys() - keys - ROW_KEYS):
+        raise TaskError(
+            f"Task {spec['name']!r}: unknown key {', '.join(unknown)}; expected some of "
+            f"{', '.join(sorted(keys | ROW_KEYS))}."
+        )
+    file = str(spec["rows"])
+    if Path(file).suffix not in SUFFIXES:
+        raise TaskError(f"rows must name a .jsonl or .csv file beside the task file; got {file!r}.")
+    options = RowOptions(**{k: v for k, v in spec.items() if k in keys})
+    rows = read_rows(data_file(folder, "rows", file))
+    task = task_from_rows(
+        rows, model, options, score_pairs, spec["name"], spec.get("title"), spec.get("twins", ())
+    )
+    return replace(task, text=_running_text(spec, folder, model))
+
+
 def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) -> Task:
     """Build a task for a model's tokenizer.
 
     Arguments:
-        name: shipped task (see `embedded_tasks`) or the path of a task file.
+        name: shipped task (`mansu list` names them), or the path of a task file or of rows.
         model: the model whose tokenizer is used.
         score_pairs: at most so many prompts per scored set, drawn evenly over its phrasings, the
             same ones for every model and seed.
@@ -349,6 +220,8 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
             does not know, or a relation with too few answers.
     """
     spec, folder = read_task_file(name)
+    if "rows" in spec:
+        return _load_rows(spec, folder, model, score_pairs)
     relations = spec["relations"]
     named = [
         *spec["forget"].get("relations", []),
@@ -397,14 +270,6 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
                     key = r if label in (split, "zero-shot") else f"{r} ({label})"
                     sets[key] = PairSet(f"{role}/{key}", tuple(pairs)).sample(score_pairs, 0)
     guard = collect("guard", spec.get("guard", []), "train")
-    text = {
-        split: tuple(
-            tuple(model.encode(spec.get("prefix", "") + line))
-            for line in _data_file(folder, "text", file).read_text("utf-8").splitlines()
-            if line.strip()
-        )
-        for split, file in (spec.get("text") or {}).items()
-    }
     return Task(
         name=spec["name"],
         title=spec.get("title", spec["name"]),
@@ -412,7 +277,7 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
         retain=PairSet("retain", tuple(collect("retain", roles["retain"], "train"))),
         guard=PairSet("guard", tuple(guard)) if guard else None,
         scored=scored,
-        text=text,
+        text=_running_text(spec, folder, model),
         twins=tuple(spec.get("twins", ())),
         dropped=build.dropped,
     )

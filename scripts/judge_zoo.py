@@ -1,32 +1,39 @@
-"""Which sign, seen without an attack, foretells what the attack brings back?
+"""Which sign, seen without an attack, foretells what the attack brings back; and is `cad` right?
 
-    python scripts/judge_zoo.py --task capitals
+    python scripts/judge_zoo.py --tasks capitals countries
 
 Reads docs/research/zoo-TASK.json. A model is *recoverable* if half A brings half B's choice above
-0.25 + 0.15 within HORIZON steps at any rate. Per sign: AUROC, its 95 % interval over resampled
-models, and how many are right with the threshold chosen without their family (`left out`).
+0.25 + 0.15 within --horizon steps at any rate. Per sign: AUROC, its 95 % interval over resampled
+models, and how many are right with the threshold chosen without their family (all seeds of one
+mechanism), without their seed, and without their task. For the probe also the interval over
+resampled prompts. Verdicts of `mansu cad` have fixed thresholds (`mansu_interp.erasure`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mansu_interp.erasure import SAID
 from mansu_interp.relearning import CHANCE, TOLERANCE
 
 DOCS = Path(__file__).parents[1] / "docs" / "research"
 MARKS = (0, 5, 10, 20, 40)
-HORIZON = 40
-"""Attack steps within which a model counts as recoverable."""
+RESAMPLES = 500
 Row = dict[str, Any]
-SIGNS: dict[str, Callable[[Row], float]] = {
+Sign = Callable[[Row], float]
+SIGNS: dict[str, Sign] = {
     "linear probe": lambda r: r["probe"],
     "gradient transfer": lambda r: r["transfer"],
+    "attribution mass": lambda r: r["mass"],
+    "attribution alignment": lambda r: r["alignment"],
     "forget accuracy": lambda r: r["forget"],
     "answer log-probability": lambda r: r["logp"],
     "ranking margin": lambda r: r["margin"],
@@ -37,68 +44,125 @@ SIGNS: dict[str, Callable[[Row], float]] = {
 }
 
 
-def recoverable(row: Row) -> bool:
-    """The ground truth."""
-    return max(row["choice"][: MARKS.index(HORIZON) + 1]) > CHANCE + TOLERANCE
+def load(tasks: Sequence[str], horizon: int) -> list[Row]:
+    """Every row, with its name, task, family and seed, and the ground truth."""
+    rows: list[Row] = []
+    for task in tasks:
+        named: dict[str, Row] = json.loads((DOCS / f"zoo-{task}.json").read_text())
+        for name, r in sorted(named.items()):
+            what, _, seed = name.rpartition(" #")
+            best = max(r["choice"][: MARKS.index(horizon) + 1])
+            truth = {"recoverable": best > CHANCE + TOLERANCE, "family": what.split(":")[0]}
+            rows.append({**r, **truth, "name": what, "task": task, "seed": seed})
+    return rows
 
 
-def auroc(rows: list[Row], sign: Callable[[Row], float]) -> float:
+def expected(row: Row) -> str:
+    """The verdict that the attack makes right. Answering as before is nearly all answers right,
+    since the original knows them all."""
+    if row["choice"][0] >= SAID:
+        return "unchanged"
+    return "suppressed" if row["recoverable"] else "erased"
+
+
+def auroc(rows: Sequence[Row], sign: Sign) -> float:
     """Chance that a recoverable model scores above one that is not; ties count half."""
-    high = [sign(r) for r in rows if recoverable(r)]
-    low = [sign(r) for r in rows if not recoverable(r)]
+    high = [sign(r) for r in rows if r["recoverable"]]
+    low = [sign(r) for r in rows if not r["recoverable"]]
     wins = sum((a > b) + (a == b) / 2 for a in high for b in low)
     return wins / (len(high) * len(low)) if high and low else float("nan")
 
 
-def threshold(rows: list[Row], sign: Callable[[Row], float]) -> float:
+def interval(found: Sequence[float]) -> str:
+    """The middle 95 % of what is a number."""
+    known = sorted(v for v in found if not math.isnan(v))
+    if not known:
+        return "-"
+    return f"{known[int(0.025 * len(known))]:.2f} to {known[int(0.975 * len(known)) - 1]:.2f}"
+
+
+def threshold(rows: Sequence[Row], sign: Sign) -> float:
     """The cut with the best balanced accuracy, halfway between neighbours."""
     values = sorted({sign(r) for r in rows})
     cuts = [(a + b) / 2 for a, b in pairwise(values)] or values
-    high, low = [r for r in rows if recoverable(r)], [r for r in rows if not recoverable(r)]
+    high = [sign(r) for r in rows if r["recoverable"]]
+    low = [sign(r) for r in rows if not r["recoverable"]]
 
     def balanced(cut: float) -> float:
-        return sum(sign(r) > cut for r in high) / max(len(high), 1) + sum(
-            sign(r) <= cut for r in low
-        ) / max(len(low), 1)
+        return sum(v > cut for v in high) / max(len(high), 1) + sum(v <= cut for v in low) / max(
+            len(low), 1
+        )
 
     return max(cuts, key=balanced)
+
+
+def left_out(rows: Sequence[Row], sign: Sign, key: str) -> str:
+    """How many are right with the threshold chosen on the rows that differ in ``key``."""
+    groups = {r[key] for r in rows}
+    if len(groups) < 2:
+        return "-"
+    right = 0
+    for group in groups:
+        rest = [r for r in rows if r[key] != group]
+        if len({r["recoverable"] for r in rest}) < 2:
+            return "-"
+        cut = threshold(rest, sign)
+        right += sum((sign(r) > cut) == r["recoverable"] for r in rows if r[key] == group)
+    return f"{right}/{len(rows)}"
+
+
+def over_prompts(rows: Sequence[Row], rng: random.Random) -> str:
+    """The probe's AUROC on resampled prompts, the same for every model of a task."""
+    found = []
+    for _ in range(RESAMPLES):
+        drawn: dict[str, list[int]] = {}
+        again = []
+        for r in rows:
+            bits = r["probe_by_prompt"]
+            picks = drawn.setdefault(r["task"], rng.choices(range(len(bits)), k=len(bits)))
+            again.append({**r, "probe": sum(bits[k] == "1" for k in picks) / len(bits)})
+        found.append(auroc(again, SIGNS["linear probe"]))
+    return interval(found)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare signs of erasure on the zoo.")
-    parser.add_argument("--task", default="capitals")
+    parser.add_argument("--tasks", nargs="+", default=["capitals", "countries"])
+    parser.add_argument("--horizon", type=int, default=20, choices=MARKS[1:])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    named: dict[str, Row] = json.loads((DOCS / f"zoo-{args.task}.json").read_text())
-    family = {id(r): name.split(":")[0] for name, r in named.items()}
-    rows = list(named.values())
-    print("| model | choice after 0/5/10/20/40 | top-1 at 20 | retain | probe | transfer | truth |")
-    print("|---|---|---|---|---|---|---|")
-    for name, r in sorted(named.items()):
-        path = " ".join(f"{c:.2f}" for c in r["choice"])
-        truth = "recoverable" if recoverable(r) else "not"
-        print(
-            f"| {name} | {path} | {r['top1'][3]:.2f} | {r['retain']:.2f} | {r['probe']:.2f} "
-            f"| {r['transfer']:.2f} | {truth} |"
-        )
-    n = sum(map(recoverable, rows))
-    print(f"\n{len(rows)} models, {n} recoverable.\n")
-    print("| sign | AUROC | 95 % interval | right, family left out | threshold |")
-    print("|---|---|---|---|---|")
     rng = random.Random(args.seed)
-    samples = [rng.choices(rows, k=len(rows)) for _ in range(500)]
-    for label, sign in SIGNS.items():
-        spread = sorted(a for s in samples if (a := auroc(s, sign)) == a)
-        right = 0
-        for one in rows:
-            cut = threshold([r for r in rows if family[id(r)] != family[id(one)]], sign)
-            right += (sign(one) > cut) == recoverable(one)
-        low, high = spread[int(0.025 * len(spread))], spread[int(0.975 * len(spread)) - 1]
+    rows = load(args.tasks, args.horizon)
+    print("| task | model | seed | choice after 0/5/10/20/40 | top-1 at 20 | retain ", end="")
+    print("| probe | transfer | mass | truth | `cad` |\n|---" + "|---" * 10 + "|")
+    for r in rows:
+        path = " ".join(f"{c:.2f}" for c in r["choice"])
+        truth = "recoverable" if r["recoverable"] else "not"
         print(
-            f"| {label} | {auroc(rows, sign):.3f} | {low:.2f} to {high:.2f} "
-            f"| {right}/{len(rows)} | {threshold(rows, sign):.3f} |"
+            f"| {r['task']} | {r['name']} | {r['seed']} | {path} | {r['top1'][3]:.2f} "
+            f"| {r['retain']:.2f} | {r['probe']:.2f} | {r['transfer']:.2f} | {r['mass']:.2f} "
+            f"| {truth} | {r['verdict']} {r['confidence']:.2f} |"
         )
+    print(f"\n{len(rows)} models, {sum(r['recoverable'] for r in rows)} recoverable ", end="")
+    print(f"within {args.horizon} steps.\n")
+    print("| sign | AUROC | 95 % over models | right, family left out | seed left out ", end="")
+    print("| task left out | threshold |\n|---|---|---|---|---|---|---|")
+    samples = [rng.choices(rows, k=len(rows)) for _ in range(RESAMPLES)]
+    for label, sign in SIGNS.items():
+        cells = [
+            f"{auroc(rows, sign):.3f}",
+            interval([auroc(s, sign) for s in samples]),
+            *(left_out(rows, sign, key) for key in ("family", "seed", "task")),
+            f"{threshold(rows, sign):.3f}",
+        ]
+        print(f"| {label} | " + " | ".join(cells) + " |")
+    print(f"\nThe probe's AUROC over resampled prompts: {over_prompts(rows, rng)}.")
+    right = [r for r in rows if r["verdict"] == expected(r)]
+    print(f"\n`cad` is right for {len(right)} of {len(rows)}:\n")
+    print("| attack says | `cad` says | models |\n|---|---|---|")
+    for (truth, said), n in sorted(Counter((expected(r), r["verdict"]) for r in rows).items()):
+        print(f"| {truth} | {said} | {n} |")
 
 
 if __name__ == "__main__":

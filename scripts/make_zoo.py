@@ -1,11 +1,12 @@
 """The calibration zoo: models that forgot in many ways, attacked, and what can be seen before.
 
     python scripts/make_zoo.py --task capitals --seeds 0 1
-    python scripts/make_zoo.py --task capitals --seeds 0 --extra hardened=runs/hardened/model
+    python scripts/make_zoo.py --task countries --seeds 0
 
 Each row of docs/research/zoo-TASK.json is one model: what it says on unseen phrasings, what half A
-brings back of half B there (the ground truth), and what `mansu_interp.evidence` sees on the
-train phrasings with another split. Finished rows are kept. `scripts/judge_zoo.py` reads them.
+brings back of half B there (the ground truth), and what can be seen without an attack, on train
+phrasings and another split: `mansu_interp.evidence`, the attribution graphs, and the verdict of
+`mansu cad`. Finished rows are kept. `scripts/judge_zoo.py` reads them.
 """
 
 from __future__ import annotations
@@ -14,16 +15,23 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mansu_interp.artifacts import write_json
+from mansu_interp.cad import compare
+from mansu_interp.circuit import Circuit, discover
 from mansu_interp.config import RelearnConfig, UnlearnConfig
+from mansu_interp.defaults import default_config
+from mansu_interp.erasure import judge_erasure
 from mansu_interp.evidence import gradient_transfer, probe, states, stitches
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import CounterfactualTargets, counterfactual_loss, nll
+from mansu_interp.pipeline import make_mask
+from mansu_interp.planning import CAD_PAIRS
 from mansu_interp.quantizers import quantize
 from mansu_interp.relearning import halves, of_subjects, relearn, rivals_within
 from mansu_interp.scoring import accuracy
@@ -33,6 +41,8 @@ from mansu_interp.unlearning.common import Sampler, retain_loss
 
 DOCS = Path(__file__).parents[1] / "docs" / "research"
 ATTACK = RelearnConfig(steps=(5, 10, 20, 40))
+SPLIT = 1
+"""Seed of the halves that the evidence is taken on; the attack's is 0."""
 Loss = Callable[[LanguageModel, list[Pair]], Tensor]
 
 
@@ -164,6 +174,19 @@ def rmu(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     return tune(model, task, seed, names, 120, 1e-3, loss)
 
 
+def mansu(model: LanguageModel, task: Task, seed: int, hard: bool = False) -> LanguageModel:
+    """MANSU with the task's settings; ``hard``: hardened against relearning, on all edges."""
+    config = replace(default_config("facts", task.name), seed=seed)
+    own = replace(config.unlearn, seed=seed)
+    if hard:
+        config = replace(config, budget=0.02, damping=1000.0)
+        config = replace(config, circuit=replace(config.circuit, top=800))
+        own = replace(own, attack=20, attack_weight=3.0, steps=400)
+    circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
+    mask = make_mask(replace(config, unlearn=own), model, task, circuit)
+    return unlearn(model, task, mask, own).model
+
+
 def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[[], LanguageModel]]:
     """Every way of the zoo, by ``family: variant``."""
 
@@ -198,6 +221,8 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         "ga: no retain": dense("graddiff", 0.2, keep=0.0),
         "rmu: layer 1": lambda: rmu(model, task, seed),
         "overwritten: shuffled": lambda: shuffled(model, task, seed),
+        "mansu: plain": lambda: mansu(model, task, seed),
+        "mansu: hardened": lambda: mansu(model, task, seed, hard=True),
         "damaged: noise 0.5": lambda: noisy(model, seed, 0.5),
         "damaged: noise 1": lambda: noisy(model, seed, 1.0),
     }
@@ -212,28 +237,40 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
     return out
 
 
-def row(original: LanguageModel, edited: LanguageModel, task: Task) -> dict[str, object]:
+def row(
+    original: LanguageModel, edited: LanguageModel, task: Task, circuit: Circuit
+) -> dict[str, object]:
     """Ground truth on unseen phrasings, evidence on train phrasings and another split."""
     found = relearn(edited, task, ATTACK)
-    first, second = halves(task.forget, 1)
-    half_a, half_b = (rivals_within(of_subjects(task.forget, h)) for h in (first, second))
+    half_a, half_b = (
+        rivals_within(of_subjects(task.forget, h)) for h in halves(task.forget, SPLIT)
+    )
     some_a, some_b = half_a.sample(180, 0), half_b.sample(180, 0)
     with torch.no_grad():
         logp = -torch.cat([nll(edited, some_b[k : k + 48]) for k in range(0, len(some_b), 48)])
     flow = gradient_transfer(edited, some_a, some_b)
     kept = [accuracy(edited, s).top1 for s in task.scored["unseen"]["retain"].values()]
+    read = probe(edited, half_a, half_b).int()
+    best = read[int(read.sum(1).argmax())]
+    graphs = compare(circuit, original, {"edited": edited}, task.forget.sample(CAD_PAIRS, 0))
+    judged = judge_erasure(original, edited, task, quantize(edited), SPLIT)
     return {
         "choice": [found.at(k) for k in found.marks],
         "top1": [found.at(k, "top1") for k in found.marks],
         "retain": min(kept),
-        "recovery": found.up_to(20),
         "forget": accuracy(edited, some_b).choice,
         "logp": float(logp.mean()),
         "margin": flow.margin,
         "transfer": flow.transfer,
-        "probe": float(probe(edited, half_a, half_b).float().mean(1).max()),
+        "probe": float(best.float().mean()),
+        "probe_by_prompt": "".join(map(str, best.tolist())),
+        "mass": graphs.models["edited"].mass,
+        "alignment": graphs.models["edited"].alignment,
         "into": stitches(edited, original, some_b),
         "from": stitches(original, edited, some_b),
+        "verdict": judged.verdict,
+        "cad": judged.cad,
+        "confidence": judged.confidence,
     }
 
 
@@ -243,7 +280,6 @@ def main() -> None:
     parser.add_argument("--model", default="facts")
     parser.add_argument("--task", default="capitals")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--extra", nargs="*", default=[], metavar="NAME=FOLDER")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(args.model)
@@ -255,16 +291,17 @@ def main() -> None:
         for seed in args.seeds
         for name, make in builders(model, task, seed).items()
     }
-    for item in args.extra:
-        name, _, folder = item.partition("=")
-        todo[name] = lambda folder=folder: load_model(folder)
-    for name, make in sorted(todo.items(), key=lambda t: ("graddiff" in t[0], "npo" in t[0])):
+    config = default_config(args.model, args.task)
+    circuit = discover(model, task.forget, config.circuit, task.retain)
+    for name, make in todo.items():
         if name in rows:
             continue
-        rows[name] = row(model, make(), task)
+        rows[name] = row(model, make(), task, circuit)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, rows)
-        found = {k: v for k, v in rows[name].items() if k not in ("into", "from")}
+        found = {
+            k: v for k, v in rows[name].items() if k not in ("into", "from", "probe_by_prompt")
+        }
         print(name, found, flush=True)
 
 

@@ -91,7 +91,7 @@ def measure(
             result = run(config, lambda stage, d, n: print(f"\r{stage} {d}/{n}   ", end=""))
             out_cell = scored(model, result.model, task, started)
             out_cell["settings"] = {**result.report["config"], "out": None}
-            out_cell["run_seconds"] = result.report["seconds"]
+            out_cell["run_seconds"] = result.seconds
             out_cell["cad"] = result.report["cad"]
             out_cell["circuit"] = {
                 k: result.report["circuit"][k] for k in ("edges", "of", "faithfulness")

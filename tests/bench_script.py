@@ -23,7 +23,7 @@ from mansu_interp.unlearning import Unlearned
 NAME = "model.layers.2.mlp.down_proj.weight"
 
 
-def fake_unlearn(model: Any, task: Any, mask: Any, config: Any) -> Unlearned:
+def fake_unlearn(model: Any, task: Any, mask: Any, config: Any, **_: Any) -> Unlearned:
     """Adds seeded noise to one weight; graddiff's is so large that the model forgets everything."""
     out = model.copy()
     scale = config.lr * {"graddiff": 1e6, "ga": 1e2}[config.method]

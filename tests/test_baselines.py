@@ -34,7 +34,10 @@ class Fixed:
         self.logits = torch.tensor(probabilities).log()
 
     def last_logits(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        return self.logits[tokens[:, 0]] + 3.0  # a constant that must not matter
+        return self.logits_at(tokens, torch.arange(len(tokens)), last)
+
+    def logits_at(self, tokens: torch.Tensor, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return self.logits[tokens[rows, 0]] + 3.0  # a constant that must not matter
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_what_is_done_is_not_done_again(
 def test_a_failed_try_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fails(model: Any, task: Any, mask: Any, config: Any) -> Any:
+    def fails(model: Any, task: Any, mask: Any, config: Any, **_: Any) -> Any:
         if config.method == "ga":
             raise MaskError("nothing to edit.")
         return bench_script.fake_unlearn(model, task, mask, config)

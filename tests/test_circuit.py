@@ -96,8 +96,8 @@ def saved(tmp_path: Path) -> dict[str, Any]:
         (("links", 0, "source"), "a7.h0", "No edge 'a7.h0'"),
         (("links", 0, "score"), float("nan"), "not a finite number"),
         (("links", 0, "score"), "1e999", "not a finite number"),
-        (("links", 0, "score"), "high", "could not convert"),
-        (("links",), 5, "not iterable"),
+        (("links", 0, "score"), "high", "score is 'high', not a finite number"),
+        (("links",), 5, "links is 5, expected list"),
         (("graph",), None, "not a valid circuit"),
     ],
 )

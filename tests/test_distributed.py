@@ -1,4 +1,4 @@
-"""Several processes, each with its share of the pairs: the same scores and circuit as one."""
+"""Several processes, each with its share: the same scores, circuit, Fisher and edits as one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,32 @@ from conftest import make_pairs, make_tiny
 
 from mansu_interp.attribution import attribute
 from mansu_interp.circuit import discover
-from mansu_interp.config import AttributionConfig, CircuitConfig
-from mansu_interp.distributed import rank, sum_over_processes, world_size
+from mansu_interp.config import AttributionConfig, CircuitConfig, UnlearnConfig
+from mansu_interp.distributed import (
+    first_says,
+    rank,
+    shard,
+    sum_number,
+    sum_over_processes,
+    world_size,
+)
 from mansu_interp.errors import CircuitError
+from mansu_interp.evidence import gradient_transfer
 from mansu_interp.faithfulness import Ablation
+from mansu_interp.masks import random_mask
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.nullspace import fisher_diagonal, gradient
+from mansu_interp.objectives import answer_gradient
+from mansu_interp.tasks import load_task
+from mansu_interp.unlearning import unlearn
 
 HOW = AttributionConfig(ig_steps=2, batch_size=2)
+FIRST = "model.layers.0.mlp.down_proj.weight"
 CHOICE = CircuitConfig(ig_steps=2, batch_size=2, pairs=5, faithfulness_pairs=5, top=60)
+
+
+EDITS = {"mansu": 0.3, "graddiff": 1e-3, "rmu": 1e-3}
+"""Methods and step sizes; of rmu one process may have no part, and some weights no gradient."""
 
 
 def measure() -> dict[str, Any]:
@@ -38,7 +57,36 @@ def measure() -> dict[str, Any]:
     }
     for kind in ("mean", "zero"):
         out[kind] = np.array(Ablation(model, pairs, ablation=kind)(circuit.edges))
+    out["fisher"] = fisher_diagonal(model, [FIRST], pairs, batch_size=2)[FIRST].numpy()
+    out["gradient"] = answer_gradient(model, [FIRST], pairs)[FIRST].numpy()
+    transfer = gradient_transfer(model, pairs, pairs)
+    out["transfer"] = np.array([transfer.transfer, transfer.margin])
     return out
+
+
+def edited(method: str) -> dict[str, Any]:
+    """What a few steps of unlearning change in the embedded model, and its losses."""
+    model = load_model("facts")
+    task = load_task("capitals", model)
+    config = UnlearnConfig(method=method, steps=2, lr=EDITS[method], batch_size=40, attack=1)  # type: ignore[arg-type]
+    result = unlearn(model, task, random_mask(model, 0.001), config)
+    return {
+        "edit": (result.model.weights[FIRST] - model.weights[FIRST]).numpy(),
+        "losses": np.array([[v for v in record.values()] for record in result.history]),
+    }
+
+
+def computed(model: LanguageModel, losses: int) -> int:
+    """How many of some losses this process computes itself."""
+    calls = []
+
+    def loss(k: int) -> torch.Tensor:
+        calls.append(k)
+        return (model.weights[FIRST] ** 2).sum() * k
+
+    (found,) = gradient(model, [FIRST], [lambda k=k: loss(k) for k in range(losses)])
+    assert torch.allclose(found, 2 * sum(range(losses)) * model.weights[FIRST])
+    return len(calls)
 
 
 def too_few() -> str:
@@ -62,7 +110,13 @@ def worker(number: int, folder: str) -> None:
     )
     assert (rank(), world_size()) == (number, 2)
     summed = sum_over_processes(torch.tensor([1.0, number]))
+    assert [shard("abc"), shard("a")] == [[("a", "c"), ("a",)], [("b",), ()]][number]
+    assert sum_number(number + 0.5) == 2.0
+    assert (first_says(number == 0), first_says(number == 1)) == (True, False)
+    assert [computed(make_tiny(2), n) for n in (5, 1)] == [[3, 1], [2, 0]][number]
     np.savez(Path(folder) / f"{number}.npz", **measure(), summed=summed.numpy())
+    for method in EDITS:
+        np.savez(Path(folder) / f"{method}-{number}.npz", **edited(method))
     (Path(folder) / f"{number}.txt").write_text(too_few())
     torch.distributed.destroy_process_group()
 
@@ -88,6 +142,17 @@ def test_two_processes_agree_with_one(folder: Path):
         for name, value in alone.items():
             size = max(1e-3, float(np.abs(value).max()))
             assert np.abs(found[name].astype(float) - value).max() < 1e-5 * size, name
+
+
+@pytest.mark.parametrize("method", EDITS)
+def test_two_processes_edit_as_one(folder: Path, method: str):
+    alone = edited(method)
+    pair = [np.load(folder / f"{method}-{number}.npz") for number in range(2)]
+    assert (pair[0]["edit"] == pair[1]["edit"]).all()
+    assert np.abs(alone["edit"]).max() > 0
+    far = np.abs(pair[0]["edit"] - alone["edit"]) > 1e-3 * np.abs(alone["edit"]).max()
+    assert far.mean() < 1e-3
+    np.testing.assert_allclose(pair[0]["losses"], alone["losses"], rtol=1e-4)
 
 
 def test_a_process_without_a_pair_cannot_score_neurons(folder: Path):

@@ -11,24 +11,27 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 #: Bottom first. A module imports only from rows below its own; within a package, freely.
 LAYERS = [
     ["errors"],
-    ["config", "graph", "artifacts", "changes", "distributed"],
-    ["defaults", "models"],
-    ["tasks", "quantizers", "stream"],
-    ["scoring", "nullspace", "hooked", "floor"],
+    ["config", "graph", "artifacts", "changes", "distributed", "memory", "layout"],
+    ["tensors"],
+    ["defaults", "models", "pairs"],
+    ["rows"],
+    ["pairing", "taskfiles"],
+    ["tasks", "adapters", "quantizers", "stream"],
+    ["scoring", "nullspace", "hooked", "floor", "sweep", "provenance", "hub"],
     ["attribution"],
     ["objectives", "faithfulness", "masks"],
-    ["circuit", "ledger", "relearning", "evidence"],
+    ["circuit", "ledger", "relearning", "evidence", "gguf_export"],
     ["cad", "erasure", "unlearning"],
     ["evaluation", "viz"],
     ["report"],
-    ["planning"],
+    ["planning", "runfolder"],
     ["pipeline"],
     ["bench"],
     ["cli"],
     ["__main__", "__init__"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.parts)
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
 
 
 def module(path: Path) -> str:

@@ -12,7 +12,7 @@ from conftest import make_pairs
 from safetensors.torch import save_file
 
 from mansu_interp.circuit import Circuit
-from mansu_interp.errors import ArtifactError, CircuitError, MaskError
+from mansu_interp.errors import ArtifactError, CircuitError, MaskError, ModelError
 from mansu_interp.floor import floor_step
 from mansu_interp.graph import Graph, Node
 from mansu_interp.masks import Mask, choose_parameters, component_slices, region
@@ -110,7 +110,7 @@ def test_region_is_the_union(tiny_model: TinyModel):
 
 
 def test_a_missing_weight_is_named(tiny_model: TinyModel):
-    with pytest.raises(MaskError, match=r"tiny has no weight model.layers.9.mlp.down_proj.weight"):
+    with pytest.raises(ModelError, match="No weight of layer 9 is known as its MLP"):
         component_slices(tiny_model(2), Node("mlp", 9), True)
 
 

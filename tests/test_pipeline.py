@@ -25,6 +25,8 @@ CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pair
 UNLEARN = UnlearnConfig(steps=6, lr=0.1, batch_size=8)
 FILES = {
     "config.json",
+    "provenance.json",
+    "seconds.json",
     "circuit.json",
     "circuit.graphml",
     "mask.safetensors",
@@ -166,7 +168,8 @@ def test_an_interrupted_run_continues_to_the_same_model(finished: RunResult, tmp
     with pytest.raises(KeyboardInterrupt):
         run(config, stop)
     kept = {p.name for p in config.out.iterdir()}
-    assert kept == {"config.json", "circuit.json", "circuit.graphml", "mask.safetensors"}
+    begun = {"config.json", "provenance.json", "seconds.json"}
+    assert kept == begun | {"circuit.json", "circuit.graphml", "mask.safetensors"}
     stages: list[str] = []
     again = run(config, lambda stage, *_: stages.append(stage))
     assert "attribution of forget pairs" not in stages and "unlearning" in stages
@@ -183,9 +186,6 @@ def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tm
     shutil.copytree(finished.folder, out)
     for name in ("report.json", "report.md", "report.html"):
         (out / name).unlink()
-    config = read_json(out / "config.json")
-    config["out"] = str(out)
-    pipeline.write_json(out / "config.json", config)
     stages: list[str] = []
     again = run(settings(out), lambda stage, *_: stages.append(stage))
     assert "unlearning" not in stages

@@ -136,7 +136,7 @@ def test_bad_input(tmp_path: Path):
     (tmp_path / "b.json").write_text("[1]")
     (tmp_path / "c.json").write_text("{")
     for name in ("a.json", "b.json", "c.json"):
-        with pytest.raises(ModelError, match=f"{name} is not the configuration of a causal"):
+        with pytest.raises(ModelError, match=f"{name} is not the configuration of a "):
             empty_model(tmp_path / name)
     with pytest.raises(ModelError, match="Unknown model 'no such thing'"):
         empty_model("no such thing")

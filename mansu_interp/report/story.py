@@ -202,18 +202,19 @@ def _graph(report: Mapping[str, Any]) -> list[Block]:
 def _relearning(report: Mapping[str, Any]) -> list[Block]:
     """Relearning curves: model -> [[steps, accuracy on the facts not trained on], ...]."""
     curves = {
-        name: [p for p in items(points) if isinstance(p, (list, tuple)) and len(p) == 2]
+        name: [
+            (x, number(p[1]))
+            for p in items(points)
+            if isinstance(p, (list, tuple)) and len(p) == 2 and (x := number(p[0])) is not None
+        ]
         for name, points in pairs(get(report, "relearning"))
     }
-    steps = sorted({float(x) for ps in curves.values() for x, _ in ps if number(x) is not None})
+    steps = sorted({x for ps in curves.values() for x, _ in ps})
     if not steps:
         return []
     table = Table(
         ["model", *(f"{s:g} steps" for s in steps)],
-        [
-            [name, *(percent({number(x): y for x, y in points}.get(s)) for s in steps)]
-            for name, points in curves.items()
-        ],
+        [[name, *(percent(dict(points).get(s)) for s in steps)] for name, points in curves.items()],
     )
     return [
         "After fine-tuning on one half of the forget facts for some steps: share of the other "
@@ -314,6 +315,7 @@ def sections(report: Mapping[str, Any], svg: str = "") -> list[Section]:
     seconds = pairs(get(report, "seconds"))
     times = [[stage, duration(s)] for stage, s in seconds]
     times.append(["all", duration(sum(number(s) or 0.0 for _, s in seconds))])
+    spent = [Section("Time spent", [Table(["stage", "time"], times)])] if seconds else []
     return [
         Section("Four properties", [Cards(items(get(report, "properties")))]),
         Section("Circuit attribution divergence (CAD)", [*_cad(report), *_graph(report)]),
@@ -323,7 +325,7 @@ def sections(report: Mapping[str, Any], svg: str = "") -> list[Section]:
         Section("The circuit", _circuit(report, svg)),
         Section("Samples", [Table(columns, rows, words=len(columns))] if rows else ["None."]),
         Section("How to reproduce", _reproduce(report)),
-        Section("Time spent", [Table(["stage", "time"], times)]),
+        *spent,
     ]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 DASH = "–"
+MAX = 1e100
+"""No figure of a report is larger; with room to add and square."""
 _STATUS = {True: ("pass", "✓"), False: ("fail", "✗"), None: ("undecided", "?")}
 
 
@@ -34,9 +36,9 @@ def text_of(value: Any) -> str:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    return float(value) if abs(value) <= MAX else None
 
 
 def count(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from ..config import METHODS, UnlearnConfig
 from ..errors import ConfigError
@@ -21,6 +22,7 @@ from .npo import npo
 from .rmu import rmu
 from .satimp import satimp
 from .simnpo import simnpo
+from .state import Place, made_of
 from .sure import sure
 from .taskvector import task_vector
 from .undial import undial
@@ -50,6 +52,7 @@ def unlearn(
     mask: Mask | None = None,
     config: UnlearnConfig | None = None,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+    resume: Path | None = None,
 ) -> Unlearned:
     """Make a copy of a model forget.
 
@@ -61,6 +64,8 @@ def unlearn(
             `pipeline.make_mask`), ignored by dense methods.
         config: method and settings; default: those of ``mansu``.
         on_step: called with (steps done, steps in all, losses).
+        resume: a file in which the loop keeps its place every minute; if it is there, the loop goes
+            on from it and ends the same as if it had not been interrupted. It stays afterwards.
 
     Returns:
         The edited model and the losses on the way.
@@ -68,20 +73,22 @@ def unlearn(
     Raises:
         ConfigError: unknown method, or ``mansu`` without a mask.
         MaskError: the mask does not fit the model.
+        ArtifactError: ``resume`` is damaged, or was kept by another run.
     """
     config = config or UnlearnConfig()
     method = config.method
     if method not in METHODS:
         raise ConfigError(f"Unknown method {method!r}; available: {', '.join(METHODS)}.")
+    place = Place(resume, made_of(model, task, mask, config) if resume else "")
     if method in OBJECTIVES:
         objective = OBJECTIVES[method](model, task, config)
-        return train_dense(model, task, config, objective, on_step)
+        return train_dense(model, task, config, objective, on_step, place)
     if mask is None:
         raise ConfigError(f"{method} edits inside a mask: give mask=circuit.mask(model).")
     mask.check_fits(model)
     if method == "mansu-unprojected":
         config = replace(config, projection=0.0)
-    return mansu(model, task, mask, config, on_step, floored=method != "mansu-unsnapped")
+    return mansu(model, task, mask, config, on_step, method != "mansu-unsnapped", place)
 
 
 __all__ = ["METHODS", "OBJECTIVES", "UnlearnConfig", "Unlearned", "dev_choice", "unlearn"]

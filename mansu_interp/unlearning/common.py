@@ -13,8 +13,8 @@ from torch import Tensor
 from ..config import UnlearnConfig
 from ..models import LanguageModel
 from ..objectives import divergence, nll
-from ..scoring import choice_accuracy, ranked_first
-from ..tasks import Pair, Task, by_phrasing, chunks, collate
+from ..scoring import choice_accuracy, ranked_first, right
+from ..tasks import Pair, Task, by_phrasing, chunks, collate, lay_answers
 
 HOLD_MARGIN = 0.5
 """Nats by which known retain answers should gain before the hinge lets go."""
@@ -82,6 +82,13 @@ class Sampler:
             batch.append(self.rng.choice(self._shuffled(phrasing)))
         return batch
 
+    def batch(
+        self, done: int, sides: int
+    ) -> tuple[list[list[Pair]], list[list[Pair]], Tensor | None]:
+        """Forget and retain batch of MANSU's next step; text comes with every second round of
+        steps over the ``sides`` (full precision and the quantizers)."""
+        return self.forget(), self.retain(), self.text() if done // sides % 2 == 0 else None
+
     def text(self) -> Tensor | None:
         """A few windows of running text, or None if the task has none."""
         paragraphs = [t for t in self.task.text.get("train", ()) if len(t) >= self.TEXT_TOKENS]
@@ -129,20 +136,24 @@ def retain_loss(
 ) -> Float[Tensor, ""]:
     """KL(teacher || student) in nats on retain prompts, plus ``hold`` x a hinge on known answers.
 
+    The KL is a mean over the positions that predict an answer token.
     The KL has no gradient before damage is done. The hinge max(0, log p_teacher(answer) +
     HOLD_MARGIN - log p_student(answer)), on the prompts whose answer the teacher ranks above
     its distractors, pulls from the first step on, against what a forget step would take along.
     """
-    batch = collate(pairs)
+    laid = lay_answers(pairs)
     with torch.no_grad():
-        want = teacher.last_logits(batch.clean, batch.last)
-    got = student.last_logits(batch.clean, batch.last)
+        want = teacher.logits_at(laid.tokens, laid.row, laid.at)
+    got = student.logits_at(laid.tokens, laid.row, laid.at)
     loss = divergence(got, want)
     if hold:
-        known = ranked_first(want, batch.choices)
-        answer = batch.answer[:, None]
+        if any(p.whole for p in pairs):
+            known = right(teacher, pairs)[1]
+        else:  # the logits are at hand
+            known = ranked_first(want, collate(pairs).choices)
+        answer = laid.want[:, None]
         lost = want.log_softmax(-1).gather(1, answer) - got.log_softmax(-1).gather(1, answer)
-        loss = loss + hold * ((lost[:, 0] + HOLD_MARGIN).relu() * known).mean()
+        loss = loss + hold * ((laid.sums(lost[:, 0]) + HOLD_MARGIN).relu() * known).mean()
     return loss
 
 

@@ -10,9 +10,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..config import UnlearnConfig
+from ..distributed import shard, sum_number, sum_over_processes, world_size
 from ..models import LanguageModel
 from ..tasks import Pair, Task
 from .common import OnStep, Sampler, Unlearned, reached
+from .state import History, Place
 
 Loss = Callable[[LanguageModel, Sequence[Pair]], Tensor]
 """Mean loss of a student over some pairs."""
@@ -38,34 +40,47 @@ def train_dense(
     config: UnlearnConfig,
     objective: Objective,
     on_step: OnStep | None = None,
+    place: Place | None = None,
 ) -> Unlearned:
     """Minimise an objective with AdamW, gradients clipped at norm 1, no weight decay.
 
     Every few steps the four-way accuracy on the forget facts' dev phrasings (never the unseen ones)
-    decides whether ``config.stop_at`` is reached.
+    decides whether ``config.stop_at`` is reached. With a ``place`` that a killed loop kept, this
+    one goes on there.
     """
     student = model.copy()
     outcome = objective.outcome or (lambda trained: trained)
     rows = objective.rows or {}
-    weights = [student.weights[n] for n in (rows or student.weights)]
+    trained = {n: student.weights[n] for n in (rows or student.weights)}
+    weights = list(trained.values())
     optimiser = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0)
     sampler = Sampler(task, config)
-    history: list[dict[str, float]] = []
+    place = place or Place()
+    history = place.load()
+    for _ in history:  # the draws of the steps that are done
+        sampler.forget()
+        if objective.retain:
+            sampler.retain()
+    if history:
+        _resume(place, trained, optimiser, len(history))
 
     def descend(loss: Loss, batch: list[list[Pair]], weight: float) -> float:
         total = 0.0
-        for part in batch:
+        for part in shard(batch):
             value = loss(student, part) * (len(part) / sum(map(len, batch)))
             (weight * value).backward()
             total += value.item()
-        return total
+        return sum_number(total)
 
-    for done in range(config.steps):
+    for done in range(len(history), config.steps):
         for w in weights:
             w.requires_grad_(True)
         record = {"forget": descend(objective.forget, sampler.forget(), 1.0)}
         if objective.retain:
             record["retain"] = descend(objective.retain, sampler.retain(), config.retain_weight)
+        if world_size() > 1:
+            for w in weights:
+                w.grad = sum_over_processes(torch.zeros_like(w) if w.grad is None else w.grad)
         for name, keep in rows.items():
             grad = student.weights[name].grad
             if grad is not None:
@@ -81,4 +96,35 @@ def train_dense(
             on_step(done + 1, config.steps, record)
         if stop:
             break
+        if place.due():
+            _keep(place, trained, optimiser, history)
     return Unlearned(outcome(student), history, len(history))
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _keep(
+    place: Place, trained: dict[str, Tensor], optimiser: torch.optim.AdamW, history: History
+) -> None:
+    """Write down where the loop is: weights, and the moments of those that ever had a gradient."""
+    parts = {f"{n}|weight": w.contiguous() for n, w in trained.items()}
+    for name, w in trained.items():
+        for key in MOMENTS:
+            if key in optimiser.state[w]:
+                parts[f"{name}|{key}"] = optimiser.state[w][key].contiguous()
+    place.save(history, parts)
+
+
+@torch.no_grad()
+def _resume(
+    place: Place, trained: dict[str, Tensor], optimiser: torch.optim.AdamW, done: int
+) -> None:
+    """Go back to where a killed loop was."""
+    for name, w in trained.items():
+        place.fill(f"{name}|weight", w)
+        if f"{name}|{MOMENTS[0]}" in place.tensors:
+            moments = {key: torch.zeros_like(w) for key in MOMENTS}
+            for key, moment in moments.items():
+                place.fill(f"{name}|{key}", moment)
+            optimiser.state[w] = {"step": torch.tensor(float(done)), **moments}

@@ -15,8 +15,9 @@ from torch.nn.functional import logsigmoid
 from ..config import UnlearnConfig
 from ..errors import ConfigError
 from ..models import LanguageModel
-from ..objectives import log_probs
-from ..tasks import Pair, Task
+from ..objectives import log_probs, nll, token_nll
+from ..pairs import Tokens
+from ..tasks import Pair, Task, lay
 from .common import answer_loss
 from .dense import Objective
 
@@ -25,14 +26,18 @@ IDK = ("I don't know", "?")
 
 
 def _preferring(
-    model: LanguageModel, config: UnlearnConfig, winner: Callable[[Pair], int]
+    model: LanguageModel, config: UnlearnConfig, winner: Callable[[Pair], Tokens]
 ) -> Objective:
     beta = config.baseline.dpo_beta
 
     def ratio(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         """log p(win) - log p(lose) per pair."""
+        if any(p.whole for p in pairs):
+            laid = lay([p.question for p in pairs], [winner(p) for p in pairs])
+            return nll(student, pairs) - laid.sums(token_nll(student, laid))
+        # One token each: one forward pass gives both.
         logp, rows = log_probs(student, pairs), range(len(pairs))
-        return logp[rows, [winner(p) for p in pairs]] - logp[rows, [p.answer for p in pairs]]
+        return logp[rows, [winner(p)[0] for p in pairs]] - logp[rows, [p.answer for p in pairs]]
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         with torch.no_grad():
@@ -45,10 +50,10 @@ def _preferring(
 def dpo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """Loss = -(2/b) log sigmoid(b (win ratio - lose ratio)) + retain_weight x NLL(retain).
 
-    A ratio is log p / p_original of one token: of the corrupt subject's answer (win) and of the
-    answer to forget (lose); b is ``config.baseline.dpo_beta``.
+    A ratio is log p / p_original of a whole answer: the counterfactual one (win) and the one to
+    forget (lose); b is ``config.baseline.dpo_beta``.
     """
-    return _preferring(model, config, lambda pair: pair.counterfactual)
+    return _preferring(model, config, lambda pair: pair.rival)
 
 
 def idkdpo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
@@ -60,7 +65,7 @@ def idkdpo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective
     for text in IDK:
         ids = model.encode(" " + text)
         if ids and ids[0] != model.tokenizer.unk_token_id:
-            return _preferring(model, config, lambda _, token=ids[0]: token)
+            return _preferring(model, config, lambda _, token=ids[0]: (token,))
     raise ConfigError(
         f"idkdpo: the tokenizer of {model.name} knows no first token of {IDK}. Use dpo."
     )

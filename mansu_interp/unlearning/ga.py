@@ -10,5 +10,5 @@ from .dense import Objective
 
 
 def ga(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
-    """Loss = -NLL(forget) of the one answer token: a sequence's mean and sum are the same here."""
+    """Loss = -NLL(forget), summed over the answer's tokens."""
     return Objective(lambda student, pairs: -answer_loss(student, pairs))

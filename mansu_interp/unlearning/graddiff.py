@@ -10,5 +10,5 @@ from .dense import Objective
 
 
 def graddiff(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
-    """Loss = -NLL(forget) + retain_weight x NLL(retain), of the one answer token."""
+    """Loss = -NLL(forget) + retain_weight x NLL(retain), summed over the answer's tokens."""
     return Objective(lambda student, pairs: -answer_loss(student, pairs), answer_loss)

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..config import UnlearnConfig
+from ..distributed import sum_number
 from ..models import LanguageModel
 from ..nullspace import gradient
 from ..objectives import CounterfactualTargets
 from ..relearning import batches, descend, halves, make_optimiser, of_subjects
-from ..tasks import Pair, Task, answer_tokens, by_phrasing, chunks, collate
+from ..tasks import Pair, PairSet, Task, answer_tokens, by_phrasing, chunks, collate
 from .common import CHUNK
 
 SPREAD = 3.0
@@ -53,6 +55,22 @@ def ranking_loss(
     return (torch.stack(terms) + margin).abs().mean()
 
 
+@dataclass(frozen=True)
+class Attack:
+    """What is drawn of one attack."""
+
+    train: PairSet
+    """The half that is relearnt."""
+    unseen: list[Pair]
+    """The other half."""
+    chosen: list[Pair]
+    """Those of it that give the gradient."""
+    steps: int
+    rate: float
+    seed: int
+    """Of the order of batches."""
+
+
 class Attacker:
     """Seeded relearning attacks on copies of a model, and the gradients that resist them."""
 
@@ -60,28 +78,34 @@ class Attacker:
         self.task, self.config = task, config
         self.rng = random.Random(f"attack {config.seed}")
 
-    def attacked(self, student: LanguageModel) -> tuple[LanguageModel, list[Pair]]:
-        """A relearned copy, and the pairs of the half that it did not see."""
+    def draw(self) -> Attack:
+        """The next attack."""
         rng, config = self.rng, self.config
         first, second = halves(self.task.forget, rng.getrandbits(32))
         steps = rng.randint(0, config.attack)
         rate = config.attack_rate * SPREAD ** rng.uniform(-1, 1)
+        seed = rng.getrandbits(32)
+        unseen = list(of_subjects(self.task.forget, second))
+        chosen = rng.sample(unseen, min(config.batch_size, len(unseen)))
+        return Attack(of_subjects(self.task.forget, first), unseen, chosen, steps, rate, seed)
+
+    def attacked(self, student: LanguageModel, attack: Attack) -> LanguageModel:
+        """A relearned copy."""
         victim = student.copy()
         weights = list(victim.weights.values())
-        optimiser = make_optimiser("adam", weights, rate)
-        train = of_subjects(self.task.forget, first)
-        supply = batches(train.pairs, config.batch_size, rng.getrandbits(32))
-        for _ in range(steps):
+        optimiser = make_optimiser("adam", weights, attack.rate)
+        supply = batches(attack.train.pairs, self.config.batch_size, attack.seed)
+        for _ in range(attack.steps):
             descend(victim, optimiser, weights, next(supply))
-        return victim, list(of_subjects(self.task.forget, second))
+        return victim
 
     def gradient(
         self, student: LanguageModel, names: Sequence[str], targets: CounterfactualTargets
     ) -> tuple[list[Tensor], float]:
         """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
-        victim, unseen = self.attacked(student)
-        among = answer_tokens(unseen)
-        chosen = self.rng.sample(unseen, min(self.config.batch_size, len(unseen)))
+        attack = self.draw()
+        victim, chosen = self.attacked(student, attack), attack.chosen
+        among = answer_tokens(attack.unseen)
         parts = [part for group in by_phrasing(chosen) for part in chunks(group, CHUNK)]
         total = 0.0
 
@@ -93,4 +117,4 @@ class Attacker:
             return value
 
         found = gradient(victim, names, [lambda p=part: loss(p) for part in parts])
-        return found, total
+        return found, sum_number(total)

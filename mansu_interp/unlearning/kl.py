@@ -12,7 +12,7 @@ from .dense import Objective
 def kl(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """Loss = -NLL(forget) + retain_weight x KL(original || student) on retain prompts.
 
-    The KL is taken where the answer is predicted, not at every token of a sequence.
+    The KL is taken where the answer's tokens are predicted, not at every token of the prompt.
     """
     return Objective(
         lambda student, pairs: -answer_loss(student, pairs),

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import UnlearnConfig
+from ..distributed import sum_number
 from ..floor import Floor, floor, quantizer_set
 from ..masks import Mask
 from ..models import LanguageModel
@@ -31,6 +32,7 @@ from ..scoring import known
 from ..tasks import Pair, PairSet, Task
 from .common import OnStep, Sampler, Unlearned, reached, retain_loss, text_kl
 from .harden import Attacker
+from .state import History, Place
 
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
 FISHER_PAIRS = 48
@@ -94,6 +96,21 @@ class Snapper:
     def names(self) -> list[str]:
         """Weights that carry an edit."""
         return list(self.latents)
+
+    @torch.no_grad()
+    def resume(self, place: Place) -> None:
+        """Go back to where a killed loop was, weights included."""
+        for name, x in self.latents.items():
+            place.fill(f"{name}|position", x.position)
+            place.fill(f"{name}|mean", x.mean)
+        self.power = place.power
+        self.write()
+
+    def keep(self, place: Place, history: History) -> None:
+        """Write down where the loop is."""
+        parts = {f"{n}|position": x.position for n, x in self.latents.items()}
+        parts |= {f"{n}|mean": x.mean for n, x in self.latents.items()}
+        place.save(history, parts, self.power)
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], lr: float, t: int) -> None:
@@ -181,11 +198,14 @@ def mansu(
     config: UnlearnConfig,
     on_step: OnStep | None = None,
     floored: bool = True,
+    place: Place | None = None,
 ) -> Unlearned:
     """Unlearn inside a mask (see the module's text).
 
     Without ``floored`` (an ablation) positions are written as they are and nothing is known of the
     quantizer: the same mask, budget, losses and step rule, on the full-precision model alone.
+
+    With a ``place`` that a killed loop kept, this one goes on there.
 
     The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``.
     """
@@ -207,8 +227,15 @@ def mansu(
     sampler = Sampler(task, config)
     device = next(iter(model.weights.values())).device.type
     attacker = Attacker(task, config) if config.attack else None
-    history: list[dict[str, float]] = []
-    for done in range(config.steps):
+    place = place or Place()
+    history = place.load()
+    for done in range(len(history)):  # the draws of the steps that are done
+        sampler.batch(done, len(students))
+        if attacker:
+            attacker.draw()
+    if history:
+        snapper.resume(place)
+    for done in range(len(history), config.steps):
         side = done % len(students) if floored else 0
         student, teacher = students[side], teachers[side]
         losses = {"forget": 0.0, "retain": 0.0}
@@ -225,8 +252,7 @@ def mansu(
             target = targets[side]  # noqa: B023
             return counterfactual_loss(student, pairs, target, config.push, config.margin)  # noqa: B023
 
-        forget, keep = sampler.forget(), sampler.retain()
-        text = sampler.text() if done // len(students) % 2 == 0 else None
+        forget, keep, text = sampler.batch(done, len(students))
         parts = [
             partial(weighed, "forget", len(p) / sum(map(len, forget)), partial(down, p))
             for p in forget
@@ -243,6 +269,7 @@ def mansu(
         if text is not None:
             parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, teacher, text)))
         gradients = gradient(student, snapper.names, parts)
+        losses = {kind: sum_number(value) for kind, value in losses.items()}
         if attacker:
             extra, losses["attacked"] = attacker.gradient(student, snapper.names, targets[side])
             for g, e in zip(gradients, extra, strict=True):
@@ -255,4 +282,6 @@ def mansu(
             on_step(done + 1, config.steps, losses)
         if stop:
             break
+        if place.due():
+            snapper.keep(place, history)
     return Unlearned(students[0], history, len(history))

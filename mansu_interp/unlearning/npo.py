@@ -19,7 +19,7 @@ from .dense import Objective
 def npo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """Loss = -(2/b) log sigmoid(b (NLL - NLL_ref)) + retain_weight x KL to the original.
 
-    NLL of the answer, a sum over one token here; b is ``config.baseline.npo_beta``.
+    NLL of the answer, a sum over its tokens; b is ``config.baseline.npo_beta``.
     """
     beta = config.baseline.npo_beta
 

@@ -39,9 +39,10 @@ def target(model: LanguageModel, scale: float, seed: int) -> Float[Tensor, " d_m
 def rmu(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """Loss = MSE(h, c u) on forget prompts + retain_weight x MSE(h, h_original) on retain prompts.
 
-    h is the output of one layer at the last token of the prompt, which predicts the one answer
-    token; c and the layer are ``config.baseline.rmu_scale`` and ``rmu_layer``. Only weights up to
-    that layer have a gradient. The units are those of the residual stream, squared.
+    h is the output of one layer at the last token of the prompt, which predicts the
+    answer (of several tokens, the deciding one); c and the layer are ``config.baseline.rmu_scale``
+    and ``rmu_layer``. Only weights up to that layer have a gradient. The units are those of the
+    residual stream, squared.
 
     Raises:
         ConfigError: no such layer. The last layer's output is not offered: it comes normalised.

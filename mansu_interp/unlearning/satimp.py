@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..objectives import nll
-from ..tasks import Pair, Task
+from ..objectives import token_nll
+from ..tasks import Pair, Task, lay_answers
 from .common import answer_loss
 from .dense import Objective
 
@@ -17,14 +17,15 @@ from .dense import Objective
 def satimp(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """Loss = -p^b1 (1 - p)^b2 NLL(forget) + retain_weight x NLL(retain), weights without gradient.
 
-    p is the answer token's probability; b1 and b2 are ``config.baseline.satimp_beta1`` and
-    ``satimp_beta2``.
+    p is an answer token's probability, each token weighed by its own; b1 and b2 are
+    ``config.baseline.satimp_beta1`` and ``satimp_beta2``.
     """
     powers = config.baseline.satimp_beta1, config.baseline.satimp_beta2
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-        losses = nll(student, pairs)
+        laid = lay_answers(pairs)
+        losses = token_nll(student, laid)
         p = (-losses).exp().detach()
-        return -(p ** powers[0] * (1 - p) ** powers[1] * losses).mean()
+        return -laid.sums(p ** powers[0] * (1 - p) ** powers[1] * losses).mean()
 
     return Objective(forget, answer_loss)

@@ -9,8 +9,8 @@ from torch.nn.functional import logsigmoid
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..objectives import nll
-from ..tasks import Pair, Task
+from ..objectives import token_nll
+from ..tasks import Pair, Task, lay_answers
 from .common import answer_loss
 from .dense import Objective
 
@@ -18,11 +18,13 @@ from .dense import Objective
 def simnpo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """Loss = -(2/b) log sigmoid(b (NLL / length - d)) + retain_weight x NLL(retain).
 
-    The length is one answer token; b and d are ``config.baseline.simnpo_beta`` and ``_delta``.
+    The length is in answer tokens; b and d are ``config.baseline.simnpo_beta`` and ``_delta``.
     """
     beta, delta = config.baseline.simnpo_beta, config.baseline.simnpo_delta
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-        return -(2 / beta) * logsigmoid(beta * (nll(student, pairs) - delta)).mean()
+        laid = lay_answers(pairs)
+        per_token = laid.sums(token_nll(student, laid)) / laid.lengths
+        return -(2 / beta) * logsigmoid(beta * (per_token - delta)).mean()
 
     return Objective(forget, answer_loss)

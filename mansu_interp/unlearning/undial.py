@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..objectives import log_probs
-from ..tasks import Pair, Task
+from ..tasks import Pair, Task, lay_answers
 from .common import answer_loss
 from .dense import Objective
 
@@ -18,14 +17,18 @@ from .dense import Objective
 def undial(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """Loss = CE(student, softmax(teacher - b onehot(answer))) + retain_weight x NLL(retain).
 
-    The cross-entropy is taken where the one answer token is predicted; b is
+    The cross-entropy is a mean over the positions that predict an answer token; b is
     ``config.baseline.undial_beta``. The authors add no retain loss by default.
     """
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
+        laid = lay_answers(pairs)
+        where = laid.tokens, laid.row, laid.at
         with torch.no_grad():
-            lowered = log_probs(model, pairs)  # logits up to a constant that softmax ignores
-            lowered[range(len(pairs)), [p.answer for p in pairs]] -= config.baseline.undial_beta
-        return -(lowered.softmax(-1) * log_probs(student, pairs)).sum(-1).mean()
+            # Logits up to a constant that softmax ignores.
+            lowered = model.logits_at(*where).log_softmax(-1)
+            lowered[torch.arange(len(laid.want)), laid.want] -= config.baseline.undial_beta
+        logp = student.logits_at(*where).log_softmax(-1)
+        return -(lowered.softmax(-1) * logp).sum(-1).mean()
 
     return Objective(forget, answer_loss)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..objectives import nll
-from ..tasks import Pair, Task
+from ..objectives import token_nll
+from ..tasks import Pair, Task, lay_answers
 from .common import answer_loss
 from .dense import Objective
 
@@ -17,11 +17,14 @@ from .dense import Objective
 def wga(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """Loss = -p^b NLL(forget) + retain_weight x NLL(retain), the weight p^b without gradient.
 
-    p is the answer token's probability; b is ``config.baseline.wga_beta``.
+    p is an answer token's probability, each token weighed by its own; b is
+    ``config.baseline.wga_beta``.
     """
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-        losses = nll(student, pairs)
-        return -((-losses).exp().detach() ** config.baseline.wga_beta * losses).mean()
+        laid = lay_answers(pairs)
+        losses = token_nll(student, laid)
+        weighed = (-losses).exp().detach() ** config.baseline.wga_beta * losses
+        return -laid.sums(weighed).mean()
 
     return Objective(forget, answer_loss)

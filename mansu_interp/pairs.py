@@ -1,0 +1,334 @@
+"""Prompt pairs, sets of them, and tasks: what everything above works on.
+
+A `Pair` is a clean prompt, a corrupt prompt of equal token length, the answer, the counterfactual
+answer and distractors for a choice. Answers of one token are plain numbers. Longer ones are kept
+whole in `Whole`: accuracy and the answers' losses take all their tokens, log p(answer) = sum over
+them; attribution, whose metrics read one position, takes the *deciding token*, the first in which
+answer and counterfactual differ, with what they share appended to both prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import TaskError
+
+N_CHOICES = 4
+CALIBRATION_TEXTS, CALIBRATION_PROMPTS = 32, 512
+Tokens = tuple[int, ...]
+
+
+def clash(one: Tokens, other: Tokens) -> bool:
+    """Whether one answer is the beginning of the other (or both are the same)."""
+    return one[: len(other)] == other[: len(one)]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Answers of several tokens, as each follows the prompt."""
+
+    answer: Tokens
+    counterfactual: Tokens
+    distractors: tuple[Tokens, ...]
+    normalise: bool = False
+    """Whether choices are compared by log-probability per token instead of by its sum."""
+
+    @property
+    def shared(self) -> int:
+        """How many tokens answer and counterfactual begin alike with."""
+        both = zip(self.answer, self.counterfactual, strict=False)
+        return next((k for k, (a, c) in enumerate(both) if a != c), 0)
+
+    def deciding(self) -> Tokens:
+        """The answer's deciding token, the counterfactual's, and one for each distractor: its own
+        where it gets so far and differs there, otherwise the counterfactual's."""
+        at = self.shared
+        answer, counterfactual = self.answer[at], self.counterfactual[at]
+        own = dict.fromkeys(
+            d[at]
+            for d in self.distractors
+            if d[:at] == self.answer[:at] and len(d) > at and d[at] != answer
+        )
+        rivals = [*own, *[counterfactual] * len(self.distractors)][: len(self.distractors)]
+        return (answer, counterfactual, *rivals)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One fact asked in one phrasing, with its corrupt twin."""
+
+    clean: Tokens
+    """Prompt tokens; the answer comes next."""
+    corrupt: Tokens
+    """The same phrasing about another subject; as many tokens."""
+    answer: int
+    """First token of the answer; of several, the deciding one."""
+    counterfactual: int
+    """First token of the corrupt subject's answer."""
+    distractors: Tokens
+    """First tokens of other answers of the same type."""
+    relation: str
+    subject: str
+    phrasing: str
+    prompt: str
+    """The clean prompt as text."""
+    answer_text: str
+    whole: Whole | None = None
+    """The answers where one has several tokens; the fields above are then `Whole.deciding`, and the
+    prompts end in what answer and counterfactual share."""
+
+    def __post_init__(self) -> None:
+        where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
+        if len(self.clean) != len(self.corrupt) or not self.clean:
+            raise TaskError(
+                f"{where}: the clean prompt has {len(self.clean)} tokens and the corrupt one "
+                f"{len(self.corrupt)}. Give prompts of equal, non-zero token length."
+            )
+        if self.answer == self.counterfactual or self.answer in self.distractors:
+            raise TaskError(
+                f"{where}: the answer {self.answer_text!r} shares its first token with a "
+                "distractor or the counterfactual answer. Give answers that differ at once."
+            )
+
+    @property
+    def choices(self) -> Tokens:
+        """The answer, then the distractors."""
+        return (self.answer, *self.distractors)
+
+    @property
+    def question(self) -> Tokens:
+        """The clean prompt without anything of the answer."""
+        return self.clean[: len(self.clean) - self.whole.shared] if self.whole else self.clean
+
+    @property
+    def answers(self) -> tuple[Tokens, ...]:
+        """All tokens of the answer, then of each distractor, as they follow the question."""
+        if self.whole:
+            return (self.whole.answer, *self.whole.distractors)
+        return tuple((token,) for token in self.choices)
+
+    @property
+    def rival(self) -> Tokens:
+        """All tokens of the counterfactual answer."""
+        return self.whole.counterfactual if self.whole else (self.counterfactual,)
+
+    @classmethod
+    def build(cls, question: Tokens, corrupt: Tokens, whole: Whole, **labels: str) -> Pair:
+        """A pair from prompts and answers of any length; ``whole`` is kept only where one has
+        several tokens.
+
+        Arguments:
+            question: the clean prompt.
+            corrupt: the corrupt one, as many tokens.
+            whole: the answers.
+            labels: relation, subject, phrasing, prompt and answer_text.
+
+        Raises:
+            TaskError: prompts of different lengths, or an answer that begins another.
+        """
+        if any(clash(whole.answer, x) for x in (whole.counterfactual, *whole.distractors)):
+            raise TaskError(
+                f"{labels['relation']} of {labels['subject']!r}: the answer "
+                f"{labels['answer_text']!r} and another one begin with each other. Give answers "
+                "that differ in a token."
+            )
+        longest = max(map(len, (whole.answer, whole.counterfactual, *whole.distractors)))
+        begun = whole.answer[: whole.shared]
+        answer, counterfactual, *distractors = whole.deciding()
+        return cls(
+            question + begun,
+            corrupt + begun,
+            answer,
+            counterfactual,
+            tuple(distractors),
+            **labels,
+            whole=whole if longest > 1 else None,
+        )
+
+    def with_answers(self, whole: Whole) -> Pair:
+        """The same prompts with other answers (see `build`)."""
+        names = ("relation", "subject", "phrasing", "prompt", "answer_text")
+        labels = {name: getattr(self, name) for name in names}
+        cut = len(self.question)
+        return Pair.build(self.clean[:cut], self.corrupt[:cut], whole, **labels)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs as right-padded tensors."""
+
+    clean: Int[Tensor, "batch pos"]
+    corrupt: Int[Tensor, "batch pos"]
+    last: Int[Tensor, " batch"]
+    """Index of the last real token of each row."""
+    answer: Int[Tensor, " batch"]
+    counterfactual: Int[Tensor, " batch"]
+    choices: Int[Tensor, "batch 4"]
+    """The answer first."""
+
+    def __len__(self) -> int:
+        return len(self.last)
+
+
+def _pad(rows: Sequence[Tokens]) -> Int[Tensor, "batch pos"]:
+    """Rows padded on the right with token 0 (causal attention never looks there)."""
+    width = max(map(len, rows))
+    return torch.tensor([row + (0,) * (width - len(row)) for row in rows])
+
+
+def collate(pairs: Sequence[Pair]) -> Batch:
+    """Stack pairs, padding on the right."""
+    return Batch(
+        _pad([p.clean for p in pairs]),
+        _pad([p.corrupt for p in pairs]),
+        torch.tensor([len(p.clean) - 1 for p in pairs]),
+        torch.tensor([p.answer for p in pairs]),
+        torch.tensor([p.counterfactual for p in pairs]),
+        torch.tensor([p.choices for p in pairs]),
+    )
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Answers laid behind their prompts, and where each of their tokens is predicted."""
+
+    tokens: Int[Tensor, "batch pos"]
+    row: Int[Tensor, " tokens"]
+    """Whose answer each token is of."""
+    at: Int[Tensor, " tokens"]
+    """The position that predicts it."""
+    want: Int[Tensor, " tokens"]
+
+    def sums(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " batch"]:
+        """Sums over each answer's tokens."""
+        return values.new_zeros(len(self.tokens)).index_add(0, self.row, values)
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Tokens of each answer."""
+        return torch.bincount(self.row)
+
+
+def lay(questions: Sequence[Tokens], answers: Sequence[Tokens]) -> Laid:
+    """Lay answers behind questions, for all tokens of each answer in one forward pass."""
+    each = list(zip(questions, answers, strict=True))
+    return Laid(
+        _pad([q + a[:-1] for q, a in each]),
+        torch.tensor([k for k, (_, a) in enumerate(each) for _ in a]),
+        torch.tensor([len(q) - 1 + j for q, a in each for j in range(len(a))]),
+        torch.tensor([token for a in answers for token in a]),
+    )
+
+
+def lay_answers(pairs: Sequence[Pair]) -> Laid:
+    """Each pair's own answer behind its question."""
+    return lay([p.question for p in pairs], [p.answers[0] for p in pairs])
+
+
+def by_phrasing(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs grouped by relation and phrasing, in order of first appearance."""
+    groups: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.relation, pair.phrasing), []).append(pair)
+    return list(groups.values())
+
+
+def answer_tokens(pairs: Sequence[Pair]) -> dict[str, Int[Tensor, " answers"]]:
+    """The different answers of each relation among some pairs, ascending."""
+    answers: dict[str, set[int]] = {}
+    for pair in pairs:
+        answers.setdefault(pair.relation, set()).add(pair.answer)
+    return {relation: torch.tensor(sorted(tokens)) for relation, tokens in answers.items()}
+
+
+def chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
+    """Runs of at most ``size`` pairs of similar length."""
+    ordered = sorted(pairs, key=lambda p: len(p.clean))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+@dataclass(frozen=True)
+class PairSet(Sequence[Pair]):
+    """Pairs under a name."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise TaskError(f"The set {self.name!r} is empty: no fact is left to ask about.")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.pairs[index]
+
+    def parts(self, size: int) -> Iterator[list[Pair]]:
+        """At most ``size`` pairs of similar length at a time, in a fixed order; a phrasing with
+        pairs enough to fill a batch has its own, so that its prefix is computed once."""
+        groups = by_phrasing(self.pairs)
+        rest = [pair for group in groups if len(group) < size for pair in group]
+        for group in [*(g for g in groups if len(g) >= size), rest]:
+            yield from chunks(group, size)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The same as tensors."""
+        return map(collate, self.parts(size))
+
+    def sample(self, n: int, seed: int) -> PairSet:
+        """At most ``n`` pairs, drawn evenly over phrasings."""
+        rng = random.Random(seed)
+        queues = [rng.sample(g, len(g)) for g in by_phrasing(self.pairs)]
+        rounds = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
+        return PairSet(self.name, tuple(rounds[:n]))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to forget and what to keep, tokenized for one model."""
+
+    name: str
+    title: str
+    forget: PairSet
+    """Forget facts in the ``train`` phrasings."""
+    retain: PairSet
+    """Retain facts in their ``train`` phrasings."""
+    guard: PairSet | None
+    """Prompts whose next-token distribution should stay, right or wrong (may be None)."""
+    scored: dict[str, dict[str, dict[str, PairSet]]]
+    """split (``dev``, ``unseen``) -> role (``forget``, ``retain``, ``neighbour``) -> label ->
+    pairs."""
+    text: dict[str, tuple[Tokens, ...]] = field(default_factory=dict)
+    """``train`` and ``unseen`` running text, one token tuple a paragraph."""
+    twins: tuple[str, ...] = ()
+    """Embedded models that never learnt the forget facts, but everything else."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """How many (fact, phrasing) items were left out, by reason."""
+
+    @property
+    def kept(self) -> list[PairSet]:
+        """What must stay: the retain pairs, and the guard pairs if there are any."""
+        return [self.retain, *([self.guard] if self.guard else [])]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all prompts, answers and texts, as tokens."""
+        parts = (self.forget, self.retain, self.guard, self.scored, self.text)
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def calibration(self) -> list[Tokens]:
+        """Token rows for calibrated quantizers: running text and retain prompts, as somebody who
+        knows nothing of the forget facts would take them."""
+        prompts = self.retain.sample(CALIBRATION_PROMPTS, 0)
+        return [*self.text.get("train", ())[:CALIBRATION_TEXTS], *(p.clean for p in prompts)]

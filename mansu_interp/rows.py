@@ -1,0 +1,262 @@
+"""Rows brought by the user: JSONL, CSV, pandas and `datasets`, checked one by one.
+
+A row is one prompt with its answer (see `Row`). Every bad row is named with its line and reason;
+none is dropped. Nothing here runs code from a file, and only a hub name touches the network.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import TaskError
+from .models import HUB_HOST, is_hub_name, online
+
+ROLES = ("forget", "retain", "guard", "neighbour")
+SPLITS = ("train", "dev", "unseen")
+SHOWN = 10
+"""Bad rows that a message lists; it counts the others."""
+LARGEST = 1 << 28
+"""Bytes of a row file beyond which it is refused unread."""
+SUFFIXES = (".jsonl", ".csv")
+Numbered = tuple[int, Any]
+"""Line (or row, from 1) and what it holds."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt and its answer."""
+
+    role: str
+    """forget, retain, guard (kept, never scored) or neighbour (scored, never trained on)."""
+    prompt: str
+    """The text before the answer."""
+    answer: str
+    split: str = ""
+    """train, dev or unseen; empty: every split that the task has phrasings for."""
+    corrupt: str = ""
+    """A prompt of as many tokens with another answer; empty: made (see `pairing`)."""
+    counterfactual: str = ""
+    """The corrupt prompt's answer; empty: that of the row it was made from."""
+    distractors: tuple[str, ...] = ()
+    """Three wrong answers (of more, the first three are taken); empty: other rows' answers."""
+    relation: str = ""
+    """What is asked; rows of one relation lend each other prompts and answers; empty: the role."""
+    subject: str = ""
+    """Whom it is asked of; all rows of a subject are one fact; empty: the answer stands for it."""
+    phrasing: str = ""
+    """How it is asked, where the rows of a relation differ in that."""
+    line: int = 0
+    """Where the row stood."""
+
+    @property
+    def fact(self) -> str:
+        """The subject, or the answer in its place."""
+        return self.subject or self.answer
+
+
+FIELDS = tuple(f.name for f in fields(Row) if f.name != "line")
+
+
+def report_bad(where: str, bad: list[tuple[int, str]], n: int) -> None:
+    """Raise one error that lists bad rows by line, if there are any.
+
+    Raises:
+        TaskError: there are.
+    """
+    if not bad:
+        return
+    lines = [f"  line {line}: {why}" for line, why in bad[:SHOWN]]
+    more = [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+    head = f"{where}: {len(bad)} of {n} rows are bad. Mend or remove them:"
+    raise TaskError("\n".join([head, *lines, *more]))
+
+
+def _text(value: Any) -> Any:
+    """Missing values of CSV and pandas as empty strings."""
+    return "" if value is None or value != value else value  # noqa: PLR0124 (NaN)
+
+
+def _why_bad(row: dict[str, Any]) -> str:
+    """What is wrong with the fields of a row, or nothing."""
+    if unknown := sorted(set(map(str, row)) - set(FIELDS)):
+        return f"unknown field {', '.join(unknown)}; expected some of {', '.join(FIELDS)}"
+    for name in ("role", "prompt", "answer"):
+        if not row.get(name):
+            return f"{name} is missing or empty"
+    for name, value in row.items():
+        if name != "distractors" and not isinstance(value, str):
+            return f"{name} must be text; got {type(value).__name__}"
+    if row["role"] not in ROLES:
+        return f"role {row['role']!r}; expected {', '.join(ROLES)}"
+    if row.get("split") and row["split"] not in SPLITS:
+        return f"split {row['split']!r}; expected {', '.join(SPLITS)}"
+    if row["role"] == "guard" and row.get("split") in ("dev", "unseen"):
+        return "guard rows are never scored: give them the split train or none"
+    if row["role"] == "neighbour" and row.get("split") == "train":
+        return "neighbour rows are never trained on: give them the split dev, unseen or none"
+    if not row["answer"].strip() or row["answer"] != row["answer"].strip():
+        return f"the answer {row['answer']!r} begins or ends with white space"
+    for name in ("prompt", "corrupt"):
+        if row.get(name) and (row[name].endswith(" ") or not row[name].strip()):
+            return f"the {name} ends with a space; the answer follows after one by itself"
+    wrong = row.get("distractors") or []
+    if not isinstance(wrong, list) or not all(isinstance(d, str) and d.strip() for d in wrong):
+        return "distractors must be a list of texts (in CSV: separated by |)"
+    if wrong and len(set(wrong)) < 3:
+        return f"{len(set(wrong))} different distractors; expected three or none"
+    if row["answer"] in (*wrong, row.get("counterfactual")):
+        return f"the answer {row['answer']!r} is also a wrong one"
+    return ""
+
+
+def parse_rows(records: Iterable[Numbered], where: str = "rows", **given: str) -> list[Row]:
+    """Rows from plain records.
+
+    Arguments:
+        records: line and mapping; a string in a mapping's place says why there is none.
+        where: named in messages.
+        given: fields that every row gets unless it has its own (such as ``role``).
+
+    Raises:
+        TaskError: no row, or bad ones; lists the first `SHOWN` with line and reason.
+    """
+    out: list[Row] = []
+    bad: list[tuple[int, str]] = []
+    n = 0
+    for line, record in records:
+        n += 1
+        if not isinstance(record, Mapping):
+            bad.append((line, record if isinstance(record, str) else "not an object with fields"))
+            continue
+        row = {**given, **{k: v for k, v in ((k, _text(v)) for k, v in record.items()) if v != ""}}
+        if isinstance(row.get("distractors"), str):
+            row["distractors"] = [d.strip() for d in row["distractors"].split("|")]
+        elif hasattr(row.get("distractors"), "tolist"):
+            row["distractors"] = row["distractors"].tolist()
+        if why := _why_bad(row):
+            bad.append((line, why))
+            continue
+        row["distractors"] = tuple(row.get("distractors") or ())
+        out.append(Row(**row, line=line))
+    report_bad(where, bad, n)
+    if not out:
+        raise TaskError(f"{where}: there is no row.")
+    return out
+
+
+def _jsonl(path: Path) -> Iterator[Numbered]:
+    with path.open(encoding="utf-8", errors="strict") as stream:
+        for line, text in enumerate(stream, 1):
+            if not text.strip():
+                continue
+            try:
+                yield line, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                yield line, f"not JSON: {error}"
+
+
+def _csv(path: Path) -> Iterator[Numbered]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        for row in reader:
+            if None in row:
+                yield reader.line_num, "more cells than the header has columns"
+            else:
+                yield reader.line_num, row
+
+
+def _dataset(name: str, place: Path) -> Iterator[Numbered]:
+    """Rows of a dataset of the `datasets` library: ``name[:configuration[:split]]``."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise TaskError(
+            "Reading data sets needs the package datasets: pip install 'mansu-interp[data]'."
+        ) from error
+    name, config, split = (*name.split(":"), "", "")[:3]
+    try:
+        if place.is_dir() and (
+            (place / "state.json").exists() or (place / "dataset_dict.json").exists()
+        ):
+            found = datasets.load_from_disk(str(place))
+        elif place.is_file():
+            found = datasets.load_dataset(place.suffix[1:], data_files=str(place))
+        else:
+            found = datasets.load_dataset(name, config or None)
+    except Exception as error:  # whatever the library raises of a strange file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TaskError(f"The data set {name!r} could not be loaded: {first}") from error
+    if isinstance(found, dict):
+        splits = ", ".join(map(str, found))
+        if not split and len(found) > 1:
+            raise TaskError(f"{name} has the splits {splits}: give name:configuration:split.")
+        if split and split not in found:
+            raise TaskError(f"{name} has no split {split!r}; it has {splits}.")
+        found = found[split or next(iter(found))]
+    yield from enumerate(found, 1)
+
+
+def _from_name(source: str) -> Iterator[Numbered]:
+    place = Path(source).expanduser()
+    if not place.exists():
+        place = Path(source.split(":", maxsplit=1)[0]).expanduser()
+    if place.is_file() and place.stat().st_size > LARGEST:
+        raise TaskError(f"{place} has more than {LARGEST >> 20} MB. Give a part of it.")
+    if place.is_file() and place.suffix in SUFFIXES:
+        try:
+            yield from (_jsonl if place.suffix == ".jsonl" else _csv)(place)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise TaskError(f"{place} cannot be read as {place.suffix[1:]}: {error}.") from error
+        return
+    if place.is_file() and place.suffix not in (".json", ".parquet"):
+        raise TaskError(f"{place}: expected .jsonl, .csv, .json or .parquet.")
+    if not place.exists():
+        hub = source.split(":", maxsplit=1)[0]
+        if not is_hub_name(hub):
+            raise TaskError(
+                f"{source!r} is neither a file nor a folder, nor a data set's name "
+                "(owner/name[:configuration[:split]])."
+            )
+        if not online():
+            raise TaskError(
+                f"The data set {hub!r} is not a local file or folder, and the hub ({HUB_HOST[0]}) "
+                "cannot be reached. Give a local one, or try again with a network."
+            )
+    yield from _dataset(source, place)
+
+
+def records(source: Any) -> Iterator[Numbered]:
+    """Numbered records of a source, unchecked.
+
+    Arguments:
+        source: path of a .jsonl, .csv, .json or .parquet file, or of a folder that `datasets`
+            reads; a name on the hub, ``owner/name[:configuration[:split]]``; a pandas DataFrame;
+            or any iterable of mappings, such as a `datasets.Dataset`.
+
+    Raises:
+        TaskError: no such source, an unreadable one, or an unreachable hub (within 5 s).
+    """
+    if isinstance(source, (str, Path)):
+        return _from_name(str(source))
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        return iter(enumerate(source.to_dict("records"), 1))
+    return iter(enumerate(source, 1))
+
+
+def read_rows(source: Any, **given: str) -> list[Row]:
+    """Rows of the schema of `Row`, checked.
+
+    Arguments:
+        source: see `records`.
+        given: fields that every row gets unless it has its own (such as ``role="forget"``).
+
+    Raises:
+        TaskError: as `records`; or bad rows, listed with line and reason.
+    """
+    where = str(source) if isinstance(source, (str, Path)) else type(source).__name__
+    return parse_rows(records(source), where, **given)

@@ -1,0 +1,490 @@
+"""Fuzz every loader: whatever a file holds, only the package's own errors come out.
+
+    pip install atheris
+    python scripts/fuzz.py --share 1            # every loader, about a million inputs; a table
+    python scripts/fuzz.py --loader mask --runs 5000
+
+Coverage-guided by atheris (libFuzzer). Half of the inputs are changed as what they are (a value of
+a JSON tree, a header of a tensor file), half as bytes. One process per loader; a stack trace of
+anything but a `MansuError` ends it and leaves the input there as ``crash-*``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mansu_interp.errors import MansuError
+
+ROOT = Path(__file__).resolve().parents[1]
+HOSTILE: list[Any] = [
+    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e400, 2**31, -(2**63), 10**30, 10**400,
+    float("nan"), "", "a", "\0", "..", "../../etc/passwd", "/dev/zero", "{s}", "\ud800",
+    "é" * 300, "x" * 5000,
+    [], {}, [[]], [None], {"": None}, [0] * 2000,
+]  # fmt: skip
+"""What a value is replaced with."""
+WORK = Path(os.environ.get("MANSU_FUZZ", "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"))
+
+
+def _paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where in a JSON value something stands, at most a few thousand places."""
+    out, queue = [], [(value, at)]
+    while queue and len(out) < 3000:
+        inner, here = queue.pop()
+        keys = inner.keys() if isinstance(inner, dict) else range(len(inner)) \
+            if isinstance(inner, list) else ()  # fmt: skip
+        for key in keys:
+            out.append((*here, key))
+            queue.append((inner[key], (*here, key)))
+    return out
+
+
+def mutate_json(value: Any, rng: random.Random) -> Any:
+    """A copy with one to three values replaced, removed, doubled, renamed or exchanged."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.randint(1, 3)):
+        paths = _paths(value)
+        if not paths:
+            return rng.choice(HOSTILE)
+        path = rng.choice(paths)
+        parent = value
+        for key in path[:-1]:
+            parent = parent[key]
+        key, how = path[-1], rng.randrange(6)
+        if how == 0:
+            del parent[key]
+        elif how == 1 and isinstance(parent, list):
+            parent.insert(key, copy.deepcopy(parent[key]))
+        elif how == 1:
+            parent[f"{key}{rng.choice(['', 's', '|index', '.'])}x"] = parent.pop(key)
+        elif how == 2:
+            other = value
+            for step in rng.choice(paths):
+                other = other[step]
+            parent[key] = copy.deepcopy(other)
+        elif how == 3 and isinstance(parent[key], int):
+            parent[key] += rng.choice([-1, 1, 7, 1000, 10**9])
+        else:
+            parent[key] = copy.deepcopy(rng.choice(HOSTILE))
+    return value
+
+
+def mutate_text(data: bytes, rng: random.Random) -> bytes:
+    """JSON changed as a tree; now and then nested deeply."""
+    value = json.loads(data.decode("utf-8", "surrogatepass"))
+    text = json.dumps(mutate_json(value, rng), ensure_ascii=rng.random() < 0.9)
+    if rng.random() < 0.01:
+        text = "[" * 100_000 + text
+    return text.encode("utf-8", "surrogatepass")
+
+
+def mutate_tensors(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with a changed header of the right length, at times in the header's own
+    JSON metadata, or with changed data."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    how = rng.randrange(3)
+    (key,) = [k for k in header.get("__metadata__", {}) if k.startswith("mansu_")][:1] or [None]
+    if how == 0 and key:
+        inner = json.loads(header["__metadata__"][key])
+        header["__metadata__"][key] = json.dumps(mutate_json(inner, rng))
+    elif how == 1:
+        header = mutate_json(header, rng)
+    elif body:
+        body[rng.randrange(len(body))] = rng.randrange(256)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(body)
+
+
+@dataclass
+class Loader:
+    """One kind of input."""
+
+    seeds: Callable[[], list[bytes]]
+    """Valid inputs."""
+    load: Callable[[bytes], object]
+    """Reads one input; may raise `MansuError`."""
+    mutate: Callable[[bytes, random.Random], bytes]
+    runs: int
+    """Inputs of a full run."""
+
+
+def _file(name: str, data: bytes) -> Path:
+    path = _scratch() / name
+    path.write_bytes(data)
+    return path
+
+
+_SCRATCH: list[Path] = []
+
+
+def _scratch() -> Path:
+    if not _SCRATCH:
+        _SCRATCH.append(Path(tempfile.mkdtemp(prefix="mansu-fuzz-", dir=WORK)))
+    return _SCRATCH[0]
+
+
+def _written(save: Callable[[Path], object]) -> bytes:
+    path = _scratch() / "seed"
+    save(path)
+    return path.read_bytes()
+
+
+def _circuit_seeds() -> list[bytes]:
+    from mansu_interp.circuit import Circuit
+    from mansu_interp.graph import Architecture, Graph
+
+    out = []
+    for sizes in ((1, 1, 1), (2, 2, 1)):
+        graph = Graph(Architecture(*sizes))
+        scores = graph.exists.astype("float32") / 3
+        meta = {"model": "m", "model_sha256": "aa", "faithfulness": 0.9, "curve": [[1, 0.5]]}
+        out.append(_written(Circuit(graph, scores, graph.exists, meta).save))
+    return out
+
+
+def _load_circuit(data: bytes) -> object:
+    from mansu_interp.circuit import Circuit
+
+    found = Circuit.load(_file("c.json", data))
+    return found.to_networkx() if found.edges.size < 10**6 else found
+
+
+def _mask_seeds() -> list[bytes]:
+    import torch
+
+    from mansu_interp.masks import Mask
+
+    mask = Mask({"a": torch.arange(4), "b": torch.tensor([1, 5])}, {"limit": 3, "survive": ["nf4"]})
+    return [_written(mask.save)]
+
+
+def _load_mask(data: bytes) -> object:
+    from mansu_interp.masks import Mask
+
+    found = Mask.load(_file("m.safetensors", data))
+    return found.limit, found.n_parameters
+
+
+def _ledger_seeds() -> list[bytes]:
+    import torch
+
+    from mansu_interp.ledger import Ledger
+
+    parts = {
+        "a|index": torch.tensor([0, 2], dtype=torch.int32),
+        "a|old": torch.ones(2, dtype=torch.bfloat16),
+        "a|new": torch.zeros(2, dtype=torch.bfloat16),
+        "a|nf4": torch.ones(2, 2, dtype=torch.uint8),
+    }
+    return [_written(Ledger(parts, {"survive": ["nf4"], "mask_sha256": ""}).save)]
+
+
+def _load_ledger(data: bytes) -> object:
+    from mansu_interp.ledger import Ledger
+
+    return Ledger.load(_file("l.safetensors", data)).n_edits
+
+
+def _state_seeds() -> list[bytes]:
+    import torch
+
+    from mansu_interp.unlearning.state import Place
+
+    def save(path: Path) -> None:
+        Place(path, "x").save([{"forget": 0.5}], {"a|position": torch.ones(3)}, 0.25)
+
+    return [_written(save)]
+
+
+def _load_state(data: bytes) -> object:
+    import torch
+
+    from mansu_interp.unlearning.state import Place
+
+    place = Place(_file("s.safetensors", data), "x")
+    place.load()
+    return place.fill("a|position", torch.zeros(3))
+
+
+class _Tokenizer:
+    unk_token_id = 0
+
+
+class _Model:
+    """Encodes letter by letter: a task needs nothing else of a model."""
+
+    name, tokenizer = "letters", _Tokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + ord(c) % 500 for c in text.strip()]
+
+
+TASK = {
+    "schema": 1,
+    "name": "t",
+    "prefix": "<",
+    "relations": {
+        "r": {
+            "table": "t.csv",
+            "subject": "s",
+            "answer": "a",
+            "phrasings": {
+                "train": ["{s} is"],
+                "dev": {"d": ["in {s}"]},
+                "unseen": {"u": ["of {s}"]},
+            },
+        },
+        "k": {"table": "t.csv", "subject": "s", "answer": "b", "phrasings": {"train": ["k {s}"]}},
+    },
+    "forget": {"relations": ["r"], "subjects": None},
+    "retain": ["k"],
+    "guard": [],
+    "neighbours": [],
+    "text": {"train": "t.txt"},
+    "twins": [],
+}
+TABLE = "s,a,b\n" + "".join(f"x{c},{c}1,{d}2\n" for c, d in zip("abcde", "vwxyz", strict=True))
+
+
+def _task_seeds() -> list[bytes]:
+    return [json.dumps({"task": TASK, "table": TABLE, "text": "one\ntwo\n"}).encode()]
+
+
+def _load_task(data: bytes) -> object:
+    """A JSON object of three files; anything else is the task file itself."""
+    from mansu_interp.tasks import load_task
+
+    with contextlib.suppress(LookupError, ValueError, TypeError, RecursionError):
+        parts = json.loads(data)
+        data = json.dumps(parts["task"]).encode()
+        _file("t.csv", str(parts["table"]).encode("utf-8", "surrogatepass"))
+        _file("t.txt", str(parts["text"]).encode("utf-8", "surrogatepass"))
+    return load_task(_file("t.json", data), _Model())  # type: ignore[arg-type]
+
+
+def _settings_seeds() -> list[bytes]:
+    unlearn = {"steps": 5, "lr": 0.1, "survive": ["nf4"], "precision": "bf16", "stop_at": 0.3}
+    settings = {"budget": 0.1, "by_layer": True, "quantizers": ["fp4"], "unlearn": unlearn}
+    circuit = {"top": 5, "metric": "kl"}
+    return [json.dumps({"settings": {**settings, "circuit": circuit}}).encode()]
+
+
+def _load_settings(data: bytes) -> object:
+    from mansu_interp.defaults import default_config
+
+    return default_config("facts", str(_file("t.json", data)))
+
+
+def _report_seeds() -> list[bytes]:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_report import make_report, with_graph
+
+    return [json.dumps(r).encode() for r in (make_report(), with_graph())]
+
+
+def _load_report(data: bytes) -> object:
+    from mansu_interp.artifacts import read_json
+    from mansu_interp.report import console_summary, render_html, render_markdown
+
+    report = read_json(_file("report.json", data))
+    return render_markdown(report), render_html(report, "<svg/>"), console_summary(report, 80)
+
+
+def _config_seeds() -> list[bytes]:
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 50,
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 16, "dtype": "float32",
+    }  # fmt: skip
+    return [json.dumps(config).encode()]
+
+
+def _load_config(data: bytes) -> object:
+    from mansu_interp.models import empty_model
+
+    return empty_model(_file("config.json", data)).architecture
+
+
+def _cell_seeds() -> list[bytes]:
+    score = {"choice": 0.5, "top1": 0.5}
+    cell = {
+        "dev": {"forget": 0.3, "retain": 1.0, "retain_choice": 1.0}, "steps": 3, "seconds": 1.5,
+        "rows": [{"role": "forget", "n": 3, "models": {"fp": score, "nf4": score}}],
+        "quantizers": {"nf4": {"edited": 2, "survived": 2, "collateral": 0, "update_over_bin": 1.0,
+                               "projection": 1.0, "noise_over_signal": None}},
+        "edited": 2, "parameters": 9, "perplexity": None,
+    }  # fmt: skip
+    return [json.dumps(cell).encode()]
+
+
+def _load_cell(data: bytes) -> object:
+    from mansu_interp.bench import read_cell
+
+    return read_cell(_file("cell.json", data))
+
+
+def _run_seeds() -> list[bytes]:
+    from mansu_interp.config import RunConfig
+    from mansu_interp.runfolder import config_json
+
+    return [json.dumps(config_json(RunConfig())).encode()]
+
+
+def _load_run(data: bytes) -> object:
+    """The three JSON files that a run finds in its folder."""
+    from mansu_interp.config import RunConfig
+    from mansu_interp.runfolder import Clock, begin
+
+    folder = _scratch() / "run"
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "provenance.json"):
+        (folder / name).write_bytes(data)
+    with contextlib.suppress(MansuError):
+        Clock(folder / "config.json")
+    return begin(RunConfig(out=folder), {"versions": {}, "config_sha256": "x"})
+
+
+LOADERS = {
+    "model config": Loader(_config_seeds, _load_config, mutate_text, 1_000),
+    "report": Loader(_report_seeds, _load_report, mutate_text, 1_000),
+    "run folder": Loader(_run_seeds, _load_run, mutate_text, 5_000),
+    "cell": Loader(_cell_seeds, _load_cell, mutate_text, 20_000),
+    "settings": Loader(_settings_seeds, _load_settings, mutate_text, 20_000),
+    "task": Loader(_task_seeds, _load_task, mutate_text, 20_000),
+    "state": Loader(_state_seeds, _load_state, mutate_tensors, 230_000),
+    "ledger": Loader(_ledger_seeds, _load_ledger, mutate_tensors, 290_000),
+    "mask": Loader(_mask_seeds, _load_mask, mutate_tensors, 330_000),
+    "circuit": Loader(_circuit_seeds, _load_circuit, mutate_text, 150_000),
+}
+
+
+def attempt(loader: Loader, data: bytes) -> bool:
+    """Load one input: True if it is taken, False if it is refused; anything else is raised."""
+    try:
+        loader.load(data)
+    except MansuError:
+        return False
+    return True
+
+
+def fuzz(name: str, runs: int, corpus: Path) -> None:
+    """Fuzz one loader in this process, which ends with it."""
+    import atheris
+
+    with atheris.instrument_imports(include=["mansu_interp"]):
+        import mansu_interp.bench
+        import mansu_interp.ledger
+        import mansu_interp.report
+        import mansu_interp.unlearning  # noqa: F401
+    loader = LOADERS[name]
+    corpus.mkdir(parents=True, exist_ok=True)
+    for k, seed in enumerate(loader.seeds()):
+        (corpus / f"seed-{k}").write_bytes(seed)
+
+    def mutate(data: bytes, limit: int, seed: int) -> bytes:
+        rng = random.Random(seed)
+        if rng.random() < 0.5:
+            with contextlib.suppress(Exception):  # no longer what it was: as bytes, then
+                return loader.mutate(bytes(data), rng)[:limit]
+        return atheris.Mutate(data, limit)
+
+    atheris.Setup(
+        [sys.argv[0], f"-runs={runs}", "-max_len=200000", "-rss_limit_mb=4096", "-timeout=60",
+         "-print_final_stats=1", f"-artifact_prefix={corpus.parent}/", str(corpus)],
+        lambda data: attempt(loader, data) and None,
+        custom_mutator=mutate,
+    )  # fmt: skip
+    atheris.Fuzz()
+
+
+def lines_reached(name: str, corpus: Path) -> int:
+    """Different lines of the package that the inputs kept by a fuzzer run through."""
+    found: set[tuple[str, int]] = set()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if "mansu_interp" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            found.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    loader = LOADERS[name]
+    attempt(loader, loader.seeds()[0])  # imports are not counted
+    sys.settrace(trace)
+    try:
+        for path in sorted(corpus.iterdir()):
+            attempt(loader, path.read_bytes())
+    finally:
+        sys.settrace(None)
+    return len(found)
+
+
+def full(share: float, out: Path) -> None:
+    """Fuzz every loader, one after the other, and print the table."""
+    print("| loader | inputs | seconds | kept as new | lines reached | result |")
+    print("|---|---|---|---|---|---|", flush=True)
+    total = 0
+    for name, loader in LOADERS.items():
+        corpus, started = out / name.replace(" ", "-"), time.monotonic()
+        runs = max(100, round(loader.runs * share))
+        command = [
+            sys.executable,
+            __file__,
+            "--loader",
+            name,
+            "--runs",
+            str(runs),
+            "--out",
+            str(out),
+        ]
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, errors="replace"
+        )
+        (out / f"{corpus.name}.log").write_text(done.stdout + done.stderr)
+        said = re.search(r"number_of_executed_units: (\d+)", done.stderr)
+        n = int(said.group(1)) if said else 0
+        total += n
+        spent, kept = time.monotonic() - started, len(list(corpus.iterdir()))
+        result = "only own errors" if not done.returncode else f"exit {done.returncode}"
+        lines = lines_reached(name, corpus)
+        print(f"| {name} | {n:,} | {spent:.0f} | {kept} | {lines} | {result} |", flush=True)
+    print(f"| all | {total:,} | | | | |", flush=True)
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--loader", choices=LOADERS)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--share", type=float, default=1.0, help="of a full run's inputs")
+    parser.add_argument("--out", type=Path, default=Path("fuzz"), help="kept inputs and logs")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        if args.loader:
+            fuzz(args.loader, args.runs, args.out / args.loader.replace(" ", "-"))
+        else:
+            full(args.share, args.out)
+    finally:
+        for folder in _SCRATCH:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""GGUF files, loaded again by transformers' own reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers
+from conftest import VOCAB
+from test_layout import facts
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from mansu_interp.cli import main
+from mansu_interp.errors import ModelError
+from mansu_interp.gguf_export import export_gguf
+from mansu_interp.models import LanguageModel
+from mansu_interp.quantizers import quantize
+
+TEXT = ["the capital of France is Paris", "the capital of Peru is Lima, in 1535"] * 3
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 300 tokens."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>")
+
+
+def make(kind: str, tied: bool) -> LanguageModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=304,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    hf = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return LanguageModel(kind.lower(), hf, tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("Llama", True), ("Llama", False), ("Qwen2", True), ("Qwen3", False)]
+)
+def test_transformers_reads_back_what_was_written(
+    family: str, tied: bool, kind: str, tmp_path: Path
+):
+    model = make(family, tied)
+    export_gguf(model, tmp_path / "m.gguf", kind)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    expected = model.copy() if kind == "f16" else quantize(model, kind)
+    outer = {id(m.get_input_embeddings().weight) for m in [expected.hf]}
+    outer.add(id(expected.hf.get_output_embeddings().weight))
+    for weight in expected.weights.values():
+        if kind == "f16" and weight.ndim == 2:
+            weight.copy_(weight.half().float())
+        elif id(weight) in outer:
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            back = gguf.dequantize(gguf.quantize(weight.numpy(), q8), q8)
+            weight.copy_(torch.from_numpy(back.copy()))
+    read = dict(again.named_parameters())
+    assert read.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        assert torch.equal(read[name], weight), name
+    reader = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in TEXT[:2]:
+        ids = model.encode(text)
+        assert reader(text, add_special_tokens=False).input_ids == ids
+        tokens = torch.tensor([ids])
+        assert torch.allclose(again(tokens).logits, expected.all_logits(tokens), atol=1e-4)
+
+
+def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path, capsys):
+    with pytest.raises(ModelError, match="this one is WordLevel"):
+        export_gguf(facts(), tmp_path / "m.gguf")
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4)
+    gpt2 = LanguageModel("gpt2", transformers.GPT2LMHeadModel(config), tokenizer())
+    with pytest.raises(ModelError, match="this model is of type 'gpt2'"):
+        export_gguf(gpt2, tmp_path / "m.gguf")
+    assert main(["export", "facts", "--out", str(tmp_path / "m.gguf")]) == 1
+    assert "WordLevel" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

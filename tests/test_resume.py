@@ -1,0 +1,93 @@
+"""A killed loop goes on where it kept its place, and determinism within a stated tolerance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mansu_interp.attribution import attribute
+from mansu_interp.circuit import discover
+from mansu_interp.config import CircuitConfig, Method, UnlearnConfig
+from mansu_interp.errors import ArtifactError
+from mansu_interp.masks import Mask, random_mask
+from mansu_interp.models import LanguageModel
+from mansu_interp.tasks import Task
+from mansu_interp.unlearning import state, unlearn
+
+STEPS = UnlearnConfig(steps=5, lr=0.1, batch_size=8, attack=1)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def mask(facts: LanguageModel) -> Mask:
+    return random_mask(facts, 0.002)
+
+
+@pytest.mark.parametrize("method", ["mansu", "mansu-unsnapped", "npo", "sure", "task-vector"])
+def test_a_killed_loop_ends_the_same(
+    facts: LanguageModel,
+    capitals: Task,
+    mask: Mask,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Method,
+):
+    monkeypatch.setattr(state, "SECONDS", 0.0)
+    config = replace(STEPS, method=method, lr=0.1 if method.startswith("mansu") else 1e-4)
+    file, steps = tmp_path / "place.safetensors", []
+    whole = unlearn(facts, capitals, mask, config)
+
+    def die(done: int, *_: object) -> None:
+        if done == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        unlearn(facts, capitals, mask, config, die, file)
+    again = unlearn(facts, capitals, mask, config, lambda done, *_: steps.append(done), file)
+    assert steps == [4, 5]
+    assert again.history == whole.history and again.stopped_at == 5
+    for name, weight in whole.model.weights.items():
+        assert torch.equal(weight, again.model.weights[name]), name
+    with pytest.raises(ArtifactError, match="kept by a run of another model, task, mask or conf"):
+        unlearn(facts, capitals, mask, replace(config, seed=1), None, file)
+
+
+SCORES, OVERLAP, LOSSES = 1e-5, 0.999, 1e-5
+"""Tolerance over batch sizes and thread counts: scores relative to the largest, share of a mask's
+parameters, and losses relative to their size (docs/faults.md)."""
+
+
+def test_another_batch_size_stays_within_the_tolerance(facts: LanguageModel, capitals: Task):
+    config = CircuitConfig(pairs=8, ig_steps=1, top=200, faithfulness_pairs=4)
+    found = []
+    for size in (2, 8, 2):
+        circuit = discover(facts, capitals.forget, replace(config, batch_size=size))
+        mask = circuit.mask(facts, 0.002, [capitals.retain], n_pairs=8)
+        result = unlearn(facts, capitals, mask, replace(STEPS, steps=1, attack=0))
+        chosen = {(k, int(i)) for k, index in mask.indices.items() for i in index}
+        found.append((circuit.scores, chosen, result.history[0]))
+    (scores, chosen, losses), other, again = found
+    assert 0 < abs(other[0] - scores).max() <= SCORES * abs(scores).max()
+    assert len(other[1] & chosen) >= OVERLAP * len(chosen)
+    for key, value in losses.items():
+        assert other[2][key] == pytest.approx(value, rel=LOSSES, abs=1e-7), key
+    # The same batches: the same bytes.
+    assert (again[0] == scores).all() and again[1:] == (chosen, losses)
+
+
+def test_another_thread_count_stays_within_the_tolerance(facts: LanguageModel, capitals: Task):
+    config = CircuitConfig(pairs=2, ig_steps=1)
+    scores, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            scores.append(attribute(facts, capitals.forget.sample(2, 0), config).scores)
+    finally:
+        torch.set_num_threads(threads)
+    assert abs(scores[1] - scores[0]).max() <= SCORES * abs(scores[0]).max()

@@ -1,0 +1,373 @@
+"""Rows of the user: read from every source, refused with line and reason, made into tasks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mansu_interp import pipeline, rows
+from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
+from mansu_interp.defaults import DATA
+from mansu_interp.errors import MansuError, TaskError
+from mansu_interp.models import LanguageModel
+from mansu_interp.pairing import LETTERS, RowOptions, task_from_rows
+from mansu_interp.pairs import Task
+from mansu_interp.rows import SHOWN, Row, parse_rows, read_rows
+from mansu_interp.tasks import load_task
+
+BOS = RowOptions(prefix="<bos>")
+ASKED = {
+    "train": ["the capital of {s} is", "{s}, whose capital is"],
+    "dev": ["if you travel to {s}, its capital is"],
+    "unseen": ["question: what is the capital of {s}? answer:"],
+}
+KEPT = {"train": ["the language of {s} is"], "dev": ["people in {s} speak"]}
+KEPT["unseen"] = ["to work in {s} you should learn"]
+
+
+def fact_rows(n: int = 40) -> list[dict[str, Any]]:
+    """Capitals to forget and languages to keep, in words that the shipped model knows."""
+    with (DATA / "facts" / "countries.csv").open(encoding="utf-8") as stream:
+        countries = list(csv.DictReader(stream))[:n]
+    out = []
+    for role, column, asked in (("forget", "capital", ASKED), ("retain", "language", KEPT)):
+        for c in countries:
+            for split, texts in asked.items():
+                for text in texts:
+                    out.append(
+                        {
+                            "role": role,
+                            "split": split,
+                            "prompt": text.replace("{s}", c["country"]),
+                            "answer": c[column],
+                            "relation": column,
+                            "subject": c["country"],
+                            "phrasing": text,
+                        }
+                    )
+    odd = {**out[0], "phrasing": "asked like no other row"}  # no swap is of its kind
+    return [*out, odd]
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(r) for r in records) + "\n", encoding="utf-8")
+    return path
+
+
+def toy(words: str, template: str | None = None) -> LanguageModel:
+    """A word-level tokenizer in a model's place; nothing is run."""
+    vocab = {w: i for i, w in enumerate(dict.fromkeys(["<unk>", *words.split()]))}
+    inner = Tokenizer(models.WordLevel(vocab, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    tokenizer.chat_template = template
+    model = object.__new__(LanguageModel)
+    model.name, model.tokenizer = "toy", tokenizer
+    return model
+
+
+@pytest.fixture(scope="module")
+def task(facts: LanguageModel) -> Task:
+    return task_from_rows(parse_rows(enumerate(fact_rows(), 1)), facts, BOS)
+
+
+def every_pair(task: Task) -> list[Any]:
+    sets = [task.forget, task.retain]
+    sets += [s for by in task.scored.values() for r in by.values() for s in r.values()]
+    return [p for s in sets for p in s]
+
+
+def test_every_source_gives_the_same_rows(tmp_path: Path):
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    plain = fact_rows(6)
+    want = [replace(r, line=0) for r in parse_rows(enumerate(plain, 1))]
+    frame = pandas.DataFrame(plain)
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(plain).save_to_disk(str(tmp_path / "saved"))
+    sources = [
+        write_jsonl(tmp_path / "rows.jsonl", plain),
+        tmp_path / "rows.csv",
+        tmp_path / "rows.parquet",
+        tmp_path / "saved",
+        frame,
+        datasets.Dataset.from_list(plain),
+        plain,
+    ]
+    for source in sources:
+        assert [replace(r, line=0) for r in read_rows(source)] == want, source
+
+
+def test_distractors_in_csv_and_missing_cells(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text("role,prompt,answer,distractors,subject\nforget,a b,c,d | e|f,\n", "utf-8")
+    (row,) = read_rows(path)
+    assert row == Row("forget", "a b", "c", distractors=("d", "e", "f"), line=2)
+    assert row.fact == "c"
+
+
+GOOD = {"role": "forget", "prompt": "a b", "answer": "c"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"anwser": "x"}, "unknown field anwser; expected some of role, prompt, answer, split"),
+        ({"prompt": None}, "prompt is missing or empty"),
+        ({"answer": float("nan")}, "answer is missing or empty"),
+        ({"answer": 5}, "answer must be text; got int"),
+        ({"role": "forgot"}, "role 'forgot'; expected forget, retain, guard, neighbour"),
+        ({"split": "test"}, "split 'test'; expected train, dev, unseen"),
+        ({"role": "guard", "split": "unseen"}, "guard rows are never scored"),
+        ({"role": "neighbour", "split": "train"}, "neighbour rows are never trained on"),
+        ({"answer": " c"}, "the answer ' c' begins or ends with white space"),
+        ({"prompt": "a "}, "the prompt ends with a space"),
+        ({"distractors": ["d", 1, "e"]}, "distractors must be a list of texts"),
+        ({"distractors": ["d", "d", "e"]}, "2 different distractors; expected three or none"),
+        ({"distractors": ["d", "c", "e"]}, "the answer 'c' is also a wrong one"),
+        ({"counterfactual": "c"}, "the answer 'c' is also a wrong one"),
+    ],
+)
+def test_a_bad_row_is_named(change: dict[str, Any], why: str):
+    with pytest.raises(TaskError) as caught:
+        parse_rows([(1, GOOD), (7, {**GOOD, **change})], "mine.jsonl")
+    assert str(caught.value).startswith("mine.jsonl: 1 of 2 rows are bad. Mend or remove them:\n")
+    assert f"  line 7: {why}" in str(caught.value)
+
+
+def test_all_bad_rows_are_counted_and_the_first_listed(tmp_path: Path):
+    lines = [json.dumps(GOOD)] * 3 + ["{not json", "[1]"] + [json.dumps({**GOOD, "role": "x"})] * 20
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(TaskError) as caught:
+        read_rows(path)
+    text = str(caught.value).splitlines()
+    assert "22 of 25 rows are bad" in text[0]
+    assert text[1].startswith("  line 4: not JSON") and "line 5: not an object" in text[2]
+    assert len(text) == SHOWN + 2 and text[-1] == f"  and {22 - SHOWN} more"
+
+
+def test_random_rows_are_accepted_or_refused_by_our_own_error():
+    rng = random.Random(0)
+    values: list[Any] = [
+        "",
+        " ",
+        "c",
+        "forget",
+        "train",
+        None,
+        3,
+        float("nan"),
+        [],
+        ["a", "b", "c"],
+    ]
+    values += [{}, True, "a|b|c", "retain", "\x00", "ü", [1, 2, 3]]
+    keys = ["role", "prompt", "answer", "split", "distractors", "relation", "subject", "x"]
+    seen = set()
+    for _ in range(5000):
+        drawn = {k: rng.choice(values) for k in rng.sample(keys, rng.randint(0, 3))}
+        record = {**GOOD, **drawn}
+        try:
+            seen.add(len(parse_rows([(1, record)])))
+        except TaskError:
+            seen.add(0)
+    assert seen == {0, 1}
+
+
+def test_random_bytes_in_files_are_refused_by_our_own_error(tmp_path: Path):
+    rng = random.Random(1)
+    for k in range(200):
+        path = tmp_path / f"x{('.jsonl', '.csv')[k % 2]}"
+        path.write_bytes(rng.randbytes(rng.randint(0, 60)))
+        with pytest.raises(TaskError):
+            read_rows(path)
+
+
+def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(rows, "online", lambda: False)
+    start = time.monotonic()
+    with pytest.raises(TaskError, match=r"The data set 'owner/name' is not a local file or folder"):
+        read_rows("owner/name:part:train")
+    assert time.monotonic() - start < 5
+    with pytest.raises(TaskError, match="'no such thing' is neither a file nor a folder, nor a"):
+        read_rows("no such thing")
+
+
+def test_swapped_prompts_are_of_the_same_kind(task: Task):
+    assert len(task.forget) > 40 and task.guard is None
+    for p in every_pair(task):
+        assert len(p.clean) == len(p.corrupt) and p.clean != p.corrupt and p.whole is None
+        assert len(set(p.choices)) == 4 and p.counterfactual != p.answer
+    by = {p.clean: p for p in every_pair(task)}
+    for p in task.forget:
+        other = by.get(p.corrupt)
+        if other is not None:
+            assert (other.relation, other.phrasing) == (p.relation, p.phrasing)
+            assert other.answer == p.counterfactual
+
+
+def test_what_cannot_be_paired_is_counted_with_its_lines(task: Task):
+    total = len(fact_rows())
+    left = sum(task.dropped.values())
+    assert left and left + len(every_pair(task)) == total
+    why = f"swap: no other prompt of as many tokens and another answer (line {total})"
+    assert task.dropped == {why: 1}
+
+
+def test_symbol_and_any(facts: LanguageModel):
+    made = parse_rows(enumerate(fact_rows(), 1))
+    symbol = task_from_rows(made, facts, replace(BOS, corrupt="symbol"))
+    unknown = facts.tokenizer.unk_token_id
+    for p in symbol.forget:
+        changed = [b for a, b in zip(p.clean, p.corrupt, strict=True) if a != b]
+        assert changed and set(changed) == {unknown}
+        assert p.counterfactual == p.distractors[0]
+    loose = task_from_rows(made, facts, replace(BOS, corrupt="any"))
+    clean = {p.clean: p.relation for p in every_pair(loose)}
+    assert any(clean.get(p.corrupt, p.relation) != p.relation for p in loose.forget)
+    assert len(loose.forget) > len(task_from_rows(made, facts, BOS).forget)
+
+
+def test_draws_follow_the_seed(facts: LanguageModel, task: Task):
+    made = parse_rows(enumerate(fact_rows(), 1))
+    assert task_from_rows(made, facts, BOS) == task
+    assert task_from_rows(made, facts, replace(BOS, seed=1)).forget != task.forget
+
+
+def test_own_corrupt_prompts_and_answers(facts: LanguageModel):
+    made = fact_rows()
+    prompts = {r["subject"]: r["prompt"] for r in made if r["phrasing"] == ASKED["train"][0]}
+    made[0] |= {"corrupt": prompts["Algeria"], "counterfactual": "Algiers"}
+    made[4] |= {"corrupt": prompts["Algeria"] + " is is", "counterfactual": "Algiers"}
+    task = task_from_rows(parse_rows(enumerate(made, 1)), facts, BOS)
+    pair = next(p for p in task.forget if p.prompt.endswith(made[0]["prompt"]))
+    assert list(pair.corrupt) == facts.encode("<bos>" + prompts["Algeria"])
+    assert pair.counterfactual == facts.encode("Algiers")[0]
+    assert "the corrupt prompt given has another number of tokens (line 5)" in task.dropped
+
+
+WORDS = "user assistant Q: q0 q1 q2 q3 red old cat new dog big fox A. B. C. D. A B C D Answer:"
+QUIZ = [
+    {"role": role, "prompt": f"Q: q{k}", "answer": answer, "distractors": wrong}
+    for role in ("forget", "retain")
+    for k, (answer, *wrong) in enumerate(
+        [("red cat", "red dog", "big fox", "old"), ("old", "new dog", "big cat", "new fox")] * 2
+    )
+]
+
+
+def test_whole_answers_from_rows():
+    phrasings = {"train": ["{s} Answer:"], "unseen": ["{s}"]}
+    task = task_from_rows(
+        parse_rows(enumerate(QUIZ, 1)), toy(WORDS), RowOptions(phrasings=phrasings, normalise=True)
+    )
+    encode = toy(WORDS).encode
+    first = task.forget[0]
+    assert first.answers == tuple(
+        tuple(encode(a)) for a in ("red cat", "red dog", "big fox", "old")
+    )
+    assert first.whole is not None and first.whole.normalise
+    assert list(first.question) == encode("Q: q0 Answer:")
+    assert {p.prompt for p in task.scored["unseen"]["forget"]["forget"]} == {
+        f"Q: q{k}" for k in range(4)
+    }
+
+
+def test_letters_are_permuted_and_rotated():
+    phrasings = {s: ["{s} Answer:"] for s in ("train", "unseen")}
+    many = [{**r, "prompt": f"{r['prompt']} {'Q: ' * k}q0"} for k in range(12) for r in QUIZ]
+    model = toy(WORDS)
+    task = task_from_rows(
+        parse_rows(enumerate(many, 1)), model, RowOptions(phrasings=phrasings, letters=True)
+    )
+    letters = {x: model.encode(x)[0] for x in LETTERS}
+    count = {x: 0 for x in LETTERS}
+    for p in task.forget:
+        assert p.whole is None and set(p.choices) == set(letters.values())
+        count[p.answer_text] += 1
+        (answer,) = {r["answer"] for r in many if p.prompt.startswith(r["prompt"] + "\n")}
+        for tokens, letter in ((p.clean, p.answer), (p.corrupt, p.counterfactual)):
+            shown = model.tokenizer.decode(tokens)
+            mark = next(x for x, t in letters.items() if t == letter)
+            follows = shown.split(f"{mark}.")[1].split(" A.")[0].strip()
+            assert follows.startswith(answer)
+    assert min(count.values()) > 0.1 * len(task.forget)  # position does not give the answer away
+    orders = {
+        s: [p.prompt for p in x] for s, x in (("t", task.forget), ("u", every_pair(task)[-9:]))
+    }
+    assert orders["t"][0] not in orders["u"]
+
+
+CHAT = "{% for m in messages %}user {{ m.content }} {% endfor %}assistant{{ '\\n' }}"
+
+
+def test_the_chat_template_wraps_the_prompt():
+    phrasings = {"train": ["{s}"], "unseen": ["{s} Answer:"]}
+    model, options = toy(WORDS, CHAT), RowOptions(chat=True, phrasings=phrasings)
+    with pytest.raises(TaskError, match="no chat template: set chat false"):
+        task_from_rows(parse_rows(enumerate(QUIZ, 1)), toy(WORDS), options)
+    task = task_from_rows(parse_rows(enumerate(QUIZ, 1)), model, options)
+    assert task.forget[0].prompt == "user Q: q0 assistant\n"
+    assert list(task.forget[0].answers[0]) == model.encode("red cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"phrasings": {"train": ["no place"]}}, r"a list of texts with \{s\} exactly once"),
+        ({"phrasings": {"test": ["{s}"]}}, "phrasings: expected train, dev, unseen"),
+        ({"corrupt": "noise"}, "corrupt is 'noise'; expected swap, any, symbol, rotate"),
+        ({"corrupt": "rotate"}, "corrupt: rotate needs letters"),
+        ({"letters": "yes"}, "letters must be bool; got 'yes'"),
+        ({"seed": "1"}, "seed must be int; got '1'"),
+        ({"colour": 1}, "unknown key colour; expected some of chat, corrupt, letters"),
+        ({"rows": "../x.jsonl"}, "name a file beside the task file, without a path"),
+        ({"rows": "x.txt"}, r"rows must name a \.jsonl or \.csv file beside the task file"),
+    ],
+)
+def test_bad_task_files_over_rows(
+    tmp_path: Path, facts: LanguageModel, change: dict[str, Any], message: str
+):
+    write_jsonl(tmp_path / "mine.jsonl", fact_rows(6))
+    spec = {"schema": 1, "name": "mine", "rows": "mine.jsonl", "prefix": "<bos>", **change}
+    (tmp_path / "mine.json").write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.raises(TaskError, match=message):
+        load_task(tmp_path / "mine.json", facts)
+
+
+def test_a_missing_split_says_what_to_do(facts: LanguageModel):
+    made = [r for r in fact_rows() if r["split"] == "train"]
+    with pytest.raises(TaskError) as caught:
+        task_from_rows(parse_rows(enumerate(made, 1)), facts, BOS)
+    assert "no usable forget prompt in the split unseen. Give rows of that" in str(caught.value)
+    assert "1 prompts: swap: no other prompt of as many tokens" in str(caught.value)
+    assert isinstance(caught.value, MansuError)
+
+
+def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipeline, "CAD_PAIRS", 4)
+    bos = [{**r, "prompt": "<bos>" + r["prompt"]} for r in fact_rows()]
+    path = write_jsonl(tmp_path / "mine.jsonl", bos)
+    config = RunConfig(
+        task=str(path),
+        out=tmp_path / "run",
+        relearn_steps=1,
+        circuit=CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4),
+        unlearn=UnlearnConfig(steps=4, lr=0.1, batch_size=8),
+    )
+    report = pipeline.run(config).report
+    assert report["task"]["name"] == "mine" and report["task"]["dropped"]
+    assert report["edit"]["edited"] == report["edit"]["survived"] > 0
+    first = report["scores"][0]
+    assert first["role"] == "forget" and first["models"]["original"]["choice"] > 0.9
