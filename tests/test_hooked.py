@@ -6,6 +6,7 @@ environment of its own.
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,7 @@ from mansu_interp.config import AttributionConfig, CircuitConfig
 from mansu_interp.errors import CircuitError
 from mansu_interp.faithfulness import Ablation
 from mansu_interp.hooked import HookedStream, as_model
+from mansu_interp.layout import turn_back
 from mansu_interp.models import LanguageModel
 
 HookedTransformer: Any
@@ -100,7 +102,9 @@ def hooked(family: str, fold: bool = False) -> Any:
 
     model = test_families.make(family)
     config = hooked_config(model)
-    weights = getattr(weight_conversions, f"convert_{CONVERTERS[family]}_weights")(model.hf, config)
+    plain = copy.deepcopy(model.hf)
+    turn_back(plain)  # the converter knows GPT-2's own layout
+    weights = getattr(weight_conversions, f"convert_{CONVERTERS[family]}_weights")(plain, config)
     out = HookedTransformer(config)
     out.load_and_process_state_dict(
         {k: v.detach().clone() for k, v in weights.items()},
