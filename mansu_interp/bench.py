@@ -39,12 +39,14 @@ from .evaluation import CHANCE, Scores, evaluate, properties
 from .floor import quantizer_set
 from .memory import enough_memory
 from .models import LanguageModel, load_model
-from .pipeline import config_json, make_mask
+from .pairs import PairSet, Task
+from .pipeline import make_mask
 from .planning import CAD_PAIRS
 from .quantizers import get_quantizer, quantize, survival
 from .report.scoreboard import write_scoreboard
+from .runfolder import config_json
 from .sweep import Engine, engine
-from .tasks import PairSet, Task, load_task
+from .tasks import load_task
 from .unlearning import dev_choice, unlearn
 
 SCHEMA = 1
@@ -269,7 +271,10 @@ def measure(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
     if not untouched and not cell.checkpoint.exists():
         found = attempt(cell)  # the same again: everything is seeded
     edited = model if untouched else load_model(cell.checkpoint)
-    models = {q: quantize(edited, q, task.calibration) for q in todo}
+    models, lived = {}, {}
+    for q in todo:  # side by side, so that a calibrated one need not fit the same model twice
+        models[q] = quantize(edited, q, task.calibration)
+        lived[q] = asdict(survival(model, edited, q, task.calibration))
     scores = evaluate(models if have else {"fp": edited, **models}, task)
     rows = found.get("rows", scores.rows)
     for row, new in zip(rows, scores.rows, strict=True):
@@ -277,7 +282,6 @@ def measure(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
     found["rows"] = rows
     perplexity = {**(found.get("perplexity") or {}), **(scores.perplexity or {})}
     found["perplexity"] = perplexity or None
-    lived = {q: asdict(survival(model, edited, q, task.calibration)) for q in todo}
     found["quantizers"] = {**have, **lived}
     found["edited"] = sum(int((model.weights[n] != w).sum()) for n, w in edited.weights.items())
     found["parameters"] = model.n_parameters

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from .errors import ArtifactError
-from .models import HUB_HOST, is_hub_name, online
+from .models import HUB_HOST, first_line, is_hub_name, online
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -92,5 +92,4 @@ def _check_remote(name: str) -> None:
 
 
 def _failed(what: str, error: Exception) -> ArtifactError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ArtifactError(f"{what}: {first}")
+    return ArtifactError(f"{what}: {first_line(error)}")

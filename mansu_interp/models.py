@@ -352,7 +352,8 @@ def _hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -401,7 +402,7 @@ def empty_model(name: str | Path) -> LanguageModel:
             raise
         except Exception as error:  # the libraries below trip over damaged settings in many ways
             raise ModelError(
-                f"{name} is not the configuration of a causal language model: {_first_line(error)}"
+                f"{name} is not the configuration of a causal language model: {first_line(error)}"
             ) from error
     return LanguageModel(str(name), hf, None)
 
@@ -450,7 +451,7 @@ def load_model(name: str | Path) -> LanguageModel:
                     f"Out of memory while loading {name}. It takes four bytes a parameter and as "
                     "much again for each copy: take a smaller model or a larger machine."
                 ) from error
-            raise ModelError(f"{name} could not be loaded: {_first_line(error)}") from error
+            raise ModelError(f"{name} could not be loaded: {first_line(error)}") from error
     named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
     saved = getattr(torch, named, None)
     if not isinstance(saved, torch.dtype) or not saved.is_floating_point:

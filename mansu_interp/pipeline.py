@@ -32,6 +32,7 @@ from .ledger import Ledger
 from .masks import Mask, random_mask
 from .memory import enough_memory
 from .models import LanguageModel, load_model
+from .pairs import PairSet, Task
 from .planning import CAD_PAIRS, Plan, plan
 from .provenance import provenance
 from .quantizers import Quantizer, get_quantizer, quantize, survival
@@ -39,7 +40,7 @@ from .relearning import Relearning, relearn
 from .report import model_card, write_report
 from .runfolder import Clock, begin, check_folder, config_json, deciding
 from .scoring import accuracy
-from .tasks import PairSet, Task, load_task
+from .tasks import load_task
 from .unlearning import unlearn
 from .viz import circuit_svg, erasure_view
 
@@ -184,7 +185,7 @@ def run(
     with locked(config.out) if writes else contextlib.nullcontext():
         if writes:
             begin(config, made_from)
-        clock = Clock(config.out / "seconds.json", writes)
+        clock = Clock(config.out / "seconds.json")
         if on_plan:
             on_plan(plan(config, model, task))
         clock.lap("load")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TaskError
-from .models import HUB_HOST, is_hub_name, online
+from .models import HUB_HOST, first_line, is_hub_name, online
 
 ROLES = ("forget", "retain", "guard", "neighbour")
 SPLITS = ("train", "dev", "unseen")
@@ -189,8 +189,9 @@ def _dataset(name: str, place: Path) -> Iterator[Numbered]:
         else:
             found = datasets.load_dataset(name, config or None)
     except Exception as error:  # whatever the library raises of a strange file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TaskError(f"The data set {name!r} could not be loaded: {first}") from error
+        raise TaskError(
+            f"The data set {name!r} could not be loaded: {first_line(error)}"
+        ) from error
     if isinstance(found, dict):
         splits = ", ".join(map(str, found))
         if not split and len(found) > 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .artifacts import expect, is_leftover, read_json, write_json
 from .config import RunConfig
+from .distributed import rank
 from .errors import ArtifactError
 from .provenance import differences
 
@@ -76,10 +77,11 @@ def begin(config: RunConfig, made_from: dict[str, Any]) -> None:
 
 
 class Clock:
-    """Seconds per stage, added up in a file of their own over all goes at a run."""
+    """Seconds per stage, added up in a file of their own over all goes at a run; of several
+    processes the first one writes it."""
 
-    def __init__(self, file: Path, writes: bool = True) -> None:
-        self.file, self.writes, self.last = file, writes, time.perf_counter()
+    def __init__(self, file: Path) -> None:
+        self.file, self.last = file, time.perf_counter()
         self.seconds: dict[str, float] = read_json(file) if file.exists() else {}
         try:
             expect(self.seconds, {...: float}, "it")
@@ -91,5 +93,5 @@ class Clock:
         now = time.perf_counter()
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self.last, 2)
         self.last = now
-        if self.writes:
+        if rank() == 0:
             write_json(self.file, self.seconds)

@@ -25,7 +25,7 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     """Hash of names, dtypes, shapes and values, whatever the order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].contiguous()
+        value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -138,8 +138,5 @@ def test_the_table_is_these_faults():
     text = (HERE.parent / "docs" / "faults.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     for fault, parts in FAULTS.items():
-        shown = [
-            p.replace("(it is read-only|permission is denied)", "it is read-only") for p in parts
-        ]
-        row = f"| {' | '.join([fault.replace('_', ' '), *shown])} |".replace("(.+)", "...")
+        row = table_row(fault, parts)
         assert row in rows, row

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..models import LanguageModel, quiet
+from ..tensors import tensors_sha256
 from .base import Cells, Quantizer, affine, library
 
 ROW = 64
@@ -93,7 +93,7 @@ class Calibrated(Quantizer):
                 f"{self.name} needs at least {ROW} tokens of calibration prompts; "
                 f"got {len(tokens)}."
             )
-        key = (self.name, _digest(model), tuple(tokens))
+        key = (self.name, tensors_sha256(model.weights), tuple(tokens))
         if key not in _FITTED:
             while len(_FITTED) >= KEPT:
                 del _FITTED[next(iter(_FITTED))]
@@ -105,15 +105,6 @@ class Calibrated(Quantizer):
         raise ConfigError(f"{self.name} quantizes whole models; use quantize() and survival().")
 
     round_trip = cells  # pyright: ignore[reportAssignmentType]
-
-
-def _digest(model: LanguageModel) -> bytes:
-    """Equal where all weights are."""
-    digest = hashlib.sha256()
-    for name, weight in model.weights.items():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.digest()
 
 
 def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dict[str, Quantizer]:

@@ -9,7 +9,6 @@ import torch
 
 from ..models import LanguageModel
 from .base import Quantizer
-from .calibrated import Calibrated
 from .registry import get_quantizer
 
 
@@ -75,10 +74,10 @@ def survival(
     for name in before.linear_names:
         a, b = before.weights[name], after.weights[name]
         moved = (a != b).flatten()
-        # A calibrated quantizer re-codes layers that no edit touched.
-        if name not in layers[0] or not (moved.any() or isinstance(quantizer, Calibrated)):
+        first, second = (found.get(name) for found in layers)
+        # The same quantizer gives the same weight the same codes; a calibrated one need not.
+        if first is None or second is None or (first is second and not moved.any()):
             continue
-        first, second = (found[name] for found in layers)
         cells_a, cells_b = first.cells(a), second.cells(b)
         changed = cells_a.codes != cells_b.codes
         edited += int(moved.sum())
