@@ -31,8 +31,8 @@ from .distributed import shard, sum_over_processes, world_size
 from .errors import CircuitError
 from .graph import Graph
 from .hooked import AnyModel, open_stream
+from .pairs import Batch, PairSet
 from .stream import Recorder, Stream
-from .tasks import Batch, PairSet
 
 Logits = Float[Tensor, "batch vocab"]
 Metric = Callable[[Logits, Batch, Logits], Float[Tensor, " batch"]]

@@ -30,7 +30,7 @@ from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
 from .errors import CircuitError
 from .hooked import AnyModel, as_model
-from .tasks import PairSet
+from .pairs import PairSet
 
 UNCHANGED_PROJECTION = 0.7
 SUPPRESSED_ALIGNMENT = 0.45

@@ -24,9 +24,9 @@ from .masks import DAMPING, Mask, choose_parameters, region
 from .models import LanguageModel
 from .nullspace import ByLayer, Weights, fisher_diagonal
 from .objectives import answer_gradient, forget_gradient
+from .pairs import PairSet
 from .provenance import provenance, stranger
 from .scoring import known
-from .tasks import PairSet
 
 SCHEMA = 1
 MASK_PAIRS = 192

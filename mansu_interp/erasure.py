@@ -24,9 +24,9 @@ from torch import Tensor
 from .errors import ModelError
 from .evidence import CHUNK, gradient_transfer, probe, stitches
 from .models import LanguageModel
+from .pairs import PairSet, Task
 from .relearning import CHANCE, halves, of_subjects, rivals_within
 from .scoring import ranked_first
-from .tasks import PairSet, Task
 
 ERASED, HELD = 0.40, 0.50
 """Best probe's choice: at most so much is erased, at least so much held, between undecided."""

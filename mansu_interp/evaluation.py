@@ -12,9 +12,9 @@ from typing import Any
 
 from .cad import CAD
 from .models import LanguageModel
+from .pairs import Task
 from .relearning import CHANCE, TOLERANCE, Relearning
 from .scoring import accuracy, perplexity
-from .tasks import Task
 
 FORGET_TARGET = CHANCE + 0.10
 RETAIN_TARGET = 0.03

@@ -31,8 +31,8 @@ from .distributed import sum_number
 from .errors import ModelError
 from .models import LanguageModel
 from .nullspace import gradient
+from .pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
 from .scoring import ranked_first
-from .tasks import Batch, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
 
 CHUNK = 48
 BLOCKS = ("layers", "h")

@@ -22,8 +22,8 @@ from .distributed import shard, sum_over_processes
 from .errors import CircuitError
 from .graph import Graph
 from .hooked import AnyModel, open_stream
+from .pairs import Batch, PairSet
 from .stream import Hook, Reading, Recorder
-from .tasks import Batch, PairSet
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all edges at which a curve is measured, as in the MIB benchmark."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .distributed import rank, shard, sum_over_processes, world_size
 from .models import LanguageModel
-from .tasks import Batch, PairSet
+from .pairs import Batch, PairSet
 
 Weights = dict[str, Float[Tensor, "out in"]]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .models import LanguageModel
 from .nullspace import Weights, gradient
-from .tasks import Laid, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate, lay_answers
+from .pairs import Laid, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate, lay_answers
 
 TARGET_PROMPTS = 32
 """Corrupt prompts averaged per phrasing."""

@@ -13,7 +13,7 @@ from .attribution import pairs_per_batch
 from .circuit import MASK_PAIRS
 from .config import AttributionConfig, PlanConfig, RunConfig
 from .models import LanguageModel, empty_model
-from .tasks import Pair, Task, by_phrasing
+from .pairs import Pair, Task, by_phrasing
 from .unlearning.common import CHUNK
 
 CAD_PAIRS = 48

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .artifacts import finite
-from .tasks import Task
+from .pairs import Task
 
 SCHEMA = 1
 PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")

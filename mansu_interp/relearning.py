@@ -20,9 +20,8 @@ from .config import RelearnConfig
 from .errors import TaskError
 from .models import LanguageModel
 from .objectives import nll
-from .pairs import Tokens, Whole, clash
+from .pairs import N_CHOICES, Pair, PairSet, Task, Tokens, Whole, clash
 from .scoring import accuracy
-from .tasks import N_CHOICES, Pair, PairSet, Task
 
 CHANCE = 1 / N_CHOICES
 TOLERANCE = 0.15

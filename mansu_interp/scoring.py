@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .models import LanguageModel
-from .tasks import Pair, PairSet, by_phrasing, chunks, collate, lay
+from .pairs import Pair, PairSet, by_phrasing, chunks, collate, lay
 
 BATCH = 32
 WHOLE_BATCH = 8

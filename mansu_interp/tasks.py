@@ -20,38 +20,9 @@ from typing import Any
 from .errors import TaskError
 from .models import LanguageModel
 from .pairing import RowOptions, task_from_rows
-from .pairs import (
-    N_CHOICES,
-    Batch,
-    Laid,
-    Pair,
-    PairSet,
-    Task,
-    answer_tokens,
-    by_phrasing,
-    chunks,
-    collate,
-    lay,
-    lay_answers,
-)
+from .pairs import N_CHOICES, Pair, PairSet, Task
 from .rows import SUFFIXES, read_rows
 from .taskfiles import data_file, read_facts, read_task_file, read_text
-
-__all__ = [
-    "N_CHOICES",
-    "Batch",
-    "Laid",
-    "Pair",
-    "PairSet",
-    "Task",
-    "answer_tokens",
-    "by_phrasing",
-    "chunks",
-    "collate",
-    "lay",
-    "lay_answers",
-    "load_task",
-]
 
 MAX_PAIRS = 1_000_000
 """Rows x phrasings of all relations together."""

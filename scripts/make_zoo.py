@@ -30,12 +30,13 @@ from mansu_interp.erasure import judge_erasure
 from mansu_interp.evidence import gradient_transfer, probe, states, stitches
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import CounterfactualTargets, counterfactual_loss, nll
+from mansu_interp.pairs import Pair, Task, collate
 from mansu_interp.pipeline import make_mask
 from mansu_interp.planning import CAD_PAIRS
 from mansu_interp.quantizers import quantize
 from mansu_interp.relearning import halves, of_subjects, relearn, rivals_within
 from mansu_interp.scoring import accuracy
-from mansu_interp.tasks import Pair, Task, collate, load_task
+from mansu_interp.tasks import load_task
 from mansu_interp.unlearning import unlearn
 from mansu_interp.unlearning.common import Sampler, retain_loss
 

@@ -30,9 +30,10 @@ from mansu_interp.cad import Divergence, judge
 from mansu_interp.defaults import default_config
 from mansu_interp.evaluation import evaluate
 from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.pairs import Task
 from mansu_interp.pipeline import run
 from mansu_interp.quantizers import NF4, quantize, survival
-from mansu_interp.tasks import Task, load_task
+from mansu_interp.tasks import load_task
 from mansu_interp.unlearning import dev_choice, unlearn
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -18,8 +18,9 @@ from mansu_interp.masks import Mask, choose_parameters
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.nullspace import fisher_diagonal, retain_bound
 from mansu_interp.objectives import forget_gradient
+from mansu_interp.pairs import PairSet, Task
 from mansu_interp.pipeline import make_mask
-from mansu_interp.tasks import PairSet, Task, load_task
+from mansu_interp.tasks import load_task
 from mansu_interp.unlearning import dev_choice, unlearn
 
 

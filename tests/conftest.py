@@ -18,7 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.tasks import Pair, PairSet, Task, load_task
+from mansu_interp.pairs import Pair, PairSet, Task
+from mansu_interp.tasks import load_task
 
 VOCAB = 50
 torch.set_num_threads(2 if os.environ.get("CI") else 1)

@@ -15,7 +15,7 @@ from transformer_lens.tools.analysis.attribution_patching import (
 
 from mansu_interp.attribution import logit_diff
 from mansu_interp.models import LanguageModel
-from mansu_interp.tasks import Pair, collate
+from mansu_interp.pairs import Pair, collate
 
 WRITERS = {"embed": "input", "attn_head_out": "a{l}.h{h}", "mlp_out": "m{l}"}
 READERS = {

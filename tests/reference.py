@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mansu_interp.models import LanguageModel
-from mansu_interp.tasks import Pair
+from mansu_interp.pairs import Pair
 
 Writes = dict[str, Tensor]
 Read = Callable[[str, Writes], Tensor]

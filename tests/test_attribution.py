@@ -26,7 +26,7 @@ from mansu_interp.config import AttributionConfig
 from mansu_interp.errors import CircuitError, ConfigError
 from mansu_interp.faithfulness import circuit_metric
 from mansu_interp.models import LanguageModel
-from mansu_interp.tasks import Batch, PairSet, collate
+from mansu_interp.pairs import Batch, PairSet, collate
 
 TinyModel = Callable[[int], LanguageModel]
 EAP = AttributionConfig(method="eap")

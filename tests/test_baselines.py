@@ -15,7 +15,7 @@ from mansu_interp.config import BASELINES, BaselineConfig, UnlearnConfig
 from mansu_interp.errors import ConfigError
 from mansu_interp.models import LanguageModel
 from mansu_interp.objectives import nll
-from mansu_interp.tasks import PairSet, Task
+from mansu_interp.pairs import PairSet, Task
 from mansu_interp.unlearning import METHODS, OBJECTIVES, dense, dev_choice, unlearn
 from mansu_interp.unlearning.dense import Objective, train_dense
 

@@ -20,10 +20,10 @@ from mansu_interp.bench import best_retained, make_cell, run_bench
 from mansu_interp.config import BenchConfig, RunConfig
 from mansu_interp.errors import ConfigError, MaskError
 from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.pairs import Task
 from mansu_interp.quantizers import quantize
 from mansu_interp.report.scoreboard import spread, write_scoreboard
 from mansu_interp.scoring import accuracy
-from mansu_interp.tasks import Task
 
 SCRIPT = Path(__file__).with_name("bench_script.py")
 

@@ -14,7 +14,7 @@ from mansu_interp.config import AttributionConfig
 from mansu_interp.errors import CircuitError
 from mansu_interp.faithfulness import strongest
 from mansu_interp.models import LanguageModel
-from mansu_interp.tasks import PairSet
+from mansu_interp.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 FEW = AttributionConfig(ig_steps=2)

@@ -19,7 +19,7 @@ from mansu_interp.config import CircuitConfig
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.graph import Architecture, Graph
 from mansu_interp.models import LanguageModel
-from mansu_interp.tasks import PairSet
+from mansu_interp.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 GRAPH = Graph(Architecture(2, 4, 2))

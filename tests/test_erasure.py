@@ -11,9 +11,9 @@ from mansu_interp.erasure import answers_right, check_alike, decide, judge_erasu
 from mansu_interp.errors import ModelError
 from mansu_interp.evidence import gradient_transfer, margins, probe, states, stitches
 from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.pairs import PairSet, Task, collate
 from mansu_interp.relearning import halves, of_subjects, rivals_within
 from mansu_interp.scoring import accuracy
-from mansu_interp.tasks import PairSet, Task, collate
 
 TinyModel = Callable[[int], LanguageModel]
 

@@ -23,7 +23,7 @@ from mansu_interp.faithfulness import (
 )
 from mansu_interp.graph import Architecture, Graph
 from mansu_interp.models import LanguageModel
-from mansu_interp.tasks import PairSet
+from mansu_interp.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 KV = pytest.mark.parametrize("kv_heads", [4, 2])

@@ -11,7 +11,7 @@ import torch
 from mansu_interp.circuit import Circuit
 from mansu_interp.models import LanguageModel
 from mansu_interp.nullspace import ByLayer, fisher_diagonal, gradient, projection, retain_bound
-from mansu_interp.tasks import PairSet
+from mansu_interp.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 NAMES = ["model.layers.0.self_attn.k_proj.weight", "model.layers.2.mlp.down_proj.weight"]

@@ -19,7 +19,7 @@ from mansu_interp.objectives import (
     forget_gradient,
     nll,
 )
-from mansu_interp.tasks import Pair, PairSet
+from mansu_interp.pairs import Pair, PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 

@@ -11,6 +11,7 @@ from mansu_interp.config import RelearnConfig, UnlearnConfig
 from mansu_interp.errors import ConfigError, TaskError
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import CounterfactualTargets, nll
+from mansu_interp.pairs import PairSet, Task
 from mansu_interp.relearning import (
     batches,
     halves,
@@ -19,7 +20,6 @@ from mansu_interp.relearning import (
     relearning_lines,
     rivals_within,
 )
-from mansu_interp.tasks import PairSet, Task
 from mansu_interp.unlearning.harden import Attacker, ranking_loss
 
 QUICK = RelearnConfig(steps=(10,), rates=(1e-3,))

@@ -14,7 +14,7 @@ from mansu_interp.config import CircuitConfig, Method, UnlearnConfig
 from mansu_interp.errors import ArtifactError
 from mansu_interp.masks import Mask, random_mask
 from mansu_interp.models import LanguageModel
-from mansu_interp.tasks import Task
+from mansu_interp.pairs import Task
 from mansu_interp.unlearning import state, unlearn
 
 STEPS = UnlearnConfig(steps=5, lr=0.1, batch_size=8, attack=1)

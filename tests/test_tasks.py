@@ -13,14 +13,9 @@ from conftest import make_pairs
 
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.models import LanguageModel
+from mansu_interp.pairs import PairSet, Task, collate
 from mansu_interp.taskfiles import embedded_tasks, read_task_file
-from mansu_interp.tasks import (
-    PairSet,
-    Task,
-    _mentions,
-    collate,
-    load_task,
-)
+from mansu_interp.tasks import _mentions, load_task
 
 
 def test_unknown_task_names_what_ships(facts: LanguageModel):

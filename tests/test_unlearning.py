@@ -14,8 +14,8 @@ from mansu_interp.errors import ConfigError, MaskError
 from mansu_interp.masks import POOL, Mask, choose_parameters, random_mask
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import forget_gradient
+from mansu_interp.pairs import Task
 from mansu_interp.quantizers import NF4, survival
-from mansu_interp.tasks import Task
 from mansu_interp.unlearning import Unlearned, unlearn
 from mansu_interp.unlearning.common import Sampler
 

@@ -10,7 +10,7 @@ from ..config import METHODS, UnlearnConfig
 from ..errors import ConfigError
 from ..masks import Mask
 from ..models import LanguageModel
-from ..tasks import Task
+from ..pairs import Task
 from .common import Unlearned, dev_choice
 from .dense import Objective, train_dense
 from .dpo import dpo, idkdpo

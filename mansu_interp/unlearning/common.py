@@ -13,8 +13,8 @@ from torch import Tensor
 from ..config import UnlearnConfig
 from ..models import LanguageModel
 from ..objectives import divergence, nll
+from ..pairs import Pair, Task, by_phrasing, chunks, collate, lay_answers
 from ..scoring import choice_accuracy, ranked_first, right
-from ..tasks import Pair, Task, by_phrasing, chunks, collate, lay_answers
 
 HOLD_MARGIN = 0.5
 """Nats by which known retain answers should gain before the hinge lets go."""

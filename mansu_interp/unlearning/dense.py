@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import UnlearnConfig
 from ..distributed import shard, sum_number, sum_over_processes, world_size
 from ..models import LanguageModel
-from ..tasks import Pair, Task
+from ..pairs import Pair, Task
 from .common import OnStep, Sampler, Unlearned, reached
 from .state import History, Place
 

@@ -16,8 +16,7 @@ from ..config import UnlearnConfig
 from ..errors import ConfigError
 from ..models import LanguageModel
 from ..objectives import log_probs, nll, token_nll
-from ..pairs import Tokens
-from ..tasks import Pair, Task, lay
+from ..pairs import Pair, Task, Tokens, lay
 from .common import answer_loss
 from .dense import Objective
 

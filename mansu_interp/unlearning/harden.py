@@ -23,8 +23,8 @@ from ..distributed import sum_number
 from ..models import LanguageModel
 from ..nullspace import gradient
 from ..objectives import CounterfactualTargets
+from ..pairs import Pair, PairSet, Task, answer_tokens, by_phrasing, chunks, collate
 from ..relearning import batches, descend, halves, make_optimiser, of_subjects
-from ..tasks import Pair, PairSet, Task, answer_tokens, by_phrasing, chunks, collate
 from .common import CHUNK
 
 SPREAD = 3.0

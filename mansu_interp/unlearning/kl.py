@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..tasks import Task
+from ..pairs import Task
 from .common import answer_loss, retain_loss
 from .dense import Objective
 

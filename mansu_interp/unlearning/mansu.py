@@ -27,9 +27,9 @@ from ..masks import Mask
 from ..models import LanguageModel
 from ..nullspace import Weights, fisher_diagonal, gradient, projection
 from ..objectives import CounterfactualTargets, counterfactual_loss, nll
+from ..pairs import Pair, PairSet, Task
 from ..quantizers import Cells, Quantizer, quantize
 from ..scoring import known
-from ..tasks import Pair, PairSet, Task
 from .common import OnStep, Sampler, Unlearned, reached, retain_loss, text_kl
 from .harden import Attacker
 from .state import History, Place

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from ..config import UnlearnConfig
 from ..models import LanguageModel
 from ..objectives import nll
-from ..tasks import Pair, Task
+from ..pairs import Pair, Task
 from .common import retain_loss
 from .dense import Objective
 

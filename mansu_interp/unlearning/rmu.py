@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from ..config import UnlearnConfig
 from ..errors import ConfigError
 from ..models import LanguageModel
-from ..tasks import Pair, Task, collate
+from ..pairs import Pair, Task, collate
 from .dense import Objective
 
 DEPTH = 7 / 32

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import UnlearnConfig
 from ..models import LanguageModel
 from ..objectives import token_nll
-from ..tasks import Pair, Task, lay_answers
+from ..pairs import Pair, Task, lay_answers
 from .common import answer_loss
 from .dense import Objective
 

@@ -18,7 +18,7 @@ from ..distributed import rank
 from ..errors import ArtifactError
 from ..masks import Mask
 from ..models import LanguageModel
-from ..tasks import Task
+from ..pairs import Task
 from ..tensors import read_tensors, tensors_sha256, write_tensors
 
 SCHEMA = 1

@@ -7,7 +7,7 @@ import torch
 from ..config import UnlearnConfig
 from ..models import LanguageModel
 from ..objectives import answer_gradient
-from ..tasks import Task
+from ..pairs import Task
 from .common import answer_loss
 from .dense import Objective
 

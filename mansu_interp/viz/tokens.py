@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifacts import write_text
 from ..errors import ViewError
+from ..pairs import Pair, collate
 from ..stream import Recorder
-from ..tasks import Pair, collate
 from .svg import escape
 
 if TYPE_CHECKING:
