@@ -36,7 +36,7 @@ from .pairs import PairSet, Task
 from .planning import CAD_PAIRS, Plan, plan
 from .provenance import provenance
 from .quantizers import Quantizer, get_quantizer, quantize, survival
-from .relearning import Relearning, relearn
+from .relearning import Relearning, relearn, scored_halves
 from .report import model_card, write_report
 from .runfolder import Clock, begin, check_folder, config_json, deciding
 from .scoring import accuracy
@@ -180,6 +180,8 @@ def run(
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
+    if config.relearn_steps:
+        scored_halves(task, config.seed)
     made_from = provenance(model, config.seed, deciding(config_json(config)), task)
     writes = rank() == 0
     with locked(config.out) if writes else contextlib.nullcontext():

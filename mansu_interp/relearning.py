@@ -119,6 +119,30 @@ def rivals_within(pairs: PairSet) -> PairSet:
     return PairSet(pairs.name, tuple(out))
 
 
+def scored_halves(
+    task: Task, seed: int, split: str = "unseen"
+) -> tuple[list[PairSet], list[PairSet]]:
+    """The scored forget prompts of half A and of half B, a set per label.
+
+    Raises:
+        TaskError: fewer than two forget subjects, no phrasing in the split, or a label whose
+            scored prompts all fall into one half.
+    """
+    scored = {label: s for label, s in task.scored[split]["forget"].items() if len(s)}
+    if not scored:
+        raise TaskError(f"Task {task.name!r} has no {split} phrasing of what is forgotten.")
+    both = halves(task.forget, seed)
+    for label, prompts in scored.items():
+        if any(half.isdisjoint(p.subject for p in prompts) for half in both):
+            raise TaskError(
+                f"Relearning asks for one half of the forget subjects after training on the other, "
+                f"but the {len(prompts)} scored prompts of {label!r} all fall into one half. Score "
+                "more with --score-pairs; a run can also leave the attack out, --relearn-steps 0."
+            )
+    known, asked = ([rivals_within(of_subjects(s, half)) for s in scored.values()] for half in both)
+    return known, asked
+
+
 def batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[Pair]]:
     """Endless seeded batches; every pair comes once before any comes again."""
     rng = random.Random(seed)
@@ -169,13 +193,9 @@ def relearn(
         TaskError: fewer than two forget subjects, or no phrasing in the split.
     """
     config = config or RelearnConfig()
-    first, second = halves(task.forget, config.seed)
-    scored = [s for s in task.scored[split]["forget"].values() if len(s)]
-    if not scored:
-        raise TaskError(f"Task {task.name!r} has no {split} phrasing of what is forgotten.")
+    first, _ = halves(task.forget, config.seed)
     train = of_subjects(task.forget, first)
-    asked = [rivals_within(of_subjects(s, second)) for s in scored]
-    known = [rivals_within(of_subjects(s, first)) for s in scored]
+    known, asked = scored_halves(task, config.seed, split)
 
     def measure(attacked: LanguageModel, rate: float, steps: int) -> Point:
         found = [accuracy(attacked, s) for s in asked]

@@ -36,6 +36,15 @@ def test_halves_are_disjoint_seeded_and_by_subject(capitals: Task):
         halves(capitals.forget[:1], 0)
 
 
+def test_both_halves_must_be_scored(capitals: Task):
+    """Few scored prompts can all be about half A: that is said before the attack."""
+    first, _ = halves(capitals.forget, 0)
+    scored = {"few": of_subjects(capitals.forget, first).sample(3, 0)}
+    task = replace(capitals, scored={"dev": {"forget": scored}})
+    with pytest.raises(TaskError, match="3 scored prompts of 'few' all fall into one half"):
+        relearn(load_model(capitals.twins[0]), task, QUICK, "dev")
+
+
 def test_rivals_are_the_halfs_own_answers(capitals: Task):
     _, second = halves(capitals.forget, 0)
     asked = rivals_within(of_subjects(capitals.forget, second))
