@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -100,9 +101,9 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def same(folder: Path) -> bool:
+def same(folder: Path, whole: str = "whole") -> bool:
     """Whether a finished run is the uninterrupted one, byte for byte."""
-    ours, theirs = folder / "run", ROOT / "whole" / "run"
+    ours, theirs = folder / "run", ROOT / whole / "run"
     return files(ours) == files(theirs) and all(
         (ours / f).read_bytes() == (theirs / f).read_bytes()
         for f in files(theirs)
@@ -110,12 +111,14 @@ def same(folder: Path) -> bool:
     )
 
 
-def told(folder: Path, first: Any, after: Callable[[], Any]) -> dict[str, Any]:
+def told(
+    folder: Path, first: Any, after: Callable[[], Any], whole: str = "whole"
+) -> dict[str, Any]:
     """What a fault left, and whether the next go ends as if there had been none."""
     kept = files(folder / "run")
     second = after()
     return {"status": first[0], "said": first[1], "kept": kept, "then": second[0],
-            "then_said": second[1], "same": same(folder)}  # fmt: skip
+            "then_said": second[1], "same": same(folder, whole)}  # fmt: skip
 
 
 def killed() -> dict[str, Any]:
@@ -196,6 +199,32 @@ def two_at_once() -> dict[str, Any]:
     return {**told(folder, first, lambda: go(folder)), "pid": child}
 
 
+def memory() -> dict[str, Any] | None:
+    """Discovery with too little memory; then, under the same limit, as the message advises."""
+    folder, status = ROOT / "memory", Path("/proc/self/status")
+    if not status.exists():
+        return None
+
+    def hook() -> None:
+        """Leave 150 MB from where discovery begins."""
+        begin = pipeline.plan
+
+        def then(*given: Any) -> Any:
+            made = begin(*given)
+            used = re.search(r"VmData:\s+(\d+) kB", status.read_text())
+            assert used
+            limit = int(used[1]) * 1024 + 150_000_000
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+            return made
+
+        pipeline.plan = then
+
+    many = "--circuit.pairs 256 --circuit.batch-size "
+    go(ROOT / "enough", more=many + "4")
+    first = go(folder, hook, many + "256")
+    return told(folder, first, lambda: go(folder, hook, many + "4"), "enough")
+
+
 def truncated() -> dict[str, Any]:
     """Each artefact of a run that is not finished, cut short; then deleted."""
     whole, out = ROOT / "begun", {}
@@ -228,7 +257,9 @@ def another_model() -> dict[str, Any]:
     return {"status": first[0], "said": first[1], "kept": files(folder / "run")}
 
 
-FAULTS = "killed file_limit disk_full read_only interrupted two_at_once truncated another_model"
+FAULTS = (
+    "killed file_limit disk_full read_only interrupted two_at_once memory truncated another_model"
+)
 
 if __name__ == "__main__":
     ROOT = Path(sys.argv[1]).resolve()

@@ -53,6 +53,14 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         WRITE.format("", "(it is read-only|permission is denied)"),
         "nothing was begun",
     ),
+    "memory": (
+        "RLIMIT_DATA leaves 150 MB when discovery begins, with --circuit.batch-size 256",
+        "Out of memory while discovering the circuit. Run it again in the same folder with a "
+        "smaller --circuit.batch-size (now 256) or a --circuit.memory-gb. What was finished before "
+        "is kept.",
+        "everything; with --circuit.batch-size 4, under the same limit, the run goes on and ends "
+        "the same as one that had enough",
+    ),
     "circuit.json": (
         "cut to two thirds",
         "RUN/circuit.json cannot be read as JSON: (.+)",
@@ -109,7 +117,7 @@ def pattern(fault: str) -> str:
 def test_one_clear_line_and_the_rest_is_kept(found: dict[str, Any], fault: str):
     seen = found[fault]
     if seen is None:
-        pytest.skip("needs the right to mount a file system")
+        pytest.skip("needs Linux, and the right to mount a file system")
     (line,) = seen["said"]
     assert re.fullmatch(pattern(fault), line), line
     assert seen["status"] == (130 if fault == "interrupted" else 1)
