@@ -3,7 +3,9 @@
 An edited weight must leave its cell in every quantizer of the set, and change no group's scale in
 any of them. Upwards it therefore lands at least on the farthest of the next levels above, which is
 beyond its own cell by half a cell of the coarsest quantizer and by more of the others; downwards
-likewise. For one quantizer that is the neighbouring level, where the quantized model lands too.
+likewise. For one quantizer that is the neighbouring level, where the quantized model lands too. A
+weight that wants to go farther lands on a level of the quantizer whose cells are widest there: that
+one would change the edit most, and now does not; the others change it by half a finer cell at most.
 
 Every condition is checked on the values as the checkpoint stores them, and again with original and
 edit both rounded to bfloat16 and to float16: the guarantee also holds between the two checkpoints
@@ -64,23 +66,34 @@ class Floor:
     """No edit may lie at or below this."""
     highest: Float[Tensor, " n"]
     """No edit may lie at or above this."""
-    first: Cells
-    """The cells of the first quantizer of the set that touches this weight."""
+    own: tuple[Cells, ...]
+    """The cells of every quantizer of the set that touches this weight."""
     dtype: torch.dtype
     """Of the checkpoint."""
+
+    @property
+    def span(self) -> Float[Tensor, " n"]:
+        """Half the range of the levels of the quantizer with the widest cells on average."""
+        widest = torch.stack([g.width for g in self.own]).argmax(0)
+        return torch.stack([g.span for g in self.own]).gather(0, widest[None])[0]
 
     def land(self, wanted: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """Where weights end that would like to be at some values.
 
         A weight moves once the wanted value lies outside its own cell in every quantizer: to the
-        first quantizer's level nearest to it, or to the nearest admissible value if that is
-        farther.
+        level around it whose cell is the widest of the set's, or to the nearest admissible value
+        if that is farther.
 
         Returns:
             Values as stored, and which weights move; the values of the others mean nothing.
         """
-        codes = self.first.encode(wanted).clamp(1, len(self.first.levels) - 2)
-        level = self.first.value(codes).to(self.dtype).float()
+        codes = [g.encode(wanted).clamp(1, len(g.levels) - 2) for g in self.own]
+        both = list(zip(self.own, codes, strict=True))
+        widths = torch.stack([g.edge(c) - g.edge(c - 1) for g, c in both])
+        levels = torch.stack([g.value(c) for g, c in both])
+        apart = (levels - wanted).abs()  # of equally wide cells the nearer level
+        chosen = torch.where(widths == widths.amax(0), apart, torch.inf).argmin(0)
+        level = levels.gather(0, chosen[None])[0].to(self.dtype).float()
         inside = (level > self.lowest) & (level < self.highest)
         above, below = wanted > self.leave_up, wanted < self.leave_down
         value = torch.where(above, self.up, self.down)
@@ -101,7 +114,7 @@ def floor(
 
     Arguments:
         weight: as loaded, in float32.
-        survive: the set; the first is the one whose levels are landed on.
+        survive: the set; its order means nothing.
         dtype: of the checkpoint.
         index: flat positions of the elements wanted; default: all.
         narrow: dtypes that both checkpoints may be saved in later.
@@ -135,7 +148,7 @@ def floor(
         torch.stack([g.edge(g.codes - 1) for g in own]).amin(0),
         lowest,
         highest,
-        own[0],
+        tuple(own),
         dtype,
     )
 

@@ -81,6 +81,34 @@ def test_a_larger_set_steps_at_least_as_far_and_refuses_at_least_as_often():
     assert (floor_step(before, slope * 0, "nf4") == 0).all()
 
 
+def test_a_far_wish_lands_on_the_level_of_the_widest_cell():
+    before = weight(torch.float32)
+    names = ("nf4", "fp4")
+    where = floor(before, names, narrow=())
+    grids = [get_quantizer(n).cells(before) for n in names]
+    wanted = before.flatten() + 0.7 * grids[0].span * before.flatten().sign().neg()
+    value, moved = where.land(wanted)
+    far = moved & (value != where.up) & (value != where.down)
+    assert far.float().mean() > 0.5
+    codes = [g.encode(wanted) for g in grids]
+    widths = [g.edge(c) - g.edge(c - 1) for g, c in zip(grids, codes, strict=True)]
+    inner = far & widths[0].isfinite() & widths[1].isfinite()
+    nf4_is_wider = inner & (widths[0] > widths[1])
+    fp4_is_wider = inner & (widths[1] > widths[0])
+    assert nf4_is_wider.any() and fp4_is_wider.any()
+    assert torch.equal(value[nf4_is_wider], grids[0].value(codes[0])[nf4_is_wider])
+    assert torch.equal(value[fp4_is_wider], grids[1].value(codes[1])[fp4_is_wider])
+
+
+def test_the_order_of_the_set_means_nothing():
+    before = weight(torch.bfloat16)
+    one, other = (floor(before, s, torch.bfloat16) for s in (SETS[2], SETS[2][::-1]))
+    assert torch.equal(one.span, other.span)
+    wanted = before.flatten() + one.span * torch.linspace(-1, 1, before.numel())
+    for a, b in zip(one.land(wanted), other.land(wanted), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 def test_a_wish_within_the_cell_of_one_of_the_set_moves_nothing():
     before = weight(torch.float32)
     where = floor(before, ("nf4", "q8_0"))

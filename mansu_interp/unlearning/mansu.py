@@ -74,7 +74,7 @@ class Snapper:
         for name, index in mask.indices.items():
             where = floor(model.weights[name], survive, model.saved_dtype, index)
             original = model.weights[name].flatten()[index].clone()
-            scale = where.first.span
+            scale = where.span
             self.latents[name] = _Latent(
                 index,
                 original,
