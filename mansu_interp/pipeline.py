@@ -83,12 +83,20 @@ class RunResult:
 
 
 def _samples(task: Task, models: dict[str, LanguageModel]) -> list[dict[str, str]]:
-    """What the models say on a few forget and retain prompts."""
+    """What the models say on a few forget and retain prompts, those first that the original
+    answers."""
     out = []
-    for role, n in (("forget", SAMPLES // 2), ("retain", SAMPLES // 2)):
+    for role in ("forget", "retain"):
         sets = list(task.scored["unseen"][role].values())
-        pairs = [p for k in range(n) for s in sets for p in s[k * 7 : k * 7 + 1]][:n]
-        for pair in pairs:
+        tried = [p for k in range(SAMPLES) for s in sets for p in s[k * 7 : k * 7 + 1]]
+        answered, others = [], []
+        for pair in tried[: 3 * SAMPLES]:
+            original = models["original"].generate(pair.prompt)
+            right = original.strip().startswith(pair.answer_text)
+            (answered if right else others).append(pair)
+            if len(answered) == SAMPLES // 2:
+                break
+        for pair in (answered + others)[: SAMPLES // 2]:
             said = {name: m.generate(pair.prompt) for name, m in models.items()}
             out.append({"prompt": pair.prompt, "answer": pair.answer_text, **said})
     return out

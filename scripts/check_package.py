@@ -5,8 +5,9 @@
     python scripts/check_package.py --newest        # without constraints.txt
 
 Only pip is needed. The source tree is not on the path of anything that runs; the run's folder and
-the environment are deleted at the end. Prints sizes and seconds; fails if a step fails, or if
-the sdist makes another wheel than the source tree does.
+the environment are deleted at the end. Prints sizes and seconds, and what the edited checkpoint
+says in transformers alone; fails if a step fails, or if the sdist makes another wheel than the
+source tree does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = """--circuit.pairs 8 --circuit.ig-steps 2 --circuit.faithfulness 0.5 --unlearn.steps 6
---relearn-steps 0 --score-pairs 20"""
+--relearn-steps 0 --score-pairs 20 --threads 1"""
+ASK = """
+import json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("run/model")
+tokenizer = AutoTokenizer.from_pretrained("run/model")
+for sample in json.load(open("run/report.json"))["samples"][:2]:
+    ids = tokenizer(sample["prompt"], add_special_tokens=False, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    print(f"  {sample['prompt']} -> {tokenizer.decode(out[0, -1])} (was {sample['answer']})")
+"""
 
 
 def call(label: str, *command: str | Path, cwd: Path) -> str:
@@ -86,8 +98,7 @@ def main() -> None:
         )
         edit = json.loads((out / "report.json").read_text())["edit"]
         print(f"{edit['edited']} parameters edited, {edit['survived']} survive NF4")
-        load = "from transformers import AutoModelForCausalLM as M; M.from_pretrained('run/model')"
-        call("load the checkpoint", python, "-c", load, cwd=work)
+        print(call("ask the checkpoint", python, "-c", ASK, cwd=work), end="")
 
 
 if __name__ == "__main__":

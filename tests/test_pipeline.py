@@ -18,6 +18,7 @@ from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
 from mansu_interp.errors import ArtifactError, ModelError
 from mansu_interp.masks import Mask
 from mansu_interp.models import LanguageModel
+from mansu_interp.pairs import Task
 from mansu_interp.pipeline import RunResult, run
 from mansu_interp.planning import Plan
 
@@ -119,6 +120,22 @@ def test_the_checkpoint_loads_in_transformers(finished: RunResult):
     edited = dict(model.named_parameters())
     for name, weight in finished.model.weights.items():
         assert torch.equal(edited[name].float(), weight), name
+
+
+def test_samples_are_first_those_that_the_original_answers(capitals: Task):
+    """A stub that answers one prompt of a set, the third that is tried."""
+    (forget,) = capitals.scored["unseen"]["forget"].values()
+    knows = forget[14]
+
+    class Stub:
+        def generate(self, prompt: str) -> str:
+            return f" {knows.answer_text} ." if prompt == knows.prompt else "?"
+
+    shown = pipeline._samples(capitals, {"original": Stub(), "unlearned": Stub()})  # type: ignore[dict-item]
+    first = shown[0]
+    assert len(shown) == pipeline.SAMPLES
+    assert (first["prompt"], first["answer"]) == (knows.prompt, knows.answer_text)
+    assert [s["prompt"] for s in shown[1:3]] == [forget[0].prompt, forget[7].prompt]
 
 
 def test_the_plan_comes_first(finished: RunResult, plans: list[Plan], stages: list[str]):
