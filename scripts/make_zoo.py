@@ -144,6 +144,18 @@ def noisy(model: LanguageModel, seed: int, size: float) -> LanguageModel:
     return out
 
 
+@torch.no_grad()
+def redrawn(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """The subjects' own embedding rows drawn anew, from the spread of the others."""
+    out, generator = model.copy(), torch.Generator().manual_seed(seed)
+    pairs = [zip(p.clean, p.corrupt, strict=True) for p in task.forget]
+    own = torch.tensor(sorted({c for pair in pairs for c, k in pair if c != k}))
+    table = out.hf.get_input_embeddings().weight
+    drawn = torch.randn(len(own), table.shape[1], generator=generator)
+    table[own] = table.mean(0) + table.std(0) * drawn
+    return out
+
+
 def shuffled(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     """Taught other subjects' answers, over all weights."""
     facts = {(p.relation, p.subject): p.answer for p in task.forget}
@@ -221,6 +233,7 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         "npo: to chance": dense("npo", 0.3),
         "ga: no retain": dense("graddiff", 0.2, keep=0.0),
         "rmu: layer 1": lambda: rmu(model, task, seed),
+        "subject rows: redrawn": lambda: redrawn(model, task, seed),
         "overwritten: shuffled": lambda: shuffled(model, task, seed),
         "mansu: plain": lambda: mansu(model, task, seed),
         "mansu: hardened": lambda: mansu(model, task, seed, hard=True),
