@@ -129,7 +129,6 @@ def make_report() -> dict[str, Any]:
                 "unlearned nf4": " Oslo.",
             }
         ],
-        "seconds": {"discover": 1.2, "unlearn": 65.4, "compare": 12.0},
     }
 
 
@@ -193,7 +192,7 @@ def test_every_section_and_number_is_in_both_renderings(svg: str) -> None:
     wanted = [
         "Forget the capitals of countries", "3 of 4 properties hold", "0.287", "−0.007", "28.7%",
         "25.0%", "99.0%", "1,612", "0.088%", "0.500%", "1.17", "87.1%", "not calibrated", "0.410",
-        "mansu run --model facts", "1 min 05 s", "1 min 19 s", "2.13.0", "9f2c41d07b", "0.830",
+        "mansu run --model facts", "2.13.0", "9f2c41d07b", "0.830",
         "undecided", "pass", "fail", "twin (never taught)", "the model does not know it",
     ]  # fmt: skip
     for needle in wanted:
@@ -246,7 +245,7 @@ def test_hostile_text_is_escaped_wherever_it_stands(hostile: str, svg: str) -> N
 
 def test_hostile_keys_are_escaped(svg: str) -> None:
     report = make_report()
-    for section in ("versions", "config", "seconds", "perplexity"):
+    for section in ("versions", "config", "perplexity"):
         report[section] = {f"{HOSTILE[0]}{HOSTILE[3]}": 1.0}
     report["scores"][0]["models"] = {HOSTILE[0]: {HOSTILE[3]: 0.5}}
     page = parsed(render_html(report, svg))

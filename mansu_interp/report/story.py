@@ -14,7 +14,6 @@ from typing import Any
 from ..viz import curve_svg, lines_svg
 from .values import (
     count,
-    duration,
     figure,
     get,
     items,
@@ -312,10 +311,6 @@ def sections(report: Mapping[str, Any], svg: str = "") -> list[Section]:
     samples = items(get(report, "samples"))
     columns = list(dict.fromkeys(k for s in samples for k, _ in pairs(s)))
     rows = [[text_of(get(s, c)).strip() for c in columns] for s in samples]
-    seconds = pairs(get(report, "seconds"))
-    times = [[stage, duration(s)] for stage, s in seconds]
-    times.append(["all", duration(sum(number(s) or 0.0 for _, s in seconds))])
-    spent = [Section("Time spent", [Table(["stage", "time"], times)])] if seconds else []
     return [
         Section("Four properties", [Cards(items(get(report, "properties")))]),
         Section("Circuit attribution divergence (CAD)", [*_cad(report), *_graph(report)]),
@@ -325,7 +320,6 @@ def sections(report: Mapping[str, Any], svg: str = "") -> list[Section]:
         Section("The circuit", _circuit(report, svg)),
         Section("Samples", [Table(columns, rows, words=len(columns))] if rows else ["None."]),
         Section("How to reproduce", _reproduce(report)),
-        *spent,
     ]
 
 

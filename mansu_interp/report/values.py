@@ -64,16 +64,6 @@ def figure(value: Any, digits: int = 3) -> str:
     return f"{n:,.{max(0, min(decimals, 6))}f}".replace("-", "−")
 
 
-def duration(value: Any) -> str:
-    """Seconds as 0.4 s, 12 s or 3 min 05 s."""
-    n = number(value)
-    if n is None:
-        return DASH
-    if n < 60:
-        return f"{n:.1f} s" if n < 10 else f"{n:.0f} s"
-    return f"{round(n) // 60} min {round(n) % 60:02d} s"
-
-
 def measured(value: Any, signed: bool = False) -> str:
     """A score or ratio, with the three decimals that the sentences use."""
     n = number(value)
