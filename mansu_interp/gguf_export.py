@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .artifacts import atomic_path
 from .errors import ModelError
+from .libraries import library
 from .models import LanguageModel
-from .quantizers.base import library
 from .quantizers.gguf import GROUP
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}

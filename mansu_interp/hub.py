@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from .errors import ArtifactError
-from .models import HUB_HOST, first_line, is_hub_name, online
+from .libraries import first_line
+from .remote import check_online, is_hub_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,11 +85,7 @@ class Shareable:
 def _check_remote(name: str) -> None:
     if not is_hub_name(name):
         raise ArtifactError(f"{name!r} is neither a folder nor a name on the hub (owner/name).")
-    if not online():
-        raise ArtifactError(
-            f"{name!r} is not a local folder, and the hub ({HUB_HOST[0]}) cannot be reached. "
-            "Give a local folder, or try again with a network."
-        )
+    check_online(repr(name), ArtifactError)
 
 
 def _failed(what: str, error: Exception) -> ArtifactError:

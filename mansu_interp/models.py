@@ -7,16 +7,9 @@ that what is analysed is what is deployed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import logging
-import os
 import re
-import socket
-import threading
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +23,11 @@ from .artifacts import expect, read_json
 from .errors import ModelError, ResourceError
 from .graph import Architecture, Graph
 from .layout import linear_weights, turn, turn_back
+from .libraries import first_line, quiet
 from .memory import is_out_of_memory
+from .remote import check_online, is_hub_name
 
 EMBEDDED = Path(__file__).parent / "data" / "models"
-HUB_HOST = ("huggingface.co", 443)
 PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
 """Model types whose attention and MLP read the same stream, always."""
 MAX_SIZE = 10**8
@@ -77,27 +71,6 @@ def _unpacked(packed: Any) -> torch.nn.Linear:
 def embedded_models() -> list[str]:
     """Names of the models that ship with the package."""
     return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").exists())
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the progress bars and notices of the libraries below off the user's screen."""
-    from transformers.utils import logging as hf_logging
-
-    previous, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    root = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(root)
-        hf_logging.set_verbosity(previous)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 @dataclass
@@ -273,39 +246,6 @@ class LanguageModel:
             self.tokenizer.save_pretrained(folder)
 
 
-def _reachable(timeout: float = 3.0) -> bool:
-    """Whether the hub answers; name lookup can hang, so it runs in a thread of its own."""
-    found: list[bool] = []
-
-    def probe() -> None:
-        try:
-            socket.create_connection(HUB_HOST, timeout=timeout).close()
-            found.append(True)
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(found)
-
-
-def online() -> bool:
-    """Whether the hub may be asked, and answers within 3 s."""
-    return os.environ.get("HF_HUB_OFFLINE") != "1" and _reachable()
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a name has the form that the hub accepts, and is no mistyped path."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
-
-
 def _cached(name: str) -> Path | None:
     """The folder in which a model of the hub lies on this machine, if it does."""
     from huggingface_hub import try_to_load_from_cache
@@ -335,11 +275,7 @@ def _locate(name: str) -> str | Path:
         )
     if cached := _cached(name):
         return cached
-    if not online():
-        raise ModelError(
-            f"Model {name!r} is not a local folder, and the hub ({HUB_HOST[0]}) cannot be reached. "
-            "Give a local folder, or try again with a network."
-        )
+    check_online(f"Model {name!r}", ModelError)
     return name
 
 
@@ -350,11 +286,6 @@ def _hash_folder(folder: Path) -> str:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says first, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TaskError
-from .models import HUB_HOST, first_line, is_hub_name, online
+from .libraries import first_line, library
+from .remote import check_online, is_hub_name
 
 ROLES = ("forget", "retain", "guard", "neighbour")
 SPLITS = ("train", "dev", "unseen")
@@ -172,12 +173,7 @@ def _csv(path: Path) -> Iterator[Numbered]:
 
 def _dataset(name: str, place: Path) -> Iterator[Numbered]:
     """Rows of a dataset of the `datasets` library: ``name[:configuration[:split]]``."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise TaskError(
-            "Reading data sets needs the package datasets: pip install 'mansu-interp[data]'."
-        ) from error
+    datasets = library("datasets", "data", "Reading data sets", TaskError)
     name, config, split = (*name.split(":"), "", "")[:3]
     try:
         if place.is_dir() and (
@@ -223,11 +219,7 @@ def _from_name(source: str) -> Iterator[Numbered]:
                 f"{source!r} is neither a file nor a folder, nor a data set's name "
                 "(owner/name[:configuration[:split]])."
             )
-        if not online():
-            raise TaskError(
-                f"The data set {hub!r} is not a local file or folder, and the hub ({HUB_HOST[0]}) "
-                "cannot be reached. Give a local one, or try again with a network."
-            )
+        check_online(f"The data set {hub!r}", TaskError)
     yield from _dataset(source, place)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, MansuError
-from .quantizers.base import library
+from .libraries import library
 
 Engine = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """engine(do, items) -> what ``do`` returns for each item, in the order in which they finish."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mansu_interp import hub
+from mansu_interp import hub, remote
 from mansu_interp.circuit import Circuit
 from mansu_interp.errors import ArtifactError, MaskError
 from mansu_interp.masks import Mask
@@ -41,7 +41,7 @@ def test_a_dead_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(ArtifactError, match="cannot be reached"):
             call()
     assert time.monotonic() - start < 5
-    monkeypatch.setattr(hub, "online", lambda: pytest.fail("touched the network"))
+    monkeypatch.setattr(remote, "_reachable", lambda: pytest.fail("touched the network"))
     for odd in ("no-such-folder", "../x/y", "a/b/c"):
         with pytest.raises(ArtifactError, match="neither a folder nor a name"):
             Mask.from_pretrained(odd)
@@ -63,7 +63,7 @@ def test_push_and_fetch_name_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path:
             raise OSError("404: no such revision\nlong text")
         return str(tmp_path / file)
 
-    monkeypatch.setattr(hub, "online", lambda: True)
+    monkeypatch.setattr(hub, "check_online", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     Mask({"a.weight": torch.tensor([3])}).push_to_hub("owner/name")

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 LAYERS = [
     ["errors"],
     ["config", "graph", "artifacts", "changes", "distributed", "memory", "layout"],
+    ["libraries", "remote"],
     ["tensors"],
     ["defaults", "models", "pairs"],
     ["rows"],

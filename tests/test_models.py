@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mansu_interp import models
+from mansu_interp import models, remote
 from mansu_interp.errors import MansuError, ModelError
 from mansu_interp.models import EMBEDDED, LanguageModel, embedded_models, load_model
 from mansu_interp.nullspace import gradient
@@ -28,7 +28,7 @@ def test_unknown_model_names_what_ships():
 
 @pytest.mark.parametrize("name", ["../facts", "/no/such/folder", "a/b/c", "facts/", ""])
 def test_names_that_are_no_path_and_no_hub_name(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(models, "_reachable", lambda: pytest.fail("touched the network"))
+    monkeypatch.setattr(remote, "_reachable", lambda: pytest.fail("touched the network"))
     if name:
         with pytest.raises(ModelError, match="Unknown model"):
             load_model(name)
@@ -47,11 +47,11 @@ def offline_error(name: str) -> str:
 
 def test_remote_name_without_network(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(models, "_reachable", lambda: False)
+    monkeypatch.setattr(remote, "_reachable", lambda: False)
     message = offline_error("nobody/no-such-model")
     assert "\n" not in message
-    assert message.startswith("Model 'nobody/no-such-model' is not a local folder, and the hub ")
-    assert message.endswith("Give a local folder, or try again with a network.")
+    assert message.startswith("Model 'nobody/no-such-model' is not on this machine, and the hub ")
+    assert message.endswith("Give a local one, or try again with a network.")
 
 
 def test_remote_name_and_a_closed_port(monkeypatch: pytest.MonkeyPatch):
@@ -59,7 +59,7 @@ def test_remote_name_and_a_closed_port(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    monkeypatch.setattr(models, "HUB_HOST", ("127.0.0.1", port))
+    monkeypatch.setattr(remote, "HUB_HOST", ("127.0.0.1", port))
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 
@@ -77,7 +77,7 @@ def test_a_network_that_never_answers(monkeypatch: pytest.MonkeyPatch):
 
 def test_offline_mode_is_not_probed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(models, "_reachable", lambda: pytest.fail("touched the network"))
+    monkeypatch.setattr(remote, "_reachable", lambda: pytest.fail("touched the network"))
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 

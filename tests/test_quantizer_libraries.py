@@ -10,8 +10,8 @@ from bitsandbytes import functional
 from torch import Tensor
 
 from mansu_interp.errors import ConfigError
+from mansu_interp.libraries import library
 from mansu_interp.quantizers import QUANTIZERS, get_quantizer
-from mansu_interp.quantizers.base import library
 from mansu_interp.quantizers.torchao import Int4
 
 KINDS = ("normal", "ties", "zero block", "negative extreme", "one sign", "constant")

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mansu_interp import pipeline, rows
+from mansu_interp import pipeline, remote
 from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
 from mansu_interp.defaults import DATA
 from mansu_interp.errors import MansuError, TaskError
@@ -195,9 +195,11 @@ def test_random_bytes_in_files_are_refused_by_our_own_error(tmp_path: Path):
 
 def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(rows, "online", lambda: False)
+    monkeypatch.setattr(remote, "_reachable", lambda: False)
     start = time.monotonic()
-    with pytest.raises(TaskError, match=r"The data set 'owner/name' is not a local file or folder"):
+    with pytest.raises(
+        TaskError, match=r"The data set 'owner/name' is not on this machine, and the hub"
+    ):
         read_rows("owner/name:part:train")
     assert time.monotonic() - start < 5
     with pytest.raises(TaskError, match="'no such thing' is neither a file nor a folder, nor a"):

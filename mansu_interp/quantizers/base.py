@@ -8,18 +8,15 @@ a higher code is a higher value.
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..models import LanguageModel, quiet
+from ..models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -108,22 +105,6 @@ class Quantizer(ABC):
     ) -> dict[str, Quantizer]:
         """What quantizes each weight of a model, by name: itself, unless it calibrates."""
         return {n: self for n in model.linear_names if self.touches(model.weights[n])}
-
-
-def library(name: str, extra: str, what: str = "This quantizer") -> Any:
-    """Import an optional package, which ``what`` needs.
-
-    Raises:
-        ConfigError: it is not installed; names the line that installs it.
-    """
-    try:
-        with quiet():
-            return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{what} needs the package {name.partition('.')[0]}, which cannot be imported "
-            f'({error}). Install it: pip install "mansu-interp[{extra}]"'
-        ) from error
 
 
 def grouped(weight: Float[Tensor, "out in"], size: int) -> Float[Tensor, "groups size"]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models import quiet
+from ..libraries import quiet
 from .base import Cells, Quantizer, affine
 
 

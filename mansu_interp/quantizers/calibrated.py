@@ -23,9 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..models import LanguageModel, quiet
+from ..libraries import library, quiet
+from ..models import LanguageModel
 from ..tensors import tensors_sha256
-from .base import Cells, Quantizer, affine, library
+from .base import Cells, Quantizer, affine
 
 ROW = 64
 """Tokens of a calibration row; auto-round drops shorter ones."""

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import Cells, Quantizer, affine, grouped, library
+from ..libraries import library
+from .base import Cells, Quantizer, affine, grouped
 
 GROUP = 32
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models import quiet
-from .base import Cells, Quantizer, affine, library
+from ..libraries import library, quiet
+from .base import Cells, Quantizer, affine
 
 GROUP = 64
 

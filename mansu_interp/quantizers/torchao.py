@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import Cells, Quantizer, affine, grouped, library
+from ..libraries import library
+from .base import Cells, Quantizer, affine, grouped
 
 TINY = torch.finfo(torch.float32).smallest_normal
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifacts import write_text
 from ..errors import ViewError
+from ..libraries import library
 from ..pairs import Pair, collate
 from ..stream import Recorder
 from .svg import escape
@@ -64,12 +65,12 @@ def _plain(token: str) -> str:
 
 def _combine(panels: Sequence[tuple[str, Any]], summary: str) -> TokenView:
     """Panels with headings that share one copy of the script."""
-    marks, calls, library = [], [], ""
+    marks, calls, shared = [], [], ""
     for title, rendered in panels:
         source = rendered.local_src
         start, end = source.index(">", source.index("<script")) + 1, source.rindex("</script>")
         at = source.rindex("CircuitsVis.render(")
-        library = library or source[start:at]
+        shared = shared or source[start:at]
         calls.append(source[at:end])
         name = re.search(r'<div id="([\w-]+)"', source)
         assert name is not None
@@ -77,19 +78,8 @@ def _combine(panels: Sequence[tuple[str, Any]], summary: str) -> TokenView:
             '<h3 style="font:600 14px system-ui,sans-serif;margin:18px 0 4px">'
             f'{escape(title)}</h3><div id="{name[1]}" style="margin:4px 0 12px"></div>'
         )
-    script = library + "\n".join(calls)
+    script = shared + "\n".join(calls)
     return TokenView(f'{"".join(marks)}<script type="module">{script}</script>', summary)
-
-
-def _library(part: str) -> Any:
-    try:
-        import importlib
-
-        return importlib.import_module(f"circuitsvis.{part}")
-    except ImportError as error:
-        raise ViewError(
-            "This view needs the package circuitsvis: pip install 'mansu-interp[viz]'."
-        ) from error
 
 
 def _decoder(model: LanguageModel) -> Callable[[int], str]:
@@ -110,7 +100,7 @@ def attention_patterns(
     Raises:
         ViewError: no such head, or CircuitsVis is not installed.
     """
-    attention = _library("attention")
+    attention = library("circuitsvis.attention", "viz", "This view", ViewError)
     panels, words = [], []
     batch = collate([pair])
     for name, model in models.items():
@@ -155,7 +145,7 @@ def token_log_probs(models: Mapping[str, LanguageModel], pair: Pair, top: int = 
     Raises:
         ViewError: CircuitsVis is not installed.
     """
-    logits = _library("logits")
+    logits = library("circuitsvis.logits", "viz", "This view", ViewError)
     panels, words = [], []
     batch = collate([pair])
     for name, model in models.items():

@@ -19,6 +19,7 @@ from ..artifacts import atomic_path, write_json, write_text
 from ..changes import CLASSES, MEANING, Changes, classify
 from ..errors import CircuitError, ViewError
 from ..graph import Graph
+from ..libraries import library
 from .layout import CONSTANTS, box_id, place
 from .page import graph_page
 from .svg import EDGE_STYLES, view_svg
@@ -71,13 +72,8 @@ class View:
         Raises:
             ViewError: the rasteriser is not installed.
         """
-        try:
-            import resvg_py
-        except ImportError as error:
-            raise ViewError(
-                "to_png needs the package resvg-py: pip install 'mansu-interp[viz]'. "
-                "to_svg and to_html work without it."
-            ) from error
+        without = "to_svg and to_html work without it."
+        resvg_py = library("resvg_py", "viz", "to_png", ViewError, without)
         svg = self.svg(top, "dark" if dark else "light")
         path = Path(path)
         with atomic_path(path) as temporary:

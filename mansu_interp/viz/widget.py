@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ViewError
+from ..libraries import library
 from .layout import box_id
 from .page import module_source
 
-try:
-    import anywidget
-    import traitlets
-except ImportError as error:
-    raise ViewError(
-        "The widget needs the package anywidget: pip install 'mansu-interp[viz]'. "
-        "A view's to_html, to_svg and its picture in a notebook work without it."
-    ) from error
+WITHOUT = "A view's to_html, to_svg and its picture in a notebook work without it."
+anywidget = library("anywidget", "viz", "The widget", ViewError, WITHOUT)
+traitlets = library("traitlets", "viz", "The widget", ViewError, WITHOUT)
 
 if TYPE_CHECKING:
     from ..circuit import Circuit
