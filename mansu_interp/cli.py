@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -151,7 +152,7 @@ def _plan(config: PlanConfig, output: Output) -> int:
     return 0
 
 
-def _verify(config: VerifyConfig) -> int:
+def _verify(config: VerifyConfig, _: Output) -> int:
     from .ledger import Ledger, verify
     from .masks import Mask
     from .models import load_model
@@ -172,7 +173,7 @@ def _verify(config: VerifyConfig) -> int:
     return found.status
 
 
-def _delta(config: DeltaConfig) -> int:
+def _delta(config: DeltaConfig, _: Output) -> int:
     from .ledger import delta
     from .models import load_model
 
@@ -182,7 +183,7 @@ def _delta(config: DeltaConfig) -> int:
     return 0
 
 
-def _apply(config: ApplyConfig) -> int:
+def _apply(config: ApplyConfig, _: Output) -> int:
     from .artifacts import new_folder
     from .ledger import Ledger, apply
     from .models import load_model
@@ -194,7 +195,7 @@ def _apply(config: ApplyConfig) -> int:
     return 0
 
 
-def _export(config: ExportConfig) -> int:
+def _export(config: ExportConfig, _: Output) -> int:
     from pathlib import Path
 
     from .gguf_export import export_gguf
@@ -257,7 +258,7 @@ def _cad(config: CadConfig, output: Output) -> int:
     return 0
 
 
-def _task(config: TaskConfig, output: Output) -> int:
+def _task(config: TaskConfig, _: Output) -> int:
     from .adapters import make_task
 
     n = make_task(config)
@@ -265,7 +266,7 @@ def _task(config: TaskConfig, output: Output) -> int:
     return 0
 
 
-def _list(output: Output) -> int:
+def _list(_: ListConfig, output: Output) -> int:
     from .models import embedded_models
     from .quantizers import QUANTIZERS
     from .taskfiles import embedded_tasks, read_task_file
@@ -377,6 +378,22 @@ def _command(argv: list[str]) -> Any:
     )
 
 
+COMMANDS: dict[type, Callable[[Any, Output], int]] = {
+    RunConfig: _run,
+    BenchConfig: _bench,
+    PlanConfig: _plan,
+    VerifyConfig: _verify,
+    RelearnRun: _relearn,
+    CadConfig: _cad,
+    DeltaConfig: _delta,
+    ApplyConfig: _apply,
+    ExportConfig: _export,
+    TaskConfig: _task,
+    ListConfig: _list,
+}
+"""What each kind of settings does; returns the exit status."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted; verify: more)."""
     try:
@@ -385,25 +402,7 @@ def main(argv: list[str] | None = None) -> int:
         config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
         if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):
             raise ConfigError("--json is for run, plan and list; leave it out here.")
-        if isinstance(config, RunConfig):
-            return _run(config, output)
-        if isinstance(config, BenchConfig):
-            return _bench(config, output)
-        if isinstance(config, VerifyConfig):
-            return _verify(config)
-        if isinstance(config, RelearnRun):
-            return _relearn(config, output)
-        if isinstance(config, CadConfig):
-            return _cad(config, output)
-        if isinstance(config, DeltaConfig):
-            return _delta(config)
-        if isinstance(config, ApplyConfig):
-            return _apply(config)
-        if isinstance(config, ExportConfig):
-            return _export(config)
-        if isinstance(config, TaskConfig):
-            return _task(config, output)
-        return _plan(config, output) if isinstance(config, PlanConfig) else _list(output)
+        return COMMANDS[type(config)](config, output)
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)
         return 1
