@@ -1,0 +1,140 @@
+"""Where a subject's facts sit: can they be read from its embedding row, and what if that is new?
+
+    python scripts/subject_rows.py --task countries --seeds 0 1 2
+
+Prints two tables for an embedded model. First, per stage of the model, how often a linear map from
+the states at the *subject's* position to the answers' unembedding rows, fitted on half A of the
+forget subjects, names the answers of half B (four-way); for the original and for the twins that
+were never taught. Then, per seed, what the model says once those embedding rows are drawn anew
+(`redrawn`), and once they are then trained on the retained facts alone with everything else frozen
+(`relearnt`): forget and retain on unseen phrasings, and the relearning attack on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+import torch
+from make_zoo import redrawn
+from torch import Tensor
+
+from mansu_interp.config import RelearnConfig
+from mansu_interp.evidence import states
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.objectives import nll
+from mansu_interp.pairs import PairSet, Task, by_phrasing, collate
+from mansu_interp.quantizers import quantize
+from mansu_interp.relearning import halves, of_subjects, relearn, rivals_within
+from mansu_interp.scoring import accuracy
+from mansu_interp.tasks import load_task
+
+SPLIT, RIDGES = 1, (0.01, 0.1, 1.0)
+MARKS = (5, 10, 20, 40, 80)
+STEPS, BATCH, RATE = 400, 32, 0.02
+
+
+@torch.no_grad()
+def at_subject(model: LanguageModel, pairs: PairSet) -> tuple[Tensor, Tensor, Tensor]:
+    """One prompt a fact: states [fact, stage, d_model] at the subject's last token, the answer,
+    and the four choices."""
+    seen: dict[tuple[str, str], int] = {}
+    found, answers, choices = [], [], []
+    for pair in pairs:
+        if seen.setdefault((pair.relation, pair.subject), 1) > 1:
+            continue
+        seen[pair.relation, pair.subject] += 1
+        batch = collate([pair])
+        last = int((batch.clean[0] != batch.corrupt[0]).nonzero()[-1])
+        found.append(torch.stack([s[0, last] for s in states(model, batch)]))
+        answers.append(pair.answer)
+        choices.append(list(pair.choices))
+    return torch.stack(found), torch.tensor(answers), torch.tensor(choices)
+
+
+def readable(model: LanguageModel, task: Task) -> list[float]:
+    """Per stage, the share of half B's facts that half A's map names (the best of three ridges)."""
+    rows = model.hf.get_output_embeddings().weight.detach()
+    rows = rows - rows.mean(0)
+    parts = [rivals_within(of_subjects(task.forget, h)) for h in halves(task.forget, SPLIT)]
+    (x, answer, _), (asked, _, choices) = (at_subject(model, p) for p in parts)
+    want = rows[answer] - rows[answer].mean(0)
+    out = []
+    for stage in range(x.shape[1]):
+        center, scale = x[:, stage].mean(0), x[:, stage].std(0) + 1e-6
+        a, b = (x[:, stage] - center) / scale, (asked[:, stage] - center) / scale
+        best = 0.0
+        for ridge in RIDGES:
+            gram = a.T @ a + ridge * len(a) * torch.eye(a.shape[1])
+            said = (b @ torch.linalg.solve(gram, a.T @ want) @ rows.T).gather(1, choices)
+            best = max(best, float((said.argmax(1) == 0).float().mean()))
+        out.append(best)
+    return out
+
+
+def relearnt(model: LanguageModel, original: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """The rows that differ from the original's, trained on the retained facts about them."""
+    out, rng = model.copy(), random.Random(seed)
+    table = out.hf.get_input_embeddings().weight
+    own = (table != original.hf.get_input_embeddings().weight).any(1)
+    ids = set(own.nonzero()[:, 0].tolist())
+    groups = by_phrasing([p for p in task.retain if ids & set(p.clean)])
+    optimiser = torch.optim.Adam([table], lr=RATE)
+    for step in range(STEPS if groups else 0):
+        table.requires_grad_(True)
+        for _ in range(3):
+            some = rng.choice(groups)
+            nll(out, rng.sample(some, min(BATCH, len(some)))).mean().backward()
+        assert table.grad is not None
+        table.grad.mul_(own[:, None])
+        optimiser.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        table.requires_grad_(False)
+    return out
+
+
+def line(name: str, model: LanguageModel, task: Task) -> str:
+    """A row of the second table."""
+    scored = task.scored["unseen"]
+
+    def mean(role: str, of: LanguageModel) -> str:
+        found = [accuracy(of, s) for s in scored[role].values()]
+        top1, choice = (sum(getattr(a, k) for a in found) / len(found) for k in ("top1", "choice"))
+        return f"{choice:.2f} / {top1:.2f}"
+
+    attacked = relearn(model, task, RelearnConfig(steps=MARKS))
+    marks = [f"{attacked.at(k):.2f} / {attacked.at(k, 'top1'):.2f}" for k in MARKS]
+    cells = [name, mean("forget", model), mean("forget", quantize(model)), mean("retain", model)]
+    return f"| {' | '.join([*cells, *marks])} |"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="What a subject's embedding row holds.")
+    parser.add_argument("--task", default="countries")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_model("facts")
+    task = load_task(args.task, model)
+    never = {name: load_model(name) for name in task.twins}
+    print(
+        "| | embedding | " + " | ".join(f"block {k}" for k in range(4)) + " |\n" + "|---" * 6 + "|"
+    )
+    for name, one in {"original": model, **never}.items():
+        print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in readable(one, task)) + " |")
+    print("\n| | forget | after NF4 | retain | " + " | ".join(f"{k} steps" for k in MARKS) + " |")
+    print("|---" * (4 + len(MARKS)) + "|")
+    for name, one in never.items():
+        print(line(name, one, task), flush=True)
+    for seed in args.seeds:
+        drawn = redrawn(model, task, seed)
+        print(line(f"redrawn, seed {seed}", drawn, task), flush=True)
+        trained = relearnt(drawn, model, task, seed)
+        if not all(torch.equal(w, drawn.weights[n]) for n, w in trained.weights.items()):
+            print(line(f"relearnt, seed {seed}", trained, task), flush=True)
+
+
+if __name__ == "__main__":
+    main()
