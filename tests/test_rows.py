@@ -219,6 +219,22 @@ def test_swapped_prompts_are_of_the_same_kind(task: Task):
             assert other.answer == p.counterfactual
 
 
+def test_a_lent_prompt_has_another_answer_also_where_the_row_names_the_wrong_one(
+    facts: LanguageModel,
+):
+    """Many countries share a language: such a prompt would corrupt nothing."""
+    named = [
+        {**r, "counterfactual": "Dutch" if r["answer"] != "Dutch" else "French"}
+        if r["role"] == "retain"
+        else r
+        for r in fact_rows()
+    ]
+    pairs = task_from_rows(parse_rows(enumerate(named, 1)), facts, BOS).retain
+    answers = {p.clean: p.answer for p in pairs}
+    assert len(set(answers.values())) < len(answers) / 2
+    assert all(answers.get(p.corrupt) != p.answer for p in pairs)
+
+
 def test_what_cannot_be_paired_is_counted_with_its_lines(task: Task):
     total = len(fact_rows())
     left = sum(task.dropped.values())
