@@ -45,12 +45,15 @@ def _time(seconds: float) -> str:
 
 
 class Progress:
-    """One line that is rewritten on a terminal, and one line per stage elsewhere."""
+    """One line that is rewritten on a terminal; elsewhere a line per stage and per minute of it."""
+
+    EVERY = 60.0
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.live = sys.stderr.isatty() and not quiet
         self.stage, self.start = "", time.monotonic()
+        self.said = self.start
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that a stage is at ``done`` of ``total`` (0 = unknown)."""
@@ -59,14 +62,17 @@ class Progress:
         now = time.monotonic()
         if stage != self.stage:
             self.close()
-            self.stage, self.start = stage, now
+            self.stage, self.start, self.said = stage, now, now
             if not self.live:
                 print(f"{stage} ...", file=sys.stderr, flush=True)
+        spent = now - self.start
+        left = f", {_time(spent / done * (total - done))} left" if total and done else ""
+        count = f"{done}/{total}" if total else f"{done}"
+        line = f"{stage}  {count}  {_time(spent)}{left}"
+        if not self.live and now - self.said >= self.EVERY:
+            self.said = now
+            print(line, file=sys.stderr, flush=True)
         if self.live:
-            spent = now - self.start
-            left = f", {_time(spent / done * (total - done))} left" if total and done else ""
-            count = f"{done}/{total}" if total else f"{done}"
-            line = f"{stage}  {count}  {_time(spent)}{left}"
             width = shutil.get_terminal_size().columns - 1
             print("\r" + line[:width].ljust(width), end="", file=sys.stderr, flush=True)
 

@@ -100,6 +100,10 @@ def test_progress(capsys: pytest.CaptureFixture[str]):
     plain("scores", 1, 2)
     plain("scores", 2, 2)
     assert capsys.readouterr().err == "scores ...\n"
+    plain.said -= plain.EVERY
+    plain("scores", 2, 2)
+    plain("scores", 2, 2)
+    assert capsys.readouterr().err == "scores  2/2  0 s, 0 s left\n"
     plain.live, plain.stage = True, ""
     plain("unlearning", 1, 4)
     assert "unlearning  1/4" in (text := capsys.readouterr().err) and text.rstrip().endswith("left")
