@@ -249,7 +249,7 @@ class RelearnConfig:
 class RelearnRun:
     """Fine-tune on half of the forget facts and ask for the other half."""
 
-    model: str
+    model: Positional[str]
     """Model to attack: embedded, Hugging Face folder, or hub name."""
     task: str | None = None
     """Shipped task or path of a task file; default: the one that goes with the model."""
@@ -266,9 +266,9 @@ class RelearnRun:
 class CadConfig:
     """Compare two checkpoints: is what the task forgets gone from the second, or hidden?"""
 
-    original: str
+    original: Positional[str]
     """Model before unlearning: embedded, Hugging Face folder, or hub name."""
-    edited: str
+    edited: Positional[str]
     """Model after it; same architecture, vocabulary and tokenizer."""
     task: str | None = None
     """Shipped task or path of a task file; default: the one that goes with the original."""
