@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import write_json, write_text
-from .config import TaskConfig
+from .commands import TaskConfig
 from .errors import TaskError
 from .rows import FIELDS, Row, parse_rows, records, sift
 

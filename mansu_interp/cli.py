@@ -15,18 +15,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import (
+from .commands import (
     ApplyConfig,
-    BenchConfig,
     CadConfig,
     DeltaConfig,
     ExportConfig,
     PlanConfig,
     RelearnRun,
-    RunConfig,
     TaskConfig,
     VerifyConfig,
 )
+from .config import BenchConfig, RunConfig
 from .defaults import default_config, default_task
 from .errors import ConfigError, MansuError
 
