@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import write_json, write_text
-from .config import TaskConfig
+from .commands import TaskConfig
 from .errors import TaskError
-from .rows import FIELDS, Row, parse_rows, records, report_bad
+from .rows import FIELDS, Row, parse_rows, records, sift
 
 Record = Mapping[str, Any]
 PLAIN = {
@@ -92,20 +92,16 @@ def adapt(kind: str, source: Any, role: str) -> list[Row]:
     if kind not in ADAPTERS:
         raise TaskError(f"Unknown kind {kind!r}; expected {', '.join(ADAPTERS)}.")
     where = str(source) if isinstance(source, (str, Path)) else type(source).__name__
-    good: list[tuple[int, Any]] = []
-    bad: list[tuple[int, str]] = []
-    n = 0
-    for line, record in records(source):
-        n += 1
+
+    def make(line: int, record: Record) -> list[tuple[int, Any]]:
         try:
-            if not isinstance(record, Mapping):
-                raise ValueError(record if isinstance(record, str) else "not an object with fields")
-            good += [(line, row) for row in ADAPTERS[kind](record)]
+            return [(line, row) for row in ADAPTERS[kind](record)]
         except KeyError as missing:
-            bad.append((line, f"{missing.args[0]} is missing; it has {', '.join(record)}"))
+            raise TaskError(f"{missing.args[0]} is missing; it has {', '.join(record)}") from None
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            bad.append((line, str(error)))
-    report_bad(where, bad, n)
+            raise TaskError(str(error)) from error
+
+    good = [row for made in sift(records(source), make, where) for row in made]
     return parse_rows(good, where, role=role)
 
 

@@ -9,22 +9,23 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any
 
 import tyro
 
-from .config import (
+from .commands import (
     ApplyConfig,
-    BenchConfig,
     CadConfig,
     DeltaConfig,
     ExportConfig,
     PlanConfig,
     RelearnRun,
-    RunConfig,
     TaskConfig,
     VerifyConfig,
 )
+from .config import BenchConfig, RunConfig
 from .defaults import default_config, default_task
 from .errors import ConfigError, MansuError
 
@@ -307,97 +308,111 @@ Colours follow NO_COLOR.
 Completion: mansu --tyro-print-completion bash (or zsh)."""
 
 
+@dataclass(frozen=True)
+class Command:
+    """One word after ``mansu``."""
+
+    name: str
+    settings: type
+    do: Callable[[Any, Output], int]
+    """Returns the exit status."""
+    about: str | None = None
+    """Its help; default: the docstring of its settings."""
+
+
+COMMANDS = (
+    Command(
+        "run",
+        RunConfig,
+        _run,
+        "Discover, mask, unlearn, quantize, compare and report.\n\n"
+        "Example: mansu run --model facts --task capitals --out runs/first",
+    ),
+    Command(
+        "bench",
+        BenchConfig,
+        _bench,
+        "Compare methods at the same forgetting, before and after quantizers. A killed "
+        "benchmark goes on where it was.\n\n"
+        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
+    ),
+    Command(
+        "plan",
+        PlanConfig,
+        _plan,
+        "Say what scoring every edge of a model takes, from its config alone.\n\n"
+        "Example: mansu plan --model Llama-3.1-8B/config.json --tokens 32 "
+        "--attribution.batch-size 8",
+    ),
+    Command(
+        "verify",
+        VerifyConfig,
+        _verify,
+        "Recompute from two checkpoints what an edit's promise says.\n\n"
+        "Exit status: 0 it holds; 1 a file is missing, damaged or changed; 3 an edit is lost or "
+        "another code changed; 4 the ledger or mask does not belong to these checkpoints.\n\n"
+        "Example: mansu verify facts runs/first/model --ledger runs/first/ledger.safetensors",
+    ),
+    Command(
+        "relearn",
+        RelearnRun,
+        _relearn,
+        "Fine-tune a copy on half of the forget facts; ask for the other half.\n\n"
+        "Example: mansu relearn runs/latest/model --task capitals --original facts",
+    ),
+    Command(
+        "cad",
+        CadConfig,
+        _cad,
+        "Say whether an edited checkpoint erased what a task forgets, or hides it.\n\n"
+        "Example: mansu cad facts runs/latest/model --task capitals",
+    ),
+    Command(
+        "delta",
+        DeltaConfig,
+        _delta,
+        "Write the edit alone, a few kilobytes.\n\n"
+        "Example: mansu delta facts runs/latest/model --out capitals.safetensors",
+    ),
+    Command(
+        "apply",
+        ApplyConfig,
+        _apply,
+        "Make the edited checkpoint, bit for bit, from the original and its delta or "
+        "ledger.\n\nExample: mansu apply facts capitals.safetensors --out edited",
+    ),
+    Command(
+        "export",
+        ExportConfig,
+        _export,
+        "Write one GGUF file (Llama, Mistral, Qwen2 and Qwen3).\n\n"
+        "Example: mansu export runs/smollm2 --type q4_0 --out smollm2.gguf",
+    ),
+    Command(
+        "task",
+        TaskConfig,
+        _task,
+        "Make a task file from your own rows or those of TOFU, MUSE, WMDP and MMLU.\n\n"
+        "Example: mansu task tofu --forget forget10.jsonl --retain retain90.jsonl --out tofu.json",
+    ),
+    Command("list", ListConfig, _list),
+)
+"""What the command line knows, in the order of its help."""
+
+
 def _command(argv: list[str]) -> Any:
     """What the command line may say; the defaults of ``run`` depend on its model and task."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--model", default="facts")
     early.add_argument("--task")
     known, _ = early.parse_known_args(argv)
-    run = tyro.conf.subcommand(
-        "run",
-        default=default_config(known.model, known.task),
-        description="Discover, mask, unlearn, quantize, compare and report.\n\n"
-        "Example: mansu run --model facts --task capitals --out runs/first",
-    )
-    planning = tyro.conf.subcommand(
-        "plan",
-        description="Say what scoring every edge of a model takes, from its config alone.\n\n"
-        "Example: mansu plan --model Llama-3.1-8B/config.json --tokens 32 "
-        "--attribution.batch-size 8",
-    )
-    bench = tyro.conf.subcommand(
-        "bench",
-        description="Compare methods at the same forgetting, before and after quantizers. A killed "
-        "benchmark goes on where it was.\n\n"
-        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
-    )
-    verification = tyro.conf.subcommand(
-        "verify",
-        description="Recompute from two checkpoints what an edit's promise says.\n\n"
-        "Exit status: 0 it holds; 1 a file is missing, damaged or changed; 3 an edit is lost or "
-        "another code changed; 4 the ledger or mask does not belong to these checkpoints.\n\n"
-        "Example: mansu verify facts runs/first/model --ledger runs/first/ledger.safetensors",
-    )
-    attack = tyro.conf.subcommand(
-        "relearn",
-        description="Fine-tune a copy on half of the forget facts; ask for the other half.\n\n"
-        "Example: mansu relearn runs/latest/model --task capitals --original facts",
-    )
-    comparing = tyro.conf.subcommand(
-        "cad",
-        description="Say whether an edited checkpoint erased what a task forgets, or hides it.\n\n"
-        "Example: mansu cad facts runs/latest/model --task capitals",
-    )
-    delta = tyro.conf.subcommand(
-        "delta",
-        description="Write the edit alone, a few kilobytes.\n\n"
-        "Example: mansu delta facts runs/latest/model --out capitals.safetensors",
-    )
-    applying = tyro.conf.subcommand(
-        "apply",
-        description="Make the edited checkpoint, bit for bit, from the original and its delta or "
-        "ledger.\n\nExample: mansu apply facts capitals.safetensors --out edited",
-    )
-    exporting = tyro.conf.subcommand(
-        "export",
-        description="Write one GGUF file (Llama, Mistral, Qwen2 and Qwen3).\n\n"
-        "Example: mansu export runs/smollm2 --type q4_0 --out smollm2.gguf",
-    )
-    making = tyro.conf.subcommand(
-        "task",
-        description="Make a task file from your own rows or those of TOFU, MUSE, WMDP and MMLU.\n\n"
-        "Example: mansu task tofu --forget forget10.jsonl --retain retain90.jsonl --out tofu.json",
-    )
-    listing = tyro.conf.subcommand("list")
-    return (
-        Annotated[RunConfig, run]
-        | Annotated[BenchConfig, bench]
-        | Annotated[PlanConfig, planning]
-        | Annotated[VerifyConfig, verification]
-        | Annotated[tyro.conf.PositionalRequiredArgs[RelearnRun], attack]
-        | Annotated[tyro.conf.PositionalRequiredArgs[CadConfig], comparing]
-        | Annotated[DeltaConfig, delta]
-        | Annotated[ApplyConfig, applying]
-        | Annotated[ExportConfig, exporting]
-        | Annotated[TaskConfig, making]
-        | Annotated[ListConfig, listing]
-    )
-
-
-COMMANDS: dict[type, Callable[[Any, Output], int]] = {
-    RunConfig: _run,
-    BenchConfig: _bench,
-    PlanConfig: _plan,
-    VerifyConfig: _verify,
-    RelearnRun: _relearn,
-    CadConfig: _cad,
-    DeltaConfig: _delta,
-    ApplyConfig: _apply,
-    ExportConfig: _export,
-    TaskConfig: _task,
-    ListConfig: _list,
-}
-"""What each kind of settings does; returns the exit status."""
+    usual: dict[str, Any] = {"default": default_config(known.model, known.task)}
+    words: list[Any] = []
+    for c in COMMANDS:
+        given = usual if c.settings is RunConfig else {}
+        word = tyro.conf.subcommand(c.name, description=c.about, **given)
+        words.append(Annotated[c.settings, word])
+    return reduce(or_, words)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -408,7 +423,8 @@ def main(argv: list[str] | None = None) -> int:
         config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
         if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):
             raise ConfigError("--json is for run, plan and list; leave it out here.")
-        return COMMANDS[type(config)](config, output)
+        (command,) = [c for c in COMMANDS if c.settings is type(config)]
+        return command.do(config, output)
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)
         return 1

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .artifacts import expect
 from .errors import TaskError
 from .models import LanguageModel
 from .pairs import N_CHOICES, Pair, PairSet, Task, Tokens, Whole, clash
@@ -31,6 +32,17 @@ TRIES = 32
 """Candidates looked at for a corrupt prompt or a distractor."""
 LONGEST = 64
 """Symbols that may stand for one subject."""
+OPTIONS = {
+    "prefix": str,
+    "phrasings": dict,
+    "chat": bool,
+    "letters": bool,
+    "corrupt": (str, None),
+    "symbol": str,
+    "normalise": bool,
+    "seed": int,
+}
+"""What a task file must hold for each field of `RowOptions`."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +69,13 @@ class RowOptions:
     """Seed of every draw."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            want = (bool,) if f.name in ("chat", "letters", "normalise") else (str,)
-            want = {"phrasings": (dict,), "seed": (int,), "corrupt": (str, type(None))}.get(
-                f.name, want
-            )
-            if not isinstance(value, want) or (f.name == "seed" and isinstance(value, bool)):
-                raise TaskError(f"{f.name} must be {want[0].__name__}; got {value!r}.")
+        for name, shape in OPTIONS.items():
+            value = getattr(self, name)
+            try:
+                expect(value, shape)
+            except ValueError as error:
+                wanted = shape[0] if isinstance(shape, tuple) else shape
+                raise TaskError(f"{name} must be {wanted.__name__}; got {value!r}.") from error
         if self.corrupt is not None and self.corrupt not in get_args(Strategy):
             raise TaskError(
                 f"corrupt is {self.corrupt!r}; expected {', '.join(get_args(Strategy))}."

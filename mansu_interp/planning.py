@@ -11,7 +11,8 @@ import torch
 
 from .attribution import pairs_per_batch
 from .circuit import MASK_PAIRS
-from .config import AttributionConfig, PlanConfig, RunConfig
+from .commands import PlanConfig
+from .config import AttributionConfig, RunConfig
 from .models import LanguageModel, empty_model
 from .pairs import Pair, Task, by_phrasing
 from .unlearning.common import CHUNK

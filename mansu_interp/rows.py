@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import TaskError
 from .libraries import first_line, library
@@ -26,6 +26,7 @@ LARGEST = 1 << 28
 SUFFIXES = (".jsonl", ".csv")
 Numbered = tuple[int, Any]
 """Line (or row, from 1) and what it holds."""
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,37 @@ class Row:
 FIELDS = tuple(f.name for f in fields(Row) if f.name != "line")
 
 
-def report_bad(where: str, bad: list[tuple[int, str]], n: int) -> None:
-    """Raise one error that lists bad rows by line, if there are any.
+def sift(
+    records: Iterable[Numbered], make: Callable[[int, Mapping[str, Any]], Made], where: str
+) -> list[Made]:
+    """What becomes of each record; one error lists the bad ones by line.
+
+    Arguments:
+        records: line and mapping; a string in a mapping's place says why there is none.
+        make: what to make of a line and its mapping; raises a TaskError that says why it cannot.
+        where: named in the message.
 
     Raises:
-        TaskError: there are.
+        TaskError: there are bad records; lists the first `SHOWN` with line and reason.
     """
-    if not bad:
-        return
-    lines = [f"  line {line}: {why}" for line, why in bad[:SHOWN]]
-    more = [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-    head = f"{where}: {len(bad)} of {n} rows are bad. Mend or remove them:"
-    raise TaskError("\n".join([head, *lines, *more]))
+    out: list[Made] = []
+    bad: list[tuple[int, str]] = []
+    n = 0
+    for line, record in records:
+        n += 1
+        if not isinstance(record, Mapping):
+            bad.append((line, record if isinstance(record, str) else "not an object with fields"))
+            continue
+        try:
+            out.append(make(line, record))
+        except TaskError as error:
+            bad.append((line, str(error)))
+    if bad:
+        lines = [f"  line {line}: {why}" for line, why in bad[:SHOWN]]
+        more = [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        head = f"{where}: {len(bad)} of {n} rows are bad. Mend or remove them:"
+        raise TaskError("\n".join([head, *lines, *more]))
+    return out
 
 
 def _text(value: Any) -> Any:
@@ -126,25 +146,19 @@ def parse_rows(records: Iterable[Numbered], where: str = "rows", **given: str) -
     Raises:
         TaskError: no row, or bad ones; lists the first `SHOWN` with line and reason.
     """
-    out: list[Row] = []
-    bad: list[tuple[int, str]] = []
-    n = 0
-    for line, record in records:
-        n += 1
-        if not isinstance(record, Mapping):
-            bad.append((line, record if isinstance(record, str) else "not an object with fields"))
-            continue
+
+    def make(line: int, record: Mapping[str, Any]) -> Row:
         row = {**given, **{k: v for k, v in ((k, _text(v)) for k, v in record.items()) if v != ""}}
         if isinstance(row.get("distractors"), str):
             row["distractors"] = [d.strip() for d in row["distractors"].split("|")]
         elif hasattr(row.get("distractors"), "tolist"):
             row["distractors"] = row["distractors"].tolist()
         if why := _why_bad(row):
-            bad.append((line, why))
-            continue
+            raise TaskError(why)
         row["distractors"] = tuple(row.get("distractors") or ())
-        out.append(Row(**row, line=line))
-    report_bad(where, bad, n)
+        return Row(**row, line=line)
+
+    out = sift(records, make, where)
     if not out:
         raise TaskError(f"{where}: there is no row.")
     return out

@@ -11,7 +11,7 @@ from test_rows import toy, write_jsonl
 
 from mansu_interp.adapters import adapt, make_task
 from mansu_interp.cli import main
-from mansu_interp.config import TaskConfig
+from mansu_interp.commands import TaskConfig
 from mansu_interp.errors import TaskError
 from mansu_interp.tasks import load_task
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 LAYERS = [
     ["errors"],
     ["config", "graph", "artifacts", "changes", "distributed", "memory", "layout"],
-    ["libraries", "remote"],
+    ["commands", "libraries", "remote"],
     ["tensors"],
     ["defaults", "models", "pairs"],
     ["rows"],
@@ -87,7 +87,8 @@ def test_only_models_imports_transformer_lens():
 
 
 @pytest.mark.parametrize(
-    "name", ["errors", "config", "defaults", "graph", "artifacts", "viz", "report", "cli"]
+    "name",
+    ["errors", "config", "commands", "defaults", "graph", "artifacts", "viz", "report", "cli"],
 )
 def test_these_need_no_torch_by_themselves(name: str):
     for path in FILES:

@@ -13,7 +13,8 @@ import torch
 from conftest import make_pairs
 
 from mansu_interp import attribution
-from mansu_interp.config import AttributionConfig, PlanConfig
+from mansu_interp.commands import PlanConfig
+from mansu_interp.config import AttributionConfig
 from mansu_interp.errors import CircuitError, ConfigError, ModelError
 from mansu_interp.models import LanguageModel, empty_model
 from mansu_interp.planning import estimate, passes, plan_lines

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
 from mansu_interp.defaults import DATA
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.models import LanguageModel
-from mansu_interp.pairing import LETTERS, RowOptions, task_from_rows
+from mansu_interp.pairing import LETTERS, OPTIONS, RowOptions, task_from_rows
 from mansu_interp.pairs import Task
 from mansu_interp.rows import SHOWN, Row, parse_rows, read_rows
 from mansu_interp.tasks import load_task
@@ -362,6 +362,10 @@ def test_bad_task_files_over_rows(
     (tmp_path / "mine.json").write_text(json.dumps(spec), encoding="utf-8")
     with pytest.raises(TaskError, match=message):
         load_task(tmp_path / "mine.json", facts)
+
+
+def test_every_option_is_checked():
+    assert list(OPTIONS) == [f.name for f in fields(RowOptions)]
 
 
 def test_a_missing_split_says_what_to_do(facts: LanguageModel):

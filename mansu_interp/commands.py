@@ -1,0 +1,149 @@
+"""Settings of the commands beside run and bench, which are in `config`.
+
+Knows nothing of torch, so that ``mansu --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from .config import AttributionConfig, RelearnConfig, split_names
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RelearnRun:
+    """Fine-tune on half of the forget facts and ask for the other half."""
+
+    model: Positional[str]
+    """Model to attack: embedded, Hugging Face folder, or hub name."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: the one that goes with the model."""
+    original: str | None = None
+    """A model to attack beside it, such as the one before unlearning; the task's first twin is
+    attacked too where it fits."""
+    split: Literal["unseen", "dev"] = "unseen"
+    """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
+    attack: RelearnConfig = field(default_factory=RelearnConfig)
+    """How hard the attack tries."""
+
+
+@dataclass(frozen=True)
+class CadConfig:
+    """Compare two checkpoints: is what the task forgets gone from the second, or hidden?"""
+
+    original: Positional[str]
+    """Model before unlearning: embedded, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """Model after it; same architecture, vocabulary and tokenizer."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: the one that goes with the original."""
+    quantizer: Literal["none", "nf4"] = "nf4"
+    """Also look at the edited model after this quantizer, for knowledge that comes back."""
+    seed: int = 0
+    """How the forget subjects are split in two."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What scoring the edges of a model would take, from its configuration alone."""
+
+    model: str = "facts"
+    """Embedded model, config.json, Hugging Face folder, or hub name (its config.json is read)."""
+    tokens: int = 15
+    """Tokens of the longest prompt."""
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    """How edges would be scored."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"tokens must be at least 1; got {self.tokens}.")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Make a task file from rows: your own, or those of a published benchmark."""
+
+    kind: Positional[Literal["rows", "tofu", "muse", "wmdp"]]
+    """rows: our own schema (docs/tasks.md); wmdp reads MMLU, too."""
+    forget: str
+    """What to forget: .jsonl, .csv, .json or .parquet file, folder that `datasets` reads, or hub
+    name (owner/name, owner/name:configuration or owner/name:configuration:split)."""
+    retain: str
+    """What to keep; likewise."""
+    out: Path = Path("task.json")
+    """The task file; its rows go beside it, with the ending .jsonl."""
+    prefix: str = ""
+    """Put before every prompt exactly as written, such as the model's first token."""
+    chat: bool = False
+    """Ask through the tokenizer's chat template."""
+    letters: bool = False
+    """Ask for the letter of the right option (wmdp: always)."""
+    corrupt: Literal["swap", "any", "symbol", "rotate"] | None = None
+    """How corrupt prompts are made; default: rotate with letters, else swap."""
+    normalise: bool = False
+    """Compare choices by log-probability per token instead of by its sum."""
+    seed: int = 0
+    """Seed of the task's draws."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `mansu verify` compares."""
+
+    original: Positional[str]
+    """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """The checkpoint after it."""
+    survive: tuple[str, ...] = ()
+    """The quantizers that every edit must survive; default: those of the ledger, or nf4."""
+    ledger: Path | None = None
+    """ledger.safetensors of the run; it must agree with both checkpoints."""
+    mask: Path | None = None
+    """mask.safetensors of the run; no edit may lie outside it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "survive", split_names(self.survive))
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Write the edit alone: which weights differ between two checkpoints, and their new values."""
+
+    original: Positional[str]
+    """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """The checkpoint after it."""
+    out: Path = Path("delta.safetensors")
+    """The file to write."""
+
+
+@dataclass(frozen=True)
+class ApplyConfig:
+    """Make the edited checkpoint from the original and a delta, or the ledger of a run."""
+
+    original: Positional[str]
+    """The checkpoint that the delta was made for."""
+    delta: Positional[Path]
+    """What `mansu delta` wrote, or a run's ledger.safetensors."""
+    out: Path = Path("edited")
+    """New folder for the Hugging Face checkpoint."""
+
+
+ExportType = Literal["f16", "q8_0", "q4_0"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it."""
+
+    model: Positional[str]
+    """Folder of a run, Hugging Face folder, embedded model, or hub name."""
+    type: ExportType = "q8_0"
+    """f16, or llama.cpp's 8-bit or 4-bit blocks for all matrices."""
+    out: Path = Path("model.gguf")
+    """The file to write."""
