@@ -14,229 +14,29 @@ in ``work``, so that another quantizer can be measured later; without them tries
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import resource
 import shutil
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-
-from .artifacts import atomic_folder, expect, locked, read_json, write_json
-from .cad import CAD, Divergence, compare
-from .circuit import Circuit, discover
-from .config import BASELINES, BenchConfig, Method, RunConfig
-from .defaults import default_config, is_embedded
+from .artifacts import locked
+from .cad import CAD, Divergence
+from .cells import ORIGINAL, Cell, attempt, finish, make_cell
+from .config import BenchConfig
+from .defaults import default_config
 from .distributed import launched
-from .errors import ArtifactError, ConfigError, MansuError, ResourceError
-from .evaluation import CHANCE, Scores, evaluate, properties
+from .errors import ConfigError
+from .evaluation import CHANCE, Scores, properties
 from .floor import quantizer_set
-from .memory import enough_memory
 from .models import LanguageModel, load_model
-from .pairs import PairSet, Task
-from .pipeline import make_mask
-from .planning import CAD_PAIRS
-from .quantizers import get_quantizer, quantize, survival
+from .quantizers import get_quantizer
 from .report.scoreboard import write_scoreboard
-from .runfolder import config_json
 from .sweep import Engine, engine
 from .tasks import load_task
-from .unlearning import dev_choice, unlearn
 
-SCHEMA = 1
-ORIGINAL = "original"
-MAYBE = (float, None)
-FILE = {
-    "error?": str,
-    "steps?": int,
-    "seconds?": MAYBE,
-    "peak_gb?": MAYBE,
-    "dev?": {"forget": float, "retain": float, "retain_choice": float},
-}
-"""What is checked of a cell's file."""
-SURVIVAL = ("update_over_bin", "projection", "noise_over_signal")
-MEASURED = {
-    "quantizers": {
-        ...: {"edited": int, "survived": int, "collateral": int, **dict.fromkeys(SURVIVAL, MAYBE)}
-    },
-    "rows": [{"role": str, "n": int, "models": {...: {...: MAYBE}}}],
-    "perplexity": ({...: MAYBE}, None),
-    "edited": int,
-    "parameters": int,
-    "cad?": {"verdict": str, "sentence": str, "models": {...: {...: MAYBE}}},
-}
-"""And once it is measured."""
 OnProgress = Callable[[str, int, int], None]
-
-
-def _differences(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """Settings that are not the default ones, so that a new setting leaves old cells valid."""
-    return {
-        k: _differences(v, usual[k]) if isinstance(v, dict) else v
-        for k, v in given.items()
-        if v != usual[k]
-    }
-
-
-def read_cell(file: Path) -> dict[str, Any]:
-    """The results of a try, as `attempt` and `measure` write them.
-
-    Raises:
-        ArtifactError: missing, damaged, or something else.
-    """
-    found = read_json(file)
-    try:
-        expect(found, FILE, "it")
-        if "quantizers" in found:
-            expect(found, MEASURED, "it")
-    except ValueError as error:
-        raise ArtifactError(
-            f"{file} is no cell of a benchmark: {error}. Delete it to run it again."
-        ) from error
-    return found
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One try: a method on a model and task, with one seed, level and step size."""
-
-    model: str
-    task: str
-    method: str
-    seed: int
-    level: float
-    strength: float
-    config: RunConfig
-    """Everything that decides what comes out."""
-    sha256: str
-    """Of the model's weights."""
-    out: Path
-
-    @property
-    def key(self) -> str:
-        """Readable, with a hash of all settings."""
-        unusual = _differences(config_json(self.config), config_json(RunConfig()))
-        what = [SCHEMA, self.sha256, self.method, unusual]
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-        group = f"{Path(self.model).name}-{Path(self.task).stem}"
-        if self.method == ORIGINAL:
-            return f"{group}/{ORIGINAL}-{digest}"
-        return f"{group}/{self.method}-{self.level:g}-x{self.strength:g}-s{self.seed}-{digest}"
-
-    @property
-    def file(self) -> Path:
-        """Where its results are kept."""
-        return self.out / "cells" / f"{self.key}.json"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where its model is kept."""
-        return self.out / "work" / self.key
-
-    def read(self) -> dict[str, Any] | None:
-        """Its results so far."""
-        return read_cell(self.file) if self.file.exists() else None
-
-
-def make_cell(
-    bench: BenchConfig, model: LanguageModel, task: str, method: str, seed: int,
-    level: float, strength: float,
-) -> Cell:  # fmt: skip
-    """A cell with all its settings: the task's own, but dense methods have the usual equal weight
-    of the retain loss, and their own step size."""
-    base = replace(default_config(model.name, task), seed=seed, out=Path("."), threads=1)
-    if method == ORIGINAL:
-        return Cell(model.name, task, method, seed, 1.0, 1.0, base, model.sha256, bench.out)
-    own, dense = base.unlearn, method in BASELINES
-    own = replace(
-        own,
-        method=cast(Method, method),
-        seed=seed,
-        steps=bench.steps,
-        stop_at=level,
-        lr=(bench.lr if dense else own.lr) * strength,
-        retain_weight=1.0 if dense else own.retain_weight,
-        survive=own.survive if dense else bench.survive,
-    )
-    config = replace(base, unlearn=own)
-    return Cell(model.name, task, method, seed, level, strength, config, model.sha256, bench.out)
-
-
-@lru_cache(maxsize=2)
-def _loaded(name: str, task: str, score_pairs: int) -> tuple[LanguageModel, Task]:
-    model = load_model(name)
-    return model, load_task(task, model, score_pairs)
-
-
-def _circuit(cell: Cell, model: LanguageModel, task: Task) -> Circuit:
-    """The circuit of a model, task and seed: found once, then read."""
-    settings = replace(cell.config.circuit, seed=cell.seed)
-    digest = hashlib.sha256(repr((cell.sha256, settings)).encode()).hexdigest()[:10]
-    name = f"{Path(cell.model).name}-{task.name}-s{cell.seed}-{digest}.json"
-    path = cell.out / "work" / "circuits" / name
-    if not path.exists():
-        discover(model, task.forget, settings, task.retain).save(path)
-    sample = task.forget.sample(settings.pairs, settings.seed)
-    return replace(Circuit.load(path), pairs=sample)
-
-
-def _reset_peak() -> None:
-    """Start the count of peak memory anew (Linux; elsewhere it covers the whole process)."""
-    if os.path.exists("/proc/self/clear_refs"):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_gb() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
-        return int(line.split()[1]) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def attempt(cell: Cell) -> dict[str, Any]:
-    """Train one cell, keep its checkpoint, and score that on the dev phrasings."""
-    torch.set_num_threads(1)
-    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
-    torch.manual_seed(cell.seed)
-    circuit = None if cell.method in BASELINES else _circuit(cell, model, task)
-    place = cell.checkpoint.with_name(f"{cell.checkpoint.name}.state")
-    _reset_peak()
-    started = time.perf_counter()
-    try:
-        with enough_memory("training a cell", "Fewer --jobs take less."):
-            mask = make_mask(cell.config, model, task, circuit) if circuit else None
-            result = unlearn(model, task, mask, cell.config.unlearn, resume=place)
-    except ResourceError:
-        raise  # says nothing of the method
-    except MansuError as error:
-        found: dict[str, Any] = {"error": str(error)}
-    else:
-        found = {
-            "steps": result.stopped_at,
-            "seconds": round(time.perf_counter() - started, 2),
-            "peak_gb": _peak_gb(),
-        }
-        with atomic_folder(cell.checkpoint) as partial_:
-            result.model.save(partial_)
-        place.unlink(missing_ok=True)
-        saved = load_model(cell.checkpoint)
-        scores = evaluate({"fp": saved}, task, "dev")
-        found["dev"] = {
-            "forget": dev_choice(saved, task),
-            "retain": scores.mean("retain", "top1", "fp"),
-            "retain_choice": scores.mean("retain", "choice", "fp"),
-        }
-    settings = {"cell": [cell.model, cell.task, cell.method, cell.seed, cell.level, cell.strength]}
-    found = {**settings, **found, "config": config_json(cell.config), "sha256": cell.sha256}
-    write_json(cell.file, found)
-    return found
 
 
 def best_retained(tries: Sequence[dict[str, Any]], level: float) -> tuple[int, bool]:
@@ -256,56 +56,6 @@ def best_retained(tries: Sequence[dict[str, Any]], level: float) -> tuple[int, b
     if not there:
         return min(range(len(dev)), key=lambda k: dev[k]["forget"]), False
     return max(there, key=lambda k: (dev[k]["retain"], dev[k]["retain_choice"], -k)), True
-
-
-def measure(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
-    """Score a cell's checkpoint on the unseen phrasings, for the quantizers not yet measured."""
-    torch.set_num_threads(1)
-    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
-    found = cell.read() or {}
-    have = found.get("quantizers", {})
-    todo = [q for q in quantizers if q not in have]
-    if not todo or "error" in found:
-        return found
-    untouched = cell.method == ORIGINAL
-    if not untouched and not cell.checkpoint.exists():
-        found = attempt(cell)  # the same again: everything is seeded
-    edited = model if untouched else load_model(cell.checkpoint)
-    models, lived = {}, {}
-    for q in todo:  # side by side, so that a calibrated one need not fit the same model twice
-        models[q] = quantize(edited, q, task.calibration)
-        lived[q] = asdict(survival(model, edited, q, task.calibration))
-    scores = evaluate(models if have else {"fp": edited, **models}, task)
-    rows = found.get("rows", scores.rows)
-    for row, new in zip(rows, scores.rows, strict=True):
-        row["models"].update(new["models"])
-    found["rows"] = rows
-    perplexity = {**(found.get("perplexity") or {}), **(scores.perplexity or {})}
-    found["perplexity"] = perplexity or None
-    found["quantizers"] = {**have, **lived}
-    found["edited"] = sum(int((model.weights[n] != w).sum()) for n, w in edited.weights.items())
-    found["parameters"] = model.n_parameters
-    if "cad" not in found and not untouched:
-        unseen = [p for s in task.scored["unseen"]["forget"].values() for p in s]
-        twin = load_model(task.twins[0]) if task.twins and is_embedded(cell.model) else None
-        cad = compare(
-            _circuit(cell, model, task),
-            model,
-            {"unlearned": edited, f"unlearned {todo[0]}": models[todo[0]]},
-            PairSet("held out", tuple(unseen)).sample(CAD_PAIRS, cell.seed),
-            replace(cell.config.circuit, seed=cell.seed),
-            reference=twin,
-        )
-        found["cad"] = cad.to_json()
-    write_json(cell.file, found)
-    return found
-
-
-def finish(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
-    """Train a cell if that is not done, and measure it."""
-    if cell.method != ORIGINAL and cell.read() is None:
-        attempt(cell)
-    return measure(cell, quantizers)
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ def _cell_seeds() -> list[bytes]:
 
 
 def _load_cell(data: bytes) -> object:
-    from mansu_interp.bench import read_cell
+    from mansu_interp.cells import read_cell
 
     return read_cell(_file("cell.json", data))
 

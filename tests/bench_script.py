@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from mansu_interp import bench
+from mansu_interp import cells
+from mansu_interp.bench import run_bench
 from mansu_interp.cad import CAD, Divergence
 from mansu_interp.config import BenchConfig
 from mansu_interp.unlearning import Unlearned
@@ -33,9 +34,9 @@ def fake_unlearn(model: Any, task: Any, mask: Any, config: Any, **_: Any) -> Unl
     return Unlearned(out, [], 7)
 
 
-bench.unlearn = fake_unlearn  # type: ignore[assignment]
-bench._circuit = lambda *_: None  # type: ignore[assignment]
-bench.compare = lambda *_, **__: CAD(  # type: ignore[assignment]
+cells.unlearn = fake_unlearn  # type: ignore[assignment]
+cells._circuit = lambda *_: None  # type: ignore[assignment]
+cells.compare = lambda *_, **__: CAD(  # type: ignore[assignment]
     "undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)}
 )
 
@@ -52,4 +53,4 @@ def config(out: Path, jobs: int, seeds: int, **settings: Any) -> BenchConfig:
 
 if __name__ == "__main__":
     done = config(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    print(len(bench.run_bench(done)), asdict(done)["jobs"])
+    print(len(run_bench(done)), asdict(done)["jobs"])

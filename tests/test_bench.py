@@ -15,7 +15,7 @@ from typing import Any
 import bench_script
 import pytest
 
-from mansu_interp import bench
+from mansu_interp import cells
 from mansu_interp.bench import best_retained, make_cell, run_bench
 from mansu_interp.config import BenchConfig, RunConfig
 from mansu_interp.errors import ConfigError, MaskError
@@ -76,7 +76,7 @@ def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: 
 def test_a_new_setting_at_its_default_leaves_cells_valid():
     usual = {"a": 1, "nested": {"b": 2, "new": 0}, "other": 5}
     given = {"a": 9, "nested": {"b": 3, "new": 0}, "other": 5}
-    assert bench._differences(given, usual) == {"a": 9, "nested": {"b": 3}}
+    assert cells._differences(given, usual) == {"a": 9, "nested": {"b": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,8 @@ def test_what_is_done_is_not_done_again(
     def never(*_: Any) -> None:
         raise AssertionError("trained or scored again")
 
-    monkeypatch.setattr(bench, "unlearn", never)
-    monkeypatch.setattr(bench, "evaluate", never)
+    monkeypatch.setattr(cells, "unlearn", never)
+    monkeypatch.setattr(cells, "evaluate", never)
     assert run_bench(bench_script.config(out, 1, 2)) == rows
 
 
@@ -137,7 +137,7 @@ def test_a_failed_try_is_recorded_and_the_rest_goes_on(
             raise MaskError("nothing to edit.")
         return bench_script.fake_unlearn(model, task, mask, config)
 
-    monkeypatch.setattr(bench, "unlearn", fails)
+    monkeypatch.setattr(cells, "unlearn", fails)
     rows = run_bench(bench_script.config(tmp_path, 1, 1, strengths=(1.0,)))
     assert rows[1]["error"] == "nothing to edit." and "error" not in rows[0]
     assert "failed: nothing to edit." in (tmp_path / "scoreboard.md").read_text()

@@ -27,6 +27,7 @@ LAYERS = [
     ["report"],
     ["planning", "runfolder"],
     ["pipeline"],
+    ["cells"],
     ["bench"],
     ["cli"],
     ["__main__", "__init__"],
