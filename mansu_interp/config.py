@@ -1,6 +1,7 @@
 """Every setting, once: these dataclasses are the Python API, the command line and config.json.
 
-Commands beside run and bench have theirs in `commands`. Knows nothing of torch, so that ``mansu --help`` is quick.
+Commands beside run and bench have theirs in `commands`. Knows nothing of torch, so that
+``mansu --help`` is quick.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def sift(
 
 def _text(value: Any) -> Any:
     """Missing values of CSV and pandas as empty strings."""
-    return "" if value is None or value != value else value  # noqa: PLR0124 (NaN)
+    nan = isinstance(value, float) and value != value  # noqa: PLR0124
+    return "" if value is None or nan or type(value).__name__ == "NAType" else value
 
 
 def _why_bad(row: dict[str, Any]) -> str:
@@ -148,7 +149,14 @@ def parse_rows(records: Iterable[Numbered], where: str = "rows", **given: str) -
     """
 
     def make(line: int, record: Mapping[str, Any]) -> Row:
-        row = {**given, **{k: v for k, v in ((k, _text(v)) for k, v in record.items()) if v != ""}}
+        row = {
+            **given,
+            **{
+                k: v
+                for k, v in ((k, _text(v)) for k, v in record.items())
+                if not (isinstance(v, str) and not v)
+            },
+        }
         if isinstance(row.get("distractors"), str):
             row["distractors"] = [d.strip() for d in row["distractors"].split("|")]
         elif hasattr(row.get("distractors"), "tolist"):

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -106,6 +107,16 @@ def test_every_source_gives_the_same_rows(tmp_path: Path):
     ]
     for source in sources:
         assert [replace(r, line=0) for r in read_rows(source)] == want, source
+
+
+def test_a_frame_may_hold_arrays_and_missing_values():
+    """As pandas reads them from parquet."""
+    pandas = pytest.importorskip("pandas")
+    row = {"role": "forget", "prompt": "p", "answer": "a"}
+    wrong = np.array(["b", "c", "d"])
+    frame = pandas.DataFrame([{**row, "distractors": wrong, "relation": pandas.NA}])
+    (found,) = read_rows(frame)
+    assert found.distractors == ("b", "c", "d") and found.relation == Row(**row, line=1).relation
 
 
 def test_distractors_in_csv_and_missing_cells(tmp_path: Path):
