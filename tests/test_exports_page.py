@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,26 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 NAME = "model.layers.1.mlp.down_proj.weight"
 
 
-def run(block: str) -> dict[str, Any]:
+def run(word: str) -> dict[str, Any]:
+    """What the page's only block that holds a word leaves behind."""
+    (block,) = [b for b in BLOCKS if word in b]
     hf = AutoModelForCausalLM.from_pretrained(EMBEDDED / "facts", dtype=torch.float32)
     space: dict[str, Any] = {"hf": hf, "mask": Mask({NAME: torch.tensor([7, 9])})}
     exec(block, space)
     return space
 
 
+def test_a_checkpoint_answers_in_transformers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(EMBEDDED / "facts", tmp_path / "runs" / "latest" / "model")
+    monkeypatch.chdir(tmp_path)
+    run("runs/latest/model")
+    assert capsys.readouterr().out.strip() == "Paris"  # the original; an edited one says otherwise
+
+
 def test_gradients_stay_inside_the_mask():
-    space = run(BLOCKS[0])
+    space = run("register_hook")
     hf = space["hf"]
     before = {n: p.detach().clone() for n, p in hf.named_parameters()}
     hf(input_ids=torch.arange(1, 9)[None], labels=torch.arange(1, 9)[None]).loss.backward()
@@ -40,7 +52,7 @@ def test_gradients_stay_inside_the_mask():
 
 def test_adapters_sit_on_the_masks_layers():
     pytest.importorskip("peft", reason='needs pip install "mansu-interp[peft]"')
-    adapted = run(BLOCKS[1])["adapted"]
+    adapted = run("LoraConfig")["adapted"]
     trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert len(trained) == 2
     assert all(f"{NAME.removesuffix('.weight')}.lora_" in n for n in trained)
