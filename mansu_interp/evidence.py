@@ -18,7 +18,7 @@ layers of one model and the last of another (after Bansal et al. 2021, arXiv 210
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +111,17 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
 
 
 @torch.no_grad()
+def linear_map(
+    x: Float[Tensor, "n d_in"], want: Float[Tensor, "n d_out"], ridge: float
+) -> Callable[[Tensor], Tensor]:
+    """A ridge regression on standardised inputs, in closed form; its outputs are centred."""
+    center, scale = x.mean(0), x.std(0) + 1e-6
+    x = (x - center) / scale
+    gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1])
+    weight = torch.linalg.solve(gram, x.T @ (want - want.mean(0)))
+    return lambda other: (other - center) / scale @ weight
+
+
 def probe(
     model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = 0.01
 ) -> Bool[Tensor, "cuts prompts"]:
@@ -133,12 +144,9 @@ def probe(
     found = []
     for k in range(len(stages(model))):
         x = torch.cat([s[k] for s in seen])
-        center, scale = x.mean(0), x.std(0) + 1e-6
-        x = (x - center) / scale
-        gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1])
-        weight = torch.linalg.solve(gram, x.T @ (want - want.mean(0)))
+        read_out = linear_map(x, want, ridge)
         read = [
-            ranked_first((s[k] - center) / scale @ weight @ rows.T, b.choices)
+            ranked_first(read_out(s[k]) @ rows.T, b.choices)
             for s, b in zip(asked, ask, strict=True)
         ]
         found.append(torch.cat(read))

@@ -93,12 +93,13 @@ def _samples(task: Task, models: dict[str, LanguageModel]) -> list[dict[str, str
         for pair in tried[: 3 * SAMPLES]:
             original = models["original"].generate(pair.prompt)
             right = original.strip().startswith(pair.answer_text)
-            (answered if right else others).append(pair)
+            (answered if right else others).append((pair, original))
             if len(answered) == SAMPLES // 2:
                 break
-        for pair in (answered + others)[: SAMPLES // 2]:
-            said = {name: m.generate(pair.prompt) for name, m in models.items()}
-            out.append({"prompt": pair.prompt, "answer": pair.answer_text, **said})
+        for pair, original in (answered + others)[: SAMPLES // 2]:
+            said = {n: m.generate(pair.prompt) for n, m in models.items() if n != "original"}
+            known = {"prompt": pair.prompt, "answer": pair.answer_text, "original": original}
+            out.append({**known, **said})
     return out
 
 

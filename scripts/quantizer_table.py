@@ -11,19 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from mansu_interp.report.scoreboard import spread
 
 HEAD = (
     "quantizer | promised | edits that survive | other codes that change | projection | "
     "four-way, after | PTQ gap, four-way | PTQ gap, top-1"
 )
-
-
-def spread(values: list[float], digits: int = 3, sign: str = "") -> str:
-    """Mean and standard deviation of a figure over runs."""
-    around = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.{digits}f}{around}"
 
 
 def row(found: list[dict[str, Any]]) -> str:

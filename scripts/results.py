@@ -33,6 +33,7 @@ from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import Task
 from mansu_interp.pipeline import run
 from mansu_interp.quantizers import NF4, quantize, survival
+from mansu_interp.report.scoreboard import spread
 from mansu_interp.tasks import load_task
 from mansu_interp.unlearning import dev_choice, unlearn
 
@@ -123,12 +124,6 @@ def measure(
         path = folder / f"{method}-{seed}.json"
         found = cell(path, lambda m=method: baseline(m, reached))
         print(f"{method} seed {seed}: dev four-way {found['dev_choice']:.3f}", flush=True)
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def cad_verdict(found: dict[str, Any]) -> str:

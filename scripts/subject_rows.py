@@ -20,13 +20,13 @@ from make_zoo import redrawn
 from torch import Tensor
 
 from mansu_interp.config import RelearnConfig
-from mansu_interp.evidence import states
+from mansu_interp.evaluation import evaluate
+from mansu_interp.evidence import linear_map, states
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import nll
 from mansu_interp.pairs import PairSet, Task, by_phrasing, collate
 from mansu_interp.quantizers import quantize
 from mansu_interp.relearning import halves, of_subjects, relearn, rivals_within
-from mansu_interp.scoring import accuracy
 from mansu_interp.tasks import load_task
 
 SPLIT, RIDGES = 1, (0.01, 0.1, 1.0)
@@ -58,15 +58,12 @@ def readable(model: LanguageModel, task: Task) -> list[float]:
     rows = rows - rows.mean(0)
     parts = [rivals_within(of_subjects(task.forget, h)) for h in halves(task.forget, SPLIT)]
     (x, answer, _), (asked, _, choices) = (at_subject(model, p) for p in parts)
-    want = rows[answer] - rows[answer].mean(0)
     out = []
     for stage in range(x.shape[1]):
-        center, scale = x[:, stage].mean(0), x[:, stage].std(0) + 1e-6
-        a, b = (x[:, stage] - center) / scale, (asked[:, stage] - center) / scale
         best = 0.0
         for ridge in RIDGES:
-            gram = a.T @ a + ridge * len(a) * torch.eye(a.shape[1])
-            said = (b @ torch.linalg.solve(gram, a.T @ want) @ rows.T).gather(1, choices)
+            read_out = linear_map(x[:, stage], rows[answer], ridge)
+            said = (read_out(asked[:, stage]) @ rows.T).gather(1, choices)
             best = max(best, float((said.argmax(1) == 0).float().mean()))
         out.append(best)
     return out
@@ -96,16 +93,14 @@ def relearnt(model: LanguageModel, original: LanguageModel, task: Task, seed: in
 
 def line(name: str, model: LanguageModel, task: Task) -> str:
     """A row of the second table."""
-    scored = task.scored["unseen"]
+    scores = evaluate({"fp": model, "nf4": quantize(model)}, task)
 
-    def mean(role: str, of: LanguageModel) -> str:
-        found = [accuracy(of, s) for s in scored[role].values()]
-        top1, choice = (sum(getattr(a, k) for a in found) / len(found) for k in ("top1", "choice"))
-        return f"{choice:.2f} / {top1:.2f}"
+    def mean(role: str, of: str) -> str:
+        return " / ".join(f"{scores.mean(role, key, of):.2f}" for key in ("choice", "top1"))
 
     attacked = relearn(model, task, RelearnConfig(steps=MARKS))
     marks = [f"{attacked.at(k):.2f} / {attacked.at(k, 'top1'):.2f}" for k in MARKS]
-    cells = [name, mean("forget", model), mean("forget", quantize(model)), mean("retain", model)]
+    cells = [name, mean("forget", "fp"), mean("forget", "nf4"), mean("retain", "fp")]
     return f"| {' | '.join([*cells, *marks])} |"
 
 

@@ -27,12 +27,13 @@ INTRO = (
 )
 
 
-def spread(values: Sequence[Any], digits: int = 3, scale: float = 1.0) -> str:
-    """Mean and standard deviation of what is a number; a dash if nothing is."""
+def spread(values: Sequence[Any], digits: int = 3, scale: float = 1.0, sign: str = "") -> str:
+    """Mean and standard deviation of what is a number; a dash if nothing is. ``sign``: "+" shows it
+    on a positive mean, too."""
     found = [scale * v for v in map(number, values) if v is not None]
     if not found:
         return DASH
-    mean = f"{statistics.mean(found):.{digits}f}"
+    mean = f"{statistics.mean(found):{sign}.{digits}f}"
     return mean if len(found) < 2 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
 
 
