@@ -20,7 +20,7 @@ from .faithfulness import Ablation, minimal_edges, strongest
 from .graph import Architecture, Graph, Node
 from .hooked import AnyModel, as_model
 from .hub import Shareable
-from .masks import DAMPING, Mask, choose_parameters, region
+from .masks import DAMPING, Mask, choose_parameters, region, subject_rows
 from .models import LanguageModel
 from .nullspace import ByLayer, Weights, fisher_diagonal
 from .objectives import answer_gradient, forget_gradient
@@ -167,6 +167,7 @@ class Circuit(Shareable):
         depth: float = 0.0,
         survive: Sequence[str] = ("nf4",),
         by_layer: bool = False,
+        rows: bool = False,
     ) -> Mask:
         """The parameters behind this circuit that forget most per retain damage.
 
@@ -184,6 +185,8 @@ class Circuit(Shareable):
             survive: quantizers that every edit must survive.
             by_layer: hold gradients and Fisher of one layer at a time: the same mask with less
                 memory and as many more passes as there are layers.
+            rows: the forget subjects' own rows of the embedding may be edited, too. Every
+                element of them is a candidate: what they hold shows once the layers change.
 
         Raises:
             MaskError: budget out of range, or nothing to edit.
@@ -219,6 +222,9 @@ class Circuit(Shareable):
 
             keep = per_weight(kept) if held else None
         mask = choose_parameters(model, regions, budget, g, fisher, keep, survive, damping, hold)
+        if rows:
+            mask.indices[model.embedding_name] = subject_rows(model, pairs, survive)
+            mask.meta["limit"] = min(mask.n_parameters, int(budget * model.n_parameters))
         mask.meta["components"] = [n.id for n, _ in components]
         mask.meta["provenance"] = self.meta.get("provenance")
         return mask

@@ -172,8 +172,11 @@ def _verify(config: VerifyConfig, _: Output) -> int:
     print(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
     for name, row in found.rows.items():
         print(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+    for name, row in found.embedding.items():
+        label = f"{name}, embedding"
+        print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
-        print(f"{found.outside} values changed outside the quantized layers.")
+        print(f"{found.outside} values changed outside the linear layers and the embedding.")
     for sentence in found.mismatches:
         print(f"Mismatch: {sentence}.")
     print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")

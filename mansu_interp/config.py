@@ -265,6 +265,9 @@ class RunConfig:
     parameters; 0 ignores what retain and forget answers share."""
     depth: float = 0.0
     """Share of the layers, counted from the input, in which nothing is edited."""
+    subject_rows: bool = False
+    """Edit the forget subjects' own rows of the embedding, too, within the same budget: what can be
+    read there comes back by relearning, whatever is done to the layers."""
     by_layer: bool = False
     """Choose parameters holding gradients and Fisher of one layer at a time: the same mask with
     less memory and more passes."""

@@ -93,7 +93,7 @@ class Ledger:
             for key, weight in (("old", before), ("new", after)):
                 tensors[f"{name}|{key}"] = weight.flatten()[index].to(edited.saved_dtype)
             for q in map(get_quantizer, survive):
-                if name in original.linear_names and q.touches(before):
+                if name in (*original.linear_names, original.embedding_name) and q.touches(before):
                     codes = [q.cells(w).codes[index] for w in (before, after)]
                     tensors[f"{name}|{q.name}"] = torch.stack(codes, 1).to(torch.uint8)
         return cls(
@@ -206,8 +206,11 @@ class Verification:
 
     rows: dict[str, Survival]
     """Per quantizer of the set."""
+    embedding: dict[str, Survival]
+    """The same of the input embedding, were it quantized, too; empty if it is not edited."""
     outside: int
-    """Values that differ outside the layers that quantizers touch, where nothing is promised."""
+    """Values that differ elsewhere (norms, biases, an unembedding of its own), where nothing is
+    promised."""
     mismatches: list[str]
     """What the ledger or the mask says otherwise than the checkpoints."""
 
@@ -215,7 +218,8 @@ class Verification:
     def holds(self) -> bool:
         """Every edit survives every quantizer, and no other code changes."""
         return not self.outside and all(
-            r.survived == r.edited and not r.collateral for r in self.rows.values()
+            r.survived == r.edited and not r.collateral
+            for r in (*self.rows.values(), *self.embedding.values())
         )
 
     @property
@@ -261,10 +265,14 @@ def verify(
     """
     check_same_shape(original, edited)
     names = list(survive) or (ledger.meta.get("survive") if ledger else None) or ["nf4"]
-    rows = {q.name: survival(original, edited, q) for q in quantizer_set(names)}
-    linear = set(original.linear_names)
+    survivors = quantizer_set(names)
+    rows = {q.name: survival(original, edited, q) for q in survivors}
+    moved = {n: int((w != edited.weights[n]).sum()) for n, w in original.weights.items()}
+    embedding = {}
+    if moved[original.embedding_name]:
+        embedding = {q.name: survival(original, edited, q, embedding=True) for q in survivors}
     outside = sum(
-        int((w != edited.weights[n]).sum()) for n, w in original.weights.items() if n not in linear
+        k for n, k in moved.items() if n not in (*original.linear_names, original.embedding_name)
     )
     mismatches: list[str] = []
     found = Ledger.of(original, edited, ledger.meta.get("survive", []) if ledger else [])
@@ -283,4 +291,4 @@ def verify(
             mismatches.append("the mask is not the one that the ledger names")
     if mask:
         mismatches += _mask_mismatches(mask, found, original)
-    return Verification(rows, outside, mismatches)
+    return Verification(rows, embedding, outside, mismatches)

@@ -7,6 +7,7 @@ A component maps to a slice of a weight in the deployed ``[out, in]`` layout:
 head output          the head's columns of the output projection
 ``mlp`` as reader    gate and up projection
 ``mlp`` as writer    down projection
+``input``            the forget subjects' own rows of the embedding, if asked for
 ===================  ===============================================================
 
 Inside the circuit's weights single parameters are chosen by expected forget gain per expected
@@ -32,6 +33,7 @@ from .graph import Node
 from .hub import Shareable
 from .layout import head_slice, mlp_weights
 from .models import LanguageModel
+from .pairs import Pair
 from .provenance import stranger
 from .tensors import read_tensors, write_tensors
 
@@ -65,7 +67,7 @@ def component_slices(
         ModelError: no weight of a known name, or a fused one of unknown order.
     """
     if node.kind in ("input", "logits"):
-        return []  # embeddings and unembedding are never edited: quantizers leave them alone
+        return []  # see `subject_rows`; the unembedding is never edited
     names, arch = model.linear_names, model.architecture
     if node.kind == "mlp":
         return [(n, "rows", slice(None)) for n in mlp_weights(names, node.layer, writes)]
@@ -87,6 +89,22 @@ def region(
             else:
                 mask[:, where] = True
     return out
+
+
+def subject_rows(
+    model: LanguageModel, pairs: Iterable[Pair], survive: Set = "nf4"
+) -> Int[Tensor, " n"]:
+    """Flat positions, in the embedding, of the rows that tell the pairs' subjects from others.
+
+    Those are the tokens of the clean prompts in whose place the corrupt ones have others. Elements
+    that the floor lets move neither way are left out.
+    """
+    weight = model.weights[model.embedding_name]
+    own = sorted({a for p in pairs for a, b in zip(p.clean, p.corrupt, strict=True) if a != b})
+    width = weight.shape[1]
+    index = (torch.tensor(own)[:, None] * width + torch.arange(width)).flatten()
+    where = floor(weight, survive, model.saved_dtype, index)
+    return index[~(where.up.isnan() & where.down.isnan())]
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,13 @@ class LanguageModel:
         return linear_weights(self.hf)
 
     @cached_property
+    def embedding_name(self) -> str:
+        """Name of the input embedding's weight, ``[vocab, d_model]``; a tied one is the
+        unembedding, too."""
+        weight = self.hf.get_input_embeddings().weight
+        return next(n for n, w in self.weights.items() if w is weight)
+
+    @cached_property
     def bridge(self) -> Any:
         """The model as a TransformerLens ``TransformerBridge`` over the same weight tensors; layers
         packed to 4 bits by bitsandbytes are replaced by plain ones."""

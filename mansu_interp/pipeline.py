@@ -154,6 +154,7 @@ def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circ
         depth=config.depth,
         survive=config.unlearn.survive,
         by_layer=config.by_layer,
+        rows=config.subject_rows,
     )
 
 
@@ -398,8 +399,9 @@ def _measure(
         "scores": scores.rows,
         "perplexity": scores.perplexity,
         "edit": {
-            "edited": lived.edited,
-            "share": lived.edited / model.n_parameters,
+            "edited": sum(edits.values()),
+            "embedding": edits.get(model.embedding_name, 0),
+            "share": sum(edits.values()) / model.n_parameters,
             "budget": config.budget,
             "refused": mask.meta.get("refused"),
             "candidates": mask.meta.get("candidates"),

@@ -104,7 +104,22 @@ def test_a_lost_edit_and_collateral_break_the_guarantee(facts: LanguageModel, co
 def test_a_change_outside_the_quantized_layers(copy: Path, capsys):
     change(copy / "model" / "model.safetensors", "model.norm.weight", 0, 7.0)
     assert main(["verify", "facts", str(copy / "model")]) == 3
-    assert "1 values changed outside the quantized layers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 values changed outside the linear layers and the embedding" in said
+
+
+def test_an_edit_of_the_embedding_must_leave_its_cell_too(facts: LanguageModel, copy: Path, capsys):
+    name, at = facts.embedding_name, 700
+    old = float(facts.weights[name].flatten()[at])
+    change(copy / "model" / "model.safetensors", name, at, old * (1 + 2**-7))
+    assert main(["verify", "facts", str(copy / "model")]) == 3
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["nf4,", "embedding", "1", "0", "0"] in lines
+    where = floor(facts.weights[name], SET, facts.saved_dtype)
+    change(copy / "model" / "model.safetensors", name, at, float(where.up[at]))
+    assert main(["verify", "facts", str(copy / "model"), "--survive", ",".join(SET)]) == 0
+    codes = Ledger.of(facts, load_model(copy / "model"), SET).tensors[f"{name}|q4_0"]
+    assert codes.tolist()[0][1] > codes.tolist()[0][0]
 
 
 @pytest.mark.parametrize(

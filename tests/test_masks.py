@@ -213,6 +213,26 @@ def test_nothing_is_edited_below_the_depth(tiny_model: TinyModel):
     assert {int(n.split(".")[2]) for n in circuit.mask(model, 0.02).indices} == {0, 1, 2}
 
 
+def test_the_subjects_own_rows_may_be_edited_too(tiny_model: TinyModel):
+    """Rows of tokens that tell clean from corrupt, but for what the floor lets move neither way;
+    within the one budget."""
+    model, pairs = tiny_model(2), make_pairs()
+    circuit = Circuit(model.graph, model.graph.exists * 1.0, model.graph.exists, {}, pairs)
+    name, without = model.embedding_name, circuit.mask(model, 0.02)
+    assert name == "model.embed_tokens.weight" and name not in without.indices
+    mask = circuit.mask(model, 0.02, rows=True)
+    own = {a for p in pairs for a, b in zip(p.clean, p.corrupt, strict=True) if a != b}
+    width = model.d_model
+    assert {int(i) // width for i in mask.indices[name]} == own
+    fixed = NF.cells(model.weights[name]).sets_scale
+    assert not fixed[mask.indices[name]].any()
+    assert len(mask.indices[name]) > 0.7 * len(own) * width
+    assert mask.limit == without.limit == int(0.02 * model.n_parameters)
+    assert {n: len(i) for n, i in mask.indices.items() if n != name} == {
+        n: len(i) for n, i in without.indices.items()
+    }
+
+
 @pytest.mark.parametrize("budget", [0, -1, 1.5, float("nan")])
 def test_budget_out_of_range_before_any_work(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, budget: float

@@ -11,13 +11,15 @@ import torch
 
 from mansu_interp.config import UnlearnConfig
 from mansu_interp.errors import ConfigError, MaskError
-from mansu_interp.masks import POOL, Mask, choose_parameters, random_mask
+from mansu_interp.ledger import verify
+from mansu_interp.masks import POOL, Mask, choose_parameters, random_mask, subject_rows
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import forget_gradient
 from mansu_interp.pairs import Task
-from mansu_interp.quantizers import NF4, survival
+from mansu_interp.quantizers import NF4, quantize, survival
 from mansu_interp.unlearning import Unlearned, unlearn
 from mansu_interp.unlearning.common import Sampler
+from mansu_interp.unlearning.mansu import Snapper
 
 NF = NF4()
 # A large step, so that eight of them move many weights, and by several cells.
@@ -52,6 +54,33 @@ def test_every_edit_survives_on_the_saved_checkpoint(facts: LanguageModel, saved
     assert found.collateral == 0
     assert found.update_over_bin > 0.3
     assert found.projection == pytest.approx(1, abs=0.2)
+
+
+def test_rows_of_the_embedding_leave_their_cells_and_stay_unquantized(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    """The models trained through a quantizer are those that it makes of the edited model: linear
+    layers quantized, the embedding as it is. The floor holds for its rows all the same."""
+    name = facts.embedding_name
+    own = subject_rows(facts, capitals.forget)
+    both = Mask({**mask.indices, name: own}, {"limit": 3000})
+    snapper = Snapper(facts.copy(), [quantize(facts, NF)], both, [NF], None, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for t in (1, 2):
+        some = [torch.randn(facts.weights[n].shape, generator=generator) for n in snapper.names]
+        snapper.step(some, 0.3, t)
+    assert snapper.write() == 3000
+    edited = snapper.model
+    found = survival(facts, edited, NF, embedding=True)
+    assert found.edited == found.survived > 300 and found.collateral == 0
+    assert found.edited + survival(facts, edited, NF).edited == 3000
+    (twin,) = snapper.quantized
+    real = quantize(edited, NF)
+    assert torch.equal(twin.weights[name], edited.weights[name])
+    for n in facts.linear_names:
+        assert torch.allclose(twin.weights[n], real.weights[n], atol=1e-6)
+    held = verify(facts, edited, ("nf4",))
+    assert held.holds and held.embedding["nf4"].edited == found.edited and not held.outside
 
 
 def test_bf16_sees_every_edit(facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned):

@@ -65,13 +65,22 @@ def survival(
     after: LanguageModel,
     quantizer: Quantizer | str = "nf4",
     calibration: Sequence[Sequence[int]] = (),
+    embedding: bool = False,
 ) -> Survival:
-    """Compare two checkpoints code by code, over every quantized weight (arguments: `quantize`)."""
+    """Compare two checkpoints code by code, over every quantized weight (arguments: `quantize`).
+
+    With ``embedding``: over the input embedding alone, were it quantized as linear layers are.
+    """
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     edited = survived = collateral = intended = 0
     update = bins = kept = noise = 0.0
+    names = before.linear_names
     layers = [quantizer.fit(model, calibration) for model in (before, after)]
-    for name in before.linear_names:
+    if embedding:
+        names = [before.embedding_name]
+        touched = quantizer.touches(before.weights[names[0]])
+        layers = [{n: quantizer for n in names if touched}] * 2
+    for name in names:
         a, b = before.weights[name], after.weights[name]
         moved = (a != b).flatten()
         first, second = (found.get(name) for found in layers)

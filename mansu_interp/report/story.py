@@ -140,11 +140,18 @@ def _scores(report: Mapping[str, Any]) -> list[Block]:
 def _edit(report: Mapping[str, Any]) -> list[Block]:
     edit = get(report, "edit")
     edited, survived = number(get(edit, "edited")), number(get(edit, "survived"))
-    kept = f" ({percent(survived / edited)} of the edited)" if edited and survived else ""
+    rows_of_embedding = number(get(edit, "embedding")) or 0
+    coded = (edited or 0) - rows_of_embedding
+    kept = f" ({percent(survived / coded)} of the edited)" if coded and survived else ""
     share, budget = (percent(get(edit, k), 3) for k in ("share", "budget"))
     rows = [
         ["parameters edited", count(edited)],
         ["share of all parameters", f"{share} of a budget of {budget}"],
+        *(
+            [["of these in the embedding, which is not quantized", count(rows_of_embedding)]]
+            if rows_of_embedding
+            else []
+        ),
         ["edits whose 4-bit code changed", f"{count(survived)}{kept}"],
         ["other weights whose code changed", count(get(edit, "collateral"))],
         ["typical update, in quantizer bins", figure(get(edit, "update_over_bin"))],

@@ -70,9 +70,11 @@ def console_summary(report: dict[str, Any], width: int) -> str:
                 text = "; ".join(f"{model} {cell}" for model, cell in named)
                 out += lines(f"{role}: {text}", 2, "  ")
     edit, circuit = get(report, "edit"), get(report, "circuit")
+    rows = number(get(edit, "embedding"))
+    unquantized = f", {count(rows)} are in the embedding, which is not quantized" if rows else ""
     out += lines(
         f"Edit: {count(get(edit, 'edited'))} parameters ({percent(get(edit, 'share'), 3)}), "
-        f"{count(get(edit, 'survived'))} survive quantization. "
+        f"{count(get(edit, 'survived'))} survive quantization{unquantized}. "
         f"Circuit: {count(get(circuit, 'edges'))} of {count(get(circuit, 'of'))} edges.",
     )
     became = pairs(get(report, "graph", "counts"))

@@ -80,7 +80,9 @@ class Snapper:
                 original,
                 [q.weights[name].flatten()[index].clone() for q in quantized],
                 [
-                    q.cells(model.weights[name])[index] if q.touches(model.weights[name]) else None
+                    q.cells(model.weights[name])[index]
+                    if name in model.linear_names and q.touches(model.weights[name])
+                    else None
                     for q in survive
                 ],
                 where,
