@@ -23,7 +23,7 @@ from typing import Any
 
 from .artifacts import locked
 from .cad import CAD, Divergence
-from .cells import ORIGINAL, Cell, attempt, finish, make_cell
+from .cells import ORIGINAL, Cell, attempt, finish, make_cell, unmeasured
 from .config import BenchConfig
 from .defaults import default_config
 from .distributed import launched
@@ -32,6 +32,7 @@ from .evaluation import CHANCE, Scores, properties
 from .floor import quantizer_set
 from .models import LanguageModel, load_model
 from .quantizers import get_quantizer
+from .relearning import Relearning
 from .report.scoreboard import write_scoreboard
 from .sweep import Engine, engine
 from .tasks import load_task
@@ -106,7 +107,7 @@ def _run_missing(
     grid = [(m, t) for m in models.values() for t in bench.tasks]
     strengths = sorted(bench.strengths)
     first, rest = bench.seeds[0], bench.seeds[1:]
-    measured = partial(finish, quantizers=bench.quantizers)
+    measured = partial(finish, bench=bench)
 
     originals = [new(m, t, ORIGINAL, first, 1.0, 1.0) for m, t in grid]
 
@@ -143,13 +144,8 @@ def _run_missing(
 
 
 def _unmeasured(cells: Iterable[Cell], bench: BenchConfig) -> list[Cell]:
-    """Cells that lack one of the quantizers."""
-    out = []
-    for cell in cells:
-        found = cell.read() or {}
-        if "error" not in found and set(bench.quantizers) - set(found.get("quantizers", {})):
-            out.append(cell)
-    return out
+    """Cells that lack something that is to be measured."""
+    return [c for c in cells if unmeasured(c, c.read() or {}, bench)]
 
 
 def _complete(cell: Cell, quantizer: str) -> bool:
@@ -191,7 +187,8 @@ def _row(
     cad = found.get("cad")
     parts = {k: Divergence(**d) for k, d in cad["models"].items()} if cad else {}
     verdict = CAD(cad["verdict"], cad["sentence"], parts) if cad else CAD("-", "-", {"": _NONE})
-    forget, retain, gap, erased = properties(scores, verdict, quantizer)
+    attack = Relearning.from_json(found["relearning"]) if "relearning" in found else None
+    forget, retain, gap, erased = properties(scores, verdict, quantizer, attack)
     lived = found["quantizers"][quantizer]
     after = f"unlearned {quantizer}"
     out |= {
@@ -218,8 +215,12 @@ def _row(
         "stays": gap["passed"],
         "gap_margin": gap["margin"],
         "erased": erased["passed"],
-        "cad": cad["verdict"] if cad else None,
-        "cad_alignment": erased["value"] if cad else None,
+        "relearnt_choice": attack.up_to(attack.marks[-1]) if attack else None,
+        "relearnt_top1": attack.up_to(attack.marks[-1], "top1") if attack else None,
+        "cad": found.get("erasure", {}).get("verdict"),
+        "cad_score": found.get("erasure", {}).get("cad"),
+        "attribution": cad["verdict"] if cad else None,
+        "alignment": parts["unlearned"].alignment if cad else None,
         "edited_share": found["edited"] / found["parameters"],
         "codes_changed": lived["survived"] / lived["edited"] if lived["edited"] else None,
         "collateral": lived["collateral"],

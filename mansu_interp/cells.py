@@ -22,8 +22,9 @@ import torch
 from .artifacts import atomic_folder, expect, read_json, write_json
 from .cad import compare
 from .circuit import Circuit, discover
-from .config import BASELINES, BenchConfig, Method, RunConfig
+from .config import BASELINES, BenchConfig, Method, RelearnConfig, RunConfig
 from .defaults import default_config, is_embedded
+from .erasure import judge_erasure
 from .errors import ArtifactError, MansuError, ResourceError
 from .evaluation import evaluate
 from .memory import enough_memory
@@ -32,12 +33,14 @@ from .pairs import PairSet, Task
 from .pipeline import make_mask
 from .planning import CAD_PAIRS
 from .quantizers import quantize, survival
+from .relearning import relearn
 from .runfolder import config_json
 from .tasks import load_task
 from .unlearning import dev_choice, unlearn
 
 SCHEMA = 1
 ORIGINAL = "original"
+RELEARNING = "relearning"
 MAYBE = (float, None)
 FILE = {
     "error?": str,
@@ -57,6 +60,8 @@ MEASURED = {
     "edited": int,
     "parameters": int,
     "cad?": {"verdict": str, "sentence": str, "models": {...: {...: MAYBE}}},
+    "relearning?": {"points": [{...: float}], "facts": [int], "meta": dict},
+    "erasure?": {"verdict": str, "cad": float},
 }
 """And once it is measured."""
 
@@ -225,19 +230,46 @@ def attempt(cell: Cell) -> dict[str, Any]:
     return found
 
 
-def measure(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
-    """Score a cell's checkpoint on the unseen phrasings, for the quantizers not yet measured."""
+def unmeasured(cell: Cell, found: dict[str, Any], bench: BenchConfig) -> list[str]:
+    """What a trained cell lacks: quantizers by name, and ``relearning``."""
+    if "error" in found:
+        return []
+    lacks = [q for q in bench.quantizers if q not in found.get("quantizers", {})]
+    if cell.method != ORIGINAL and bench.relearn_steps:
+        points = found.get("relearning", {}).get("points", [])
+        lacks += [] if any(p["steps"] == bench.relearn_steps for p in points) else [RELEARNING]
+    return lacks
+
+
+def measure(cell: Cell, bench: BenchConfig) -> dict[str, Any]:
+    """Score a cell's checkpoint on the unseen phrasings, for the quantizers not yet measured, and
+    attack it by relearning."""
     torch.set_num_threads(1)
     model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
     found = cell.read() or {}
-    have = found.get("quantizers", {})
-    todo = [q for q in quantizers if q not in have]
-    if not todo or "error" in found:
+    lacks = unmeasured(cell, found, bench)
+    todo = [q for q in lacks if q != RELEARNING]
+    if not lacks:
         return found
     untouched = cell.method == ORIGINAL
     if not untouched and not cell.checkpoint.exists():
         found = attempt(cell)  # the same again: everything is seeded
     edited = model if untouched else load_model(cell.checkpoint)
+    if RELEARNING in lacks:
+        attack = RelearnConfig(steps=(bench.relearn_steps,), seed=cell.seed)
+        found["relearning"] = relearn(edited, task, attack).to_json()
+        judged = judge_erasure(model, edited, task, seed=cell.seed)
+        found["erasure"] = {"verdict": judged.verdict, "cad": judged.cad}
+    if todo:
+        _score(cell, found, edited, todo)
+    write_json(cell.file, found)
+    return found
+
+
+def _score(cell: Cell, found: dict[str, Any], edited: LanguageModel, todo: Sequence[str]) -> None:
+    """Add to a cell's results what some quantizers make of its checkpoint, and its graphs."""
+    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
+    have = found.get("quantizers", {})
     models, lived = {}, {}
     for q in todo:  # side by side, so that a calibrated one need not fit the same model twice
         models[q] = quantize(edited, q, task.calibration)
@@ -252,7 +284,7 @@ def measure(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
     found["quantizers"] = {**have, **lived}
     found["edited"] = sum(int((model.weights[n] != w).sum()) for n, w in edited.weights.items())
     found["parameters"] = model.n_parameters
-    if "cad" not in found and not untouched:
+    if "cad" not in found and cell.method != ORIGINAL:
         unseen = [p for s in task.scored["unseen"]["forget"].values() for p in s]
         twin = load_model(task.twins[0]) if task.twins and is_embedded(cell.model) else None
         cad = compare(
@@ -264,12 +296,10 @@ def measure(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
             reference=twin,
         )
         found["cad"] = cad.to_json()
-    write_json(cell.file, found)
-    return found
 
 
-def finish(cell: Cell, quantizers: Sequence[str]) -> dict[str, Any]:
+def finish(cell: Cell, bench: BenchConfig) -> dict[str, Any]:
     """Train a cell if that is not done, and measure it."""
     if cell.method != ORIGINAL and cell.read() is None:
         attempt(cell)
-    return measure(cell, quantizers)
+    return measure(cell, bench)

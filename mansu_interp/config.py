@@ -330,6 +330,8 @@ class BenchConfig:
     """Steps that each try may take at most."""
     lr: float = 1e-4
     """Usual step size of the baselines; that of mansu and its variants comes with the task."""
+    relearn_steps: int = 20
+    """Steps of the relearning attack on every winner, on half of the forget facts; 0 = none."""
     jobs: int = 1
     """Processes that work side by side, each with one thread; more than 1 needs Dask."""
     scheduler: str | None = None
@@ -360,3 +362,5 @@ class BenchConfig:
                 "strengths and lr must be positive, steps and jobs at least 1; got "
                 f"{self.strengths}, {self.lr}, {self.steps}, {self.jobs}."
             )
+        if self.relearn_steps < 0:
+            raise ConfigError(f"relearn_steps must not be negative; got {self.relearn_steps}.")

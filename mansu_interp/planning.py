@@ -159,6 +159,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     mask = MASK_PAIRS * 3 * (shared + (1 + len(task.kept)) * shared_kept)
     # Forget: forward and backward. Retain: the teacher's forward pass besides.
     step = u.batch_size * (3 * shared + 4 * shared_kept) + (64 * 4 if task.text else 0)
+    # An attack's steps, half of the most on average, and the gradient at their end.
+    step += (u.attack / 2 + 1) * u.batch_size * 3 * shared if u.attack else 0
     total = (
         2 * attribution
         + search

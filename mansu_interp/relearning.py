@@ -71,6 +71,12 @@ class Relearning:
         """For reports and tables."""
         return {**asdict(self), "facts": list(self.facts)}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Relearning:
+        """What `to_json` wrote."""
+        first, second = data["facts"]
+        return cls([Point(**p) for p in data["points"]], (first, second), dict(data["meta"]))
+
 
 def halves(pairs: Sequence[Pair], seed: int) -> tuple[set[str], set[str]]:
     """The subjects of some pairs, split in two at random; the first half is not the smaller one.

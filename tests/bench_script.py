@@ -47,6 +47,7 @@ def config(out: Path, jobs: int, seeds: int, **settings: Any) -> BenchConfig:
         "methods": ("graddiff", "ga"),
         "seeds": tuple(range(seeds)),
         "strengths": (1.0, 2.0),
+        "relearn_steps": 2,
     }
     return BenchConfig(out=out, jobs=jobs, **{**usual, **settings})
 

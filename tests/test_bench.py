@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,11 +18,13 @@ import pytest
 
 from mansu_interp import cells
 from mansu_interp.bench import best_retained, make_cell, run_bench
-from mansu_interp.config import BenchConfig, RunConfig
+from mansu_interp.config import BenchConfig, RelearnConfig, RunConfig
+from mansu_interp.erasure import judge_erasure
 from mansu_interp.errors import ConfigError, MaskError
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import Task
 from mansu_interp.quantizers import quantize
+from mansu_interp.relearning import relearn
 from mansu_interp.report.scoreboard import spread, write_scoreboard
 from mansu_interp.scoring import accuracy
 
@@ -106,6 +109,11 @@ def test_figures_are_those_of_the_saved_checkpoint(
         moved = int((noise != 0).sum())
         assert row["edited_share"] == pytest.approx(moved / facts.n_parameters)
         assert row["forgets"] == (max(before.choice, after.choice) <= 0.35)
+        attack = RelearnConfig(steps=(2,), seed=row["seed"])
+        back = relearn(saved, capitals, attack).up_to(2)
+        assert row["relearnt_choice"] == back and row["erased"] == (back <= 0.40)
+        judged = judge_erasure(facts, saved, capitals, seed=row["seed"])
+        assert (row["cad"], row["cad_score"]) == (judged.verdict, judged.cad)
     dense, weak = rows[0], rows[2]
     assert dense["reached"] and dense["forgets"] and not dense["retains"]
     assert not weak["reached"] and not weak["searched"] and not weak["forgets"]
@@ -127,6 +135,22 @@ def test_what_is_done_is_not_done_again(
     monkeypatch.setattr(cells, "unlearn", never)
     monkeypatch.setattr(cells, "evaluate", never)
     assert run_bench(bench_script.config(out, 1, 2)) == rows
+
+
+def test_another_attack_is_measured_without_training_or_scoring_again(
+    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done, rows = ran
+    out = Path(shutil.copytree(done, tmp_path / "bench"))
+
+    def never(*_: Any) -> None:
+        raise AssertionError("trained or scored again")
+
+    monkeypatch.setattr(cells, "unlearn", never)
+    monkeypatch.setattr(cells, "evaluate", never)
+    again = run_bench(bench_script.config(out, 1, 2, relearn_steps=1))
+    assert [r["forget_choice"] for r in again] == [r["forget_choice"] for r in rows]
+    assert [r["relearnt_choice"] for r in again] != [r["relearnt_choice"] for r in rows]
 
 
 def test_a_failed_try_is_recorded_and_the_rest_goes_on(
