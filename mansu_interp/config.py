@@ -181,9 +181,9 @@ class UnlearnConfig:
     attack: int = 0
     """mansu: harden against relearning: at most so many relearning steps of a random half of the
     forget subjects come before each gradient on the other half; 0 = none."""
-    attack_rate: float = 1e-3
+    attack_rate: float = 3e-3
     """mansu: typical learning rate of those attacks."""
-    attack_weight: float = 1.0
+    attack_weight: float = 3.0
     """mansu: weight of the gradient at the relearned point beside that at the model itself."""
     stop_at: float | None = None
     """Stop when four-way forget accuracy on the dev phrasings is at most this."""

@@ -187,14 +187,19 @@ def rmu(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     return tune(model, task, seed, names, 120, 1e-3, loss)
 
 
-def mansu(model: LanguageModel, task: Task, seed: int, hard: bool = False) -> LanguageModel:
-    """MANSU with the task's settings; ``hard``: hardened against relearning, on all edges."""
-    config = replace(default_config("facts", task.name), seed=seed)
+def mansu(
+    model: LanguageModel, task: Task, seed: int, hard: bool = False, rows: bool = False
+) -> LanguageModel:
+    """MANSU with the task's settings but for the embedding, which only ``rows`` edits; ``hard``:
+    hardened against relearning, on all edges."""
+    config = replace(default_config("facts", task.name), seed=seed, subject_rows=rows)
     own = replace(config.unlearn, seed=seed)
     if hard:
         config = replace(config, budget=0.02, damping=1000.0)
         config = replace(config, circuit=replace(config.circuit, top=800))
-        own = replace(own, attack=20, attack_weight=3.0, steps=400)
+        own = replace(own, attack=20, attack_rate=1e-3, steps=400)
+        if rows:
+            own = replace(own, attack=30, attack_rate=3e-3, retain_weight=4.0, steps=800)
     circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
     mask = make_mask(replace(config, unlearn=own), model, task, circuit)
     return unlearn(model, task, mask, own).model
@@ -237,6 +242,8 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         "overwritten: shuffled": lambda: shuffled(model, task, seed),
         "mansu: plain": lambda: mansu(model, task, seed),
         "mansu: hardened": lambda: mansu(model, task, seed, hard=True),
+        "mansu: rows": lambda: mansu(model, task, seed, rows=True),
+        "mansu: rows, hardened": lambda: mansu(model, task, seed, hard=True, rows=True),
         "damaged: noise 0.5": lambda: noisy(model, seed, 0.5),
         "damaged: noise 1": lambda: noisy(model, seed, 1.0),
     }
