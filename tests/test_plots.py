@@ -43,3 +43,9 @@ def test_scatter_leaves_out_what_a_logarithm_cannot_show():
     ElementTree.fromstring(svg)
     assert svg.count("<circle") == 1
     assert scatter_svg(points, "x", "y").count("<circle") == 2
+
+
+def test_scatter_names_each_row_once():
+    points = [(Dots("dense", [1.0, 2.0]), Dots("dense", [0.3, 0.4]))]
+    assert scatter_svg(points, "x", "y", labels=True).count(">dense</text>") == 1
+    assert ">dense</text>" not in scatter_svg(points, "x", "y")

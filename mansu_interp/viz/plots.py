@@ -125,7 +125,11 @@ def strip_svg(
 
 
 def scatter_svg(
-    points: Sequence[tuple[Dots, Dots]], x_label: str, y_label: str, log_x: bool = False
+    points: Sequence[tuple[Dots, Dots]],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    labels: bool = False,
 ) -> str:
     """One mark per method and seed; hovering names it.
 
@@ -134,6 +138,7 @@ def scatter_svg(
         x_label: what is measured across.
         y_label: and up.
         log_x: across on a logarithmic axis.
+        labels: write each name once, at its first value.
     """
     pairs = [
         (x.name, a, b, x.ours)
@@ -151,7 +156,15 @@ def scatter_svg(
         parts.append(
             f'<text class="soft" text-anchor="end" x="64" y="{y + 4:.1f}">{_number(tick)}</text>'
         )
+    unnamed = {name for name, *_ in pairs} if labels else set()
     for name, a, b, ours in pairs:
-        note = f"{name}: {_number(a)}, {_number(b)}"
-        parts.append(_mark(across.at(a), up.at(b), ours, note))
+        note, x, y = f"{name}: {_number(a)}, {_number(b)}", across.at(a), up.at(b)
+        parts.append(_mark(x, y, ours, note))
+        if name in unnamed:
+            unnamed.remove(name)
+            side = ("end", x - 8) if x > (across.start + across.end) / 2 else ("start", x + 8)
+            parts.append(
+                f'<text text-anchor="{side[0]}" x="{side[1]:.1f}" y="{y + 4:.1f}">'
+                f"{escape(name)}</text>"
+            )
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,0 +1,108 @@
+"""How hard the facts come back, against what it cost: the frontier of erasure.
+
+    python scripts/erasure_frontier.py facts capitals mansu=runs/0/model npo=runs/npo-0/model
+
+Attacks every checkpoint named by relearning (`mansu relearn`, unseen phrasings, worst of the rates)
+and notes beside it the share of parameters that differ from the original and the largest loss of a
+retained relation. Rows go to docs/research/frontier-MODEL-TASK.json, finished ones are kept, and
+several checkpoints of one name are its seeds; the plot beside it is of all rows. Twins that ship
+with the task are attacked, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from mansu_interp.artifacts import write_json, write_text
+from mansu_interp.config import RelearnConfig
+from mansu_interp.defaults import default_config, is_embedded
+from mansu_interp.ledger import weights_sha256
+from mansu_interp.models import load_model
+from mansu_interp.relearning import relearn
+from mansu_interp.scoring import accuracy
+from mansu_interp.tasks import load_task
+from mansu_interp.viz.plots import Dots, scatter_svg
+
+DOCS = Path(__file__).parents[1] / "docs" / "research"
+AT = 20
+"""Steps at which the plot reads the attack."""
+
+
+def table(rows: list[dict], marks: list[int]) -> str:
+    """The rows as Markdown."""
+    head = ["", "edited", "worst retain loss", *(f"{m} steps" for m in marks)]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        back = [f"{c:.2f} / {t:.2f}" for c, t in zip(row["choice"], row["top1"], strict=True)]
+        lines.append([row["name"], f"{row['share']:.3%}", f"{row['loss']:.3f}", *back])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def picture(rows: list[dict], marks: list[int]) -> str:
+    """Half B after the attack, by share of parameters edited."""
+    at = marks.index(AT) if AT in marks else -1
+    names = dict.fromkeys(r["name"] for r in rows if r["share"])
+    points = []
+    for name in names:
+        own = [r for r in rows if r["name"] == name]
+        ours = name.startswith("mansu")
+        across = Dots(name, [r["share"] for r in own], ours)
+        points.append((across, Dots(name, [r["choice"][at] for r in own], ours)))
+    label = f"half B, four-way, {marks[at]} steps of relearning"
+    return scatter_svg(points, "share of parameters edited", label, log_x=True, labels=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("original")
+    parser.add_argument("task")
+    parser.add_argument("checkpoints", nargs="*", help="NAME=FOLDER")
+    parser.add_argument("--steps", type=int, nargs="*", default=[5, 10, 20, 40, 80])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_model(args.original)
+    score_pairs = default_config(args.original, args.task).score_pairs
+    task = load_task(args.task, model, score_pairs)
+    given = [(name, path) for name, _, path in (c.partition("=") for c in args.checkpoints)]
+    if is_embedded(args.original):
+        given += [("never taught", twin) for twin in task.twins]
+    path = DOCS / f"frontier-{Path(args.original).name}-{Path(args.task).stem}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    kept = task.scored["unseen"]["retain"]
+    before = {n: accuracy(model, s) for n, s in kept.items()}
+    for name, folder in given:
+        edited = load_model(folder)
+        digest = weights_sha256(edited)
+        if any(r["sha256"] == digest and len(r["choice"]) > len(args.steps) for r in rows):
+            continue
+        rows = [r for r in rows if r["sha256"] != digest]
+        found = relearn(edited, task, RelearnConfig(steps=tuple(args.steps)))
+        moved = sum(int((w != edited.weights[n]).sum()) for n, w in model.weights.items())
+        losses = []
+        for n, s in kept.items():
+            after = accuracy(edited, s)
+            losses += [before[n].choice - after.choice, before[n].top1 - after.top1]
+        row = {
+            "name": name,
+            "sha256": digest,
+            "share": 0.0 if name == "never taught" else moved / model.n_parameters,
+            "loss": max(losses),
+            "choice": [found.at(m) for m in found.marks],
+            "top1": [found.at(m, "top1") for m in found.marks],
+        }
+        rows.append(row)
+        rows.sort(key=lambda r: r["name"])
+        write_json(path, rows)
+        print(table([row], found.marks).splitlines()[-1], flush=True)
+    marks = [0, *args.steps]
+    print(table(rows, marks))
+    write_text(path.with_suffix(".svg"), picture(rows, marks))
+
+
+if __name__ == "__main__":
+    main()
