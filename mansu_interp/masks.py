@@ -91,18 +91,20 @@ def region(
     return out
 
 
+def subject_tokens(pairs: Iterable[Pair]) -> list[int]:
+    """Tokens that tell the pairs' subjects from others: those of the clean prompts in whose place
+    the corrupt ones have others."""
+    return sorted({a for p in pairs for a, b in zip(p.clean, p.corrupt, strict=True) if a != b})
+
+
 def subject_rows(
     model: LanguageModel, pairs: Iterable[Pair], survive: Set = "nf4"
 ) -> Int[Tensor, " n"]:
-    """Flat positions, in the embedding, of the rows that tell the pairs' subjects from others.
-
-    Those are the tokens of the clean prompts in whose place the corrupt ones have others. Elements
-    that the floor lets move neither way are left out.
-    """
+    """Flat positions, in the embedding, of the rows of `subject_tokens`, but for elements that the
+    floor lets move neither way."""
     weight = model.weights[model.embedding_name]
-    own = sorted({a for p in pairs for a, b in zip(p.clean, p.corrupt, strict=True) if a != b})
-    width = weight.shape[1]
-    index = (torch.tensor(own)[:, None] * width + torch.arange(width)).flatten()
+    own, width = torch.tensor(subject_tokens(pairs)), weight.shape[1]
+    index = (own[:, None] * width + torch.arange(width)).flatten()
     where = floor(weight, survive, model.saved_dtype, index)
     return index[~(where.up.isnan() & where.down.isnan())]
 

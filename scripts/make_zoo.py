@@ -28,6 +28,7 @@ from mansu_interp.config import RelearnConfig, UnlearnConfig
 from mansu_interp.defaults import default_config
 from mansu_interp.erasure import judge_erasure
 from mansu_interp.evidence import gradient_transfer, probe, states, stitches
+from mansu_interp.masks import subject_tokens
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import CounterfactualTargets, counterfactual_loss, nll
 from mansu_interp.pairs import Pair, Task, collate
@@ -148,8 +149,7 @@ def noisy(model: LanguageModel, seed: int, size: float) -> LanguageModel:
 def redrawn(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     """The subjects' own embedding rows drawn anew, from the spread of the others."""
     out, generator = model.copy(), torch.Generator().manual_seed(seed)
-    pairs = [zip(p.clean, p.corrupt, strict=True) for p in task.forget]
-    own = torch.tensor(sorted({c for pair in pairs for c, k in pair if c != k}))
+    own = torch.tensor(subject_tokens(task.forget))
     table = out.hf.get_input_embeddings().weight
     drawn = torch.randn(len(own), table.shape[1], generator=generator)
     table[own] = table.mean(0) + table.std(0) * drawn
