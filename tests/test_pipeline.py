@@ -16,11 +16,13 @@ from mansu_interp.artifacts import read_json
 from mansu_interp.circuit import Circuit
 from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
 from mansu_interp.errors import ArtifactError, ModelError
+from mansu_interp.ledger import Ledger, verify
 from mansu_interp.masks import Mask
-from mansu_interp.models import LanguageModel
+from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import Task
 from mansu_interp.pipeline import RunResult, run
 from mansu_interp.planning import Plan
+from mansu_interp.tasks import load_task
 
 CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
 UNLEARN = UnlearnConfig(steps=6, lr=0.1, batch_size=8)
@@ -208,3 +210,19 @@ def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tm
     assert "unlearning" not in stages
     assert again.report["edit"] == finished.report["edit"]
     assert {p.name for p in out.iterdir()} == FILES
+
+
+def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
+    out = tmp_path / "rows"
+    found = run(replace(settings(out), subject_rows=True, relearn_steps=0))
+    edit, ledger = found.report["edit"], Ledger.load(out / "ledger.safetensors")
+    assert 0 < edit["embedding"] < edit["edited"] == ledger.n_edits
+    assert edit["survived"] == edit["edited"] - edit["embedding"]
+    assert edit["share"] == ledger.n_edits / found.model.n_parameters <= edit["budget"]
+    own = {t for p in load_task("capitals", found.model).forget for t in p.clean}
+    rows = ledger.tensors[f"{found.model.embedding_name}|index"] // found.model.d_model
+    assert set(rows.tolist()) <= own
+    text = (out / "report.md").read_text()
+    assert f"| of these in the embedding, which is not quantized | {edit['embedding']:,} |" in text
+    kept = verify(load_model("facts"), load_model(out / "model"), (), ledger, found.mask)
+    assert kept.status == 0 and kept.embedding["nf4"].edited == edit["embedding"]
