@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mansu_interp.attribution import Attribution
 from mansu_interp.changes import classify
 from mansu_interp.circuit import Circuit
 from mansu_interp.errors import CircuitError, ViewError
 from mansu_interp.graph import Architecture, Graph
+from mansu_interp.masks import Mask
 from mansu_interp.viz import circuit_view, erasure_view
 from mansu_interp.viz.page import module_source, page_script, policy
 
@@ -85,6 +87,11 @@ def test_the_weights_behind_a_component(tiny_model: Any):
     assert [w.split()[0].split(".")[-2] for w in weights["m0"]] == [
         "gate_proj", "up_proj", "down_proj",
     ]  # fmt: skip
+    assert "input" not in weights
+    rows = Mask({"model.embed_tokens.weight": torch.arange(64, 96)})
+    assert circuit_view(circuit, model, rows).data["weights"]["input"] == [
+        "model.embed_tokens.weight rows of subjects: 32 of them in the mask"
+    ]
 
 
 def test_scores_of_another_architecture_are_refused():

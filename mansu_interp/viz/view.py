@@ -123,6 +123,10 @@ def _weights(graph: Graph, model: LanguageModel | None, mask: Mask | None) -> di
                     inside = int(((at >= start) & (at < stop)).sum())
                     line += f": {inside:,} of them in the mask" if inside else ""
                 out.setdefault(box_id(node.id), []).append(line)
+    table = model.embedding_name
+    if mask is not None and table in mask.indices:
+        line = f"{table} rows of subjects: {len(mask.indices[table]):,} of them in the mask"
+        out.setdefault("input", []).append(line)
     return out
 
 
