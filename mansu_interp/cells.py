@@ -23,19 +23,19 @@ from .artifacts import atomic_folder, expect, read_json, write_json
 from .cad import compare
 from .circuit import Circuit, discover
 from .config import BASELINES, BenchConfig, Method, RelearnConfig, RunConfig
-from .defaults import default_config, is_embedded
+from .defaults import default_config
 from .erasure import judge_erasure
 from .errors import ArtifactError, MansuError, ResourceError
 from .evaluation import evaluate
 from .memory import enough_memory
 from .models import LanguageModel, load_model
-from .pairs import PairSet, Task
+from .pairs import Task
 from .pipeline import make_mask
 from .planning import CAD_PAIRS
 from .quantizers import quantize, survival
 from .relearning import relearn
 from .runfolder import config_json
-from .tasks import load_task
+from .tasks import first_twin, load_task
 from .unlearning import dev_choice, unlearn
 
 SCHEMA = 1
@@ -285,15 +285,13 @@ def _score(cell: Cell, found: dict[str, Any], edited: LanguageModel, todo: Seque
     found["edited"] = sum(int((model.weights[n] != w).sum()) for n, w in edited.weights.items())
     found["parameters"] = model.n_parameters
     if "cad" not in found and cell.method != ORIGINAL:
-        unseen = [p for s in task.scored["unseen"]["forget"].values() for p in s]
-        twin = load_model(task.twins[0]) if task.twins and is_embedded(cell.model) else None
         cad = compare(
             _circuit(cell, model, task),
             model,
             {"unlearned": edited, f"unlearned {todo[0]}": models[todo[0]]},
-            PairSet("held out", tuple(unseen)).sample(CAD_PAIRS, cell.seed),
+            task.held_out.sample(CAD_PAIRS, cell.seed),
             replace(cell.config.circuit, seed=cell.seed),
-            reference=twin,
+            reference=first_twin(task, cell.model),
         )
         found["cad"] = cad.to_json()
 

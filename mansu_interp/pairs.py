@@ -320,6 +320,12 @@ class Task:
         """What must stay: the retain pairs, and the guard pairs if there are any."""
         return [self.retain, *([self.guard] if self.guard else [])]
 
+    @property
+    def held_out(self) -> PairSet:
+        """The forget facts in every unseen phrasing."""
+        unseen = self.scored["unseen"]["forget"].values()
+        return PairSet("held out", tuple(p for pairs in unseen for p in pairs))
+
     @cached_property
     def sha256(self) -> str:
         """Hash of all prompts, answers and texts, as tokens."""

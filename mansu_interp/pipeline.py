@@ -21,7 +21,7 @@ from .attribution import Attribution
 from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
 from .config import RelearnConfig, RunConfig
-from .defaults import default_config, default_task, is_embedded
+from .defaults import default_config, default_task
 from .distributed import first_says, rank
 from .erasure import judge_erasure
 from .errors import ArtifactError
@@ -32,7 +32,7 @@ from .ledger import Ledger
 from .masks import Mask, random_mask
 from .memory import enough_memory
 from .models import LanguageModel, load_model
-from .pairs import PairSet, Task
+from .pairs import Task
 from .planning import CAD_PAIRS, Plan, plan
 from .provenance import provenance
 from .quantizers import Quantizer, get_quantizer, quantize, survival
@@ -40,7 +40,7 @@ from .relearning import Relearning, relearn, scored_halves
 from .report import model_card, write_report
 from .runfolder import Clock, begin, check_folder, config_json, deciding
 from .scoring import accuracy
-from .tasks import load_task
+from .tasks import first_twin, load_task
 from .unlearning import unlearn
 from .viz import circuit_svg, erasure_view
 
@@ -329,15 +329,14 @@ def _measure(
     ]
     clock.lap("evaluate")
 
-    held_out = [p for s in task.scored["unseen"]["forget"].values() for p in s]
     compared = {k: models[k] for k in ("unlearned", f"unlearned {QUANTIZER}")}
-    twin = load_model(task.twins[0]) if task.twins and is_embedded(config.model) else None
+    twin = first_twin(task, config.model)
     graphs: dict[str, Attribution] = {}
     cad = compare(
         circuit,
         model,
         compared,
-        PairSet("held out", tuple(held_out)).sample(CAD_PAIRS, config.seed),
+        task.held_out.sample(CAD_PAIRS, config.seed),
         circuit_config,
         lambda name, d, n: note(f"attribution of {name}", d, n),
         twin,

@@ -17,8 +17,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .defaults import is_embedded
 from .errors import TaskError
-from .models import LanguageModel
+from .models import LanguageModel, load_model
 from .pairing import RowOptions, task_from_rows
 from .pairs import N_CHOICES, Pair, PairSet, Task
 from .rows import SUFFIXES, read_rows
@@ -252,3 +253,9 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
         twins=tuple(spec.get("twins", ())),
         dropped=build.dropped,
     )
+
+
+def first_twin(task: Task, model: str) -> LanguageModel | None:
+    """The first model that was never taught what a task forgets; None where none ships that fits
+    ``model`` (as in `RunConfig`)."""
+    return load_model(task.twins[0]) if task.twins and is_embedded(model) else None
