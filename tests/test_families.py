@@ -229,3 +229,9 @@ def test_dispatched_models_score_the_same(family: str):
     assert np.array_equal(a.scores, b.scores)
     edges = model.graph.prune(np.abs(a.scores) > 0.02 * np.abs(a.scores).max())
     assert Ablation(dispatched, pairs)(edges) == Ablation(model, pairs)(edges)
+
+
+@EACH
+def test_every_family_names_its_embedding(family: str):
+    model = make(family)
+    assert model.weights[model.embedding_name].shape[0] == model.config.vocab_size

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp import models, remote
 from mansu_interp.errors import MansuError, ModelError
@@ -188,3 +189,21 @@ def test_a_shared_prefix_changes_neither_logits_nor_gradients(
 
 def test_the_model_knows_its_facts(facts: LanguageModel):
     assert facts.generate("<bos>the capital of France is", 1).strip() == "Paris"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embedding_has_one_name(tied: bool):
+    """A tied one is listed once, and is the unembedding, too."""
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    model = LanguageModel("tiny", LlamaForCausalLM(config).eval(), None)
+    name = model.embedding_name
+    assert name == "model.embed_tokens.weight" and name not in model.linear_names
+    same = model.hf.get_output_embeddings().weight is model.weights[name]
+    assert same == tied and ("lm_head.weight" in model.weights) != tied
