@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -49,3 +50,11 @@ def test_scatter_names_each_row_once():
     points = [(Dots("dense", [1.0, 2.0]), Dots("dense", [0.3, 0.4]))]
     assert scatter_svg(points, "x", "y", labels=True).count(">dense</text>") == 1
     assert ">dense</text>" not in scatter_svg(points, "x", "y")
+
+
+def test_names_at_one_place_do_not_cover_each_other():
+    points = [(Dots(n, [2.0]), Dots(n, [0.3])) for n in ("one", "two", "three")]
+    points.append((Dots("far", [1.0]), Dots("far", [0.4])))
+    svg = scatter_svg(points, "x", "y", labels=True)
+    lines = [float(y) for y in re.findall(r'y="([\d.]+)">(?:one|two|three)<', svg)]
+    assert [b - a for a, b in itertools.pairwise(lines)] == [12.0, 12.0]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from .svg import _open, escape
 
 _LEFT, _RIGHT, _ROW = 150.0, 560.0, 18.0
+_LETTER = 6.0
+"""Width of a letter of a label, about."""
 
 
 @dataclass(frozen=True)
@@ -147,24 +149,31 @@ def scatter_svg(
         if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x)
     ]
     across = _axis([a for _, a, _, _ in pairs], 70.0, _RIGHT, log_x)
-    up = _axis([b for _, _, b, _ in pairs], 250.0, 10.0, False)
-    parts = [_open(_RIGHT + 20, 294, f"{y_label} by {x_label}"), *_across(across, 10, 250, x_label)]
-    parts.append(f'<text class="soft" x="4" y="8">{escape(y_label)}</text>')
+    up = _axis([b for _, _, b, _ in pairs], 250.0, 22.0, False)
+    parts = [_open(_RIGHT + 20, 294, f"{y_label} by {x_label}"), *_across(across, 22, 250, x_label)]
+    parts.append(f'<text class="soft" x="4" y="12">{escape(y_label)}</text>')
     for tick in up.ticks():
         y = up.at(tick)
         parts.append(f'<path class="axis" d="M70 {y:.1f}H{_RIGHT}"/>')
         parts.append(
             f'<text class="soft" text-anchor="end" x="64" y="{y + 4:.1f}">{_number(tick)}</text>'
         )
+    written: list[tuple[float, float, float]] = []  # where a name begins, its line, its end
     unnamed = {name for name, *_ in pairs} if labels else set()
     for name, a, b, ours in pairs:
         note, x, y = f"{name}: {_number(a)}, {_number(b)}", across.at(a), up.at(b)
         parts.append(_mark(x, y, ours, note))
         if name in unnamed:
             unnamed.remove(name)
-            side = ("end", x - 8) if x > (across.start + across.end) / 2 else ("start", x + 8)
+            left = x > (across.start + across.end) / 2
+            first = x - 8 - _LETTER * len(name) if left else x + 8
+            line = y + 4
+            last = first + _LETTER * len(name)
+            while any(abs(line - b) < 12 and first < c and a < last for a, b, c in written):
+                line += 12
+            written.append((first, line, last))
+            anchor, at = ("end", x - 8) if left else ("start", x + 8)
             parts.append(
-                f'<text text-anchor="{side[0]}" x="{side[1]:.1f}" y="{y + 4:.1f}">'
-                f"{escape(name)}</text>"
+                f'<text text-anchor="{anchor}" x="{at:.1f}" y="{line:.1f}">{escape(name)}</text>'
             )
     return "\n".join([*parts, "</svg>"]) + "\n"
