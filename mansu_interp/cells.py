@@ -253,7 +253,7 @@ def measure(cell: Cell, bench: BenchConfig) -> dict[str, Any]:
         return found
     untouched = cell.method == ORIGINAL
     if not untouched and not cell.checkpoint.exists():
-        found = attempt(cell)  # the same again: everything is seeded
+        found |= attempt(cell)  # the same again: everything is seeded
     edited = model if untouched else load_model(cell.checkpoint)
     if RELEARNING in lacks:
         attack = RelearnConfig(steps=(bench.relearn_steps,), seed=cell.seed)

@@ -153,6 +153,19 @@ def test_another_attack_is_measured_without_training_or_scoring_again(
     assert [r["relearnt_choice"] for r in again] != [r["relearnt_choice"] for r in rows]
 
 
+def test_a_checkpoint_that_is_gone_is_trained_again_and_nothing_measured_is_lost(
+    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+):
+    done, rows = ran
+    out = Path(shutil.copytree(done, tmp_path / "bench"))
+    shutil.rmtree(out / "work")
+    again = run_bench(bench_script.config(out, 1, 2, relearn_steps=1))
+    own = {"relearnt_choice", "relearnt_top1", "erased", "seconds", "peak_gb"}
+    assert [{k: v for k, v in r.items() if k not in own} for r in again] == [
+        {k: v for k, v in r.items() if k not in own} for r in rows
+    ]
+
+
 def test_a_failed_try_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
