@@ -62,8 +62,12 @@ def command_line(config: RunConfig) -> str:
             if is_dataclass(value):
                 add(f"{prefix}{item.name}.", value, default)
             elif (value != default or item.name == "model") and item.name not in ("out", "threads"):
-                values = value if isinstance(value, tuple) else (value,)
-                words.extend([f"--{name}", *map(str, values)])
+                if isinstance(value, bool):
+                    no = "" if value else "no-"
+                    words.append(f"--{prefix}{no}{item.name}".replace("_", "-"))
+                else:
+                    values = value if isinstance(value, tuple) else (value,)
+                    words.extend([f"--{name}", *map(str, values)])
 
     add("", config, replace(default_config(config.model, config.task), task=None))
     return shlex.join(words)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tyro
+
+from mansu_interp.cli import _command
+from mansu_interp.defaults import default_config
+from mansu_interp.pipeline import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,3 +149,20 @@ def test_unknown_option():
     done = mansu("run", "--no-such-option", "1")
     assert done.returncode == 2
     assert "no-such-option" in done.stderr
+
+
+@pytest.mark.parametrize("task", ["capitals", "countries"])
+def test_a_report_names_the_command_that_makes_it(task: str):
+    """Every kind of setting, read back by the command line itself."""
+    config = default_config("facts", task)
+    config = replace(
+        config,
+        subject_rows=not config.subject_rows,
+        by_layer=True,
+        budget=0.02,
+        quantizers=("fp4", "q4_0"),
+        circuit=replace(config.circuit, top=800),
+        unlearn=replace(config.unlearn, survive=("nf4", "fp4"), attack=30, margin=-1.5),
+    )
+    _, *words = shlex.split(command_line(config))
+    assert tyro.cli(_command(words), args=words) == config
