@@ -465,3 +465,23 @@ def test_curve_marks_the_circuit_and_survives_odd_points() -> None:
     xs = [float(x) for x in re.findall(r"-?[\d.]+", path.get("d", ""))[::2]]
     assert xs == sorted(xs)
     assert ET.fromstring(curve_svg([])) is not None
+
+
+@pytest.mark.parametrize(
+    ("passed", "word", "said"),
+    [
+        (True, "suppressed", "The attack below did not bring them back (0.281 at most)"),
+        (False, "erased", "The attack below did bring them back (0.281)"),
+        (False, "suppressed", None),
+        (True, "erased", None),
+    ],
+)
+def test_probe_and_attack_are_held_together(passed: bool, word: str, said: str | None) -> None:
+    report = with_graph()
+    report["erasure"]["verdict"] = word
+    report["properties"][3] |= {"passed": passed, "value": 0.281}
+    markdown = render_markdown(report)
+    assert ("The attack below" in markdown) == (said is not None)
+    assert said is None or f"Hidden. {said}" in markdown
+    del report["relearning"]  # the property is then judged by the graphs
+    assert "The attack below" not in render_markdown(report)

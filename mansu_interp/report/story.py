@@ -261,6 +261,22 @@ def _circuit(report: Mapping[str, Any], svg: str) -> list[Block]:
     return blocks
 
 
+def _attacked(report: Mapping[str, Any]) -> str:
+    """What the attack says where the probe says otherwise; it counts for more."""
+    found = [p for p in items(get(report, "properties")) if get(p, "name") == "structural erasure"]
+    if not (found and pairs(get(report, "relearning"))):
+        return ""
+    back, word = measured(get(found[0], "value")), get(report, "erasure", "verdict")
+    if get(found[0], "passed") and word in ("suppressed", "recovered", "relocated"):
+        return (
+            f" The attack below did not bring them back ({back} at most): either what the probe "
+            "reads is of no use to it, or a stronger one is needed."
+        )
+    if get(found[0], "passed") is False and word == "erased":
+        return f" The attack below did bring them back ({back}), and that counts for more."
+    return ""
+
+
 def _cad(report: Mapping[str, Any]) -> list[Block]:
     cad = get(report, "cad")
     parts = ("mass", "alignment", "projection", "outside")
@@ -273,7 +289,7 @@ def _cad(report: Mapping[str, Any]) -> list[Block]:
         blocks.append(
             f"By what a linear probe reads: {text_of(get(erasure, 'verdict'))} (confidence "
             f"{percent(get(erasure, 'confidence'), 0)}, CAD {measured(get(erasure, 'cad'))} of 1). "
-            f"{get(erasure, 'sentence') or ''}"
+            f"{get(erasure, 'sentence') or ''}{_attacked(report)}"
         )
     blocks += [
         f"By the attribution graphs: {text_of(get(cad, 'verdict'))}{sure}. "
