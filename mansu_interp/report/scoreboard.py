@@ -24,7 +24,7 @@ INTRO = (
     "same few for every method. All other figures are on unseen phrasings, on the checkpoint as "
     "saved and loaded again; q is the real library's quantizer. Relearnt: four-way accuracy on one "
     "half of the facts once the other is relearnt, worst of three rates; erased: at most 0.40; "
-    "cad: the verdict of `mansu cad`; attribution: that of the graphs alone. Mean "
+    "cad: the verdict of mansu cad; attribution: that of the graphs alone. Mean "
     "\N{PLUS-MINUS SIGN} standard deviation over seeds; chance is 0.25."
 )
 
@@ -56,7 +56,7 @@ def _groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]
 
 
 def _tables(rows: Sequence[Row], quantizer: str) -> list[Block]:
-    """What happened to the four properties, and why, one line per method."""
+    """What was forgotten, which of the four properties hold, and why, one line per method."""
     methods = _groups(rows, "method")
     outcome: dict[str, Callable[[list[Row]], str]] = {
         "step": lambda g: "/".join(dict.fromkeys(f"{r['lr']:.1e}" for r in g)),
@@ -67,6 +67,8 @@ def _tables(rows: Sequence[Row], quantizer: str) -> list[Block]:
         "top-1 q": lambda g: spread([r["forget_top1_q"] for r in g]),
         "gap": lambda g: spread([r["gap_choice"] for r in g]),
         "gap top-1": lambda g: spread([r["gap_top1"] for r in g]),
+    }
+    properties: dict[str, Callable[[list[Row]], str]] = {
         "retain margin": lambda g: spread([r["retain_margin"] for r in g]),
         "forgets": lambda g: _met(g, "forgets"),
         "retains": lambda g: _met(g, "retains"),
@@ -88,7 +90,7 @@ def _tables(rows: Sequence[Row], quantizer: str) -> list[Block]:
         "GB": lambda g: spread([r["peak_gb"] for r in g], 2),
     }
     out: list[Block] = []
-    for columns in (outcome, reason):
+    for columns in (outcome, properties, reason):
         lines: list[list[str]] = []
         for (method,), group in methods.items():
             if any("error" in r for r in group):
