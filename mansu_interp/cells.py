@@ -27,6 +27,7 @@ from .defaults import default_config
 from .erasure import judge_erasure
 from .errors import ArtifactError, MansuError, ResourceError
 from .evaluation import evaluate
+from .ledger import changed_elements
 from .memory import enough_memory
 from .models import LanguageModel, load_model
 from .pairs import Task
@@ -282,7 +283,7 @@ def _score(cell: Cell, found: dict[str, Any], edited: LanguageModel, todo: Seque
     perplexity = {**(found.get("perplexity") or {}), **(scores.perplexity or {})}
     found["perplexity"] = perplexity or None
     found["quantizers"] = {**have, **lived}
-    found["edited"] = sum(int((model.weights[n] != w).sum()) for n, w in edited.weights.items())
+    found["edited"] = sum(changed_elements(model, edited).values())
     found["parameters"] = model.n_parameters
     if "cad" not in found and cell.method != ORIGINAL:
         cad = compare(

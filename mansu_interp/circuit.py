@@ -221,10 +221,10 @@ class Circuit(Shareable):
                 return {n: sum((p[n] for p in parts[1:]), parts[0][n]) for n in some}
 
             keep = per_weight(kept) if held else None
-        mask = choose_parameters(model, regions, budget, g, fisher, keep, survive, damping, hold)
-        if rows:
-            mask.indices[model.embedding_name] = subject_rows(model, pairs, survive)
-            mask.meta["limit"] = min(mask.n_parameters, int(budget * model.n_parameters))
+        own = {model.embedding_name: subject_rows(model, pairs, survive)} if rows else None
+        mask = choose_parameters(
+            model, regions, budget, g, fisher, keep, survive, damping, hold, own
+        )
         mask.meta["components"] = [n.id for n, _ in components]
         mask.meta["provenance"] = self.meta.get("provenance")
         return mask

@@ -122,6 +122,7 @@ def linear_map(
     return lambda other: (other - center) / scale @ weight
 
 
+@torch.no_grad()
 def probe(
     model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = 0.01
 ) -> Bool[Tensor, "cuts prompts"]:

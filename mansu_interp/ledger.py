@@ -46,6 +46,16 @@ def check_same_shape(original: LanguageModel, edited: LanguageModel) -> None:
         )
 
 
+def changed_elements(before: LanguageModel, after: LanguageModel) -> dict[str, int]:
+    """How many elements of each weight differ."""
+    return {n: int((w != after.weights[n]).sum()) for n, w in before.weights.items()}
+
+
+def _coded_names(model: LanguageModel) -> set[str]:
+    """Weights whose codes count: the linear layers, and the embedding as if it were one."""
+    return {*model.linear_names, model.embedding_name}
+
+
 def weights_sha256(model: LanguageModel) -> str:
     """Hash of a model's weights as its checkpoint stores them, whatever the number of files."""
     return tensors_sha256({n: w.to(model.saved_dtype) for n, w in model.weights.items()})
@@ -84,6 +94,7 @@ class Ledger:
         """
         check_same_shape(original, edited)
         tensors: dict[str, Tensor] = {}
+        coded = _coded_names(original)
         for name, before in original.weights.items():
             after = edited.weights[name]
             index = (before != after).flatten().nonzero()[:, 0]
@@ -93,7 +104,7 @@ class Ledger:
             for key, weight in (("old", before), ("new", after)):
                 tensors[f"{name}|{key}"] = weight.flatten()[index].to(edited.saved_dtype)
             for q in map(get_quantizer, survive):
-                if name in (*original.linear_names, original.embedding_name) and q.touches(before):
+                if name in coded and q.touches(before):
                     codes = [q.cells(w).codes[index] for w in (before, after)]
                     tensors[f"{name}|{q.name}"] = torch.stack(codes, 1).to(torch.uint8)
         return cls(
@@ -267,13 +278,11 @@ def verify(
     names = list(survive) or (ledger.meta.get("survive") if ledger else None) or ["nf4"]
     survivors = quantizer_set(names)
     rows = {q.name: survival(original, edited, q) for q in survivors}
-    moved = {n: int((w != edited.weights[n]).sum()) for n, w in original.weights.items()}
+    moved, coded = changed_elements(original, edited), _coded_names(original)
     embedding = {}
     if moved[original.embedding_name]:
         embedding = {q.name: survival(original, edited, q, embedding=True) for q in survivors}
-    outside = sum(
-        k for n, k in moved.items() if n not in (*original.linear_names, original.embedding_name)
-    )
+    outside = sum(k for n, k in moved.items() if n not in coded)
     mismatches: list[str] = []
     found = Ledger.of(original, edited, ledger.meta.get("survive", []) if ledger else [])
     if ledger:

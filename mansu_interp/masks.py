@@ -214,6 +214,7 @@ def choose_parameters(
     survive: Set = "nf4",
     damping: float = DAMPING,
     hold: float = 1.0,
+    besides: Mapping[str, Int[Tensor, " n"]] | None = None,
 ) -> Mask:
     """The parameters with the best forget gain per retain damage, up to a budget.
 
@@ -233,6 +234,7 @@ def choose_parameters(
         survive: the set of quantizers whose cells define the step.
         hold: weight of the retain gradient.
         damping: keeps weights of no measured damage from winning on no gain.
+        besides: flat positions in other weights that are candidates whatever their score.
 
     Raises:
         MaskError: budget out of range, or no candidate can move.
@@ -273,13 +275,14 @@ def choose_parameters(
     ):
         if picked.any():
             indices[name] = usable[picked]
+    indices |= besides or {}
     return Mask(
         indices,
         {
             "model": model.name,
             "model_sha256": model.sha256,
             "budget": budget,
-            "limit": min(limit, n),
+            "limit": min(limit, sum(map(len, indices.values()))),
             "survive": [q.name for q in quantizers],
             "refused": refused,
             "candidates": candidates,

@@ -29,6 +29,7 @@ from mansu_interp.artifacts import write_json, write_text
 from mansu_interp.cad import Divergence, judge
 from mansu_interp.defaults import default_config
 from mansu_interp.evaluation import evaluate
+from mansu_interp.ledger import changed_elements
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import Task
 from mansu_interp.pipeline import run
@@ -48,7 +49,7 @@ def scored(
     """All figures of one cell."""
     scores = evaluate({"fp": edited, "nf4": quantize(edited)}, task)
     lived = survival(model, edited, NF4())
-    everything = sum(int((model.weights[n] != w).sum()) for n, w in edited.weights.items())
+    everything = sum(changed_elements(model, edited).values())
     return {
         "rows": scores.rows,
         "perplexity": scores.perplexity,

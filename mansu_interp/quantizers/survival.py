@@ -74,12 +74,12 @@ def survival(
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     edited = survived = collateral = intended = 0
     update = bins = kept = noise = 0.0
-    names = before.linear_names
-    layers = [quantizer.fit(model, calibration) for model in (before, after)]
     if embedding:
         names = [before.embedding_name]
-        touched = quantizer.touches(before.weights[names[0]])
-        layers = [{n: quantizer for n in names if touched}] * 2
+        layers = [{n: quantizer for n in names if quantizer.touches(before.weights[n])}] * 2
+    else:
+        names = before.linear_names
+        layers = [quantizer.fit(model, calibration) for model in (before, after)]
     for name in names:
         a, b = before.weights[name], after.weights[name]
         moved = (a != b).flatten()
