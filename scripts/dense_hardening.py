@@ -11,14 +11,18 @@ and prints what relearning half of the facts brings back of the others, on dev p
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from make_zoo import redrawn
+from torch import Tensor
 
 from mansu_interp.config import RelearnConfig, UnlearnConfig
 from mansu_interp.masks import subject_tokens
-from mansu_interp.models import load_model
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.nullspace import gradient
 from mansu_interp.objectives import CounterfactualTargets, counterfactual_loss
+from mansu_interp.pairs import Pair
 from mansu_interp.relearning import relearn
 from mansu_interp.scoring import accuracy
 from mansu_interp.tasks import load_task
@@ -27,6 +31,26 @@ from mansu_interp.unlearning.harden import Attacker
 
 MARKS = (5, 10, 20, 40)
 MARGIN = 0.5
+
+
+def losses(
+    student: LanguageModel,
+    model: LanguageModel,
+    targets: CounterfactualTargets,
+    forget: list[list[Pair]],
+    keep: list[list[Pair]],
+    text: Tensor | None,
+) -> list[Callable[[], Tensor]]:
+    """What one step sums: forgetting, and twice what holds retained prompts and running text."""
+    n, m = sum(map(len, forget)), sum(map(len, keep))
+    out: list[Callable[[], Tensor]] = [
+        lambda p=p: counterfactual_loss(student, p, targets, 1.0, MARGIN) * len(p) / n
+        for p in forget
+    ]
+    out += [lambda p=p: 2 * retain_loss(student, model, p, 1.0) * len(p) / m for p in keep]
+    if text is not None:
+        out.append(lambda: 2 * text_kl(student, model, text))
+    return out
 
 
 def main() -> None:
@@ -61,23 +85,11 @@ def main() -> None:
         left = (args.steps - step) / (0.4 * args.steps)
         for group, lr in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = lr * min(1.0, 0.95 * left + 0.05)
-        forget, keep, text = sampler.batch(step, 1)
-        for w in weights:
-            w.requires_grad_(True)
-        for part in forget:
-            loss = counterfactual_loss(student, part, targets, 1.0, MARGIN)
-            (loss * len(part) / sum(map(len, forget))).backward()
-        for part in keep:
-            loss = retain_loss(student, model, part, 1.0)
-            (2 * loss * len(part) / sum(map(len, keep))).backward()
-        if text is not None:
-            (2 * text_kl(student, model, text)).backward()
-        for w in weights:
-            w.requires_grad_(False)
+        parts = losses(student, model, targets, *sampler.batch(step, 1))
+        grads = gradient(student, names, parts)
         extra, _ = attacker.gradient(student, names, targets)
-        for name, w, more in zip(names, weights, extra, strict=True):
-            assert w.grad is not None
-            w.grad.add_(more, alpha=config.attack_weight)
+        for name, w, g, more in zip(names, weights, grads, extra, strict=True):
+            w.grad = g.add_(more, alpha=config.attack_weight)
             if name == table:
                 w.grad.mul_(mask)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -5,8 +5,8 @@
 Attacks every checkpoint named by relearning (`mansu relearn`, unseen phrasings, worst of the rates)
 and notes beside it the share of parameters that differ from the original and the largest loss of a
 retained relation. Rows go to docs/research/frontier-MODEL-TASK.json, finished ones are kept, and
-several checkpoints of one name are its seeds; the plot beside it is of all rows. Twins that ship
-with the task are attacked, too.
+several checkpoints of one name are its seeds; the plot beside it is of all rows attacked for the
+same steps. Twins that ship with the task are attacked, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from mansu_interp.artifacts import write_json, write_text
 from mansu_interp.config import RelearnConfig
 from mansu_interp.defaults import default_config, is_embedded
-from mansu_interp.ledger import weights_sha256
+from mansu_interp.ledger import changed_elements, weights_sha256
 from mansu_interp.models import load_model
 from mansu_interp.relearning import relearn
 from mansu_interp.scoring import accuracy
@@ -75,14 +75,14 @@ def main() -> None:
     rows = json.loads(path.read_text()) if path.exists() else []
     kept = task.scored["unseen"]["retain"]
     before = {n: accuracy(model, s) for n, s in kept.items()}
+    marks = [0, *args.steps]
     for name, folder in given:
         edited = load_model(folder)
         digest = weights_sha256(edited)
-        if any(r["sha256"] == digest and len(r["choice"]) > len(args.steps) for r in rows):
+        if any(r["sha256"] == digest and r["steps"] == marks for r in rows):
             continue
-        rows = [r for r in rows if r["sha256"] != digest]
         found = relearn(edited, task, RelearnConfig(steps=tuple(args.steps)))
-        moved = sum(int((w != edited.weights[n]).sum()) for n, w in model.weights.items())
+        moved = sum(changed_elements(model, edited).values())
         losses = []
         for n, s in kept.items():
             after = accuracy(edited, s)
@@ -92,14 +92,15 @@ def main() -> None:
             "sha256": digest,
             "share": 0.0 if name == "never taught" else moved / model.n_parameters,
             "loss": max(losses),
-            "choice": [found.at(m) for m in found.marks],
-            "top1": [found.at(m, "top1") for m in found.marks],
+            "steps": marks,
+            "choice": [found.at(m) for m in marks],
+            "top1": [found.at(m, "top1") for m in marks],
         }
         rows.append(row)
         rows.sort(key=lambda r: r["name"])
         write_json(path, rows)
-        print(table([row], found.marks).splitlines()[-1], flush=True)
-    marks = [0, *args.steps]
+        print(table([row], marks).splitlines()[-1], flush=True)
+    rows = [r for r in rows if r["steps"] == marks]
     print(table(rows, marks))
     write_text(path.with_suffix(".svg"), picture(rows, marks))
 
