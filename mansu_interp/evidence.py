@@ -35,6 +35,7 @@ from .pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, chunks, col
 from .scoring import ranked_first
 
 CHUNK = 48
+RIDGE = 0.01
 BLOCKS = ("layers", "h")
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
@@ -66,26 +67,40 @@ def _before(module: Any, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _forward(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
+def last_logits(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
+    """What follows each prompt; unlike the model's own, every prompt passes every module whole."""
     hidden = model.hf.base_model(input_ids=batch.clean, use_cache=False).last_hidden_state
     return model._unembed(hidden[torch.arange(len(batch)), batch.last])
 
 
-@torch.no_grad()
 def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos d_model"]]:
-    """What each stage reads (see `stages`)."""
+    """What each stage reads (see `stages`); gradients flow."""
     out: list[Tensor] = []
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        out.append((args[0] if args else kwargs["hidden_states"]).detach())
+        out.append(args[0] if args else kwargs["hidden_states"])
 
     handles = [s.register_forward_pre_hook(keep, with_kwargs=True) for s in stages(model)]
     try:
-        _forward(model, batch)
+        last_logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     return out
+
+
+def last_states(
+    model: LanguageModel, pairs: Sequence[Pair]
+) -> list[Float[Tensor, "batch d_model"]]:
+    """The same at the last token of each prompt."""
+    batch = collate(pairs)
+    return [s[torch.arange(len(batch)), batch.last] for s in states(model, batch)]
+
+
+def answer_rows(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
+    """What a probe maps states to: the unembedding's rows, centred."""
+    rows = model.hf.get_output_embeddings().weight.detach()
+    return rows - rows.mean(0)
 
 
 @torch.no_grad()
@@ -106,7 +121,7 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
                 return args, {**kwargs, "hidden_states": value}
 
             with _before(stage, put):
-                right[k] += int(ranked_first(_forward(last, batch), batch.choices).sum())
+                right[k] += int(ranked_first(last_logits(last, batch), batch.choices).sum())
     return [r / len(pairs) for r in right]
 
 
@@ -123,8 +138,19 @@ def linear_map(
 
 
 @torch.no_grad()
+def fit_probe(
+    model: LanguageModel, half_a: PairSet, ridge: float = RIDGE
+) -> list[Callable[[Tensor], Tensor]]:
+    """Per stage, the map from last states to the answers' (centred) unembedding."""
+    parts = list(half_a.parts(CHUNK))
+    seen = [last_states(model, part) for part in parts]
+    want = answer_rows(model)[torch.tensor([p.answer for part in parts for p in part])]
+    return [linear_map(torch.cat(x), want, ridge) for x in zip(*seen, strict=True)]
+
+
+@torch.no_grad()
 def probe(
-    model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = 0.01
+    model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = RIDGE
 ) -> Bool[Tensor, "cuts prompts"]:
     """Which prompts of half B a linear probe, fitted on half A's last states, answers right.
 
@@ -132,40 +158,33 @@ def probe(
     fitted on. One row per stage (see `stages`): the embedding first, the last block's output last.
     Prompts are in the order of ``half_b.batches(CHUNK)``.
     """
-    rows = model.hf.get_output_embeddings().weight.detach()
-    rows = rows - rows.mean(0)
-
-    def collect(pairs: PairSet) -> tuple[list[list[Tensor]], list[Batch]]:
-        groups = list(pairs.batches(CHUNK))
-        return [[s[torch.arange(len(b)), b.last] for s in states(model, b)] for b in groups], groups
-
-    seen, fit = collect(half_a)
-    asked, ask = collect(half_b)
-    want = rows[torch.cat([b.answer for b in fit])]
-    found = []
-    for k in range(len(stages(model))):
-        x = torch.cat([s[k] for s in seen])
-        read_out = linear_map(x, want, ridge)
-        read = [
-            ranked_first(read_out(s[k]) @ rows.T, b.choices)
-            for s, b in zip(asked, ask, strict=True)
-        ]
-        found.append(torch.cat(read))
-    return torch.stack(found)
+    rows, readers = answer_rows(model), fit_probe(model, half_a, ridge)
+    found: list[list[Tensor]] = [[] for _ in readers]
+    for part in half_b.parts(CHUNK):
+        choices = collate(part).choices
+        for reader, x, out in zip(readers, last_states(model, part), found, strict=True):
+            out.append(ranked_first(reader(x) @ rows.T, choices))
+    return torch.stack([torch.cat(f) for f in found])
 
 
-def margins(
-    model: LanguageModel, pairs: Sequence[Pair], among: dict[str, Tensor]
+def ranking_margins(
+    logits: Float[Tensor, "batch vocab"], pairs: Sequence[Pair], among: dict[str, Tensor]
 ) -> Float[Tensor, " batch"]:
     """log p(answer among its relation's answers) + log n, in nats."""
-    batch = collate(pairs)
-    logits = model.last_logits(batch.clean, batch.last)
     return torch.stack(
         [
             row[p.answer] - row[among[p.relation]].logsumexp(0) + math.log(len(among[p.relation]))
             for row, p in zip(logits, pairs, strict=True)
         ]
     )
+
+
+def margins(
+    model: LanguageModel, pairs: Sequence[Pair], among: dict[str, Tensor]
+) -> Float[Tensor, " batch"]:
+    """`ranking_margins` of what a model says."""
+    batch = collate(pairs)
+    return ranking_margins(model.last_logits(batch.clean, batch.last), pairs, among)
 
 
 @dataclass(frozen=True)
