@@ -185,6 +185,9 @@ class UnlearnConfig:
     """mansu: typical learning rate of those attacks."""
     attack_weight: float = 3.0
     """mansu: weight of the gradient at the relearned point beside that at the model itself."""
+    probe_weight: float = 0.0
+    """mansu: weight of the gradient against what a linear probe, fitted each step on a random half
+    of the forget subjects, reads of the other half; 0 = none."""
     stop_at: float | None = None
     """Stop when four-way forget accuracy on the dev phrasings is at most this."""
     seed: int = 0
@@ -213,8 +216,11 @@ class UnlearnConfig:
                 "attack and attack_weight must not be negative and attack_rate be positive; got "
                 f"{self.attack}, {self.attack_weight}, {self.attack_rate}."
             )
-        if min(self.push, self.retain_weight, self.hold, self.projection) < 0:
-            raise ConfigError("push, retain_weight, hold and projection must not be negative.")
+        weights = self.push, self.retain_weight, self.hold, self.projection, self.probe_weight
+        if min(weights) < 0:
+            raise ConfigError(
+                "push, retain_weight, hold, projection and probe_weight must not be negative."
+            )
 
 
 @dataclass(frozen=True)

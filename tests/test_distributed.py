@@ -68,7 +68,14 @@ def edited(method: str) -> dict[str, Any]:
     """What a few steps of unlearning change in the embedded model, and its losses."""
     model = load_model("facts")
     task = load_task("capitals", model)
-    config = UnlearnConfig(method=method, steps=2, lr=EDITS[method], batch_size=40, attack=1)  # type: ignore[arg-type]
+    config = UnlearnConfig(
+        method=method,  # type: ignore[arg-type]
+        steps=2,
+        lr=EDITS[method],
+        batch_size=40,
+        attack=1,
+        probe_weight=0.5,
+    )
     result = unlearn(model, task, random_mask(model, 0.001), config)
     return {
         "edit": (result.model.weights[FIRST] - model.weights[FIRST]).numpy(),

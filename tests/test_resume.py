@@ -17,7 +17,7 @@ from mansu_interp.models import LanguageModel
 from mansu_interp.pairs import Task
 from mansu_interp.unlearning import state, unlearn
 
-STEPS = UnlearnConfig(steps=5, lr=0.1, batch_size=8, attack=1)
+STEPS = UnlearnConfig(steps=5, lr=0.1, batch_size=8, attack=1, probe_weight=0.5)
 
 
 class Killed(BaseException):
@@ -69,7 +69,7 @@ def test_another_batch_size_stays_within_the_tolerance(facts: LanguageModel, cap
     for size in (2, 8, 2):
         circuit = discover(facts, capitals.forget, replace(config, batch_size=size))
         mask = circuit.mask(facts, 0.002, [capitals.retain], n_pairs=8)
-        result = unlearn(facts, capitals, mask, replace(STEPS, steps=1, attack=0))
+        result = unlearn(facts, capitals, mask, replace(STEPS, steps=1, attack=0, probe_weight=0.0))
         chosen = {(k, int(i)) for k, index in mask.indices.items() for i in index}
         found.append((circuit.scores, chosen, result.history[0]))
     (scores, chosen, losses), other, again = found

@@ -240,7 +240,15 @@ def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, m
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"lr": 0}, {"batch_size": 0}, {"push": -1}, {"forget_loss": "x"}]
+    "settings",
+    [
+        {"steps": 0},
+        {"lr": 0},
+        {"batch_size": 0},
+        {"push": -1},
+        {"probe_weight": -1},
+        {"forget_loss": "x"},
+    ],
 )
 def test_settings_out_of_range(settings: dict):
     with pytest.raises(ConfigError, match=r"; got |must not be negative|; expected"):

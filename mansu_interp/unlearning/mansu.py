@@ -32,6 +32,7 @@ from ..quantizers import Cells, Quantizer, quantize
 from ..scoring import known
 from .common import OnStep, Sampler, Unlearned, reached, retain_loss, text_kl
 from .harden import Attacker
+from .readout import Reader
 from .state import History, Place
 
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
@@ -229,12 +230,15 @@ def mansu(
     sampler = Sampler(task, config)
     device = next(iter(model.weights.values())).device.type
     attacker = Attacker(task, config) if config.attack else None
+    reader = Reader(task, config) if config.probe_weight else None
     place = place or Place()
     history = place.load()
     for done in range(len(history)):  # the draws of the steps that are done
         sampler.batch(done, len(students))
         if attacker:
             attacker.draw()
+        if reader:
+            reader.draw()
     if history:
         snapper.resume(place)
     for done in range(len(history), config.steps):
@@ -276,6 +280,10 @@ def mansu(
             extra, losses["attacked"] = attacker.gradient(student, snapper.names, targets[side])
             for g, e in zip(gradients, extra, strict=True):
                 g.add_(e, alpha=config.attack_weight)
+        if reader:
+            extra, losses["read"] = reader.gradient(student, snapper.names)
+            for g, e in zip(gradients, extra, strict=True):
+                g.add_(e, alpha=config.probe_weight)
         snapper.step(gradients, learning_rate(config.lr, done, config.steps), done + 1)
         losses["edited"] = snapper.write()
         stop = reached(lambda: students[0], task, config, done, losses)

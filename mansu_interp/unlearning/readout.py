@@ -1,0 +1,90 @@
+"""Reading out in the loop: what a linear probe finds is pushed down, too.
+
+Each step fits a probe on the states of a random half A of the forget subjects (`evidence.probe`)
+and takes the gradient of what it reads of the other half B from the model's own states; the probe
+itself is held fixed. Relearning finds what fine-tuning can find; a probe also finds what lies in
+the states and is not used. Ours.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..config import UnlearnConfig
+from ..distributed import sum_number
+from ..evidence import answer_rows, fit_probe, last_states
+from ..models import LanguageModel
+from ..nullspace import gradient
+from ..pairs import Pair, PairSet, Task, answer_tokens, by_phrasing, chunks
+from ..relearning import halves, of_subjects
+from .common import CHUNK
+
+
+def standing(
+    read: Float[Tensor, "batch d_model"],
+    pairs: Sequence[Pair],
+    rows: Float[Tensor, "vocab d_model"],
+    among: dict[str, Tensor],
+) -> Float[Tensor, " batch"]:
+    """By how many standard deviations the right answer stands above its relation's answers."""
+    found = []
+    for x, pair in zip(read, pairs, strict=True):
+        scores = rows[among[pair.relation]] @ x
+        own = rows[pair.answer] @ x
+        found.append((own - scores.mean()) / (scores.std(correction=0) + 1e-6))
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is drawn of one probe."""
+
+    train: PairSet
+    """The half that the probe is fitted on."""
+    unseen: list[Pair]
+    """The other half."""
+    chosen: list[Pair]
+    """Those of it that give the gradient."""
+
+
+class Reader:
+    """Seeded probes of a model, and the gradients that blind them."""
+
+    def __init__(self, task: Task, config: UnlearnConfig) -> None:
+        self.task, self.config = task, config
+        self.rng = random.Random(f"probe {config.seed}")
+
+    def draw(self) -> Reading:
+        """The next split."""
+        first, second = halves(self.task.forget, self.rng.getrandbits(32))
+        unseen = list(of_subjects(self.task.forget, second))
+        chosen = self.rng.sample(unseen, min(self.config.batch_size, len(unseen)))
+        return Reading(of_subjects(self.task.forget, first), unseen, chosen)
+
+    def gradient(self, student: LanguageModel, names: Sequence[str]) -> tuple[list[Tensor], float]:
+        """Gradient of what a probe reads with respect to some weights, and how much that is: the
+        mean over prompts and stages of max(0, `standing`)."""
+        drawn = self.draw()
+        rows, readers = answer_rows(student), fit_probe(student, drawn.train)
+        among = answer_tokens(drawn.unseen)
+        total = 0.0
+
+        def loss(part: list[Pair]) -> Tensor:
+            nonlocal total
+            read = [
+                standing(reader(x), part, rows, among).relu().mean()
+                for reader, x in zip(readers, last_states(student, part), strict=True)
+            ]
+            value = torch.stack(read).mean() * (len(part) / len(drawn.chosen))
+            total += value.item()
+            return value
+
+        parts = [part for group in by_phrasing(drawn.chosen) for part in chunks(group, CHUNK)]
+        found = gradient(student, names, [lambda p=part: loss(p) for part in parts])
+        return found, sum_number(total)

@@ -1,0 +1,83 @@
+"""Reading out in the loop: what the probe reads by hand, and the gradient against it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mansu_interp.config import UnlearnConfig
+from mansu_interp.evidence import answer_rows, fit_probe, last_states
+from mansu_interp.masks import random_mask
+from mansu_interp.models import LanguageModel
+from mansu_interp.pairs import Task, answer_tokens
+from mansu_interp.unlearning import unlearn
+from mansu_interp.unlearning.readout import Reader, standing
+
+CONFIG = UnlearnConfig(batch_size=8, probe_weight=1.0)
+NAME = "model.layers.1.mlp.down_proj.weight"
+
+
+def test_standing_by_hand(capitals: Task):
+    """Scores 5, 1 and 3 among three answers: mean 3, deviation sqrt(8/3)."""
+    pair = capitals.forget[0]
+    others = [p.answer for p in capitals.forget if p.answer != pair.answer]
+    answers = [pair.answer, others[0], next(o for o in others if o != others[0])]
+    rows = torch.zeros(960, 2)
+    rows[answers, 0] = torch.tensor([5.0, 1.0, 3.0])
+    found = standing(torch.tensor([[1.0, 9.0]]), [pair], rows, {"capital": torch.tensor(answers)})
+    assert found.tolist() == pytest.approx([2 / (8 / 3) ** 0.5], rel=1e-4)
+
+
+def test_the_readers_gradient_is_of_what_it_reads(facts: LanguageModel, capitals: Task):
+    """Against the difference of the loss, probes held fixed, along the gradient itself."""
+    (found,), level = Reader(capitals, CONFIG).gradient(facts, [NAME])
+    drawn = Reader(capitals, CONFIG).draw()
+    seen = {p.subject for p in drawn.train}
+    assert not seen & {p.subject for p in drawn.unseen} and len(drawn.chosen) == 8
+    rows, readers = answer_rows(facts), fit_probe(facts, drawn.train)
+    among = answer_tokens(drawn.unseen)
+
+    def loss(model: LanguageModel) -> float:
+        with torch.no_grad():
+            states = last_states(model, drawn.chosen)
+            read = [
+                standing(r(x), drawn.chosen, rows, among)
+                for r, x in zip(readers, states, strict=True)
+            ]
+        return float(torch.stack(read).relu().mean())
+
+    assert level == pytest.approx(loss(facts), rel=1e-4)
+    assert level > 1  # the shipped model knows every capital
+    ends = []
+    for sign in (1, -1):
+        moved = facts.copy()
+        moved.weights[NAME].add_(found, alpha=sign * 1e-2 / float(found.norm()))
+        ends.append(loss(moved))
+    assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float(found.norm()), rel=0.05)
+    other, _ = Reader(capitals, replace(CONFIG, seed=1)).gradient(facts, [NAME])
+    assert not torch.equal(found, other[0])
+
+
+def test_what_is_read_falls(facts: LanguageModel, capitals: Task):
+    """Descent on it blinds probes of other halves, which each step draws and fits anew."""
+    model, reader = facts.copy(), Reader(capitals, replace(CONFIG, batch_size=48))
+    levels = []
+    for _ in range(12):
+        found, level = reader.gradient(model, model.linear_names)
+        size = sum(float(g.square().sum()) for g in found) ** 0.5
+        for name, g in zip(model.linear_names, found, strict=True):
+            model.weights[name].sub_(g, alpha=2 / size)
+        levels.append(level)
+    assert levels[-1] < 0.7 * levels[0]
+
+
+def test_unlearning_takes_it_along(facts: LanguageModel, capitals: Task):
+    mask = random_mask(facts, 0.02)
+    config = replace(CONFIG, steps=3, lr=0.3)
+    plain, read = (
+        unlearn(facts, capitals, mask, replace(config, probe_weight=w)) for w in (0.0, 10.0)
+    )
+    assert "read" not in plain.history[0] and read.history[0]["read"] > 1
+    assert any(not torch.equal(w, read.model.weights[n]) for n, w in plain.model.weights.items())
