@@ -1,14 +1,14 @@
 """CAD of knowledge: a number and a verdict on whether an edit erased, without attacking the model.
 
-The sign is a linear probe (see `evidence.probe`): can a map fitted on half of the forget subjects
-read the other half's answers from the states of the edited model, after any block? With r the best
-block's four-way choice and r_0 the original's,
+The first sign is virtual relearning (`virtual_relearning`): with v the four-way choice of half B
+after one closed-form step on half A, f what the model says itself and f_0 what the original says,
 
-    knowledge = clip((max(r, f) - 1/4) / (r_0 - 1/4), 0, 1),    CAD = 1 - knowledge
+    knowledge = clip((max(v, f) - 1/4) / (f_0 - 1/4), 0, 1),    CAD = 1 - knowledge
 
-where f is what the model says itself. 0: all is there, 1: nothing is. Chosen because it foretold
-disjoint-half relearning best in the calibration zoo (docs/cad.md, `scripts/judge_zoo.py`);
-attribution mass ranks models nearly as well, by a thinner margin. All ours.
+0: all is there, 1: nothing is. It foretold disjoint-half relearning best in the calibration zoo
+(docs/cad.md, `scripts/judge_zoo.py`). The second is a linear probe (`evidence.probe`): where it
+reads nearly everything from the states of some block, the verdict is "suppressed" whatever one step
+brings; a longer attack can find it. All ours.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from .errors import ModelError
 from .evidence import CHUNK, gradient_transfer, probe, stitches
 from .models import LanguageModel
 from .pairs import PairSet, Task
-from .relearning import CHANCE, halves, of_subjects, rivals_within
+from .relearning import CHANCE, TOLERANCE, halves, of_subjects, rivals_within
 from .scoring import ranked_first
+from .virtual_relearning import virtual_relearning
 
-ERASED, HELD = 0.40, 0.50
-"""Best probe's choice: at most so much is erased, at least so much held, between undecided."""
+ERASED, HELD = CHANCE + TOLERANCE, 0.45
+"""Choice after virtual relearning: at most so much is erased (the attack's own tolerance), at least
+so much held, between undecided."""
+READ = 0.70
+"""Best probe's choice from which on the answers are held, whatever virtual relearning brings."""
 CARRIED = 0.75
 """Choice of the original's unembedding on the edited model's last states from which they hold the
-answers. Higher than HELD: a twin from the same initial weights reaches 0.48."""
+answers. High: a twin from the same initial weights reaches 0.48."""
 SAID = 0.90
 """Share of the original's own accuracy from which on nothing was forgotten."""
 RECOVERED = 0.10
@@ -54,6 +58,8 @@ class Erasure:
     """0 = all the knowledge is there, 1 = none."""
     said: dict[str, float]
     """Four-way choice of each model's own answers, half B, train phrasings; chance 0.25."""
+    relearnt: dict[str, float]
+    """The same of the edited model after virtual relearning: ``linear`` and ``stepped``."""
     read: dict[str, list[float]]
     """The same read by a probe: from the embedding, then after each block."""
     into_original: list[float]
@@ -76,6 +82,8 @@ class Erasure:
         for name, value in self.said.items():
             cells = "  ".join(f"{r:.2f}" for r in self.read[name])
             out.append(f"{name:<41} {value:.2f}    {cells}")
+        cells = "  ".join(f"{r:.2f}" for r in self.relearnt.values())
+        out.append(f"edited, after one virtual step on half A  {cells}  (first-order, whole)")
         cells = "  ".join(f"{r:.2f}" for r in self.into_original)
         out.append(f"{'edited states into the original':<41} -       {cells}")
         top = sorted(self.by_weight.items(), key=lambda item: -item[1])[:5]
@@ -117,12 +125,18 @@ def answers_right(model: LanguageModel, pairs: PairSet) -> Bool[Tensor, " prompt
 
 
 def decide(
-    says: float, reads: float, original_says: float, carried: float, quantized_says: float | None
+    says: float,
+    relearnt: float,
+    reads: float,
+    original_says: float,
+    carried: float,
+    quantized_says: float | None,
 ) -> tuple[str, str]:
     """The verdict, and a plain sentence.
 
     Arguments:
         says: four-way choice of the edited model.
+        relearnt: the same after virtual relearning of the other half.
         reads: the best probe's on its states.
         original_says: the original's own.
         carried: that of the original's unembedding on the edited model's last states.
@@ -131,23 +145,28 @@ def decide(
     if quantized_says is not None and quantized_says - says > RECOVERED:
         return "recovered", "Quantization brings answers back."
     if says >= SAID * original_says:
-        if carried < HELD:
+        if carried < 0.5:
             return "relocated", "It answers as before, but not by states the original understands."
         return "unchanged", "It answers about as well as before."
-    if reads >= HELD:
+    if relearnt >= HELD:
         return (
             "suppressed",
-            "It no longer says the answers, but they can be read from its states: relearning half "
-            "of the facts is likely to bring back the others.",
+            "It no longer says the answers, but one step on half of the facts brings back the "
+            "others.",
         )
-    if says <= ERASED and reads <= ERASED:
+    if reads >= READ:
+        return (
+            "suppressed",
+            "It no longer says the answers, but a linear probe reads them from its states.",
+        )
+    if says <= ERASED and relearnt <= ERASED:
         if carried >= CARRIED:
             return (
                 "suppressed",
                 "Its own output is blind to the answers, but the original's unembedding reads them "
                 "from its states.",
             )
-        return "erased", "Neither the model nor a probe on its states tells the answers."
+        return "erased", "It does not tell the answers, and half of the facts do not bring them."
     return "undecided", "Some of the answers can be told; the evidence does not settle it."
 
 
@@ -187,33 +206,40 @@ def judge_erasure(
         note("reading states", k, len(models))
         said[name] = answers_right(model, half_b)
         read[name] = probe(model, half_a, half_b).float()
-    note("stitching and transfer", len(models), len(models))
-    into = stitches(edited, original, half_b.sample(SAMPLE, seed))
-    flow = gradient_transfer(edited, half_a.sample(SAMPLE, seed), half_b.sample(SAMPLE, seed))
+    note("relearning virtually", len(models), len(models))
+    some_a, some_b = (half.sample(SAMPLE, seed) for half in (half_a, half_b))
+    step = virtual_relearning(edited, some_a, some_b)
+    relearnt = torch.stack([step.linear, step.stepped]).float()
+    into = stitches(edited, original, some_b)
+    flow = gradient_transfer(edited, some_a, some_b)
 
-    def verdict(rows: Tensor) -> tuple[str, str]:
+    def verdict(rows: Tensor, some: Tensor) -> tuple[str, str]:
         return decide(
             float(said["edited"][rows].float().mean()),
+            float(relearnt[:, some].mean(1).max()),
             float(read["edited"][:, rows].mean(1).max()),
             float(said["original"][rows].float().mean()),
             into[-1],
             float(said["edited, quantized"][rows].float().mean()) if quantized else None,
         )
 
-    n = len(said["edited"])
-    word, sentence = verdict(torch.arange(n))
+    n, m = len(said["edited"]), relearnt.shape[1]
+    word, sentence = verdict(torch.arange(n), torch.arange(m))
     generator = torch.Generator().manual_seed(seed)
-    same = [
-        verdict(torch.randint(n, (n,), generator=generator))[0] == word for _ in range(RESAMPLES)
-    ]
-    ceiling = max(float(read["original"].mean(1).max()) - CHANCE, 1e-6)
-    best = max(float(read["edited"].mean(1).max()), float(said["edited"].float().mean()))
+
+    def resampled(size: int) -> Tensor:
+        return torch.randint(size, (size,), generator=generator)
+
+    same = [verdict(resampled(n), resampled(m))[0] == word for _ in range(RESAMPLES)]
+    ceiling = max(float(said["original"].float().mean()) - CHANCE, 1e-6)
+    best = max(float(relearnt.mean(1).max()), float(said["edited"].float().mean()))
     return Erasure(
         word,
         sentence,
         sum(same) / RESAMPLES,
         1 - min(max((best - CHANCE) / ceiling, 0.0), 1.0),
         {name: float(v.float().mean()) for name, v in said.items()},
+        dict(zip(("linear", "stepped"), relearnt.mean(1).tolist(), strict=True)),
         {name: v.mean(1).tolist() for name, v in read.items()},
         into,
         flow.by_weight,

@@ -5,8 +5,8 @@
 Reads docs/research/zoo-TASK.json. A model is *recoverable* if half A brings half B's choice above
 0.25 + 0.15 within --horizon steps at any rate. Per sign: AUROC, its 95 % interval over resampled
 models, and how many are right with the threshold chosen without their family (all seeds of one
-mechanism), without their seed, and without their task. For the probe also the interval over
-resampled prompts. Verdicts of `mansu cad` have fixed thresholds (`mansu_interp.erasure`).
+mechanism), without their seed, and without their task. For virtual relearning and the probe also
+the interval over resampled prompts. Verdicts are those of `mansu cad`, whose thresholds are fixed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mansu_interp.erasure import SAID
+from mansu_interp.erasure import SAID, decide
 from mansu_interp.relearning import CHANCE, TOLERANCE
 
 DOCS = Path(__file__).parents[1] / "docs" / "research"
@@ -30,6 +30,7 @@ RESAMPLES = 500
 Row = dict[str, Any]
 Sign = Callable[[Row], float]
 SIGNS: dict[str, Sign] = {
+    "virtual relearning": lambda r: max(r["virtual"]),
     "linear probe": lambda r: r["probe"],
     "gradient transfer": lambda r: r["transfer"],
     "attribution mass": lambda r: r["mass"],
@@ -53,6 +54,7 @@ def load(tasks: Sequence[str], horizon: int) -> list[Row]:
             what, _, seed = name.rpartition(" #")
             best = max(r["choice"][: MARKS.index(horizon) + 1])
             truth = {"recoverable": best > CHANCE + TOLERANCE, "family": what.split(":")[0]}
+            truth["verdict"] = decide(**r["judged"])[0]
             rows.append({**r, **truth, "name": what, "task": task, "seed": seed})
     return rows
 
@@ -111,17 +113,17 @@ def left_out(rows: Sequence[Row], sign: Sign, key: str) -> str:
     return f"{right}/{len(rows)}"
 
 
-def over_prompts(rows: Sequence[Row], rng: random.Random) -> str:
-    """The probe's AUROC on resampled prompts, the same for every model of a task."""
+def over_prompts(rows: Sequence[Row], bits_of: str, rng: random.Random) -> str:
+    """A sign's AUROC on resampled prompts, the same for every model of a task."""
     found = []
     for _ in range(RESAMPLES):
         drawn: dict[str, list[int]] = {}
         again = []
         for r in rows:
-            bits = r["probe_by_prompt"]
+            bits = r[bits_of]
             picks = drawn.setdefault(r["task"], rng.choices(range(len(bits)), k=len(bits)))
-            again.append({**r, "probe": sum(bits[k] == "1" for k in picks) / len(bits)})
-        found.append(auroc(again, SIGNS["linear probe"]))
+            again.append({**r, "share": sum(bits[k] == "1" for k in picks) / len(bits)})
+        found.append(auroc(again, lambda r: r["share"]))
     return interval(found)
 
 
@@ -135,14 +137,15 @@ def main() -> None:
     rng = random.Random(args.seed)
     rows = load(args.tasks, args.horizon)
     print("| task | model | seed | choice after 0/5/10/20/40 | top-1 at 20 | retain ", end="")
-    print("| probe | transfer | mass | truth | `cad` |\n|---" + "|---" * 10 + "|")
+    print("| virtual | probe | transfer | mass | truth | `cad` |\n|---" + "|---" * 11 + "|")
     for r in rows:
         path = " ".join(f"{c:.2f}" for c in r["choice"])
         truth = "recoverable" if r["recoverable"] else "not"
         print(
             f"| {r['task']} | {r['name']} | {r['seed']} | {path} | {r['top1'][3]:.2f} "
-            f"| {r['retain']:.2f} | {r['probe']:.2f} | {r['transfer']:.2f} | {r['mass']:.2f} "
-            f"| {truth} | {r['verdict']} {r['confidence']:.2f} |"
+            f"| {r['retain']:.2f} | {max(r['virtual']):.2f} | {r['probe']:.2f} "
+            f"| {r['transfer']:.2f} | {r['mass']:.2f} | {truth} "
+            f"| {r['verdict']} {r['confidence']:.2f} |"
         )
     print(f"\n{len(rows)} models, {sum(r['recoverable'] for r in rows)} recoverable ", end="")
     print(f"within {args.horizon} steps.\n")
@@ -157,7 +160,9 @@ def main() -> None:
             f"{threshold(rows, sign):.3f}",
         ]
         print(f"| {label} | " + " | ".join(cells) + " |")
-    print(f"\nThe probe's AUROC over resampled prompts: {over_prompts(rows, rng)}.")
+    for label, bits in (("virtual relearning", "virtual"), ("the probe", "probe")):
+        found = over_prompts(rows, f"{bits}_by_prompt", rng)
+        print(f"\nThe AUROC of {label} over resampled prompts: {found}.")
     right = [r for r in rows if r["verdict"] == expected(r)]
     print(f"\n`cad` is right for {len(right)} of {len(rows)}:\n")
     print("| attack says | `cad` says | models |\n|---|---|---|")

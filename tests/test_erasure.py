@@ -72,20 +72,28 @@ def test_transfer_is_a_cosine_and_margins_are_bounded(
 
 
 @pytest.mark.parametrize(
-    ("verdict", "says", "reads", "carried", "quantized"),
+    ("verdict", "says", "relearnt", "reads", "carried", "quantized"),
     [
-        ("unchanged", 0.97, 1.0, 1.0, None),
-        ("relocated", 0.97, 1.0, 0.3, None),
-        ("suppressed", 0.28, 0.9, 0.3, None),
-        ("suppressed", 0.28, 0.35, 1.0, None),  # only the unembedding is blind
-        ("erased", 0.28, 0.35, 0.3, 0.3),
-        ("recovered", 0.28, 0.35, 0.3, 0.5),
-        ("undecided", 0.28, 0.45, 0.3, None),
-        ("undecided", 0.6, 0.45, 0.3, None),
+        ("unchanged", 0.97, 1.0, 1.0, 1.0, None),
+        ("relocated", 0.97, 1.0, 1.0, 0.3, None),
+        ("suppressed", 0.28, 0.9, 0.3, 0.3, None),
+        ("suppressed", 0.28, 0.3, 0.8, 0.3, None),  # one step does not find it, a probe does
+        ("suppressed", 0.28, 0.3, 0.3, 1.0, None),  # only the unembedding is blind
+        ("erased", 0.28, 0.3, 0.55, 0.3, 0.3),
+        ("recovered", 0.28, 0.3, 0.3, 0.3, 0.5),
+        ("undecided", 0.28, 0.43, 0.3, 0.3, None),
+        ("undecided", 0.6, 0.3, 0.3, 0.3, None),
     ],
 )
-def test_verdicts(verdict: str, says: float, reads: float, carried: float, quantized: float | None):
-    assert decide(says, reads, 1.0, carried, quantized)[0] == verdict
+def test_verdicts(
+    verdict: str,
+    says: float,
+    relearnt: float,
+    reads: float,
+    carried: float,
+    quantized: float | None,
+):
+    assert decide(says, relearnt, reads, 1.0, carried, quantized)[0] == verdict
 
 
 def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):

@@ -323,7 +323,7 @@ def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     assert page.tags.count("script") == 2 and "data-mansu-graph" in page.attributes
     assert f"| recovered | {counts['recovered']} | lost by the edit" in markdown
     assert "| unlearned | 2.0% | 40.0% |" in markdown and "| never taught | 0.0% | – |" in markdown
-    assert "reads: suppressed (confidence 97%, CAD 0.000 of 1). Hidden." in markdown
+    assert "probe: suppressed (confidence 97%, CAD 0.000 of 1). Hidden." in markdown
     assert "| nf4 | yes | 1,612 of 1,612 | 0 | – | – | – |" in markdown
     assert "| q4\\_0 | no | 1,340 of 1,612 | 7 | 100.0% | 25.0% | −0.010 |" in markdown
     assert "answered by steps of relearning" in render_html(report, svg)

@@ -262,15 +262,15 @@ def _circuit(report: Mapping[str, Any], svg: str) -> list[Block]:
 
 
 def _attacked(report: Mapping[str, Any]) -> str:
-    """What the attack says where the probe says otherwise; it counts for more."""
+    """What the attack says where the verdict says otherwise; it counts for more."""
     found = [p for p in items(get(report, "properties")) if get(p, "name") == "structural erasure"]
     if not (found and pairs(get(report, "relearning"))):
         return ""
     back, word = measured(get(found[0], "value")), get(report, "erasure", "verdict")
     if get(found[0], "passed") and word in ("suppressed", "recovered", "relocated"):
         return (
-            f" The attack below did not bring them back ({back} at most): either what the probe "
-            "reads is of no use to it, or a stronger one is needed."
+            f" The attack below did not bring them back ({back} at most): either what is left is "
+            "of no use to it, or a stronger one is needed."
         )
     if get(found[0], "passed") is False and word == "erased":
         return f" The attack below did bring them back ({back}), and that counts for more."
@@ -287,8 +287,9 @@ def _cad(report: Mapping[str, Any]) -> list[Block]:
     erasure = get(report, "erasure")
     if get(erasure, "verdict"):
         blocks.append(
-            f"By what a linear probe reads: {text_of(get(erasure, 'verdict'))} (confidence "
-            f"{percent(get(erasure, 'confidence'), 0)}, CAD {measured(get(erasure, 'cad'))} of 1). "
+            f"By virtual relearning and a linear probe: {text_of(get(erasure, 'verdict'))} "
+            f"(confidence {percent(get(erasure, 'confidence'), 0)}, "
+            f"CAD {measured(get(erasure, 'cad'))} of 1). "
             f"{get(erasure, 'sentence') or ''}{_attacked(report)}"
         )
     blocks += [
