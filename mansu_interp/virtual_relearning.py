@@ -50,11 +50,11 @@ class VirtualRelearning:
     """By a copy of the model that took the whole step."""
 
 
-def _outputs_of(
+def _flows(
     model: LanguageModel, names: Sequence[str], pairs: Sequence[Pair], among: dict[str, Tensor]
 ) -> tuple[Float[Tensor, " batch"], list[Tensor], list[Tensor]]:
-    """Ranking margins of some pairs, and each layer's inputs and gradients of the margins by its
-    outputs, ``[batch, pos, width]``."""
+    """Ranking margins of some pairs, and each layer's inputs and the margins' gradients by its
+    outputs, ``[tokens, width]``: prompt after prompt, without padding."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -69,9 +69,11 @@ def _outputs_of(
 
             module = model.hf.get_submodule(name.removesuffix(".weight"))
             stack.callback(module.register_forward_hook(keep).remove)
-        found = ranking_margins(last_logits(model, collate(pairs)), pairs, among)
+        batch = collate(pairs)
+        found = ranking_margins(last_logits(model, batch), pairs, among)
     grads = torch.autograd.grad(found.sum(), [outputs[n] for n in names])
-    return found.detach(), [inputs[n] for n in names], list(grads)
+    real = torch.arange(batch.clean.shape[1]) <= batch.last[:, None]
+    return found.detach(), [inputs[n][real] for n in names], [g[real] for g in grads]
 
 
 def _groups(model: LanguageModel, tokens: int) -> Iterator[list[str]]:
@@ -98,31 +100,28 @@ def tangent_kernel(
         pairs: the prompts.
         among: each relation's answers (`pairs.answer_tokens`).
     """
-    n, length = len(pairs), max(len(p.clean) for p in pairs)
-    kernel, margins = torch.zeros(n, n), torch.zeros(n)
     # Prompts of one length fit a batch without padding.
-    order = sorted(range(n), key=lambda k: len(pairs[k].clean))
-    for names in _groups(model, n * length):
-        held: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in names]
-        for part in (order[k : k + CHUNK] for k in range(0, n, CHUNK)):
-            found, inputs, grads = _outputs_of(model, names, [pairs[k] for k in part], among)
-            margins[part] = found
-            for (xs, gs), x, g in zip(held, inputs, grads, strict=True):
-                pad = (0, 0, 0, length - x.shape[1])
-                xs.append(torch.nn.functional.pad(x, pad))
-                gs.append(torch.nn.functional.pad(g, pad))
-        for xs, gs in held:
-            x, g = torch.cat(xs), torch.cat(gs)
-            for k in range(0, n, ROWS):
-                # <x_i^T g_i, x_j^T g_j> = sum over positions of (x_i . x_j) (g_i . g_j)
-                some = (x[k : k + ROWS].flatten(0, 1) @ x.flatten(0, 1).T) * (
-                    g[k : k + ROWS].flatten(0, 1) @ g.flatten(0, 1).T
-                )
-                rows = torch.tensor(order[k : k + ROWS])
-                kernel[rows[:, None], torch.tensor(order)] += some.view(
-                    len(rows), length, n, length
-                ).sum((1, 3))
-    return kernel, margins
+    order = sorted(range(len(pairs)), key=lambda k: len(pairs[k].clean))
+    ordered = [pairs[k] for k in order]
+    lengths = torch.tensor([len(p.clean) for p in ordered])
+    owner = torch.repeat_interleave(torch.eye(len(pairs)), lengths, 0)  # [tokens, prompts]
+    starts = [0, *lengths.cumsum(0).tolist()]
+    upper, margins = torch.zeros(len(pairs), len(pairs)), torch.zeros(len(pairs))
+    for names in _groups(model, len(owner)):
+        parts = [ordered[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)]
+        found = [_flows(model, names, part, among) for part in parts]
+        margins = torch.cat([levels for levels, _, _ in found])
+        for layer in range(len(names)):
+            x = torch.cat([inputs[layer] for _, inputs, _ in found])
+            g = torch.cat([grads[layer] for _, _, grads in found])
+            for k in range(0, len(pairs), ROWS):
+                # <x_i^T g_i, x_j^T g_j> = sum over tokens of (x_i . x_j) (g_i . g_j)
+                rows, rest = slice(starts[k], starts[min(k + ROWS, len(pairs))]), starts[k]
+                some = (x[rows] @ x[rest:].T) * (g[rows] @ g[rest:].T)
+                upper[k : k + ROWS, k:] += owner[rows, k : k + ROWS].T @ some @ owner[rest:, k:]
+    kernel = upper.triu() + upper.triu(1).T
+    back = torch.tensor(order).argsort()
+    return kernel[back][:, back], margins[back]
 
 
 def virtual_relearning(
