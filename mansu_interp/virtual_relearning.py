@@ -32,7 +32,7 @@ from .pairs import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
 from .scoring import ranked_first
 
 DAMPING = 0.01
-HELD = 1 << 28
+HELD = 1 << 29
 """Numbers (of inputs and output gradients) held at once, 4 bytes each."""
 ROWS = 16
 """Prompts whose share of the kernel is summed at once."""
