@@ -161,6 +161,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     step = u.batch_size * (3 * shared + 4 * shared_kept) + (64 * 4 if task.text else 0)
     # An attack's steps, half of the most on average, and the gradient at their end.
     step += (u.attack / 2 + 1) * u.batch_size * 3 * shared if u.attack else 0
+    # A probe reads every prompt of a half, and a batch of the other gives the gradient.
+    step += (len(task.forget) / 2 + u.batch_size * 3) * shared if u.probe_weight else 0
     total = (
         2 * attribution
         + search
