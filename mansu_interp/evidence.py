@@ -90,11 +90,18 @@ def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos 
 
 
 def last_states(
-    model: LanguageModel, pairs: Sequence[Pair]
+    model: LanguageModel, pairs: Sequence[Pair], subject: bool = False
 ) -> list[Float[Tensor, "batch d_model"]]:
-    """The same at the last token of each prompt."""
+    """The same at the last token of each prompt; with ``subject`` then also at the subject's last
+    token, which is the last that the corrupt prompt changes."""
     batch = collate(pairs)
-    return [s[torch.arange(len(batch)), batch.last] for s in states(model, batch)]
+    read, rows = states(model, batch), torch.arange(len(batch))
+    out = [s[rows, batch.last] for s in read]
+    if subject:
+        positions = torch.arange(batch.clean.shape[1])
+        at = ((batch.clean != batch.corrupt) * positions).amax(1)
+        out += [s[rows, at] for s in read]
+    return out
 
 
 def answer_rows(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
@@ -139,11 +146,11 @@ def linear_map(
 
 @torch.no_grad()
 def fit_probe(
-    model: LanguageModel, half_a: PairSet, ridge: float = RIDGE
+    model: LanguageModel, half_a: PairSet, ridge: float = RIDGE, subject: bool = False
 ) -> list[Callable[[Tensor], Tensor]]:
-    """Per stage, the map from last states to the answers' (centred) unembedding."""
+    """One map to the answers' (centred) unembedding for each of `last_states`."""
     parts = list(half_a.parts(CHUNK))
-    seen = [last_states(model, part) for part in parts]
+    seen = [last_states(model, part, subject) for part in parts]
     want = answer_rows(model)[torch.tensor([p.answer for part in parts for p in part])]
     return [linear_map(torch.cat(x), want, ridge) for x in zip(*seen, strict=True)]
 

@@ -4,10 +4,10 @@
 
 Prints two tables for an embedded model. First, per stage of the model, how often a linear map from
 the states at the *subject's* position to the answers' unembedding rows, fitted on half A of the
-forget subjects, names the answers of half B (four-way); for the original and for the twins that
-were never taught. Then, per seed, what the model says once those embedding rows are drawn anew
-(`redrawn`), and once they are then trained on the retained facts alone with everything else frozen
-(`relearnt`): forget and retain on unseen phrasings, and the relearning attack on them.
+forget subjects, names the answers of half B (four-way); for the original, for the twins that were
+never taught, and for --models. Then, per seed, what the model says once those embedding rows are
+drawn anew (`redrawn`), and once they are then trained on the retained facts alone with everything
+else frozen (`relearnt`): forget and retain on unseen phrasings, and the relearning attack on them.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a subject's embedding row holds.")
     parser.add_argument("--task", default="countries")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="*", default=[], help="folders to read, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model("facts")
@@ -117,8 +118,11 @@ def main() -> None:
     print(
         "| | embedding | " + " | ".join(f"block {k}" for k in range(4)) + " |\n" + "|---" * 6 + "|"
     )
-    for name, one in {"original": model, **never}.items():
+    more = {name: load_model(name) for name in args.models}
+    for name, one in {"original": model, **never, **more}.items():
         print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in readable(one, task)) + " |")
+    if not args.seeds:
+        return
     print("\n| | forget | after NF4 | retain | " + " | ".join(f"{k} steps" for k in MARKS) + " |")
     print("|---" * (4 + len(MARKS)) + "|")
     for name, one in never.items():

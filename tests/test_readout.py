@@ -36,12 +36,12 @@ def test_the_readers_gradient_is_of_what_it_reads(facts: LanguageModel, capitals
     drawn = Reader(capitals, CONFIG).draw()
     seen = {p.subject for p in drawn.train}
     assert not seen & {p.subject for p in drawn.unseen} and len(drawn.chosen) == 8
-    rows, readers = answer_rows(facts), fit_probe(facts, drawn.train)
+    rows, readers = answer_rows(facts), fit_probe(facts, drawn.train, subject=True)
     among = answer_tokens(drawn.unseen)
 
     def loss(model: LanguageModel) -> float:
         with torch.no_grad():
-            states = last_states(model, drawn.chosen)
+            states = last_states(model, drawn.chosen, True)
             read = [
                 standing(r(x), drawn.chosen, rows, among)
                 for r, x in zip(readers, states, strict=True)
@@ -63,11 +63,11 @@ def test_the_readers_gradient_is_of_what_it_reads(facts: LanguageModel, capitals
 def test_what_is_read_falls(facts: LanguageModel, capitals: Task):
     """Descent on it blinds probes of other halves, which each step draws and fits anew."""
     model, reader = facts.copy(), Reader(capitals, replace(CONFIG, batch_size=48))
-    levels = []
+    names, levels = [model.embedding_name, *model.linear_names], []
     for _ in range(12):
-        found, level = reader.gradient(model, model.linear_names)
+        found, level = reader.gradient(model, names)
         size = sum(float(g.square().sum()) for g in found) ** 0.5
-        for name, g in zip(model.linear_names, found, strict=True):
+        for name, g in zip(names, found, strict=True):
             model.weights[name].sub_(g, alpha=2 / size)
         levels.append(level)
     assert levels[-1] < 0.7 * levels[0]

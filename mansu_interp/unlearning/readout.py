@@ -1,9 +1,9 @@
 """Reading out in the loop: what a linear probe finds is pushed down, too.
 
-Each step fits a probe on the states of a random half A of the forget subjects (`evidence.probe`)
-and takes the gradient of what it reads of the other half B from the model's own states; the probe
-itself is held fixed. Relearning finds what fine-tuning can find; a probe also finds what lies in
-the states and is not used. Ours.
+Each step fits probes on the states of a random half A of the forget subjects, at the last token and
+at the subject's (`evidence.fit_probe`), and takes the gradient of what they read of the other half
+B from the model's own states; the probes themselves are held fixed. Relearning finds what
+fine-tuning can find; a probe also finds what lies in the states and is not used. Ours.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Reader:
 
     def gradient(self, student: LanguageModel, names: Sequence[str]) -> tuple[list[Tensor], float]:
         """Gradient of what a probe reads with respect to some weights, and how much that is: the
-        mean over prompts and stages of max(0, `standing`)."""
+        mean over prompts, stages and both positions of max(0, `standing`)."""
         drawn = self.draw()
-        rows, readers = answer_rows(student), fit_probe(student, drawn.train)
+        rows, readers = answer_rows(student), fit_probe(student, drawn.train, subject=True)
         among = answer_tokens(drawn.unseen)
         total = 0.0
 
@@ -79,7 +79,7 @@ class Reader:
             nonlocal total
             read = [
                 standing(reader(x), part, rows, among).relu().mean()
-                for reader, x in zip(readers, last_states(student, part), strict=True)
+                for reader, x in zip(readers, last_states(student, part, True), strict=True)
             ]
             value = torch.stack(read).mean() * (len(part) / len(drawn.chosen))
             total += value.item()
