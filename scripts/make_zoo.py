@@ -251,7 +251,7 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         "mansu: hardened": hardened(False, attack=20, attack_rate=1e-3, steps=400),
         "mansu: rows": lambda: mansu(model, task, seed, rows=True),
         "mansu: rows, hardened": hardened(True, **known),
-        "mansu: rows, hardened, read": hardened(True, **known, probe_weight=0.3),
+        "mansu: rows, hardened, read": hardened(True, **known, probe_weight=0.6),
         "mansu: rows, read": hardened(True, probe_weight=4.0, retain_weight=4.0, steps=400),
         "damaged: noise 0.5": lambda: noisy(model, seed, 0.5),
         "damaged: noise 1": lambda: noisy(model, seed, 1.0),
