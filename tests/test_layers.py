@@ -22,6 +22,7 @@ LAYERS = [
     ["attribution"],
     ["objectives", "faithfulness", "masks"],
     ["circuit", "ledger", "relearning", "evidence", "gguf_export"],
+    ["virtual_relearning"],
     ["cad", "erasure", "unlearning"],
     ["evaluation", "viz"],
     ["report"],
