@@ -37,6 +37,8 @@ READ = 0.70
 CARRIED = 0.75
 """Choice of the original's unembedding on the edited model's last states from which they hold the
 answers. High: a twin from the same initial weights reaches 0.48."""
+UNDERSTOOD = 0.50
+"""The same choice below which an answering model's states are not the original's any more."""
 SAID = 0.90
 """Share of the original's own accuracy from which on nothing was forgotten."""
 RECOVERED = 0.10
@@ -145,7 +147,7 @@ def decide(
     if quantized_says is not None and quantized_says - says > RECOVERED:
         return "recovered", "Quantization brings answers back."
     if says >= SAID * original_says:
-        if carried < 0.5:
+        if carried < UNDERSTOOD:
             return "relocated", "It answers as before, but not by states the original understands."
         return "unchanged", "It answers about as well as before."
     if relearnt >= HELD:

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .evidence import CHUNK, last_logits, ranking_margins
+from .evidence import CHUNK, last_logits, margins, ranking_margins
 from .models import LanguageModel
 from .nullspace import gradient
 from .pairs import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
@@ -106,11 +106,11 @@ def tangent_kernel(
     lengths = torch.tensor([len(p.clean) for p in ordered])
     owner = torch.repeat_interleave(torch.eye(len(pairs)), lengths, 0)  # [tokens, prompts]
     starts = [0, *lengths.cumsum(0).tolist()]
-    upper, margins = torch.zeros(len(pairs), len(pairs)), torch.zeros(len(pairs))
+    upper, levels = torch.zeros(len(pairs), len(pairs)), torch.zeros(len(pairs))
     for names in _groups(model, len(owner)):
         parts = [ordered[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)]
         found = [_flows(model, names, part, among) for part in parts]
-        margins = torch.cat([levels for levels, _, _ in found])
+        levels = torch.cat([level for level, _, _ in found])
         for layer in range(len(names)):
             x = torch.cat([inputs[layer] for _, inputs, _ in found])
             g = torch.cat([grads[layer] for _, _, grads in found])
@@ -121,7 +121,7 @@ def tangent_kernel(
                 upper[k : k + ROWS, k:] += owner[rows, k : k + ROWS].T @ some @ owner[rest:, k:]
     kernel = upper.triu() + upper.triu(1).T
     back = torch.tensor(order).argsort()
-    return kernel[back][:, back], margins[back]
+    return kernel[back][:, back], levels[back]
 
 
 def virtual_relearning(
@@ -137,32 +137,30 @@ def virtual_relearning(
         damping: of the kernel, as a share of its mean diagonal.
     """
     pairs, among = list(half_a), answer_tokens(half_a)
-    kernel, margins = tangent_kernel(model, pairs, among)
-    want = torch.tensor([math.log(len(among[p.relation])) for p in pairs]) - margins
+    kernel, levels = tangent_kernel(model, pairs, among)
+    want = torch.tensor([math.log(len(among[p.relation])) for p in pairs]) - levels
     damped = kernel + max(damping * float(kernel.diagonal().mean()), 1e-30) * torch.eye(len(pairs))
     share = dict(zip(pairs, torch.linalg.solve(damped, want), strict=True))
 
     def weighed(part: list[Pair]) -> Tensor:
-        alpha = torch.stack([share[p] for p in part])
-        return ranking_margins(last_logits(model, collate(part)), part, among) @ alpha
+        return margins(model, part, among) @ torch.stack([share[p] for p in part])
 
     parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
     delta = gradient(model, model.linear_names, [lambda p=p: weighed(p) for p in parts])
     size = math.sqrt(sum(float((d * d).sum()) for d in delta))
     small = min(SMALL, SMALL / max(size, 1e-30))
-    moved = model.copy()
+    moved, batches = model.copy(), list(half_b.batches(CHUNK))
 
     @torch.no_grad()
     def at(step: float) -> list[Float[Tensor, "batch vocab"]]:
         for name, d in zip(model.linear_names, delta, strict=True):
             moved.weights[name].copy_(model.weights[name]).add_(d, alpha=step)
-        return [last_logits(moved, collate(p)) for p in half_b.parts(CHUNK)]
+        return [last_logits(moved, batch) for batch in batches]
 
-    choices = [collate(p).choices for p in half_b.parts(CHUNK)]
     before, up, down, whole = at(0.0), at(small), at(-small), at(1.0)
     linear = [
-        ranked_first(b + (u - d) / (2 * small), c)
-        for b, u, d, c in zip(before, up, down, choices, strict=True)
+        ranked_first(b + (u - d) / (2 * small), batch.choices)
+        for b, u, d, batch in zip(before, up, down, batches, strict=True)
     ]
-    stepped = [ranked_first(w, c) for w, c in zip(whole, choices, strict=True)]
+    stepped = [ranked_first(w, batch.choices) for w, batch in zip(whole, batches, strict=True)]
     return VirtualRelearning(torch.cat(linear), torch.cat(stepped))

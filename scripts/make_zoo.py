@@ -189,18 +189,15 @@ def rmu(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     return tune(model, task, seed, names, 120, 1e-3, loss)
 
 
-HARD = {"budget": 0.02, "damping": 1000.0}
-"""Of runs that are hardened against relearning, on all edges."""
-
-
 def mansu(
     model: LanguageModel, task: Task, seed: int, rows: bool = False, **hard: float
 ) -> LanguageModel:
     """MANSU with the task's settings but for the embedding, which only ``rows`` edits; ``hard``:
-    hardened, with these settings of `UnlearnConfig`."""
+    hardened on all edges, with these settings of `UnlearnConfig`."""
     config = replace(default_config("facts", task.name), seed=seed, subject_rows=rows)
     if hard:
-        config = replace(config, **HARD, circuit=replace(config.circuit, top=800))  # type: ignore[arg-type]
+        everything = replace(config.circuit, top=800)
+        config = replace(config, budget=0.02, damping=1000.0, circuit=everything)
     own = replace(config.unlearn, seed=seed, **hard)  # type: ignore[arg-type]
     circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
     mask = make_mask(replace(config, unlearn=own), model, task, circuit)

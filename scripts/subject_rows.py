@@ -21,10 +21,10 @@ from torch import Tensor
 
 from mansu_interp.config import RelearnConfig
 from mansu_interp.evaluation import evaluate
-from mansu_interp.evidence import linear_map, states
+from mansu_interp.evidence import answer_rows, last_states, linear_map
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import nll
-from mansu_interp.pairs import PairSet, Task, by_phrasing, collate
+from mansu_interp.pairs import PairSet, Task, by_phrasing
 from mansu_interp.quantizers import quantize
 from mansu_interp.relearning import halves, of_subjects, relearn, rivals_within
 from mansu_interp.tasks import load_task
@@ -44,9 +44,8 @@ def at_subject(model: LanguageModel, pairs: PairSet) -> tuple[Tensor, Tensor, Te
         if seen.setdefault((pair.relation, pair.subject), 1) > 1:
             continue
         seen[pair.relation, pair.subject] += 1
-        batch = collate([pair])
-        last = int((batch.clean[0] != batch.corrupt[0]).nonzero()[-1])
-        found.append(torch.stack([s[0, last] for s in states(model, batch)]))
+        both = torch.cat(last_states(model, [pair], subject=True))
+        found.append(both[len(both) // 2 :])  # at the last token, then at the subject
         answers.append(pair.answer)
         choices.append(list(pair.choices))
     return torch.stack(found), torch.tensor(answers), torch.tensor(choices)
@@ -54,8 +53,7 @@ def at_subject(model: LanguageModel, pairs: PairSet) -> tuple[Tensor, Tensor, Te
 
 def readable(model: LanguageModel, task: Task) -> list[float]:
     """Per stage, the share of half B's facts that half A's map names (the best of three ridges)."""
-    rows = model.hf.get_output_embeddings().weight.detach()
-    rows = rows - rows.mean(0)
+    rows = answer_rows(model)
     parts = [rivals_within(of_subjects(task.forget, h)) for h in halves(task.forget, SPLIT)]
     (x, answer, _), (asked, _, choices) = (at_subject(model, p) for p in parts)
     out = []

@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import UnlearnConfig
+from ..distributed import sum_number
 from ..models import LanguageModel
+from ..nullspace import gradient
 from ..objectives import divergence, nll
 from ..pairs import Pair, Task, by_phrasing, chunks, collate, lay_answers
 from ..scoring import choice_accuracy, ranked_first, right
@@ -35,6 +37,29 @@ class Unlearned:
     """Losses per step (nats)."""
     stopped_at: int = 0
     """Steps taken."""
+
+
+def mean_gradient(
+    model: LanguageModel,
+    names: Sequence[str],
+    pairs: Sequence[Pair],
+    loss: Callable[[list[Pair]], Tensor],
+) -> tuple[list[Tensor], float]:
+    """Gradient of a loss that is a mean over pairs, with respect to some weights, and the loss.
+
+    Taken a chunk of one phrasing at a time; shared among the processes of a distributed group.
+    """
+    total = 0.0
+
+    def weighed(part: list[Pair]) -> Tensor:
+        nonlocal total
+        value = loss(part) * (len(part) / len(pairs))
+        total += value.item()
+        return value
+
+    parts = [part for group in by_phrasing(pairs) for part in chunks(group, CHUNK)]
+    found = gradient(model, names, [lambda p=part: weighed(p) for part in parts])
+    return found, sum_number(total)
 
 
 class Sampler:

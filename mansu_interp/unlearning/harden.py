@@ -19,13 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import UnlearnConfig
-from ..distributed import sum_number
 from ..models import LanguageModel
-from ..nullspace import gradient
 from ..objectives import CounterfactualTargets
-from ..pairs import Pair, PairSet, Task, answer_tokens, by_phrasing, chunks, collate
+from ..pairs import Pair, PairSet, Task, answer_tokens, collate
 from ..relearning import batches, descend, halves, make_optimiser, of_subjects
-from .common import CHUNK
+from .common import mean_gradient
 
 SPREAD = 3.0
 """The attack's rate is drawn log-uniformly within this factor of `UnlearnConfig.attack_rate`."""
@@ -104,17 +102,9 @@ class Attacker:
     ) -> tuple[list[Tensor], float]:
         """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
         attack = self.draw()
-        victim, chosen = self.attacked(student, attack), attack.chosen
-        among = answer_tokens(attack.unseen)
-        parts = [part for group in by_phrasing(chosen) for part in chunks(group, CHUNK)]
-        total = 0.0
+        victim, among = self.attacked(student, attack), answer_tokens(attack.unseen)
 
         def loss(part: list[Pair]) -> Tensor:
-            nonlocal total
-            value = ranking_loss(victim, part, targets, among, self.config.margin)
-            value = value * (len(part) / len(chosen))
-            total += value.item()
-            return value
+            return ranking_loss(victim, part, targets, among, self.config.margin)
 
-        found = gradient(victim, names, [lambda p=part: loss(p) for part in parts])
-        return found, sum_number(total)
+        return mean_gradient(victim, names, attack.chosen, loss)

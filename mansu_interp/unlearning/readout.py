@@ -17,13 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import UnlearnConfig
-from ..distributed import sum_number
 from ..evidence import answer_rows, fit_probe, last_states
 from ..models import LanguageModel
-from ..nullspace import gradient
-from ..pairs import Pair, PairSet, Task, answer_tokens, by_phrasing, chunks
+from ..pairs import Pair, PairSet, Task, answer_tokens
 from ..relearning import halves, of_subjects
-from .common import CHUNK
+from .common import mean_gradient
 
 
 def standing(
@@ -73,18 +71,12 @@ class Reader:
         drawn = self.draw()
         rows, readers = answer_rows(student), fit_probe(student, drawn.train, subject=True)
         among = answer_tokens(drawn.unseen)
-        total = 0.0
 
         def loss(part: list[Pair]) -> Tensor:
-            nonlocal total
             read = [
                 standing(reader(x), part, rows, among).relu().mean()
                 for reader, x in zip(readers, last_states(student, part, True), strict=True)
             ]
-            value = torch.stack(read).mean() * (len(part) / len(drawn.chosen))
-            total += value.item()
-            return value
+            return torch.stack(read).mean()
 
-        parts = [part for group in by_phrasing(drawn.chosen) for part in chunks(group, CHUNK)]
-        found = gradient(student, names, [lambda p=part: loss(p) for part in parts])
-        return found, sum_number(total)
+        return mean_gradient(student, names, drawn.chosen, loss)
