@@ -1,14 +1,15 @@
 """CAD of knowledge: a number and a verdict on whether an edit erased, without attacking the model.
 
 The first sign is virtual relearning (`virtual_relearning`): with v the four-way choice of half B
-after one closed-form step on half A, f what the model says itself and f_0 what the original says,
+after a few closed-form steps on half A, f what the model says itself and f_0 what the original
+says,
 
     knowledge = clip((max(v, f) - 1/4) / (f_0 - 1/4), 0, 1),    CAD = 1 - knowledge
 
 0: all is there, 1: nothing is. It foretold disjoint-half relearning best in the calibration zoo
 (docs/cad.md, `scripts/judge_zoo.py`). The second is a linear probe (`evidence.probe`): where it
-reads nearly everything from the states of some block, the verdict is "suppressed" whatever one step
-brings; a longer attack can find it. All ours.
+reads nearly everything from the states of some block, the verdict is "suppressed" whatever the
+steps bring; a longer attack can find it. All ours.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .errors import ModelError
-from .evidence import CHUNK, gradient_transfer, probe, stitches
+from .evidence import answers_right, gradient_transfer, probe, stitches
 from .models import LanguageModel
-from .pairs import PairSet, Task
+from .pairs import Task
 from .relearning import CHANCE, TOLERANCE, halves, of_subjects, rivals_within
-from .scoring import ranked_first
 from .virtual_relearning import virtual_relearning
 
 ERASED, HELD = CHANCE + TOLERANCE, 0.45
 """Choice after virtual relearning: at most so much is erased (the attack's own tolerance), at least
 so much held, between undecided."""
+LEARNT = 0.75
+"""Choice on half A itself below which virtual relearning did not work and shows nothing."""
 READ = 0.70
 """Best probe's choice from which on the answers are held, whatever virtual relearning brings."""
 CARRIED = 0.75
@@ -44,7 +46,9 @@ SAID = 0.90
 RECOVERED = 0.10
 """Rise of the four-way choice under quantization that counts as recovery."""
 RESAMPLES = 200
-SAMPLE = 180
+READ_OF, RELEARNT, ASKED = 400, 96, 180
+"""Prompts of each half whose states are read; of half A that virtual relearning is given, and of
+half B that it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,10 @@ class Erasure:
     """0 = all the knowledge is there, 1 = none."""
     said: dict[str, float]
     """Four-way choice of each model's own answers, half B, train phrasings; chance 0.25."""
-    relearnt: dict[str, float]
-    """The same of the edited model after virtual relearning: ``linear`` and ``stepped``."""
+    relearnt: list[float]
+    """The same of the edited model after each step of virtual relearning."""
+    learnt: list[float]
+    """The same on half A, which is relearnt."""
     read: dict[str, list[float]]
     """The same read by a probe: from the embedding, then after each block."""
     into_original: list[float]
@@ -84,10 +90,11 @@ class Erasure:
         for name, value in self.said.items():
             cells = "  ".join(f"{r:.2f}" for r in self.read[name])
             out.append(f"{name:<41} {value:.2f}    {cells}")
-        cells = "  ".join(f"{r:.2f}" for r in self.relearnt.values())
-        out.append(f"edited, after one virtual step on half A  {cells}  (first-order, whole)")
         cells = "  ".join(f"{r:.2f}" for r in self.into_original)
         out.append(f"{'edited states into the original':<41} -       {cells}")
+        out += ["", "Edited, after each virtual step on half A"]
+        for half, found in (("B", self.relearnt), ("A", self.learnt)):
+            out.append(f"half {half:<36} {'  '.join(f'{r:.2f}' for r in found)}")
         top = sorted(self.by_weight.items(), key=lambda item: -item[1])[:5]
         out += ["", "Where relearning would bring it back from (share of gradient transfer):"]
         return out + [f"  {name}  {share:+.3f}" for name, share in top]
@@ -117,18 +124,10 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
         )
 
 
-@torch.no_grad()
-def answers_right(model: LanguageModel, pairs: PairSet) -> Bool[Tensor, " prompts"]:
-    """Which prompts the model itself answers right in four-way choice."""
-    out = []
-    for batch in pairs.batches(CHUNK):
-        out.append(ranked_first(model.last_logits(batch.clean, batch.last), batch.choices))
-    return torch.cat(out)
-
-
 def decide(
     says: float,
     relearnt: float,
+    learnt: float,
     reads: float,
     original_says: float,
     carried: float,
@@ -139,6 +138,7 @@ def decide(
     Arguments:
         says: four-way choice of the edited model.
         relearnt: the same after virtual relearning of the other half.
+        learnt: that of the half that was relearnt.
         reads: the best probe's on its states.
         original_says: the original's own.
         carried: that of the original's unembedding on the edited model's last states.
@@ -153,7 +153,7 @@ def decide(
     if relearnt >= HELD:
         return (
             "suppressed",
-            "It no longer says the answers, but one step on half of the facts brings back the "
+            "It no longer says the answers, but a few steps on half of the facts bring back the "
             "others.",
         )
     if reads >= READ:
@@ -168,6 +168,8 @@ def decide(
                 "Its own output is blind to the answers, but the original's unembedding reads them "
                 "from its states.",
             )
+        if learnt < LEARNT:
+            return "undecided", "Virtual relearning did not work: it could not learn even its half."
         return "erased", "It does not tell the answers, and half of the facts do not bring them."
     return "undecided", "Some of the answers can be told; the evidence does not settle it."
 
@@ -198,7 +200,10 @@ def judge_erasure(
     """
     check_alike(original, edited)
     note = on_step or (lambda *_: None)
-    half_a, half_b = (rivals_within(of_subjects(task.forget, h)) for h in halves(task.forget, seed))
+    half_a, half_b = (
+        rivals_within(of_subjects(task.forget, h)).sample(READ_OF, seed)
+        for h in halves(task.forget, seed)
+    )
     models = {"original": original, "edited": edited}
     if quantized:
         models["edited, quantized"] = quantized
@@ -209,23 +214,24 @@ def judge_erasure(
         said[name] = answers_right(model, half_b)
         read[name] = probe(model, half_a, half_b).float()
     note("relearning virtually", len(models), len(models))
-    some_a, some_b = (half.sample(SAMPLE, seed) for half in (half_a, half_b))
-    step = virtual_relearning(edited, some_a, some_b)
-    relearnt = torch.stack([step.linear, step.stepped]).float()
+    some_b = half_b.sample(ASKED, seed)
+    step = virtual_relearning(edited, half_a.sample(RELEARNT, seed), some_b)
+    back, learnt = step.half_b.float(), step.half_a.float().mean(1)
     into = stitches(edited, original, some_b)
-    flow = gradient_transfer(edited, some_a, some_b)
+    flow = gradient_transfer(edited, half_a.sample(ASKED, seed), some_b)
 
     def verdict(rows: Tensor, some: Tensor) -> tuple[str, str]:
         return decide(
             float(said["edited"][rows].float().mean()),
-            float(relearnt[:, some].mean(1).max()),
+            float(back[-1, some].mean()),
+            float(learnt[-1]),
             float(read["edited"][:, rows].mean(1).max()),
             float(said["original"][rows].float().mean()),
             into[-1],
             float(said["edited, quantized"][rows].float().mean()) if quantized else None,
         )
 
-    n, m = len(said["edited"]), relearnt.shape[1]
+    n, m = len(said["edited"]), back.shape[1]
     word, sentence = verdict(torch.arange(n), torch.arange(m))
     generator = torch.Generator().manual_seed(seed)
 
@@ -234,14 +240,15 @@ def judge_erasure(
 
     same = [verdict(resampled(n), resampled(m))[0] == word for _ in range(RESAMPLES)]
     ceiling = max(float(said["original"].float().mean()) - CHANCE, 1e-6)
-    best = max(float(relearnt.mean(1).max()), float(said["edited"].float().mean()))
+    best = max(float(back[-1].mean()), float(said["edited"].float().mean()))
     return Erasure(
         word,
         sentence,
         sum(same) / RESAMPLES,
         1 - min(max((best - CHANCE) / ceiling, 0.0), 1.0),
         {name: float(v.float().mean()) for name, v in said.items()},
-        dict(zip(("linear", "stepped"), relearnt.mean(1).tolist(), strict=True)),
+        back.mean(1).tolist(),
+        learnt.tolist(),
         {name: v.mean(1).tolist() for name, v in read.items()},
         into,
         flow.by_weight,

@@ -111,6 +111,14 @@ def answer_rows(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
 
 
 @torch.no_grad()
+def answers_right(model: LanguageModel, pairs: PairSet) -> Bool[Tensor, " prompts"]:
+    """Which prompts the model itself answers right in four-way choice, in the order of
+    ``pairs.batches(CHUNK)``."""
+    found = [ranked_first(last_logits(model, b), b.choices) for b in pairs.batches(CHUNK)]
+    return torch.cat(found)
+
+
+@torch.no_grad()
 def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[float]:
     """Four-way choice with the states of ``first`` up to each cut and ``last`` from there on.
 

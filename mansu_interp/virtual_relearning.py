@@ -1,4 +1,4 @@
-"""Virtual relearning: what one closed-form step on half A brings of half B.
+"""Virtual relearning: what a few closed-form steps on half A bring of half B.
 
 Fine-tuning on half A moves half B through the model's tangent kernel. With m_A the ranking margins
 of half A's prompts (log p(answer among the half's answers) + log n, nats), J_A their Jacobian by
@@ -6,9 +6,10 @@ the weights of the linear layers and K = J_A J_A^T, one damped Gauss-Newton step
 
     delta = J_A^T (K + damping mean(diag K))^-1 (log n - m_A)
 
-makes every answer of half A certain, to first order; no rate, no number of steps, no randomness.
-Half B is then asked twice: by its own first-order change, J_B delta, and of a copy that took the
-whole step. Facts written one by one do not move with others; facts that something common hides do.
+makes every answer of half A certain, to first order. A few are taken, each from where the one
+before ended and as long as serves half A best, until the copy has learnt it; no rate, no
+randomness. Then half B is asked. Facts written one by one do not move with others; facts that
+something common hides do, those too that were trained against the first order of the attack.
 Ours; the kernel is the neural tangent kernel (Jacot et al. 2018, arXiv 1806.07572), summed from
 inputs and output gradients of each layer, so that no gradient of a single prompt is ever held.
 """
@@ -25,29 +26,30 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .evidence import CHUNK, last_logits, margins, ranking_margins
+from .evidence import CHUNK, answers_right, last_logits, margins, ranking_margins
 from .models import LanguageModel
 from .nullspace import gradient
 from .pairs import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
-from .scoring import ranked_first
 
-DAMPING = 0.01
+DAMPING = 0.1
 HELD = 1 << 29
 """Numbers (of inputs and output gradients) held at once, 4 bytes each."""
 ROWS = 16
 """Prompts whose share of the kernel is summed at once."""
-SMALL = 0.01
-"""Length of the step that gives the first-order change, at most this share of the whole one."""
+STEPS = 6
+LENGTHS = (1.0, 0.5, 0.25)
+"""Shares of a step that are tried."""
 
 
 @dataclass(frozen=True)
 class VirtualRelearning:
-    """Which of half B's prompts are right in four-way choice, in the order of ``parts(CHUNK)``."""
+    """Which prompts are right in four-way choice after each step; both in the order of
+    ``parts(CHUNK)``."""
 
-    linear: Bool[Tensor, " prompts"]
-    """By the first-order change of their logits."""
-    stepped: Bool[Tensor, " prompts"]
-    """By a copy of the model that took the whole step."""
+    half_a: Bool[Tensor, "steps prompts"]
+    """Those that are relearnt: whether the steps work at all."""
+    half_b: Bool[Tensor, "steps prompts"]
+    """The others."""
 
 
 def _flows(
@@ -124,10 +126,44 @@ def tangent_kernel(
     return kernel[back][:, back], levels[back]
 
 
+def _step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
+    """One damped Gauss-Newton step on half A, in place (see the module)."""
+    pairs, among = list(half_a), answer_tokens(half_a)
+    parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
+
+    def missing(part: Sequence[Pair], levels: Tensor) -> Float[Tensor, " batch"]:
+        """How much margins lack to certainty (nats)."""
+        return torch.tensor([math.log(len(among[p.relation])) for p in part]) - levels
+
+    kernel, levels = tangent_kernel(model, pairs, among)
+    damped = kernel + max(damping * float(kernel.diagonal().mean()), 1e-30) * torch.eye(len(pairs))
+    share = dict(zip(pairs, torch.linalg.solve(damped, missing(pairs, levels)), strict=True))
+
+    def weighed(part: list[Pair]) -> Tensor:
+        return margins(model, part, among) @ torch.stack([share[p] for p in part])
+
+    delta = gradient(model, model.linear_names, [lambda p=p: weighed(p) for p in parts])
+    start = [model.weights[name].clone() for name in model.linear_names]
+
+    @torch.no_grad()
+    def go(length: float) -> float:
+        """Take so much of the step; the mean square of what half A lacks there."""
+        for name, w, d in zip(model.linear_names, start, delta, strict=True):
+            model.weights[name].copy_(w).add_(d, alpha=length)
+        lacks = torch.cat([missing(part, margins(model, part, among)) for part in parts])
+        return float(lacks.square().mean())
+
+    go(min(LENGTHS, key=go))
+
+
 def virtual_relearning(
-    model: LanguageModel, half_a: PairSet, half_b: PairSet, damping: float = DAMPING
+    model: LanguageModel,
+    half_a: PairSet,
+    half_b: PairSet,
+    damping: float = DAMPING,
+    steps: int = STEPS,
 ) -> VirtualRelearning:
-    """What one closed-form step on half A brings of half B (see the module).
+    """What closed-form steps on half A bring of half B (see the module).
 
     Arguments:
         model: the edited model; it is not changed.
@@ -135,32 +171,11 @@ def virtual_relearning(
         half_b: the prompts that are asked, with distractors among the half's own answers
             (`relearning.rivals_within`).
         damping: of the kernel, as a share of its mean diagonal.
+        steps: how many, at least one.
     """
-    pairs, among = list(half_a), answer_tokens(half_a)
-    kernel, levels = tangent_kernel(model, pairs, among)
-    want = torch.tensor([math.log(len(among[p.relation])) for p in pairs]) - levels
-    damped = kernel + max(damping * float(kernel.diagonal().mean()), 1e-30) * torch.eye(len(pairs))
-    share = dict(zip(pairs, torch.linalg.solve(damped, want), strict=True))
-
-    def weighed(part: list[Pair]) -> Tensor:
-        return margins(model, part, among) @ torch.stack([share[p] for p in part])
-
-    parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
-    delta = gradient(model, model.linear_names, [lambda p=p: weighed(p) for p in parts])
-    size = math.sqrt(sum(float((d * d).sum()) for d in delta))
-    small = min(SMALL, SMALL / max(size, 1e-30))
-    moved, batches = model.copy(), list(half_b.batches(CHUNK))
-
-    @torch.no_grad()
-    def at(step: float) -> list[Float[Tensor, "batch vocab"]]:
-        for name, d in zip(model.linear_names, delta, strict=True):
-            moved.weights[name].copy_(model.weights[name]).add_(d, alpha=step)
-        return [last_logits(moved, batch) for batch in batches]
-
-    before, up, down, whole = at(0.0), at(small), at(-small), at(1.0)
-    linear = [
-        ranked_first(b + (u - d) / (2 * small), batch.choices)
-        for b, u, d, batch in zip(before, up, down, batches, strict=True)
-    ]
-    stepped = [ranked_first(w, batch.choices) for w, batch in zip(whole, batches, strict=True)]
-    return VirtualRelearning(torch.cat(linear), torch.cat(stepped))
+    moved, after = model.copy(), []
+    for _ in range(steps):
+        _step(moved, half_a, damping)
+        after.append([answers_right(moved, half) for half in (half_a, half_b)])
+    first, second = (torch.stack(found) for found in zip(*after, strict=True))
+    return VirtualRelearning(first, second)

@@ -30,7 +30,7 @@ RESAMPLES = 500
 Row = dict[str, Any]
 Sign = Callable[[Row], float]
 SIGNS: dict[str, Sign] = {
-    "virtual relearning": lambda r: max(r["virtual"]),
+    "virtual relearning": lambda r: r["virtual"][-1],
     "linear probe": lambda r: r["probe"],
     "gradient transfer": lambda r: r["transfer"],
     "attribution mass": lambda r: r["mass"],
@@ -143,7 +143,7 @@ def main() -> None:
         truth = "recoverable" if r["recoverable"] else "not"
         print(
             f"| {r['task']} | {r['name']} | {r['seed']} | {path} | {r['top1'][3]:.2f} "
-            f"| {r['retain']:.2f} | {max(r['virtual']):.2f} | {r['probe']:.2f} "
+            f"| {r['retain']:.2f} | {r['virtual'][-1]:.2f} | {r['probe']:.2f} "
             f"| {r['transfer']:.2f} | {r['mass']:.2f} | {truth} "
             f"| {r['verdict']} {r['confidence']:.2f} |"
         )

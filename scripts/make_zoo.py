@@ -28,7 +28,7 @@ from mansu_interp.cad import compare
 from mansu_interp.circuit import Circuit, discover
 from mansu_interp.config import RelearnConfig, UnlearnConfig
 from mansu_interp.defaults import default_config
-from mansu_interp.erasure import judge_erasure
+from mansu_interp.erasure import ASKED, RELEARNT, judge_erasure
 from mansu_interp.evidence import gradient_transfer, last_states, probe, stitches
 from mansu_interp.masks import subject_tokens
 from mansu_interp.models import LanguageModel, load_model
@@ -282,12 +282,11 @@ def evidence(
     half_a, half_b = (
         rivals_within(of_subjects(task.forget, h)) for h in halves(task.forget, SPLIT)
     )
-    some_a, some_b = half_a.sample(180, 0), half_b.sample(180, 0)
+    some_a, some_b = half_a.sample(ASKED, 0), half_b.sample(ASKED, 0)
     with torch.no_grad():
         logp = -torch.cat([nll(edited, some_b[k : k + 48]) for k in range(0, len(some_b), 48)])
     flow = gradient_transfer(edited, some_a, some_b)
-    step = virtual_relearning(edited, some_a, some_b)
-    virtual = max(step.linear.int(), step.stepped.int(), key=lambda v: int(v.sum()))
+    back = virtual_relearning(edited, half_a.sample(RELEARNT, 0), some_b).half_b
     read = probe(edited, half_a, half_b).int()
     best = read[int(read.sum(1).argmax())]
     graphs = compare(circuit, original, {"edited": edited}, task.forget.sample(CAD_PAIRS, 0))
@@ -297,8 +296,8 @@ def evidence(
         "logp": float(logp.mean()),
         "margin": flow.margin,
         "transfer": flow.transfer,
-        "virtual": [float(v.float().mean()) for v in (step.linear, step.stepped)],
-        "virtual_by_prompt": "".join(map(str, virtual.tolist())),
+        "virtual": back.float().mean(1).tolist(),
+        "virtual_by_prompt": "".join(map(str, back[-1].int().tolist())),
         "probe": float(best.float().mean()),
         "probe_by_prompt": "".join(map(str, best.tolist())),
         "mass": graphs.models["edited"].mass,
@@ -307,7 +306,8 @@ def evidence(
         "from": stitches(original, edited, some_b),
         "judged": {
             "says": judged.said["edited"],
-            "relearnt": max(judged.relearnt.values()),
+            "relearnt": judged.relearnt[-1],
+            "learnt": judged.learnt[-1],
             "reads": max(judged.read["edited"]),
             "original_says": judged.said["original"],
             "carried": judged.into_original[-1],

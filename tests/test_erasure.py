@@ -7,9 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mansu_interp.erasure import answers_right, check_alike, decide, judge_erasure
+from mansu_interp.erasure import check_alike, decide, judge_erasure
 from mansu_interp.errors import ModelError
-from mansu_interp.evidence import gradient_transfer, margins, probe, states, stitches
+from mansu_interp.evidence import (
+    answers_right,
+    gradient_transfer,
+    margins,
+    probe,
+    states,
+    stitches,
+)
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import PairSet, Task, collate
 from mansu_interp.relearning import halves, of_subjects, rivals_within
@@ -72,28 +79,30 @@ def test_transfer_is_a_cosine_and_margins_are_bounded(
 
 
 @pytest.mark.parametrize(
-    ("verdict", "says", "relearnt", "reads", "carried", "quantized"),
+    ("verdict", "says", "relearnt", "learnt", "reads", "carried", "quantized"),
     [
-        ("unchanged", 0.97, 1.0, 1.0, 1.0, None),
-        ("relocated", 0.97, 1.0, 1.0, 0.3, None),
-        ("suppressed", 0.28, 0.9, 0.3, 0.3, None),
-        ("suppressed", 0.28, 0.3, 0.8, 0.3, None),  # one step does not find it, a probe does
-        ("suppressed", 0.28, 0.3, 0.3, 1.0, None),  # only the unembedding is blind
-        ("erased", 0.28, 0.3, 0.55, 0.3, 0.3),
-        ("recovered", 0.28, 0.3, 0.3, 0.3, 0.5),
-        ("undecided", 0.28, 0.43, 0.3, 0.3, None),
-        ("undecided", 0.6, 0.3, 0.3, 0.3, None),
+        ("unchanged", 0.97, 1.0, 1.0, 1.0, 1.0, None),
+        ("relocated", 0.97, 1.0, 1.0, 1.0, 0.3, None),
+        ("suppressed", 0.28, 0.9, 1.0, 0.3, 0.3, None),
+        ("suppressed", 0.28, 0.3, 1.0, 0.8, 0.3, None),  # the steps do not find it, a probe does
+        ("suppressed", 0.28, 0.3, 1.0, 0.3, 1.0, None),  # only the unembedding is blind
+        ("erased", 0.28, 0.3, 1.0, 0.55, 0.3, 0.3),
+        ("recovered", 0.28, 0.3, 1.0, 0.3, 0.3, 0.5),
+        ("undecided", 0.28, 0.43, 1.0, 0.3, 0.3, None),
+        ("undecided", 0.28, 0.3, 0.6, 0.3, 0.3, None),  # half A was not relearnt
+        ("undecided", 0.6, 0.3, 1.0, 0.3, 0.3, None),
     ],
 )
 def test_verdicts(
     verdict: str,
     says: float,
     relearnt: float,
+    learnt: float,
     reads: float,
     carried: float,
     quantized: float | None,
 ):
-    assert decide(says, relearnt, reads, 1.0, carried, quantized)[0] == verdict
+    assert decide(says, relearnt, learnt, reads, 1.0, carried, quantized)[0] == verdict
 
 
 def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):
