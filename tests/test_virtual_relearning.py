@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mansu_interp import virtual_relearning as module
-from mansu_interp.evidence import last_logits, ranking_margins
+from mansu_interp.evidence import last_logits, margins, ranking_margins
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import PairSet, Task, answer_tokens, collate
 from mansu_interp.relearning import halves, of_subjects, rivals_within
@@ -37,9 +37,9 @@ def test_the_kernel_is_that_of_single_gradients(
         single.append(torch.cat([g.flatten() for g in torch.autograd.grad(level.sum(), weights)]))
     for w in weights:
         w.requires_grad_(False)
-    kernel, margins = tangent_kernel(facts, pairs, among)
+    kernel, found = tangent_kernel(facts, pairs, among)
     rows = torch.stack(single)
-    assert torch.allclose(margins, torch.cat(levels), atol=1e-4)
+    assert torch.allclose(found, torch.cat(levels), atol=1e-4)
     assert torch.allclose(kernel, rows @ rows.T, rtol=1e-3, atol=1e-4 * float(kernel.max()))
 
 
@@ -77,6 +77,25 @@ def test_one_step_is_the_damped_solution(facts: LanguageModel, split: tuple[Pair
     module._step(moved, few, 0.1)
     made = torch.cat([(moved.weights[n] - facts.weights[n]).flatten() for n in facts.linear_names])
     assert torch.allclose(made, delta, rtol=1e-2, atol=1e-3 * float(delta.abs().max()))
+
+
+def test_a_step_is_as_long_as_serves_half_a(
+    split: tuple[PairSet, PairSet], monkeypatch: pytest.MonkeyPatch
+):
+    never, half = load_model("facts-capitals-twin-0"), split[0]
+    pairs, among = list(half), answer_tokens(half)
+    certain = torch.tensor([len(among[p.relation]) for p in pairs]).log()
+
+    def lacks(lengths: tuple[float, ...]) -> float:
+        monkeypatch.setattr(module, "LENGTHS", lengths)
+        moved = never.copy()
+        module._step(moved, half, module.DAMPING)
+        with torch.no_grad():
+            return float((certain - margins(moved, pairs, among)).square().mean())
+
+    single = [lacks((length,)) for length in (1.0, 0.5, 0.25)]
+    assert min(single) < single[0] - 0.2  # the whole step goes too far
+    assert lacks((1.0, 0.5, 0.25)) == pytest.approx(min(single))
 
 
 def test_it_tells_hidden_from_gone(facts: LanguageModel, split: tuple[PairSet, PairSet]):
