@@ -1,10 +1,11 @@
 """CAD of knowledge: a number and a verdict on whether an edit erased, without attacking the model.
 
-The first sign is virtual relearning (`virtual_relearning`): with v the four-way choice of half B
-after a few closed-form steps on half A, f what the model says itself and f_0 what the original
+The first sign is virtual relearning (`virtual_relearning`). With f the share of half B's answers
+that rank first of four, or last of four (an answer that is avoided is given away as well), before
+or after a few closed-form steps on half A, whichever of the four is most, and f_0 what the original
 says,
 
-    knowledge = clip((max(v, f) - 1/4) / (f_0 - 1/4), 0, 1),    CAD = 1 - knowledge
+    knowledge = clip((f - 1/4) / (f_0 - 1/4), 0, 1),    CAD = 1 - knowledge
 
 0: all is there, 1: nothing is. It foretold disjoint-half relearning best in the calibration zoo
 (docs/cad.md, `scripts/judge_zoo.py`). The second is a linear probe (`evidence.probe`): where it
@@ -23,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .errors import ModelError
-from .evidence import answers_right, gradient_transfer, probe, stitches
+from .evidence import gradient_transfer, probe, ranked, stitches
 from .models import LanguageModel
 from .pairs import Task
 from .relearning import CHANCE, TOLERANCE, halves, of_subjects, rivals_within
@@ -68,6 +69,9 @@ class Erasure:
     """The same of the edited model after each step of virtual relearning."""
     learnt: list[float]
     """The same on half A, which is relearnt."""
+    avoided: list[float]
+    """Share of half B's answers that rank last of four: of the edited model itself, then after each
+    step; chance 0.25."""
     read: dict[str, list[float]]
     """The same read by a probe: from the embedding, then after each block."""
     into_original: list[float]
@@ -92,9 +96,14 @@ class Erasure:
             out.append(f"{name:<41} {value:.2f}    {cells}")
         cells = "  ".join(f"{r:.2f}" for r in self.into_original)
         out.append(f"{'edited states into the original':<41} -       {cells}")
-        out += ["", "Edited, after each virtual step on half A"]
-        for half, found in (("B", self.relearnt), ("A", self.learnt)):
-            out.append(f"half {half:<36} {'  '.join(f'{r:.2f}' for r in found)}")
+        out += ["", "Edited, before and after each virtual step on half A"]
+        for name, found in (
+            ("half B, answer first of four", [self.said["edited"], *self.relearnt]),
+            ("half B, answer last of four", self.avoided),
+        ):
+            out.append(f"{name:<41} {'  '.join(f'{r:.2f}' for r in found)}")
+        cells = "  ".join(f"{r:.2f}" for r in self.learnt)
+        out.append(f"{'half A, answer first of four':<41} -     {cells}")
         top = sorted(self.by_weight.items(), key=lambda item: -item[1])[:5]
         out += ["", "Where relearning would bring it back from (share of gradient transfer):"]
         return out + [f"  {name}  {share:+.3f}" for name, share in top]
@@ -128,6 +137,7 @@ def decide(
     says: float,
     relearnt: float,
     learnt: float,
+    avoided: float,
     reads: float,
     original_says: float,
     carried: float,
@@ -139,6 +149,7 @@ def decide(
         says: four-way choice of the edited model.
         relearnt: the same after virtual relearning of the other half.
         learnt: that of the half that was relearnt.
+        avoided: share of answers that rank last of four, before or after, whichever is more.
         reads: the best probe's on its states.
         original_says: the original's own.
         carried: that of the original's unembedding on the edited model's last states.
@@ -156,12 +167,17 @@ def decide(
             "It no longer says the answers, but a few steps on half of the facts bring back the "
             "others.",
         )
+    if avoided >= HELD:
+        return (
+            "suppressed",
+            "It avoids the answers: they rank last of four too often, which gives them away, too.",
+        )
     if reads >= READ:
         return (
             "suppressed",
             "It no longer says the answers, but a linear probe reads them from its states.",
         )
-    if says <= ERASED and relearnt <= ERASED:
+    if max(says, relearnt, avoided) <= ERASED:
         if carried >= CARRIED:
             return (
                 "suppressed",
@@ -209,14 +225,18 @@ def judge_erasure(
         models["edited, quantized"] = quantized
     said: dict[str, Bool[Tensor, " prompts"]] = {}
     read: dict[str, Float[Tensor, "cuts prompts"]] = {}
+    shunned = torch.empty(0)
     for k, (name, model) in enumerate(models.items()):
         note("reading states", k, len(models))
-        said[name] = answers_right(model, half_b)
+        said[name], last = ranked(model, half_b)
+        if name == "edited":
+            shunned = last.float()
         read[name] = probe(model, half_a, half_b).float()
     note("relearning virtually", len(models), len(models))
     some_b = half_b.sample(ASKED, seed)
     step = virtual_relearning(edited, half_a.sample(RELEARNT, seed), some_b)
     back, learnt = step.half_b.float(), step.half_a.float().mean(1)
+    avoided = step.avoided.float()
     into = stitches(edited, original, some_b)
     flow = gradient_transfer(edited, half_a.sample(ASKED, seed), some_b)
 
@@ -225,6 +245,7 @@ def judge_erasure(
             float(said["edited"][rows].float().mean()),
             float(back[-1, some].mean()),
             float(learnt[-1]),
+            max(float(shunned[rows].mean()), float(avoided[-1, some].mean())),
             float(read["edited"][:, rows].mean(1).max()),
             float(said["original"][rows].float().mean()),
             into[-1],
@@ -240,7 +261,7 @@ def judge_erasure(
 
     same = [verdict(resampled(n), resampled(m))[0] == word for _ in range(RESAMPLES)]
     ceiling = max(float(said["original"].float().mean()) - CHANCE, 1e-6)
-    best = max(float(back[-1].mean()), float(said["edited"].float().mean()))
+    best = max(float(v.float().mean()) for v in (said["edited"], back[-1], shunned, avoided[-1]))
     return Erasure(
         word,
         sentence,
@@ -249,6 +270,7 @@ def judge_erasure(
         {name: float(v.float().mean()) for name, v in said.items()},
         back.mean(1).tolist(),
         learnt.tolist(),
+        [float(shunned.mean()), *avoided.mean(1).tolist()],
         {name: v.mean(1).tolist() for name, v in read.items()},
         into,
         flow.by_weight,

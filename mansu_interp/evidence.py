@@ -32,7 +32,7 @@ from .errors import ModelError
 from .models import LanguageModel
 from .nullspace import gradient
 from .pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
-from .scoring import ranked_first
+from .scoring import ranked_first, ranked_last
 
 CHUNK = 48
 RIDGE = 0.01
@@ -111,11 +111,18 @@ def answer_rows(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
 
 
 @torch.no_grad()
-def answers_right(model: LanguageModel, pairs: PairSet) -> Bool[Tensor, " prompts"]:
-    """Which prompts the model itself answers right in four-way choice, in the order of
+def ranked(
+    model: LanguageModel, pairs: PairSet
+) -> tuple[Bool[Tensor, " prompts"], Bool[Tensor, " prompts"]]:
+    """Which prompts' answers rank first of four, and which last, in the order of
     ``pairs.batches(CHUNK)``."""
-    found = [ranked_first(last_logits(model, b), b.choices) for b in pairs.batches(CHUNK)]
-    return torch.cat(found)
+    batches = list(pairs.batches(CHUNK))
+    logits = [last_logits(model, b) for b in batches]
+    first, last = (
+        torch.cat([f(x, b.choices) for x, b in zip(logits, batches, strict=True)])
+        for f in (ranked_first, ranked_last)
+    )
+    return first, last
 
 
 @torch.no_grad()

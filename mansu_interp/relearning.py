@@ -8,9 +8,10 @@ back: half A tells it nothing of half B. What returns on half B was therefore st
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class Point:
     """Share of half B's prompts on which the answer outranks three other answers of half B."""
     learnt: float
     """Four-way choice on half A, same phrasings: whether the attack worked at all."""
+    last: float = math.nan
+    """Share of half B's prompts on which the answer ranks below the three others: an answer that is
+    avoided is given away as well. Not a number in files from before it was measured."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,7 @@ def relearn(
             sum(a.top1 for a in found) / len(found),
             sum(a.choice for a in found) / len(found),
             sum(learnt) / len(learnt),
+            sum(a.last for a in found) / len(found),
         )
 
     start = measure(model, 0.0, 0)
@@ -221,7 +226,7 @@ def relearn(
         weights = list(attacked.weights.values())
         optimiser = make_optimiser(config.optimiser, weights, rate)
         supply = batches(train.pairs, config.batch_size, config.seed)
-        points.append(Point(rate, 0, start.top1, start.choice, start.learnt))
+        points.append(replace(start, rate=rate))
         for done in range(1, max(config.steps) + 1):
             descend(attacked, optimiser, weights, next(supply))
             if done in config.steps:
@@ -242,12 +247,15 @@ def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
     out = [
         f"Half A: {first.facts[0]} prompts relearnt. Half B: {first.facts[1]} prompts asked, "
         f"{first.meta['split']} phrasings.",
-        "Half B, four-way choice / top-1, worst of the learning rates "
+        "Half B, ranked first of four / last of four / top-1, worst of the learning rates "
         + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
         + f"; chance {CHANCE:.2f}.",
-        "steps".ljust(width) + "".join(f"{m:>14}" for m in first.marks),
+        "steps".ljust(width) + "".join(f"{m:>20}" for m in first.marks),
     ]
     for name, one in found.items():
-        cells = [f"{one.at(m):.3f} / {one.at(m, 'top1'):.3f}" for m in one.marks]
-        out.append(name.ljust(width) + "".join(f"{c:>14}" for c in cells))
+        cells = [
+            " / ".join(f"{one.at(m, key):.3f}" for key in ("choice", "last", "top1"))
+            for m in one.marks
+        ]
+        out.append(name.ljust(width) + "".join(f"{c:>20}" for c in cells))
     return out

@@ -28,6 +28,9 @@ class Accuracy:
     choice: float
     """Share of prompts on which the answer outranks its three distractors by log-probability (of
     `Whole` answers: summed over the tokens, per token if they say so); chance is 0.25."""
+    last: float
+    """Share of prompts on which all three distractors outrank the answer; chance is 0.25. An answer
+    that is avoided is given away as well."""
     n: int
     """Prompts."""
 
@@ -40,10 +43,18 @@ def ranked_first(
     return options[:, 0] > options[:, 1:].amax(1)
 
 
-def _whole_right(
+def ranked_last(
+    logits: Float[Tensor, "batch vocab"], choices: Int[Tensor, "batch 4"]
+) -> Bool[Tensor, " batch"]:
+    """Where every distractor outranks the answer (the first choice); a tie does not count."""
+    options = logits.gather(1, choices)
+    return options[:, 0] < options[:, 1:].amin(1)
+
+
+def _options_of_whole(
     model: LanguageModel, pairs: Sequence[Pair]
-) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """`right` with every token of every answer.
+) -> tuple[Bool[Tensor, " batch"], Float[Tensor, "batch 4"]]:
+    """`_options` with every token of every answer.
 
     Greedy decoding gives the answer exactly if each of its tokens is the likeliest after those
     before it, so nothing need be generated.
@@ -57,11 +68,24 @@ def _whole_right(
             top1 = laid.sums((logp.argmax(-1) == laid.want).long()) == laid.lengths
         total = laid.sums(logp.gather(1, laid.want[:, None])[:, 0])
         scores.append(torch.where(normalise, total / laid.lengths, total))
-    options = torch.stack(scores, 1)
-    return top1, options[:, 0] > options[:, 1:].amax(1)
+    return top1, torch.stack(scores, 1)
 
 
 @torch.no_grad()
+def _options(
+    model: LanguageModel, pairs: Sequence[Pair]
+) -> tuple[Bool[Tensor, " batch"], Float[Tensor, "batch 4"]]:
+    """Per pair: whether the answer is what the model says, and the scores of the answer and its
+    distractors, by which they rank."""
+    if any(p.whole for p in pairs):
+        starts = range(0, len(pairs), WHOLE_BATCH)
+        found = [_options_of_whole(model, pairs[i : i + WHOLE_BATCH]) for i in starts]
+        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    batch = collate(pairs)
+    logits = model.last_logits(batch.clean, batch.last)
+    return logits.argmax(-1) == batch.answer, logits.gather(1, batch.choices)
+
+
 def right(
     model: LanguageModel, pairs: Sequence[Pair]
 ) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
@@ -69,23 +93,20 @@ def right(
 
     A tie counts against the model.
     """
-    if any(p.whole for p in pairs):
-        starts = range(0, len(pairs), WHOLE_BATCH)
-        found = [_whole_right(model, pairs[i : i + WHOLE_BATCH]) for i in starts]
-        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
-    batch = collate(pairs)
-    logits = model.last_logits(batch.clean, batch.last)
-    return logits.argmax(-1) == batch.answer, ranked_first(logits, batch.choices)
+    top1, options = _options(model, pairs)
+    return top1, ranked_first(options, torch.arange(4).expand_as(options))
 
 
 def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
-    """Top-1 and four-way choice accuracy. A tie counts against the model."""
-    top1 = choice = 0
+    """Top-1, and how often the answer ranks first and last of four."""
+    top1 = first = last = 0
     for part in pairs.parts(BATCH):
-        said, chosen = right(model, part)
+        said, options = _options(model, part)
+        order = torch.arange(4).expand_as(options)
         top1 += int(said.sum())
-        choice += int(chosen.sum())
-    return Accuracy(top1 / len(pairs), choice / len(pairs), len(pairs))
+        first += int(ranked_first(options, order).sum())
+        last += int(ranked_last(options, order).sum())
+    return Accuracy(top1 / len(pairs), first / len(pairs), last / len(pairs), len(pairs))
 
 
 def choice_accuracy(model: LanguageModel, pairs: PairSet) -> float:

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .evidence import CHUNK, answers_right, last_logits, margins, ranking_margins
+from .evidence import CHUNK, last_logits, margins, ranked, ranking_margins
 from .models import LanguageModel
 from .nullspace import gradient
 from .pairs import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
@@ -43,13 +43,15 @@ LENGTHS = (1.0, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class VirtualRelearning:
-    """Which prompts are right in four-way choice after each step; both in the order of
+    """Which prompts' answers rank where among four after each step, in the order of
     ``parts(CHUNK)``."""
 
     half_a: Bool[Tensor, "steps prompts"]
-    """Those that are relearnt: whether the steps work at all."""
+    """Of those that are relearnt, first: whether the steps work at all."""
     half_b: Bool[Tensor, "steps prompts"]
-    """The others."""
+    """Of the others, first."""
+    avoided: Bool[Tensor, "steps prompts"]
+    """Of the others, last."""
 
 
 def _flows(
@@ -176,6 +178,5 @@ def virtual_relearning(
     moved, after = model.copy(), []
     for _ in range(steps):
         _step(moved, half_a, damping)
-        after.append([answers_right(moved, half) for half in (half_a, half_b)])
-    first, second = (torch.stack(found) for found in zip(*after, strict=True))
-    return VirtualRelearning(first, second)
+        after.append((ranked(moved, half_a)[0], *ranked(moved, half_b)))
+    return VirtualRelearning(*(torch.stack(found) for found in zip(*after, strict=True)))

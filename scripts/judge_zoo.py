@@ -2,8 +2,9 @@
 
     python scripts/judge_zoo.py --tasks capitals countries
 
-Reads docs/research/zoo-TASK.json. A model is *recoverable* if half A brings half B's choice above
-0.25 + 0.15 within --horizon steps at any rate. Per sign: AUROC, its 95 % interval over resampled
+Reads docs/research/zoo-TASK.json. A model is *recoverable* if half B's answers rank first of four,
+or last (avoided, and so given away), more often than 0.25 + 0.15, at once or after half A was
+relearnt for up to --horizon steps at any rate. Per sign: AUROC, its 95 % interval over resampled
 models, and how many are right with the threshold chosen without their family (all seeds of one
 mechanism), without their seed, and without their task. For virtual relearning and the probe also
 the interval over resampled prompts. Verdicts are those of `mansu cad`, whose thresholds are fixed.
@@ -30,6 +31,7 @@ RESAMPLES = 500
 Row = dict[str, Any]
 Sign = Callable[[Row], float]
 SIGNS: dict[str, Sign] = {
+    "what `cad` judges by": lambda r: max(r["judged"][k] for k in ("says", "relearnt", "avoided")),
     "virtual relearning": lambda r: r["virtual"][-1],
     "linear probe": lambda r: r["probe"],
     "gradient transfer": lambda r: r["transfer"],
@@ -52,7 +54,8 @@ def load(tasks: Sequence[str], horizon: int) -> list[Row]:
         named: dict[str, Row] = json.loads((DOCS / f"zoo-{task}.json").read_text())
         for name, r in sorted(named.items()):
             what, _, seed = name.rpartition(" #")
-            best = max(r["choice"][: MARKS.index(horizon) + 1])
+            until = MARKS.index(horizon) + 1
+            best = max(*r["choice"][:until], *r["last"][:until])
             truth = {"recoverable": best > CHANCE + TOLERANCE, "family": what.split(":")[0]}
             truth["verdict"] = decide(**r["judged"])[0]
             rows.append({**r, **truth, "name": what, "task": task, "seed": seed})

@@ -270,6 +270,7 @@ def attacked(edited: LanguageModel, task: Task) -> dict[str, object]:
     kept = [accuracy(edited, s).top1 for s in task.scored["unseen"]["retain"].values()]
     return {
         "choice": [found.at(k) for k in found.marks],
+        "last": [found.at(k, "last") for k in found.marks],
         "top1": [found.at(k, "top1") for k in found.marks],
         "retain": min(kept),
     }
@@ -286,7 +287,7 @@ def evidence(
     with torch.no_grad():
         logp = -torch.cat([nll(edited, some_b[k : k + 48]) for k in range(0, len(some_b), 48)])
     flow = gradient_transfer(edited, some_a, some_b)
-    back = virtual_relearning(edited, half_a.sample(RELEARNT, 0), some_b).half_b
+    step = virtual_relearning(edited, half_a.sample(RELEARNT, 0), some_b)
     read = probe(edited, half_a, half_b).int()
     best = read[int(read.sum(1).argmax())]
     graphs = compare(circuit, original, {"edited": edited}, task.forget.sample(CAD_PAIRS, 0))
@@ -296,8 +297,9 @@ def evidence(
         "logp": float(logp.mean()),
         "margin": flow.margin,
         "transfer": flow.transfer,
-        "virtual": back.float().mean(1).tolist(),
-        "virtual_by_prompt": "".join(map(str, back[-1].int().tolist())),
+        "virtual": step.half_b.float().mean(1).tolist(),
+        "avoided": step.avoided.float().mean(1).tolist(),
+        "virtual_by_prompt": "".join(map(str, step.half_b[-1].int().tolist())),
         "probe": float(best.float().mean()),
         "probe_by_prompt": "".join(map(str, best.tolist())),
         "mass": graphs.models["edited"].mass,
@@ -308,6 +310,7 @@ def evidence(
             "says": judged.said["edited"],
             "relearnt": judged.relearnt[-1],
             "learnt": judged.learnt[-1],
+            "avoided": max(judged.avoided[0], judged.avoided[-1]),
             "reads": max(judged.read["edited"]),
             "original_says": judged.said["original"],
             "carried": judged.into_original[-1],
@@ -348,7 +351,7 @@ def main() -> None:
         found = evidence(model, edited, task, circuit)
         # The margin is of thousands of logits: alike, and it is the same model.
         same = old and math.isclose(old["margin"], found["margin"], rel_tol=1e-6)  # type: ignore[arg-type]
-        truth = {k: old[k] for k in ("choice", "top1", "retain")} if old and same else None
+        truth = {k: old[k] for k in ("choice", "last", "top1", "retain")} if old and same else None
         rows[name] = {**(truth or attacked(edited, task)), **found}
         write_json(path, rows)
         hidden = ("into", "from", "probe_by_prompt", "virtual_by_prompt")

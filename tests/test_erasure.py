@@ -10,10 +10,10 @@ import torch
 from mansu_interp.erasure import check_alike, decide, judge_erasure
 from mansu_interp.errors import ModelError
 from mansu_interp.evidence import (
-    answers_right,
     gradient_transfer,
     margins,
     probe,
+    ranked,
     states,
     stitches,
 )
@@ -79,18 +79,29 @@ def test_transfer_is_a_cosine_and_margins_are_bounded(
 
 
 @pytest.mark.parametrize(
-    ("verdict", "says", "relearnt", "learnt", "reads", "carried", "quantized"),
+    ("verdict", "says", "relearnt", "learnt", "avoided", "reads", "carried", "quantized"),
     [
-        ("unchanged", 0.97, 1.0, 1.0, 1.0, 1.0, None),
-        ("relocated", 0.97, 1.0, 1.0, 1.0, 0.3, None),
-        ("suppressed", 0.28, 0.9, 1.0, 0.3, 0.3, None),
-        ("suppressed", 0.28, 0.3, 1.0, 0.8, 0.3, None),  # the steps do not find it, a probe does
-        ("suppressed", 0.28, 0.3, 1.0, 0.3, 1.0, None),  # only the unembedding is blind
-        ("erased", 0.28, 0.3, 1.0, 0.55, 0.3, 0.3),
-        ("recovered", 0.28, 0.3, 1.0, 0.3, 0.3, 0.5),
-        ("undecided", 0.28, 0.43, 1.0, 0.3, 0.3, None),
-        ("undecided", 0.28, 0.3, 0.6, 0.3, 0.3, None),  # half A was not relearnt
-        ("undecided", 0.6, 0.3, 1.0, 0.3, 0.3, None),
+        ("unchanged", 0.97, 1.0, 1.0, 0.3, 1.0, 1.0, None),
+        ("relocated", 0.97, 1.0, 1.0, 0.3, 1.0, 0.3, None),
+        ("suppressed", 0.28, 0.9, 1.0, 0.3, 0.3, 0.3, None),
+        (
+            "suppressed",
+            0.28,
+            0.3,
+            1.0,
+            0.3,
+            0.8,
+            0.3,
+            None,
+        ),  # the steps do not find it, a probe does
+        ("suppressed", 0.28, 0.3, 1.0, 0.3, 0.3, 1.0, None),  # only the unembedding is blind
+        ("erased", 0.28, 0.3, 1.0, 0.3, 0.55, 0.3, 0.3),
+        ("recovered", 0.28, 0.3, 1.0, 0.3, 0.3, 0.3, 0.5),
+        ("suppressed", 0.28, 0.3, 1.0, 0.5, 0.3, 0.3, None),  # avoided, and so given away
+        ("undecided", 0.28, 0.3, 1.0, 0.43, 0.3, 0.3, None),
+        ("undecided", 0.28, 0.43, 1.0, 0.3, 0.3, 0.3, None),
+        ("undecided", 0.28, 0.3, 0.6, 0.3, 0.3, 0.3, None),  # half A was not relearnt
+        ("undecided", 0.6, 0.3, 1.0, 0.3, 0.3, 0.3, None),
     ],
 )
 def test_verdicts(
@@ -98,11 +109,12 @@ def test_verdicts(
     says: float,
     relearnt: float,
     learnt: float,
+    avoided: float,
     reads: float,
     carried: float,
     quantized: float | None,
 ):
-    assert decide(says, relearnt, learnt, reads, 1.0, carried, quantized)[0] == verdict
+    assert decide(says, relearnt, learnt, avoided, reads, 1.0, carried, quantized)[0] == verdict
 
 
 def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):
@@ -120,7 +132,7 @@ def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: T
 
 
 def test_right_answers_agree_with_the_scores(facts: LanguageModel, split: tuple[PairSet, PairSet]):
-    assert float(answers_right(facts, split[1]).float().mean()) == accuracy(facts, split[1]).choice
+    assert float(ranked(facts, split[1])[0].float().mean()) == accuracy(facts, split[1]).choice
 
 
 def test_what_cannot_be_compared(facts: LanguageModel, tiny_model: TinyModel):

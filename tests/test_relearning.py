@@ -69,12 +69,12 @@ def test_the_attack_tells_a_twin_from_a_hidden_model(facts: LanguageModel, capit
     never = relearn(load_model(capitals.twins[0]), capitals, QUICK, "dev")
     again = relearn(load_model(capitals.twins[0]), capitals, QUICK, "dev")
     assert known.at(0) == known.at(10) == 1.0
-    assert never.up_to(10) < 0.4 and never.at(10, "top1") == 0
+    assert never.up_to(10) < 0.4 and never.up_to(10, "last") < 0.4 and never.at(10, "top1") == 0
     assert never.points == again.points  # by seed
     assert never.marks == [0, 10]
     assert all(torch.equal(before[n], w) for n, w in facts.weights.items())
     lines = relearning_lines({"known": known, "never taught": never})
-    assert "dev phrasings" in lines[0] and lines[-2].endswith("1.000 / 1.000")
+    assert "dev phrasings" in lines[0] and lines[-2].endswith("1.000 / 0.000 / 1.000")
 
 
 def test_an_attack_learns_its_half(capitals: Task):
