@@ -250,12 +250,12 @@ def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
         "Half B, ranked first of four / last of four / top-1, worst of the learning rates "
         + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
         + f"; chance {CHANCE:.2f}.",
-        "steps".ljust(width) + "".join(f"{m:>20}" for m in first.marks),
+        "steps".ljust(width) + "".join(f"{m:>24}" for m in first.marks),
     ]
     for name, one in found.items():
         cells = [
             " / ".join(f"{one.at(m, key):.3f}" for key in ("choice", "last", "top1"))
             for m in one.marks
         ]
-        out.append(name.ljust(width) + "".join(f"{c:>20}" for c in cells))
+        out.append(name.ljust(width) + "".join(f"{c:>24}" for c in cells))
     return out
