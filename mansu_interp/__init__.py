@@ -22,11 +22,14 @@ _WHERE = {
     "CAD": "cad",
     "Circuit": "circuit",
     "CircuitConfig": "config",
+    "Erasure": "erasure",
     "LanguageModel": "models",
     "MansuError": "errors",
     "Mask": "masks",
     "Pair": "pairs",
     "PairSet": "pairs",
+    "RelearnConfig": "config",
+    "Relearning": "relearning",
     "RowOptions": "pairing",
     "RunConfig": "config",
     "Task": "pairs",
@@ -36,10 +39,12 @@ _WHERE = {
     "compare": "cad",
     "discover": "circuit",
     "evaluate": "evaluation",
+    "judge_erasure": "erasure",
     "load_model": "models",
     "load_task": "tasks",
     "quantize": "quantizers",
     "read_rows": "rows",
+    "relearn": "relearning",
     "run": "pipeline",
     "survival": "quantizers",
     "task_from_rows": "pairing",
@@ -63,7 +68,14 @@ if TYPE_CHECKING:
     from .attribution import attribute
     from .cad import CAD, compare
     from .circuit import Circuit, discover
-    from .config import AttributionConfig, CircuitConfig, RunConfig, UnlearnConfig
+    from .config import (
+        AttributionConfig,
+        CircuitConfig,
+        RelearnConfig,
+        RunConfig,
+        UnlearnConfig,
+    )
+    from .erasure import Erasure, judge_erasure
     from .errors import MansuError
     from .evaluation import evaluate
     from .faithfulness import circuit_metric
@@ -73,6 +85,7 @@ if TYPE_CHECKING:
     from .pairs import Pair, PairSet, Task
     from .pipeline import run
     from .quantizers import quantize, survival
+    from .relearning import Relearning, relearn
     from .rows import read_rows
     from .tasks import load_task
     from .unlearning import unlearn
