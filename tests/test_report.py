@@ -384,6 +384,14 @@ def test_console_summary_fits(width: int) -> None:
         assert retain.split()[7:10] == ["98.5%", "/", "100.0%"]
 
 
+def test_the_console_says_the_calibrated_verdict_where_there_is_one() -> None:
+    report = make_report()
+    assert "CAD: undecided (not calibrated)" in console_summary(report, 100)
+    report["erasure"] = {"verdict": "suppressed", "confidence": 0.98}
+    text = console_summary(report, 100)
+    assert "CAD: suppressed (confidence 98%)" in text and "not calibrated" not in text
+
+
 def test_numbers() -> None:
     assert [percent(x) for x in (0, 1, 0.1234, -0.02)] == ["0.0%", "100.0%", "12.3%", "−2.0%"]
     assert percent(None) == percent(float("inf")) == percent("x") == percent(True) == "–"

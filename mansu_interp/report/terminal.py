@@ -80,5 +80,10 @@ def console_summary(report: dict[str, Any], width: int) -> str:
     became = pairs(get(report, "graph", "counts"))
     if became:
         out += lines(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in became)}.", 1)
-    out += lines(f"CAD: {text_of(get(report, 'cad', 'verdict'))} (not calibrated)", 1)
+    erasure = get(report, "erasure")
+    if get(erasure, "verdict"):
+        sure = percent(get(erasure, "confidence"), 0)
+        out += lines(f"CAD: {text_of(get(erasure, 'verdict'))} (confidence {sure})", 1)
+    else:
+        out += lines(f"CAD: {text_of(get(report, 'cad', 'verdict'))} (not calibrated)", 1)
     return "\n".join(out)
