@@ -225,18 +225,16 @@ def judge_erasure(
         models["edited, quantized"] = quantized
     said: dict[str, Bool[Tensor, " prompts"]] = {}
     read: dict[str, Float[Tensor, "cuts prompts"]] = {}
-    shunned = torch.empty(0)
+    shunned: dict[str, Bool[Tensor, " prompts"]] = {}
     for k, (name, model) in enumerate(models.items()):
         note("reading states", k, len(models))
-        said[name], last = ranked(model, half_b)
-        if name == "edited":
-            shunned = last.float()
+        said[name], shunned[name] = ranked(model, half_b)
         read[name] = probe(model, half_a, half_b).float()
     note("relearning virtually", len(models), len(models))
     some_b = half_b.sample(ASKED, seed)
     step = virtual_relearning(edited, half_a.sample(RELEARNT, seed), some_b)
     back, learnt = step.half_b.float(), step.half_a.float().mean(1)
-    avoided = step.avoided.float()
+    before, avoided = shunned["edited"].float(), step.avoided.float()
     into = stitches(edited, original, some_b)
     flow = gradient_transfer(edited, half_a.sample(ASKED, seed), some_b)
 
@@ -245,7 +243,7 @@ def judge_erasure(
             float(said["edited"][rows].float().mean()),
             float(back[-1, some].mean()),
             float(learnt[-1]),
-            max(float(shunned[rows].mean()), float(avoided[-1, some].mean())),
+            max(float(before[rows].mean()), float(avoided[-1, some].mean())),
             float(read["edited"][:, rows].mean(1).max()),
             float(said["original"][rows].float().mean()),
             into[-1],
@@ -261,7 +259,7 @@ def judge_erasure(
 
     same = [verdict(resampled(n), resampled(m))[0] == word for _ in range(RESAMPLES)]
     ceiling = max(float(said["original"].float().mean()) - CHANCE, 1e-6)
-    best = max(float(v.float().mean()) for v in (said["edited"], back[-1], shunned, avoided[-1]))
+    best = max(float(v.float().mean()) for v in (said["edited"], back[-1], before, avoided[-1]))
     return Erasure(
         word,
         sentence,
@@ -270,7 +268,7 @@ def judge_erasure(
         {name: float(v.float().mean()) for name, v in said.items()},
         back.mean(1).tolist(),
         learnt.tolist(),
-        [float(shunned.mean()), *avoided.mean(1).tolist()],
+        [float(before.mean()), *avoided.mean(1).tolist()],
         {name: v.mean(1).tolist() for name, v in read.items()},
         into,
         flow.by_weight,

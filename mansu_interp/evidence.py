@@ -116,13 +116,12 @@ def ranked(
 ) -> tuple[Bool[Tensor, " prompts"], Bool[Tensor, " prompts"]]:
     """Which prompts' answers rank first of four, and which last, in the order of
     ``pairs.batches(CHUNK)``."""
-    batches = list(pairs.batches(CHUNK))
-    logits = [last_logits(model, b) for b in batches]
-    first, last = (
-        torch.cat([f(x, b.choices) for x, b in zip(logits, batches, strict=True)])
-        for f in (ranked_first, ranked_last)
-    )
-    return first, last
+    first, last = [], []
+    for batch in pairs.batches(CHUNK):
+        logits = last_logits(model, batch)
+        first.append(ranked_first(logits, batch.choices))
+        last.append(ranked_last(logits, batch.choices))
+    return torch.cat(first), torch.cat(last)
 
 
 @torch.no_grad()

@@ -35,20 +35,26 @@ class Accuracy:
     """Prompts."""
 
 
+def _first(options: Float[Tensor, "batch 4"]) -> Bool[Tensor, " batch"]:
+    return options[:, 0] > options[:, 1:].amax(1)
+
+
+def _last(options: Float[Tensor, "batch 4"]) -> Bool[Tensor, " batch"]:
+    return options[:, 0] < options[:, 1:].amin(1)
+
+
 def ranked_first(
     logits: Float[Tensor, "batch vocab"], choices: Int[Tensor, "batch 4"]
 ) -> Bool[Tensor, " batch"]:
     """Where the answer (the first choice) outranks its distractors; a tie counts against it."""
-    options = logits.gather(1, choices)
-    return options[:, 0] > options[:, 1:].amax(1)
+    return _first(logits.gather(1, choices))
 
 
 def ranked_last(
     logits: Float[Tensor, "batch vocab"], choices: Int[Tensor, "batch 4"]
 ) -> Bool[Tensor, " batch"]:
     """Where every distractor outranks the answer (the first choice); a tie does not count."""
-    options = logits.gather(1, choices)
-    return options[:, 0] < options[:, 1:].amin(1)
+    return _last(logits.gather(1, choices))
 
 
 def _options_of_whole(
@@ -94,7 +100,7 @@ def right(
     A tie counts against the model.
     """
     top1, options = _options(model, pairs)
-    return top1, ranked_first(options, torch.arange(4).expand_as(options))
+    return top1, _first(options)
 
 
 def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
@@ -102,10 +108,9 @@ def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
     top1 = first = last = 0
     for part in pairs.parts(BATCH):
         said, options = _options(model, part)
-        order = torch.arange(4).expand_as(options)
         top1 += int(said.sum())
-        first += int(ranked_first(options, order).sum())
-        last += int(ranked_last(options, order).sum())
+        first += int(_first(options).sum())
+        last += int(_last(options).sum())
     return Accuracy(top1 / len(pairs), first / len(pairs), last / len(pairs), len(pairs))
 
 

@@ -147,15 +147,18 @@ def _step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
     delta = gradient(model, model.linear_names, [lambda p=p: weighed(p) for p in parts])
     start = [model.weights[name].clone() for name in model.linear_names]
 
-    @torch.no_grad()
-    def go(length: float) -> float:
-        """Take so much of the step; the mean square of what half A lacks there."""
+    def go(length: float) -> None:
         for name, w, d in zip(model.linear_names, start, delta, strict=True):
             model.weights[name].copy_(w).add_(d, alpha=length)
+
+    @torch.no_grad()
+    def lacking(length: float) -> float:
+        """The mean square of what half A lacks after so much of the step."""
+        go(length)
         lacks = torch.cat([missing(part, margins(model, part, among)) for part in parts])
         return float(lacks.square().mean())
 
-    go(min(LENGTHS, key=go))
+    go(min(LENGTHS, key=lacking))
 
 
 def virtual_relearning(

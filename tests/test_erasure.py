@@ -84,16 +84,7 @@ def test_transfer_is_a_cosine_and_margins_are_bounded(
         ("unchanged", 0.97, 1.0, 1.0, 0.3, 1.0, 1.0, None),
         ("relocated", 0.97, 1.0, 1.0, 0.3, 1.0, 0.3, None),
         ("suppressed", 0.28, 0.9, 1.0, 0.3, 0.3, 0.3, None),
-        (
-            "suppressed",
-            0.28,
-            0.3,
-            1.0,
-            0.3,
-            0.8,
-            0.3,
-            None,
-        ),  # the steps do not find it, a probe does
+        ("suppressed", 0.28, 0.3, 1.0, 0.3, 0.8, 0.3, None),  # only a probe finds it
         ("suppressed", 0.28, 0.3, 1.0, 0.3, 0.3, 1.0, None),  # only the unembedding is blind
         ("erased", 0.28, 0.3, 1.0, 0.3, 0.55, 0.3, 0.3),
         ("recovered", 0.28, 0.3, 1.0, 0.3, 0.3, 0.3, 0.5),
