@@ -162,10 +162,11 @@ class UnlearnConfig:
     forget_loss: Literal["counterfactual", "ga"] = "counterfactual"
     """mansu: towards what a model that never knew would say, or gradient ascent."""
     push: float = 1.0
-    """mansu: weight of the distance between the answer's log-probability and its target."""
-    margin: float = 0.5
-    """mansu: nats by which that target lies below what the model says of other subjects; negative:
-    above, which puts the answer level with rivals that differ among themselves."""
+    """mansu: weight of how far the answer's log-probability is from its target among the relation's
+    answers."""
+    margin: float = 0.0
+    """mansu: nats by which that target lies below the mean of the relation's answers; 0 puts the
+    answer in their midst, above it is avoided, which gives it away as well."""
     retain_weight: float = 2.0
     """Weight of the retain loss, which each method has its own of (ga, task-vector: none)."""
     hold: float = 1.0

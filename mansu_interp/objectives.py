@@ -1,8 +1,8 @@
 """What "forget" and "retain" mean as losses.
 
-``counterfactual`` (ours) pulls the output on the clean prompt to the model's own average output
-over the corrupt prompts of the same phrasing: what a model that never knew would say. ``ga`` is
-gradient ascent, the paper's family.
+``counterfactual`` (ours) pulls the output on the clean prompt to what a model that never knew would
+say: the model's own average output over corrupt prompts of the same phrasing, in which every answer
+has the share that its frequency gives it. ``ga`` is gradient ascent, the paper's family.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .models import LanguageModel
@@ -22,7 +22,13 @@ TARGET_PROMPTS = 32
 
 
 class CounterfactualTargets:
-    """Per phrasing, the original model's mean next-token distribution over corrupt prompts."""
+    """Per phrasing, what a model that never knew would say, as next-token probabilities.
+
+    The original model's mean output over some corrupt prompts says how much goes to the phrasing's
+    answers together, and to everything else. Among the answers the share is their frequency: a
+    model that knows its facts gives nearly all to the answers of the very subjects that were
+    averaged, and to lie far below those gives an answer away as surely as to be first (ours).
+    """
 
     def __init__(self, model: LanguageModel, pairs: PairSet, seed: int = 0) -> None:
         self.by_phrasing: dict[tuple[str, str], Float[Tensor, " vocab"]] = {}
@@ -33,7 +39,10 @@ class CounterfactualTargets:
                 probabilities = [
                     model.last_logits(b.corrupt, b.last).softmax(-1) for b in few.batches(32)
                 ]
-            self.by_phrasing[first.relation, first.phrasing] = torch.cat(probabilities).mean(0)
+            mean = torch.cat(probabilities).mean(0)
+            answers, counts = torch.tensor([p.answer for p in group]).unique(return_counts=True)
+            mean[answers] = mean[answers].sum() * (counts / len(group)).to(mean)
+            self.by_phrasing[first.relation, first.phrasing] = mean
         self.answers = answer_tokens(pairs)
 
     def __call__(self, pair: Pair) -> Float[Tensor, " vocab"]:
@@ -48,6 +57,37 @@ def log_probs(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, "bat
     return model.last_logits(batch.clean, batch.last).log_softmax(-1)
 
 
+def excess(
+    logp: Float[Tensor, "batch vocab"],
+    pairs: Sequence[Pair],
+    targets: CounterfactualTargets,
+    answers: dict[str, Int[Tensor, " answers"]],
+) -> Float[Tensor, " batch"]:
+    """By how many nats each pair's answer stands too high among its relation's ``answers``.
+
+    log p(answer) minus the mean of log p over the answers, less the same of the target. The mean,
+    not the log of the summed probability: where the answers differ among themselves, one that is
+    level with the sum outranks most of them.
+    """
+    log_target = [targets(p).clamp_min(1e-9).log() for p in pairs]
+
+    def above(row: Float[Tensor, " vocab"], pair: Pair) -> Float[Tensor, ""]:
+        return row[pair.answer] - row[answers[pair.relation]].mean()
+
+    return torch.stack(
+        [
+            above(row, pair) - above(want, pair)
+            for row, want, pair in zip(logp, log_target, pairs, strict=True)
+        ]
+    )
+
+
+def pushed(excess: Float[Tensor, " batch"], margin: float) -> Float[Tensor, " batch"]:
+    """(excess + margin)^2 / 4 in nats; its slope is 1 at two nats. Squared, so that what stands out
+    most, above or below, is pulled most: the absolute value leaves half the answers far off."""
+    return (excess + margin).square() / 4
+
+
 def counterfactual_loss(
     model: LanguageModel,
     pairs: Sequence[Pair],
@@ -55,26 +95,18 @@ def counterfactual_loss(
     push: float = 0.0,
     margin: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """KL(target || model) in nats, plus ``push`` x how far the answer is from its target.
+    """KL(target || model) in nats, plus ``push`` x `pushed`(`excess`, margin).
 
-    The KL alone hardly notices one capital among hundreds; |log p(answer) - log target(answer) +
-    margin| is what removes the ranking, and keeps the answer from being avoided, which would give
-    it away as well. Its probabilities are taken among the relation's answers alone: the answer is
-    to lose to its rivals, not to words of another kind, which would unlearn the whole kind of
-    question.
+    The KL alone hardly notices one capital among hundreds; the push is what removes the ranking,
+    and keeps the answer from being avoided, which would give it away as well. It sees the
+    relation's answers alone: the answer is to lose to its rivals, not to words of another kind,
+    which would unlearn the whole kind of question.
     """
     logp = log_probs(model, pairs)
     log_target = torch.stack([targets(p) for p in pairs]).clamp_min(1e-9).log()
     loss = (log_target.exp() * (log_target - logp)).sum(-1)
     if push:
-        excess = []
-        for row, want, pair in zip(logp, log_target, pairs, strict=True):
-            among = targets.answers[pair.relation]
-            excess.append(
-                (row[pair.answer] - row[among].logsumexp(0))
-                - (want[pair.answer] - want[among].logsumexp(0))
-            )
-        loss = loss + push * (torch.stack(excess) + margin).abs()
+        loss = loss + push * pushed(excess(logp, pairs, targets, targets.answers), margin)
     return loss.mean()
 
 

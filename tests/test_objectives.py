@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,10 +18,13 @@ from mansu_interp.objectives import (
     answer_gradient,
     counterfactual_loss,
     divergence,
+    excess,
     forget_gradient,
+    log_probs,
     nll,
+    pushed,
 )
-from mansu_interp.pairs import Pair, PairSet
+from mansu_interp.pairs import Pair, PairSet, Task
 
 TinyModel = Callable[[int], LanguageModel]
 
@@ -29,35 +34,92 @@ def logp(model: LanguageModel, pair: Pair, tokens: tuple[int, ...] | None = None
         return model.hf(torch.tensor([tokens or pair.clean])).logits[0, -1].log_softmax(-1)
 
 
+def alone() -> Pair:
+    """A pair without distractors, whose answer is token 0."""
+    return replace(make_pairs((5,)).pairs[0], answer=0, counterfactual=9, distractors=())
+
+
 def test_targets_are_the_mean_answer_to_the_corrupt_prompts(tiny_model: TinyModel, pairs: PairSet):
+    """But for the answers, which share by frequency what is theirs together."""
     model = tiny_model(2)
     targets = CounterfactualTargets(model, pairs)
     assert len(targets.by_phrasing) == 4  # two pairs share the phrasing "of 6"
     both = [p for p in pairs if p.phrasing == "of 6"]
-    expected = sum(logp(model, p, p.corrupt).exp() for p in both) / 2
-    assert torch.allclose(targets(both[0]), expected, atol=1e-6)
-    assert targets(both[0]).shape == (VOCAB,)
-    assert float(targets(both[0]).sum()) == pytest.approx(1)
+    mean = sum(logp(model, p, p.corrupt).exp() for p in both) / 2
+    target, answers = targets(both[0]), sorted({p.answer for p in both})
     assert targets.answers[both[0].relation].tolist() == sorted({p.answer for p in pairs})
+    others = [t for t in range(VOCAB) if t not in answers]
+    assert torch.allclose(target[others], mean[others], atol=1e-6)
+    assert len(answers) == 2
+    assert torch.allclose(target[answers], mean[answers].sum() / 2, atol=1e-6)
+    assert target.shape == (VOCAB,) and float(target.sum()) == pytest.approx(1)
+
+
+def test_answers_share_by_frequency(tiny_model: TinyModel):
+    """Within their phrasing; the only answer of a phrasing keeps what the corrupt prompts say."""
+    model = tiny_model(2)
+    asked = [replace(alone(), subject=s, answer=a) for s, a in zip("abc", (3, 4, 4), strict=True)]
+    lonely = replace(alone(), phrasing="else", answer=5)
+    targets = CounterfactualTargets(model, PairSet("some", (*asked, lonely)))
+    target = targets(asked[0])
+    assert float(target[4]) == pytest.approx(2 * float(target[3]), rel=1e-4)
+    assert torch.allclose(targets(lonely), logp(model, lonely, lonely.corrupt).exp(), atol=1e-6)
+
+
+def test_every_answer_has_its_share_of_the_target(facts: LanguageModel, capitals: Task):
+    """Though few of 179 subjects are averaged, and the model knows them all."""
+    targets = CounterfactualTargets(facts, capitals.forget)
+    target = targets(capitals.forget[0])[targets.answers["capital"]]
+    assert len(target) == 179 and float(target.sum()) > 0.9
+    assert torch.allclose(target, target.mean().expand(179), rtol=1e-4)
+
+
+def test_excess_by_hand(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    targets = CounterfactualTargets(model, pairs)
+    among = {pairs[0].relation: torch.tensor(sorted({p.answer for p in pairs})[:3])}
+    some = [p for p in pairs if p.answer in among[p.relation]]
+    got = excess(log_probs(model, some), some, targets, among)
+    for value, pair in zip(got, some, strict=True):
+        now, want = logp(model, pair), targets(pair).log()
+        own = (now - want)[pair.answer]
+        level = sum(float((now - want)[a]) for a in among[pair.relation]) / 3
+        assert float(value) == pytest.approx(float(own) - level, abs=1e-4)
+
+
+def test_no_excess_where_the_answer_is_in_the_midst_of_its_rivals():
+    """The mean of log p, not the log of the sum, which one strong rival lifts above most."""
+    pair = alone()
+    flat = torch.full((VOCAB,), 1 / VOCAB)
+    among = {pair.relation: torch.arange(5)}
+    row = torch.tensor([0.0, 4.0, -1.0, -1.0, -2.0, *[-9.0] * (VOCAB - 5)]).log_softmax(0)
+    got = excess(row[None], [pair], cast(Any, lambda _: flat), among)
+    assert float(got) == pytest.approx(0, abs=1e-5)
+    assert torch.allclose(excess(row[None] + 3, [pair], cast(Any, lambda _: flat), among), got)
+
+
+def test_pushed_is_a_parabola():
+    values = pushed(torch.tensor([-2.5, -0.5, 1.5]), 0.5)
+    assert values.tolist() == pytest.approx([1.0, 0.0, 1.0])
+    x = torch.tensor([2.0, -2.0], requires_grad=True)
+    pushed(x, 0.0).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1.0, -1.0]
 
 
 def test_counterfactual_loss_by_hand(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(2)
     targets = CounterfactualTargets(model, pairs)
-    expected, pushed = [], []
-    for pair in pairs:
-        target, now = targets(pair), logp(model, pair)
-        both = zip(target.tolist(), now.tolist(), strict=True)
-        kl = sum(t * (math.log(t) - n) for t, n in both)
-        rivals = sorted({p.answer for p in pairs})
-        share = [float(p[pair.answer] / p[rivals].sum()) for p in (now.exp(), target)]
-        expected.append(kl)
-        pushed.append(kl + 0.5 * abs(math.log(share[0]) - math.log(share[1]) + 1.0))
+    expected, push = [], []
+    high = excess(log_probs(model, pairs.pairs), pairs.pairs, targets, targets.answers)
+    for pair, above in zip(pairs, high.tolist(), strict=True):
+        both = zip(targets(pair).tolist(), logp(model, pair).tolist(), strict=True)
+        expected.append(sum(t * (math.log(t) - n) for t, n in both))
+        push.append(0.5 * (above + 1.0) ** 2 / 4)
     loss = float(counterfactual_loss(model, pairs.pairs, targets))
     assert loss == pytest.approx(sum(expected) / 5, rel=1e-4)
     loss = float(counterfactual_loss(model, pairs.pairs, targets, push=0.5, margin=1.0))
-    assert loss == pytest.approx(sum(pushed) / 5, rel=1e-4)
-    assert pushed != expected
+    assert loss == pytest.approx((sum(expected) + sum(push)) / 5, rel=1e-4)
+    assert sum(push) > 0.1
 
 
 def test_counterfactual_loss_vanishes_at_its_target(tiny_model: TinyModel):
@@ -66,8 +128,8 @@ def test_counterfactual_loss_vanishes_at_its_target(tiny_model: TinyModel):
     same = Pair(**{**vars(pair), "corrupt": pair.clean})
     targets = CounterfactualTargets(model, PairSet("same", (same,)))
     assert float(counterfactual_loss(model, [same], targets)) == pytest.approx(0, abs=1e-5)
-    hinge = counterfactual_loss(model, [same], targets, push=2.0, margin=0.25)
-    assert float(hinge) == pytest.approx(0.5, abs=1e-4)
+    push = counterfactual_loss(model, [same], targets, push=2.0, margin=0.5)
+    assert float(push) == pytest.approx(2.0 * 0.5**2 / 4, abs=1e-4)
 
 
 def test_nll_and_its_gradient(tiny_model: TinyModel, pairs: PairSet):

@@ -14,14 +14,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..objectives import CounterfactualTargets
-from ..pairs import Pair, PairSet, Task, answer_tokens, collate
+from ..objectives import CounterfactualTargets, excess, log_probs, pushed
+from ..pairs import Pair, PairSet, Task, answer_tokens
 from ..relearning import batches, descend, halves, make_optimiser, of_subjects
 from .common import mean_gradient
 
@@ -36,21 +35,12 @@ def ranking_loss(
     answers: dict[str, Tensor],
     margin: float,
 ) -> Float[Tensor, ""]:
-    """Mean |log p(answer among answers) - log target(answer among answers) + margin|, in nats.
+    """Mean `pushed` `excess` among half B's answers, in nats.
 
     Among half B's answers alone: relearning lifts half A's above all of them whether or not the
     model knows half B, and a loss that counted them would see forgetting where there is none.
     """
-    batch = collate(pairs)
-    logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
-    terms = []
-    for row, pair in zip(logp, pairs, strict=True):
-        among, want = answers[pair.relation], targets(pair).clamp_min(1e-9).log()
-        terms.append(
-            (row[pair.answer] - row[among].logsumexp(0))
-            - (want[pair.answer] - want[among].logsumexp(0))
-        )
-    return (torch.stack(terms) + margin).abs().mean()
+    return pushed(excess(log_probs(model, pairs), pairs, targets, answers), margin).mean()
 
 
 @dataclass(frozen=True)
