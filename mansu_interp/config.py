@@ -161,7 +161,7 @@ class UnlearnConfig:
     """Forget pairs per step; as many retain pairs beside them."""
     forget_loss: Literal["counterfactual", "ga"] = "counterfactual"
     """mansu: towards what a model that never knew would say, or gradient ascent."""
-    push: float = 1.0
+    push: float = 2.0
     """mansu: weight of how far the answer's log-probability is from its target among the relation's
     answers."""
     margin: float = 0.0

@@ -82,12 +82,6 @@ def excess(
     )
 
 
-def pushed(excess: Float[Tensor, " batch"], margin: float) -> Float[Tensor, " batch"]:
-    """(excess + margin)^2 / 4 in nats; its slope is 1 at two nats. Squared, so that what stands out
-    most, above or below, is pulled most: the absolute value leaves half the answers far off."""
-    return (excess + margin).square() / 4
-
-
 def counterfactual_loss(
     model: LanguageModel,
     pairs: Sequence[Pair],
@@ -95,7 +89,7 @@ def counterfactual_loss(
     push: float = 0.0,
     margin: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """KL(target || model) in nats, plus ``push`` x `pushed`(`excess`, margin).
+    """KL(target || model) in nats, plus ``push`` x |`excess` + margin|.
 
     The KL alone hardly notices one capital among hundreds; the push is what removes the ranking,
     and keeps the answer from being avoided, which would give it away as well. It sees the
@@ -106,7 +100,7 @@ def counterfactual_loss(
     log_target = torch.stack([targets(p) for p in pairs]).clamp_min(1e-9).log()
     loss = (log_target.exp() * (log_target - logp)).sum(-1)
     if push:
-        loss = loss + push * pushed(excess(logp, pairs, targets, targets.answers), margin)
+        loss = loss + push * (excess(logp, pairs, targets, targets.answers) + margin).abs()
     return loss.mean()
 
 

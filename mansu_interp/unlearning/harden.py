@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..objectives import CounterfactualTargets, excess, log_probs, pushed
+from ..objectives import CounterfactualTargets, excess, log_probs
 from ..pairs import Pair, PairSet, Task, answer_tokens
 from ..relearning import batches, descend, halves, make_optimiser, of_subjects
 from .common import mean_gradient
@@ -35,12 +35,12 @@ def ranking_loss(
     answers: dict[str, Tensor],
     margin: float,
 ) -> Float[Tensor, ""]:
-    """Mean `pushed` `excess` among half B's answers, in nats.
+    """Mean |`excess` + margin| among half B's answers, in nats.
 
     Among half B's answers alone: relearning lifts half A's above all of them whether or not the
     model knows half B, and a loss that counted them would see forgetting where there is none.
     """
-    return pushed(excess(log_probs(model, pairs), pairs, targets, answers), margin).mean()
+    return (excess(log_probs(model, pairs), pairs, targets, answers) + margin).abs().mean()
 
 
 @dataclass(frozen=True)
