@@ -18,7 +18,7 @@ import pytest
 
 from mansu_interp import cells
 from mansu_interp.bench import best_retained, make_cell, run_bench
-from mansu_interp.config import BenchConfig, RelearnConfig, RunConfig
+from mansu_interp.config import BenchConfig, RelearnConfig
 from mansu_interp.erasure import judge_erasure
 from mansu_interp.errors import ConfigError, MaskError
 from mansu_interp.models import LanguageModel, load_model
