@@ -60,7 +60,7 @@ def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: 
     assert cell.config.unlearn.lr == config.lr and cell.config.unlearn.stop_at == 0.3
     assert cell.config.unlearn.retain_weight == 1.0
     mansu = make_cell(config, facts, "capitals", "mansu", 0, 0.3, 3.0).config.unlearn
-    assert mansu.lr == pytest.approx(3 * 0.045)  # of the task's own
+    assert mansu.lr == pytest.approx(3 * 0.06)  # of the task's own
     own = make_cell(config, facts, "countries", "mansu", 0, 0.3, 1.0).config.unlearn
     assert own.retain_weight == 3.0  # the task's own
     others = [
