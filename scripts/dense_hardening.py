@@ -30,7 +30,6 @@ from mansu_interp.unlearning.common import Sampler, retain_loss, text_kl
 from mansu_interp.unlearning.harden import Attacker
 
 MARKS = (5, 10, 20, 40)
-MARGIN = 0.5
 
 
 def losses(
@@ -44,8 +43,7 @@ def losses(
     """What one step sums: forgetting, and twice what holds retained prompts and running text."""
     n, m = sum(map(len, forget)), sum(map(len, keep))
     out: list[Callable[[], Tensor]] = [
-        lambda p=p: counterfactual_loss(student, p, targets, 1.0, MARGIN) * len(p) / n
-        for p in forget
+        lambda p=p: counterfactual_loss(student, p, targets, 1.0) * len(p) / n for p in forget
     ]
     out += [lambda p=p: 2 * retain_loss(student, model, p, 1.0) * len(p) / m for p in keep]
     if text is not None:
@@ -67,9 +65,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = load_model("facts")
     task = load_task(args.task, model)
-    config = UnlearnConfig(
-        steps=args.steps, attack=20, attack_rate=2e-3, margin=MARGIN, seed=args.seed
-    )
+    config = UnlearnConfig(steps=args.steps, attack=20, attack_rate=2e-3, seed=args.seed)
     student = redrawn(model, task, args.seed) if args.redraw else model.copy()
     table = model.embedding_name
     mask = torch.zeros_like(model.weights[table])

@@ -64,7 +64,7 @@ def tune(
     """A copy trained to forget in a few weights (``only``: name -> 0/1 mask), or by a low-rank
     addition to them."""
     student, targets = model.copy(), CounterfactualTargets(model, task.forget, seed)
-    loss = forget or (lambda m, p: counterfactual_loss(m, p, targets, 1.0, -0.5))
+    loss = forget or (lambda m, p: counterfactual_loss(m, p, targets, 1.0))
     sampler = Sampler(task, UnlearnConfig(batch_size=32, seed=seed))
     weights = [student.weights[n] for n in only]
     start = [w.clone() for w in weights]
@@ -221,7 +221,8 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
     def hardened(rows: bool, **settings: float):
         return lambda: mansu(model, task, seed, rows, **settings)
 
-    known = {"attack": 30, "attack_rate": 3e-3, "retain_weight": 4.0, "steps": 800}
+    slow = {"push": 1.0, "lr": 0.03}
+    known = {**slow, "attack": 30, "attack_rate": 3e-3, "retain_weight": 4.0, "steps": 800}
 
     def part(name: str, steps: int = 80, lr: float = 3e-3):
         return lambda: tune(model, task, seed, whole(model, name), steps, lr)
@@ -245,11 +246,11 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         "subject rows: redrawn": lambda: redrawn(model, task, seed),
         "overwritten: shuffled": lambda: shuffled(model, task, seed),
         "mansu: plain": lambda: mansu(model, task, seed),
-        "mansu: hardened": hardened(False, attack=20, attack_rate=1e-3, steps=400),
+        "mansu: hardened": hardened(False, **slow, attack=20, attack_rate=1e-3, steps=400),
         "mansu: rows": lambda: mansu(model, task, seed, rows=True),
         "mansu: rows, hardened": hardened(True, **known),
         "mansu: rows, hardened, read": hardened(True, **known, probe_weight=0.6),
-        "mansu: rows, read": hardened(True, probe_weight=4.0, retain_weight=4.0, steps=400),
+        "mansu: rows, read": hardened(True, **slow, probe_weight=4.0, retain_weight=4.0, steps=400),
         "damaged: noise 0.5": lambda: noisy(model, seed, 0.5),
         "damaged: noise 1": lambda: noisy(model, seed, 1.0),
     }
