@@ -166,7 +166,7 @@ class UnlearnConfig:
     answers."""
     margin: float = 0.0
     """mansu: nats by which that target lies below the mean of the relation's answers; 0 puts the
-    answer in their midst, above it is avoided, which gives it away as well."""
+    answer in their midst, much more has it avoided, which gives it away as well."""
     retain_weight: float = 2.0
     """Weight of the retain loss, which each method has its own of (ga, task-vector: none)."""
     hold: float = 1.0

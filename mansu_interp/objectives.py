@@ -49,6 +49,10 @@ class CounterfactualTargets:
         """Target distribution of a pair's phrasing."""
         return self.by_phrasing[pair.relation, pair.phrasing]
 
+    def log(self, pairs: Sequence[Pair]) -> Float[Tensor, "batch vocab"]:
+        """Log-probabilities (nats) of some pairs' targets."""
+        return torch.stack([self(p) for p in pairs]).clamp_min(1e-9).log()
+
 
 def log_probs(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, "batch vocab"]:
     """Log-probabilities (nats) of the token that follows each clean prompt: of an answer of several
@@ -59,8 +63,8 @@ def log_probs(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, "bat
 
 def excess(
     logp: Float[Tensor, "batch vocab"],
+    log_target: Float[Tensor, "batch vocab"],
     pairs: Sequence[Pair],
-    targets: CounterfactualTargets,
     answers: dict[str, Int[Tensor, " answers"]],
 ) -> Float[Tensor, " batch"]:
     """By how many nats each pair's answer stands too high among its relation's ``answers``.
@@ -69,7 +73,6 @@ def excess(
     not the log of the summed probability: where the answers differ among themselves, one that is
     level with the sum outranks most of them.
     """
-    log_target = [targets(p).clamp_min(1e-9).log() for p in pairs]
 
     def above(row: Float[Tensor, " vocab"], pair: Pair) -> Float[Tensor, ""]:
         return row[pair.answer] - row[answers[pair.relation]].mean()
@@ -96,11 +99,10 @@ def counterfactual_loss(
     relation's answers alone: the answer is to lose to its rivals, not to words of another kind,
     which would unlearn the whole kind of question.
     """
-    logp = log_probs(model, pairs)
-    log_target = torch.stack([targets(p) for p in pairs]).clamp_min(1e-9).log()
+    logp, log_target = log_probs(model, pairs), targets.log(pairs)
     loss = (log_target.exp() * (log_target - logp)).sum(-1)
     if push:
-        loss = loss + push * (excess(logp, pairs, targets, targets.answers) + margin).abs()
+        loss = loss + push * (excess(logp, log_target, pairs, targets.answers) + margin).abs()
     return loss.mean()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def test_excess_by_hand(tiny_model: TinyModel, pairs: PairSet):
     targets = CounterfactualTargets(model, pairs)
     among = {pairs[0].relation: torch.tensor(sorted({p.answer for p in pairs})[:3])}
     some = [p for p in pairs if p.answer in among[p.relation]]
-    got = excess(log_probs(model, some), some, targets, among)
+    got = excess(log_probs(model, some), targets.log(some), some, among)
     for value, pair in zip(got, some, strict=True):
         now, want = logp(model, pair), targets(pair).log()
         own = (now - want)[pair.answer]
@@ -89,19 +88,20 @@ def test_excess_by_hand(tiny_model: TinyModel, pairs: PairSet):
 def test_no_excess_where_the_answer_is_in_the_midst_of_its_rivals():
     """The mean of log p, not the log of the sum, which one strong rival lifts above most."""
     pair = alone()
-    flat = torch.full((VOCAB,), 1 / VOCAB)
+    flat = torch.full((1, VOCAB), 1 / VOCAB).log()
     among = {pair.relation: torch.arange(5)}
     row = torch.tensor([0.0, 4.0, -1.0, -1.0, -2.0, *[-9.0] * (VOCAB - 5)]).log_softmax(0)
-    got = excess(row[None], [pair], cast(Any, lambda _: flat), among)
+    got = excess(row[None], flat, [pair], among)
     assert float(got) == pytest.approx(0, abs=1e-5)
-    assert torch.allclose(excess(row[None] + 3, [pair], cast(Any, lambda _: flat), among), got)
+    assert torch.allclose(excess(row[None] + 3, flat, [pair], among), got)
 
 
 def test_counterfactual_loss_by_hand(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(2)
     targets = CounterfactualTargets(model, pairs)
     expected, push = [], []
-    high = excess(log_probs(model, pairs.pairs), pairs.pairs, targets, targets.answers)
+    now, want = log_probs(model, pairs.pairs), targets.log(pairs.pairs)
+    high = excess(now, want, pairs.pairs, targets.answers)
     for pair, above in zip(pairs, high.tolist(), strict=True):
         both = zip(targets(pair).tolist(), logp(model, pair).tolist(), strict=True)
         expected.append(sum(t * (math.log(t) - n) for t, n in both))

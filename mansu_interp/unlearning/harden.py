@@ -40,7 +40,8 @@ def ranking_loss(
     Among half B's answers alone: relearning lifts half A's above all of them whether or not the
     model knows half B, and a loss that counted them would see forgetting where there is none.
     """
-    return (excess(log_probs(model, pairs), pairs, targets, answers) + margin).abs().mean()
+    above = excess(log_probs(model, pairs), targets.log(pairs), pairs, answers)
+    return (above + margin).abs().mean()
 
 
 @dataclass(frozen=True)
