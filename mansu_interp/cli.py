@@ -26,8 +26,11 @@ from .commands import (
     VerifyConfig,
 )
 from .config import BenchConfig, RunConfig
-from .defaults import default_config, default_task
+from .defaults import HARDENED, default_config, default_task
 from .errors import ConfigError, MansuError
+
+HARDENED_FLAG = f"--{HARDENED}"
+"""Of ``run`` alone; may stand anywhere after it."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +332,8 @@ COMMANDS = (
         RunConfig,
         _run,
         "Discover, mask, unlearn, quantize, compare and report.\n\n"
+        "--hardened starts from the task's settings against relearning: slower, and meant to erase "
+        "where the usual ones may only hide. Options given beside it win.\n\n"
         "Example: mansu run --model facts --task capitals --out runs/first",
     ),
     Command(
@@ -409,7 +414,8 @@ def _command(argv: list[str]) -> Any:
     early.add_argument("--model", default="facts")
     early.add_argument("--task")
     known, _ = early.parse_known_args(argv)
-    usual: dict[str, Any] = {"default": default_config(known.model, known.task)}
+    start = default_config(known.model, known.task, HARDENED_FLAG in argv)
+    usual: dict[str, Any] = {"default": start}
     words: list[Any] = []
     for c in COMMANDS:
         given = usual if c.settings is RunConfig else {}
@@ -418,12 +424,25 @@ def _command(argv: list[str]) -> Any:
     return reduce(or_, words)
 
 
+def parse(argv: list[str]) -> Any:
+    """The settings that a command line gives.
+
+    Raises:
+        ConfigError: --hardened, which chooses what ``run`` starts from, with another command.
+    """
+    words = [word for word in argv if word != HARDENED_FLAG]
+    config = tyro.cli(_command(argv), args=words, prog="mansu", description=ABOUT)
+    if words != argv and not isinstance(config, RunConfig):
+        raise ConfigError(f"{HARDENED_FLAG} is for run; leave it out here.")
+    return config
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted; verify: more)."""
     try:
         argv = sys.argv[1:] if argv is None else argv
         output, argv = Output.split(argv)
-        config = tyro.cli(_command(argv), args=argv, prog="mansu", description=ABOUT)
+        config = parse(argv)
         if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):
             raise ConfigError("--json is for run, plan and list; leave it out here.")
         (command,) = [c for c in COMMANDS if c.settings is type(config)]

@@ -14,6 +14,8 @@ from .config import RunConfig
 from .errors import ArtifactError, TaskError
 
 DATA = Path(__file__).parent / "data"
+HARDENED = "hardened"
+"""Key of a task file's settings against relearning."""
 
 
 def default_task(model: str) -> str:
@@ -26,17 +28,20 @@ def is_embedded(model: str) -> bool:
     return Path(model).name == model and (DATA / "models" / model / "config.json").exists()
 
 
-def default_config(model: str = "facts", task: str | None = None) -> RunConfig:
+def default_config(
+    model: str = "facts", task: str | None = None, hardened: bool = False
+) -> RunConfig:
     """The settings for a model and a task, before any of the user's own.
 
     Arguments:
         model: as in `RunConfig`.
         task: shipped task or path of a task file, whose ``settings`` are taken over; a file that
             cannot be read is left for `load_task` to complain about.
+        hardened: then those of the file's ``hardened``: what was found to resist relearning.
 
     Raises:
         TaskError: the task's ``settings`` name something that `RunConfig` does not have, or give
-            it a value out of range.
+            it a value out of range; or it has none against relearning.
     """
     config = RunConfig(model=model, task=task)
     name = task or default_task(model)
@@ -45,9 +50,17 @@ def default_config(model: str = "facts", task: str | None = None) -> RunConfig:
     try:
         spec = read_json(path)
     except ArtifactError:
+        spec = {}
+    spec = spec if isinstance(spec, dict) else {}
+    config = _updated(config, spec.get("settings", {}), f"settings of task {name!r}")
+    if not hardened or not path.exists():
         return config
-    settings = spec.get("settings", {}) if isinstance(spec, dict) else {}
-    return _updated(config, settings, f"settings of task {name!r}")
+    if HARDENED not in spec:
+        raise TaskError(
+            f"Task {name!r} has no settings against relearning ({HARDENED!r} in its file, beside "
+            "'settings'). Give them yourself: --unlearn.attack, --subject-rows."
+        )
+    return _updated(config, spec[HARDENED], f"{HARDENED} settings of task {name!r}")
 
 
 def _updated(config: Any, settings: Any, where: str) -> Any:

@@ -21,10 +21,10 @@ from .attribution import Attribution
 from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
 from .config import RelearnConfig, RunConfig
-from .defaults import default_config, default_task
+from .defaults import HARDENED, default_config, default_task
 from .distributed import first_says, rank
 from .erasure import judge_erasure
-from .errors import ArtifactError
+from .errors import ArtifactError, TaskError
 from .evaluation import Scores, evaluate, properties, verdict
 from .floor import quantizer_set
 from .layout import check_layout
@@ -52,8 +52,20 @@ GRAPH_LIMIT = 1500
 
 
 def command_line(config: RunConfig) -> str:
-    """The command that makes this run: every setting that is not the task's default."""
-    words = ["mansu", "run"]
+    """The shortest command that makes this run: every setting that is not the task's default, or
+    not one of its settings against relearning."""
+    usual = default_config(config.model, config.task)
+    try:
+        hardened = default_config(config.model, config.task, hardened=True)
+    except TaskError:
+        hardened = usual
+    plain, short = _options(config, usual), [f"--{HARDENED}", *_options(config, hardened)]
+    return shlex.join(["mansu", "run", *(short if len(short) < len(plain) else plain)])
+
+
+def _options(config: RunConfig, usual: RunConfig) -> list[str]:
+    """The options that lead from some settings to others."""
+    words: list[str] = []
 
     def add(prefix: str, given: Any, usual: Any) -> None:
         for item in fields(given):
@@ -69,8 +81,8 @@ def command_line(config: RunConfig) -> str:
                     values = value if isinstance(value, tuple) else (value,)
                     words.extend([f"--{name}", *map(str, values)])
 
-    add("", config, replace(default_config(config.model, config.task), task=None))
-    return shlex.join(words)
+    add("", config, replace(usual, task=None))
+    return words
 
 
 @dataclass

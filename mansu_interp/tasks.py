@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .defaults import is_embedded
+from .defaults import HARDENED, is_embedded
 from .errors import TaskError
 from .models import LanguageModel, load_model
 from .pairing import RowOptions, task_from_rows
@@ -27,7 +27,7 @@ from .taskfiles import data_file, read_facts, read_task_file, read_text
 
 MAX_PAIRS = 1_000_000
 """Rows x phrasings of all relations together."""
-ROW_KEYS = {"schema", "name", "title", "rows", "text", "twins", "settings"}
+ROW_KEYS = {"schema", "name", "title", "rows", "text", "twins", "settings", HARDENED}
 """Keys of a task file over rows, beside those of `RowOptions`."""
 
 

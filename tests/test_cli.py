@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tyro
 
-from mansu_interp.cli import _command
+from mansu_interp.cli import parse
 from mansu_interp.defaults import default_config
 from mansu_interp.pipeline import command_line
 
@@ -165,4 +164,31 @@ def test_a_report_names_the_command_that_makes_it(task: str):
         unlearn=replace(config.unlearn, survive=("nf4", "fp4"), attack=30, margin=-1.5),
     )
     _, *words = shlex.split(command_line(config))
-    assert tyro.cli(_command(words), args=words) == config
+    assert parse(words) == config
+
+
+def test_hardened_settings_of_a_task(tmp_path: Path):
+    """What the task file says, options beside it winning; a report names the short command."""
+    config = parse(["run", "--hardened", "--unlearn.steps", "9"])
+    assert config == replace(
+        default_config(hardened=True),
+        unlearn=replace(default_config(hardened=True).unlearn, steps=9),
+    )
+    assert config.subject_rows and config.unlearn.attack == 30 and config.unlearn.lr == 0.03
+    assert command_line(config) == "mansu run --hardened --model facts --unlearn.steps 9"
+    assert parse(["run", "--hardened", "--task", "countries"]) == parse(
+        ["run", "--task", "countries"]
+    )
+
+
+def test_hardened_where_there_is_no_such_thing(tmp_path: Path):
+    done = mansu("run", "--task", "world-capitals", "--hardened", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "Task 'world-capitals' has no settings against relearning" in done.stderr
+    done = mansu("list", "--hardened")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "mansu: --hardened is for run; leave it out here."
+    rows = tmp_path / "my.jsonl"
+    rows.write_text("{}\n")
+    done = mansu("run", "--task", str(rows), "--hardened", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1 and "no settings against relearning" in done.stderr
