@@ -177,8 +177,8 @@ class UnlearnConfig:
     """mansu: quantizers that every edit survives by construction (`mansu list` names them); steps
     take turns in full precision and after each of them. Separated by spaces or commas."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """mansu: arithmetic of the losses and gradients; edits, floor and scores are always exact. bf16
-    is about twice as fast where the processor has it."""
+    """mansu: arithmetic of the losses, attacks and gradients; edits, floor and scores are always
+    exact. bf16 is about twice as fast where the processor has it."""
     attack: int = 0
     """mansu: harden against relearning: at most so many relearning steps of a random half of the
     forget subjects come before each gradient on the other half; 0 = none."""

@@ -126,3 +126,23 @@ def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, 
     victim = attacker.attacked(facts, attack)
     assert len({p.subject for p in attack.unseen}) == 89
     assert not torch.equal(victim.weights[name], facts.weights[name])
+
+
+def test_the_attack_follows_the_precision(facts: LanguageModel, capitals: Task):
+    """bf16 in the loop: much the same relearning, and the same gradient in direction."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    targets = CounterfactualTargets(facts, capitals.forget)
+    config = UnlearnConfig(attack=8, batch_size=16, attack_rate=0.003, seed=2)
+    low = replace(config, precision="bf16")
+    attack = Attacker(capitals, config).draw()
+    assert attack.steps > 1
+    full, short = (Attacker(capitals, c).attacked(facts, attack) for c in (config, low))
+    moved = full.weights[name] - facts.weights[name]
+    off = (short.weights[name] - full.weights[name]).norm() / moved.norm()
+    assert 0 < off < 0.3
+    one, two = (
+        Attacker(capitals, c).gradient(facts, [name], targets)[0][0].flatten()
+        for c in (config, low)
+    )
+    assert not torch.equal(one, two)
+    assert torch.cosine_similarity(one, two, dim=0) > 0.9

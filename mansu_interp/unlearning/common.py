@@ -62,6 +62,13 @@ def mean_gradient(
     return found, sum_number(total)
 
 
+def arithmetic(model: LanguageModel, config: UnlearnConfig) -> torch.autocast:
+    """The context in which a loss is computed, as ``config.precision`` says. One for each loss: the
+    low copies of the weights that it holds would go stale with a step."""
+    device = next(iter(model.weights.values())).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 class Sampler:
     """Seeded batches of forget pairs, retain and guard pairs, and running text.
 

@@ -22,7 +22,7 @@ from ..models import LanguageModel
 from ..objectives import CounterfactualTargets, excess, log_probs
 from ..pairs import Pair, PairSet, Task, answer_tokens
 from ..relearning import batches, descend, halves, make_optimiser, of_subjects
-from .common import mean_gradient
+from .common import arithmetic, mean_gradient
 
 SPREAD = 3.0
 """The attack's rate is drawn log-uniformly within this factor of `UnlearnConfig.attack_rate`."""
@@ -85,7 +85,8 @@ class Attacker:
         optimiser = make_optimiser("adam", weights, attack.rate)
         supply = batches(attack.train.pairs, self.config.batch_size, attack.seed)
         for _ in range(attack.steps):
-            descend(victim, optimiser, weights, next(supply))
+            with arithmetic(victim, self.config):
+                descend(victim, optimiser, weights, next(supply))
         return victim
 
     def gradient(
@@ -96,6 +97,7 @@ class Attacker:
         victim, among = self.attacked(student, attack), answer_tokens(attack.unseen)
 
         def loss(part: list[Pair]) -> Tensor:
-            return ranking_loss(victim, part, targets, among, self.config.margin)
+            with arithmetic(victim, self.config):
+                return ranking_loss(victim, part, targets, among, self.config.margin)
 
         return mean_gradient(victim, names, attack.chosen, loss)

@@ -30,7 +30,7 @@ from ..objectives import CounterfactualTargets, counterfactual_loss, nll
 from ..pairs import Pair, PairSet, Task
 from ..quantizers import Cells, Quantizer, quantize
 from ..scoring import known
-from .common import OnStep, Sampler, Unlearned, reached, retain_loss, text_kl
+from .common import OnStep, Sampler, Unlearned, arithmetic, reached, retain_loss, text_kl
 from .harden import Attacker
 from .readout import Reader
 from .state import History, Place
@@ -228,7 +228,6 @@ def mansu(
     kind = Snapper if floored else Continuous
     snapper = kind(students[0], students[1:], mask, survive, fisher, config.projection)
     sampler = Sampler(task, config)
-    device = next(iter(model.weights.values())).device.type
     attacker = Attacker(task, config) if config.attack else None
     reader = Reader(task, config) if config.probe_weight else None
     place = place or Place()
@@ -247,7 +246,7 @@ def mansu(
         losses = {"forget": 0.0, "retain": 0.0}
 
         def weighed(kind: str, weight: float, loss: Callable[[], Tensor]) -> Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+            with arithmetic(student, config):  # noqa: B023
                 value = loss() * weight
             losses[kind] += value.item()  # noqa: B023
             return value * (config.retain_weight if kind == "retain" else 1.0)
