@@ -22,7 +22,7 @@ import torch
 from .artifacts import atomic_folder, expect, read_json, write_json
 from .cad import compare
 from .circuit import Circuit, discover
-from .config import BASELINES, BenchConfig, Method, RelearnConfig, RunConfig
+from .config import BASELINES, BenchConfig, Method, RelearnConfig, RunConfig, UnlearnConfig
 from .defaults import default_config
 from .erasure import judge_erasure
 from .errors import ArtifactError, MansuError, ResourceError
@@ -140,21 +140,27 @@ def make_cell(
     bench: BenchConfig, model: LanguageModel, task: str, method: str, seed: int,
     level: float, strength: float,
 ) -> Cell:  # fmt: skip
-    """A cell with all its settings: the task's own, but dense methods have the usual equal weight
-    of the retain loss, and their own step size."""
+    """A cell with all its settings: the task's own for MANSU and its variants. Dense methods have
+    the usual ones (the retain loss weighs as much as the forget loss) and their own step size, so
+    that what a task says about MANSU leaves their cells valid."""
     base = replace(default_config(model.name, task), seed=seed, out=Path("."), threads=1)
+    if method == ORIGINAL or method in BASELINES:
+        own = UnlearnConfig(lr=bench.lr, retain_weight=1.0, batch_size=base.unlearn.batch_size)
+        base = RunConfig(
+            base.model, task, base.out, seed=seed, threads=1,
+            score_pairs=base.score_pairs, circuit=base.circuit, unlearn=own,
+        )  # fmt: skip
+    else:
+        base = replace(base, unlearn=replace(base.unlearn, survive=bench.survive))
     if method == ORIGINAL:
         return Cell(model.name, task, method, seed, 1.0, 1.0, base, model.sha256, bench.out)
-    own, dense = base.unlearn, method in BASELINES
     own = replace(
-        own,
+        base.unlearn,
         method=cast(Method, method),
         seed=seed,
         steps=bench.steps,
         stop_at=level,
-        lr=(bench.lr if dense else own.lr) * strength,
-        retain_weight=1.0 if dense else own.retain_weight,
-        survive=own.survive if dense else bench.survive,
+        lr=base.unlearn.lr * strength,
     )
     config = replace(base, unlearn=own)
     return Cell(model.name, task, method, seed, level, strength, config, model.sha256, bench.out)

@@ -19,6 +19,7 @@ import pytest
 from mansu_interp import cells
 from mansu_interp.bench import best_retained, make_cell, run_bench
 from mansu_interp.config import BenchConfig, RelearnConfig
+from mansu_interp.defaults import DATA
 from mansu_interp.erasure import judge_erasure
 from mansu_interp.errors import ConfigError, MaskError
 from mansu_interp.models import LanguageModel, load_model
@@ -54,6 +55,9 @@ def test_the_fair_stop(tries: list[dict[str, Any]], expected: tuple[int, bool]):
     assert best_retained(tries, 0.30) == expected
 
 
+FEW = ("npo", "sure", "original")
+
+
 def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: Path):
     config = BenchConfig(out=tmp_path)
     cell = make_cell(config, facts, "capitals", "npo", 0, 0.3, 1.0)
@@ -75,6 +79,25 @@ def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: 
     assert len({c.key for c in [cell, *others]}) == 8
     same = replace(config, quantizers=("nf4",), seeds=(5,), methods=("npo",), jobs=3)
     assert make_cell(same, facts, "capitals", "npo", 0, 0.3, 1.0).key == cell.key
+
+
+def test_what_a_task_says_of_mansu_leaves_cells_of_baselines_valid(
+    facts: LanguageModel, tmp_path: Path
+):
+    """And of the original; its batch size and circuit concern them, too."""
+    file, config = tmp_path / "task.json", BenchConfig(out=tmp_path)
+    spec = json.loads((DATA / "tasks" / "capitals.json").read_text())
+
+    def keys(**settings: Any) -> list[str]:
+        file.write_text(json.dumps({**spec, "settings": settings}))
+        cells = [make_cell(config, facts, str(file), m, 0, 0.3, 1.0) for m in ("mansu", *FEW)]
+        return [c.key for c in cells]
+
+    usual = keys()
+    told = keys(damping=7.0, subject_rows=True, unlearn={"margin": 1.0, "lr": 0.5})
+    assert told[0] != usual[0] and told[1:] == usual[1:]
+    for changed in (keys(unlearn={"batch_size": 8}), keys(circuit={"top": 9})):
+        assert not set(changed) & set(usual)
 
 
 def test_a_new_setting_at_its_default_leaves_cells_valid():
