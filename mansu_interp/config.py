@@ -190,7 +190,8 @@ class UnlearnConfig:
     """mansu: weight of the gradient against what a linear probe, fitted each step on a random half
     of the forget subjects, reads of the other half; 0 = none."""
     stop_at: float | None = None
-    """Stop when four-way forget accuracy on the dev phrasings is at most this."""
+    """Stop when four-way forget accuracy on the dev phrasings is at most this (mansu: in full
+    precision and after every quantizer of survive)."""
     seed: int = 0
     """Order of batches (a run sets this to its own seed)."""
     baseline: BaselineConfig = field(default_factory=BaselineConfig)

@@ -6,6 +6,7 @@ beyond its own cell by half a cell of the coarsest quantizer and by more of the 
 likewise. For one quantizer that is the neighbouring level, where the quantized model lands too. A
 weight that wants to go farther lands on a level of the quantizer whose cells are widest there: that
 one would change the edit most, and now does not; the others change it by half a finer cell at most.
+In a run with several quantizers `landing` chooses anew among the levels of all of them.
 
 Every condition is checked on the values as the checkpoint stores them, and again with original and
 edit both rounded to bfloat16 and to float16: the guarantee also holds between the two checkpoints
@@ -15,7 +16,7 @@ saved again in either.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +30,9 @@ NARROW = (torch.bfloat16, torch.float16)
 """Dtypes that a checkpoint may be saved in later."""
 ROUNDING = 2.0**-7
 """Share of a group's extreme that an edit keeps below it: four times what bfloat16 rounds."""
+
+WHOLE = ("own", "dtype")
+"""Fields of `Floor` that are not one tensor over the elements."""
 
 
 def quantizer_set(survive: Set) -> list[Quantizer]:
@@ -77,6 +81,16 @@ class Floor:
         widest = torch.stack([g.width for g in self.own]).argmax(0)
         return torch.stack([g.span for g in self.own]).gather(0, widest[None])[0]
 
+    def __getitem__(self, index: Int[Tensor, " m"]) -> Floor:
+        """The floor of some elements."""
+        parts = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in WHOLE}
+        return replace(self, **parts, own=tuple(g[index] for g in self.own))
+
+    def admits(self, value: Float[Tensor, " n"], wanted: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Whether values, as stored, are edits that the floor allows towards the wanted ones."""
+        far = torch.where(wanted > self.leave_up, value >= self.up, value <= self.down)
+        return far & (value > self.lowest) & (value < self.highest)
+
     def land(self, wanted: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """Where weights end that would like to be at some values.
 
@@ -94,11 +108,9 @@ class Floor:
         apart = (levels - wanted).abs()  # of equally wide cells the nearer level
         chosen = torch.where(widths == widths.amax(0), apart, torch.inf).argmin(0)
         level = levels.gather(0, chosen[None])[0].to(self.dtype).float()
-        inside = (level > self.lowest) & (level < self.highest)
         above, below = wanted > self.leave_up, wanted < self.leave_down
         value = torch.where(above, self.up, self.down)
-        farther = torch.where(above, level > self.up, level < self.down) & inside
-        value = torch.where(farther, level, value)
+        value = torch.where(self.admits(level, wanted), level, value)
         return value, (above | below) & ~value.isnan()
 
 

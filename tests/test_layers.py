@@ -20,7 +20,7 @@ LAYERS = [
     ["tasks", "adapters", "quantizers", "stream"],
     ["scoring", "nullspace", "hooked", "floor", "sweep", "provenance", "hub"],
     ["attribution"],
-    ["objectives", "faithfulness", "masks"],
+    ["objectives", "faithfulness", "landing", "masks"],
     ["circuit", "ledger", "relearning", "evidence", "gguf_export"],
     ["virtual_relearning"],
     ["cad", "erasure", "unlearning"],

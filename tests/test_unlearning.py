@@ -18,8 +18,8 @@ from mansu_interp.objectives import forget_gradient
 from mansu_interp.pairs import Task
 from mansu_interp.quantizers import NF4, quantize, survival
 from mansu_interp.unlearning import Unlearned, unlearn
-from mansu_interp.unlearning.common import Sampler
-from mansu_interp.unlearning.mansu import Snapper
+from mansu_interp.unlearning.common import Sampler, reached
+from mansu_interp.unlearning.mansu import Continuous, Snapper
 
 NF = NF4()
 # A large step, so that eight of them move many weights, and by several cells.
@@ -228,6 +228,33 @@ def test_mansu_stops_where_told(facts: LanguageModel, capitals: Task, mask: Mask
     found = unlearn(facts, capitals, mask, replace(CONFIG, stop_at=1.0))
     assert found.stopped_at == len(found.history) == 2
     assert found.history[-1]["choice"] <= 1.0
+
+
+def test_mansu_goes_on_until_its_quantized_models_are_there(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    """And notes the worst of them; a twin without the edits stands for one that is not."""
+    config, record = replace(CONFIG, stop_at=0.9), {}
+    forgot = load_model(capitals.twins[0])
+    assert reached(lambda: [forgot], capitals, config, 1, record) and record["choice"] < 0.4
+    assert not reached(lambda: [forgot, facts], capitals, config, 1, record)
+    assert record["choice"] == 1.0
+    assert not reached(lambda: [forgot], capitals, config, 0, record)  # not looked at
+    snapper = Snapper(facts.copy(), [quantize(facts, NF)], mask, [NF], None, 0.0)
+    assert len(snapper.models) == 2
+    assert len(Continuous(facts.copy(), [], mask, [NF], None, 0.0).models) == 1
+
+
+def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    """On the libraries' own round trips, whatever each makes of single edits."""
+    survive = ("nf4", "fp4", "int4-g32", "q4_0")
+    edited = unlearn(facts, capitals, mask, replace(CONFIG, survive=survive, steps=12)).model
+    for name in survive:
+        found = survival(facts, edited, name)
+        assert found.edited == found.survived > 1000 and found.collateral == 0
+        assert found.projection == pytest.approx(1, abs=0.004), name
 
 
 def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, mask: Mask):

@@ -137,7 +137,7 @@ def dev_choice(model: LanguageModel, task: Task) -> float:
 
 
 def reached(
-    outcome: Callable[[], LanguageModel],
+    outcomes: Callable[[], Sequence[LanguageModel]],
     task: Task,
     config: UnlearnConfig,
     done: int,
@@ -146,16 +146,23 @@ def reached(
     """Whether a run may stop at its forgetting level: the one rule for every method.
 
     Arguments:
-        outcome: makes the model that the run would end with now.
+        outcomes: makes the models that the run would end with now: the edited one and, where a
+            method trains them, its quantized ones. All must be there: stopped by one of them, a run
+            would stop at that one's luck, and the others would seem to come back.
         task: whose dev phrasings decide; never the unseen ones.
         config: ``stop_at`` is the level; None: never stop.
         done: steps done before this one; every ``CHECK_EVERY``-th step is looked at.
-        record: this step's record, where the accuracy is noted as ``choice``.
+        record: this step's record, where the accuracy is noted as ``choice``: the first that is
+            above the level, or the highest.
     """
     if config.stop_at is None or (done + 1) % CHECK_EVERY:
         return False
-    record["choice"] = dev_choice(outcome(), task)
-    return record["choice"] <= config.stop_at
+    record["choice"] = 0.0
+    for model in outcomes():
+        record["choice"] = max(record["choice"], dev_choice(model, task))
+        if record["choice"] > config.stop_at:
+            return False
+    return True
 
 
 def answer_loss(student: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, ""]:

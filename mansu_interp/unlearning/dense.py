@@ -90,7 +90,7 @@ def train_dense(
         optimiser.zero_grad(set_to_none=True)
         for w in weights:
             w.requires_grad_(False)
-        stop = reached(lambda: outcome(student), task, config, done, record)
+        stop = reached(lambda: [outcome(student)], task, config, done, record)
         history.append(record)
         if on_step:
             on_step(done + 1, config.steps, record)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..config import UnlearnConfig
 from ..distributed import sum_number
 from ..floor import Floor, floor, quantizer_set
+from ..landing import balanced, options
 from ..masks import Mask
 from ..models import LanguageModel
 from ..nullspace import Weights, fisher_diagonal, gradient, projection
@@ -96,6 +97,11 @@ class Snapper:
             )
 
     @property
+    def models(self) -> list[LanguageModel]:
+        """The edited model and what each quantizer makes of it."""
+        return [self.model, *self.quantized]
+
+    @property
     def names(self) -> list[str]:
         """Weights that carry an edit."""
         return list(self.latents)
@@ -145,7 +151,7 @@ class Snapper:
     def write(self) -> int:
         """Put the snapped weights into all models; returns how many weights are edited.
 
-        See `Floor.land` for where a weight ends.
+        See `Floor.land` for where a weight ends, and `landing` for a set of quantizers.
         """
         plans = []
         for x in self.latents.values():
@@ -153,20 +159,41 @@ class Snapper:
             distance = (x.position - x.original / x.scale.clamp_min(1e-30)).abs()
             plans.append((moved, value, distance))
         # Of all that crossed a boundary, the farthest travelled fill the budget.
-        travelled = torch.cat([d[m] for m, _, d in plans])
-        bar, edited = self._bar(travelled, 0.0), 0
-        for (name, x), (moved, value, distance) in zip(self.latents.items(), plans, strict=True):
-            made = moved & (distance > bar)
-            self.model.weights[name].view(-1)[x.index] = torch.where(made, value, x.original)
+        bar = self._bar(torch.cat([d[m] for m, _, d in plans]), 0.0)
+        made = [moved & (distance > bar) for moved, _, distance in plans]
+        values = [value for _, value, _ in plans]
+        if len(self.quantized) > 1:
+            values = self._balanced(values, made)
+        for (name, x), value, m in zip(self.latents.items(), values, made, strict=True):
+            self.model.weights[name].view(-1)[x.index] = torch.where(m, value, x.original)
             for twin, own, grid in zip(self.quantized, x.quantized, x.grids, strict=True):
                 level = grid.value(grid.encode(value)) if grid else value
-                twin.weights[name].view(-1)[x.index] = torch.where(made, level, own)
-            edited += int(made.sum())
-        return edited
+                twin.weights[name].view(-1)[x.index] = torch.where(m, level, own)
+        return sum(int(m.sum()) for m in made)
+
+    def _balanced(self, values: list[Tensor], made: list[Tensor]) -> list[Tensor]:
+        """The values with those of the edits that are made balanced over the set."""
+        where, some = [], []
+        for x, value, m in zip(self.latents.values(), values, made, strict=True):
+            if any(x.grids) and m.any():
+                i = m.nonzero()[:, 0]
+                grids = [g[i] if g else None for g in x.grids]
+                own = [q[i] for q in x.quantized]
+                wanted = (x.position * x.scale)[i]
+                some.append(options(x.floor[i], grids, own, x.original[i], wanted, value[i]))
+                where.append((value, i))
+        for (value, i), landed in zip(where, balanced(some) if some else [], strict=True):
+            value[i] = landed
+        return values
 
 
 class Continuous(Snapper):
-    """The same steps without the floor: an ablation."""
+    """The same steps without the floor: an ablation. It knows of no quantizer."""
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The edited model alone."""
+        return [self.model]
 
     @torch.no_grad()
     def write(self) -> int:
@@ -285,7 +312,7 @@ def mansu(
                 g.add_(e, alpha=config.probe_weight)
         snapper.step(gradients, learning_rate(config.lr, done, config.steps), done + 1)
         losses["edited"] = snapper.write()
-        stop = reached(lambda: students[0], task, config, done, losses)
+        stop = reached(lambda: snapper.models, task, config, done, losses)
         history.append(losses)
         if on_step:
             on_step(done + 1, config.steps, losses)

@@ -1,0 +1,94 @@
+"""Where edits land so that every quantizer of a set keeps all of the edit (ours).
+
+A quantizer makes Q(v) - Q(o) of an edit d = v - o. Any one edit it may shorten or lengthen by half
+a cell; what counts is the sum: kept = <Q(v) - Q(o), d> / <d, d> over all edits, 1 if the quantized
+model moves as far as the edited one. Answers lie many nats above their rivals before unlearning and
+level with them after, so that one percent of the edit is a tenth of a nat of the knowledge. Between
+the levels that the quantizers of the set have around a wanted value the choice is free; it is made
+for all edits together, by Lagrange multipliers: the least squared distance from what was wanted,
+subject to kept = 1 for every quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .floor import Floor
+from .quantizers import Cells
+
+ROUNDS = 20
+"""Steps of dual ascent; the best of them counts."""
+RATE = 0.5
+"""Change of a multiplier per unit of what is kept too much; both are without dimension."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Values at which some elements of one weight may land, and what the set makes of each."""
+
+    values: Float[Tensor, "options n"]
+    """The first row is where they land otherwise."""
+    distance: Float[Tensor, "options n"]
+    """Squared, from what was wanted."""
+    surplus: Float[Tensor, "options quantizers n"]
+    """(Q(v) - Q(o) - d) d: what each quantizer adds to the edit, along the edit."""
+    power: Float[Tensor, "options n"]
+    """d squared."""
+
+
+def options(
+    floor: Floor,
+    grids: Sequence[Cells | None],
+    quantized: Sequence[Float[Tensor, " n"]],
+    original: Float[Tensor, " n"],
+    wanted: Float[Tensor, " n"],
+    value: Float[Tensor, " n"],
+) -> Options:
+    """The nearest level of every quantizer, where the floor admits it.
+
+    Arguments:
+        floor: of these elements; all of them move (`Floor.land`).
+        grids: their cells in every quantizer, None where one leaves the weight alone.
+        quantized: the original's value in every quantizer.
+        original: the values before.
+        wanted: where they would like to be.
+        value: where `Floor.land` puts them; stands in for what is not admitted.
+    """
+    rows = [value]
+    for grid in grids:
+        if grid:
+            level = grid.value(grid.encode(wanted)).to(floor.dtype).float()
+            rows.append(torch.where(floor.admits(level, wanted), level, value))
+    values = torch.stack(rows)
+    edit = values - original
+    none = torch.zeros_like(edit)
+    surplus = [
+        (grid.value(grid.encode(values)) - own - edit) * edit if grid else none
+        for grid, own in zip(grids, quantized, strict=True)
+    ]
+    return Options(values, (values - wanted).square(), torch.stack(surplus, 1), edit.square())
+
+
+def balanced(some: Sequence[Options]) -> list[Float[Tensor, " n"]]:
+    """Values for all elements together, such that every quantizer keeps as nearly all of the edit
+    as their options allow; the same options give the same values."""
+    distance = torch.cat([x.distance for x in some], 1)
+    surplus = torch.cat([x.surplus for x in some], 2)
+    power = torch.cat([x.power for x in some], 1)
+    multipliers = surplus.new_zeros(surplus.shape[1])
+    best, least = distance.argmin(0), torch.inf
+    for _ in range(ROUNDS):
+        cost = distance + torch.einsum("q,oqn->on", multipliers, surplus)
+        chosen = cost.argmin(0)
+        taken = surplus.gather(0, chosen[None, None].expand(1, surplus.shape[1], -1))[0].sum(1)
+        beyond = taken / power.gather(0, chosen[None]).sum()  # kept - 1, per quantizer
+        if (worst := float(beyond.abs().max())) < least:
+            best, least = chosen, worst
+        multipliers = multipliers + RATE * beyond
+    parts = best.split([x.values.shape[1] for x in some])
+    return [x.values.gather(0, k[None])[0] for x, k in zip(some, parts, strict=True)]

@@ -1,0 +1,98 @@
+"""Where edits of a set land: admissible, and kept in full by every quantizer together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mansu_interp.floor import Floor, floor
+from mansu_interp.landing import Options, balanced, options
+from mansu_interp.quantizers import get_quantizer
+
+SET = ("nf4", "fp4", "int4-g32", "q4_0")
+
+
+@pytest.fixture
+def edit() -> tuple[Floor, Options, Tensor, Tensor]:
+    """Wishes of one or two cells for every element of a weight that may move: the floor, the
+    options, the old values and where the elements land one by one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=generator) * 0.03
+    flat = weight.flatten()
+    wish = flat + 0.02 * torch.randn(flat.shape, generator=generator)
+    whole = floor(weight, SET)
+    value, moved = whole.land(wish)
+    i = moved.nonzero()[:, 0]
+    quantizers = [get_quantizer(q) for q in SET]
+    grids = [q.cells(weight)[i] for q in quantizers]
+    old = [q.round_trip(weight).flatten()[i] for q in quantizers]
+    found = options(whole[i], grids, old, flat[i], wish[i], value[i])
+    return whole[i], found, flat[i], value[i]
+
+
+def kept(found: Options, original: Tensor, value: Tensor) -> Tensor:
+    """Share of the edit that each quantizer keeps, from the options' own figures."""
+    row = (found.values == value).int().argmax(0)
+    assert torch.equal(found.values.gather(0, row[None])[0], value)
+    surplus = found.surplus.gather(0, row[None, None].expand(1, len(SET), -1))[0].sum(1)
+    return 1 + surplus / (value - original).square().sum()
+
+
+def test_every_quantizer_keeps_all_of_the_edit(edit: tuple[Floor, Options, Tensor, Tensor]):
+    _, found, original, alone = edit
+    (value,) = balanced([found])
+    before, after = kept(found, original, alone), kept(found, original, value)
+    assert (before - 1).abs().max() > 0.01  # one by one some keep too much, others too little
+    assert (after - 1).abs().max() < 0.001
+    assert 0.05 < (value != alone).float().mean() < 0.95
+
+
+def test_the_share_kept_is_that_of_the_real_libraries():
+    """Recomputed from two whole weights that went through each quantizer."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 256, generator=generator) * 0.03
+    flat, where = weight.flatten(), floor(weight, SET)
+    wish = flat + 0.02 * torch.randn(flat.shape, generator=generator)
+    alone, moved = where.land(wish)
+    i = moved.nonzero()[:, 0]
+    quantizers = [get_quantizer(q) for q in SET]
+    found = options(
+        where[i],
+        [q.cells(weight)[i] for q in quantizers],
+        [q.round_trip(weight).flatten()[i] for q in quantizers],
+        flat[i],
+        wish[i],
+        alone[i],
+    )
+    after = flat.clone()
+    after[i] = balanced([found])[0]
+    d = after - flat
+    for q in quantizers:
+        dq = q.round_trip(after.view_as(weight)).flatten() - q.round_trip(weight).flatten()
+        assert float(dq @ d / (d @ d)) == pytest.approx(1.0, abs=0.002), q.name
+
+
+def test_what_is_chosen_is_admissible(edit: tuple[Floor, Options, Tensor, Tensor]):
+    where, found, original, _ = edit
+    (value,) = balanced([found])
+    beyond = torch.where(value > original, value >= where.up, value <= where.down)
+    assert beyond.all()
+    assert ((value > where.lowest) & (value < where.highest)).all()
+
+
+def test_weights_are_balanced_together(edit: tuple[Floor, Options, Tensor, Tensor]):
+    """Cut in two, the same elements get the same values, in the same order."""
+    _, found, _, _ = edit
+    n = found.values.shape[1] // 3
+    halves = [
+        Options(*(t[..., part] for t in (found.values, found.distance, found.surplus, found.power)))
+        for part in (slice(None, n), slice(n, None))
+    ]
+    assert torch.equal(torch.cat(balanced(halves)), balanced([found])[0])
+
+
+def test_without_a_choice_nothing_changes(edit: tuple[Floor, Options, Tensor, Tensor]):
+    _, found, _, alone = edit
+    only = Options(*(t[:1] for t in (found.values, found.distance, found.surplus, found.power)))
+    assert torch.equal(balanced([only])[0], alone)
