@@ -47,6 +47,8 @@ SAID = 0.90
 RECOVERED = 0.10
 """Rise of the four-way choice under quantization that counts as recovery."""
 RESAMPLES = 200
+MAJORITY = 0.5
+"""Share of the resamplings that a verdict needs."""
 READ_OF, RELEARNT, ASKED = 400, 96, 180
 """Prompts of each half whose states are read; of half A that virtual relearning is given, and of
 half B that it is asked for."""
@@ -60,7 +62,8 @@ class Erasure:
     """unchanged, suppressed, erased, relocated, recovered or undecided."""
     sentence: str
     confidence: float
-    """Share of resamplings of the prompts that give the same verdict."""
+    """Share of resamplings of the prompts that give the same verdict; where less than half agree,
+    the verdict is undecided and this the share that does not."""
     cad: float
     """0 = all the knowledge is there, 1 = none."""
     said: dict[str, float]
@@ -190,6 +193,15 @@ def decide(
     return "undecided", "Some of the answers can be told; the evidence does not settle it."
 
 
+def settle(verdict: str, sentence: str, agree: float) -> tuple[str, str, float]:
+    """Verdict, sentence and confidence, given the share of resamplings that agree with a verdict:
+    one that most do not share is undecided."""
+    if verdict == "undecided" or agree >= MAJORITY:
+        return verdict, sentence, agree
+    thin = f"The evidence is thin: most resamplings of the prompts do not say {verdict}."
+    return "undecided", thin, 1 - agree
+
+
 def judge_erasure(
     original: LanguageModel,
     edited: LanguageModel,
@@ -258,12 +270,13 @@ def judge_erasure(
         return torch.randint(size, (size,), generator=generator)
 
     same = [verdict(resampled(n), resampled(m))[0] == word for _ in range(RESAMPLES)]
+    word, sentence, confidence = settle(word, sentence, sum(same) / RESAMPLES)
     ceiling = max(float(said["original"].float().mean()) - CHANCE, 1e-6)
     best = max(float(v.float().mean()) for v in (said["edited"], back[-1], before, avoided[-1]))
     return Erasure(
         word,
         sentence,
-        sum(same) / RESAMPLES,
+        confidence,
         1 - min(max((best - CHANCE) / ceiling, 0.0), 1.0),
         {name: float(v.float().mean()) for name, v in said.items()},
         back.mean(1).tolist(),

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mansu_interp.erasure import SAID, decide
+from mansu_interp.erasure import SAID
 from mansu_interp.relearning import CHANCE, TOLERANCE
 
 DOCS = Path(__file__).parents[1] / "docs" / "research"
@@ -57,7 +57,6 @@ def load(tasks: Sequence[str], horizon: int) -> list[Row]:
             until = MARKS.index(horizon) + 1
             best = max(*r["choice"][:until], *r["last"][:until])
             truth = {"recoverable": best > CHANCE + TOLERANCE, "family": what.split(":")[0]}
-            truth["verdict"] = decide(**r["judged"])[0]
             rows.append({**r, **truth, "name": what, "task": task, "seed": seed})
     return rows
 

@@ -317,6 +317,7 @@ def evidence(
             "carried": judged.into_original[-1],
             "quantized_says": judged.said["edited, quantized"],
         },
+        "verdict": judged.verdict,
         "cad": judged.cad,
         "confidence": judged.confidence,
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mansu_interp.erasure import check_alike, decide, judge_erasure
+from mansu_interp.erasure import check_alike, decide, judge_erasure, settle
 from mansu_interp.errors import ModelError
 from mansu_interp.evidence import (
     gradient_transfer,
@@ -106,6 +106,13 @@ def test_verdicts(
     quantized: float | None,
 ):
     assert decide(says, relearnt, learnt, avoided, reads, 1.0, carried, quantized)[0] == verdict
+
+
+def test_a_verdict_that_most_resamplings_do_not_share_is_undecided():
+    assert settle("erased", "Gone.", 0.5) == ("erased", "Gone.", 0.5)
+    word, sentence, confidence = settle("erased", "Gone.", 0.46)
+    assert (word, confidence) == ("undecided", 0.54) and sentence.endswith("do not say erased.")
+    assert settle("undecided", "Some.", 0.3) == ("undecided", "Some.", 0.3)
 
 
 def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):
