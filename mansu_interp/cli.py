@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -438,9 +439,20 @@ def parse(argv: list[str]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted; verify: more)."""
+    """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted, 141 nobody reads
+    the output any more; verify: more)."""
     try:
-        argv = sys.argv[1:] if argv is None else argv
+        try:
+            return _main(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # such as head, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(argv: list[str]) -> int:
+    try:
         output, argv = Output.split(argv)
         config = parse(argv)
         if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):

@@ -144,6 +144,18 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("words", ["run --help", "list"])
+def test_a_reader_that_has_seen_enough(words: str):
+    """mansu run --help | head -1, and one that reads nothing at all: no stack trace."""
+    for reader in ("head -1", "true"):
+        line = f"{sys.executable} -u -m mansu_interp {words} | {reader}"
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+        done = subprocess.run(
+            line, shell=True, env=env, check=False, capture_output=True, text=True
+        )
+        assert done.stderr == ""
+
+
 def test_unknown_option():
     done = mansu("run", "--no-such-option", "1")
     assert done.returncode == 2
@@ -176,9 +188,8 @@ def test_hardened_settings_of_a_task(tmp_path: Path):
     )
     assert config.subject_rows and config.unlearn.attack == 30 and config.unlearn.lr == 0.03
     assert command_line(config) == "mansu run --hardened --model facts --unlearn.steps 9"
-    assert parse(["run", "--hardened", "--task", "countries"]) == parse(
-        ["run", "--task", "countries"]
-    )
+    both = parse(["run", "--hardened", "--task", "countries"])
+    assert both.unlearn.attack == 30 and both.unlearn.probe_weight == 0.1  # of its usual settings
 
 
 def test_hardened_where_there_is_no_such_thing(tmp_path: Path):
