@@ -360,7 +360,7 @@ def test_the_chat_template_wraps_the_prompt():
         ({"corrupt": "rotate"}, "corrupt: rotate needs letters"),
         ({"letters": "yes"}, "letters must be bool; got 'yes'"),
         ({"seed": "1"}, "seed must be int; got '1'"),
-        ({"colour": 1}, "unknown key colour; expected some of chat, corrupt, letters"),
+        ({"colour": 1}, "unknown key colour; expected some of chat, corrupt, hardened, letters"),
         ({"rows": "../x.jsonl"}, "name a file beside the task file, without a path"),
         ({"rows": "x.txt"}, r"rows must name a \.jsonl or \.csv file beside the task file"),
     ],
