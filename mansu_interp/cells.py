@@ -144,23 +144,22 @@ def make_cell(
     the usual ones (the retain loss weighs as much as the forget loss) and their own step size, so
     that what a task says about MANSU leaves their cells valid."""
     base = replace(default_config(model.name, task), seed=seed, out=Path("."), threads=1)
+    own = replace(base.unlearn, survive=bench.survive)
     if method == ORIGINAL or method in BASELINES:
-        own = UnlearnConfig(lr=bench.lr, retain_weight=1.0, batch_size=base.unlearn.batch_size)
+        own = UnlearnConfig(lr=bench.lr, retain_weight=1.0, batch_size=own.batch_size)
         base = RunConfig(
             base.model, task, base.out, seed=seed, threads=1,
             score_pairs=base.score_pairs, circuit=base.circuit, unlearn=own,
         )  # fmt: skip
-    else:
-        base = replace(base, unlearn=replace(base.unlearn, survive=bench.survive))
     if method == ORIGINAL:
         return Cell(model.name, task, method, seed, 1.0, 1.0, base, model.sha256, bench.out)
     own = replace(
-        base.unlearn,
+        own,
         method=cast(Method, method),
         seed=seed,
         steps=bench.steps,
         stop_at=level,
-        lr=base.unlearn.lr * strength,
+        lr=own.lr * strength,
     )
     config = replace(base, unlearn=own)
     return Cell(model.name, task, method, seed, level, strength, config, model.sha256, bench.out)

@@ -193,11 +193,11 @@ def mansu(
     model: LanguageModel, task: Task, seed: int, rows: bool = False, **hard: float
 ) -> LanguageModel:
     """MANSU with the task's settings but for the embedding, which only ``rows`` edits; ``hard``:
-    hardened on all edges, with these settings of `UnlearnConfig`."""
+    with the mask of its hardened ones, and these settings of `UnlearnConfig`."""
     config = replace(default_config("facts", task.name), seed=seed, subject_rows=rows)
     if hard:
-        everything = replace(config.circuit, top=800)
-        config = replace(config, budget=0.02, damping=1000.0, circuit=everything)
+        best = default_config("facts", task.name, hardened=True)
+        config = replace(config, budget=best.budget, damping=best.damping, circuit=best.circuit)
     own = replace(config.unlearn, seed=seed, **hard)  # type: ignore[arg-type]
     circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
     mask = make_mask(replace(config, unlearn=own), model, task, circuit)
@@ -221,8 +221,10 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
     def hardened(rows: bool, **settings: float):
         return lambda: mansu(model, task, seed, rows, **settings)
 
-    slow = {"push": 1.0, "lr": 0.03}
-    known = {**slow, "attack": 30, "attack_rate": 3e-3, "retain_weight": 4.0, "steps": 800}
+    best = default_config("facts", task.name, hardened=True).unlearn
+    slow = {"push": best.push, "lr": best.lr}
+    attack = {"attack": best.attack, "attack_rate": best.attack_rate}
+    known = {**slow, **attack, "retain_weight": best.retain_weight, "steps": best.steps}
 
     def part(name: str, steps: int = 80, lr: float = 3e-3):
         return lambda: tune(model, task, seed, whole(model, name), steps, lr)

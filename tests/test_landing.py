@@ -13,11 +13,10 @@ from mansu_interp.quantizers import get_quantizer
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
 
 
-@pytest.fixture
-def edit() -> tuple[Floor, Options, Tensor, Tensor]:
-    """Wishes of one or two cells for every element of a weight that may move: the floor, the
-    options, the old values and where the elements land one by one."""
-    generator = torch.Generator().manual_seed(0)
+def case(seed: int) -> tuple[Tensor, Tensor, Floor, Options, Tensor]:
+    """Wishes of one or two cells for every element of a weight that may move: the weight, their
+    positions, the floor, the options and where they land one by one."""
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(64, 256, generator=generator) * 0.03
     flat = weight.flatten()
     wish = flat + 0.02 * torch.randn(flat.shape, generator=generator)
@@ -28,7 +27,14 @@ def edit() -> tuple[Floor, Options, Tensor, Tensor]:
     grids = [q.cells(weight)[i] for q in quantizers]
     old = [q.round_trip(weight).flatten()[i] for q in quantizers]
     found = options(whole[i], grids, old, flat[i], wish[i], value[i])
-    return whole[i], found, flat[i], value[i]
+    return weight, i, whole[i], found, value[i]
+
+
+@pytest.fixture
+def edit() -> tuple[Floor, Options, Tensor, Tensor]:
+    """The floor, the options, the old values and where the elements land one by one."""
+    weight, i, where, found, value = case(0)
+    return where, found, weight.flatten()[i], value
 
 
 def kept(found: Options, original: Tensor, value: Tensor) -> Tensor:
@@ -50,25 +56,12 @@ def test_every_quantizer_keeps_all_of_the_edit(edit: tuple[Floor, Options, Tenso
 
 def test_the_share_kept_is_that_of_the_real_libraries():
     """Recomputed from two whole weights that went through each quantizer."""
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(64, 256, generator=generator) * 0.03
-    flat, where = weight.flatten(), floor(weight, SET)
-    wish = flat + 0.02 * torch.randn(flat.shape, generator=generator)
-    alone, moved = where.land(wish)
-    i = moved.nonzero()[:, 0]
-    quantizers = [get_quantizer(q) for q in SET]
-    found = options(
-        where[i],
-        [q.cells(weight)[i] for q in quantizers],
-        [q.round_trip(weight).flatten()[i] for q in quantizers],
-        flat[i],
-        wish[i],
-        alone[i],
-    )
+    weight, i, _, found, _ = case(1)
+    flat = weight.flatten()
     after = flat.clone()
     after[i] = balanced([found])[0]
     d = after - flat
-    for q in quantizers:
+    for q in map(get_quantizer, SET):
         dq = q.round_trip(after.view_as(weight)).flatten() - q.round_trip(weight).flatten()
         assert float(dq @ d / (d @ d)) == pytest.approx(1.0, abs=0.002), q.name
 
