@@ -41,18 +41,18 @@ Metric = Callable[[Logits, Batch, Logits], Float[Tensor, " batch"]]
 
 def logit_diff(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
     """Logit of the answer minus logit of the counterfactual answer."""
-    rows = torch.arange(len(batch))
+    rows = torch.arange(len(batch), device=logits.device)
     return logits[rows, batch.answer] - logits[rows, batch.counterfactual]
 
 
 def log_prob(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
     """Log-probability of the answer's first token (nats)."""
-    return logits.log_softmax(-1)[torch.arange(len(batch)), batch.answer]
+    return logits.log_softmax(-1)[torch.arange(len(batch), device=logits.device), batch.answer]
 
 
 def choice_margin(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
     """Logit of the answer minus the log-sum-exp over the distractors (nats)."""
-    choices = logits.gather(1, batch.choices.to(logits.device))
+    choices = logits.gather(1, batch.choices)
     return choices[:, 0] - choices[:, 1:].logsumexp(1)
 
 
@@ -202,7 +202,7 @@ def _add_scores(
         value = metric(logits, batch, clean_logits).sum()
         found = torch.autograd.grad(value, [recorder[n] for n in asked])
     grads = dict(zip(asked, found, strict=True))
-    rows = _real(batch).to(start.device)
+    rows = _real(batch)
     position = rows.nonzero()[:, 1]
 
     def flat(t: Tensor) -> Float[Tensor, "tokens ..."]:
@@ -251,7 +251,8 @@ def _add_scores(
 
 def _real(batch: Batch) -> Bool[Tensor, "batch pos"]:
     """True at real tokens, False at padding."""
-    return torch.arange(batch.clean.shape[1])[None] <= batch.last[:, None]
+    positions = torch.arange(batch.clean.shape[1], device=batch.last.device)
+    return positions[None] <= batch.last[:, None]
 
 
 def _add_batch(
@@ -273,7 +274,7 @@ def _add_batch(
             logits.append(stream.logits(tokens, batch.last))
         runs.append({n: recorder[n].detach() for n in names})
     clean, corrupt = runs
-    rows = _real(batch).to(clean[stream.input].device)
+    rows = _real(batch)
     inside = {}
     for i in range(stream.n_layers) if neurons else ():
         if hasattr(stream.blocks[i], "ln1_post"):
@@ -336,7 +337,7 @@ def attribute(
     size, _ = pairs_per_batch(stream.graph, stream.model.d_model, longest, config)
     ends = torch.zeros(2, dtype=torch.float64)
     done = 0
-    for batch in PairSet(pairs.name, mine).batches(size) if mine else ():
+    for batch in PairSet(pairs.name, mine).batches(size, stream.model.device) if mine else ():
         ends += torch.tensor(_add_batch(stream, batch, config, function, neurons, sums))
         done += len(batch)
         if on_batch:

@@ -88,7 +88,7 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     for name in bench.quantizers:
         get_quantizer(name)
     quantizer_set(bench.survive)
-    models = {name: load_model(name) for name in bench.models}
+    models = {name: load_model(name, bench.device) for name in bench.models}
     for model in models.values():
         for task in bench.tasks:
             load_task(task, model, default_config(model.name, task).score_pairs)

@@ -113,7 +113,8 @@ class Cell:
     @property
     def key(self) -> str:
         """Readable, with a hash of all settings."""
-        unusual = _differences(config_json(self.config), config_json(RunConfig()))
+        given = {**config_json(self.config), "device": "auto"}  # it decides nothing
+        unusual = _differences(given, config_json(RunConfig()))
         what = [SCHEMA, self.sha256, self.method, unusual]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         group = f"{Path(self.model).name}-{Path(self.task).stem}"
@@ -144,11 +145,12 @@ def make_cell(
     the usual ones (the retain loss weighs as much as the forget loss) and their own step size, so
     that what a task says about MANSU leaves their cells valid."""
     base = replace(default_config(model.name, task), seed=seed, out=Path("."), threads=1)
+    base = replace(base, device=bench.device)
     own = replace(base.unlearn, survive=bench.survive)
     if method == ORIGINAL or method in BASELINES:
         own = UnlearnConfig(lr=bench.lr, retain_weight=1.0, batch_size=own.batch_size)
         base = RunConfig(
-            base.model, task, base.out, seed=seed, threads=1,
+            base.model, task, base.out, seed=seed, threads=1, device=bench.device,
             score_pairs=base.score_pairs, circuit=base.circuit, unlearn=own,
         )  # fmt: skip
     if method == ORIGINAL:
@@ -166,8 +168,8 @@ def make_cell(
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, task: str, score_pairs: int) -> tuple[LanguageModel, Task]:
-    model = load_model(name)
+def _loaded(name: str, task: str, score_pairs: int, device: str) -> tuple[LanguageModel, Task]:
+    model = load_model(name, device)
     return model, load_task(task, model, score_pairs)
 
 
@@ -183,13 +185,18 @@ def _circuit(cell: Cell, model: LanguageModel, task: Task) -> Circuit:
     return replace(Circuit.load(path), pairs=sample)
 
 
-def _reset_peak() -> None:
+def _reset_peak(device: torch.device) -> None:
     """Start the count of peak memory anew (Linux; elsewhere it covers the whole process)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     if os.path.exists("/proc/self/clear_refs"):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_gb() -> float:
+def _peak_gb(device: torch.device) -> float:
+    """Of the device that computes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
@@ -200,11 +207,11 @@ def _peak_gb() -> float:
 def attempt(cell: Cell) -> dict[str, Any]:
     """Train one cell, keep its checkpoint, and score that on the dev phrasings."""
     torch.set_num_threads(1)
-    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
+    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs, cell.config.device)
     torch.manual_seed(cell.seed)
     circuit = None if cell.method in BASELINES else _circuit(cell, model, task)
     place = cell.checkpoint.with_name(f"{cell.checkpoint.name}.state")
-    _reset_peak()
+    _reset_peak(model.device)
     started = time.perf_counter()
     try:
         with enough_memory("training a cell", "Fewer --jobs take less."):
@@ -218,12 +225,12 @@ def attempt(cell: Cell) -> dict[str, Any]:
         found = {
             "steps": result.stopped_at,
             "seconds": round(time.perf_counter() - started, 2),
-            "peak_gb": _peak_gb(),
+            "peak_gb": _peak_gb(model.device),
         }
         with atomic_folder(cell.checkpoint) as partial_:
             result.model.save(partial_)
         place.unlink(missing_ok=True)
-        saved = load_model(cell.checkpoint)
+        saved = load_model(cell.checkpoint, model.device)
         scores = evaluate({"fp": saved}, task, "dev")
         found["dev"] = {
             "forget": dev_choice(saved, task),
@@ -251,7 +258,7 @@ def measure(cell: Cell, bench: BenchConfig) -> dict[str, Any]:
     """Score a cell's checkpoint on the unseen phrasings, for the quantizers not yet measured, and
     attack it by relearning."""
     torch.set_num_threads(1)
-    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
+    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs, cell.config.device)
     found = cell.read() or {}
     lacks = unmeasured(cell, found, bench)
     todo = [q for q in lacks if q != RELEARNING]
@@ -260,7 +267,7 @@ def measure(cell: Cell, bench: BenchConfig) -> dict[str, Any]:
     untouched = cell.method == ORIGINAL
     if not untouched and not cell.checkpoint.exists():
         found |= attempt(cell)  # the same again: everything is seeded
-    edited = model if untouched else load_model(cell.checkpoint)
+    edited = model if untouched else load_model(cell.checkpoint, model.device)
     if RELEARNING in lacks:
         attack = RelearnConfig(steps=(bench.relearn_steps,), seed=cell.seed)
         found["relearning"] = relearn(edited, task, attack).to_json()
@@ -274,7 +281,7 @@ def measure(cell: Cell, bench: BenchConfig) -> dict[str, Any]:
 
 def _score(cell: Cell, found: dict[str, Any], edited: LanguageModel, todo: Sequence[str]) -> None:
     """Add to a cell's results what some quantizers make of its checkpoint, and its graphs."""
-    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs)
+    model, task = _loaded(cell.model, cell.task, cell.config.score_pairs, cell.config.device)
     have = found.get("quantizers", {})
     models, lived = {}, {}
     for q in todo:  # side by side, so that a calibrated one need not fit the same model twice
@@ -297,7 +304,7 @@ def _score(cell: Cell, found: dict[str, Any], edited: LanguageModel, todo: Seque
             {"unlearned": edited, f"unlearned {todo[0]}": models[todo[0]]},
             task.held_out.sample(CAD_PAIRS, cell.seed),
             replace(cell.config.circuit, seed=cell.seed),
-            reference=first_twin(task, cell.model),
+            reference=first_twin(task, model),
         )
         found["cad"] = cad.to_json()
 

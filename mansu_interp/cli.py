@@ -228,7 +228,7 @@ def _relearn(config: RelearnRun, output: Output) -> int:
     from .tasks import load_task
 
     progress = Progress(output.quiet)
-    model = load_model(config.model)
+    model = load_model(config.model, config.device)
     task = load_task(config.task or default_task(config.original or config.model), model)
     names = {config.model: config.model}
     if config.original:
@@ -238,7 +238,7 @@ def _relearn(config: RelearnRun, output: Output) -> int:
     found = {}
     try:
         for label, name in names.items():
-            subject = model if label == config.model else load_model(name)
+            subject = model if label == config.model else load_model(name, model.device)
             if subject.architecture != model.architecture and label == "never taught":
                 continue
             found[label] = relearn(
@@ -260,7 +260,8 @@ def _cad(config: CadConfig, output: Output) -> int:
     from .quantizers import quantize
     from .tasks import load_task
 
-    original, edited = load_model(config.original), load_model(config.edited)
+    original = load_model(config.original, config.device)
+    edited = load_model(config.edited, original.device)
     task = load_task(config.task or default_task(config.original), original)
     quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
     progress = Progress(output.quiet)

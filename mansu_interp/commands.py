@@ -28,6 +28,9 @@ class RelearnRun:
     attacked too where it fits."""
     split: Literal["unseen", "dev"] = "unseen"
     """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
     attack: RelearnConfig = field(default_factory=RelearnConfig)
     """How hard the attack tries."""
 
@@ -46,6 +49,9 @@ class CadConfig:
     """Also look at the edited model after this quantizer, for knowledge that comes back."""
     seed: int = 0
     """How the forget subjects are split in two."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
 
 
 @dataclass(frozen=True)

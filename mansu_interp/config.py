@@ -287,6 +287,9 @@ class RunConfig:
     """Quantizers to score besides nf4 and those of unlearn.survive."""
     relearn_steps: int = 20
     """Steps of the relearning attack that tests erasure, on half of the forget facts; 0 = none."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
     threads: int | None = None
     """CPU threads; default: torch's own choice."""
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
@@ -340,6 +343,9 @@ class BenchConfig:
     """Usual step size of the baselines; that of mansu and its variants comes with the task."""
     relearn_steps: int = 20
     """Steps of the relearning attack on every winner, on half of the forget facts; 0 = none."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
     jobs: int = 1
     """Processes that work side by side, each with one thread; more than 1 needs Dask."""
     scheduler: str | None = None

@@ -70,7 +70,7 @@ def _before(module: Any, hook: Any) -> Iterator[None]:
 def last_logits(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
     """What follows each prompt; unlike the model's own, every prompt passes every module whole."""
     hidden = model.hf.base_model(input_ids=batch.clean, use_cache=False).last_hidden_state
-    return model._unembed(hidden[torch.arange(len(batch)), batch.last])
+    return model._unembed(hidden[torch.arange(len(batch), device=hidden.device), batch.last])
 
 
 def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos d_model"]]:
@@ -94,11 +94,11 @@ def last_states(
 ) -> list[Float[Tensor, "batch d_model"]]:
     """The same at the last token of each prompt; with ``subject`` then also at the subject's last
     token, which is the last that the corrupt prompt changes."""
-    batch = collate(pairs)
-    read, rows = states(model, batch), torch.arange(len(batch))
+    batch = collate(pairs, model.device)
+    read, rows = states(model, batch), torch.arange(len(batch), device=model.device)
     out = [s[rows, batch.last] for s in read]
     if subject:
-        positions = torch.arange(batch.clean.shape[1])
+        positions = torch.arange(batch.clean.shape[1], device=model.device)
         at = ((batch.clean != batch.corrupt) * positions).amax(1)
         out += [s[rows, at] for s in read]
     return out
@@ -117,11 +117,11 @@ def ranked(
     """Which prompts' answers rank first of four, and which last, in the order of
     ``pairs.batches(CHUNK)``."""
     first, last = [], []
-    for batch in pairs.batches(CHUNK):
+    for batch in pairs.batches(CHUNK, model.device):
         logits = last_logits(model, batch)
         first.append(ranked_first(logits, batch.choices))
         last.append(ranked_last(logits, batch.choices))
-    return torch.cat(first), torch.cat(last)
+    return torch.cat(first).cpu(), torch.cat(last).cpu()
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
     """
     ends = stages(last)
     right = [0] * len(ends)
-    for batch in pairs.batches(CHUNK):
+    for batch in pairs.batches(CHUNK, first.device):
         read = states(first, batch)
         for k, (stage, value) in enumerate(zip(ends, read, strict=True)):
 
@@ -153,7 +153,7 @@ def linear_map(
     """A ridge regression on standardised inputs, in closed form; its outputs are centred."""
     center, scale = x.mean(0), x.std(0) + 1e-6
     x = (x - center) / scale
-    gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1])
+    gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
     weight = torch.linalg.solve(gram, x.T @ (want - want.mean(0)))
     return lambda other: (other - center) / scale @ weight
 
@@ -165,7 +165,7 @@ def fit_probe(
     """One map to the answers' (centred) unembedding for each of `last_states`."""
     parts = list(half_a.parts(CHUNK))
     seen = [last_states(model, part, subject) for part in parts]
-    want = answer_rows(model)[torch.tensor([p.answer for part in parts for p in part])]
+    want = answer_rows(model)[[p.answer for part in parts for p in part]]
     return [linear_map(torch.cat(x), want, ridge) for x in zip(*seen, strict=True)]
 
 
@@ -182,10 +182,10 @@ def probe(
     rows, readers = answer_rows(model), fit_probe(model, half_a, ridge)
     found: list[list[Tensor]] = [[] for _ in readers]
     for part in half_b.parts(CHUNK):
-        choices = collate(part).choices
+        choices = collate(part, model.device).choices
         for reader, x, out in zip(readers, last_states(model, part), found, strict=True):
             out.append(ranked_first(reader(x) @ rows.T, choices))
-    return torch.stack([torch.cat(f) for f in found])
+    return torch.stack([torch.cat(f) for f in found]).cpu()
 
 
 def ranking_margins(
@@ -204,7 +204,7 @@ def margins(
     model: LanguageModel, pairs: Sequence[Pair], among: dict[str, Tensor]
 ) -> Float[Tensor, " batch"]:
     """`ranking_margins` of what a model says."""
-    batch = collate(pairs)
+    batch = collate(pairs, model.device)
     return ranking_margins(model.last_logits(batch.clean, batch.last), pairs, among)
 
 
@@ -225,7 +225,7 @@ def gradient_transfer(model: LanguageModel, half_a: PairSet, half_b: PairSet) ->
     names, level = list(model.weights), 0.0
 
     def of(pairs: PairSet) -> list[Tensor]:
-        among = answer_tokens(pairs)
+        among = answer_tokens(pairs, model.device)
 
         def mean(part: list[Pair]) -> Tensor:
             nonlocal level

@@ -79,7 +79,8 @@ class Ablation:
         self.metric = METRICS[metric] if isinstance(metric, str) else metric
         self.n_pairs = len(pairs)
         mine = shard(pairs.pairs)
-        batches = list(PairSet(pairs.name, mine).batches(batch_size)) if mine else []
+        device = self.stream.model.device
+        batches = list(PairSet(pairs.name, mine).batches(batch_size, device)) if mine else []
         means = self._means(pairs, batch_size) if ablation == "mean" else None
         self.bases = [self._base(b, ablation, means) for b in batches]
         self._ends: tuple[float, float] | None = None
@@ -97,21 +98,24 @@ class Ablation:
         heads ``[heads, 1, pos, d_model]``."""
         longest = max(len(p.corrupt) for p in pairs)
         total: dict[str, Tensor] = {}
-        count = torch.zeros(longest)
+        count = torch.zeros(longest, device=self.stream.model.device)
         heads_at = {self.stream.z(i): i for i in range(self.stream.n_layers)}
-        for batch in pairs.batches(batch_size):
-            real = torch.arange(batch.corrupt.shape[1])[None] <= batch.last[:, None]
+        for batch in pairs.batches(batch_size, count.device):
+            real = (
+                torch.arange(batch.corrupt.shape[1], device=count.device)[None]
+                <= batch.last[:, None]
+            )
             count[: real.shape[1]] += real.sum(0)
             for name, seen in self._writes(batch).items():
                 layer = heads_at.get(name)
                 writes = seen if layer is None else self.stream.head_writes(layer, seen)
-                weighed = writes.float() * real[..., None].to(writes.device)
+                weighed = writes.float() * real[..., None]
                 summed = weighed.sum(-3, keepdim=True)
                 if name not in total:
                     total[name] = summed.new_zeros(*summed.shape[:-2], longest, summed.shape[-1])
                 total[name][..., : summed.shape[-2], :] += summed
         names = self.stream.writers()
-        return [total[n] / count[:, None].clamp_min(1).to(total[n].device) for n in names]
+        return [total[n] / count[:, None].clamp_min(1) for n in names]
 
     @torch.no_grad()
     def _base(self, batch: Batch, ablation: str, means: list[Tensor] | None) -> _Base:
@@ -126,7 +130,7 @@ class Ablation:
             return _Base(batch, seen[stream.input].float(), heads, mlps, clean)
         width = batch.clean.shape[1]
         if means is None:
-            none = torch.zeros(1, 1, 1, 1)
+            none = torch.zeros(1, 1, 1, 1, device=stream.model.device)
             values = [none[0], *(v for _ in range(stream.n_layers) for v in (none, none[0]))]
         else:
             values = [m[..., :width, :] for m in means]
@@ -142,7 +146,7 @@ class Ablation:
     def logits(self, base: _Base, edges: Edges) -> Float[Tensor, "batch vocab"]:
         """Last-position logits of the clean run of one batch with every edge outside ablated."""
         stream, graph = self.stream, self.graph
-        keep = torch.from_numpy(edges & graph.exists).float()
+        keep = torch.from_numpy(edges & graph.exists).float().to(stream.model.device)
         state = _Rebuilt(keep, len(graph.writers))
         hooks: list[tuple[str, Hook]] = [(stream.input, self._input(state, base))]
         for i in range(stream.n_layers):
@@ -242,13 +246,11 @@ class _Rebuilt:
     def start(self, value: Float[Tensor, "batch pos d"], base: Tensor) -> None:
         """The input writes first."""
         self.change = value.new_empty(self.n_writers, *value.shape)
-        self.keep = self.keep.to(value.device)
         self.base = torch.zeros_like(value)
         self.write(value[None], base[None])
 
     def write(self, values: Float[Tensor, "n batch pos d"], base: Tensor) -> None:
         """Some writers write; the ablated stream goes on with their ablated value."""
-        base = base.to(values.device)
         self.change[self.written : self.written + len(values)] = values - base
         self.written += len(values)
         self.base = self.base + base.sum(0)

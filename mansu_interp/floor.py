@@ -134,7 +134,7 @@ def floor(
     Raises:
         ConfigError: see `quantizer_set`.
     """
-    index = torch.arange(weight.numel()) if index is None else index
+    index = torch.arange(weight.numel(), device=weight.device) if index is None else index
     quantizers = [q for q in quantizer_set(survive) if q.touches(weight)] or [get_quantizer("nf4")]
     grids: list[tuple[torch.dtype, Cells]] = []
     for kind in dict.fromkeys((dtype, *narrow)):

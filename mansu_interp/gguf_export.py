@@ -58,7 +58,7 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0") -> None:
             target = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if target is None:
                 raise ModelError(f"{model.name}: GGUF has no name for the weight {name}.")
-            values = _converted(model, name, weight.detach().float()).contiguous().numpy()
+            values = _converted(model, name, weight.detach().float().cpu()).contiguous().numpy()
             stored = _stored_as(gguf, target, weight, kind)
             if stored == gguf.GGMLQuantizationType.F32:
                 writer.add_tensor(target, values)

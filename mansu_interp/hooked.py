@@ -41,6 +41,11 @@ class HookedModel:
         return self.bridge
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.bridge.parameters()).device
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """Every parameter by its TransformerLens name."""
         return dict(self.bridge.named_parameters())

@@ -48,7 +48,7 @@ def check_same_shape(original: LanguageModel, edited: LanguageModel) -> None:
 
 def changed_elements(before: LanguageModel, after: LanguageModel) -> dict[str, int]:
     """How many elements of each weight differ."""
-    return {n: int((w != after.weights[n]).sum()) for n, w in before.weights.items()}
+    return {n: int((w != after.weights[n].to(w.device)).sum()) for n, w in before.weights.items()}
 
 
 def _coded_names(model: LanguageModel) -> set[str]:
@@ -95,14 +95,14 @@ class Ledger:
         check_same_shape(original, edited)
         tensors: dict[str, Tensor] = {}
         coded = _coded_names(original)
-        for name, before in original.weights.items():
-            after = edited.weights[name]
+        for name, weight in original.weights.items():
+            before, after = weight.cpu(), edited.weights[name].cpu()
             index = (before != after).flatten().nonzero()[:, 0]
             if not len(index):
                 continue
             tensors[f"{name}|index"] = index.int()
-            for key, weight in (("old", before), ("new", after)):
-                tensors[f"{name}|{key}"] = weight.flatten()[index].to(edited.saved_dtype)
+            for key, whole in (("old", before), ("new", after)):
+                tensors[f"{name}|{key}"] = whole.flatten()[index].to(edited.saved_dtype)
             for q in map(get_quantizer, survive):
                 if name in coded and q.touches(before):
                     codes = [q.cells(w).codes[index] for w in (before, after)]
@@ -205,7 +205,8 @@ def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
         fits = new is not None and new.shape == index.shape and index.ndim == 1 and len(index)
         if new is None or not fits or not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ArtifactError(f"The ledger does not fit {original.name}: see {name}.")
-        edited.weights[name].view(-1)[index.long()] = new.float()
+        weight = edited.weights[name].view(-1)
+        weight[index.long().to(weight.device)] = new.float().to(weight.device)
     if weights_sha256(edited) != ledger.meta.get("edited_weights_sha256"):
         raise ArtifactError("The ledger's edits do not give the weights that it promises.")
     return edited

@@ -105,8 +105,8 @@ def subject_rows(
     weight = model.weights[model.embedding_name]
     own, width = torch.tensor(subject_tokens(pairs)), weight.shape[1]
     index = (own[:, None] * width + torch.arange(width)).flatten()
-    where = floor(weight, survive, model.saved_dtype, index)
-    return index[~(where.up.isnan() & where.down.isnan())]
+    where = floor(weight, survive, model.saved_dtype, index.to(model.device))
+    return index[~(where.up.isnan() & where.down.isnan()).cpu()]
 
 
 @dataclass(frozen=True)
@@ -267,14 +267,14 @@ def choose_parameters(
         score = gain / (damage + damping * damage.median().clamp_min(1e-30)).clamp_min(1e-30)
     limit = max(1, int(budget * model.n_parameters))
     n = min(POOL * limit, int((gain > 0).sum()))
-    chosen = torch.zeros(len(score), dtype=torch.bool)
+    chosen = torch.zeros_like(score, dtype=torch.bool)
     chosen[score.topk(n).indices] = True
     indices: dict[str, Tensor] = {}
     for (name, usable), picked in zip(
         places, chosen.split([len(u) for _, u in places]), strict=True
     ):
         if picked.any():
-            indices[name] = usable[picked]
+            indices[name] = usable[picked].cpu()
     indices |= besides or {}
     return Mask(
         indices,
@@ -307,7 +307,7 @@ def random_mask(model: LanguageModel, budget: float, seed: int = 0, survive: Set
     quantizers = quantizer_set(survive)
     generator = torch.Generator().manual_seed(seed)
     floors = [floor(model.weights[n], quantizers, model.saved_dtype) for n in model.linear_names]
-    movable = torch.cat([~(f.up.isnan() & f.down.isnan()) for f in floors])
+    movable = torch.cat([~(f.up.isnan() & f.down.isnan()).cpu() for f in floors])
     limit = max(1, int(budget * model.n_parameters))
     order = torch.randperm(len(movable), generator=generator)
     chosen = torch.zeros_like(movable)

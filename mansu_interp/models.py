@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .artifacts import expect, read_json
-from .errors import ModelError, ResourceError
+from .errors import ConfigError, ModelError, ResourceError
 from .graph import Architecture, Graph
 from .layout import linear_weights, turn, turn_back
 from .libraries import first_line, quiet
@@ -33,8 +34,13 @@ PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
 MAX_SIZE = 10**8
 """Largest whole number in a config.json."""
 MAX_LAYERS = 1000
+SMALL = 10**7
+"""Parameters below which ``auto`` stays on the CPU, which is faster then."""
 MIN_SHARED = 96
-"""Token positions that sharing a prefix must save to be worth a second forward call."""
+"""Token positions that sharing a prefix must save to be worth a second forward call on a CPU."""
+MIN_SHARED_WORK = 2.5e11
+"""The same on an accelerator, times the model's parameters: a call costs it some milliseconds,
+whatever is in it."""
 
 
 def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> int:
@@ -102,6 +108,11 @@ class LanguageModel:
         self.weights = {n: p.requires_grad_(False) for n, p in self.hf.named_parameters()}
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights lie, and so where it computes."""
+        return next(iter(self.weights.values())).device
+
+    @property
     def config(self) -> Any:
         """The Hugging Face configuration."""
         return self.hf.config
@@ -132,6 +143,11 @@ class LanguageModel:
     def n_parameters(self) -> int:
         """Parameters, tied ones counted once."""
         return sum(w.numel() for w in self.weights.values())
+
+    @cached_property
+    def _min_shared(self) -> float:
+        """Token positions that sharing a prefix must save."""
+        return MIN_SHARED if self.device.type == "cpu" else MIN_SHARED_WORK / self.n_parameters
 
     @cached_property
     def linear_names(self) -> list[str]:
@@ -191,7 +207,7 @@ class LanguageModel:
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch vocab"]:
         """Next-token logits at one position of each row (see `logits_at`)."""
-        return self.logits_at(tokens, torch.arange(len(tokens), device=tokens.device), last)
+        return self.logits_at(tokens, torch.arange(len(tokens)), last)
 
     def logits_at(
         self,
@@ -204,8 +220,9 @@ class LanguageModel:
         Tokens that all rows begin with (an instruction, few-shot examples) are computed once, and
         their keys and values shared: the same logits and gradients, several times faster.
         """
+        tokens, rows, at = (t.to(self.device) for t in (tokens, rows, at))
         common = _common_prefix(tokens, at)
-        if common * (len(tokens) - 1) < MIN_SHARED:
+        if common * (len(tokens) - 1) < self._min_shared:
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             return self._unembed(hidden[rows, at])
         from transformers import DynamicCache
@@ -229,12 +246,12 @@ class LanguageModel:
 
     def all_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits at every position."""
-        return self.hf(input_ids=tokens, use_cache=False).logits
+        return self.hf(input_ids=tokens.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
     def generate(self, prompt: str, max_new_tokens: int = 4) -> str:
         """Greedy continuation of a prompt, as text."""
-        ids = torch.tensor([self.encode(prompt)])
+        ids = torch.tensor([self.encode(prompt)], device=self.device)
         for _ in range(max_new_tokens):
             step = self.last_logits(ids, torch.tensor([ids.shape[1] - 1])).argmax(-1)
             ids = torch.cat([ids, step[:, None]], 1)
@@ -246,7 +263,7 @@ class LanguageModel:
         Unedited weights come back bit for bit: they were widened from that dtype.
         """
         with quiet():
-            out = copy.deepcopy(self.hf).to(self.saved_dtype)
+            out = copy.deepcopy(self.hf).to("cpu", self.saved_dtype)
             turn_back(out)
             out.config.dtype = self.saved_dtype
             out.save_pretrained(folder)
@@ -345,17 +362,46 @@ def empty_model(name: str | Path) -> LanguageModel:
     return LanguageModel(str(name), hf, None)
 
 
-def load_model(name: str | Path) -> LanguageModel:
+def pick_device(name: str | torch.device) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``, or whatever else torch has; ``auto`` is
+    CUDA where there is one (of several processes on one machine each takes its own), else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        )
+    try:
+        found = torch.empty(0, device=torch.device(name)).device
+        if found.type == "meta":
+            raise RuntimeError("it computes nothing.")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"There is no device {str(name)!r} here: {first_line(error)} Give auto, cpu, or cuda "
+            "where there is one."
+        ) from error
+    return found
+
+
+def load_model(name: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     """Load an embedded model, a local Hugging Face folder, or a model of the hub, in float32.
 
     Arguments:
         name: embedded name (see `embedded_models`), folder, or ``owner/name`` on the hub. Only a
             hub name may touch the network.
+        device: where it computes, as in `pick_device`; ``auto`` leaves a model below ten million
+            parameters on the CPU, as `SMALL` says.
 
     Raises:
+        ConfigError: no such device.
         ModelError: unknown name, unreachable hub (within 5 s), no safetensors, or a checkpoint
             that is already packed to 4 or 8 bits.
     """
+    target = pick_device(device)
     place = _locate(str(name))
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -382,6 +428,8 @@ def load_model(name: str | Path) -> LanguageModel:
             hf = AutoModelForCausalLM.from_pretrained(
                 place, dtype=torch.float32, use_safetensors=True, **kwargs
             ).eval()
+            small = device == "auto" and hf.num_parameters() < SMALL
+            hf.to(torch.device("cpu") if small else target)  # pyright: ignore[reportArgumentType]
             tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
         except Exception as error:  # the libraries below trip over damaged files in many ways
             if is_out_of_memory(error):

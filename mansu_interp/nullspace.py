@@ -74,11 +74,12 @@ def fisher_diagonal(
 
     def nll(batch: Batch) -> Tensor:
         logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
-        label = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+        # Drawn on the CPU: the same labels wherever the model computes.
+        label = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
         return -logp.gather(1, label).sum()
 
     vocabulary = len(model.hf.get_output_embeddings().weight)
-    for k, batch in enumerate(pairs.batches(batch_size)):
+    for k, batch in enumerate(pairs.batches(batch_size, model.device)):
         if k % world_size() != rank():  # another's: draw as many random numbers as its labels take
             torch.multinomial(torch.ones(len(batch), vocabulary), 1, generator=generator)
             continue
@@ -177,7 +178,7 @@ def retain_bound(
         logp = of.last_logits(batch.clean, batch.last).log_softmax(-1)
         return -logp.gather(1, batch.answer[:, None]).sum() / len(pairs)
 
-    batches = list(pairs.batches(16))
+    batches = list(pairs.batches(16, model.device))
     with torch.no_grad():
         change = sum(float(loss(edited, b) - loss(model, b)) for b in batches)
     if not names:

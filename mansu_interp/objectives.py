@@ -37,13 +37,15 @@ class CounterfactualTargets:
             few = PairSet(first.relation, tuple(group)).sample(TARGET_PROMPTS, seed)
             with torch.no_grad():
                 probabilities = [
-                    model.last_logits(b.corrupt, b.last).softmax(-1) for b in few.batches(32)
+                    model.last_logits(b.corrupt, b.last).softmax(-1)
+                    for b in few.batches(32, model.device)
                 ]
             mean = torch.cat(probabilities).mean(0)
-            answers, counts = torch.tensor([p.answer for p in group]).unique(return_counts=True)
-            mean[answers] = mean[answers].sum() * (counts / len(group)).to(mean)
+            given = torch.tensor([p.answer for p in group], device=model.device)
+            answers, counts = given.unique(return_counts=True)
+            mean[answers] = mean[answers].sum() * (counts / len(group))
             self.by_phrasing[first.relation, first.phrasing] = mean
-        self.answers = answer_tokens(pairs)
+        self.answers = answer_tokens(pairs, model.device)
 
     def __call__(self, pair: Pair) -> Float[Tensor, " vocab"]:
         """Target distribution of a pair's phrasing."""
@@ -57,7 +59,7 @@ class CounterfactualTargets:
 def log_probs(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, "batch vocab"]:
     """Log-probabilities (nats) of the token that follows each clean prompt: of an answer of several
     tokens, the deciding one."""
-    batch = collate(pairs)
+    batch = collate(pairs, model.device)
     return model.last_logits(batch.clean, batch.last).log_softmax(-1)
 
 
@@ -114,7 +116,7 @@ def token_nll(model: LanguageModel, laid: Laid) -> Float[Tensor, " tokens"]:
 
 def nll(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, " batch"]:
     """Negative log-likelihood of each pair's answer (nats), summed over its tokens."""
-    laid = lay_answers(pairs)
+    laid = lay_answers(pairs, model.device)
     return laid.sums(token_nll(model, laid))
 
 

@@ -25,6 +25,7 @@ from .errors import TaskError
 N_CHOICES = 4
 CALIBRATION_TEXTS, CALIBRATION_PROMPTS = 32, 512
 Tokens = tuple[int, ...]
+Device = torch.device | str
 
 
 def clash(one: Tokens, other: Tokens) -> bool:
@@ -179,21 +180,21 @@ class Batch:
         return len(self.last)
 
 
-def _pad(rows: Sequence[Tokens]) -> Int[Tensor, "batch pos"]:
+def _pad(rows: Sequence[Tokens], device: Device) -> Int[Tensor, "batch pos"]:
     """Rows padded on the right with token 0 (causal attention never looks there)."""
     width = max(map(len, rows))
-    return torch.tensor([row + (0,) * (width - len(row)) for row in rows])
+    return torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=device)
 
 
-def collate(pairs: Sequence[Pair]) -> Batch:
-    """Stack pairs, padding on the right."""
+def collate(pairs: Sequence[Pair], device: Device = "cpu") -> Batch:
+    """Stack pairs on a device, padding on the right."""
     return Batch(
-        _pad([p.clean for p in pairs]),
-        _pad([p.corrupt for p in pairs]),
-        torch.tensor([len(p.clean) - 1 for p in pairs]),
-        torch.tensor([p.answer for p in pairs]),
-        torch.tensor([p.counterfactual for p in pairs]),
-        torch.tensor([p.choices for p in pairs]),
+        _pad([p.clean for p in pairs], device),
+        _pad([p.corrupt for p in pairs], device),
+        torch.tensor([len(p.clean) - 1 for p in pairs], device=device),
+        torch.tensor([p.answer for p in pairs], device=device),
+        torch.tensor([p.counterfactual for p in pairs], device=device),
+        torch.tensor([p.choices for p in pairs], device=device),
     )
 
 
@@ -218,20 +219,20 @@ class Laid:
         return torch.bincount(self.row)
 
 
-def lay(questions: Sequence[Tokens], answers: Sequence[Tokens]) -> Laid:
+def lay(questions: Sequence[Tokens], answers: Sequence[Tokens], device: Device = "cpu") -> Laid:
     """Lay answers behind questions, for all tokens of each answer in one forward pass."""
     each = list(zip(questions, answers, strict=True))
     return Laid(
-        _pad([q + a[:-1] for q, a in each]),
-        torch.tensor([k for k, (_, a) in enumerate(each) for _ in a]),
-        torch.tensor([len(q) - 1 + j for q, a in each for j in range(len(a))]),
-        torch.tensor([token for a in answers for token in a]),
+        _pad([q + a[:-1] for q, a in each], device),
+        torch.tensor([k for k, (_, a) in enumerate(each) for _ in a], device=device),
+        torch.tensor([len(q) - 1 + j for q, a in each for j in range(len(a))], device=device),
+        torch.tensor([token for a in answers for token in a], device=device),
     )
 
 
-def lay_answers(pairs: Sequence[Pair]) -> Laid:
+def lay_answers(pairs: Sequence[Pair], device: Device = "cpu") -> Laid:
     """Each pair's own answer behind its question."""
-    return lay([p.question for p in pairs], [p.answers[0] for p in pairs])
+    return lay([p.question for p in pairs], [p.answers[0] for p in pairs], device)
 
 
 def by_phrasing(pairs: Sequence[Pair]) -> list[list[Pair]]:
@@ -242,12 +243,14 @@ def by_phrasing(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
-def answer_tokens(pairs: Sequence[Pair]) -> dict[str, Int[Tensor, " answers"]]:
+def answer_tokens(
+    pairs: Sequence[Pair], device: Device = "cpu"
+) -> dict[str, Int[Tensor, " answers"]]:
     """The different answers of each relation among some pairs, ascending."""
     answers: dict[str, set[int]] = {}
     for pair in pairs:
         answers.setdefault(pair.relation, set()).add(pair.answer)
-    return {relation: torch.tensor(sorted(tokens)) for relation, tokens in answers.items()}
+    return {r: torch.tensor(sorted(tokens), device=device) for r, tokens in answers.items()}
 
 
 def chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
@@ -281,9 +284,9 @@ class PairSet(Sequence[Pair]):
         for group in [*(g for g in groups if len(g) >= size), rest]:
             yield from chunks(group, size)
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """The same as tensors."""
-        return map(collate, self.parts(size))
+    def batches(self, size: int, device: Device = "cpu") -> Iterator[Batch]:
+        """The same as tensors on a device."""
+        return (collate(part, device) for part in self.parts(size))
 
     def sample(self, n: int, seed: int) -> PairSet:
         """At most ``n`` pairs, drawn evenly over phrasings."""

@@ -47,6 +47,8 @@ from .viz import circuit_svg, erasure_view
 OnProgress = Callable[[str, int, int], None]
 QUANTIZER = "nf4"
 SAMPLES = 8
+PLACE = ("out", "threads", "device")
+"""Settings of a run that say where and how fast, not what."""
 GRAPH_LIMIT = 1500
 """Edges that the report's graph holds; all else in report.json is a few kilobytes."""
 
@@ -73,7 +75,7 @@ def _options(config: RunConfig, usual: RunConfig) -> list[str]:
             name = f"{prefix}{item.name}".replace("_", "-")
             if is_dataclass(value):
                 add(f"{prefix}{item.name}.", value, default)
-            elif (value != default or item.name == "model") and item.name not in ("out", "threads"):
+            elif (value != default or item.name == "model") and item.name not in PLACE:
                 if isinstance(value, bool):
                     no = "" if value else "no-"
                     words.append(f"--{prefix}{no}{item.name}".replace("_", "-"))
@@ -181,7 +183,8 @@ def run(
 ) -> RunResult:
     """Run the whole job and write every artefact; go on with one that was killed.
 
-    Whenever it was killed, the files end up the same byte for byte, ``seconds.json`` apart.
+    Whenever it was killed, the files end up the same byte for byte, ``seconds.json`` apart, if it
+    went on on the same kind of device.
 
     Inside a ``torch.distributed`` process group the processes share discovery, the mask and
     unlearning, and the first one writes; all need to see the same folder.
@@ -202,7 +205,7 @@ def run(
     quantizer_set(config.unlearn.survive)
     for name in config.quantizers:
         get_quantizer(name)
-    model = load_model(config.model)
+    model = load_model(config.model, config.device)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
@@ -300,7 +303,7 @@ def _edit(
                 result.model.save(partial)
         first_says(True)
     place.unlink(missing_ok=True)
-    edited = load_model(folder)  # everything is measured on the checkpoint as saved
+    edited = load_model(folder, model.device)  # everything is measured on the checkpoint as saved
     file = out / "ledger.safetensors"
     if missing(file):
         if writes:
@@ -346,7 +349,7 @@ def _measure(
     clock.lap("evaluate")
 
     compared = {k: models[k] for k in ("unlearned", f"unlearned {QUANTIZER}")}
-    twin = first_twin(task, config.model)
+    twin = first_twin(task, model)
     graphs: dict[str, Attribution] = {}
     cad = compare(
         circuit,

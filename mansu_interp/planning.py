@@ -138,12 +138,13 @@ def _tokens(pairs: Sequence[Pair]) -> float:
 def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     """Estimate a run by timing one small batch of it."""
     sample = task.forget.sample(CHUNK, config.seed)
-    batch = next(sample.batches(CHUNK))
+    batch = next(sample.batches(CHUNK, model.device))
     start = time.perf_counter()
     with torch.no_grad():
         for _ in range(2):  # the first warms up
             start = time.perf_counter()
-            model.hf.base_model(input_ids=batch.clean, use_cache=False)
+            hidden = model.hf.base_model(input_ids=batch.clean, use_cache=False)[0]
+            hidden[0, 0, 0].item()  # waits until it is computed
     forward = (time.perf_counter() - start) / batch.clean.numel()
     c, u = config.circuit, config.unlearn
     length = sum(len(p.clean) for p in task.forget) / len(task.forget)
@@ -176,6 +177,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     memory = model.n_parameters * 4 * copies / 1e9 + 0.6
     seconds = OVERHEAD * total * forward
     edits = int(config.budget * model.n_parameters)
+    on_cpu = model.device.type == "cpu"
+    where = f"{torch.get_num_threads()} CPU threads" if on_cpu else str(model.device)
     lines = [
         f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
         f"task     {task.name}: {task.title}",
@@ -184,8 +187,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
         f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",
         f"edit     at most {edits:,} parameters ({config.budget:.2%}), "
         f"{u.steps} steps of {u.method}",
-        f"cost     about {max(1, round(seconds / 60))} min and {memory:.1f} GB on "
-        f"{torch.get_num_threads()} CPU threads",
+        f"cost     about {max(1, round(seconds / 60))} min and {memory:.1f} GB on {where}",
         f"output   {config.out}",
     ]
     return Plan(lines, seconds, memory)

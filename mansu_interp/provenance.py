@@ -55,6 +55,7 @@ def provenance(
         "task_sha256": task.sha256 if task else "",
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "seed": seed,
+        "device": model.device.type,
         "versions": versions(),
     }
 

@@ -31,7 +31,7 @@ def deciding(settings: Any) -> Any:
     def without(given: Any, *names: str) -> Any:
         return {k: v for k, v in given.items() if k not in names} if isinstance(given, dict) else 0
 
-    out = without(settings, "out", "by_layer")
+    out = without(settings, "out", "by_layer", "device")
     return out and {**out, "circuit": without(out.get("circuit"), "batch_size", "memory_gb")}
 
 

@@ -66,9 +66,10 @@ def _options_of_whole(
     before it, so nothing need be generated.
     """
     scores, top1 = [], torch.empty(0)
-    normalise = torch.tensor([bool(p.whole and p.whole.normalise) for p in pairs])
+    whole = [bool(p.whole and p.whole.normalise) for p in pairs]
+    normalise = torch.tensor(whole, device=model.device)
     for k, answers in enumerate(zip(*(p.answers for p in pairs), strict=True)):
-        laid = lay([p.question for p in pairs], answers)
+        laid = lay([p.question for p in pairs], answers, model.device)
         logp = model.logits_at(laid.tokens, laid.row, laid.at).log_softmax(-1)
         if k == 0:
             top1 = laid.sums((logp.argmax(-1) == laid.want).long()) == laid.lengths
@@ -87,7 +88,7 @@ def _options(
         starts = range(0, len(pairs), WHOLE_BATCH)
         found = [_options_of_whole(model, pairs[i : i + WHOLE_BATCH]) for i in starts]
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
-    batch = collate(pairs)
+    batch = collate(pairs, model.device)
     logits = model.last_logits(batch.clean, batch.last)
     return logits.argmax(-1) == batch.answer, logits.gather(1, batch.choices)
 
@@ -125,7 +126,7 @@ def known(model: LanguageModel, pairs: PairSet) -> PairSet | None:
     for group in by_phrasing(pairs):
         for part in chunks(group, BATCH):
             _, chosen = right(model, part)
-            out += [pair for pair, ok in zip(part, chosen, strict=True) if ok]
+            out += [pair for pair, ok in zip(part, chosen.cpu(), strict=True) if ok]
     return PairSet(pairs.name, tuple(out)) if out else None
 
 
@@ -134,7 +135,7 @@ def perplexity(model: LanguageModel, text: Sequence[tuple[int, ...]], window: in
     """exp of the mean next-token loss over the first ``window`` tokens of each paragraph."""
     total, count = 0.0, 0
     for row in text:
-        tokens = torch.tensor([row[:window]])
+        tokens = torch.tensor([row[:window]], device=model.device)
         logp = model.all_logits(tokens)[0, :-1].log_softmax(-1)
         total -= float(logp.gather(1, tokens[0, 1:, None]).sum())
         count += tokens.shape[1] - 1

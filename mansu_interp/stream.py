@@ -192,7 +192,7 @@ class Stream:
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch vocab"]:
         """Logits at the last real position, in float32; no other position is unembedded."""
-        device = next(iter(self.model.weights.values())).device
+        device = self.model.device
         rows = torch.arange(len(last))
 
         def last_only(hidden: Tensor, hook: object) -> Tensor:

@@ -255,7 +255,8 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
     )
 
 
-def first_twin(task: Task, model: str) -> LanguageModel | None:
+def first_twin(task: Task, model: LanguageModel) -> LanguageModel | None:
     """The first model that was never taught what a task forgets; None where none ships that fits
-    ``model`` (as in `RunConfig`)."""
-    return load_model(task.twins[0]) if task.twins and is_embedded(model) else None
+    ``model``, on its device."""
+    fits = task.twins and is_embedded(model.name)
+    return load_model(task.twins[0], model.device) if fits else None

@@ -41,8 +41,9 @@ def write_tensors(
     """
     header = {"schema": schema, **meta, "sha256": tensors_sha256(tensors)}
     text = json.dumps(finite(header), allow_nan=False)
+    here = {n: t.detach().cpu() for n, t in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {f"mansu_{kind}": text})
+        save_file(here, temporary, {f"mansu_{kind}": text})
 
 
 def read_tensors(path: Path, kind: str, schema: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

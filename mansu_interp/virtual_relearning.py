@@ -73,10 +73,10 @@ def _flows(
 
             module = model.hf.get_submodule(name.removesuffix(".weight"))
             stack.callback(module.register_forward_hook(keep).remove)
-        batch = collate(pairs)
+        batch = collate(pairs, model.device)
         found = ranking_margins(last_logits(model, batch), pairs, among)
     grads = torch.autograd.grad(found.sum(), [outputs[n] for n in names])
-    real = torch.arange(batch.clean.shape[1]) <= batch.last[:, None]
+    real = torch.arange(batch.clean.shape[1], device=model.device) <= batch.last[:, None]
     return found.detach(), [inputs[n][real] for n in names], [g[real] for g in grads]
 
 
@@ -110,7 +110,8 @@ def tangent_kernel(
     lengths = torch.tensor([len(p.clean) for p in ordered])
     owner = torch.repeat_interleave(torch.eye(len(pairs)), lengths, 0)  # [tokens, prompts]
     starts = [0, *lengths.cumsum(0).tolist()]
-    upper, levels = torch.zeros(len(pairs), len(pairs)), torch.zeros(len(pairs))
+    owner = owner.to(model.device)
+    upper, levels = owner.new_zeros(len(pairs), len(pairs)), owner.new_zeros(len(pairs))
     for names in _groups(model, len(owner)):
         parts = [ordered[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)]
         found = [_flows(model, names, part, among) for part in parts]
@@ -124,21 +125,23 @@ def tangent_kernel(
                 some = (x[rows] @ x[rest:].T) * (g[rows] @ g[rest:].T)
                 upper[k : k + ROWS, k:] += owner[rows, k : k + ROWS].T @ some @ owner[rest:, k:]
     kernel = upper.triu() + upper.triu(1).T
-    back = torch.tensor(order).argsort()
+    back = torch.tensor(order, device=model.device).argsort()
     return kernel[back][:, back], levels[back]
 
 
 def _step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
     """One damped Gauss-Newton step on half A, in place (see the module)."""
-    pairs, among = list(half_a), answer_tokens(half_a)
+    pairs, among = list(half_a), answer_tokens(half_a, model.device)
     parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
 
     def missing(part: Sequence[Pair], levels: Tensor) -> Float[Tensor, " batch"]:
         """How much margins lack to certainty (nats)."""
-        return torch.tensor([math.log(len(among[p.relation])) for p in part]) - levels
+        certain = [math.log(len(among[p.relation])) for p in part]
+        return torch.tensor(certain, device=model.device) - levels
 
     kernel, levels = tangent_kernel(model, pairs, among)
-    damped = kernel + max(damping * float(kernel.diagonal().mean()), 1e-30) * torch.eye(len(pairs))
+    identity = torch.eye(len(pairs), device=model.device)
+    damped = kernel + max(damping * float(kernel.diagonal().mean()), 1e-30) * identity
     share = dict(zip(pairs, torch.linalg.solve(damped, missing(pairs, levels)), strict=True))
 
     def weighed(part: list[Pair]) -> Tensor:

@@ -94,7 +94,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Quantize and de-quantize with the library itself; float32."""
+        """Quantize and de-quantize with the library itself; float32, on the CPU alone."""
 
     def touches(self, weight: Float[Tensor, "out in"]) -> bool:
         """Whether the library quantizes a linear layer of this shape, or leaves it alone."""
@@ -112,6 +112,12 @@ def grouped(weight: Float[Tensor, "out in"], size: int) -> Float[Tensor, "groups
     return weight.detach().float().contiguous().view(-1, size)
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """``x / by``, the same on every device: CUDA multiplies by the reciprocal of a plain number,
+    which sends some values to another code."""
+    return x / x.new_tensor(by)
+
+
 def affine(
     codes: Tensor,
     scale: Tensor,
@@ -123,4 +129,6 @@ def affine(
 ) -> Cells:
     """Cells from ``[groups, size]`` codes and setters and ``[groups, 1]`` parameters."""
     flat = [t.float().expand_as(codes).flatten() for t in (scale, offset, lowest, highest)]
-    return Cells(codes.long().flatten(), flat[0], sets.flatten(), levels, *flat[1:])
+    return Cells(
+        codes.long().flatten(), flat[0], sets.flatten(), levels.to(codes.device), *flat[1:]
+    )

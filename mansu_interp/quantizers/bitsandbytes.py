@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..libraries import quiet
-from .base import Cells, Quantizer, affine
+from .base import Cells, Quantizer, affine, divided
 
 
 @lru_cache
@@ -69,10 +69,10 @@ class FourBit(Quantizer):
         scaled = blocks * (1 / floor)
         if n % size:  # the library divides in the last, partial block
             scaled[-1] = blocks[-1] / floor[-1]
-        codes = torch.bucketize(scaled.clamp(-1, 1), self.boundaries)
+        codes = torch.bucketize(scaled.clamp(-1, 1), self.boundaries.to(scaled.device))
         sets = blocks.abs() == absmax
         whole = affine(codes, absmax, absmax * 0, self.levels, sets, -absmax, absmax)
-        return whole[torch.arange(n)] if n % size else whole
+        return whole[torch.arange(n, device=flat.device)] if n % size else whole
 
     def round_trip(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """See `Quantizer.round_trip`.
@@ -108,7 +108,7 @@ class Int8(Quantizer):
         codes = torch.round(half * (127.0 / safe)) + 127
         levels = torch.arange(-127.0, 128.0)
         sets = half.abs().float() == absmax
-        return affine(codes, absmax / 127, absmax * 0, levels, sets, -absmax, absmax)
+        return affine(codes, divided(absmax, 127), absmax * 0, levels, sets, -absmax, absmax)
 
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """See `Quantizer.round_trip`."""

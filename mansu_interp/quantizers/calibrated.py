@@ -115,7 +115,7 @@ def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dic
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.enable_grad():
             rounder = package.AutoRound(
-                copy.deepcopy(model.hf),
+                copy.deepcopy(model.hf).to("cpu"),
                 model.tokenizer,
                 scheme="W4A16",
                 alg_configs={"awq": "awq", "autoround": "auto_round"}[kind.algorithm],
@@ -134,7 +134,7 @@ def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dic
     layers: dict[str, Any] = dict(hf.named_modules())
     fitted: dict[str, Quantizer] = {}
     for name, value in hf.named_parameters():
-        original, restored = model.weights[name].float(), value.detach().float()
+        original, restored = model.weights[name].float().cpu(), value.detach().float()
         scale = getattr(layers[name.rpartition(".")[0]], "scale", None)
         if scale is not None and name.endswith(".weight"):
             fitted[name] = Fitted(restored, _cells(original, restored, scale))

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..libraries import library
-from .base import Cells, Quantizer, affine, grouped
+from .base import Cells, Quantizer, affine, divided, grouped
 
 GROUP = 32
 
@@ -35,13 +35,13 @@ class Gguf(Quantizer):
         absmax = x.abs().amax(1, keepdim=True)
         if self.name == "q4_1":
             low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-            d = (high - low) / 15
+            d = divided(high - low, 15)
             codes = torch.floor((x - low) * _inverse(d) + 0.5).clamp(0, 15)
             sets = (x == low) | (x == high)
             return affine(codes, d, low, torch.arange(16.0), sets, low, high)
         sets = x.abs() == absmax
         if self.name == "q8_0":
-            d = absmax / 127
+            d = divided(absmax, 127)
             scaled = x * _inverse(d)
             whole = scaled.abs().floor()
             codes = scaled.sign() * (whole + torch.floor(2 * (scaled.abs() - whole))) + 127

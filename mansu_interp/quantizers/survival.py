@@ -34,7 +34,7 @@ def quantize(
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     copy = model.copy()
     for name, layer in quantizer.fit(model, calibration).items():
-        copy.weights[name].copy_(layer.round_trip(model.weights[name]))
+        copy.weights[name].copy_(layer.round_trip(model.weights[name].cpu()))
     return copy
 
 
@@ -81,7 +81,7 @@ def survival(
         names = before.linear_names
         layers = [quantizer.fit(model, calibration) for model in (before, after)]
     for name in names:
-        a, b = before.weights[name], after.weights[name]
+        a, b = before.weights[name].cpu(), after.weights[name].cpu()
         moved = (a != b).flatten()
         first, second = (found.get(name) for found in layers)
         # The same quantizer gives the same weight the same codes; a calibrated one need not.

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..libraries import library
-from .base import Cells, Quantizer, affine, grouped
+from .base import Cells, Quantizer, affine, divided, grouped
 
 TINY = torch.finfo(torch.float32).smallest_normal
 
@@ -46,19 +46,19 @@ class Int4(Quantizer):
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         if self.rule == "sym":
             absmax = x.abs().amax(1, keepdim=True)
-            scale = (absmax / 7.5).clamp(min=TINY)
+            scale = divided(absmax, 7.5).clamp(min=TINY)
             codes = (torch.round(x * (1.0 / scale)) + 8).clamp(0, 15)
             return affine(
                 codes, scale, scale * 0, torch.arange(-8.0, 8.0), x.abs() == absmax, -absmax, absmax
             )
         sets = (x == low) | (x == high)
         if self.rule == "tinygemm":
-            scale = ((high - low) / 15).clamp(min=TINY)
+            scale = divided(high - low, 15).clamp(min=TINY)
             zero = low + scale * 8
             codes = torch.round((x - (zero - scale * 8)) / scale).clamp(0, 15)
             return affine(codes, scale, low, torch.arange(16.0), sets, low, high)
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = ((high - low) / 15).clamp(min=TINY)
+        scale = divided(high - low, 15).clamp(min=TINY)
         zero = (-torch.round(low / scale)).clamp(0, 15)
         codes = (torch.round(x * (1.0 / scale)) + zero).clamp(0, 15)
         sets = (x == low) | (x == high)

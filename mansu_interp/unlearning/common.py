@@ -65,8 +65,7 @@ def mean_gradient(
 def arithmetic(model: LanguageModel, config: UnlearnConfig) -> torch.autocast:
     """The context in which a loss is computed, as ``config.precision`` says. One for each loss: the
     low copies of the weights that it holds would go stale with a step."""
-    device = next(iter(model.weights.values())).device.type
-    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 class Sampler:
@@ -180,7 +179,7 @@ def retain_loss(
     HOLD_MARGIN - log p_student(answer)), on the prompts whose answer the teacher ranks above
     its distractors, pulls from the first step on, against what a forget step would take along.
     """
-    laid = lay_answers(pairs)
+    laid = lay_answers(pairs, student.device)
     with torch.no_grad():
         want = teacher.logits_at(laid.tokens, laid.row, laid.at)
     got = student.logits_at(laid.tokens, laid.row, laid.at)
@@ -189,7 +188,7 @@ def retain_loss(
         if any(p.whole for p in pairs):
             known = right(teacher, pairs)[1]
         else:  # the logits are at hand
-            known = ranked_first(want, collate(pairs).choices)
+            known = ranked_first(want, collate(pairs, student.device).choices)
         answer = laid.want[:, None]
         lost = want.log_softmax(-1).gather(1, answer) - got.log_softmax(-1).gather(1, answer)
         loss = loss + hold * ((laid.sums(lost[:, 0]) + HOLD_MARGIN).relu() * known).mean()

@@ -32,7 +32,7 @@ def _preferring(
     def ratio(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         """log p(win) - log p(lose) per pair."""
         if any(p.whole for p in pairs):
-            laid = lay([p.question for p in pairs], [winner(p) for p in pairs])
+            laid = lay([p.question for p in pairs], [winner(p) for p in pairs], student.device)
             return nll(student, pairs) - laid.sums(token_nll(student, laid))
         # One token each: one forward pass gives both.
         logp, rows = log_probs(student, pairs), range(len(pairs))

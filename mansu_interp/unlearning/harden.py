@@ -94,7 +94,8 @@ class Attacker:
     ) -> tuple[list[Tensor], float]:
         """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
         attack = self.draw()
-        victim, among = self.attacked(student, attack), answer_tokens(attack.unseen)
+        victim = self.attacked(student, attack)
+        among = answer_tokens(attack.unseen, student.device)
 
         def loss(part: list[Pair]) -> Tensor:
             with arithmetic(victim, self.config):

@@ -71,9 +71,10 @@ class Snapper:
         self.latents: dict[str, _Latent] = {}
         self.power = 0.0
         self.limit = mask.limit
-        inside = [fisher[n].flatten()[i] for n, i in mask.indices.items()] if fisher else []
+        indices = {n: i.to(model.device) for n, i in mask.indices.items()}
+        inside = [fisher[n].flatten()[i] for n, i in indices.items()] if fisher else []
         typical = float(torch.cat(inside).median()) if inside else 0.0
-        for name, index in mask.indices.items():
+        for name, index in indices.items():
             where = floor(model.weights[name], survive, model.saved_dtype, index)
             original = model.weights[name].flatten()[index].clone()
             scale = where.span

@@ -70,7 +70,7 @@ class Reader:
         mean over prompts, stages and both positions of max(0, `standing`)."""
         drawn = self.draw()
         rows, readers = answer_rows(student), fit_probe(student, drawn.train, subject=True)
-        among = answer_tokens(drawn.unseen)
+        among = answer_tokens(drawn.unseen, student.device)
 
         def loss(part: list[Pair]) -> Tensor:
             read = [

@@ -23,7 +23,7 @@ def layer_output(
     model: LanguageModel, pairs: Sequence[Pair], layer: int
 ) -> Float[Tensor, "batch d_model"]:
     """The residual stream after a layer where the answer is predicted."""
-    batch = collate(pairs)
+    batch = collate(pairs, model.device)
     states = model.hf.base_model(
         input_ids=batch.clean, output_hidden_states=True, use_cache=False
     ).hidden_states
@@ -33,7 +33,7 @@ def layer_output(
 def target(model: LanguageModel, scale: float, seed: int) -> Float[Tensor, " d_model"]:
     """c x a random unit vector: uniform entries in [0, 1), as the authors draw them."""
     random = torch.rand(model.d_model, generator=torch.Generator().manual_seed(seed))
-    return scale * random / random.norm()
+    return (scale * random / random.norm()).to(model.device)
 
 
 def rmu(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:

@@ -23,7 +23,7 @@ def satimp(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective
     powers = config.baseline.satimp_beta1, config.baseline.satimp_beta2
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-        laid = lay_answers(pairs)
+        laid = lay_answers(pairs, student.device)
         losses = token_nll(student, laid)
         p = (-losses).exp().detach()
         return -laid.sums(p ** powers[0] * (1 - p) ** powers[1] * losses).mean()

@@ -23,7 +23,7 @@ def simnpo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective
     beta, delta = config.baseline.simnpo_beta, config.baseline.simnpo_delta
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-        laid = lay_answers(pairs)
+        laid = lay_answers(pairs, student.device)
         per_token = laid.sums(token_nll(student, laid)) / laid.lengths
         return -(2 / beta) * logsigmoid(beta * (per_token - delta)).mean()
 

@@ -22,7 +22,7 @@ def undial(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective
     """
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-        laid = lay_answers(pairs)
+        laid = lay_answers(pairs, student.device)
         where = laid.tokens, laid.row, laid.at
         with torch.no_grad():
             # Logits up to a constant that softmax ignores.

@@ -22,7 +22,7 @@ def wga(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     """
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
-        laid = lay_answers(pairs)
+        laid = lay_answers(pairs, student.device)
         losses = token_nll(student, laid)
         weighed = (-losses).exp().detach() ** config.baseline.wga_beta * losses
         return -laid.sums(weighed).mean()

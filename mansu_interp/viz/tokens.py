@@ -112,8 +112,8 @@ def attention_patterns(
             recorder = Recorder()
             hook = f"blocks.{layer}.attn.hook_pattern"
             with model.bridge.hooks(fwd_hooks=recorder.on([hook])):
-                model.bridge(tokens, return_type=None)
-            pattern = recorder.seen[hook][0, head].detach().float()
+                model.bridge(tokens.to(model.device), return_type=None)
+            pattern = recorder.seen[hook][0, head].detach().float().cpu()
             texts = [decode(int(t)) for t in tokens[0]]
             panels.append(
                 (
@@ -155,7 +155,7 @@ def token_log_probs(models: Mapping[str, LanguageModel], pair: Pair, top: int = 
         )
         for which, tokens, answer in ends:
             row = tokens[0].new_tensor([*tokens[0].tolist(), answer])
-            found = model.all_logits(row[None])[0].detach().float().log_softmax(-1)
+            found = model.all_logits(row[None])[0].detach().float().log_softmax(-1).cpu()
             drawn = logits.token_log_probs(row, found, _decoder(model), top_k=top)
             panels.append((f"{name}, {which}", drawn))
             text = model.tokenizer.decode([answer])

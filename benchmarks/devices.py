@@ -1,0 +1,96 @@
+"""What an accelerator gains: the same work on the CPU and on CUDA, as ratios within one run.
+
+    python benchmarks/devices.py [--device cuda] [--threads 16]
+
+The model has SmolLM2-135M's shape and random weights; there are 8 pairs of 30 tokens. Each timing
+is the mean of two after a first that warms up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from attribution import make_pairs
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mansu_interp.attribution import attribute
+from mansu_interp.config import AttributionConfig
+from mansu_interp.floor import floor
+from mansu_interp.models import LanguageModel, pick_device
+from mansu_interp.nullspace import fisher_diagonal
+from mansu_interp.objectives import answer_gradient
+from mansu_interp.relearning import descend, make_optimiser
+
+TOKENS, PAIRS = 30, 8
+LAYER = 7
+"""Linear weights of a layer."""
+SET = ("nf4", "fp4", "int4-g32", "q4_0")
+
+
+def make_model(device: torch.device) -> LanguageModel:
+    """SmolLM2-135M's shape, random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50257,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    )
+    return LanguageModel("smollm2-shape", LlamaForCausalLM(config).eval().to(device), None)
+
+
+def jobs(device: torch.device) -> dict[str, Callable[[], object]]:
+    """What is timed."""
+    model, pairs = make_model(device), make_pairs(TOKENS, PAIRS)
+    victim = model.copy()
+    weights = list(victim.weights.values())
+    optimiser = make_optimiser("adam", weights, 1e-6)
+    return {
+        "attribution (EAP-IG, 5 steps)": lambda: attribute(model, pairs, AttributionConfig()),
+        "forget gradient of the mask": lambda: answer_gradient(model, model.linear_names, pairs),
+        "diagonal Fisher": lambda: fisher_diagonal(model, model.linear_names, pairs),
+        "floor of one layer, four quantizers": lambda: [
+            floor(model.weights[n], SET) for n in model.linear_names[:LAYER]
+        ],
+        "a step of relearning": lambda: descend(victim, optimiser, weights, list(pairs)),
+    }
+
+
+def seconds(job: Callable[[], object], device: torch.device) -> float:
+    """Mean of two."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        job()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.fmean(times[1:])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Compare a device with the CPU.")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    print(f"{name} against {args.threads} CPU threads")
+    there, here = jobs(device), jobs(torch.device("cpu"))
+    for what, job in there.items():
+        fast, slow = seconds(job, device), seconds(here[what], torch.device("cpu"))
+        print(f"{what}: {fast:.3f} s, CPU {slow:.2f} s: {slow / fast:.1f} x faster", flush=True)
+
+
+if __name__ == "__main__":
+    main()
