@@ -86,6 +86,14 @@ class Floor:
         parts = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in WHOLE}
         return replace(self, **parts, own=tuple(g[index] for g in self.own))
 
+    @classmethod
+    def join(cls, some: Sequence[Floor]) -> Floor:
+        """The floors of several weights that the same quantizers touch, one after another."""
+        names = [f.name for f in fields(cls) if f.name not in WHOLE]
+        parts = {n: torch.cat([getattr(f, n) for f in some]) for n in names}
+        own = tuple(Cells.join(each) for each in zip(*(f.own for f in some), strict=True))
+        return replace(some[0], **parts, own=own)
+
     def admits(self, value: Float[Tensor, " n"], wanted: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Whether values, as stored, are edits that the floor allows towards the wanted ones."""
         far = torch.where(wanted > self.leave_up, value >= self.up, value <= self.down)

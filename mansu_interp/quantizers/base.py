@@ -58,6 +58,12 @@ class Cells:
         parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "levels"}
         return replace(self, **{k: v[index] for k, v in parts.items()})
 
+    @classmethod
+    def join(cls, some: Sequence[Cells]) -> Cells:
+        """The cells of several weights, one after another, in the same quantizer."""
+        names = [f.name for f in fields(cls) if f.name != "levels"]
+        return replace(some[0], **{n: torch.cat([getattr(c, n) for c in some]) for n in names})
+
     def encode(self, values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
         """Codes that other values would get, group scales unchanged.
 

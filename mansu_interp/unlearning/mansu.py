@@ -12,7 +12,7 @@ multiplied by the null-space projection lambda / (lambda + F).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,9 +42,11 @@ FISHER_PAIRS = 48
 
 @dataclass
 class _Latent:
-    """The editable elements of one weight."""
+    """The editable elements of the weights that the same quantizers touch, weight after weight: a
+    few long tensors take far fewer operations than many short ones."""
 
-    index: Int[Tensor, " n"]
+    indices: dict[str, Int[Tensor, " m"]]
+    """Flat positions in each weight."""
     original: Float[Tensor, " n"]
     quantized: list[Float[Tensor, " n"]]
     grids: list[Cells | None]
@@ -53,6 +55,20 @@ class _Latent:
     position: Float[Tensor, " n"]
     projection: Float[Tensor, " n"]
     mean: Float[Tensor, " n"]
+
+    def split(self, values: Float[Tensor, " n"]) -> tuple[Tensor, ...]:
+        """Some values of all elements, by weight."""
+        return values.split([len(i) for i in self.indices.values()])
+
+    def put(self, values: Float[Tensor, " n"], model: LanguageModel) -> None:
+        """Write values into a model's weights."""
+        for (name, index), part in zip(self.indices.items(), self.split(values), strict=True):
+            model.weights[name].view(-1)[index] = part
+
+
+def _taken(weights: Mapping[str, Tensor], indices: dict[str, Tensor]) -> Float[Tensor, " n"]:
+    """The elements at some positions, weight after weight."""
+    return torch.cat([weights[name].flatten()[index] for name, index in indices.items()])
 
 
 class Snapper:
@@ -68,33 +84,40 @@ class Snapper:
         strength: float,
     ) -> None:
         self.model, self.quantized = model, quantized
-        self.latents: dict[str, _Latent] = {}
         self.power = 0.0
         self.limit = mask.limit
         indices = {n: i.to(model.device) for n, i in mask.indices.items()}
-        inside = [fisher[n].flatten()[i] for n, i in indices.items()] if fisher else []
-        typical = float(torch.cat(inside).median()) if inside else 0.0
+        typical = float(_taken(fisher, indices).median()) if fisher else 0.0
+        alike: dict[tuple[bool, ...], dict[str, Tensor]] = {}
         for name, index in indices.items():
-            where = floor(model.weights[name], survive, model.saved_dtype, index)
-            original = model.weights[name].flatten()[index].clone()
-            scale = where.span
-            self.latents[name] = _Latent(
-                index,
-                original,
-                [q.weights[name].flatten()[index].clone() for q in quantized],
-                [
-                    q.cells(model.weights[name])[index]
-                    if name in model.linear_names and q.touches(model.weights[name])
-                    else None
-                    for q in survive
-                ],
-                where,
-                scale,
-                original / scale.clamp_min(1e-30),
-                projection(fisher[name].flatten()[index], strength, typical)
-                if fisher
-                else torch.ones_like(original),
-                torch.zeros_like(original),
+            touched = (q.touches(model.weights[name]) for q in survive)
+            alike.setdefault((name in model.linear_names, *touched), {})[name] = index
+        self.latents: list[_Latent] = []
+        for (linear, *touched), those in alike.items():
+            weights = {n: model.weights[n] for n in those}
+            where = Floor.join(
+                [floor(weights[n], survive, model.saved_dtype, i) for n, i in those.items()]
+            )
+            original, scale = _taken(weights, those), where.span
+            self.latents.append(
+                _Latent(
+                    those,
+                    original,
+                    [_taken(q.weights, those) for q in quantized],
+                    [
+                        Cells.join([q.cells(weights[n])[i] for n, i in those.items()])
+                        if linear and touches
+                        else None
+                        for q, touches in zip(survive, touched, strict=True)
+                    ],
+                    where,
+                    scale,
+                    original / scale.clamp_min(1e-30),
+                    projection(_taken(fisher, those), strength, typical)
+                    if fisher
+                    else torch.ones_like(original),
+                    torch.zeros_like(original),
+                )
             )
 
     @property
@@ -105,22 +128,24 @@ class Snapper:
     @property
     def names(self) -> list[str]:
         """Weights that carry an edit."""
-        return list(self.latents)
+        return [name for x in self.latents for name in x.indices]
+
+    def _state(self) -> dict[str, Tensor]:
+        """What a loop that goes on needs."""
+        found = {f"{k}|position": x.position for k, x in enumerate(self.latents)}
+        return found | {f"{k}|mean": x.mean for k, x in enumerate(self.latents)}
 
     @torch.no_grad()
     def resume(self, place: Place) -> None:
         """Go back to where a killed loop was, weights included."""
-        for name, x in self.latents.items():
-            place.fill(f"{name}|position", x.position)
-            place.fill(f"{name}|mean", x.mean)
+        for name, tensor in self._state().items():
+            place.fill(name, tensor)
         self.power = place.power
         self.write()
 
     def keep(self, place: Place, history: History) -> None:
         """Write down where the loop is."""
-        parts = {f"{n}|position": x.position for n, x in self.latents.items()}
-        parts |= {f"{n}|mean": x.mean for n, x in self.latents.items()}
-        place.save(history, parts, self.power)
+        place.save(history, self._state(), self.power)
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], lr: float, t: int) -> None:
@@ -129,14 +154,15 @@ class Snapper:
         Momentum is divided by one running RMS over the whole mask, not by each weight's own as in
         Adam: a weight whose gradient is mostly noise then never reaches another cell.
         """
-        scaled = [
-            whole.flatten()[x.index] * x.scale
-            for x, whole in zip(self.latents.values(), gradients, strict=True)
+        by_name = dict(zip(self.names, gradients, strict=True))
+        scaled = [_taken(by_name, x.indices) * x.scale for x in self.latents]
+        squares = [
+            s.sum() for x, g in zip(self.latents, scaled, strict=True) for s in x.split(g * g)
         ]
-        power = sum(float((g * g).sum()) for g in scaled) / sum(len(g) for g in scaled)
+        power = sum(torch.stack(squares).tolist()) / sum(len(g) for g in scaled)
         self.power = BETA2 * self.power + (1 - BETA2) * power
         rms = (self.power / (1 - BETA2**t)) ** 0.5 + EPS
-        for latent, g in zip(self.latents.values(), scaled, strict=True):
+        for latent, g in zip(self.latents, scaled, strict=True):
             latent.mean.lerp_(g, 1 - BETA1)
             direction = latent.mean / (1 - BETA1**t) / rms
             latent.position.sub_(lr * direction * latent.projection).clamp_(-1, 1)
@@ -155,7 +181,7 @@ class Snapper:
         See `Floor.land` for where a weight ends, and `landing` for a set of quantizers.
         """
         plans = []
-        for x in self.latents.values():
+        for x in self.latents:
             value, moved = x.floor.land(x.position * x.scale)
             distance = (x.position - x.original / x.scale.clamp_min(1e-30)).abs()
             plans.append((moved, value, distance))
@@ -165,17 +191,17 @@ class Snapper:
         values = [value for _, value, _ in plans]
         if len(self.quantized) > 1:
             values = self._balanced(values, made)
-        for (name, x), value, m in zip(self.latents.items(), values, made, strict=True):
-            self.model.weights[name].view(-1)[x.index] = torch.where(m, value, x.original)
+        for x, value, m in zip(self.latents, values, made, strict=True):
+            x.put(torch.where(m, value, x.original), self.model)
             for twin, own, grid in zip(self.quantized, x.quantized, x.grids, strict=True):
                 level = grid.value(grid.encode(value)) if grid else value
-                twin.weights[name].view(-1)[x.index] = torch.where(m, level, own)
+                x.put(torch.where(m, level, own), twin)
         return sum(int(m.sum()) for m in made)
 
     def _balanced(self, values: list[Tensor], made: list[Tensor]) -> list[Tensor]:
         """The values with those of the edits that are made balanced over the set."""
         where, some = [], []
-        for x, value, m in zip(self.latents.values(), values, made, strict=True):
+        for x, value, m in zip(self.latents, values, made, strict=True):
             if any(x.grids) and m.any():
                 i = m.nonzero()[:, 0]
                 grids = [g[i] if g else None for g in x.grids]
@@ -199,17 +225,15 @@ class Continuous(Snapper):
     @torch.no_grad()
     def write(self) -> int:
         """Put the positions, rounded to the checkpoint's dtype, into the full-precision model."""
-        values = [
-            (x.position * x.scale).to(self.model.saved_dtype).float() for x in self.latents.values()
-        ]
+        values = [(x.position * x.scale).to(self.model.saved_dtype).float() for x in self.latents]
         moved = [
             (x.position * x.scale - x.original).abs() / x.scale.clamp_min(1e-30)
-            for x in self.latents.values()
+            for x in self.latents
         ]
         bar, edited = self._bar(torch.cat(moved), -1.0), 0
-        for (name, x), value, distance in zip(self.latents.items(), values, moved, strict=True):
+        for x, value, distance in zip(self.latents, values, moved, strict=True):
             made = (distance > bar) & (value != x.original)
-            self.model.weights[name].view(-1)[x.index] = torch.where(made, value, x.original)
+            x.put(torch.where(made, value, x.original), self.model)
             edited += int(made.sum())
         return edited
 
