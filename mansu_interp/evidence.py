@@ -31,6 +31,7 @@ from .distributed import sum_number
 from .errors import ModelError
 from .models import LanguageModel
 from .nullspace import gradient
+from .objectives import above_rivals
 from .pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
 from .scoring import ranked_first, ranked_last
 
@@ -192,12 +193,9 @@ def ranking_margins(
     logits: Float[Tensor, "batch vocab"], pairs: Sequence[Pair], among: dict[str, Tensor]
 ) -> Float[Tensor, " batch"]:
     """log p(answer among its relation's answers) + log n, in nats."""
-    return torch.stack(
-        [
-            row[p.answer] - row[among[p.relation]].logsumexp(0) + math.log(len(among[p.relation]))
-            for row, p in zip(logits, pairs, strict=True)
-        ]
-    )
+    above = above_rivals(logits, pairs, among, lambda some: some.logsumexp(1))
+    sizes = [math.log(len(among[p.relation])) for p in pairs]
+    return above + torch.tensor(sizes, device=above.device)
 
 
 def margins(

@@ -7,7 +7,7 @@ has the share that its frequency gives it. ``ga`` is gradient ascent, the paper'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -63,6 +63,25 @@ def log_probs(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, "bat
     return model.last_logits(batch.clean, batch.last).log_softmax(-1)
 
 
+def above_rivals(
+    rows: Float[Tensor, "batch vocab"],
+    pairs: Sequence[Pair],
+    answers: dict[str, Int[Tensor, " answers"]],
+    level: Callable[[Float[Tensor, "some answers"]], Float[Tensor, " some"]],
+) -> Float[Tensor, " batch"]:
+    """In each pair's row, the value of its answer minus the ``level`` of its relation's answers."""
+    places, found = [], []
+    for relation in dict.fromkeys(p.relation for p in pairs):
+        at = [k for k, p in enumerate(pairs) if p.relation == relation]
+        some = rows if len(at) == len(rows) else rows[at]
+        own = torch.tensor([pairs[k].answer for k in at], device=rows.device)[:, None]
+        found.append(some.gather(1, own)[:, 0] - level(some[:, answers[relation]]))
+        places += at
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(found)[torch.tensor(places, device=rows.device).argsort()]
+
+
 def excess(
     logp: Float[Tensor, "batch vocab"],
     log_target: Float[Tensor, "batch vocab"],
@@ -76,15 +95,10 @@ def excess(
     level with the sum outranks most of them.
     """
 
-    def above(row: Float[Tensor, " vocab"], pair: Pair) -> Float[Tensor, ""]:
-        return row[pair.answer] - row[answers[pair.relation]].mean()
-
-    return torch.stack(
-        [
-            above(row, pair) - above(want, pair)
-            for row, want, pair in zip(logp, log_target, pairs, strict=True)
-        ]
+    said, wanted = (
+        above_rivals(rows, pairs, answers, lambda some: some.mean(1)) for rows in (logp, log_target)
     )
+    return said - wanted
 
 
 def counterfactual_loss(

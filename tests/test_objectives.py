@@ -14,6 +14,7 @@ from mansu_interp.models import LanguageModel
 from mansu_interp.nullspace import gradient
 from mansu_interp.objectives import (
     CounterfactualTargets,
+    above_rivals,
     answer_gradient,
     counterfactual_loss,
     divergence,
@@ -22,7 +23,7 @@ from mansu_interp.objectives import (
     log_probs,
     nll,
 )
-from mansu_interp.pairs import Pair, PairSet, Task
+from mansu_interp.pairs import Pair, PairSet, Task, answer_tokens
 
 TinyModel = Callable[[int], LanguageModel]
 
@@ -152,3 +153,12 @@ def test_forget_gradient_is_a_mean_over_pairs(tiny_model: TinyModel, pairs: Pair
         model, [name], [lambda: counterfactual_loss(model, pairs.pairs, targets, push=1.0)]
     )
     assert torch.allclose(whole, g, atol=1e-5 * float(g.abs().max()) + 1e-7)
+
+
+def test_above_rivals_by_relation_in_the_order_of_the_pairs():
+    torch.manual_seed(0)
+    given = [replace(p, relation="abba"[k % 4]) for k, p in enumerate(make_pairs((4,) * 9))]
+    answers, rows = answer_tokens(given), torch.randn(9, VOCAB)
+    found = above_rivals(rows, given, answers, lambda some: some.mean(1))
+    for value, row, p in zip(found, rows, given, strict=True):
+        assert float(value) == pytest.approx(float(row[p.answer] - row[answers[p.relation]].mean()))
