@@ -6,8 +6,9 @@ the same quantizer*.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from .cad import CAD
@@ -23,6 +24,28 @@ PERPLEXITY_TARGET = 0.05
 
 
 @dataclass(frozen=True)
+class Flips:
+    """Prompts on which two models differ: has something come back, or is it chance?"""
+
+    back: int
+    """Prompts whose answer ranks first of four in the second model alone."""
+    gone: int
+    """In the first model alone."""
+    p: float
+    """Probability of a split at least so uneven if either way were as likely (two-sided sign test,
+    which takes the prompts for independent; those that ask for one fact are not)."""
+
+    @classmethod
+    def between(cls, before: Sequence[bool], after: Sequence[bool]) -> Flips:
+        """Count what changed, prompt by prompt."""
+        back = sum(b > a for a, b in zip(before, after, strict=True))
+        gone = sum(b < a for a, b in zip(before, after, strict=True))
+        n = back + gone
+        tail = sum(math.comb(n, k) for k in range(min(back, gone) + 1)) / 2**n
+        return cls(back, gone, min(1.0, 2 * tail))
+
+
+@dataclass(frozen=True)
 class Scores:
     """Accuracies of several models on one task."""
 
@@ -30,6 +53,8 @@ class Scores:
     """One per (role, label): ``n``, ``chance`` and ``models`` -> top1, choice."""
     perplexity: dict[str, float] | None
     """Per model, on unseen running text; None if the task has none."""
+    first: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    """Per model, on which forget prompts the answer ranks first of four."""
 
     def worst(self, role: str, key: str, model: str) -> float:
         """The largest score of a model over the sets of a role."""
@@ -72,16 +97,19 @@ def evaluate(
         {"role": role, "label": label, "n": len(s), "chance": CHANCE, "models": {}}
         for role, label, s in sets
     ]
+    first: dict[str, tuple[bool, ...]] = dict.fromkeys(models, ())
     total = len(sets) * len(models)
     for m, (name, model) in enumerate(models.items()):
-        for k, (_, _, pairs) in enumerate(sets):
+        for k, (role, _, pairs) in enumerate(sets):
             result = accuracy(model, pairs)
+            if role == "forget":
+                first[name] += result.first
             rows[k]["models"][name] = {"top1": result.top1, "choice": result.choice}
             if on_step:
                 on_step(f"scores of {name}", m * len(sets) + k + 1, total)
     text = task.text.get(split) or task.text.get("unseen")
     values = {n: perplexity(m, text) for n, m in models.items()} if text else None
-    return Scores(rows, values)
+    return Scores(rows, values, first)
 
 
 def properties(
@@ -106,6 +134,13 @@ def properties(
         k: round(scores.mean("forget", k, after) - scores.mean("forget", k, "unlearned"), 9)
         for k in ("choice", "top1")
     }
+    said = ""
+    if after in scores.first:
+        flips = Flips.between(scores.first["unlearned"], scores.first[after])
+        said = (
+            f" On {flips.back} prompts the answer came back to the first rank, on {flips.gone} it "
+            f"went (p = {flips.p:.2f} by chance)."
+        )
     kept = retain <= RETAIN_TARGET and near <= NEIGHBOUR_TARGET and drift <= PERPLEXITY_TARGET
     sentence = f"No retain score moved by more than {retain:.3f} at the same precision"
     if any(r["role"] == "neighbour" for r in scores.rows):
@@ -174,7 +209,7 @@ def properties(
             0.0,
             f"{quantizer} minus full precision, forget accuracy",
             f"{quantizer} changed four-way forget accuracy by {gaps['choice']:+.3f} and top-1 by "
-            f"{gaps['top1']:+.3f}.",
+            f"{gaps['top1']:+.3f}.{said}",
         ),
         erasure,
     ]

@@ -25,7 +25,7 @@ from .defaults import HARDENED, default_config, default_task
 from .distributed import first_says, rank
 from .erasure import judge_erasure
 from .errors import ArtifactError, TaskError
-from .evaluation import Scores, evaluate, properties, verdict
+from .evaluation import Flips, Scores, evaluate, properties, verdict
 from .floor import quantizer_set
 from .layout import check_layout
 from .ledger import Ledger
@@ -131,7 +131,8 @@ def quantizer_row(
 ) -> dict[str, Any]:
     """What one quantizer makes of a run's edit: survival, and forget accuracy on unseen phrasings.
 
-    ``gap`` is the change of an accuracy from the edited model to the same after the quantizer.
+    ``gap`` is the change of an accuracy from the edited model to the same after the quantizer,
+    ``flips`` the prompts behind it (`Flips`).
     """
     sets = list(task.scored["unseen"]["forget"].values())
     found = {
@@ -143,6 +144,8 @@ def quantizer_row(
     for key in ("choice", "top1"):
         mean = {name: sum(getattr(a, key) for a in by) / len(sets) for name, by in found.items()}
         out[key] = {**mean, "gap": mean["unlearned"] - scores.mean("forget", key, "unlearned")}
+    after = tuple(one for a in found["unlearned"] for one in a.first)
+    out["flips"] = asdict(Flips.between(scores.first["unlearned"], after))
     return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +33,8 @@ class Accuracy:
     that is avoided is given away as well."""
     n: int
     """Prompts."""
+    first: tuple[bool, ...] = field(repr=False)
+    """On which prompts the answer outranks its distractors, in the order of ``parts(BATCH)``."""
 
 
 def _first(options: Float[Tensor, "batch 4"]) -> Bool[Tensor, " batch"]:
@@ -106,13 +108,14 @@ def right(
 
 def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
     """Top-1, and how often the answer ranks first and last of four."""
-    top1 = first = last = 0
+    n, top1, last = len(pairs), 0, 0
+    first: list[bool] = []
     for part in pairs.parts(BATCH):
         said, options = _options(model, part)
         top1 += int(said.sum())
-        first += int(_first(options).sum())
+        first += _first(options).tolist()
         last += int(_last(options).sum())
-    return Accuracy(top1 / len(pairs), first / len(pairs), last / len(pairs), len(pairs))
+    return Accuracy(top1 / n, sum(first) / n, last / n, n, tuple(first))
 
 
 def choice_accuracy(model: LanguageModel, pairs: PairSet) -> float:

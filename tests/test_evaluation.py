@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mansu_interp.cad import CAD, Divergence
-from mansu_interp.evaluation import Scores, properties
+from mansu_interp.evaluation import Flips, Scores, properties
 from mansu_interp.relearning import Point, Relearning
 
 NO_GRAPH = CAD("undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)})
@@ -36,3 +36,22 @@ def test_what_comes_back_and_what_is_avoided_both_count(first: float, last: floa
     erasure = properties(Scores([row(0.3, 0.3)], None), NO_GRAPH, relearning=found)[3]
     assert erasure["passed"] is passed
     assert erasure["value"] == max(first, last)
+
+
+@pytest.mark.parametrize(
+    ("back", "gone", "p"), [(0, 0, 1.0), (1, 0, 1.0), (3, 3, 1.0), (1, 3, 0.625), (6, 0, 0.03125)]
+)
+def test_flips_by_hand(back: int, gone: int, p: float):
+    """2 x (1 + 4) / 16 for one against three."""
+    before = [True] * gone + [False] * back + [True, False]
+    after = [False] * gone + [True] * back + [True, False]
+    assert Flips.between(before, after) == Flips(back, gone, p)
+
+
+def test_the_sentence_tells_what_is_behind_a_gap():
+    first = {"unlearned": (True, False, False), "unlearned nf4": (False, True, True)}
+    gap = properties(Scores([row(0.3, 0.6)], None, first), NO_GRAPH)[2]
+    assert (
+        "On 2 prompts the answer came back to the first rank, on 1 it went (p = 1.00"
+        in gap["sentence"]
+    )

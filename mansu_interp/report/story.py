@@ -171,15 +171,18 @@ def _edit(report: Mapping[str, Any]) -> list[Block]:
             percent(get(q, "choice", "original")),
             percent(get(q, "choice", "unlearned")),
             measured(get(q, "choice", "gap"), signed=True),
+            f"{count(get(q, 'flips', 'back'))} / {count(get(q, 'flips', 'gone'))}",
+            figure(get(q, "flips", "p")),
         ]
         for q in items(get(report, "quantizers"))
     ]
     if rows:
         head = ["quantizer", "promised", "codes changed", "other codes changed"]
-        head += ["forget, original", "forget, unlearned", "gap"]
+        head += ["forget, original", "forget, unlearned", "gap", "came back / went", "p"]
         blocks.append(
-            "What each quantizer leaves of the edit, and four-way forget accuracy after it; the "
-            "gap is to full precision."
+            "What each quantizer leaves of the edit, and four-way forget accuracy after it. The "
+            "gap is to full precision; behind it are the prompts whose answer came back to the "
+            "first rank, or went from it, and p, the probability of a split so uneven by chance."
         )
         blocks.append(Table(head, rows, words=2))
     if weights:
