@@ -326,7 +326,9 @@ def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     assert "| unlearned | 2.0% | 40.0% |" in markdown and "| never taught | 0.0% | – |" in markdown
     assert "probe: suppressed (confidence 97%, CAD 0.000 of 1). Hidden." in markdown
     assert "| nf4 | yes | 1,612 of 1,612 | 0 | – | – | – | – / – | – |" in markdown
-    assert "| q4\\_0 | no | 1,340 of 1,612 | 7 | 100.0% | 25.0% | −0.010 | 1 / 3 | 0.625 |" in markdown
+    assert (
+        "| q4\\_0 | no | 1,340 of 1,612 | 7 | 100.0% | 25.0% | −0.010 | 1 / 3 | 0.625 |" in markdown
+    )
     assert "answered by steps of relearning" in render_html(report, svg)
     assert f"{counts['recovered']} recovered" in console_summary(report, 100)
 
