@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -122,6 +123,57 @@ class Floor:
         return value, (above | below) & ~value.isnan()
 
 
+@dataclass(frozen=True)
+class _Grids:
+    """The cells of some elements in every quantizer of the set and every dtype, and how far an edit
+    may reach."""
+
+    each: list[tuple[torch.dtype, Cells]]
+    lowest: Float[Tensor, " n"]
+    highest: Float[Tensor, " n"]
+    fixed: Bool[Tensor, " n"]
+    dtype: torch.dtype
+    """Of the checkpoint."""
+
+    @classmethod
+    def of(
+        cls,
+        weight: Float[Tensor, "out in"],
+        survive: Set,
+        dtype: torch.dtype,
+        narrow: Sequence[torch.dtype],
+        index: Int[Tensor, " n"] | None = None,
+    ) -> _Grids:
+        quantizers = [q for q in quantizer_set(survive) if q.touches(weight)]
+        each: list[tuple[torch.dtype, Cells]] = []
+        for kind in dict.fromkeys((dtype, *narrow)):
+            stored = weight.detach().to(kind).float()
+            cells = [q.cells(stored) for q in quantizers or [get_quantizer("nf4")]]
+            each += [(kind, c if index is None else c[index]) for c in cells]
+        lows = (g.lowest + ROUNDING * g.lowest.abs() for _, g in each)
+        highs = (g.highest - ROUNDING * g.highest.abs() for _, g in each)
+        fixed = (g.sets_scale | (g.scale <= 0) for _, g in each)
+        return cls(
+            each,
+            reduce(torch.maximum, lows),
+            reduce(torch.minimum, highs),
+            reduce(torch.logical_or, fixed),
+            dtype,
+        )
+
+    def nearest(self, up: bool | Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The nearest admissible value above each element, or below it; NaN where there is none."""
+        above = torch.as_tensor(up, device=self.lowest.device)
+        step = torch.where(above, 1, -1)
+        levels = [g.value(g.codes + step) for _, g in self.each]
+        target = torch.where(above, reduce(torch.maximum, levels), reduce(torch.minimum, levels))
+        target = target.to(self.dtype).float()
+        good = ~self.fixed & (target > self.lowest) & (target < self.highest)
+        for kind, g in self.each:
+            good &= g.leaves(target.to(kind).float(), above)
+        return torch.where(good, target, torch.nan)
+
+
 @torch.no_grad()
 def floor(
     weight: Float[Tensor, "out in"],
@@ -142,37 +194,21 @@ def floor(
     Raises:
         ConfigError: see `quantizer_set`.
     """
-    index = torch.arange(weight.numel(), device=weight.device) if index is None else index
-    quantizers = [q for q in quantizer_set(survive) if q.touches(weight)] or [get_quantizer("nf4")]
-    grids: list[tuple[torch.dtype, Cells]] = []
-    for kind in dict.fromkeys((dtype, *narrow)):
-        stored = weight.detach().to(kind).float()
-        grids += [(kind, q.cells(stored)[index]) for q in quantizers]
-    own = [g for kind, g in grids if kind == dtype]
-    lowest = torch.stack([g.lowest + ROUNDING * g.lowest.abs() for _, g in grids]).amax(0)
-    highest = torch.stack([g.highest - ROUNDING * g.highest.abs() for _, g in grids]).amin(0)
-    fixed = torch.stack([g.sets_scale | (g.scale <= 0) for _, g in grids]).any(0)
-
-    def nearest(step: int) -> Tensor:
-        levels = torch.stack([g.value(g.codes + step) for _, g in grids])
-        target = (levels.amax(0) if step > 0 else levels.amin(0)).to(dtype).float()
-        good = ~fixed & (target > lowest) & (target < highest)
-        for kind, g in grids:
-            good &= (g.encode(target.to(kind).float()) - g.codes) * step > 0
-        return torch.where(good, target, torch.nan)
-
+    grids = _Grids.of(weight, survive, dtype, narrow, index)
+    own = [g for kind, g in grids.each if kind == dtype]
     return Floor(
-        nearest(1),
-        nearest(-1),
-        torch.stack([g.edge(g.codes) for g in own]).amax(0),
-        torch.stack([g.edge(g.codes - 1) for g in own]).amin(0),
-        lowest,
-        highest,
+        grids.nearest(True),
+        grids.nearest(False),
+        reduce(torch.maximum, (g.edge(g.codes) for g in own)),
+        reduce(torch.minimum, (g.edge(g.codes - 1) for g in own)),
+        grids.lowest,
+        grids.highest,
         tuple(own),
         dtype,
     )
 
 
+@torch.no_grad()
 def floor_step(
     weight: Float[Tensor, "out in"],
     gradient: Float[Tensor, "out in"],
@@ -181,8 +217,7 @@ def floor_step(
     narrow: Sequence[torch.dtype] = NARROW,
 ) -> Float[Tensor, "out in"]:
     """The smallest step against the gradient that the floor allows; 0 where it forbids any."""
-    where = floor(weight, survive, dtype, narrow=narrow)
     slope = gradient.flatten()
-    target = torch.where(slope > 0, where.down, where.up)
+    target = _Grids.of(weight, survive, dtype, narrow).nearest(slope <= 0)
     step = (target - weight.flatten()).nan_to_num(0.0)
     return torch.where(slope == 0, 0.0, step).view_as(weight)

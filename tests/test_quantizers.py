@@ -149,3 +149,20 @@ def test_ties_go_where_bitsandbytes_sends_them():
     weight[0, 0], weight[0, 1:46] = 1.0, around
     codes, _ = bitsandbytes_codes(weight, 64)
     assert torch.equal(NF.cells(weight).codes, codes)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4-g32", "q4_0", "q8_0"])
+def test_leaving_a_cell_is_a_code_that_changes(name: str):
+    """Boundaries themselves and values beyond all levels included."""
+    torch.manual_seed(0)
+    cells = get_quantizer(name).cells(torch.randn(8, 64))
+    n = len(cells.codes)
+    beyond = (torch.full((n,), -9.0), torch.full((n,), 9.0))
+    edges = [cells.edge(cells.codes - k).nan_to_num(posinf=9.0, neginf=-9.0) for k in (0, 1)]
+    for values in (torch.randn(n), *edges, *beyond):
+        code = cells.encode(values)
+        up = torch.rand(n) < 0.5
+        assert torch.equal(
+            cells.leaves(values, up), torch.where(up, code > cells.codes, code < cells.codes)
+        )
+        assert torch.equal(cells.leaves(values, torch.tensor(True)), code > cells.codes)

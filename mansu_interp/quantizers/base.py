@@ -69,8 +69,24 @@ class Cells:
 
         Within a rounding error of a boundary the library may say otherwise.
         """
-        units = (values - self.offset) / torch.where(self.scale > 0, self.scale, 1.0)
-        return torch.bucketize(units, self.boundaries)
+        return torch.bucketize(self._units(values), self.boundaries)
+
+    def leaves(self, values: Float[Tensor, " n"], up: Bool[Tensor, "#n"]) -> Bool[Tensor, " n"]:
+        """Whether other values get a higher code than the elements' own (where not ``up``: a lower
+        one), as `encode` would say, without looking for the code."""
+        units = self._units(values)
+        above, below = self._edges[self.codes + 1], self._edges[self.codes]
+        return torch.where(up, units > above, units <= below)
+
+    def _units(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Values in grid units."""
+        return (values - self.offset) / torch.where(self.scale > 0, self.scale, 1.0)
+
+    @property
+    def _edges(self) -> Float[Tensor, " k+1"]:
+        """`boundaries` between infinite ends: a code's cell ends at its own place and the next."""
+        inf = self.boundaries.new_tensor([float("inf")])
+        return torch.cat([-inf, self.boundaries, inf])
 
     def value(self, codes: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The values of levels, before the library rounds its scale for storage."""
@@ -78,9 +94,7 @@ class Cells:
 
     def edge(self, codes: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The boundary above each code, infinite above the last and below the first."""
-        inf = self.boundaries.new_tensor([float("inf")])
-        edges = torch.cat([-inf, self.boundaries, inf])
-        return edges[(codes + 1).clamp(0, len(self.levels))] * self.scale + self.offset
+        return self._edges[(codes + 1).clamp(0, len(self.levels))] * self.scale + self.offset
 
 
 class Quantizer(ABC):
