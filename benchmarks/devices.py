@@ -1,9 +1,10 @@
 """What an accelerator gains: the same work on the CPU and on CUDA, as ratios within one run.
 
     python benchmarks/devices.py [--device cuda] [--threads 16]
+    python benchmarks/devices.py --count      operations of a step of MANSU: what a card waits for
 
 The model has SmolLM2-135M's shape and random weights; there are 8 pairs of 30 tokens. Each timing
-is the mean of two after a first that warms up.
+is the mean of two after a first that warms up. Operations are counted on the embedded model.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from attribution import make_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.attribution import attribute
-from mansu_interp.config import AttributionConfig
+from mansu_interp.config import AttributionConfig, UnlearnConfig
 from mansu_interp.floor import floor
-from mansu_interp.models import LanguageModel, pick_device
+from mansu_interp.masks import random_mask
+from mansu_interp.models import LanguageModel, load_model, pick_device
 from mansu_interp.nullspace import fisher_diagonal
 from mansu_interp.objectives import answer_gradient
 from mansu_interp.relearning import descend, make_optimiser
+from mansu_interp.tasks import load_task
+from mansu_interp.unlearning import unlearn
 
 TOKENS, PAIRS = 30, 8
 LAYER = 7
@@ -76,12 +82,41 @@ def seconds(job: Callable[[], object], device: torch.device) -> float:
     return statistics.fmean(times[1:])
 
 
+class Count(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    asked = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.asked += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(survive: tuple[str, ...], steps: int = 10) -> float:
+    """Of a step of MANSU: those of more steps less those of five."""
+    model = load_model("facts")
+    task, mask = load_task("capitals", model), random_mask(model, 0.005, survive=survive)
+    found = []
+    for n in (5, 5 + steps):
+        with Count() as count:
+            unlearn(model, task, mask, UnlearnConfig(steps=n, survive=survive))
+        found.append(count.asked)
+    return (found[1] - found[0]) / steps
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare a device with the CPU.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--count", action="store_true", help="count operations instead")
     args = parser.parse_args()
+    if args.count:
+        for survive in (SET[:1], SET):
+            print(f"{' '.join(survive)}: {operations(survive):,.0f} operations a step")
+        return
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
