@@ -30,6 +30,8 @@ ANSWER, OTHER = (0, 1), (1, 3)  # answers to forget, and the corrupt subjects' a
 class Fixed:
     """A model that says what it is told: pair k gets row k."""
 
+    device = torch.device("cpu")
+
     def __init__(self, probabilities: list[list[float]]) -> None:
         self.logits = torch.tensor(probabilities).log()
 
