@@ -144,7 +144,7 @@ class LanguageModel:
         """Parameters, tied ones counted once."""
         return sum(w.numel() for w in self.weights.values())
 
-    @cached_property
+    @property
     def _min_shared(self) -> float:
         """Token positions that sharing a prefix must save."""
         return MIN_SHARED if self.device.type == "cpu" else MIN_SHARED_WORK / self.n_parameters

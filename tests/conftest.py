@@ -21,6 +21,11 @@ from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import Pair, PairSet, Task
 from mansu_interp.tasks import load_task
 
+TEST_DEVICE = os.environ.get("MANSU_TEST_DEVICE", "pretend")
+if TEST_DEVICE == "pretend":
+    # Before anything is differentiated: autograd counts the devices of a process once.
+    import pretend  # noqa: F401
+
 VOCAB = 50
 torch.set_num_threads(2 if os.environ.get("CI") else 1)
 

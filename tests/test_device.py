@@ -5,13 +5,12 @@ MANSU_TEST_DEVICE=cuda python -m pytest tests/test_device.py
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pairs, make_tiny
+from conftest import TEST_DEVICE, make_pairs, make_tiny
 from test_whole_answers import make_whole
 
 from mansu_interp.attribution import attribute
@@ -43,15 +42,12 @@ from mansu_interp.relearning import relearn
 from mansu_interp.scoring import accuracy, perplexity, right
 from mansu_interp.unlearning import unlearn
 
-DEVICE = os.environ.get("MANSU_TEST_DEVICE", "pretend")
 SET = ("nf4", "q4_0", "int4-g32")
 
 
 @pytest.fixture(scope="module")
 def device() -> str:
-    if DEVICE == "pretend":
-        import pretend  # noqa: F401
-    return DEVICE
+    return TEST_DEVICE
 
 
 @pytest.fixture(scope="module")
