@@ -58,7 +58,7 @@ def make_model(layers: int, heads: int) -> LanguageModel:
     return LanguageModel("gpt2-shape", transformers.GPT2LMHeadModel(config).eval(), None)
 
 
-def make_pairs(tokens: int, n: int = PAIRS) -> PairSet:
+def make_pairs(tokens: int) -> PairSet:
     """Pairs of random tokens."""
     rng = random.Random(0)
 
@@ -78,7 +78,7 @@ def make_pairs(tokens: int, n: int = PAIRS) -> PairSet:
             prompt="",
             answer_text="",
         )
-        for k in range(n)
+        for k in range(PAIRS)
     ]
     return PairSet("random", tuple(made))
 

@@ -10,13 +10,12 @@ is the mean of two after a first that warms up. Operations are counted on the em
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from attribution import make_pairs
+from attribution import make_pairs, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +30,7 @@ from mansu_interp.relearning import descend, make_optimiser
 from mansu_interp.tasks import load_task
 from mansu_interp.unlearning import unlearn
 
-TOKENS, PAIRS = 30, 8
+TOKENS = 30
 LAYER = 7
 """Linear weights of a layer."""
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
@@ -55,7 +54,7 @@ def make_model(device: torch.device) -> LanguageModel:
 
 def jobs(device: torch.device) -> dict[str, Callable[[], object]]:
     """What is timed."""
-    model, pairs = make_model(device), make_pairs(TOKENS, PAIRS)
+    model, pairs = make_model(device), make_pairs(TOKENS)
     victim = model.copy()
     weights = list(victim.weights.values())
     optimiser = make_optimiser("adam", weights, 1e-6)
@@ -70,16 +69,11 @@ def jobs(device: torch.device) -> dict[str, Callable[[], object]]:
     }
 
 
-def seconds(job: Callable[[], object], device: torch.device) -> float:
-    """Mean of two."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        job()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.fmean(times[1:])
+def finished(job: Callable[[], object], device: torch.device) -> None:
+    """Do a job, and wait until the device has."""
+    job()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Count(TorchDispatchMode):
@@ -123,7 +117,8 @@ def main() -> None:
     print(f"{name} against {args.threads} CPU threads")
     there, here = jobs(device), jobs(torch.device("cpu"))
     for what, job in there.items():
-        fast, slow = seconds(job, device), seconds(here[what], torch.device("cpu"))
+        took = seconds({"there": partial(finished, job, device), "here": here[what]}, 2)
+        fast, slow = took["there"], took["here"]
         print(f"{what}: {fast:.3f} s, CPU {slow:.2f} s: {slow / fast:.1f} x faster", flush=True)
 
 

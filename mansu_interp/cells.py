@@ -144,8 +144,8 @@ def make_cell(
     """A cell with all its settings: the task's own for MANSU and its variants. Dense methods have
     the usual ones (the retain loss weighs as much as the forget loss) and their own step size, so
     that what a task says about MANSU leaves their cells valid."""
-    base = replace(default_config(model.name, task), seed=seed, out=Path("."), threads=1)
-    base = replace(base, device=bench.device)
+    base = default_config(model.name, task)
+    base = replace(base, seed=seed, out=Path("."), threads=1, device=bench.device)
     own = replace(base.unlearn, survive=bench.survive)
     if method == ORIGINAL or method in BASELINES:
         own = UnlearnConfig(lr=bench.lr, retain_weight=1.0, batch_size=own.batch_size)

@@ -39,9 +39,9 @@ def write_tensors(
     Raises:
         ResourceError: the disk is full, or the like.
     """
-    header = {"schema": schema, **meta, "sha256": tensors_sha256(tensors)}
-    text = json.dumps(finite(header), allow_nan=False)
     here = {n: t.detach().cpu() for n, t in tensors.items()}
+    header = {"schema": schema, **meta, "sha256": tensors_sha256(here)}
+    text = json.dumps(finite(header), allow_nan=False)
     with atomic_path(path) as temporary:
         save_file(here, temporary, {f"mansu_{kind}": text})
 
