@@ -33,6 +33,7 @@ from .models import LanguageModel, load_model
 from .pairs import Task
 from .pipeline import make_mask
 from .planning import CAD_PAIRS
+from .provenance import tokenizer_sha256
 from .quantizers import quantize, survival
 from .relearning import relearn
 from .runfolder import config_json
@@ -174,9 +175,10 @@ def _loaded(name: str, task: str, score_pairs: int, device: str) -> tuple[Langua
 
 
 def _circuit(cell: Cell, model: LanguageModel, task: Task) -> Circuit:
-    """The circuit of a model, task and seed: found once, then read."""
+    """The circuit of a model, its tokenizer, a task and a seed: found once, then read."""
     settings = replace(cell.config.circuit, seed=cell.seed)
-    digest = hashlib.sha256(repr((cell.sha256, settings)).encode()).hexdigest()[:10]
+    which = cell.sha256, tokenizer_sha256(model.tokenizer), settings
+    digest = hashlib.sha256(repr(which).encode()).hexdigest()[:10]
     name = f"{Path(cell.model).name}-{task.name}-s{cell.seed}-{digest}.json"
     path = cell.out / "work" / "circuits" / name
     if not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 
 from mansu_interp import cells
 from mansu_interp.bench import best_retained, make_cell, run_bench
+from mansu_interp.circuit import Circuit
 from mansu_interp.config import BenchConfig, RelearnConfig
 from mansu_interp.defaults import DATA
 from mansu_interp.erasure import judge_erasure
@@ -30,6 +32,7 @@ from mansu_interp.report.scoreboard import spread, write_scoreboard
 from mansu_interp.scoring import accuracy
 
 SCRIPT = Path(__file__).with_name("bench_script.py")
+SHIPPED = Path(__file__).parents[1] / "circuits"
 
 
 def try_(forget: float, retain: float, choice: float = 1.0) -> dict[str, Any]:
@@ -104,6 +107,21 @@ def test_a_new_setting_at_its_default_leaves_cells_valid():
     usual = {"a": 1, "nested": {"b": 2, "new": 0}, "other": 5}
     given = {"a": 9, "nested": {"b": 3, "new": 0}, "other": 5}
     assert cells._differences(given, usual) == {"a": 9, "nested": {"b": 3}}
+
+
+def test_a_circuit_is_found_once_for_each_tokenizer(
+    facts: LanguageModel, capitals: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One that was found on another tokenizer is no error in the midst of a benchmark."""
+    shipped, found = Circuit.load(SHIPPED / "facts-capitals.json"), []
+    monkeypatch.setattr(cells, "discover", lambda *_: found.append(1) or shipped)
+    cell = make_cell(BenchConfig(out=tmp_path), facts, "capitals", "npo", 0, 0.3, 1.0)
+    other = facts.copy()
+    other.tokenizer = copy.deepcopy(facts.tokenizer)
+    other.tokenizer.add_tokens(["unheard of"])
+    for model in (facts, facts, other, other):
+        bench_script.find_circuit(cell, model, capitals)
+    assert len(found) == 2
 
 
 @pytest.fixture(scope="module")
