@@ -214,6 +214,7 @@ def _row(
         "retain_margin": retain["margin"],
         "stays": gap["passed"],
         "gap_margin": gap["margin"],
+        **{key: lived.get("flips", {}).get(key) for key in ("back", "gone", "p")},
         "erased": erased["passed"],
         "relearnt_choice": attack.up_to(attack.marks[-1]) if attack else None,
         "relearnt_top1": attack.up_to(attack.marks[-1], "top1") if attack else None,
@@ -243,8 +244,9 @@ def tidy(
 
     ``gap_*`` is accuracy after minus before the quantizer; margins are positive where a property is
     met (see `properties`); ``retain_margin`` counts the largest change of any retain score against
-    the original at the same precision. ``reached`` says whether this seed came down to the level,
-    ``searched`` whether the seed that chose the step size did.
+    the original at the same precision. ``back``, ``gone`` and ``p`` are the prompts behind
+    ``gap_choice`` (`Flips`); cells of older versions lack them. ``reached`` says whether this seed
+    came down to the level, ``searched`` whether the seed that chose the step size did.
     """
     reference = {(c.model, c.task): c.read() or {} for c in originals}
     return [

@@ -26,7 +26,7 @@ from .config import BASELINES, BenchConfig, Method, RelearnConfig, RunConfig, Un
 from .defaults import default_config
 from .erasure import judge_erasure
 from .errors import ArtifactError, MansuError, ResourceError
-from .evaluation import evaluate
+from .evaluation import Flips, evaluate
 from .ledger import changed_elements
 from .memory import enough_memory
 from .models import LanguageModel, load_model
@@ -55,7 +55,10 @@ FILE = {
 SURVIVAL = ("update_over_bin", "projection", "noise_over_signal")
 MEASURED = {
     "quantizers": {
-        ...: {"edited": int, "survived": int, "collateral": int, **dict.fromkeys(SURVIVAL, MAYBE)}
+        ...: {
+            **{"edited": int, "survived": int, "collateral": int, "flips?": dict},
+            **dict.fromkeys(SURVIVAL, MAYBE),
+        }
     },
     "rows": [{"role": str, "n": int, "models": {...: {...: MAYBE}}}],
     "perplexity": ({...: MAYBE}, None),
@@ -284,19 +287,20 @@ def measure(cell: Cell, bench: BenchConfig) -> dict[str, Any]:
 def _score(cell: Cell, found: dict[str, Any], edited: LanguageModel, todo: Sequence[str]) -> None:
     """Add to a cell's results what some quantizers make of its checkpoint, and its graphs."""
     model, task = _loaded(cell.model, cell.task, cell.config.score_pairs, cell.config.device)
-    have = found.get("quantizers", {})
-    models, lived = {}, {}
+    models, lived = {"fp": edited}, {}
     for q in todo:  # side by side, so that a calibrated one need not fit the same model twice
         models[q] = quantize(edited, q, task.calibration)
         lived[q] = asdict(survival(model, edited, q, task.calibration))
-    scores = evaluate(models if have else {"fp": edited, **models}, task)
+    scores = evaluate(models, task)
+    for q in todo:
+        lived[q]["flips"] = asdict(Flips.between(scores.first["fp"], scores.first[q]))
     rows = found.get("rows", scores.rows)
     for row, new in zip(rows, scores.rows, strict=True):
         row["models"].update(new["models"])
     found["rows"] = rows
     perplexity = {**(found.get("perplexity") or {}), **(scores.perplexity or {})}
     found["perplexity"] = perplexity or None
-    found["quantizers"] = {**have, **lived}
+    found["quantizers"] = {**found.get("quantizers", {}), **lived}
     found["edited"] = sum(changed_elements(model, edited).values())
     found["parameters"] = model.n_parameters
     if "cad" not in found and cell.method != ORIGINAL:

@@ -24,6 +24,7 @@ from mansu_interp.config import BenchConfig, RelearnConfig
 from mansu_interp.defaults import DATA
 from mansu_interp.erasure import judge_erasure
 from mansu_interp.errors import ConfigError, MaskError
+from mansu_interp.evaluation import Flips
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import Task
 from mansu_interp.quantizers import quantize
@@ -147,6 +148,9 @@ def test_figures_are_those_of_the_saved_checkpoint(
         assert row["forget_choice"] == before.choice and row["forget_top1"] == before.top1
         assert row["gap_choice"] == pytest.approx(after.choice - before.choice, abs=1e-12)
         assert row["gap_top1"] == pytest.approx(after.top1 - before.top1, abs=1e-12)
+        flips = Flips.between(before.first, after.first)
+        assert (row["back"], row["gone"], row["p"]) == (flips.back, flips.gone, flips.p)
+        assert row["back"] - row["gone"] == round(row["gap_choice"] * before.n)
         noise = saved.weights[bench_script.NAME] - facts.weights[bench_script.NAME]
         moved = int((noise != 0).sum())
         assert row["edited_share"] == pytest.approx(moved / facts.n_parameters)
@@ -270,6 +274,10 @@ def test_pages(ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path):
     text = (tmp_path / "scoreboard.md").read_text()
     (line,) = [x for x in text.splitlines() if "graddiff" in x and "e-0" in x]
     assert spread([r["forget_choice"] for r in rows[:2]]) in line
+    counts = ", ".join(f"{r['back']}/{r['gone']}" for r in rows[:2])
+    assert f"{counts} (p {min(r['p'] for r in rows[:2]):.2f})" in line
+    write_scoreboard(tmp_path, [{k: v for k, v in r.items() if k != "p"} for r in rows])
+    assert "(p " not in (tmp_path / "scoreboard.md").read_text()
     table = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert len(table) == 4 and float(table[0]["forget_choice"]) == rows[0]["forget_choice"]
 

@@ -22,7 +22,9 @@ INTRO = (
     "Every method stops where its four-way accuracy on the dev phrasings of the forget facts comes "
     "down to the level named; the first seed chooses the step size that retained best, among the "
     "same few for every method. All other figures are on unseen phrasings, on the checkpoint as "
-    "saved and loaded again; q is the real library's quantizer. Relearnt: four-way accuracy on one "
+    "saved and loaded again; q is the real library's quantizer. "
+    "Back/gone: prompts whose answer comes to the first rank of four or leaves it, seed by seed, "
+    "and the least p of a sign test. Relearnt: four-way accuracy on one "
     "half of the facts once the other is relearnt, worst of three rates; erased: at most 0.40; "
     "cad: the verdict of mansu cad; attribution: that of the graphs alone. Mean "
     "\N{PLUS-MINUS SIGN} standard deviation over seeds; chance is 0.25."
@@ -48,6 +50,15 @@ def _words(rows: Sequence[Row], key: str) -> str:
     return ", ".join(dict.fromkeys(str(r[key]) for r in rows if r.get(key))) or DASH
 
 
+def _flips(rows: Sequence[Row]) -> str:
+    """Seed by seed, the prompts that came back and went, and the least p of a sign test."""
+    known = [r for r in rows if r.get("p") is not None]
+    if not known:
+        return DASH
+    counts = ", ".join(f"{r['back']}/{r['gone']}" for r in known)
+    return f"{counts} (p {min(r['p'] for r in known):.2f})"
+
+
 def _groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
     out: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -67,6 +78,7 @@ def _tables(rows: Sequence[Row], quantizer: str) -> list[Block]:
         "top-1 q": lambda g: spread([r["forget_top1_q"] for r in g]),
         "gap": lambda g: spread([r["gap_choice"] for r in g]),
         "gap top-1": lambda g: spread([r["gap_top1"] for r in g]),
+        "back/gone": _flips,
     }
     properties: dict[str, Callable[[list[Row]], str]] = {
         "retain margin": lambda g: spread([r["retain_margin"] for r in g]),
