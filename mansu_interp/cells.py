@@ -56,7 +56,10 @@ SURVIVAL = ("update_over_bin", "projection", "noise_over_signal")
 MEASURED = {
     "quantizers": {
         ...: {
-            **{"edited": int, "survived": int, "collateral": int, "flips?": dict},
+            "edited": int,
+            "survived": int,
+            "collateral": int,
+            "flips?": {"back": int, "gone": int, "p": float},
             **dict.fromkeys(SURVIVAL, MAYBE),
         }
     },

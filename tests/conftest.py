@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before transformers is imported: tests never touch the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +27,8 @@ if TEST_DEVICE == "pretend":
     # Before anything is differentiated: autograd counts the devices of a process once.
     import pretend  # noqa: F401
 
+SHIPPED = Path(__file__).parents[1] / "circuits"
+"""The exported circuits and masks."""
 VOCAB = 50
 torch.set_num_threads(2 if os.environ.get("CI") else 1)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import bench_script
 import pytest
+from conftest import SHIPPED
 
 from mansu_interp import cells
 from mansu_interp.bench import best_retained, make_cell, run_bench
@@ -33,7 +34,6 @@ from mansu_interp.report.scoreboard import spread, write_scoreboard
 from mansu_interp.scoring import accuracy
 
 SCRIPT = Path(__file__).with_name("bench_script.py")
-SHIPPED = Path(__file__).parents[1] / "circuits"
 
 
 def try_(forget: float, retain: float, choice: float = 1.0) -> dict[str, Any]:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHIPPED
 
 from mansu_interp.circuit import Circuit, discover
 from mansu_interp.errors import ArtifactError
 from mansu_interp.masks import Mask
 from mansu_interp.models import load_model
 from mansu_interp.tasks import load_task
-
-FOLDER = Path(__file__).parents[1] / "circuits"
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +22,12 @@ def model():
 
 @pytest.mark.parametrize("name", ["capitals", "countries"])
 def test_exported_files_fit_the_model(model, name: str):
-    circuit = Circuit.load(FOLDER / f"facts-{name}.json")
+    circuit = Circuit.load(SHIPPED / f"facts-{name}.json")
     assert circuit.graph.architecture == model.architecture
     assert circuit.meta["model_sha256"] == model.sha256
     assert circuit.meta["faithfulness"] >= 0.85
     assert circuit.n_edges == circuit.graph.prune(circuit.edges).sum() > 10
-    mask = Mask.load(FOLDER / f"facts-{name}.mask.safetensors")
+    mask = Mask.load(SHIPPED / f"facts-{name}.mask.safetensors")
     mask.check_fits(model)
     assert mask.limit == int(0.005 * model.n_parameters)
 
@@ -36,7 +35,7 @@ def test_exported_files_fit_the_model(model, name: str):
 def test_rediscovery_finds_the_exported_circuit(model):
     task = load_task("capitals", model)
     found = discover(model, task.forget, retain=task.retain)
-    saved = Circuit.load(FOLDER / "facts-capitals.json")
+    saved = Circuit.load(SHIPPED / "facts-capitals.json")
     both = (found.edges & saved.edges).sum()
     assert both / (found.edges | saved.edges).sum() > 0.9
     where = found.edges & saved.edges
@@ -44,7 +43,7 @@ def test_rediscovery_finds_the_exported_circuit(model):
 
 
 def test_a_damaged_circuit_is_refused(tmp_path: Path):
-    text = (FOLDER / "facts-capitals.json").read_text()
+    text = (SHIPPED / "facts-capitals.json").read_text()
     for bad in (
         text[:-20],
         text.replace('"schema": 1', '"schema": 9'),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHIPPED
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mansu_interp import hub, remote
@@ -15,8 +16,6 @@ from mansu_interp.errors import ArtifactError, MaskError
 from mansu_interp.masks import Mask
 from mansu_interp.models import LanguageModel
 from mansu_interp.report import model_card
-
-SHIPPED = Path(__file__).parents[1] / "circuits"
 
 
 def test_masks_and_circuits_survive_a_folder(tmp_path: Path):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHIPPED
 
 from mansu_interp.circuit import Circuit
 from mansu_interp.models import LanguageModel
@@ -69,7 +69,7 @@ def test_projection_formula():
 
 
 def test_by_layer_gives_the_same_mask_and_holds_one_layer(facts, capitals):
-    circuit = Circuit.load(Path(__file__).parents[1] / "circuits" / "facts-capitals.json")
+    circuit = Circuit.load(SHIPPED / "facts-capitals.json")
     args = (facts, 0.002, capitals.kept, capitals.forget)
     whole = circuit.mask(*args, n_pairs=12)
     streamed = circuit.mask(*args, n_pairs=12, by_layer=True)
