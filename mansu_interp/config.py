@@ -176,6 +176,10 @@ class UnlearnConfig:
     survive: tuple[str, ...] = ("nf4",)
     """mansu: quantizers that every edit survives by construction (`mansu list` names them); steps
     take turns in full precision and after each of them. Separated by spaces or commas."""
+    steer: float = 0.0
+    """mansu, several quantizers: rate of each quantized model's own wishes, which the choice among
+    the places that the floor leaves follows; 1 = on its turns as fast as all models together,
+    0 = none: every edit is the same for all."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """mansu: arithmetic of the losses, attacks and gradients; edits, floor and scores are always
     exact. bf16 is about twice as fast where the processor has it."""
@@ -218,10 +222,13 @@ class UnlearnConfig:
                 "attack and attack_weight must not be negative and attack_rate be positive; got "
                 f"{self.attack}, {self.attack_weight}, {self.attack_rate}."
             )
-        weights = self.push, self.retain_weight, self.hold, self.projection, self.probe_weight
+        weights = (
+            self.push, self.retain_weight, self.hold, self.projection, self.probe_weight, self.steer
+        )  # fmt: skip
         if min(weights) < 0:
             raise ConfigError(
-                "push, retain_weight, hold, projection and probe_weight must not be negative."
+                "push, retain_weight, hold, projection, probe_weight and steer must not be "
+                "negative."
             )
 
 

@@ -7,6 +7,11 @@ level with them after, so that one percent of the edit is a tenth of a nat of th
 the levels that the quantizers of the set have around a wanted value the choice is free; it is made
 for all edits together, by Lagrange multipliers: the least squared distance from what was wanted,
 subject to kept = 1 for every quantizer.
+
+The same freedom serves quantized models that want something of their own (`UnlearnConfig.steer`):
+the weights that nobody edits are rounded, too, each quantizer's otherwise, and what that lets
+through of the answers can only be taken back in that quantizer's model. Where one wants an edit to
+end apart from the shared place, its own level there counts, and kept = 1 is meant of its own wish.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .floor import Floor
+from .floor import ROUNDING, Floor
 from .quantizers import Cells
 
 ROUNDS = 20
@@ -34,9 +39,9 @@ class Options:
     values: Float[Tensor, "options n"]
     """The first row is where they land otherwise."""
     distance: Float[Tensor, "options n"]
-    """Squared, from what was wanted."""
+    """Squared, from what was wanted; by quantized models with wishes of their own, too."""
     surplus: Float[Tensor, "options quantizers n"]
-    """(Q(v) - Q(o) - d) d: what each quantizer adds to the edit, along the edit."""
+    """(Q(v) - Q(o) - d) d: what each quantizer adds to the edit, along the edit; less its wish."""
     power: Float[Tensor, "options n"]
     """d squared."""
 
@@ -48,8 +53,10 @@ def options(
     original: Float[Tensor, " n"],
     wanted: Float[Tensor, " n"],
     value: Float[Tensor, " n"],
+    apart: Sequence[Float[Tensor, " n"]] = (),
 ) -> Options:
-    """The nearest level of every quantizer, where the floor admits it.
+    """The nearest level of every quantizer, where the floor admits it; where quantized models have
+    wishes of their own, more around it (`_places`).
 
     Arguments:
         floor: of these elements; all of them move (`Floor.land`).
@@ -58,20 +65,41 @@ def options(
         original: the values before.
         wanted: where they would like to be.
         value: where `Floor.land` puts them; stands in for what is not admitted.
+        apart: by how much more each quantized model would like its own values to be; default: by
+            nothing.
     """
     rows = [value]
     for grid in grids:
-        if grid:
-            level = grid.value(grid.encode(wanted)).to(floor.dtype).float()
-            rows.append(torch.where(floor.admits(level, wanted), level, value))
+        for place in _places(grid, wanted, bool(apart)) if grid else ():
+            stored = place.to(floor.dtype).float()
+            rows.append(torch.where(floor.admits(stored, wanted), stored, value))
     values = torch.stack(rows)
     edit = values - original
-    none = torch.zeros_like(edit)
-    surplus = [
-        (grid.value(grid.encode(values)) - own - edit) * edit if grid else none
-        for grid, own in zip(grids, quantized, strict=True)
-    ]
-    return Options(values, (values - wanted).square(), torch.stack(surplus, 1), edit.square())
+    distance, surplus = (values - wanted).square(), []
+    for k, (grid, own) in enumerate(zip(grids, quantized, strict=True)):
+        if grid is None:
+            surplus.append(torch.zeros_like(edit))
+            continue
+        level = grid.value(grid.encode(values))
+        if apart:
+            level = level - apart[k]
+            distance = distance + (level - wanted).square()
+        surplus.append((level - own - edit) * edit)
+    return Options(values, distance, torch.stack(surplus, 1), edit.square())
+
+
+def _places(grid: Cells, wanted: Float[Tensor, " n"], apart: bool) -> list[Float[Tensor, " n"]]:
+    """The nearest level; where quantized models want to part, the next on the other side, and both
+    sides of both boundaries of the cell, where one quantizer's code can change with no other's."""
+    code = grid.encode(wanted)
+    level = grid.value(code)
+    if not apart:
+        return [level]
+    places = [level, grid.value(torch.where(level > wanted, code - 1, code + 1))]
+    for edge in (grid.edge(code - 1), grid.edge(code)):
+        aside = ROUNDING * edge.abs() + grid.width / 64
+        places += [edge - aside, edge + aside]
+    return places
 
 
 def balanced(some: Sequence[Options]) -> list[Float[Tensor, " n"]]:

@@ -13,9 +13,10 @@ from mansu_interp.quantizers import get_quantizer
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
 
 
-def case(seed: int) -> tuple[Tensor, Tensor, Floor, Options, Tensor]:
+def case(seed: int, apart: tuple[float, ...] = ()) -> tuple[Tensor, Tensor, Floor, Options, Tensor]:
     """Wishes of one or two cells for every element of a weight that may move: the weight, their
-    positions, the floor, the options and where they land one by one."""
+    positions, the floor, the options and where they land one by one. ``apart`` is what each
+    quantized model wants beyond that."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(64, 256, generator=generator) * 0.03
     flat = weight.flatten()
@@ -26,7 +27,8 @@ def case(seed: int) -> tuple[Tensor, Tensor, Floor, Options, Tensor]:
     quantizers = [get_quantizer(q) for q in SET]
     grids = [q.cells(weight)[i] for q in quantizers]
     old = [q.round_trip(weight).flatten()[i] for q in quantizers]
-    found = options(whole[i], grids, old, flat[i], wish[i], value[i])
+    own = [torch.full_like(value[i], by) for by in apart]
+    found = options(whole[i], grids, old, flat[i], wish[i], value[i], own)
     return weight, i, whole[i], found, value[i]
 
 
@@ -72,6 +74,28 @@ def test_what_is_chosen_is_admissible(edit: tuple[Floor, Options, Tensor, Tensor
     beyond = torch.where(value > original, value >= where.up, value <= where.down)
     assert beyond.all()
     assert ((value > where.lowest) & (value < where.highest)).all()
+
+
+def test_quantized_models_follow_wishes_of_their_own():
+    """FP4's model wants every value higher, Q4_0's lower, by a fifth of a cell: both move that way,
+    the others stay, and every place is one that the floor admits."""
+    by = (0.0, 0.004, 0.0, -0.004)
+    weight, i, where, still, _ = case(2, (0.0,) * 4)
+    _, _, _, found, _ = case(2, by)
+    assert len(found.values) == 1 + 6 * len(SET)  # two levels and four edges; where they land alone
+    before, after = (balanced([x])[0] for x in (still, found))
+    beyond = torch.where(after > weight.flatten()[i], after >= where.up, after <= where.down)
+    assert beyond.all()
+    shifts = []
+    for q in map(get_quantizer, SET):
+        weights = [weight.flatten().clone() for _ in range(2)]
+        for w, landed in zip(weights, (before, after), strict=True):
+            w[i] = landed
+        old, new = (q.round_trip(w.view_as(weight)).flatten()[i] for w in weights)
+        shifts.append(float((new - old).mean()))
+    nf4, fp4, int4, q4_0 = shifts
+    assert fp4 > 0.001 and q4_0 < -0.001
+    assert max(abs(nf4), abs(int4)) < 0.0005
 
 
 def test_weights_are_balanced_together(edit: tuple[Floor, Options, Tensor, Tensor]):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from mansu_interp.config import UnlearnConfig
 from mansu_interp.errors import ConfigError, MaskError
@@ -16,7 +17,7 @@ from mansu_interp.masks import POOL, Mask, choose_parameters, random_mask, subje
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import forget_gradient
 from mansu_interp.pairs import Task
-from mansu_interp.quantizers import NF4, quantize, survival
+from mansu_interp.quantizers import NF4, get_quantizer, quantize, survival
 from mansu_interp.unlearning import Unlearned, unlearn
 from mansu_interp.unlearning.common import Sampler, reached
 from mansu_interp.unlearning.mansu import Continuous, Snapper
@@ -255,6 +256,34 @@ def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
         found = survival(facts, edited, name)
         assert found.edited == found.survived > 1000 and found.collateral == 0
         assert found.projection == pytest.approx(1, abs=0.004), name
+
+
+def test_steered_edits_survive_and_each_quantized_model_moves_apart(
+    facts: LanguageModel, mask: Mask
+):
+    """A model's own gradient moves its own wishes alone, and its own weights most."""
+    names = ("nf4", "fp4", "q4_0")
+    ended: list[list[Tensor]] = []
+    for pull in (0.0, 1.0):
+        survive = [get_quantizer(q) for q in names]
+        twins = [quantize(facts, q) for q in survive]
+        snapper = Snapper(facts.copy(), twins, mask, survive, None, 0.0, steer=1.0)
+        generator = torch.Generator().manual_seed(0)
+        for t in range(1, 9):
+            some = [torch.randn(facts.weights[n].shape, generator=generator) for n in snapper.names]
+            if t > 4 and (t - 1) % 4 == 2:  # FP4's model wants everything lower
+                some = [g + pull for g in some]
+            snapper.step(some, 0.1, t, (t - 1) % 4)
+        (latent,) = snapper.latents
+        assert len(latent.apart) == 3
+        ended.append([a.clone() for a in latent.apart])
+        assert snapper.write() > 500
+        for q in names:
+            found = survival(facts, snapper.model, q)
+            assert found.edited == found.survived > 500 and found.collateral == 0
+    (_, fp4, _), (_, pulled, _) = ended
+    assert pulled.mean() < fp4.mean() - 0.01
+    assert not Snapper(facts.copy(), twins, mask, survive, None, 0.0).latents[0].apart
 
 
 def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, mask: Mask):

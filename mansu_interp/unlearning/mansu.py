@@ -37,6 +37,8 @@ from .readout import Reader
 from .state import History, Place
 
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
+BETA_OWN = 0.8
+"""Momentum of a quantized model's own wishes, which sees every few steps alone."""
 FISHER_PAIRS = 48
 
 
@@ -55,6 +57,10 @@ class _Latent:
     position: Float[Tensor, " n"]
     projection: Float[Tensor, " n"]
     mean: Float[Tensor, " n"]
+    apart: list[Float[Tensor, " n"]]
+    """How far from the shared position each quantized model would like its own values to be; empty
+    where none has wishes of its own."""
+    apart_mean: list[Float[Tensor, " n"]]
 
     def split(self, values: Float[Tensor, " n"]) -> tuple[Tensor, ...]:
         """Some values of all elements, by weight."""
@@ -82,8 +88,11 @@ class Snapper:
         survive: list[Quantizer],
         fisher: Weights | None,
         strength: float,
+        steer: float = 0.0,
     ) -> None:
         self.model, self.quantized = model, quantized
+        self.steer = steer * len(self.models)
+        apart = len(quantized) if steer and len(quantized) > 1 else 0
         self.power = 0.0
         self.limit = mask.limit
         indices = {n: i.to(model.device) for n, i in mask.indices.items()}
@@ -117,6 +126,8 @@ class Snapper:
                     if fisher
                     else torch.ones_like(original),
                     torch.zeros_like(original),
+                    [torch.zeros_like(original) for _ in range(apart)],
+                    [torch.zeros_like(original) for _ in range(apart)],
                 )
             )
 
@@ -132,8 +143,12 @@ class Snapper:
 
     def _state(self) -> dict[str, Tensor]:
         """What a loop that goes on needs."""
-        found = {f"{k}|position": x.position for k, x in enumerate(self.latents)}
-        return found | {f"{k}|mean": x.mean for k, x in enumerate(self.latents)}
+        found: dict[str, Tensor] = {}
+        for k, x in enumerate(self.latents):
+            found |= {f"{k}|position": x.position, f"{k}|mean": x.mean}
+            for q, (own, mean) in enumerate(zip(x.apart, x.apart_mean, strict=True)):
+                found |= {f"{k}|apart {q}": own, f"{k}|apart_mean {q}": mean}
+        return found
 
     @torch.no_grad()
     def resume(self, place: Place) -> None:
@@ -148,8 +163,9 @@ class Snapper:
         place.save(history, self._state(), self.power)
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], lr: float, t: int) -> None:
-        """One projected step on the latent positions; ``t`` counts from 1.
+    def step(self, gradients: list[Tensor], lr: float, t: int, side: int = 0) -> None:
+        """One projected step on the latent positions; ``t`` counts from 1, and ``side`` is the
+        model that the gradients are of (0: full precision), in turns.
 
         Momentum is divided by one running RMS over the whole mask, not by each weight's own as in
         Adam: a weight whose gradient is mostly noise then never reaches another cell.
@@ -166,6 +182,11 @@ class Snapper:
             latent.mean.lerp_(g, 1 - BETA1)
             direction = latent.mean / (1 - BETA1**t) / rms
             latent.position.sub_(lr * direction * latent.projection).clamp_(-1, 1)
+            if side and latent.apart:
+                mean, turn = latent.apart_mean[side - 1], (t - 1) // len(self.models) + 1
+                own = mean.lerp_(g, 1 - BETA_OWN) / (1 - BETA_OWN**turn) / rms
+                step = lr * self.steer * own * latent.projection
+                latent.apart[side - 1].sub_(step).clamp_(-1, 1)
 
     def _bar(self, travelled: Float[Tensor, " n"], least: float) -> float:
         """The distance beyond which a weight is edited, so that the farthest fill the budget;
@@ -207,7 +228,8 @@ class Snapper:
                 grids = [g[i] if g else None for g in x.grids]
                 own = [q[i] for q in x.quantized]
                 wanted = (x.position * x.scale)[i]
-                some.append(options(x.floor[i], grids, own, x.original[i], wanted, value[i]))
+                apart = [(a * x.scale)[i] for a in x.apart]
+                some.append(options(x.floor[i], grids, own, x.original[i], wanted, value[i], apart))
                 where.append((value, i))
         for (value, i), landed in zip(where, balanced(some) if some else [], strict=True):
             value[i] = landed
@@ -278,7 +300,9 @@ def mansu(
         )
     targets = [CounterfactualTargets(t, task.forget, config.seed) for t in teachers]
     kind = Snapper if floored else Continuous
-    snapper = kind(students[0], students[1:], mask, survive, fisher, config.projection)
+    snapper = kind(
+        students[0], students[1:], mask, survive, fisher, config.projection, config.steer
+    )
     sampler = Sampler(task, config)
     attacker = Attacker(task, config) if config.attack else None
     reader = Reader(task, config) if config.probe_weight else None
@@ -335,7 +359,7 @@ def mansu(
             extra, losses["read"] = reader.gradient(student, snapper.names)
             for g, e in zip(gradients, extra, strict=True):
                 g.add_(e, alpha=config.probe_weight)
-        snapper.step(gradients, learning_rate(config.lr, done, config.steps), done + 1)
+        snapper.step(gradients, learning_rate(config.lr, done, config.steps), done + 1, side)
         losses["edited"] = snapper.write()
         stop = reached(lambda: snapper.models, task, config, done, losses)
         history.append(losses)
