@@ -176,10 +176,10 @@ class UnlearnConfig:
     survive: tuple[str, ...] = ("nf4",)
     """mansu: quantizers that every edit survives by construction (`mansu list` names them); steps
     take turns in full precision and after each of them. Separated by spaces or commas."""
-    steer: float = 0.0
-    """mansu, several quantizers: rate of each quantized model's own wishes, which the choice among
-    the places that the floor leaves follows; 1 = on its turns as fast as all models together,
-    0 = none: every edit is the same for all."""
+    steer: float = 1.0
+    """mansu, several quantizers: how fast each quantized model's own wishes grow, which decide
+    among the places that the floor leaves; 1 = on its turns as fast as the edit itself, 0 = none:
+    the quantized models follow the full-precision one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """mansu: arithmetic of the losses, attacks and gradients; edits, floor and scores are always
     exact. bf16 is about twice as fast where the processor has it."""
