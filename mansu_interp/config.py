@@ -98,12 +98,12 @@ class CircuitConfig(AttributionConfig):
 
 
 Method = Literal[
-    "mansu", "mansu-random", "mansu-whole", "mansu-unprojected", "mansu-unsnapped",
-    "ga", "graddiff", "kl", "npo", "simnpo", "dpo", "idkdpo", "rmu", "undial", "wga", "satimp",
+    "mansu", "mansu-random", "mansu-whole", "mansu-unprojected", "mansu-unsteered",
+    "mansu-unsnapped", "ga", "graddiff", "kl", "npo", "simnpo", "dpo", "idkdpo", "rmu", "undial", "wga", "satimp",
     "task-vector", "sure",
 ]  # fmt: skip
-"""MANSU; MANSU without its circuit (random mask, mask over the whole model), without projection and
-without floor; and baselines that train all weights."""
+"""MANSU; MANSU without its circuit (random mask, mask over the whole model), without projection,
+without steering and without floor; and baselines that train all weights."""
 METHODS: tuple[Method, ...] = get_args(Method)
 BASELINES = tuple(m for m in METHODS if not m.startswith("mansu"))
 

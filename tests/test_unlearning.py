@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mansu_interp.config import UnlearnConfig
+from mansu_interp.config import Method, UnlearnConfig
 from mansu_interp.errors import ConfigError, MaskError
 from mansu_interp.ledger import verify
 from mansu_interp.masks import POOL, Mask, choose_parameters, random_mask, subject_rows
@@ -197,13 +197,19 @@ def test_without_the_floor_edits_are_continuous(
         assert torch.equal(found.weights[name], found.weights[name].bfloat16().float())
 
 
-def test_without_the_projection_nothing_is_held_back(
-    facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned
+@pytest.mark.parametrize(
+    ("method", "less"),
+    [("mansu-unprojected", {"projection": 0.0}), ("mansu-unsteered", {"steer": 0.0})],
+)
+def test_without_one_of_its_parts(
+    facts: LanguageModel, capitals: Task, mask: Mask, method: Method, less: dict[str, float]
 ):
-    found = unlearn(facts, capitals, mask, replace(CONFIG, method="mansu-unprojected")).model
-    same = unlearn(facts, capitals, mask, replace(CONFIG, projection=0.0)).model
+    config = replace(CONFIG, survive=("nf4", "q4_0"))
+    whole = unlearn(facts, capitals, mask, config).model
+    found = unlearn(facts, capitals, mask, replace(config, method=method)).model
+    same = unlearn(facts, capitals, mask, replace(config, **less)).model
     assert all(torch.equal(w, same.weights[n]) for n, w in found.weights.items())
-    assert any(not torch.equal(w, result.model.weights[n]) for n, w in found.weights.items())
+    assert any(not torch.equal(w, whole.weights[n]) for n, w in found.weights.items())
 
 
 def test_a_random_mask_is_as_large_as_a_chosen_one(facts: LanguageModel, mask: Mask):

@@ -88,6 +88,8 @@ def unlearn(
     mask.check_fits(model)
     if method == "mansu-unprojected":
         config = replace(config, projection=0.0)
+    if method == "mansu-unsteered":
+        config = replace(config, steer=0.0)
     return mansu(model, task, mask, config, on_step, method != "mansu-unsnapped", place)
 
 
