@@ -99,8 +99,8 @@ class CircuitConfig(AttributionConfig):
 
 Method = Literal[
     "mansu", "mansu-random", "mansu-whole", "mansu-unprojected", "mansu-unsteered",
-    "mansu-unsnapped", "ga", "graddiff", "kl", "npo", "simnpo", "dpo", "idkdpo", "rmu", "undial", "wga", "satimp",
-    "task-vector", "sure",
+    "mansu-unsnapped", "ga", "graddiff", "kl", "npo", "simnpo", "dpo", "idkdpo", "rmu", "undial",
+    "wga", "satimp", "task-vector", "sure",
 ]  # fmt: skip
 """MANSU; MANSU without its circuit (random mask, mask over the whole model), without projection,
 without steering and without floor; and baselines that train all weights."""
