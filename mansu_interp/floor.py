@@ -95,7 +95,9 @@ class Floor:
         own = tuple(Cells.join(each) for each in zip(*(f.own for f in some), strict=True))
         return replace(some[0], **parts, own=own)
 
-    def admits(self, value: Float[Tensor, " n"], wanted: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    def admits(
+        self, value: Float[Tensor, "*several n"], wanted: Float[Tensor, " n"]
+    ) -> Bool[Tensor, "*several n"]:
         """Whether values, as stored, are edits that the floor allows towards the wanted ones."""
         far = torch.where(wanted > self.leave_up, value >= self.up, value <= self.down)
         return far & (value > self.lowest) & (value < self.highest)

@@ -68,12 +68,9 @@ def options(
         apart: by how much more each quantized model would like its own values to be; default: by
             nothing.
     """
-    rows = [value]
-    for grid in grids:
-        for place in _places(grid, wanted, bool(apart)) if grid else ():
-            stored = place.to(floor.dtype).float()
-            rows.append(torch.where(floor.admits(stored, wanted), stored, value))
-    values = torch.stack(rows)
+    places = [p for grid in grids if grid for p in _places(grid, wanted, bool(apart))]
+    stored = torch.stack(places).to(floor.dtype).float()
+    values = torch.cat([value[None], torch.where(floor.admits(stored, wanted), stored, value)])
     edit = values - original
     distance, surplus = (values - wanted).square(), []
     for k, (grid, own) in enumerate(zip(grids, quantized, strict=True)):

@@ -68,12 +68,16 @@ def test_the_share_kept_is_that_of_the_real_libraries():
         assert float(dq @ d / (d @ d)) == pytest.approx(1.0, abs=0.002), q.name
 
 
+def admissible(where: Floor, original: Tensor, value: Tensor) -> bool:
+    """Whether all values are far enough from the original ones, and none sets a scale."""
+    beyond = torch.where(value > original, value >= where.up, value <= where.down)
+    return bool((beyond & (value > where.lowest) & (value < where.highest)).all())
+
+
 def test_what_is_chosen_is_admissible(edit: tuple[Floor, Options, Tensor, Tensor]):
     where, found, original, _ = edit
     (value,) = balanced([found])
-    beyond = torch.where(value > original, value >= where.up, value <= where.down)
-    assert beyond.all()
-    assert ((value > where.lowest) & (value < where.highest)).all()
+    assert admissible(where, original, value)
 
 
 def test_quantized_models_follow_wishes_of_their_own():
@@ -84,8 +88,7 @@ def test_quantized_models_follow_wishes_of_their_own():
     _, _, _, found, _ = case(2, by)
     assert len(found.values) == 1 + 6 * len(SET)  # two levels and four edges; where they land alone
     before, after = (balanced([x])[0] for x in (still, found))
-    beyond = torch.where(after > weight.flatten()[i], after >= where.up, after <= where.down)
-    assert beyond.all()
+    assert admissible(where, weight.flatten()[i], after)
     shifts = []
     for q in map(get_quantizer, SET):
         weights = [weight.flatten().clone() for _ in range(2)]

@@ -6,8 +6,10 @@ original value; once it has left them all, it lands where `floor` allows. So a w
 one whole cell or not at all, and the quantized model receives the same edit. Gradients pass the
 snap straight through (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's).
 Steps take turns, the full-precision model first and then each quantized one, so that all forget and
-all retain; each is compared with the original at its own precision. The momentum direction is
-multiplied by the null-space projection lambda / (lambda + F).
+all retain; each is compared with the original at its own precision. Of several quantized models
+each gathers, on its turns, how it would like its own values to differ; `landing` weighs these
+wishes where there is a choice (ours). The momentum direction is multiplied by the null-space
+projection lambda / (lambda + F).
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class Snapper:
     ) -> None:
         self.model, self.quantized = model, quantized
         self.steer = steer * len(self.models)
-        apart = len(quantized) if steer and len(quantized) > 1 else 0
+        apart = len(self.models) - 1 if steer and len(self.models) > 2 else 0
         self.power = 0.0
         self.limit = mask.limit
         indices = {n: i.to(model.device) for n, i in mask.indices.items()}
