@@ -188,7 +188,7 @@ def _row(
     parts = {k: Divergence(**d) for k, d in cad["models"].items()} if cad else {}
     verdict = CAD(cad["verdict"], cad["sentence"], parts) if cad else CAD("-", "-", {"": _NONE})
     attack = Relearning.from_json(found["relearning"]) if "relearning" in found else None
-    forget, retain, gap, erased = properties(scores, verdict, quantizer, attack)
+    forget, retain, gap, erased = properties(scores, verdict, [quantizer], attack)
     lived = found["quantizers"][quantizer]
     after = f"unlearned {quantizer}"
     out |= {

@@ -25,7 +25,7 @@ from .defaults import HARDENED, default_config, default_task
 from .distributed import first_says, rank
 from .erasure import judge_erasure
 from .errors import ArtifactError, TaskError
-from .evaluation import Flips, Scores, evaluate, properties, verdict
+from .evaluation import EDITED, ORIGINAL, QUANTIZER, Flips, Scores, evaluate, properties, verdict
 from .floor import quantizer_set
 from .layout import check_layout
 from .ledger import Ledger
@@ -39,13 +39,11 @@ from .quantizers import Quantizer, get_quantizer, quantize, survival
 from .relearning import Relearning, relearn, scored_halves
 from .report import model_card, write_report
 from .runfolder import Clock, begin, check_folder, config_json, deciding
-from .scoring import accuracy
 from .tasks import first_twin, load_task
 from .unlearning import unlearn
 from .viz import circuit_svg, erasure_view
 
 OnProgress = Callable[[str, int, int], None]
-QUANTIZER = "nf4"
 SAMPLES = 8
 PLACE = ("out", "threads", "device")
 """Settings of a run that say where and how fast, not what."""
@@ -132,20 +130,24 @@ def quantizer_row(
     """What one quantizer makes of a run's edit: survival, and forget accuracy on unseen phrasings.
 
     ``gap`` is the change of an accuracy from the edited model to the same after the quantizer,
-    ``flips`` the prompts behind it (`Flips`).
+    ``flips`` the prompts behind it (`Flips`). ``scores`` holds the unlearned model, and may hold
+    both quantized ones.
     """
-    sets = list(task.scored["unseen"]["forget"].values())
-    found = {
-        name: [accuracy(quantize(m, quantizer, task.calibration), s) for s in sets]
-        for name, m in (("original", model), ("unlearned", edited))
-    }
+    before, after = (f"{m} {quantizer.name}" for m in (ORIGINAL, EDITED))
+    found = scores
+    if after not in scores.first:
+        models = {
+            name: quantize(m, quantizer, task.calibration)
+            for name, m in ((before, model), (after, edited))
+        }
+        found = evaluate(models, task, role="forget")
     out: dict[str, Any] = {"name": quantizer.name, "promised": promised}
     out |= asdict(survival(model, edited, quantizer, task.calibration))
     for key in ("choice", "top1"):
-        mean = {name: sum(getattr(a, key) for a in by) / len(sets) for name, by in found.items()}
-        out[key] = {**mean, "gap": mean["unlearned"] - scores.mean("forget", key, "unlearned")}
-    after = tuple(one for a in found["unlearned"] for one in a.first)
-    out["flips"] = asdict(Flips.between(scores.first["unlearned"], after))
+        old, new = (found.mean("forget", key, m) for m in (before, after))
+        gap = new - scores.mean("forget", key, EDITED)
+        out[key] = {ORIGINAL: old, EDITED: new, "gap": gap}
+    out["flips"] = asdict(Flips.between(scores.first[EDITED], found.first[after]))
     return out
 
 
@@ -335,15 +337,18 @@ def _measure(
     """The report of an edited model."""
     torch.manual_seed(config.seed)
     circuit_config = replace(config.circuit, seed=config.seed)
-    named = (QUANTIZER, *config.unlearn.survive, *config.quantizers)
-    measured = [get_quantizer(name) for name in dict.fromkeys(named)]
+    deployed = list(dict.fromkeys((QUANTIZER, *config.unlearn.survive)))
+    measured = [get_quantizer(q) for q in dict.fromkeys((*deployed, *config.quantizers))]
     models = {
-        "original": model,
-        f"original {QUANTIZER}": quantize(model, QUANTIZER),
-        "unlearned": edited,
-        f"unlearned {QUANTIZER}": quantize(edited, QUANTIZER),
+        ORIGINAL: model,
+        f"{ORIGINAL} {QUANTIZER}": quantize(model, QUANTIZER),
+        EDITED: edited,
+        f"{EDITED} {QUANTIZER}": quantize(edited, QUANTIZER),
     }
     scores = evaluate(models, task, on_step=note)
+    for name in deployed[1:]:  # two at a time: they need not fit into memory together
+        twins = {f"{m} {name}": quantize(models[m], name) for m in (ORIGINAL, EDITED)}
+        scores = scores.beside(evaluate(twins, task, on_step=note))
     lived = survival(model, edited, QUANTIZER)
     lives = [
         quantizer_row(model, edited, q, task, q.name in config.unlearn.survive, scores)
@@ -351,7 +356,7 @@ def _measure(
     ]
     clock.lap("evaluate")
 
-    compared = {k: models[k] for k in ("unlearned", f"unlearned {QUANTIZER}")}
+    compared = {k: models[k] for k in (EDITED, f"{EDITED} {QUANTIZER}")}
     twin = first_twin(task, model)
     graphs: dict[str, Attribution] = {}
     cad = compare(
@@ -366,9 +371,9 @@ def _measure(
     )
     graph = erasure_view(
         circuit,
-        graphs["original"],
-        graphs["unlearned"],
-        graphs[f"unlearned {QUANTIZER}"],
+        graphs[ORIGINAL],
+        graphs[EDITED],
+        graphs[f"{EDITED} {QUANTIZER}"],
         model=model,
         mask=mask,
         limit=GRAPH_LIMIT,
@@ -379,10 +384,10 @@ def _measure(
     erasure = None
     if config.relearn_steps:
         erasure = judge_erasure(
-            model, edited, task, models[f"unlearned {QUANTIZER}"], config.seed, note
+            model, edited, task, models[f"{EDITED} {QUANTIZER}"], config.seed, note
         )
         attack = RelearnConfig(steps=relearning_marks(config.relearn_steps), seed=config.seed)
-        targets = {"unlearned": edited, **({REFERENCE: twin} if twin else {})}
+        targets = {EDITED: edited, **({REFERENCE: twin} if twin else {})}
         for name, target in targets.items():
             attacked[name] = relearn(
                 target,
@@ -392,7 +397,7 @@ def _measure(
             )
         clock.lap("relearn")
 
-    rows = properties(scores, cad, QUANTIZER, attacked.get("unlearned"))
+    rows = properties(scores, cad, deployed, attacked.get(EDITED))
     edits = {
         name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
     }
@@ -453,6 +458,6 @@ def _measure(
         "relearning": {n: [[m, found.at(m)] for m in found.marks] for n, found in attacked.items()},
         "graph": graph.data,
         "samples": _samples(
-            task, {k: v for k, v in models.items() if k != f"original {QUANTIZER}"}
+            task, {k: v for k, v in models.items() if k != f"{ORIGINAL} {QUANTIZER}"}
         ),
     }

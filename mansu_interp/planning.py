@@ -13,6 +13,7 @@ from .attribution import pairs_per_batch
 from .circuit import MASK_PAIRS
 from .commands import PlanConfig
 from .config import AttributionConfig, RunConfig
+from .evaluation import QUANTIZER
 from .models import LanguageModel, empty_model
 from .pairs import Pair, Task, by_phrasing
 from .unlearning.common import CHUNK
@@ -164,12 +165,13 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     step += (u.attack / 2 + 1) * u.batch_size * 3 * shared if u.attack else 0
     # A probe reads every prompt of a half, and a batch of the other gives the gradient.
     step += (len(task.forget) / 2 + u.batch_size * 3) * shared if u.probe_weight else 0
+    precisions = 1 + len({QUANTIZER, *u.survive})
     total = (
         2 * attribution
         + search
         + mask
         + u.steps * step
-        + 4 * (_tokens(scored) * len(scored) + texts)
+        + 2 * precisions * (_tokens(scored) * len(scored) + texts)
         + 3 * CAD_PAIRS * per_pair
     )
     # Every further quantizer to survive adds a teacher and a student.

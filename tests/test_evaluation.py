@@ -38,6 +38,53 @@ def test_what_comes_back_and_what_is_avoided_both_count(first: float, last: floa
     assert erasure["value"] == max(first, last)
 
 
+def test_the_worst_quantizer_of_a_set_decides():
+    """Forgetting, retention and the gap alike; each edit against the original at its precision."""
+
+    def models(**scores: float) -> dict[str, dict[str, float]]:
+        return {m.replace("_", " "): {"choice": v, "top1": 0.0} for m, v in scores.items()}
+
+    forget = models(
+        original=1.0, original_nf4=0.9, original_fp4=0.8,
+        unlearned=0.3, unlearned_nf4=0.2, unlearned_fp4=0.34,
+    )  # fmt: skip
+    retain = models(
+        original=1.0, original_nf4=0.9, original_fp4=0.8,
+        unlearned=0.99, unlearned_nf4=0.91, unlearned_fp4=0.75,
+    )  # fmt: skip
+    rows = [
+        {"role": role, "label": "x", "n": 9, "chance": 0.25, "models": by}
+        for role, by in (("forget", forget), ("retain", retain))
+    ]
+    first = dict.fromkeys(("unlearned", "unlearned nf4"), (False, True))
+    scores = Scores(rows, None, {**first, "unlearned fp4": (True, True)})
+    alone = properties(scores, NO_GRAPH, ["nf4"])
+    both = properties(scores, NO_GRAPH, ["nf4", "fp4"])
+    assert [r["passed"] for r in alone[:3]] == [True, True, True]
+    assert [r["passed"] for r in both[:3]] == [True, False, False]
+    assert [r["value"] for r in both[:3]] == pytest.approx([0.34, 0.05, 0.04])
+    assert both[2]["unit"].startswith("fp4 minus full precision")
+    assert "nf4 and fp4 changed four-way" in both[2]["sentence"]
+    assert "by -0.100 and +0.040" in both[2]["sentence"]
+    assert "Under fp4, on 1 prompts" in both[2]["sentence"]
+
+
+def test_scores_stand_beside_each_other():
+    one, two = (
+        Scores(
+            [{"role": "forget", "label": "x", "n": 9, "models": {m: {"choice": 0.5}}}],
+            {m: 2.0},
+            {m: (True,)},
+        )
+        for m in ("original", "unlearned")
+    )
+    both = one.beside(two)
+    assert list(both.rows[0]["models"]) == ["original", "unlearned"]
+    assert both.perplexity == {"original": 2.0, "unlearned": 2.0}
+    assert set(both.first) == {"original", "unlearned"}
+    assert list(one.rows[0]["models"]) == ["original"]
+
+
 @pytest.mark.parametrize(
     ("back", "gone", "p"), [(0, 0, 1.0), (1, 0, 1.0), (3, 3, 1.0), (1, 3, 0.625), (6, 0, 0.03125)]
 )

@@ -226,3 +226,24 @@ def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
     assert f"| of these in the embedding, which is not quantized | {edit['embedding']:,} |" in text
     kept = verify(load_model("facts"), load_model(out / "model"), (), ledger, found.mask)
     assert kept.status == 0 and kept.embedding["nf4"].edited == edit["embedding"]
+
+
+def test_every_quantizer_of_the_set_is_scored_in_full(tmp_path: Path):
+    """Retention after each of them, too; one that nothing is promised for on forget prompts."""
+    survive = replace(UNLEARN, survive=("fp4", "int4-g32"), steps=2)
+    config = replace(settings(tmp_path / "set"), unlearn=survive, relearn_steps=0)
+    report = run(replace(config, quantizers=("q8_0",))).report
+    precisions = ("", " nf4", " fp4", " int4-g32")
+    every = {f"{m}{p}" for p in precisions for m in ("original", "unlearned")}
+    assert all(row["models"].keys() == every for row in report["scores"])
+    gap = report["properties"][2]
+    assert gap["sentence"].startswith("nf4, fp4 and int4-g32 changed")
+    listed = {q["name"]: q for q in report["quantizers"]}
+    assert list(listed) == ["nf4", "fp4", "int4-g32", "q8_0"]
+    forget = [r["models"] for r in report["scores"] if r["role"] == "forget"]
+    for key in ("choice", "top1"):
+        now = sum(m["unlearned fp4"][key] for m in forget) / len(forget)
+        assert listed["fp4"][key]["unlearned"] == now
+    assert gap["value"] == pytest.approx(
+        max(listed[q][k]["gap"] for q in ("nf4", "fp4", "int4-g32") for k in ("choice", "top1"))
+    )

@@ -383,8 +383,8 @@ def test_console_summary_fits(width: int) -> None:
         assert "PASS       meaningful forgetting: 0.287 (target 0.350, margin +0.063)" in lines
         assert "UNDECIDED  structural erasure: 0.410 (target 0.250, margin −0.160)" in lines
         # the mean of 0.99 and 0.98 over equally many facts
-        retain = next(line for line in lines if line.startswith("  retain"))
-        assert retain.split()[7:10] == ["98.5%", "/", "100.0%"]
+        unlearned = next(line for line in lines if line.startswith("  unlearned "))
+        assert unlearned.split()[-3:] == ["98.5%", "/", "100.0%"]
 
 
 def test_the_console_says_the_calibrated_verdict_where_there_is_one() -> None:

@@ -11,14 +11,14 @@ from .values import DASH, count, get, items, measured, number, pairs, percent, s
 
 
 def _role_means(report: Mapping[str, Any]) -> list[list[str]]:
-    """A row a role under a row of model names: scores averaged over all the role's facts."""
+    """A row a model under a row of roles: scores averaged over all the role's facts."""
     entries = items(get(report, "scores"))
-    models = list(dict.fromkeys(m for e in entries for m, _ in pairs(get(e, "models"))))
-    rows = [["", *models]]
-    for role in list(dict.fromkeys(text_of(get(e, "role")) for e in entries))[:3]:
-        members = [e for e in entries if text_of(get(e, "role")) == role]
+    roles = list(dict.fromkeys(text_of(get(e, "role")) for e in entries))[:3]
+    rows = [["", *roles]]
+    for model in dict.fromkeys(m for e in entries for m, _ in pairs(get(e, "models"))):
         cells = []
-        for model in models:
+        for role in roles:
+            members = [e for e in entries if text_of(get(e, "role")) == role]
             means = []
             for key in METRICS:
                 got = [
@@ -29,12 +29,12 @@ def _role_means(report: Mapping[str, Any]) -> list[list[str]]:
                 total = sum(n for n, _ in got)
                 means.append(percent(sum(n * v for n, v in got) / total) if got else DASH)
             cells.append(" / ".join(means))
-        rows.append([role, *cells])
+        rows.append([model, *cells])
     return rows
 
 
 def console_summary(report: dict[str, Any], width: int) -> str:
-    """At most 25 plain lines for the terminal, none wider than ``width``.
+    """Plain lines for the terminal, none wider than ``width``: some 20, and one for each model.
 
     Control characters are dropped, so that no prompt can steer the terminal.
     """
@@ -59,16 +59,11 @@ def console_summary(report: dict[str, Any], width: int) -> str:
     if len(scores) > 1:
         out += lines("Scores, top-1 / choice:", 1)
         widths = [max(map(len, column)) for column in zip(*scores, strict=True)]
-        if sum(widths) + 2 * len(widths) <= width:
-            aligned = [
-                "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in scores
-            ]
-            out += [printable(f"  {row}".rstrip()) for row in aligned]
-        else:
-            for role, *cells in scores[1:]:
-                named = zip(scores[0][1:], cells, strict=True)
-                text = "; ".join(f"{model} {cell}" for model, cell in named)
-                out += lines(f"{role}: {text}", 2, "  ")
+        fits = sum(widths) + 2 * len(widths) <= width
+        for row in scores:
+            padded = [c.ljust(w) for c, w in zip(row, widths, strict=True)]
+            aligned = printable("  " + "  ".join(padded)).rstrip()
+            out += [aligned] if fits else lines("  ".join(row), 2, "  ")
     edit, circuit = get(report, "edit"), get(report, "circuit")
     rows = number(get(edit, "embedding"))
     unquantized = f", {count(rows)} are in the embedding, which is not quantized" if rows else ""
