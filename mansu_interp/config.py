@@ -167,6 +167,9 @@ class UnlearnConfig:
     margin: float = 0.0
     """mansu: nats by which that target lies below the mean of the relation's answers; 0 puts the
     answer in their midst, much more has it avoided, which gives it away as well."""
+    reserve: float = 0.0
+    """mansu, several quantizers: nats added to that margin in the quantized models. On prompts that
+    training never sees, rounding moves answers up as well as down; this takes them down first."""
     retain_weight: float = 2.0
     """Weight of the retain loss, which each method has its own of (ga, task-vector: none)."""
     hold: float = 1.0

@@ -90,15 +90,20 @@ class Attacker:
         return victim
 
     def gradient(
-        self, student: LanguageModel, names: Sequence[str], targets: CounterfactualTargets
+        self,
+        student: LanguageModel,
+        names: Sequence[str],
+        targets: CounterfactualTargets,
+        margin: float = 0.0,
     ) -> tuple[list[Tensor], float]:
-        """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
+        """Gradient at a relearned point with respect to some weights, and the loss there (nats);
+        ``margin`` as in `UnlearnConfig`."""
         attack = self.draw()
         victim = self.attacked(student, attack)
         among = answer_tokens(attack.unseen, student.device)
 
         def loss(part: list[Pair]) -> Tensor:
             with arithmetic(victim, self.config):
-                return ranking_loss(victim, part, targets, among, self.config.margin)
+                return ranking_loss(victim, part, targets, among, margin)
 
         return mean_gradient(victim, names, attack.chosen, loss)

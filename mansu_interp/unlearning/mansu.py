@@ -321,6 +321,7 @@ def mansu(
     for done in range(len(history), config.steps):
         side = done % len(students) if floored else 0
         student, teacher = students[side], teachers[side]
+        margin = config.margin + (config.reserve if side and len(survive) > 1 else 0.0)
         losses = {"forget": 0.0, "retain": 0.0}
 
         def weighed(kind: str, weight: float, loss: Callable[[], Tensor]) -> Tensor:
@@ -333,7 +334,7 @@ def mansu(
             if config.forget_loss == "ga":
                 return -nll(student, pairs).mean()  # noqa: B023
             target = targets[side]  # noqa: B023
-            return counterfactual_loss(student, pairs, target, config.push, config.margin)  # noqa: B023
+            return counterfactual_loss(student, pairs, target, config.push, margin)  # noqa: B023
 
         forget, keep, text = sampler.batch(done, len(students))
         parts = [
@@ -354,7 +355,9 @@ def mansu(
         gradients = gradient(student, snapper.names, parts)
         losses = {kind: sum_number(value) for kind, value in losses.items()}
         if attacker:
-            extra, losses["attacked"] = attacker.gradient(student, snapper.names, targets[side])
+            extra, losses["attacked"] = attacker.gradient(
+                student, snapper.names, targets[side], margin
+            )
             for g, e in zip(gradients, extra, strict=True):
                 g.add_(e, alpha=config.attack_weight)
         if reader:
