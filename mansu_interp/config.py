@@ -168,8 +168,9 @@ class UnlearnConfig:
     """mansu: nats by which that target lies below the mean of the relation's answers; 0 puts the
     answer in their midst, much more has it avoided, which gives it away as well."""
     reserve: float = 0.0
-    """mansu, several quantizers: nats added to that margin in the quantized models. On prompts that
-    training never sees, rounding moves answers up as well as down; this takes them down first."""
+    """mansu, several quantizers: nats by which the quantized models' targets lie below full
+    precision's, half of it to either side of the margin. On prompts that training never sees,
+    rounding moves answers up as well as down; about as much as answers are spread is enough."""
     retain_weight: float = 2.0
     """Weight of the retain loss, which each method has its own of (ga, task-vector: none)."""
     hold: float = 1.0

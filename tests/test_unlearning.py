@@ -270,9 +270,9 @@ def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
 
 @pytest.mark.parametrize(
     ("survive", "wanted"),
-    [(("nf4", "fp4"), [0.1, 0.35, 0.1]), (("nf4",), [0.1])],
+    [(("nf4", "fp4"), [-0.025, 0.225, -0.025]), (("nf4",), [0.1])],
 )
-def test_the_reserve_is_of_the_quantized_models_of_a_set(
+def test_the_reserve_parts_the_quantized_models_of_a_set(
     facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch,
     survive: tuple[str, ...], wanted: list[float],
 ):  # fmt: skip

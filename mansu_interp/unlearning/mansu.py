@@ -321,7 +321,8 @@ def mansu(
     for done in range(len(history), config.steps):
         side = done % len(students) if floored else 0
         student, teacher = students[side], teachers[side]
-        margin = config.margin + (config.reserve if side and len(survive) > 1 else 0.0)
+        apart = config.reserve / 2 if len(survive) > 1 else 0.0
+        margin = config.margin + (apart if side else -apart)
         losses = {"forget": 0.0, "retain": 0.0}
 
         def weighed(kind: str, weight: float, loss: Callable[[], Tensor]) -> Tensor:
