@@ -1,0 +1,70 @@
+"""What settings are chosen by: a run's edit on the dev phrasings, never the unseen ones.
+
+    python scripts/dev_scores.py RUN [RUN ...]
+
+Each RUN is a finished folder of `mansu run`. In full precision and after every quantizer of its
+set: how often the forget answers rank first and last of four, and by how many nats they stand above
+where they should, among their relation's answers, over some training prompts (mean, spread).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mansu_interp.artifacts import read_json
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.objectives import CounterfactualTargets, excess, log_probs
+from mansu_interp.pairs import Task
+from mansu_interp.quantizers import quantize
+from mansu_interp.scoring import BATCH, accuracy
+from mansu_interp.tasks import load_task
+
+TRAINED = 240
+"""Training prompts on which the excess is measured."""
+
+
+@torch.no_grad()
+def training_excess(original: LanguageModel, model: LanguageModel, task: Task) -> tuple[float, ...]:
+    """Mean and standard deviation of the excess (nats)."""
+    targets = CounterfactualTargets(original, task.forget)
+    found = [
+        excess(log_probs(model, part), targets.log(part), part, targets.answers)
+        for part in task.forget.sample(TRAINED, 0).parts(BATCH)
+    ]
+    every = torch.cat(found)
+    return float(every.mean()), float(every.std())
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Edits on the dev phrasings.")
+    parser.add_argument("runs", nargs="+", type=Path)
+    torch.set_num_threads(1)
+    print("| run | precision | first | last | gap | excess, trained |")
+    print("|---|---|---|---|---|---|")
+    for run in parser.parse_args().runs:
+        config = read_json(run / "config.json")
+        original = load_model(config["model"])
+        name = read_json(run / "report.json")["task"]["name"]
+        task = load_task(name, original, config["score_pairs"])
+        edited, full = load_model(run / "model"), 0.0
+        for name in (None, *config["unlearn"]["survive"]):
+            base, model = ((quantize(m, name) if name else m) for m in (original, edited))
+            found = [accuracy(model, s) for s in task.scored["dev"]["forget"].values()]
+            first, last = (
+                sum(getattr(a, k) for a in found) / len(found) for k in ("choice", "last")
+            )
+            full = full if name else first
+            mean, spread = training_excess(base, model, task)
+            print(
+                f"| {run.name} | {name or 'full'} | {first:.3f} | {last:.3f} | {first - full:+.3f} "
+                f"| {mean:+.2f} ({spread:.2f}) |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
