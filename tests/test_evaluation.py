@@ -50,7 +50,7 @@ def test_the_worst_quantizer_of_a_set_decides():
     )  # fmt: skip
     retain = models(
         original=1.0, original_nf4=0.9, original_fp4=0.8,
-        unlearned=0.99, unlearned_nf4=0.91, unlearned_fp4=0.75,
+        unlearned=0.99, unlearned_nf4=0.97, unlearned_fp4=0.75,  # a gain is no loss
     )  # fmt: skip
     rows = [
         {"role": role, "label": "x", "n": 9, "chance": 0.25, "models": by}

@@ -80,7 +80,7 @@ def make_report() -> dict[str, Any]:
         "verdict": {"passed": False, "sentence": "3 of 4 properties hold; undecided: erasure."},
         "properties": [
             prop("meaningful forgetting", True, 0.287, 0.35, "four-way accuracy, worst unseen set"),
-            prop("retain preservation", False, 0.031, 0.02, "largest change of a retain score"),
+            prop("retain preservation", False, 0.031, 0.02, "largest fall of a retain score"),
             prop("no recovery under quantization", True, -0.007, 0.0, "nf4 minus full precision"),
             prop("structural erasure", None, 0.41, 0.25, "alignment with the original circuit"),
         ],
