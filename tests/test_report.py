@@ -387,6 +387,21 @@ def test_console_summary_fits(width: int) -> None:
         assert unlearned.split()[-3:] == ["98.5%", "/", "100.0%"]
 
 
+def test_a_set_of_quantizers_has_a_table_for_each_metric() -> None:
+    report = make_report()
+    assert "Top-1, original → unlearned:" not in render_markdown(report)
+    for row in report["scores"]:
+        for model in ("original", "unlearned"):
+            row["models"][f"{model} fp4"] = {"top1": 0.5, "choice": row["models"][model]["choice"]}
+    text = render_markdown(report)
+    top1, choice = text.split("Top-1, original → unlearned:")[1].split("Choice, original")[:2]
+    assert "| set | n | full precision | nf4 | fp4 |" in top1
+    assert "50.0% → 50.0%" in top1 and "50.0% → 50.0%" not in choice
+    assert "| set | n | chance | full precision | nf4 | fp4 |" in choice
+    assert "100.0% → 28.7%" in choice
+    assert "Top-1, original → unlearned:" in render_html(report, "")
+
+
 def test_the_console_says_the_calibrated_verdict_where_there_is_one() -> None:
     report = make_report()
     assert "CAD: undecided (not calibrated)" in console_summary(report, 100)

@@ -100,12 +100,15 @@ def _model_groups(entries: Sequence[Any]) -> dict[str, list[str]]:
     return {p: sorted(ms) for p, ms in groups.items()}
 
 
-def _scores(report: Mapping[str, Any]) -> list[Block]:
-    entries = items(get(report, "scores"))
-    groups = _model_groups(entries)
-    keys = dict.fromkeys(
-        k for e in entries for _, m in pairs(get(e, "models")) for k, _ in pairs(m)
-    )
+def _members(entries: Sequence[Any]) -> dict[str, list[Any]]:
+    """Sets by role, the usual roles first."""
+    roles = dict.fromkeys([*_ROLES, *(text_of(get(e, "role")) for e in entries)])
+    by = {r: [e for e in entries if text_of(get(e, "role")) == r] for r in roles}
+    return {r: members for r, members in by.items() if members}
+
+
+def _wide(entries: Sequence[Any], groups: dict[str, list[str]], keys: Sequence[str]) -> list[Block]:
+    """One table, a column a model and metric."""
     head, spans = ["set", "n"], [("", 2)]
     for key in keys:
         if key == "choice":
@@ -115,21 +118,51 @@ def _scores(report: Mapping[str, Any]) -> list[Block]:
             chance = int(key == "choice" and i == 0)
             spans.append((f"{METRICS.get(key, key)}, {precision}", len(models) + chance))
     rows: list[Sequence[str] | str] = []
-    roles = dict.fromkeys([*_ROLES, *(text_of(get(e, "role")) for e in entries)])
-    for role in roles:
-        members = [e for e in entries if text_of(get(e, "role")) == role]
-        rows += [role] if members else []
+    for role, members in _members(entries).items():
+        rows.append(role)
         for e in members:
             row = [text_of(get(e, "label")), count(get(e, "n"))]
             for key in keys:
                 row += [percent(get(e, "chance"))] if key == "choice" else []
                 row += [percent(get(e, "models", m, key)) for ms in groups.values() for m in ms]
             rows.append(row)
+    return [Table(head, rows, groups=spans)]
+
+
+def _by_metric(
+    entries: Sequence[Any], groups: dict[str, list[str]], keys: Sequence[str]
+) -> list[Block]:
+    """A table a metric, a column a precision: for more of them than fit side by side."""
+    blocks: list[Block] = []
+    for key in keys:
+        chance = key == "choice"
+        rows: list[Sequence[str] | str] = []
+        for role, members in _members(entries).items():
+            rows.append(role)
+            for e in members:
+                row = [text_of(get(e, "label")), count(get(e, "n"))]
+                row += [percent(get(e, "chance"))] if chance else []
+                for models in groups.values():
+                    row.append(" → ".join(percent(get(e, "models", m, key)) for m in models))
+                rows.append(row)
+        name = METRICS.get(key, key)
+        blocks.append(f"{name[0].upper()}{name[1:]}, original → unlearned:")
+        blocks.append(Table(["set", "n", *(["chance"] if chance else []), *groups], rows))
+    return blocks
+
+
+def _scores(report: Mapping[str, Any]) -> list[Block]:
+    entries = items(get(report, "scores"))
+    groups = _model_groups(entries)
+    keys = list(
+        dict.fromkeys(k for e in entries for _, m in pairs(get(e, "models")) for k, _ in pairs(m))
+    )
     blocks: list[Block] = [
         "Share of answers that are right, on phrasings that unlearning did not see. “Choice” is "
         "picking the answer among candidates; forgotten means down to its chance, not to zero."
     ]
-    blocks.append(Table(head, rows, groups=spans))
+    fits = len(groups) <= 2 or any(len(models) != 2 for models in groups.values())
+    blocks += (_wide if fits else _by_metric)(entries, groups, keys)
     perplexity = pairs(get(report, "perplexity"))
     if perplexity:
         blocks.append("Perplexity of running text (lower is better):")
