@@ -94,10 +94,11 @@ class Attacker:
         student: LanguageModel,
         names: Sequence[str],
         targets: CounterfactualTargets,
-        margin: float = 0.0,
+        margin: float | None = None,
     ) -> tuple[list[Tensor], float]:
         """Gradient at a relearned point with respect to some weights, and the loss there (nats);
-        ``margin`` as in `UnlearnConfig`."""
+        ``margin`` as in `UnlearnConfig`, by default the config's."""
+        margin = self.config.margin if margin is None else margin
         attack = self.draw()
         victim = self.attacked(student, attack)
         among = answer_tokens(attack.unseen, student.device)
