@@ -26,7 +26,7 @@ from .config import BASELINES, BenchConfig, Method, RelearnConfig, RunConfig, Un
 from .defaults import default_config
 from .erasure import judge_erasure
 from .errors import ArtifactError, MansuError, ResourceError
-from .evaluation import Flips, evaluate
+from .evaluation import Flips, Scores, evaluate
 from .ledger import changed_elements
 from .memory import enough_memory
 from .models import LanguageModel, load_model
@@ -297,12 +297,8 @@ def _score(cell: Cell, found: dict[str, Any], edited: LanguageModel, todo: Seque
     scores = evaluate(models, task)
     for q in todo:
         lived[q]["flips"] = asdict(Flips.between(scores.first["fp"], scores.first[q]))
-    rows = found.get("rows", scores.rows)
-    for row, new in zip(rows, scores.rows, strict=True):
-        row["models"].update(new["models"])
-    found["rows"] = rows
-    perplexity = {**(found.get("perplexity") or {}), **(scores.perplexity or {})}
-    found["perplexity"] = perplexity or None
+    known = Scores(found.get("rows", scores.rows), found.get("perplexity")).beside(scores)
+    found["rows"], found["perplexity"] = known.rows, known.perplexity
     found["quantizers"] = {**found.get("quantizers", {}), **lived}
     found["edited"] = sum(changed_elements(model, edited).values())
     found["parameters"] = model.n_parameters

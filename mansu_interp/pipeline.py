@@ -349,7 +349,6 @@ def _measure(
     for name in deployed[1:]:  # two at a time: they need not fit into memory together
         twins = {f"{m} {name}": quantize(models[m], name) for m in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(twins, task, on_step=note))
-    lived = survival(model, edited, QUANTIZER)
     lives = [
         quantizer_row(model, edited, q, task, q.name in config.unlearn.survive, scores)
         for q in measured
@@ -431,10 +430,7 @@ def _measure(
             "budget": config.budget,
             "refused": mask.meta.get("refused"),
             "candidates": mask.meta.get("candidates"),
-            "survived": lived.survived,
-            "collateral": lived.collateral,
-            "update_over_bin": lived.update_over_bin,
-            "projection": lived.projection,
+            **{k: lives[0][k] for k in ("survived", "collateral", "update_over_bin", "projection")},
             "by_weight": [
                 {"weight": n, "edited": k, "of": model.weights[n].numel()}
                 for n, k in sorted(edits.items(), key=lambda item: -item[1])

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from mansu_interp.artifacts import read_json, write_json
+from mansu_interp.evaluation import EDITED, ORIGINAL, Scores
 from mansu_interp.report.scoreboard import spread
 
 HEAD = (
@@ -34,7 +35,7 @@ def gap(found: list[dict[str, Any]], key: str) -> str:
 def retained(reports: list[dict[str, Any]], precision: str) -> list[str]:
     """The lowest top-1 of a retained relation, and the most that top-1 or choice of one fell by,
     against the original at the same precision; over all seeds."""
-    before, after = f"original{precision}", f"unlearned{precision}"
+    before, after = ORIGINAL + precision, EDITED + precision
     models = [r["models"] for x in reports for r in x["scores"] if r["role"] == "retain"]
     if not all(after in m for m in models):
         return ["-", "-"]
@@ -44,8 +45,7 @@ def retained(reports: list[dict[str, Any]], precision: str) -> list[str]:
 
 def full(reports: list[dict[str, Any]]) -> str:
     """The row of the edited model before any quantizer."""
-    rows = [[r["models"] for r in x["scores"] if r["role"] == "forget"] for x in reports]
-    choice = [mean(m["unlearned"]["choice"] for m in models) for models in rows]
+    choice = [Scores(x["scores"], None).mean("forget", "choice", EDITED) for x in reports]
     cells = ["none", *["-"] * 4, spread(choice), *["-"] * 3, *retained(reports, "")]
     return f"| {' | '.join(cells)} |"
 

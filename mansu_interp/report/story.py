@@ -7,7 +7,7 @@ negative where the target is missed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,11 +100,17 @@ def _model_groups(entries: Sequence[Any]) -> dict[str, list[str]]:
     return {p: sorted(ms) for p, ms in groups.items()}
 
 
-def _members(entries: Sequence[Any]) -> dict[str, list[Any]]:
-    """Sets by role, the usual roles first."""
-    roles = dict.fromkeys([*_ROLES, *(text_of(get(e, "role")) for e in entries)])
-    by = {r: [e for e in entries if text_of(get(e, "role")) == r] for r in roles}
-    return {r: members for r, members in by.items() if members}
+def _by_role(
+    entries: Sequence[Any], cells: Callable[[Any], list[str]]
+) -> list[Sequence[str] | str]:
+    """A row a set, with these cells after its name and size, under the name of its role; the usual
+    roles first."""
+    rows: list[Sequence[str] | str] = []
+    for role in dict.fromkeys([*_ROLES, *(text_of(get(e, "role")) for e in entries)]):
+        members = [e for e in entries if text_of(get(e, "role")) == role]
+        rows += [role] if members else []
+        rows += [[text_of(get(e, "label")), count(get(e, "n")), *cells(e)] for e in members]
+    return rows
 
 
 def _wide(entries: Sequence[Any], groups: dict[str, list[str]], keys: Sequence[str]) -> list[Block]:
@@ -117,16 +123,15 @@ def _wide(entries: Sequence[Any], groups: dict[str, list[str]], keys: Sequence[s
             head += [m.partition(" ")[0] if precision != "other" else m for m in models]
             chance = int(key == "choice" and i == 0)
             spans.append((f"{METRICS.get(key, key)}, {precision}", len(models) + chance))
-    rows: list[Sequence[str] | str] = []
-    for role, members in _members(entries).items():
-        rows.append(role)
-        for e in members:
-            row = [text_of(get(e, "label")), count(get(e, "n"))]
-            for key in keys:
-                row += [percent(get(e, "chance"))] if key == "choice" else []
-                row += [percent(get(e, "models", m, key)) for ms in groups.values() for m in ms]
-            rows.append(row)
-    return [Table(head, rows, groups=spans)]
+
+    def cells(e: Any) -> list[str]:
+        row: list[str] = []
+        for key in keys:
+            row += [percent(get(e, "chance"))] if key == "choice" else []
+            row += [percent(get(e, "models", m, key)) for ms in groups.values() for m in ms]
+        return row
+
+    return [Table(head, _by_role(entries, cells), groups=spans)]
 
 
 def _by_metric(
@@ -135,19 +140,16 @@ def _by_metric(
     """A table a metric, a column a precision: for more of them than fit side by side."""
     blocks: list[Block] = []
     for key in keys:
-        chance = key == "choice"
-        rows: list[Sequence[str] | str] = []
-        for role, members in _members(entries).items():
-            rows.append(role)
-            for e in members:
-                row = [text_of(get(e, "label")), count(get(e, "n"))]
-                row += [percent(get(e, "chance"))] if chance else []
-                for models in groups.values():
-                    row.append(" → ".join(percent(get(e, "models", m, key)) for m in models))
-                rows.append(row)
+        chance = ["chance"] if key == "choice" else []
+
+        def cells(e: Any, key: str = key, chance: list[str] = chance) -> list[str]:
+            return [percent(get(e, c)) for c in chance] + [
+                " → ".join(percent(get(e, "models", m, key)) for m in ms) for ms in groups.values()
+            ]
+
         name = METRICS.get(key, key)
         blocks.append(f"{name[0].upper()}{name[1:]}, original → unlearned:")
-        blocks.append(Table(["set", "n", *(["chance"] if chance else []), *groups], rows))
+        blocks.append(Table(["set", "n", *chance, *groups], _by_role(entries, cells)))
     return blocks
 
 
