@@ -168,9 +168,9 @@ class UnlearnConfig:
     """mansu: nats by which that target lies below the mean of the relation's answers; 0 puts the
     answer in their midst, much more has it avoided, which gives it away as well."""
     reserve: float = 0.0
-    """mansu, several quantizers: nats by which the quantized models' targets lie below full
-    precision's, half of it to either side of the margin. On prompts that training never sees,
-    rounding moves answers up as well as down; about as much as answers are spread is enough."""
+    """mansu: nats by which every quantized model's answers are to lie below full precision's at the
+    end, so that the scatter that rounding adds is not read as recovery; reached as nearly as an
+    eighth of the budget allows, which training then leaves over. 0 = none."""
     retain_weight: float = 2.0
     """Weight of the retain loss, which each method has its own of (ga, task-vector: none)."""
     hold: float = 1.0
@@ -227,12 +227,13 @@ class UnlearnConfig:
                 f"{self.attack}, {self.attack_weight}, {self.attack_rate}."
             )
         weights = (
-            self.push, self.retain_weight, self.hold, self.projection, self.probe_weight, self.steer
+            self.push, self.reserve, self.retain_weight, self.hold, self.projection,
+            self.probe_weight, self.steer,
         )  # fmt: skip
         if min(weights) < 0:
             raise ConfigError(
-                "push, retain_weight, hold, projection, probe_weight and steer must not be "
-                "negative."
+                "push, reserve, retain_weight, hold, projection, probe_weight and steer must not "
+                "be negative."
             )
 
 

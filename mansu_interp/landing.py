@@ -68,9 +68,7 @@ def options(
         apart: by how much more each quantized model would like its own values to be; default: by
             nothing.
     """
-    places = [p for grid in grids if grid for p in _places(grid, wanted, bool(apart))]
-    stored = torch.stack(places).to(floor.dtype).float()
-    values = torch.cat([value[None], torch.where(floor.admits(stored, wanted), stored, value)])
+    values = places(floor, grids, wanted, value, bool(apart))
     edit = values - original
     distance, surplus = (values - wanted).square(), []
     for k, (grid, own) in enumerate(zip(grids, quantized, strict=True)):
@@ -83,6 +81,28 @@ def options(
             distance = distance + (level - wanted).square()
         surplus.append((level - own - edit) * edit)
     return Options(values, distance, torch.stack(surplus, 1), edit.square())
+
+
+def places(
+    floor: Floor,
+    grids: Sequence[Cells | None],
+    wanted: Float[Tensor, " n"],
+    value: Float[Tensor, " n"],
+    around: bool = True,
+) -> Float[Tensor, "options n"]:
+    """Values as stored around the wanted ones, where the floor admits them; first, and in place of
+    what it does not admit, ``value``.
+
+    Arguments:
+        floor: of these elements.
+        grids: their cells in every quantizer, None where one leaves the weight alone.
+        wanted: where they would like to be.
+        value: a place that the floor admits.
+        around: more than the nearest level of every quantizer: see `_places`.
+    """
+    some = [p for grid in grids if grid for p in _places(grid, wanted, around)]
+    stored = torch.stack(some).to(floor.dtype).float()
+    return torch.cat([value[None], torch.where(floor.admits(stored, wanted), stored, value)])
 
 
 def _places(grid: Cells, wanted: Float[Tensor, " n"], apart: bool) -> list[Float[Tensor, " n"]]:

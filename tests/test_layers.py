@@ -21,7 +21,7 @@ LAYERS = [
     ["scoring", "nullspace", "hooked", "floor", "sweep", "provenance", "hub"],
     ["attribution"],
     ["objectives", "faithfulness", "landing", "masks"],
-    ["circuit", "ledger", "relearning", "evidence", "gguf_export"],
+    ["circuit", "ledger", "parting", "relearning", "evidence", "gguf_export"],
     ["virtual_relearning"],
     ["cad", "erasure", "unlearning"],
     ["evaluation", "viz"],

@@ -40,7 +40,7 @@ def test_a_killed_loop_ends_the_same(
 ):
     monkeypatch.setattr(state, "SECONDS", 0.0)
     config = replace(STEPS, method=method, lr=0.1 if method.startswith("mansu") else 1e-4)
-    config = replace(config, survive=("nf4", "fp4"), steer=1.0)
+    config = replace(config, survive=("nf4", "fp4"), reserve=0.01)
     file, steps = tmp_path / "place.safetensors", []
     whole = unlearn(facts, capitals, mask, config)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from mansu_interp.pairs import Task
 from mansu_interp.quantizers import NF4, get_quantizer, quantize, survival
 from mansu_interp.unlearning import Unlearned, unlearn
 from mansu_interp.unlearning.common import Sampler, reached
-from mansu_interp.unlearning.mansu import Continuous, Snapper
+from mansu_interp.unlearning.snapper import Continuous, Snapper
 
 NF = NF4()
 # A large step, so that eight of them move many weights, and by several cells.
@@ -266,36 +264,6 @@ def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
         found = survival(facts, edited, name)
         assert found.edited == found.survived > 1000 and found.collateral == 0
         assert found.projection == pytest.approx(1, abs=0.004), name
-
-
-@pytest.mark.parametrize(
-    ("survive", "wanted"),
-    [(("nf4", "fp4"), [-0.025, 0.225, -0.025]), (("nf4",), [0.1])],
-)
-def test_the_reserve_parts_the_quantized_models_of_a_set(
-    facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch,
-    survive: tuple[str, ...], wanted: list[float],
-):  # fmt: skip
-    """Full precision comes first of three steps and again with the fourth; in the loss at the model
-    itself and at the relearned point alike."""
-    seen: list[list[float]] = [[], []]
-    for which, (file, name) in enumerate(
-        (("mansu", "counterfactual_loss"), ("harden", "ranking_loss"))
-    ):
-        module = sys.modules[f"mansu_interp.unlearning.{file}"]
-        real = getattr(module, name)
-
-        def spy(*args: Any, which: int = which, real: Any = real) -> Tensor:
-            seen[which].append(args[-1])
-            return real(*args)
-
-        monkeypatch.setattr(module, name, spy)
-    config = replace(
-        CONFIG, survive=survive, steps=4, batch_size=8, margin=0.1, reserve=0.25, attack=1
-    )
-    unlearn(facts, capitals, mask, config)
-    for margins in seen:
-        assert [m for m, _ in groupby(margins)] == pytest.approx(wanted)
 
 
 def test_steered_edits_survive_and_each_quantized_model_moves_apart(

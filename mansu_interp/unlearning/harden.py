@@ -94,17 +94,14 @@ class Attacker:
         student: LanguageModel,
         names: Sequence[str],
         targets: CounterfactualTargets,
-        margin: float | None = None,
     ) -> tuple[list[Tensor], float]:
-        """Gradient at a relearned point with respect to some weights, and the loss there (nats);
-        ``margin`` as in `UnlearnConfig`, by default the config's."""
-        margin = self.config.margin if margin is None else margin
+        """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
         attack = self.draw()
         victim = self.attacked(student, attack)
         among = answer_tokens(attack.unseen, student.device)
 
         def loss(part: list[Pair]) -> Tensor:
             with arithmetic(victim, self.config):
-                return ranking_loss(victim, part, targets, among, margin)
+                return ranking_loss(victim, part, targets, among, self.config.margin)
 
         return mean_gradient(victim, names, attack.chosen, loss)

@@ -1,0 +1,128 @@
+"""Edits that part quantized models from full precision: what the real libraries make of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mansu_interp.config import UnlearnConfig
+from mansu_interp.floor import Floor, floor
+from mansu_interp.masks import Mask, choose_parameters
+from mansu_interp.models import LanguageModel
+from mansu_interp.objectives import CounterfactualTargets, excess, forget_gradient, log_probs
+from mansu_interp.pairs import Task
+from mansu_interp.parting import Levers, Parting, chosen, levers
+from mansu_interp.quantizers import get_quantizer, quantize, survival
+from mansu_interp.unlearning import unlearn
+from mansu_interp.unlearning.reserve import PAIRS, SHARE
+
+SET = ("nf4", "fp4", "int4-g32", "q4_0")
+
+
+def case(survive: tuple[str, ...]) -> tuple[Tensor, Tensor, Floor, Levers]:
+    """A weight, the slope of something along it, the floor and what may be edited."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=generator) * 0.03
+    slope = torch.randn(64 * 256, generator=generator)
+    where = floor(weight, survive)
+    quantizers = [get_quantizer(q) for q in survive]
+    grids = [q.cells(weight) for q in quantizers]
+    own = [q.round_trip(weight).flatten() for q in quantizers]
+    found = levers(where, grids, own, weight.flatten(), slope, torch.ones_like(slope))
+    return weight, slope, where, found
+
+
+def applied(weight: Tensor, parting: Parting) -> Tensor:
+    """The edited weight."""
+    (i, value), after = parting.chosen[0], weight.flatten().clone()
+    after[i] = value
+    return after.view_as(weight)
+
+
+@pytest.mark.parametrize("survive", [SET, ("nf4",)])
+def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...]):
+    """In the real libraries' own round trips; full precision stays where it is."""
+    weight, slope, where, found = case(survive)
+    wanted = 0.5
+    parting = chosen([found], wanted, 4000)
+    after = applied(weight, parting)
+    i, value = parting.chosen[0]
+    original = weight.flatten()[i]
+    shift = ((after - weight).flatten() * slope).sum()
+    assert wanted <= parting.gain < wanted + 0.05  # the last edit's
+    assert float(shift) == pytest.approx(parting.shift, abs=1e-4)
+    assert abs(float(shift)) < 0.05 < float(((after - weight).flatten() * slope).abs().sum()) / 10
+    for q in map(get_quantizer, survive):
+        quantized = q.round_trip(after) - q.round_trip(weight)
+        assert float(shift - (quantized.flatten() * slope).sum()) > wanted - 0.01, q.name
+        assert (q.cells(weight).encode(after.flatten())[i] != q.cells(weight).codes[i]).all()
+    beyond = torch.where(value > original, value >= where.up[i], value <= where.down[i])
+    assert (beyond & (value > where.lowest[i]) & (value < where.highest[i])).all()
+
+
+def test_no_more_is_edited_than_asked_for_or_allowed():
+    *_, found = case(SET)
+    few, many = (len(chosen([found], wanted, 4000).chosen[0][0]) for wanted in (0.1, 0.5))
+    assert 5 < few < many / 4 < 1000
+    short = chosen([found], 0.5, few)
+    assert len(short.chosen[0][0]) == few and 0.05 < short.gain < 0.5
+
+
+def test_what_weighs_less_is_left_alone():
+    """Half of the weights are kept by others."""
+    *_, found = case(SET)
+    weight = torch.ones(64 * 256)
+    weight[::2] = 1e-6
+    i, _ = chosen([replace(found, weight=weight)], 0.1, 4000).chosen[0]
+    assert (i % 2 == 1).all()
+
+
+def test_nothing_is_made_of_nothing():
+    """Without slope, or where the floor forbids both ways."""
+    weight, slope, where, found = case(SET)
+    assert not len(chosen([replace(found, gain=0 * found.gain)], 0.1, 100).chosen[0][0])
+    never = torch.full_like(where.up, torch.nan)
+    quantizers = [get_quantizer(q) for q in SET]
+    grids = [q.cells(weight) for q in quantizers]
+    own = [q.round_trip(weight).flatten() for q in quantizers]
+    still = replace(where, up=never, down=never)
+    none = levers(still, grids, own, weight.flatten(), slope, torch.ones_like(slope))
+    assert not none.gain.any()
+
+
+@pytest.fixture(scope="module")
+def mask(facts: LanguageModel, capitals: Task) -> Mask:
+    names = [n for n in facts.linear_names if ".mlp." in n]
+    gradient = forget_gradient(facts, names, capitals.forget.sample(32, 0))
+    everywhere = {n: torch.ones_like(g, dtype=torch.bool) for n, g in gradient.items()}
+    return choose_parameters(facts, everywhere, 0.005, gradient, survive=SET)
+
+
+def test_the_quantized_models_say_less_by_the_reserve(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    """As the libraries quantize the checkpoint; the promises hold for these edits, too."""
+    config = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, steer=0.0)
+    pairs = list(capitals.forget.sample(PAIRS, config.seed))
+    targets = CounterfactualTargets(facts, capitals.forget, config.seed)
+    apart = []
+    for reserve in (0.0, 0.03):
+        found = unlearn(facts, capitals, mask, replace(config, reserve=reserve))
+        with torch.no_grad():
+            full, *others = (
+                excess(log_probs(m, pairs), targets.log(pairs), pairs, targets.answers).mean()
+                for m in (found.model, *(quantize(found.model, q) for q in SET))
+            )
+        apart.append(float(full - max(others)))
+        last = found.history[-1]
+        for q in SET:
+            after = survival(facts, found.model, q)
+            assert after.edited == after.survived == last["edited"] <= mask.limit
+            assert after.collateral == 0
+        assert ("apart" in last) == bool(reserve)
+    assert apart[0] < 0.02 and 0.027 < apart[1] < 0.05
+    assert last["apart"] == pytest.approx(apart[1], abs=0.01)
+    assert 20 < last["parting"] <= SHARE * mask.limit
