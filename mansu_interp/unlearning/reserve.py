@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from ..masks import DAMPING
 from ..models import LanguageModel
 from ..nullspace import gradient
 from ..objectives import CounterfactualTargets, excess, log_probs
@@ -22,12 +23,14 @@ from .snapper import Latent, Snapper, taken
 PAIRS = 480
 """Forget prompts, evenly over the phrasings, on which answers are measured."""
 BATCH = 16
-ROUNDS = 3
-"""Each sees how far the models lie apart after the one before it."""
-NEAR = 0.9
-"""Share of the reserve at which no further round is made."""
+ROUNDS = 4
+"""Each goes by what is lacking after the one before it, so that few prompts are left out."""
+NEAR = 0.1
+"""Share of the reserve that may be lacking on average; no further round is made then."""
 SHARE = 0.125
 """Of the budget: what training leaves over for this."""
+DAMPING = 10.0
+"""Medians of the retain Fisher below which it hardly counts in the choice of edits."""
 POOL = 8
 """Elements looked at per edit that may be made; those of the steepest slope per cell."""
 
@@ -35,50 +38,52 @@ POOL = 8
 def part(
     snapper: Snapper, pairs: PairSet, targets: CounterfactualTargets, reserve: float, most: int
 ) -> dict[str, float]:
-    """Edit more weights of the mask, until in every quantized model the mean `excess` of the
-    answers lies a reserve below full precision's, or as many are edited as may be.
+    """Edit more weights of the mask, so that prompt by prompt the `excess` of the answer lies a
+    reserve below full precision's in every quantized model, as nearly as may be.
+
+    A prompt counts by what it lacks of the reserve, on average over the quantized models.
 
     Arguments:
         snapper: after its last `Snapper.write`; its models are changed in place.
-        pairs: whose answers; `PAIRS` of them count.
+        pairs: the prompts.
         targets: against which the excess is taken, for all models alike.
         reserve: nats.
         most: edits at most.
 
     Returns:
-        ``apart``, the least distance reached (nats), and ``parting``, how many edits it took.
+        ``apart``, the mean distance of the nearest quantized model (nats), and ``parting``, how
+        many edits were made.
     """
     parts = list(pairs.parts(BATCH))
 
-    def mean_excess(model: LanguageModel, part: Sequence[Pair]) -> torch.Tensor:
-        found = excess(log_probs(model, part), targets.log(part), part, targets.answers)
-        return found.sum() / len(pairs)
+    def excesses(model: LanguageModel, part: Sequence[Pair]) -> Float[Tensor, " batch"]:
+        return excess(log_probs(model, part), targets.log(part), part, targets.answers)
 
     @torch.no_grad()
-    def apart() -> float:
-        full, *others = (float(sum(mean_excess(m, part) for part in parts)) for m in snapper.models)
-        return full - max(others)
+    def apart() -> Float[Tensor, "quantized pairs"]:
+        full, *others = (torch.cat([excesses(m, p) for p in parts]) for m in snapper.models)
+        return full - torch.stack(others)
 
     made = 0
-    for _ in range(ROUNDS):
-        reached = apart()
-        if reached >= NEAR * reserve or made >= most:
+    for left in range(ROUNDS, 0, -1):
+        lacking = (reserve - apart()).clamp_min(0).mean(0)
+        if lacking.mean() <= NEAR * reserve:
             break
-        losses = [lambda p=p: mean_excess(snapper.model, p) for p in parts]
-        slopes = dict(
-            zip(snapper.names, gradient(snapper.model, snapper.names, losses), strict=True)
-        )
-        found = _edit(snapper, slopes, reserve - reached, most - made)
-        made += found
-        if not found:
-            break
-    return {"apart": apart(), "parting": float(made)}
+        weights = lacking / lacking.sum()
+        losses = [
+            lambda p=p, w=w: (w * excesses(snapper.model, p)).sum()
+            for p, w in zip(parts, weights.split([len(p) for p in parts]), strict=True)
+        ]
+        slopes = gradient(snapper.model, snapper.names, losses)
+        by_name = dict(zip(snapper.names, slopes, strict=True))
+        made += _edit(snapper, by_name, float(weights @ lacking), (most - made) // left)
+    return {"apart": float(apart().mean(1).min()), "parting": float(made)}
 
 
 @torch.no_grad()
-def _edit(snapper: Snapper, slopes: dict[str, torch.Tensor], wanted: float, most: int) -> int:
+def _edit(snapper: Snapper, slopes: dict[str, Tensor], wanted: float, most: int) -> int:
     """Edits that part the models by so many nats, first order; returns how many."""
-    where: list[tuple[Latent, torch.Tensor]] = []
+    where: list[tuple[Latent, Tensor]] = []
     some: list[Levers] = []
     for x in snapper.latents:
         grids = [g for g in x.grids if g]
