@@ -33,7 +33,7 @@ from ..scoring import known
 from .common import OnStep, Sampler, Unlearned, arithmetic, reached, retain_loss, text_kl
 from .harden import Attacker
 from .readout import Reader
-from .reserve import PAIRS, SHARE, part
+from .reserve import PAIRS, ROUNDS, SHARE, part
 from .snapper import Continuous, Snapper
 from .state import Place
 
@@ -87,7 +87,9 @@ def mansu(
     attacker = Attacker(task, config) if config.attack else None
     reader = Reader(task, config) if config.probe_weight else None
     place = place or Place()
-    if config.reserve and floored:
+    rounds = ROUNDS if config.reserve and floored else 0
+    total = config.steps + rounds
+    if rounds:
         snapper.limit -= int(SHARE * mask.limit)
     history = place.load()
     for done in range(len(history)):  # the draws of the steps that are done
@@ -146,14 +148,20 @@ def mansu(
         stop = reached(lambda: snapper.models, task, config, done, losses)
         history.append(losses)
         if on_step:
-            on_step(done + 1, config.steps, losses)
+            on_step(done + 1, total, losses)
         if stop:
             break
         if place.due():
             snapper.keep(place, history)
-    if config.reserve and floored:
-        left = mask.limit - int(history[-1]["edited"])
+    if rounds:
+        last = history[-1]
+
+        def on_round(done: int) -> None:
+            if on_step:
+                on_step(len(history) + done, total, last)
+
+        left = mask.limit - int(last["edited"])
         pairs = task.forget.sample(PAIRS, config.seed)
-        found = part(snapper, pairs, targets[0], config.reserve, left)
-        history[-1] |= found | {"edited": history[-1]["edited"] + found["parting"]}
+        parted = part(snapper, pairs, targets[0], config.reserve, left, on_round)
+        last |= parted | {"edited": last["edited"] + parted["parting"]}
     return Unlearned(students[0], history, len(history))

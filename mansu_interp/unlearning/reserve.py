@@ -7,7 +7,7 @@ the quantized models are parted from full precision, by `parting`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ BATCH = 16
 ROUNDS = 4
 """Each goes by what is lacking after the one before it, so that few prompts are left out."""
 NEAR = 0.1
-"""Share of the reserve that may be lacking on average; no further round is made then."""
+"""Share of the reserve that may be lacking at the end."""
 SHARE = 0.125
 """Of the budget: what training leaves over for this."""
 DAMPING = 10.0
@@ -36,12 +36,18 @@ POOL = 8
 
 
 def part(
-    snapper: Snapper, pairs: PairSet, targets: CounterfactualTargets, reserve: float, most: int
+    snapper: Snapper,
+    pairs: PairSet,
+    targets: CounterfactualTargets,
+    reserve: float,
+    most: int,
+    on_round: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Edit more weights of the mask, so that prompt by prompt the `excess` of the answer lies a
-    reserve below full precision's in every quantized model, as nearly as may be.
+    """Edit more weights of the mask, until in every quantized model the mean `excess` of the
+    answers lies a reserve below full precision's, or as many are edited as may be.
 
-    A prompt counts by what it lacks of the reserve, on average over the quantized models.
+    In each round a prompt counts by what it lacks of the reserve, on average over the quantized
+    models, so that few are left out.
 
     Arguments:
         snapper: after its last `Snapper.write`; its models are changed in place.
@@ -49,6 +55,7 @@ def part(
         targets: against which the excess is taken, for all models alike.
         reserve: nats.
         most: edits at most.
+        on_round: called with the number of rounds done.
 
     Returns:
         ``apart``, the mean distance of the nearest quantized model (nats), and ``parting``, how
@@ -66,9 +73,11 @@ def part(
 
     made = 0
     for left in range(ROUNDS, 0, -1):
-        lacking = (reserve - apart()).clamp_min(0).mean(0)
-        if lacking.mean() <= NEAR * reserve:
+        distance = apart()
+        short = reserve - float(distance.mean(1).min())
+        if short <= NEAR * reserve:
             break
+        lacking = (reserve - distance).clamp_min(0).mean(0)
         weights = lacking / lacking.sum()
         losses = [
             lambda p=p, w=w: (w * excesses(snapper.model, p)).sum()
@@ -76,7 +85,9 @@ def part(
         ]
         slopes = gradient(snapper.model, snapper.names, losses)
         by_name = dict(zip(snapper.names, slopes, strict=True))
-        made += _edit(snapper, by_name, float(weights @ lacking), (most - made) // left)
+        made += _edit(snapper, by_name, short / left, (most - made) // left)
+        if on_round:
+            on_round(ROUNDS - left + 1)
     return {"apart": float(apart().mean(1).min()), "parting": float(made)}
 
 
