@@ -169,8 +169,10 @@ class UnlearnConfig:
     answer in their midst, much more has it avoided, which gives it away as well."""
     reserve: float = 0.0
     """mansu: nats by which every quantized model's answers are to lie below full precision's at the
-    end, so that the scatter that rounding adds is not read as recovery; reached as nearly as an
-    eighth of the budget allows, which training then leaves over. 0 = none."""
+    end, so that the scatter that rounding adds is not read as recovery; 0 = none."""
+    reserve_share: float = 0.125
+    """mansu: share of the budget, in (0, 1), that training leaves over for the reserve; it is
+    reached as nearly as so many edits allow."""
     retain_weight: float = 2.0
     """Weight of the retain loss, which each method has its own of (ga, task-vector: none)."""
     hold: float = 1.0
@@ -226,6 +228,8 @@ class UnlearnConfig:
                 "attack and attack_weight must not be negative and attack_rate be positive; got "
                 f"{self.attack}, {self.attack_weight}, {self.attack_rate}."
             )
+        if not 0 < self.reserve_share < 1:
+            raise ConfigError(f"reserve_share must lie in (0, 1); got {self.reserve_share}.")
         weights = (
             self.push, self.reserve, self.retain_weight, self.hold, self.projection,
             self.probe_weight, self.steer,

@@ -17,7 +17,7 @@ from mansu_interp.pairs import Task
 from mansu_interp.parting import Levers, Parting, chosen, levers
 from mansu_interp.quantizers import get_quantizer, quantize, survival
 from mansu_interp.unlearning import unlearn
-from mansu_interp.unlearning.reserve import PAIRS, SHARE
+from mansu_interp.unlearning.reserve import PAIRS
 
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
 
@@ -125,4 +125,4 @@ def test_the_quantized_models_say_less_by_the_reserve(
         assert ("apart" in last) == bool(reserve)
     assert apart[0] < 0.02 and 0.027 < apart[1] < 0.05
     assert last["apart"] == pytest.approx(apart[1], abs=0.01)
-    assert 20 < last["parting"] <= SHARE * mask.limit
+    assert 20 < last["parting"] <= config.reserve_share * mask.limit

@@ -315,6 +315,8 @@ def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, m
         {"batch_size": 0},
         {"push": -1},
         {"probe_weight": -1},
+        {"reserve": -1},
+        {"reserve_share": 1},
         {"forget_loss": "x"},
     ],
 )

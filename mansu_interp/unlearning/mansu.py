@@ -33,7 +33,7 @@ from ..scoring import known
 from .common import OnStep, Sampler, Unlearned, arithmetic, reached, retain_loss, text_kl
 from .harden import Attacker
 from .readout import Reader
-from .reserve import PAIRS, ROUNDS, SHARE, part
+from .reserve import PAIRS, ROUNDS, part
 from .snapper import Continuous, Snapper
 from .state import Place
 
@@ -90,7 +90,7 @@ def mansu(
     rounds = ROUNDS if config.reserve and floored else 0
     total = config.steps + rounds
     if rounds:
-        snapper.limit -= int(SHARE * mask.limit)
+        snapper.limit -= int(config.reserve_share * mask.limit)
     history = place.load()
     for done in range(len(history)):  # the draws of the steps that are done
         sampler.batch(done, len(students))

@@ -27,8 +27,6 @@ ROUNDS = 4
 """Each goes by what is lacking after the one before it, so that few prompts are left out."""
 NEAR = 0.1
 """Share of the reserve that may be lacking at the end."""
-SHARE = 0.125
-"""Of the budget: what training leaves over for this."""
 DAMPING = 10.0
 """Medians of the retain Fisher below which it hardly counts in the choice of edits."""
 POOL = 8
