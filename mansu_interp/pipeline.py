@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .artifacts import atomic_folder, locked, write_json, write_text
+from .artifacts import atomic_folder, locked, read_json, write_json, write_text
 from .attribution import Attribution
 from .cad import REFERENCE, compare
 from .circuit import Circuit, discover
@@ -400,6 +400,7 @@ def _measure(
     edits = {
         name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
     }
+    last = read_json(config.out / "history.json")[-1]
     ranked = sorted(circuit.to_networkx().edges(data=True), key=lambda e: -abs(e[2]["score"]))
     return {
         "schema": 1,
@@ -430,6 +431,7 @@ def _measure(
             "budget": config.budget,
             "refused": mask.meta.get("refused"),
             "candidates": mask.meta.get("candidates"),
+            **{k: v for k, v in last.items() if k in ("apart", "parting")},
             **{k: lives[0][k] for k in ("survived", "collateral", "update_over_bin", "projection")},
             "by_weight": [
                 {"weight": n, "edited": k, "of": model.weights[n].numel()}

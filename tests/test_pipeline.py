@@ -22,6 +22,8 @@ from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.pairs import Task
 from mansu_interp.pipeline import RunResult, run
 from mansu_interp.planning import Plan
+from mansu_interp.report.terminal import console_summary
+from mansu_interp.report.values import figure
 from mansu_interp.tasks import load_task
 
 CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
@@ -226,6 +228,17 @@ def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
     assert f"| of these in the embedding, which is not quantized | {edit['embedding']:,} |" in text
     kept = verify(load_model("facts"), load_model(out / "model"), (), ledger, found.mask)
     assert kept.status == 0 and kept.embedding["nf4"].edited == edit["embedding"]
+
+
+def test_the_report_says_what_the_reserve_took_and_reached(tmp_path: Path):
+    config = settings(tmp_path / "reserve")
+    unlearning = replace(config.unlearn, reserve=0.5)
+    found = run(replace(config, relearn_steps=0, unlearn=unlearning))
+    edit = found.report["edit"]
+    assert 0.45 <= edit["apart"] < 0.55 and 0 < edit["parting"] <= found.mask.limit / 8
+    said = f"{int(edit['parting']):,} by {figure(edit['apart'], 2)} of 0.500 nats"
+    assert f"| of these for the reserve | {said} |" in (tmp_path / "reserve/report.md").read_text()
+    assert f"for the reserve {said}" in " ".join(console_summary(found.report, 100).split())
 
 
 def test_every_quantizer_of_the_set_is_scored_in_full(tmp_path: Path):

@@ -20,6 +20,7 @@ from .values import (
     measured,
     number,
     pairs,
+    parted,
     percent,
     status_of,
     text_of,
@@ -182,11 +183,12 @@ def _edit(report: Mapping[str, Any]) -> list[Block]:
     rows = [
         ["parameters edited", count(edited)],
         ["share of all parameters", f"{share} of a budget of {budget}"],
-        *(
-            [["of these in the embedding, which is not quantized", count(rows_of_embedding)]]
-            if rows_of_embedding
-            else []
-        ),
+    ]
+    if rows_of_embedding:
+        rows += [["of these in the embedding, which is not quantized", count(rows_of_embedding)]]
+    if parted(report):
+        rows += [["of these for the reserve", parted(report)]]
+    rows += [
         ["edits whose 4-bit code changed", f"{count(survived)}{kept}"],
         ["other weights whose code changed", count(get(edit, "collateral"))],
         ["typical update, in quantizer bins", figure(get(edit, "update_over_bin"))],

@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from .story import METRICS, against, heading
-from .values import DASH, count, get, items, measured, number, pairs, percent, status_of, text_of
+from .values import (
+    DASH,
+    count,
+    get,
+    items,
+    measured,
+    number,
+    pairs,
+    parted,
+    percent,
+    status_of,
+    text_of,
+)  # fmt: skip
 
 
 def _role_means(report: Mapping[str, Any]) -> list[list[str]]:
@@ -67,9 +79,10 @@ def console_summary(report: dict[str, Any], width: int) -> str:
     edit, circuit = get(report, "edit"), get(report, "circuit")
     rows = number(get(edit, "embedding"))
     unquantized = f", {count(rows)} are in the embedding, which is not quantized" if rows else ""
+    reserve = f", for the reserve {parted(report)}" if parted(report) else ""
     out += lines(
         f"Edit: {count(get(edit, 'edited'))} parameters ({percent(get(edit, 'share'), 3)}), "
-        f"{count(get(edit, 'survived'))} survive quantization{unquantized}. "
+        f"{count(get(edit, 'survived'))} survive quantization{unquantized}{reserve}. "
         f"Circuit: {count(get(circuit, 'edges'))} of {count(get(circuit, 'of'))} edges.",
     )
     became = pairs(get(report, "graph", "counts"))

@@ -70,6 +70,16 @@ def measured(value: Any, signed: bool = False) -> str:
     return DASH if n is None else f"{n:{'+' if signed else ''}.3f}".replace("-", "−")
 
 
+def parted(report: Mapping[str, Any]) -> str:
+    """Edits made for the reserve, and how much of it they reached; nothing where none was asked."""
+    edit, asked = get(report, "edit"), get(report, "config", "unlearn", "reserve")
+    if number(get(edit, "parting")) is None:
+        return ""
+    return (
+        f"{count(get(edit, 'parting'))} by {figure(get(edit, 'apart'), 2)} of {figure(asked)} nats"
+    )
+
+
 def status_of(passed: Any) -> tuple[str, str]:
     """Word and icon of pass, fail or undecided."""
     return _STATUS[passed if isinstance(passed, bool) else None]

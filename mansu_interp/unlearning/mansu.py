@@ -8,7 +8,8 @@ snap straight through (ours; the idea of a per-parameter magnitude floor is arXi
 Steps take turns, the full-precision model first and then each quantized one, so that all forget and
 all retain; each is compared with the original at its own precision. Of several quantized models
 each gathers, on its turns, how it would like its own values to differ; `landing` weighs these
-wishes where there is a choice (ours). The momentum direction is multiplied by the null-space
+wishes where there is a choice (ours). At the end `reserve` parts them from full precision. The
+momentum direction is multiplied by the null-space
 projection lambda / (lambda + F).
 """
 
@@ -64,7 +65,10 @@ def mansu(
 
     With a ``place`` that a killed loop kept, this one goes on there.
 
-    The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``.
+    With a reserve the models are parted after the last step (see `reserve`).
+
+    The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``;
+    with a reserve the last one ``apart`` and ``parting`` as well (see `reserve.part`).
     """
     survive = quantizer_set(config.survive)
     teachers = [model, *(quantize(model, q) for q in survive)]
