@@ -9,8 +9,7 @@ Steps take turns, the full-precision model first and then each quantized one, so
 all retain; each is compared with the original at its own precision. Of several quantized models
 each gathers, on its turns, how it would like its own values to differ; `landing` weighs these
 wishes where there is a choice (ours). At the end `reserve` parts them from full precision. The
-momentum direction is multiplied by the null-space
-projection lambda / (lambda + F).
+momentum direction is multiplied by the null-space projection lambda / (lambda + F).
 """
 
 from __future__ import annotations
