@@ -92,12 +92,12 @@ def chosen(some: Sequence[Levers], wanted: float, most: int) -> Parting:
         wanted: sum of the gains.
         most: edits at most.
     """
-    low, high = -1.0, 1.0  # a gain is less than half of what its edit changes
-    found = _at_price(some, 0.0, wanted, most)
-    for _ in range(HALVINGS):
+    low, price, high = -1.0, 0.0, 1.0  # a gain is less than half of what its edit changes
+    found = _at_price(some, price, wanted, most)
+    for _ in range(1, HALVINGS):
+        low, high = (price, high) if found.shift > 0 else (low, price)
         price = (low + high) / 2
         found = _at_price(some, price, wanted, most)
-        low, high = (price, high) if found.shift > 0 else (low, price)
     return found
 
 
