@@ -236,9 +236,9 @@ def test_the_report_says_what_the_reserve_took_and_reached(tmp_path: Path):
     found = run(replace(config, relearn_steps=0, unlearn=unlearning))
     edit = found.report["edit"]
     assert 0.45 <= edit["apart"] < 0.55 and 0 < edit["parting"] <= found.mask.limit / 8
-    said = f"{int(edit['parting']):,} by {figure(edit['apart'], 2)} of 0.500 nats"
-    assert f"| of these for the reserve | {said} |" in (tmp_path / "reserve/report.md").read_text()
-    assert f"for the reserve {said}" in " ".join(console_summary(found.report, 100).split())
+    said = f"{int(edit['parting']):,} edits, {figure(edit['apart'], 2)} of 0.50 nats"
+    assert f"| for the reserve | {said} |" in (tmp_path / "reserve/report.md").read_text()
+    assert f"Reserve: {said}." in console_summary(found.report, 100)
 
 
 def test_every_quantizer_of_the_set_is_scored_in_full(tmp_path: Path):

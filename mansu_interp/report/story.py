@@ -187,7 +187,7 @@ def _edit(report: Mapping[str, Any]) -> list[Block]:
     if rows_of_embedding:
         rows += [["of these in the embedding, which is not quantized", count(rows_of_embedding)]]
     if parted(report):
-        rows += [["of these for the reserve", parted(report)]]
+        rows += [["for the reserve", parted(report)]]
     rows += [
         ["edits whose 4-bit code changed", f"{count(survived)}{kept}"],
         ["other weights whose code changed", count(get(edit, "collateral"))],

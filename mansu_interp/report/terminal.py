@@ -79,12 +79,13 @@ def console_summary(report: dict[str, Any], width: int) -> str:
     edit, circuit = get(report, "edit"), get(report, "circuit")
     rows = number(get(edit, "embedding"))
     unquantized = f", {count(rows)} are in the embedding, which is not quantized" if rows else ""
-    reserve = f", for the reserve {parted(report)}" if parted(report) else ""
     out += lines(
         f"Edit: {count(get(edit, 'edited'))} parameters ({percent(get(edit, 'share'), 3)}), "
-        f"{count(get(edit, 'survived'))} survive quantization{unquantized}{reserve}. "
+        f"{count(get(edit, 'survived'))} survive quantization{unquantized}. "
         f"Circuit: {count(get(circuit, 'edges'))} of {count(get(circuit, 'of'))} edges.",
     )
+    if parted(report):
+        out += lines(f"Reserve: {parted(report)}.", 1)
     became = pairs(get(report, "graph", "counts"))
     if became:
         out += lines(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in became)}.", 1)

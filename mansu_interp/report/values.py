@@ -72,12 +72,11 @@ def measured(value: Any, signed: bool = False) -> str:
 
 def parted(report: Mapping[str, Any]) -> str:
     """Edits made for the reserve, and how much of it they reached; nothing where none was asked."""
-    edit, asked = get(report, "edit"), get(report, "config", "unlearn", "reserve")
-    if number(get(edit, "parting")) is None:
+    made, reached = (number(get(report, "edit", key)) for key in ("parting", "apart"))
+    if made is None:
         return ""
-    return (
-        f"{count(get(edit, 'parting'))} by {figure(get(edit, 'apart'), 2)} of {figure(asked)} nats"
-    )
+    asked = figure(get(report, "config", "unlearn", "reserve"), 2)
+    return f"{count(made)} edits, {figure(reached, 2)} of {asked} nats"
 
 
 def status_of(passed: Any) -> tuple[str, str]:
