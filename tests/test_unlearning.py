@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -264,6 +265,32 @@ def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
         found = survival(facts, edited, name)
         assert found.edited == found.survived > 1000 and found.collateral == 0
         assert found.projection == pytest.approx(1, abs=0.004), name
+
+
+@pytest.mark.parametrize("survive", [("nf4", "fp4"), ("nf4",)])
+def test_the_margin_counts_at_the_model_and_at_the_relearned_point(
+    facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch,
+    survive: tuple[str, ...],
+):  # fmt: skip
+    """In full precision and after every quantizer alike."""
+    seen: list[list[float]] = [[], []]
+    for which, (file, name) in enumerate(
+        (("mansu", "counterfactual_loss"), ("harden", "ranking_loss"))
+    ):
+        module = sys.modules[f"mansu_interp.unlearning.{file}"]
+        real = getattr(module, name)
+
+        def spy(*args: Any, which: int = which, real: Any = real) -> Tensor:
+            seen[which].append(args[-1])
+            return real(*args)
+
+        monkeypatch.setattr(module, name, spy)
+    unlearn(
+        facts, capitals, mask,
+        replace(CONFIG, survive=survive, steps=4, batch_size=8, margin=0.1, attack=1),
+    )  # fmt: skip
+    for margins in seen:
+        assert len(margins) >= 4 and set(margins) == {0.1}
 
 
 def test_steered_edits_survive_and_each_quantized_model_moves_apart(
