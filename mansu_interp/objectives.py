@@ -101,6 +101,17 @@ def excess(
     return said - wanted
 
 
+def model_excess(
+    model: LanguageModel,
+    pairs: Sequence[Pair],
+    targets: CounterfactualTargets,
+    answers: dict[str, Int[Tensor, " answers"]] | None = None,
+) -> Float[Tensor, " batch"]:
+    """`excess` of each pair's answer in a model, among ``answers`` (default: the targets')."""
+    among = targets.answers if answers is None else answers
+    return excess(log_probs(model, pairs), targets.log(pairs), pairs, among)
+
+
 def counterfactual_loss(
     model: LanguageModel,
     pairs: Sequence[Pair],

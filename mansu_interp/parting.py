@@ -42,7 +42,7 @@ class Levers:
 
 def levers(
     floor: Floor,
-    grids: Sequence[Cells | None],
+    grids: Sequence[Cells],
     quantized: Sequence[Float[Tensor, " n"]],
     original: Float[Tensor, " n"],
     slope: Float[Tensor, " n"],
@@ -52,7 +52,7 @@ def levers(
 
     Arguments:
         floor: of these elements.
-        grids: their cells in every quantizer, None where one leaves the weight alone.
+        grids: their cells in every quantizer; one that left them alone would not part.
         quantized: the values in every quantizer.
         original: the values, which are not edited.
         slope: of the quantity per unit of each.
@@ -65,7 +65,7 @@ def levers(
     values = torch.cat(sides)
     edit = values - original
     parted = [
-        (edit - (grid.value(grid.encode(values)) - own)) * slope if grid else torch.zeros_like(edit)
+        (edit - (grid.value(grid.encode(values)) - own)) * slope
         for grid, own in zip(grids, quantized, strict=True)
     ]
     gain = torch.where(edit != 0, torch.stack(parted).amin(0), 0.0)

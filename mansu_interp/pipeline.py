@@ -335,6 +335,7 @@ def _measure(
     clock: Clock,
 ) -> dict[str, Any]:
     """The report of an edited model."""
+    last = read_json(config.out / "history.json")[-1]
     torch.manual_seed(config.seed)
     circuit_config = replace(config.circuit, seed=config.seed)
     deployed = list(dict.fromkeys((QUANTIZER, *config.unlearn.survive)))
@@ -400,7 +401,6 @@ def _measure(
     edits = {
         name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
     }
-    last = read_json(config.out / "history.json")[-1]
     ranked = sorted(circuit.to_networkx().edges(data=True), key=lambda e: -abs(e[2]["score"]))
     return {
         "schema": 1,

@@ -16,7 +16,7 @@ import torch
 
 from mansu_interp.artifacts import read_json
 from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.objectives import CounterfactualTargets, excess, log_probs
+from mansu_interp.objectives import CounterfactualTargets, model_excess
 from mansu_interp.pairs import Task
 from mansu_interp.quantizers import quantize
 from mansu_interp.scoring import BATCH, accuracy
@@ -31,8 +31,7 @@ def training_excess(original: LanguageModel, model: LanguageModel, task: Task) -
     """Mean and standard deviation of the excess (nats)."""
     targets = CounterfactualTargets(original, task.forget)
     found = [
-        excess(log_probs(model, part), targets.log(part), part, targets.answers)
-        for part in task.forget.sample(TRAINED, 0).parts(BATCH)
+        model_excess(model, part, targets) for part in task.forget.sample(TRAINED, 0).parts(BATCH)
     ]
     every = torch.cat(found)
     return float(every.mean()), float(every.std())

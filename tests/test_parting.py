@@ -12,7 +12,7 @@ from mansu_interp.config import UnlearnConfig
 from mansu_interp.floor import Floor, floor
 from mansu_interp.masks import Mask, choose_parameters
 from mansu_interp.models import LanguageModel
-from mansu_interp.objectives import CounterfactualTargets, excess, forget_gradient, log_probs
+from mansu_interp.objectives import CounterfactualTargets, forget_gradient, model_excess
 from mansu_interp.pairs import Task
 from mansu_interp.parting import Levers, Parting, chosen, levers
 from mansu_interp.quantizers import get_quantizer, quantize, survival
@@ -113,7 +113,7 @@ def test_the_quantized_models_say_less_by_the_reserve(
         found = unlearn(facts, capitals, mask, replace(config, reserve=reserve))
         with torch.no_grad():
             full, *others = (
-                excess(log_probs(m, pairs), targets.log(pairs), pairs, targets.answers).mean()
+                model_excess(m, pairs, targets).mean()
                 for m in (found.model, *(quantize(found.model, q) for q in SET))
             )
         apart.append(float(full - max(others)))

@@ -19,7 +19,7 @@ from .values import (
     percent,
     status_of,
     text_of,
-)  # fmt: skip
+)
 
 
 def _role_means(report: Mapping[str, Any]) -> list[list[str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import UnlearnConfig
 from ..models import LanguageModel
-from ..objectives import CounterfactualTargets, excess, log_probs
+from ..objectives import CounterfactualTargets, model_excess
 from ..pairs import Pair, PairSet, Task, answer_tokens
 from ..relearning import batches, descend, halves, make_optimiser, of_subjects
 from .common import arithmetic, mean_gradient
@@ -40,8 +40,7 @@ def ranking_loss(
     Among half B's answers alone: relearning lifts half A's above all of them whether or not the
     model knows half B, and a loss that counted them would see forgetting where there is none.
     """
-    above = excess(log_probs(model, pairs), targets.log(pairs), pairs, answers)
-    return (above + margin).abs().mean()
+    return (model_excess(model, pairs, targets, answers) + margin).abs().mean()
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ the quantized models are parted from full precision, by `parting`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models import LanguageModel
 from ..nullspace import gradient
-from ..objectives import CounterfactualTargets, excess, log_probs
-from ..pairs import Pair, PairSet
+from ..objectives import CounterfactualTargets, model_excess
+from ..pairs import PairSet
 from ..parting import Levers, chosen, levers
 from .snapper import Latent, Snapper, taken
 
@@ -61,32 +60,31 @@ def part(
     """
     parts = list(pairs.parts(BATCH))
 
-    def excesses(model: LanguageModel, part: Sequence[Pair]) -> Float[Tensor, " batch"]:
-        return excess(log_probs(model, part), targets.log(part), part, targets.answers)
-
     @torch.no_grad()
     def apart() -> Float[Tensor, "quantized pairs"]:
-        full, *others = (torch.cat([excesses(m, p) for p in parts]) for m in snapper.models)
+        full, *others = (
+            torch.cat([model_excess(m, p, targets) for p in parts]) for m in snapper.models
+        )
         return full - torch.stack(others)
 
-    made = 0
+    made, distance = 0, apart()
     for left in range(ROUNDS, 0, -1):
-        distance = apart()
         short = reserve - float(distance.mean(1).min())
         if short <= NEAR * reserve:
             break
         lacking = (reserve - distance).clamp_min(0).mean(0)
         weights = lacking / lacking.sum()
         losses = [
-            lambda p=p, w=w: (w * excesses(snapper.model, p)).sum()
+            lambda p=p, w=w: (w * model_excess(snapper.model, p, targets)).sum()
             for p, w in zip(parts, weights.split([len(p) for p in parts]), strict=True)
         ]
         slopes = gradient(snapper.model, snapper.names, losses)
         by_name = dict(zip(snapper.names, slopes, strict=True))
         made += _edit(snapper, by_name, short / left, (most - made) // left)
+        distance = apart()
         if on_round:
             on_round(ROUNDS - left + 1)
-    return {"apart": float(apart().mean(1).min()), "parting": float(made)}
+    return {"apart": float(distance.mean(1).min()), "parting": float(made)}
 
 
 @torch.no_grad()
@@ -119,9 +117,7 @@ def _edit(snapper: Snapper, slopes: dict[str, Tensor], wanted: float, most: int)
         return 0
     found = chosen(some, wanted, most).chosen
     for (x, i), (k, value) in zip(where, found, strict=True):
-        at = i[k]
-        for model, grid in zip(snapper.models, (None, *x.grids), strict=True):
-            now = taken(model.weights, x.indices)
-            now[at] = grid[at].value(grid[at].encode(value)) if grid else value
-            x.put(now, model)
+        now = taken(snapper.model.weights, x.indices)
+        now[i[k]] = value
+        snapper.settle(x, now, now != x.original)
     return sum(len(k) for k, _ in found)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..floor import Floor, floor
@@ -194,11 +194,15 @@ class Snapper:
         if len(self.quantized) > 1:
             values = self._balanced(values, made)
         for x, value, m in zip(self.latents, values, made, strict=True):
-            x.put(torch.where(m, value, x.original), self.model)
-            for twin, own, grid in zip(self.quantized, x.quantized, x.grids, strict=True):
-                level = grid.value(grid.encode(value)) if grid else value
-                x.put(torch.where(m, level, own), twin)
+            self.settle(x, value, m)
         return sum(int(m.sum()) for m in made)
+
+    def settle(self, x: Latent, value: Float[Tensor, " n"], made: Bool[Tensor, " n"]) -> None:
+        """Put the values of some edits, and what each quantizer makes of them, into all models."""
+        x.put(torch.where(made, value, x.original), self.model)
+        for twin, own, grid in zip(self.quantized, x.quantized, x.grids, strict=True):
+            level = grid.value(grid.encode(value)) if grid else value
+            x.put(torch.where(made, level, own), twin)
 
     def _balanced(self, values: list[Tensor], made: list[Tensor]) -> list[Tensor]:
         """The values with those of the edits that are made balanced over the set."""
