@@ -4,15 +4,17 @@ Of an edit d = v - o a quantizer makes Q(v) - Q(o): up to half a cell more or le
 o are chosen for it, in every quantizer of a set alike. With g the slope of a quantity at full
 precision, such an edit takes g . (d - (Q(v) - Q(o))) of the quantity from every quantized model,
 measured from full precision. Upwards and downwards in equal parts, sum of g . d = 0, the edits
-leave full precision where it is. Of all weights that nobody edited yet those are taken whose
-worst-off quantizer gains most, until the sum of these gains, that is a first-order bound for every
-quantizer, reaches what is wanted.
+leave full precision where it is. What quantized models lose of a quantity that is to be kept, with
+the slope k, is the sum of k . (d - (Q(v) - Q(o))): edits that take as much from it as they give
+leave it where it is in them. Of all weights that nobody edited yet those are taken whose worst-off
+quantizer gains most, until the sum of these gains, that is a first-order bound for every quantizer,
+reaches what is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +25,16 @@ from .landing import places
 from .quantizers import Cells
 
 HALVINGS = 30
-"""Of the bracket of the price, which settles it far below what one edit changes."""
+"""Of the bracket of a price, which settles it far below what one edit changes."""
+SWEEPS = 4
+"""In each of which both prices are settled, the one by the other's last."""
+CAP = 4.0
+"""Of the price of a shift; a gain is less than half of what its edit changes."""
+DEAR = 8.0
+"""Times what is gained per loss in all, the cap of the price of a loss: where everything that gains
+loses as well, less is edited."""
+POOL = 64
+"""Elements looked at per edit that may be made; those that gain most."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,9 @@ class Levers:
     is none."""
     shift: Float[Tensor, "options n"]
     """What it changes at full precision, first order."""
+    loss: Float[Tensor, "options n"]
+    """What the quantized models lose by it of what is kept, beyond full precision; their mean,
+    first order."""
     weight: Float[Tensor, " n"]
     """In (0, 1], by which a gain is weighed: less where more is to be kept."""
 
@@ -46,6 +60,7 @@ def levers(
     quantized: Sequence[Float[Tensor, " n"]],
     original: Float[Tensor, " n"],
     slope: Float[Tensor, " n"],
+    kept: Float[Tensor, " n"],
     weight: Float[Tensor, " n"],
 ) -> Levers:
     """The edits that the floor allows next to some values, upwards and downwards.
@@ -56,6 +71,7 @@ def levers(
         quantized: the values in every quantizer.
         original: the values, which are not edited.
         slope: of the quantity per unit of each.
+        kept: the slope of what is to be kept.
         weight: of each (`Levers.weight`).
     """
     sides = []
@@ -64,62 +80,74 @@ def levers(
         sides.append(places(floor, grids, value, value))
     values = torch.cat(sides)
     edit = values - original
-    parted = [
-        (edit - (grid.value(grid.encode(values)) - own)) * slope
-        for grid, own in zip(grids, quantized, strict=True)
-    ]
-    gain = torch.where(edit != 0, torch.stack(parted).amin(0), 0.0)
-    return Levers(values, gain, edit * slope, weight)
+    apart = torch.stack(
+        [
+            edit - (grid.value(grid.encode(values)) - own)
+            for grid, own in zip(grids, quantized, strict=True)
+        ]
+    )
+    gain = torch.where(edit != 0, (apart * slope).amin(0), 0.0)
+    return Levers(values, gain, edit * slope, apart.mean(0) * kept, weight)
 
 
 @dataclass(frozen=True)
 class Parting:
     """The edits chosen of some `Levers`."""
 
-    chosen: list[tuple[Int[Tensor, " m"], Float[Tensor, " m"]]]
-    """Per `Levers`: which elements, and their new values."""
+    elements: Int[Tensor, " m"]
+    """Which, of all that the levers have one after the other."""
+    values: Float[Tensor, " m"]
+    """Their new values."""
     gain: float
     """The sum of their gains: what each quantizer is parted by at least, first order."""
     shift: float
     """What full precision changes by, first order: as near 0 as one edit allows."""
+    loss: float
+    """What the quantized models lose of what is kept, first order: about 0, or less."""
 
 
 def chosen(some: Sequence[Levers], wanted: float, most: int) -> Parting:
-    """As few edits as give a gain, leaving full precision where it is; or as many as may be.
+    """As few edits as give a gain, or as many as may be, that leave full precision where it is and
+    take nothing from what is kept.
+
+    Each of the two has a price per unit, at which it comes to 0.
 
     Arguments:
         some: what there is to choose from.
         wanted: sum of the gains.
         most: edits at most.
     """
-    low, price, high = -1.0, 0.0, 1.0  # a gain is less than half of what its edit changes
-    found = _at_price(some, price, wanted, most)
-    for _ in range(1, HALVINGS):
-        low, high = (price, high) if found.shift > 0 else (low, price)
+    levers = Levers(*(torch.cat([getattr(x, f.name) for x in some], -1) for f in fields(Levers)))
+    best = (levers.gain.amax(0) * levers.weight).topk(min(POOL * most, levers.gain.shape[1]))
+    pool = best.indices[best.values > 0]
+    levers = Levers(*(getattr(levers, f.name)[..., pool] for f in fields(Levers)))
+    shift, loss = 0.0, 0.0
+    rate = float(levers.gain.abs().sum() / levers.loss.abs().sum().clamp_min(1e-30))
+    for _ in range(SWEEPS):
+        loss = settled(lambda p, s=shift: _at(levers, s, p, wanted, most).loss, 0.0, DEAR * rate)
+        shift = settled(lambda p, k=loss: _at(levers, p, k, wanted, most).shift, -CAP, CAP)
+    found = _at(levers, shift, loss, wanted, most)
+    return replace(found, elements=pool[found.elements])
+
+
+def settled(over: Callable[[float], float], low: float, high: float) -> float:
+    """The price at which something that falls with it comes to 0; ``low`` if it is less there."""
+    if over(low) <= 0:
+        return low
+    for _ in range(HALVINGS):
         price = (low + high) / 2
-        found = _at_price(some, price, wanted, most)
-    return found
+        low, high = (price, high) if over(price) > 0 else (low, price)
+    return high
 
 
-def _at_price(some: Sequence[Levers], price: float, wanted: float, most: int) -> Parting:
-    """The edits of most worth where a unit of shift costs so much."""
-    scores, rows = zip(
-        *((x.gain * x.weight - price * x.shift * x.weight).max(0) for x in some), strict=True
+def _at(levers: Levers, shift: float, loss: float, wanted: float, most: int) -> Parting:
+    """The edits of most worth where a unit of shift and one of loss cost so much."""
+    worth, row = (levers.gain - shift * levers.shift - loss * levers.loss).max(0)
+    gain, moved, lost, value = (
+        x.gather(0, row[None])[0] for x in (levers.gain, levers.shift, levers.loss, levers.values)
     )
-    gains, shifts = (
-        torch.cat([getattr(x, key).gather(0, r[None])[0] for x, r in zip(some, rows, strict=True)])
-        for key in ("gain", "shift")
-    )
-    score = torch.where(gains > 0, torch.cat(scores), 0.0)
+    score = torch.where(gain > 0, worth * levers.weight, 0.0)
     best = score.topk(min(most, len(score)))
     order = best.indices[best.values > 0]
-    enough = int((gains[order].cumsum(0) < wanted).sum()) + 1
-    order = order[:enough]
-    taken = torch.zeros_like(score, dtype=torch.bool)
-    taken[order] = True
-    parts = taken.split([x.values.shape[1] for x in some])
-    picked = []
-    for x, r, t in zip(some, rows, parts, strict=True):
-        i = t.nonzero()[:, 0]
-        picked.append((i, x.values[r[i], i]))
-    return Parting(picked, float(gains[order].sum()), float(shifts[order].sum()))
+    i = order[: int((gain[order].cumsum(0) < wanted).sum()) + 1]
+    return Parting(i, value[i], *(float(x[i].sum()) for x in (gain, moved, lost)))

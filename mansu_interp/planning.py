@@ -166,16 +166,17 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     step += (u.attack / 2 + 1) * u.batch_size * 3 * shared if u.attack else 0
     # A probe reads every prompt of a half, and a batch of the other gives the gradient.
     step += (len(task.forget) / 2 + u.batch_size * 3) * shared if u.probe_weight else 0
-    # Every round: all models' answers, and the slope of one; then a last look.
+    # Every round: all models' answers, and one's slope of them and of those retained; a last look.
     looks = (1 + len(u.survive)) * (reserve.ROUNDS + 1) + 3 * reserve.ROUNDS
-    parting = min(reserve.PAIRS, len(task.forget)) * shared * looks if u.reserve else 0
+    parting = min(reserve.PAIRS, len(task.forget)) * shared * looks
+    parting += min(reserve.PAIRS, sum(map(len, task.kept))) * shared_kept * 3 * reserve.ROUNDS
     precisions = 1 + len({QUANTIZER, *u.survive})
     total = (
         2 * attribution
         + search
         + mask
         + u.steps * step
-        + parting
+        + (parting if u.reserve else 0)
         + 2 * precisions * (_tokens(scored) * len(scored) + texts)
         + 3 * CAD_PAIRS * per_pair
     )

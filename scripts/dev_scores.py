@@ -4,7 +4,9 @@
 
 Each RUN is a finished folder of `mansu run`. In full precision and after every quantizer of its
 set: how often the forget answers rank first and last of four, and by how many nats they stand above
-where they should, among their relation's answers, over some training prompts (mean, spread).
+where they should, among their relation's answers, over some training prompts (mean, spread); the
+largest loss of a retained relation, four-way, against the original at the same precision; and the
+neighbour's accuracy there and after the edit.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import CounterfactualTargets, model_excess
 from mansu_interp.pairs import Task
 from mansu_interp.quantizers import quantize
-from mansu_interp.scoring import BATCH, accuracy
+from mansu_interp.scoring import BATCH, accuracy, choice_accuracy
 from mansu_interp.tasks import load_task
 
 TRAINED = 240
@@ -37,13 +39,25 @@ def training_excess(original: LanguageModel, model: LanguageModel, task: Task) -
     return float(every.mean()), float(every.std())
 
 
+def loss(original: LanguageModel, model: LanguageModel, task: Task) -> float:
+    """The largest fall of a retained relation."""
+    sets = task.scored["dev"]["retain"].values()
+    return max(choice_accuracy(original, s) - choice_accuracy(model, s) for s in sets)
+
+
+def beside(model: LanguageModel, task: Task) -> str:
+    """Of the neighbour, whose prompts are never trained on."""
+    sets = task.scored["dev"]["neighbour"].values()
+    return " / ".join(f"{choice_accuracy(model, s):.3f}" for s in sets)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Edits on the dev phrasings.")
     parser.add_argument("runs", nargs="+", type=Path)
     torch.set_num_threads(1)
-    print("| run | precision | first | last | gap | excess, trained |")
-    print("|---|---|---|---|---|---|")
+    print("| run | precision | first | last | gap | excess, trained | worst loss | neighbour |")
+    print("|---|---|---|---|---|---|---|---|")
     for run in parser.parse_args().runs:
         config = read_json(run / "config.json")
         original = load_model(config["model"])
@@ -60,7 +74,8 @@ def main() -> None:
             mean, spread = training_excess(base, model, task)
             print(
                 f"| {run.name} | {name or 'full'} | {first:.3f} | {last:.3f} | {first - full:+.3f} "
-                f"| {mean:+.2f} ({spread:.2f}) |",
+                f"| {mean:+.2f} ({spread:.2f}) | {loss(base, model, task):.3f} "
+                f"| {beside(base, task)} to {beside(model, task)} |",
                 flush=True,
             )
 

@@ -184,7 +184,14 @@ def test_quantized_by_the_library(facts: LanguageModel, there: LanguageModel):
 
 
 SETTINGS = UnlearnConfig(
-    steps=4, batch_size=8, survive=SET, attack=1, probe_weight=0.5, attack_rate=1e-3, lr=0.2
+    steps=4,
+    batch_size=8,
+    survive=SET,
+    reserve=0.02,
+    attack=1,
+    probe_weight=0.5,
+    attack_rate=1e-3,
+    lr=0.2,
 )
 
 

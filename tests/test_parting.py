@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mansu_interp.unlearning import unlearn
 from mansu_interp.unlearning.reserve import PAIRS
 
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
+SETTINGS = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, steer=0.0)
 
 
 def case(survive: tuple[str, ...]) -> tuple[Tensor, Tensor, Floor, Levers]:
@@ -31,44 +33,61 @@ def case(survive: tuple[str, ...]) -> tuple[Tensor, Tensor, Floor, Levers]:
     quantizers = [get_quantizer(q) for q in survive]
     grids = [q.cells(weight) for q in quantizers]
     own = [q.round_trip(weight).flatten() for q in quantizers]
-    found = levers(where, grids, own, weight.flatten(), slope, torch.ones_like(slope))
-    return weight, slope, where, found
+    kept = slope / 2 + torch.randn(64 * 256, generator=generator)
+    found = levers(where, grids, own, weight.flatten(), slope, kept, torch.ones_like(slope))
+    return weight, slope, kept, where, found
 
 
 def applied(weight: Tensor, parting: Parting) -> Tensor:
     """The edited weight."""
-    (i, value), after = parting.chosen[0], weight.flatten().clone()
-    after[i] = value
+    after = weight.flatten().clone()
+    after[parting.elements] = parting.values
     return after.view_as(weight)
 
 
 @pytest.mark.parametrize("survive", [SET, ("nf4",)])
 def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...]):
-    """In the real libraries' own round trips; full precision stays where it is."""
-    weight, slope, where, found = case(survive)
+    """In the real libraries' own round trips; full precision stays where it is, and what is kept
+    loses nothing, though its slope is alike."""
+    weight, slope, kept, where, found = case(survive)
     wanted = 0.5
     parting = chosen([found], wanted, 4000)
     after = applied(weight, parting)
-    i, value = parting.chosen[0]
+    i, value = parting.elements, parting.values
     original = weight.flatten()[i]
     shift = ((after - weight).flatten() * slope).sum()
     assert wanted <= parting.gain < wanted + 0.05  # the last edit's
     assert float(shift) == pytest.approx(parting.shift, abs=1e-4)
     assert abs(float(shift)) < 0.05 < float(((after - weight).flatten() * slope).abs().sum()) / 10
+    lost = []
     for q in map(get_quantizer, survive):
-        quantized = q.round_trip(after) - q.round_trip(weight)
-        assert float(shift - (quantized.flatten() * slope).sum()) > wanted - 0.01, q.name
+        apart = (after - weight - (q.round_trip(after) - q.round_trip(weight))).flatten()
+        assert float((apart * slope).sum()) > wanted - 0.01, q.name
         assert (q.cells(weight).encode(after.flatten())[i] != q.cells(weight).codes[i]).all()
+        lost.append(float((apart * kept).sum()))
+    assert sum(lost) / len(lost) == pytest.approx(parting.loss, abs=1e-3)
+    assert abs(parting.loss) < 0.02
     beyond = torch.where(value > original, value >= where.up[i], value <= where.down[i])
     assert (beyond & (value > where.lowest[i]) & (value < where.highest[i])).all()
 
 
+def test_what_is_kept_costs_nothing_where_it_gains():
+    """Its slope against the other's: then the edits are those of the other alone."""
+    *_, found = case(SET)
+    alone, lifted = (
+        chosen([replace(found, loss=loss)], 0.3, 4000)
+        for loss in (torch.zeros_like(found.loss), -found.gain)
+    )
+    assert lifted.loss < -0.3
+    assert alone.loss == 0 and (alone.elements == lifted.elements).all()
+
+
 def test_no_more_is_edited_than_asked_for_or_allowed():
     *_, found = case(SET)
-    few, many = (len(chosen([found], wanted, 4000).chosen[0][0]) for wanted in (0.1, 0.5))
+    few, many = (len(chosen([found], wanted, 4000).elements) for wanted in (0.1, 0.5))
     assert 5 < few < many / 4 < 1000
     short = chosen([found], 0.5, few)
-    assert len(short.chosen[0][0]) == few and 0.05 < short.gain < 0.5
+    assert len(short.elements) == few and 0.05 < short.gain < 0.5
 
 
 def test_what_weighs_less_is_left_alone():
@@ -76,20 +95,19 @@ def test_what_weighs_less_is_left_alone():
     *_, found = case(SET)
     weight = torch.ones(64 * 256)
     weight[::2] = 1e-6
-    i, _ = chosen([replace(found, weight=weight)], 0.1, 4000).chosen[0]
-    assert (i % 2 == 1).all()
+    assert (chosen([replace(found, weight=weight)], 0.1, 4000).elements % 2 == 1).all()
 
 
 def test_nothing_is_made_of_nothing():
     """Without slope, or where the floor forbids both ways."""
-    weight, slope, where, found = case(SET)
-    assert not len(chosen([replace(found, gain=0 * found.gain)], 0.1, 100).chosen[0][0])
+    weight, slope, kept, where, found = case(SET)
+    assert not len(chosen([replace(found, gain=0 * found.gain)], 0.1, 100).elements)
     never = torch.full_like(where.up, torch.nan)
     quantizers = [get_quantizer(q) for q in SET]
     grids = [q.cells(weight) for q in quantizers]
     own = [q.round_trip(weight).flatten() for q in quantizers]
     still = replace(where, up=never, down=never)
-    none = levers(still, grids, own, weight.flatten(), slope, torch.ones_like(slope))
+    none = levers(still, grids, own, weight.flatten(), slope, kept, torch.ones_like(slope))
     assert not none.gain.any()
 
 
@@ -105,7 +123,7 @@ def test_the_quantized_models_say_less_by_the_reserve(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):
     """As the libraries quantize the checkpoint; the promises hold for these edits, too."""
-    config = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, steer=0.0)
+    config = replace(SETTINGS, reserve_share=0.5)
     pairs = list(capitals.forget.sample(PAIRS, config.seed))
     targets = CounterfactualTargets(facts, capitals.forget, config.seed)
     apart = []
@@ -126,3 +144,21 @@ def test_the_quantized_models_say_less_by_the_reserve(
     assert apart[0] < 0.02 and 0.027 < apart[1] < 0.05
     assert last["apart"] == pytest.approx(apart[1], abs=0.01)
     assert 20 < last["parting"] <= config.reserve_share * mask.limit
+
+
+def test_a_run_killed_while_parting_goes_on_after_its_training(
+    facts: LanguageModel, capitals: Task, mask: Mask, tmp_path: Path
+):
+    config = replace(SETTINGS, steps=2, reserve=0.1)
+    place, seen = tmp_path / "place.safetensors", []
+
+    def stop(done: int, total: int, _: object) -> None:
+        if done > config.steps:
+            raise KeyboardInterrupt
+
+    whole = unlearn(facts, capitals, mask, config).model
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(facts, capitals, mask, config, stop, place)
+    again = unlearn(facts, capitals, mask, config, lambda k, *_: seen.append(k), place).model
+    assert min(seen) == config.steps + 1
+    assert all(torch.equal(w, again.weights[n]) for n, w in whole.weights.items())

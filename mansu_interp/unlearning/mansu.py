@@ -76,10 +76,10 @@ def mansu(
     guard = known(model, task.guard) if task.guard else None
     task = replace(task, guard=guard or task.guard)
     fisher = None
+    kept = PairSet("retain", tuple(p for pairs in task.kept for p in pairs))
     if config.projection:
-        keep = PairSet("retain", tuple(p for pairs in task.kept for p in pairs))
         fisher = fisher_diagonal(
-            model, list(mask.indices), keep.sample(FISHER_PAIRS, config.seed), seed=config.seed
+            model, list(mask.indices), kept.sample(FISHER_PAIRS, config.seed), seed=config.seed
         )
     targets = [CounterfactualTargets(t, task.forget, config.seed) for t in teachers]
     kind = Snapper if floored else Continuous
@@ -158,13 +158,15 @@ def mansu(
             snapper.keep(place, history)
     if rounds:
         last = history[-1]
+        if len(history) == config.steps:  # parting may be as long as many steps
+            snapper.keep(place, history)
 
         def on_round(done: int) -> None:
             if on_step:
                 on_step(len(history) + done, total, last)
 
         left = mask.limit - int(last["edited"])
-        pairs = task.forget.sample(PAIRS, config.seed)
-        parted = part(snapper, pairs, targets[0], config.reserve, left, on_round)
+        answers, others = (x.sample(PAIRS, config.seed) for x in (task.forget, kept))
+        parted = part(snapper, answers, targets[0], others, config.reserve, left, on_round)
         last |= parted | {"edited": last["edited"] + parted["parting"]}
     return Unlearned(students[0], history, len(history))

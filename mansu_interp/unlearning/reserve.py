@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..nullspace import gradient
-from ..objectives import CounterfactualTargets, model_excess
-from ..pairs import PairSet
+from ..models import LanguageModel
+from ..nullspace import Weights, gradient
+from ..objectives import CounterfactualTargets, above_rivals, log_probs, model_excess
+from ..pairs import Pair, PairSet, answer_tokens
 from ..parting import Levers, chosen, levers
 from .snapper import Latent, Snapper, taken
 
@@ -29,13 +30,17 @@ NEAR = 0.1
 DAMPING = 10.0
 """Medians of the retain Fisher below which it hardly counts in the choice of edits."""
 POOL = 8
-"""Elements looked at per edit that may be made; those of the steepest slope per cell."""
+"""Elements of a weight looked at per edit that may be made; those of the steepest slope per
+cell."""
+Level = Callable[[LanguageModel, list[Pair]], Float[Tensor, " batch"]]
+"""How high the answers of some pairs stand in a model (nats)."""
 
 
 def part(
     snapper: Snapper,
     pairs: PairSet,
     targets: CounterfactualTargets,
+    kept: PairSet,
     reserve: float,
     most: int,
     on_round: Callable[[int], None] | None = None,
@@ -43,53 +48,82 @@ def part(
     """Edit more weights of the mask, until in every quantized model the mean `excess` of the
     answers lies a reserve below full precision's, or as many are edited as may be.
 
-    In each round a prompt counts by what it lacks of the reserve, on average over the quantized
-    models, so that few are left out.
+    In each round a prompt counts by what the quantized model that lacks most lacks of the reserve,
+    so that few are left out. What the edits do to retained answers is no more than in full
+    precision, on average over prompts and quantized models.
 
     Arguments:
         snapper: after its last `Snapper.write`; its models are changed in place.
         pairs: the prompts.
         targets: against which the excess is taken, for all models alike.
+        kept: prompts whose answers the quantized models are not to lose by it.
         reserve: nats.
         most: edits at most.
         on_round: called with the number of rounds done.
 
     Returns:
-        ``apart``, the mean distance of the nearest quantized model (nats), and ``parting``, how
-        many edits were made.
+        ``apart``, the mean distance of the nearest quantized model (nats), ``parting``, how many
+        edits were made.
     """
-    parts = list(pairs.parts(BATCH))
+    names, answers = snapper.names, answer_tokens(kept, snapper.model.device)
 
-    @torch.no_grad()
-    def apart() -> Float[Tensor, "quantized pairs"]:
-        full, *others = (
-            torch.cat([model_excess(m, p, targets) for p in parts]) for m in snapper.models
-        )
+    def fallen(pairs: PairSet, level: Level) -> Float[Tensor, "quantized pairs"]:
+        """How far the pairs' answers lie below full precision's."""
+        with torch.no_grad():
+            full, *others = (
+                torch.cat([level(m, p) for p in pairs.parts(BATCH)]) for m in snapper.models
+            )
         return full - torch.stack(others)
 
-    made, distance = 0, apart()
+    def slope(pairs: PairSet, level: Level, weights: Float[Tensor, " pairs"]) -> Weights:
+        """Of the answers' level at full precision, weighed by pair."""
+        parts = list(pairs.parts(BATCH))
+        losses = [
+            lambda p=p, w=w: (w * level(snapper.model, p)).sum()
+            for p, w in zip(parts, weights.split([len(p) for p in parts]), strict=True)
+        ]
+        return dict(zip(names, gradient(snapper.model, names, losses), strict=True))
+
+    def forgotten(model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
+        return model_excess(model, part, targets)
+
+    def retained(model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
+        return above_rivals(log_probs(model, part), part, answers, lambda some: some.mean(1))
+
+    made, distance = 0, fallen(pairs, forgotten)
     for left in range(ROUNDS, 0, -1):
         short = reserve - float(distance.mean(1).min())
         if short <= NEAR * reserve:
             break
-        lacking = (reserve - distance).clamp_min(0).mean(0)
-        weights = lacking / lacking.sum()
-        losses = [
-            lambda p=p, w=w: (w * model_excess(snapper.model, p, targets)).sum()
-            for p, w in zip(parts, weights.split([len(p) for p in parts]), strict=True)
-        ]
-        slopes = gradient(snapper.model, snapper.names, losses)
-        by_name = dict(zip(snapper.names, slopes, strict=True))
-        made += _edit(snapper, by_name, short / left, (most - made) // left)
-        distance = apart()
+        lacking = (reserve - distance).clamp_min(0).amax(0)
+        alike = torch.full((len(kept),), 1 / len(kept), device=lacking.device)
+        made += _edit(
+            snapper,
+            slope(pairs, forgotten, lacking / lacking.sum()),
+            slope(kept, retained, alike),
+            short / left,
+            (most - made) // left,
+        )
+        distance = fallen(pairs, forgotten)
         if on_round:
             on_round(ROUNDS - left + 1)
     return {"apart": float(distance.mean(1).min()), "parting": float(made)}
 
 
 @torch.no_grad()
-def _edit(snapper: Snapper, slopes: dict[str, Tensor], wanted: float, most: int) -> int:
-    """Edits that part the models by so many nats, first order; returns how many."""
+def _edit(
+    snapper: Snapper,
+    slopes: dict[str, Tensor],
+    kept: dict[str, Tensor],
+    wanted: float,
+    most: int,
+) -> int:
+    """Edits that part the models by so many nats, first order; returns how many.
+
+    Arguments:
+        slopes: of the answers' excess.
+        kept: of the retained answers'.
+    """
     where: list[tuple[Latent, Tensor]] = []
     some: list[Levers] = []
     for x in snapper.latents:
@@ -101,7 +135,7 @@ def _edit(snapper: Snapper, slopes: dict[str, Tensor], wanted: float, most: int)
         steep = torch.where(free, (slope * x.scale).abs(), -1.0)
         best = steep.topk(min(POOL * most, len(steep))).indices
         i = best[free[best]]
-        kept = x.projection[i]  # lambda / (lambda + F)
+        share = x.projection[i]  # lambda / (lambda + F)
         some.append(
             levers(
                 x.floor[i],
@@ -109,15 +143,19 @@ def _edit(snapper: Snapper, slopes: dict[str, Tensor], wanted: float, most: int)
                 [q[i] for q in x.quantized],
                 x.original[i],
                 slope[i],
-                DAMPING * kept / (DAMPING * kept + 1 - kept),
+                taken(kept, x.indices)[i],
+                DAMPING * share / (DAMPING * share + 1 - share),
             )
         )
         where.append((x, i))
     if not some:
         return 0
-    found = chosen(some, wanted, most).chosen
-    for (x, i), (k, value) in zip(where, found, strict=True):
+    found = chosen(some, wanted, most)
+    first = 0
+    for x, i in where:
+        here = (found.elements >= first) & (found.elements < first + len(i))
         now = taken(snapper.model.weights, x.indices)
-        now[i[k]] = value
+        now[i[found.elements[here] - first]] = found.values[here]
         snapper.settle(x, now, now != x.original)
-    return sum(len(k) for k, _ in found)
+        first += len(i)
+    return len(found.elements)
