@@ -117,16 +117,16 @@ def chosen(some: Sequence[Levers], wanted: float, most: int) -> Parting:
         wanted: sum of the gains.
         most: edits at most.
     """
-    levers = Levers(*(torch.cat([getattr(x, f.name) for x in some], -1) for f in fields(Levers)))
-    best = (levers.gain.amax(0) * levers.weight).topk(min(POOL * most, levers.gain.shape[1]))
+    every = Levers(*(torch.cat([getattr(x, f.name) for x in some], -1) for f in fields(Levers)))
+    best = (every.gain.amax(0) * every.weight).topk(min(POOL * most, every.gain.shape[1]))
     pool = best.indices[best.values > 0]
-    levers = Levers(*(getattr(levers, f.name)[..., pool] for f in fields(Levers)))
+    every = Levers(*(getattr(every, f.name)[..., pool] for f in fields(Levers)))
     shift, loss = 0.0, 0.0
-    rate = float(levers.gain.abs().sum() / levers.loss.abs().sum().clamp_min(1e-30))
+    rate = float(every.gain.abs().sum() / every.loss.abs().sum().clamp_min(1e-30))
     for _ in range(SWEEPS):
-        loss = settled(lambda p, s=shift: _at(levers, s, p, wanted, most).loss, 0.0, DEAR * rate)
-        shift = settled(lambda p, k=loss: _at(levers, p, k, wanted, most).shift, -CAP, CAP)
-    found = _at(levers, shift, loss, wanted, most)
+        loss = settled(lambda p, s=shift: _at(every, s, p, wanted, most).loss, 0.0, DEAR * rate)
+        shift = settled(lambda p, k=loss: _at(every, p, k, wanted, most).shift, -CAP, CAP)
+    found = _at(every, shift, loss, wanted, most)
     return replace(found, elements=pool[found.elements])
 
 
@@ -140,13 +140,13 @@ def settled(over: Callable[[float], float], low: float, high: float) -> float:
     return high
 
 
-def _at(levers: Levers, shift: float, loss: float, wanted: float, most: int) -> Parting:
+def _at(some: Levers, shift: float, loss: float, wanted: float, most: int) -> Parting:
     """The edits of most worth where a unit of shift and one of loss cost so much."""
-    worth, row = (levers.gain - shift * levers.shift - loss * levers.loss).max(0)
+    worth, row = (some.gain - shift * some.shift - loss * some.loss).max(0)
     gain, moved, lost, value = (
-        x.gather(0, row[None])[0] for x in (levers.gain, levers.shift, levers.loss, levers.values)
+        x.gather(0, row[None])[0] for x in (some.gain, some.shift, some.loss, some.values)
     )
-    score = torch.where(gain > 0, worth * levers.weight, 0.0)
+    score = torch.where(gain > 0, worth * some.weight, 0.0)
     best = score.topk(min(most, len(score)))
     order = best.indices[best.values > 0]
     i = order[: int((gain[order].cumsum(0) < wanted).sum()) + 1]
