@@ -42,17 +42,16 @@ def training_excess(original: LanguageModel, model: LanguageModel, task: Task) -
 
 
 @torch.no_grad()
-def ranks(model: LanguageModel, pairs: PairSet) -> tuple[float, float]:
+def all_draws(model: LanguageModel, pairs: PairSet) -> float:
     """How often the answer outranks three of its relation's other answers, drawn one by one from
-    all of them, and how often it is what the model says."""
-    answers, drawn, said = answer_tokens(pairs), 0.0, 0
+    all of them."""
+    answers, drawn = answer_tokens(pairs), 0.0
     for part in pairs.parts(BATCH):
         for row, pair in zip(log_probs(model, part).cpu(), part, strict=True):
             rivals = answers[pair.relation]
             rivals = row[rivals[rivals != pair.answer]]
             drawn += float((row[pair.answer] > rivals).float().mean()) ** 3
-            said += int(row[pair.answer] == row.max())
-    return drawn / len(pairs), said / len(pairs)
+    return drawn / len(pairs)
 
 
 def loss(original: LanguageModel, model: LanguageModel, task: Task) -> float:
@@ -85,11 +84,11 @@ def main() -> None:
             base, model = ((quantize(m, name) if name else m) for m in (original, edited))
             forget = task.scored["dev"]["forget"].values()
             found = [accuracy(model, s) for s in forget]
-            first, last = (mean(getattr(a, k) for a in found) for k in ("choice", "last"))
-            full = full if name else first
-            drawn, said = (
-                mean(each) for each in zip(*(ranks(model, s) for s in forget), strict=True)
+            first, last, said = (
+                mean(getattr(a, k) for a in found) for k in ("choice", "last", "top1")
             )
+            full = full if name else first
+            drawn = mean(all_draws(model, s) for s in forget)
             above, spread = training_excess(base, model, task)
             cells = [
                 run.name,

@@ -66,6 +66,7 @@ def part(
         edits were made.
     """
     names, answers = snapper.names, answer_tokens(kept, snapper.model.device)
+    alike = torch.full((len(kept),), 1 / len(kept), device=snapper.model.device)
 
     def fallen(pairs: PairSet, level: Level) -> Float[Tensor, "quantized pairs"]:
         """How far the pairs' answers lie below full precision's."""
@@ -96,7 +97,6 @@ def part(
         if short <= NEAR * reserve:
             break
         lacking = (reserve - distance).clamp_min(0).amax(0)
-        alike = torch.full((len(kept),), 1 / len(kept), device=lacking.device)
         made += _edit(
             snapper,
             slope(pairs, forgotten, lacking / lacking.sum()),
