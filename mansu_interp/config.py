@@ -188,7 +188,8 @@ class UnlearnConfig:
     the quantized models follow the full-precision one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """mansu: arithmetic of the losses, attacks and gradients; edits, floor and scores are always
-    exact. bf16 is about twice as fast where the processor has it."""
+    exact. bf16 is about twice as fast on CUDA and on processors with AVX-512; on others it would be
+    far slower, and is fp32."""
     attack: int = 0
     """mansu: harden against relearning: at most so many relearning steps of a random half of the
     forget subjects come before each gradient on the other half; 0 = none."""

@@ -128,8 +128,11 @@ def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, 
     assert not torch.equal(victim.weights[name], facts.weights[name])
 
 
-def test_the_attack_follows_the_precision(facts: LanguageModel, capitals: Task):
+def test_the_attack_follows_the_precision(
+    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch
+):
     """bf16 in the loop: much the same relearning, and the same gradient in direction."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     name = "model.layers.1.mlp.down_proj.weight"
     targets = CounterfactualTargets(facts, capitals.forget)
     config = UnlearnConfig(attack=8, batch_size=16, attack_rate=0.003, seed=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from mansu_interp.objectives import forget_gradient
 from mansu_interp.pairs import Task
 from mansu_interp.quantizers import NF4, get_quantizer, quantize, survival
 from mansu_interp.unlearning import Unlearned, unlearn
-from mansu_interp.unlearning.common import Sampler, reached
+from mansu_interp.unlearning.common import Sampler, arithmetic, reached
 from mansu_interp.unlearning.snapper import Continuous, Snapper
 
 NF = NF4()
@@ -85,14 +85,43 @@ def test_rows_of_the_embedding_leave_their_cells_and_stay_unquantized(
     assert held.holds and held.embedding["nf4"].edited == found.edited and not held.outside
 
 
-def test_bf16_sees_every_edit(facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned):
+def test_bf16_sees_every_edit(
+    facts: LanguageModel,
+    capitals: Task,
+    mask: Mask,
+    result: Unlearned,
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Low precision rounds the losses a little; weights cached from before an edit would not
     follow the full-precision losses from step to step."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     config = replace(CONFIG, precision="bf16")
     low = [h["forget"] for h in unlearn(facts, capitals, mask, config).history]
     high = [h["forget"] for h in result.history]
     assert low != high
     assert low == pytest.approx(high, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "low"),
+    [
+        ("AVX512", "bf16", True),
+        ("AVX512", "fp32", False),
+        ("AVX2", "bf16", False),
+        ("DEFAULT", "bf16", False),
+    ],
+)
+def test_bf16_only_where_the_processor_is_quick_at_it(
+    facts: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: str,
+    precision: Literal["fp32", "bf16"],
+    low: bool,
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with arithmetic(facts, replace(CONFIG, precision=precision)):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if low else torch.float32)
 
 
 def test_only_guards_that_the_model_knows_stand_guard(
