@@ -171,7 +171,8 @@ def _row(
         return {**out, "error": found["error"]}
     rows = []
     for mine, theirs in zip(found["rows"], original["rows"], strict=True):
-        row = {**mine, "models": {}}
+        # The original's, so that cells of older versions are judged as the others are.
+        row = {**mine, "chance_top1": theirs.get("chance_top1", 0.0), "models": {}}
         for name, models in (("original", theirs["models"]), ("unlearned", mine["models"])):
             row["models"][name] = models["fp"]
             row["models"][f"{name} {quantizer}"] = models[quantizer]

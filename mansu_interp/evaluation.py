@@ -13,7 +13,7 @@ from typing import Any
 
 from .cad import CAD
 from .models import LanguageModel
-from .pairs import Task
+from .pairs import PairSet, Task
 from .relearning import CHANCE, TOLERANCE, Relearning
 from .scoring import accuracy, perplexity
 
@@ -54,7 +54,8 @@ class Scores:
     """Accuracies of several models on one task."""
 
     rows: list[dict[str, Any]]
-    """One per (role, label): ``n``, ``chance`` and ``models`` -> top1, choice."""
+    """One per (role, label): ``n``, ``chance`` of choice, ``chance_top1`` and ``models`` -> top1,
+    choice."""
     perplexity: dict[str, float] | None
     """Per model, on unseen running text; None if the task has none."""
     first: dict[str, tuple[bool, ...]] = field(default_factory=dict)
@@ -76,6 +77,12 @@ class Scores:
     def mean(self, role: str, key: str, model: str) -> float:
         """The mean score of a model over the sets of a role."""
         values = [r["models"][model][key] for r in self.rows if r["role"] == role]
+        return sum(values) / len(values)
+
+    def chance_top1(self, role: str) -> float:
+        """Of a guess among a relation's answers, mean over the sets of a role; 0 in scores of older
+        versions, which do not have it."""
+        values = [r.get("chance_top1", 0.0) for r in self.rows if r["role"] == role]
         return sum(values) / len(values)
 
     def largest_fall(self, role: str, model: str, reference: str) -> float:
@@ -108,8 +115,16 @@ def evaluate(
     """
     roles = task.scored[split] if role is None else {role: task.scored[split][role]}
     sets = [(role, label, s) for role, by in roles.items() for label, s in by.items()]
+    guess = _guess([s for by in task.scored[split].values() for s in by.values()])
     rows: list[dict[str, Any]] = [
-        {"role": role, "label": label, "n": len(s), "chance": CHANCE, "models": {}}
+        {
+            "role": role,
+            "label": label,
+            "n": len(s),
+            "chance": CHANCE,
+            "chance_top1": sum(guess[p.relation] for p in s) / len(s),
+            "models": {},
+        }
         for role, label, s in sets
     ]
     first: dict[str, tuple[bool, ...]] = dict.fromkeys(models, ())
@@ -127,24 +142,45 @@ def evaluate(
     return Scores(rows, values, first)
 
 
+def _guess(sets: Sequence[PairSet]) -> dict[str, float]:
+    """Relation -> how often one of its answers, drawn evenly, is right; 0 where it has only one,
+    of which saying it says nothing."""
+    answers: dict[str, set[str]] = {}
+    for pair in (p for pairs in sets for p in pairs):
+        answers.setdefault(pair.relation, set()).add(pair.answer_text)
+    return {k: 1 / len(a) if len(a) > 1 else 0.0 for k, a in answers.items()}
+
+
 def _and(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _recovery(scores: Scores, quantizers: Sequence[str]) -> tuple[float, str, str]:
-    """The largest gap of forget accuracy, its quantizer, and a sentence about all of them."""
+    """The largest rise of forget accuracy to above chance, or its smallest fall; the quantizer, and
+    a sentence about all of them."""
+    chance = {"choice": CHANCE, "top1": scores.chance_top1("forget")}
 
     def gap(q: str, key: str) -> float:
         after, before = (scores.mean("forget", key, m) for m in (f"{EDITED} {q}", EDITED))
         return round(after - before, 9)  # the same mean, summed otherwise, is no recovery
 
-    gaps = {q: {k: gap(q, k) for k in ("choice", "top1")} for q in quantizers}
-    worst = max(gaps, key=lambda q: (max(gaps[q].values()), gaps[q]["choice"]))
-    by = {k: [f"{g[k]:+.3f}" for g in gaps.values()] for k in ("choice", "top1")}
+    def back(q: str, key: str) -> float:
+        guessed = scores.mean("forget", key, f"{EDITED} {q}") <= chance[key]
+        return min(gaps[q][key], 0.0) if guessed else gaps[q][key]
+
+    gaps = {q: {k: gap(q, k) for k in chance} for q in quantizers}
+    counted = {q: {k: back(q, k) for k in chance} for q in quantizers}
+    worst = max(gaps, key=lambda q: (max(counted[q].values()), gaps[q]["choice"]))
+    by = {k: [f"{g[k]:+.3f}" for g in gaps.values()] for k in chance}
     said = (
         f"{_and(quantizers)} changed four-way forget accuracy by {_and(by['choice'])} and top-1 "
         f"by {_and(by['top1'])}."
     )
+    if any(gaps[q][k] > counted[q][k] for q in gaps for k in chance):
+        said += (
+            f" What ends at or below chance ({CHANCE:.2f} and {chance['top1']:.3f}) is a guess, "
+            "and nothing that came back."
+        )
     if f"{EDITED} {worst}" in scores.first:
         flips = Flips.between(scores.first[EDITED], scores.first[f"{EDITED} {worst}"])
         under = f"Under {worst}, on" if len(gaps) > 1 else "On"
@@ -152,7 +188,7 @@ def _recovery(scores: Scores, quantizers: Sequence[str]) -> tuple[float, str, st
             f" {under} {flips.back} prompts the answer came back to the first rank, on "
             f"{flips.gone} it went (p = {flips.p:.2f} by chance)."
         )
-    return max(gaps[worst].values()), worst, said
+    return max(counted[worst].values()), worst, said
 
 
 def properties(

@@ -183,6 +183,32 @@ def test_what_is_done_is_not_done_again(
     assert run_bench(bench_script.config(out, 1, 2)) == rows
 
 
+def test_cells_with_and_without_a_chance_of_top1_are_judged_by_the_originals(
+    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+):
+    """A cell of an older version does not say what a guess would get."""
+    out = Path(shutil.copytree(ran[0], tmp_path / "bench"))
+
+    def change(name: str, chance: float | None, top1: float | None = None) -> None:
+        for path in (out / "cells" / "facts-capitals").glob(name):
+            found = json.loads(path.read_text())
+            for row in found.get("rows", []):
+                row["chance_top1"] = chance
+                if chance is None:
+                    del row["chance_top1"]
+                if top1 is not None:
+                    row["models"]["fp"] = {"choice": 0.2, "top1": 0.0}
+                    row["models"]["nf4"] = {"choice": 0.2, "top1": top1}
+            path.write_text(json.dumps(found))
+
+    change("graddiff-*-s0-*", None, 0.1)
+    change("ga-*-s0-*", 0.9, 0.1)
+    for chance, stays in ((0.1, True), (0.09, False), (None, False)):
+        change("original-*", chance)
+        rows = run_bench(bench_script.config(out, 1, 1, table_only=True))
+        assert [r["stays"] for r in rows] == [stays, stays], chance
+
+
 def test_another_attack_is_measured_without_training_or_scoring_again(
     ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

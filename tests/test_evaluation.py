@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from mansu_interp.cad import CAD, Divergence
-from mansu_interp.evaluation import Flips, Scores, properties
+from mansu_interp.evaluation import Flips, Scores, evaluate, properties
+from mansu_interp.models import LanguageModel
 from mansu_interp.relearning import Point, Relearning
+from mansu_interp.tasks import load_task
 
 NO_GRAPH = CAD("undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)})
 
@@ -24,6 +26,44 @@ def test_a_rounding_error_is_no_recovery():
     for after, passed in ((0.3 + 6e-17, True), (0.1 + 0.2, True), (0.301, False)):
         gap = properties(Scores([row(0.3, after)], None), NO_GRAPH)[2]
         assert gap["passed"] is passed, after
+
+
+def test_a_rise_to_chance_is_no_recovery():
+    """In four-way choice and in top-1, each against its own chance; a fall is a fall."""
+    for key, before, after, passed, value in (
+        ("choice", 0.1, 0.25, True, 0.0),
+        ("choice", 0.1, 0.26, False, 0.16),
+        ("choice", 0.2, 0.1, True, 0.0),  # top-1, which moves nowhere, is the larger
+        ("top1", 0.0, 0.02, True, 0.0),
+        ("top1", 0.0, 0.021, False, 0.021),
+        ("top1", 0.02, 0.01, True, 0.0),
+    ):
+        one = row(0.25, 0.25) | {"chance_top1": 0.02}
+        one["models"]["unlearned"][key] = before
+        one["models"]["unlearned nf4"][key] = after
+        gap = properties(Scores([one], None), NO_GRAPH)[2]
+        assert (gap["passed"], gap["value"]) == (passed, pytest.approx(value)), (key, after)
+        assert ("(0.25 and 0.020) is a guess" in gap["sentence"]) == (passed and after > before)
+
+
+def test_without_the_chance_of_top1_every_rise_of_it_counts():
+    """Scores of older versions do not have it."""
+    one = row(0.25, 0.25)
+    one["models"]["unlearned nf4"]["top1"] = 0.001
+    assert properties(Scores([one], None), NO_GRAPH)[2]["passed"] is False
+
+
+def test_chance_of_top1_is_that_of_a_guess_among_a_relations_answers(
+    facts: LanguageModel,
+):
+    """Over all sets that ask for it, forgotten or kept."""
+    countries = load_task("countries", facts)
+    asked = [p for by in countries.scored["unseen"].values() for s in by.values() for p in s]
+    answers = {p.answer_text for p in asked if p.relation == "language"}
+    rows = evaluate({"fp": facts}, countries, role="forget").rows
+    (found,) = [r for r in rows if r["label"] == "language"]
+    assert len(answers) > found["n"]
+    assert found["chance_top1"] == pytest.approx(1 / len(answers))
 
 
 @pytest.mark.parametrize(
