@@ -39,7 +39,7 @@ POOL = 64
 
 @dataclass(frozen=True)
 class Levers:
-    """Edits that some elements of one weight could make; an element makes one at most."""
+    """Edits that some elements could make; an element makes one at most."""
 
     values: Float[Tensor, "options n"]
     gain: Float[Tensor, "options n"]
@@ -95,7 +95,7 @@ class Parting:
     """The edits chosen of some `Levers`."""
 
     elements: Int[Tensor, " m"]
-    """Which, of all that the levers have one after the other."""
+    """Which."""
     values: Float[Tensor, " m"]
     """Their new values."""
     gain: float
@@ -106,7 +106,7 @@ class Parting:
     """What the quantized models lose of what is kept, first order: about 0, or less."""
 
 
-def chosen(some: Sequence[Levers], wanted: float, most: int) -> Parting:
+def chosen(some: Levers, wanted: float, most: int) -> Parting:
     """As few edits as give a gain, or as many as may be, that leave full precision where it is and
     take nothing from what is kept.
 
@@ -117,16 +117,15 @@ def chosen(some: Sequence[Levers], wanted: float, most: int) -> Parting:
         wanted: sum of the gains.
         most: edits at most.
     """
-    every = Levers(*(torch.cat([getattr(x, f.name) for x in some], -1) for f in fields(Levers)))
-    best = (every.gain.amax(0) * every.weight).topk(min(POOL * most, every.gain.shape[1]))
+    best = (some.gain.amax(0) * some.weight).topk(min(POOL * most, some.gain.shape[1]))
     pool = best.indices[best.values > 0]
-    every = Levers(*(getattr(every, f.name)[..., pool] for f in fields(Levers)))
+    some = Levers(*(getattr(some, f.name)[..., pool] for f in fields(Levers)))
     shift, loss = 0.0, 0.0
-    rate = float(every.gain.abs().sum() / every.loss.abs().sum().clamp_min(1e-30))
+    rate = float(some.gain.abs().sum() / some.loss.abs().sum().clamp_min(1e-30))
     for _ in range(SWEEPS):
-        loss = settled(lambda p, s=shift: _at(every, s, p, wanted, most).loss, 0.0, DEAR * rate)
-        shift = settled(lambda p, k=loss: _at(every, p, k, wanted, most).shift, -CAP, CAP)
-    found = _at(every, shift, loss, wanted, most)
+        loss = settled(lambda p, s=shift: _at(some, s, p, wanted, most).loss, 0.0, DEAR * rate)
+        shift = settled(lambda p, k=loss: _at(some, p, k, wanted, most).shift, -CAP, CAP)
+    found = _at(some, shift, loss, wanted, most)
     return replace(found, elements=pool[found.elements])
 
 

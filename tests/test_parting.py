@@ -18,7 +18,7 @@ from mansu_interp.pairs import Task
 from mansu_interp.parting import Levers, Parting, chosen, levers
 from mansu_interp.quantizers import get_quantizer, quantize, survival
 from mansu_interp.unlearning import unlearn
-from mansu_interp.unlearning.reserve import PAIRS
+from mansu_interp.unlearning.reserve import PAIRS, lacking
 
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
 SETTINGS = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, steer=0.0)
@@ -51,7 +51,7 @@ def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...
     loses nothing, though its slope is alike."""
     weight, slope, kept, where, found = case(survive)
     wanted = 0.5
-    parting = chosen([found], wanted, 4000)
+    parting = chosen(found, wanted, 4000)
     after = applied(weight, parting)
     i, value = parting.elements, parting.values
     original = weight.flatten()[i]
@@ -75,7 +75,7 @@ def test_what_is_kept_costs_nothing_where_it_gains():
     """Its slope against the other's: then the edits are those of the other alone."""
     *_, found = case(SET)
     alone, lifted = (
-        chosen([replace(found, loss=loss)], 0.3, 4000)
+        chosen(replace(found, loss=loss), 0.3, 4000)
         for loss in (torch.zeros_like(found.loss), -found.gain)
     )
     assert lifted.loss < -0.3
@@ -84,9 +84,9 @@ def test_what_is_kept_costs_nothing_where_it_gains():
 
 def test_no_more_is_edited_than_asked_for_or_allowed():
     *_, found = case(SET)
-    few, many = (len(chosen([found], wanted, 4000).elements) for wanted in (0.1, 0.5))
+    few, many = (len(chosen(found, wanted, 4000).elements) for wanted in (0.1, 0.5))
     assert 5 < few < many / 4 < 1000
-    short = chosen([found], 0.5, few)
+    short = chosen(found, 0.5, few)
     assert len(short.elements) == few and 0.05 < short.gain < 0.5
 
 
@@ -95,13 +95,13 @@ def test_what_weighs_less_is_left_alone():
     *_, found = case(SET)
     weight = torch.ones(64 * 256)
     weight[::2] = 1e-6
-    assert (chosen([replace(found, weight=weight)], 0.1, 4000).elements % 2 == 1).all()
+    assert (chosen(replace(found, weight=weight), 0.1, 4000).elements % 2 == 1).all()
 
 
 def test_nothing_is_made_of_nothing():
     """Without slope, or where the floor forbids both ways."""
     weight, slope, kept, where, found = case(SET)
-    assert not len(chosen([replace(found, gain=0 * found.gain)], 0.1, 100).elements)
+    assert not len(chosen(replace(found, gain=0 * found.gain), 0.1, 100).elements)
     never = torch.full_like(where.up, torch.nan)
     quantizers = [get_quantizer(q) for q in SET]
     grids = [q.cells(weight) for q in quantizers]
@@ -109,6 +109,11 @@ def test_nothing_is_made_of_nothing():
     still = replace(where, up=never, down=never)
     none = levers(still, grids, own, weight.flatten(), slope, kept, torch.ones_like(slope))
     assert not none.gain.any()
+
+
+def test_a_prompt_counts_by_the_quantizer_that_lacks_most():
+    distance = torch.tensor([[0.1, 0.3, 0.5, -0.2], [0.5, 0.0, 0.2, 0.4]])
+    assert lacking(distance, 0.2).tolist() == pytest.approx([0.1, 0.2, 0.0, 0.4])
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from ..models import LanguageModel
 from ..nullspace import Weights, gradient
 from ..objectives import CounterfactualTargets, above_rivals, log_probs, model_excess
 from ..pairs import Pair, PairSet, answer_tokens
-from ..parting import Levers, chosen, levers
-from .snapper import Latent, Snapper, taken
+from ..parting import chosen, levers
+from .snapper import Snapper, taken
 
 PAIRS = 480
 """Forget prompts, evenly over the phrasings, on which answers are measured."""
@@ -96,10 +96,10 @@ def part(
         short = reserve - float(distance.mean(1).min())
         if short <= NEAR * reserve:
             break
-        lacking = (reserve - distance).clamp_min(0).amax(0)
+        lacks = lacking(distance, reserve)
         made += _edit(
             snapper,
-            slope(pairs, forgotten, lacking / lacking.sum()),
+            slope(pairs, forgotten, lacks / lacks.sum()),
             slope(kept, retained, alike),
             short / left,
             (most - made) // left,
@@ -108,6 +108,11 @@ def part(
         if on_round:
             on_round(ROUNDS - left + 1)
     return {"apart": float(distance.mean(1).min()), "parting": float(made)}
+
+
+def lacking(distance: Float[Tensor, "quantized pairs"], reserve: float) -> Float[Tensor, " pairs"]:
+    """What each pair lacks of the reserve in the quantized model that lacks most of it."""
+    return (reserve - distance).clamp_min(0).amax(0)
 
 
 @torch.no_grad()
@@ -124,38 +129,26 @@ def _edit(
         slopes: of the answers' excess.
         kept: of the retained answers'.
     """
-    where: list[tuple[Latent, Tensor]] = []
-    some: list[Levers] = []
-    for x in snapper.latents:
-        grids = [g for g in x.grids if g]
-        if len(grids) < len(snapper.quantized):
-            continue  # one of them would not part
-        slope = taken(slopes, x.indices)
-        free = taken(snapper.model.weights, x.indices) == x.original
-        steep = torch.where(free, (slope * x.scale).abs(), -1.0)
-        best = steep.topk(min(POOL * most, len(steep))).indices
-        i = best[free[best]]
-        share = x.projection[i]  # lambda / (lambda + F)
-        some.append(
-            levers(
-                x.floor[i],
-                [g[i] for g in grids],
-                [q[i] for q in x.quantized],
-                x.original[i],
-                slope[i],
-                taken(kept, x.indices)[i],
-                DAMPING * share / (DAMPING * share + 1 - share),
-            )
-        )
-        where.append((x, i))
-    if not some:
+    # A weight that one of the quantizers leaves alone would not part; all others lie side by side.
+    x = next((x for x in snapper.latents if all(x.grids)), None)
+    if x is None:
         return 0
+    slope, now = taken(slopes, x.indices), taken(snapper.model.weights, x.indices)
+    free = now == x.original
+    steep = torch.where(free, (slope * x.scale).abs(), -1.0)
+    best = steep.topk(min(POOL * most, len(steep))).indices
+    i = best[free[best]]
+    share = x.projection[i]  # lambda / (lambda + F)
+    some = levers(
+        x.floor[i],
+        [g[i] for g in x.grids if g],
+        [q[i] for q in x.quantized],
+        x.original[i],
+        slope[i],
+        taken(kept, x.indices)[i],
+        DAMPING * share / (DAMPING * share + 1 - share),
+    )
     found = chosen(some, wanted, most)
-    first = 0
-    for x, i in where:
-        here = (found.elements >= first) & (found.elements < first + len(i))
-        now = taken(snapper.model.weights, x.indices)
-        now[i[found.elements[here] - first]] = found.values[here]
-        snapper.settle(x, now, now != x.original)
-        first += len(i)
+    now[i[found.elements]] = found.values
+    snapper.settle(x, now, now != x.original)
     return len(found.elements)
