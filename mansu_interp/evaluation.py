@@ -113,19 +113,19 @@ def evaluate(
         on_step: called with (what, sets done, sets in all).
         role: score its sets alone, and no perplexity.
     """
-    roles = task.scored[split] if role is None else {role: task.scored[split][role]}
-    sets = [(role, label, s) for role, by in roles.items() for label, s in by.items()]
-    guess = _guess([s for by in task.scored[split].values() for s in by.values()])
+    every = [(of, label, s) for of, by in task.scored[split].items() for label, s in by.items()]
+    guess = _guess([s for *_, s in every])
+    sets = [x for x in every if role in (None, x[0])]
     rows: list[dict[str, Any]] = [
         {
-            "role": role,
+            "role": of,
             "label": label,
             "n": len(s),
             "chance": CHANCE,
             "chance_top1": sum(guess[p.relation] for p in s) / len(s),
             "models": {},
         }
-        for role, label, s in sets
+        for of, label, s in sets
     ]
     first: dict[str, tuple[bool, ...]] = dict.fromkeys(models, ())
     total = len(sets) * len(models)
@@ -159,24 +159,21 @@ def _recovery(scores: Scores, quantizers: Sequence[str]) -> tuple[float, str, st
     """The largest rise of forget accuracy to above chance, or its smallest fall; the quantizer, and
     a sentence about all of them."""
     chance = {"choice": CHANCE, "top1": scores.chance_top1("forget")}
-
-    def gap(q: str, key: str) -> float:
-        after, before = (scores.mean("forget", key, m) for m in (f"{EDITED} {q}", EDITED))
-        return round(after - before, 9)  # the same mean, summed otherwise, is no recovery
-
-    def back(q: str, key: str) -> float:
-        guessed = scores.mean("forget", key, f"{EDITED} {q}") <= chance[key]
-        return min(gaps[q][key], 0.0) if guessed else gaps[q][key]
-
-    gaps = {q: {k: gap(q, k) for k in chance} for q in quantizers}
-    counted = {q: {k: back(q, k) for k in chance} for q in quantizers}
+    gaps: dict[str, dict[str, float]] = {q: {} for q in quantizers}
+    counted: dict[str, dict[str, float]] = {q: {} for q in quantizers}
+    for key, guess in chance.items():
+        before = scores.mean("forget", key, EDITED)
+        for q in quantizers:
+            after = scores.mean("forget", key, f"{EDITED} {q}")
+            gap = round(after - before, 9)  # the same mean, summed otherwise, is no recovery
+            gaps[q][key], counted[q][key] = gap, gap if after > guess else min(gap, 0.0)
     worst = max(gaps, key=lambda q: (max(counted[q].values()), gaps[q]["choice"]))
     by = {k: [f"{g[k]:+.3f}" for g in gaps.values()] for k in chance}
     said = (
         f"{_and(quantizers)} changed four-way forget accuracy by {_and(by['choice'])} and top-1 "
         f"by {_and(by['top1'])}."
     )
-    if any(gaps[q][k] > counted[q][k] for q in gaps for k in chance):
+    if counted != gaps:
         said += (
             f" What ends at or below chance ({CHANCE:.2f} and {chance['top1']:.3f}) is a guess, "
             "and nothing that came back."

@@ -95,7 +95,7 @@ class Parting:
     """The edits chosen of some `Levers`."""
 
     elements: Int[Tensor, " m"]
-    """Which."""
+    """Which of the levers' elements."""
     values: Float[Tensor, " m"]
     """Their new values."""
     gain: float
