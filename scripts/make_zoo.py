@@ -192,14 +192,14 @@ def rmu(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
 def mansu(
     model: LanguageModel, task: Task, seed: int, rows: bool = False, **hard: float
 ) -> LanguageModel:
-    """MANSU with the task's settings but for the embedding, which only ``rows`` edits, to its last
-    step and not parted; ``hard``: with the mask of its hardened ones, and these settings of
+    """MANSU with the task's settings but for the embedding, which only ``rows`` edits, and
+    not parted; ``hard``: with the mask of its hardened ones, and these settings of
     `UnlearnConfig`."""
     config = replace(default_config("facts", task.name), seed=seed, subject_rows=rows)
     if hard:
         best = default_config("facts", task.name, hardened=True)
         config = replace(config, budget=best.budget, damping=best.damping, circuit=best.circuit)
-    own = replace(config.unlearn, seed=seed, stop_at=None, reserve=0.0, **hard)  # type: ignore[arg-type]
+    own = replace(config.unlearn, seed=seed, reserve=0.0, **hard)  # type: ignore[arg-type]
     circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
     mask = make_mask(replace(config, unlearn=own), model, task, circuit)
     return unlearn(model, task, mask, own).model

@@ -58,9 +58,7 @@ def main() -> None:
             "whole model": whole_model_mask(model, task, config.budget, seed),
         }
         for name, mask in masks.items():
-            settings = replace(
-                config.unlearn, seed=seed, steps=args.steps, stop_at=None, reserve=0.0
-            )
+            settings = replace(config.unlearn, seed=seed, steps=args.steps, reserve=0.0)
             edited = unlearn(model, task, mask, settings).model
             b = retain_bound(model, edited, retained, seed)
             forget = dev_choice(edited, task)
