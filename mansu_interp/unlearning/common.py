@@ -71,6 +71,10 @@ def arithmetic(model: LanguageModel, config: UnlearnConfig) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=quick and config.precision == "bf16")
 
 
+Batch = tuple[list[list[Pair]], list[list[Pair]], Tensor | None]
+"""Forget and retain pairs, each in chunks, and windows of running text, if any."""
+
+
 class Sampler:
     """Seeded batches of forget pairs, retain and guard pairs, and running text.
 
@@ -116,9 +120,7 @@ class Sampler:
             batch.append(self.rng.choice(self._shuffled(phrasing)))
         return batch
 
-    def batch(
-        self, done: int, sides: int
-    ) -> tuple[list[list[Pair]], list[list[Pair]], Tensor | None]:
+    def batch(self, done: int, sides: int) -> Batch:
         """Forget and retain batch of MANSU's next step; text comes with every second round of
         steps over the ``sides`` (full precision and the quantizers)."""
         return self.forget(), self.retain(), self.text() if done // sides % 2 == 0 else None

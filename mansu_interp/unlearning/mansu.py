@@ -30,7 +30,16 @@ from ..objectives import CounterfactualTargets, counterfactual_loss, nll
 from ..pairs import Pair, PairSet, Task
 from ..quantizers import quantize
 from ..scoring import known
-from .common import OnStep, Sampler, Unlearned, arithmetic, reached, retain_loss, text_kl
+from .common import (
+    Batch,
+    OnStep,
+    Sampler,
+    Unlearned,
+    arithmetic,
+    reached,
+    retain_loss,
+    text_kl,
+)
 from .harden import Attacker
 from .readout import Reader
 from .reserve import PAIRS, ROUNDS, part
@@ -46,6 +55,41 @@ def learning_rate(peak: float, done: int, steps: int) -> float:
         return peak * (done + 1) / 5
     tail = steps * 0.4
     return peak * min(1.0, (steps - done) / tail * 0.95 + 0.05)
+
+
+def _parts(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    target: CounterfactualTargets,
+    batch: Batch,
+    config: UnlearnConfig,
+    losses: dict[str, float],
+) -> list[Callable[[], Tensor]]:
+    """The loss of a step in parts that fit into memory; each adds what it came to to ``losses``,
+    the retained ones before `UnlearnConfig.retain_weight`."""
+
+    def weighed(kind: str, share: float, loss: Callable[[], Tensor]) -> Tensor:
+        with arithmetic(student, config):
+            value = loss() * share
+        losses[kind] += value.item()
+        return value * (config.retain_weight if kind == "retain" else 1.0)
+
+    def forgotten(pairs: list[Pair]) -> Tensor:
+        if config.forget_loss == "ga":
+            return -nll(student, pairs).mean()
+        return counterfactual_loss(student, pairs, target, config.push, config.margin)
+
+    def retained(pairs: list[Pair]) -> Tensor:
+        return retain_loss(student, teacher, pairs, config.hold)
+
+    forget, keep, text = batch
+    parts = []
+    for kind, groups, loss in (("forget", forget, forgotten), ("retain", keep, retained)):
+        n = sum(map(len, groups))
+        parts += [partial(weighed, kind, len(p) / n, partial(loss, p)) for p in groups]
+    if text is not None:
+        parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, teacher, text)))
+    return parts
 
 
 def mansu(
@@ -107,35 +151,8 @@ def mansu(
         side = done % len(students) if floored else 0
         student, teacher = students[side], teachers[side]
         losses = {"forget": 0.0, "retain": 0.0}
-
-        def weighed(kind: str, weight: float, loss: Callable[[], Tensor]) -> Tensor:
-            with arithmetic(student, config):  # noqa: B023
-                value = loss() * weight
-            losses[kind] += value.item()  # noqa: B023
-            return value * (config.retain_weight if kind == "retain" else 1.0)
-
-        def down(pairs: list[Pair]) -> Tensor:
-            if config.forget_loss == "ga":
-                return -nll(student, pairs).mean()  # noqa: B023
-            target = targets[side]  # noqa: B023
-            return counterfactual_loss(student, pairs, target, config.push, config.margin)  # noqa: B023
-
-        forget, keep, text = sampler.batch(done, len(students))
-        parts = [
-            partial(weighed, "forget", len(p) / sum(map(len, forget)), partial(down, p))
-            for p in forget
-        ]
-        parts += [
-            partial(
-                weighed,
-                "retain",
-                len(p) / sum(map(len, keep)),
-                partial(retain_loss, student, teacher, p, config.hold),
-            )
-            for p in keep
-        ]
-        if text is not None:
-            parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, teacher, text)))
+        batch = sampler.batch(done, len(students))
+        parts = _parts(student, teacher, targets[side], batch, config, losses)
         gradients = gradient(student, snapper.names, parts)
         losses = {kind: sum_number(value) for kind, value in losses.items()}
         if attacker:
