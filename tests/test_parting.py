@@ -24,7 +24,7 @@ SET = ("nf4", "fp4", "int4-g32", "q4_0")
 SETTINGS = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, steer=0.0)
 
 
-def case(survive: tuple[str, ...]) -> tuple[Tensor, Tensor, Floor, Levers]:
+def case(survive: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor, Floor, Levers]:
     """A weight, the slope of something along it, the floor and what may be edited."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 256, generator=generator) * 0.03
