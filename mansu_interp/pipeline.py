@@ -299,7 +299,11 @@ def _edit(
                 task,
                 mask,
                 replace(config.unlearn, seed=config.seed),
-                lambda done, total, _: note("unlearning", done, total),
+                lambda done, total, losses: note(
+                    "parting the quantized models" if "apart" in losses else "unlearning",
+                    done,
+                    total,
+                ),
                 place,
             )
         if writes:

@@ -185,8 +185,9 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     memory = model.n_parameters * 4 * copies / 1e9 + 0.6
     seconds = OVERHEAD * total * forward
     edits = int(config.budget * model.n_parameters)
-    on_cpu = model.device.type == "cpu"
-    where = f"{torch.get_num_threads()} CPU threads" if on_cpu else str(model.device)
+    threads = torch.get_num_threads()
+    on_cores = "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
+    where = on_cores if model.device.type == "cpu" else str(model.device)
     lines = [
         f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
         f"task     {task.name}: {task.title}",

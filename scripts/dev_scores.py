@@ -1,6 +1,7 @@
 """What settings are chosen by: a run's edit on the dev phrasings, never the unseen ones.
 
     python scripts/dev_scores.py RUN [RUN ...]
+    python scripts/dev_scores.py RUN [RUN ...] --report
 
 Each RUN is a finished folder of `mansu run`. In full precision and after every quantizer of its
 set: how often the forget answers rank first and last of four, first over all draws of three rivals
@@ -8,11 +9,15 @@ set: how often the forget answers rank first and last of four, first over all dr
 stand above where they should, among their relation's answers, over some training prompts (mean,
 spread); the largest loss of a retained relation, four-way, against the original at the same
 precision; and the neighbour's accuracy before and after the edit.
+
+With `--report`, once nothing is chosen any more: the forget answers alone, on the unseen phrasings,
+to see how much of a report's gap is the one draw of rivals.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
@@ -66,43 +71,61 @@ def beside(model: LanguageModel, task: Task) -> str:
     return " / ".join(f"{choice_accuracy(model, s):.3f}" for s in sets)
 
 
+def forgotten(model: LanguageModel, task: Task, split: str) -> dict[str, float]:
+    """Figures of the forget answers, mean over their sets."""
+    sets = task.scored[split]["forget"].values()
+    found = [accuracy(model, s) for s in sets]
+    return {
+        "first": mean(a.choice for a in found),
+        "last": mean(a.last for a in found),
+        "all draws": mean(all_draws(model, s) for s in sets),
+        "top-1": mean(a.top1 for a in found),
+    }
+
+
+def beyond(original: LanguageModel, model: LanguageModel, task: Task) -> dict[str, str]:
+    """What is looked at while settings are chosen, besides."""
+    above, spread = training_excess(original, model, task)
+    found = {
+        "excess, trained": f"{above:+.2f} ({spread:.2f})",
+        "worst loss": f"{loss(original, model, task):.3f}",
+    }
+    if task.scored["dev"]["neighbour"]:
+        found["neighbour"] = f"{beside(original, task)} to {beside(model, task)}"
+    return found
+
+
+def row(cells: Iterable[str]) -> None:
+    """Print a line of a table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Edits on the dev phrasings.")
     parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--report", action="store_true", help="the unseen phrasings")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    head = "run | precision | first | last | gap | all draws | top-1 | excess, trained | worst loss"
-    print(f"| {head} | neighbour |")
-    print(f"|{10 * '---|'}")
-    for run in parser.parse_args().runs:
+    for k, run in enumerate(args.runs):
         config = read_json(run / "config.json")
         original = load_model(config["model"])
-        name = read_json(run / "report.json")["task"]["name"]
-        task = load_task(name, original, config["score_pairs"])
-        edited, full = load_model(run / "model"), 0.0
+        task_name = read_json(run / "report.json")["task"]["name"]
+        task = load_task(task_name, original, config["score_pairs"])
+        edited, full = load_model(run / "model"), {}
         for name in (None, *config["unlearn"]["survive"]):
             base, model = ((quantize(m, name) if name else m) for m in (original, edited))
-            forget = task.scored["dev"]["forget"].values()
-            found = [accuracy(model, s) for s in forget]
-            first, last, said = (
-                mean(getattr(a, k) for a in found) for k in ("choice", "last", "top1")
-            )
-            full = full if name else first
-            drawn = mean(all_draws(model, s) for s in forget)
-            above, spread = training_excess(base, model, task)
-            cells = [
-                run.name,
-                name or "full",
-                *(f"{x:.3f}" for x in (first, last)),
-                f"{first - full:+.3f}",
-                *(f"{x:.3f}" for x in (drawn, said)),
-                f"{above:+.2f} ({spread:.2f})",
-                f"{loss(base, model, task):.3f}",
-                f"{beside(base, task)} to {beside(model, task)}"
-                if task.scored["dev"]["neighbour"]
-                else "-",
-            ]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            found = forgotten(model, task, "unseen" if args.report else "dev")
+            full = full or found
+            cells = {"run": run.name, "precision": name or "full"}
+            cells |= {label: f"{x:.3f}" for label, x in found.items()}
+            cells |= {f"gap, {x}": f"{found[x] - full[x]:+.3f}" for x in ("first", "all draws")}
+            if not args.report:
+                cells |= beyond(base, model, task)
+            if k == 0 and not name:
+                row(cells)
+                row("---" for _ in cells)
+            row(cells.values())
 
 
 if __name__ == "__main__":

@@ -134,9 +134,8 @@ def mansu(
     attacker = Attacker(task, config) if config.attack else None
     reader = Reader(task, config) if config.probe_weight else None
     place = place or Place()
-    rounds = ROUNDS if config.reserve and floored else 0
-    total = config.steps + rounds
-    if rounds:
+    parting = bool(config.reserve) and floored
+    if parting:
         snapper.limit -= int(config.reserve_share * mask.limit)
     history = place.load()
     for done in range(len(history)):  # the draws of the steps that are done
@@ -168,20 +167,21 @@ def mansu(
         stop = reached(lambda: snapper.models, task, config, done, losses)
         history.append(losses)
         if on_step:
-            on_step(done + 1, total, losses)
+            on_step(done + 1, config.steps, losses)
         if stop:
             break
         if place.due():
             snapper.keep(place, history)
-    if rounds:
+    if parting:
         last = history[-1]
         if len(history) == config.steps:  # parting may be as long as many steps
             snapper.keep(place, history)
 
-        def on_round(done: int) -> None:
+        def on_round(done: int, apart: float) -> None:
             if on_step:
-                on_step(len(history) + done, total, last)
+                on_step(done, ROUNDS, last | {"apart": apart})
 
+        on_round(0, 0.0)
         left = mask.limit - int(last["edited"])
         answers, others = (x.sample(PAIRS, config.seed) for x in (task.forget, kept))
         parted = part(snapper, answers, targets[0], others, config.reserve, left, on_round)

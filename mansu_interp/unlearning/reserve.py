@@ -43,7 +43,7 @@ def part(
     kept: PairSet,
     reserve: float,
     most: int,
-    on_round: Callable[[int], None] | None = None,
+    on_round: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
     """Edit more weights of the mask, until in every quantized model the mean `excess` of the
     answers lies a reserve below full precision's, or as many are edited as may be.
@@ -59,7 +59,7 @@ def part(
         kept: prompts whose answers the quantized models are not to lose by it.
         reserve: nats.
         most: edits at most.
-        on_round: called with the number of rounds done.
+        on_round: called with the number of rounds done, and ``apart`` by then.
 
     Returns:
         ``apart``, the mean distance of the nearest quantized model (nats), ``parting``, how many
@@ -91,9 +91,12 @@ def part(
     def retained(model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
         return above_rivals(log_probs(model, part), part, answers, lambda some: some.mean(1))
 
+    def nearest() -> float:
+        return float(distance.mean(1).min())
+
     made, distance = 0, fallen(pairs, forgotten)
     for left in range(ROUNDS, 0, -1):
-        short = reserve - float(distance.mean(1).min())
+        short = reserve - nearest()
         if short <= NEAR * reserve:
             break
         lacks = lacking(distance, reserve)
@@ -106,8 +109,8 @@ def part(
         )
         distance = fallen(pairs, forgotten)
         if on_round:
-            on_round(ROUNDS - left + 1)
-    return {"apart": float(distance.mean(1).min()), "parting": float(made)}
+            on_round(ROUNDS - left + 1, nearest())
+    return {"apart": nearest(), "parting": float(made)}
 
 
 def lacking(distance: Float[Tensor, "quantized pairs"], reserve: float) -> Float[Tensor, " pairs"]:
