@@ -186,7 +186,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     seconds = OVERHEAD * total * forward
     edits = int(config.budget * model.n_parameters)
     threads = torch.get_num_threads()
-    on_cores = "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
+    on_cores = f"{threads} CPU thread{'s' * (threads > 1)}"
     where = on_cores if model.device.type == "cpu" else str(model.device)
     lines = [
         f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",

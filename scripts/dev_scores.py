@@ -1,4 +1,4 @@
-"""What settings are chosen by: a run's edit on the dev phrasings, never the unseen ones.
+"""What settings are chosen by: a run's edit on the dev phrasings.
 
     python scripts/dev_scores.py RUN [RUN ...]
     python scripts/dev_scores.py RUN [RUN ...] --report
@@ -86,13 +86,12 @@ def forgotten(model: LanguageModel, task: Task, split: str) -> dict[str, float]:
 def beyond(original: LanguageModel, model: LanguageModel, task: Task) -> dict[str, str]:
     """What is looked at while settings are chosen, besides."""
     above, spread = training_excess(original, model, task)
-    found = {
+    near = f"{beside(original, task)} to {beside(model, task)}"
+    return {
         "excess, trained": f"{above:+.2f} ({spread:.2f})",
         "worst loss": f"{loss(original, model, task):.3f}",
+        "neighbour": near if task.scored["dev"]["neighbour"] else "-",
     }
-    if task.scored["dev"]["neighbour"]:
-        found["neighbour"] = f"{beside(original, task)} to {beside(model, task)}"
-    return found
 
 
 def row(cells: Iterable[str]) -> None:
@@ -114,13 +113,14 @@ def main() -> None:
         task = load_task(task_name, original, config["score_pairs"])
         edited, full = load_model(run / "model"), {}
         for name in (None, *config["unlearn"]["survive"]):
-            base, model = ((quantize(m, name) if name else m) for m in (original, edited))
+            model = quantize(edited, name) if name else edited
             found = forgotten(model, task, "unseen" if args.report else "dev")
             full = full or found
             cells = {"run": run.name, "precision": name or "full"}
             cells |= {label: f"{x:.3f}" for label, x in found.items()}
             cells |= {f"gap, {x}": f"{found[x] - full[x]:+.3f}" for x in ("first", "all draws")}
             if not args.report:
+                base = quantize(original, name) if name else original
                 cells |= beyond(base, model, task)
             if k == 0 and not name:
                 row(cells)
