@@ -166,5 +166,6 @@ def test_a_run_killed_while_parting_goes_on_after_its_training(
         unlearn(facts, capitals, mask, config, stop, place)
     again = unlearn(facts, capitals, mask, config, lambda *step: seen.append(step), place).model
     assert [(done, total) for done, total, _ in seen][:2] == [(0, ROUNDS), (1, ROUNDS)]
+    assert seen[0][-1]["apart"]  # measured, before the first round
     assert [losses["apart"] for *_, losses in seen] == sorted(x["apart"] for *_, x in seen)
     assert all(torch.equal(w, again.weights[n]) for n, w in whole.weights.items())

@@ -181,7 +181,6 @@ def mansu(
             if on_step:
                 on_step(done, ROUNDS, last | {"apart": apart})
 
-        on_round(0, 0.0)
         left = mask.limit - int(last["edited"])
         answers, others = (x.sample(PAIRS, config.seed) for x in (task.forget, kept))
         parted = part(snapper, answers, targets[0], others, config.reserve, left, on_round)

@@ -59,7 +59,7 @@ def part(
         kept: prompts whose answers the quantized models are not to lose by it.
         reserve: nats.
         most: edits at most.
-        on_round: called with the number of rounds done, and ``apart`` by then.
+        on_round: called with the number of rounds done, 0 first, and ``apart`` by then.
 
     Returns:
         ``apart``, the mean distance of the nearest quantized model (nats), ``parting``, how many
@@ -95,9 +95,11 @@ def part(
         return float(distance.mean(1).min())
 
     made, distance = 0, fallen(pairs, forgotten)
-    for left in range(ROUNDS, 0, -1):
-        short = reserve - nearest()
-        if short <= NEAR * reserve:
+    for done in range(ROUNDS + 1):
+        if on_round:
+            on_round(done, nearest())
+        left, short = ROUNDS - done, reserve - nearest()
+        if not left or short <= NEAR * reserve:
             break
         lacks = lacking(distance, reserve)
         made += _edit(
@@ -108,8 +110,6 @@ def part(
             (most - made) // left,
         )
         distance = fallen(pairs, forgotten)
-        if on_round:
-            on_round(ROUNDS - left + 1, nearest())
     return {"apart": nearest(), "parting": float(made)}
 
 
