@@ -1,0 +1,105 @@
+"""Runs on every prompt of the unseen phrasings, and over every draw of rivals.
+
+    python scripts/every_prompt.py RUN [RUN ...]
+
+Each RUN is a finished folder of `mansu run`. Its report scores a sample (`score_pairs` of each set)
+with one draw of three rivals each, so that a gap scatters; here are all of them, in full precision
+and after every quantizer of the run's set. First those that the report leaves out, which nobody
+ever looked at, then all: how often the forget answers rank first of four, first over all draws of
+rivals, and last, and how often they are what the model says (means over the sets), with the gaps
+to full precision, and the prompts on which the answer came back to the first rank or went, with
+the p of a sign test.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mansu_interp.artifacts import read_json
+from mansu_interp.evaluation import EDITED, ORIGINAL, Flips
+from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.objectives import log_probs
+from mansu_interp.pairs import PairSet, answer_tokens, collate
+from mansu_interp.quantizers import quantize
+from mansu_interp.scoring import BATCH, ranked_first, ranked_last
+from mansu_interp.tasks import load_task
+
+EVERY = 10**6
+FIGURES = ("first", "all draws", "last", "top-1")
+
+
+@torch.no_grad()
+def figures(model: LanguageModel, pairs: PairSet) -> Float[Tensor, "pairs 4"]:
+    """Of each pair, in the order of ``parts(BATCH)``, the `FIGURES`: whether its answer outranks
+    its distractors, how often it would outrank three of its relation's other answers (drawn one by
+    one), whether all distractors outrank it, and whether the model says it."""
+    answers, out = answer_tokens(pairs), []
+    for part in pairs.parts(BATCH):
+        rows, batch = log_probs(model, part).cpu(), collate(part)
+        drawn = []
+        for row, pair in zip(rows, part, strict=True):
+            rivals = answers[pair.relation]
+            rivals = row[rivals[rivals != pair.answer]]
+            drawn.append(float((row[pair.answer] > rivals).float().mean()) ** 3)
+        first, last = ranked_first(rows, batch.choices), ranked_last(rows, batch.choices)
+        said = rows.argmax(1) == batch.answer
+        out.append(torch.stack([first, torch.tensor(drawn), last, said], 1))
+    return torch.cat(out)
+
+
+def row(cells: Iterable[str]) -> None:
+    """Print a line of a table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def against(after: list[Tensor], before: list[Tensor]) -> list[str]:
+    """Means over sets of how often answers rank first, with the gaps, and what came back."""
+    now, then = (torch.stack([x.mean(0) for x in found]).mean(0) for found in (after, before))
+    flips = Flips.between(*(torch.cat(x)[:, 0].tolist() for x in (before, after)))
+    return [
+        *(f"{now[k]:.3f} ({now[k] - then[k]:+.3f})" for k in range(2)),
+        f"{flips.back}/{flips.gone} ({flips.p:.2f})",
+        *(f"{x:.3f}" for x in now[2:]),
+    ]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Runs on every prompt of the unseen phrasings.")
+    parser.add_argument("runs", nargs="+", type=Path)
+    torch.set_num_threads(1)
+    for k, run in enumerate(parser.parse_args().runs):
+        config = read_json(run / "config.json")
+        original = load_model(config["model"])
+        name = read_json(run / "report.json")["task"]["name"]
+        sets = load_task(name, original, EVERY).scored["unseen"]["forget"].values()
+        n = config["score_pairs"]  # a set's sample is what it begins with
+        cut = [[PairSet(s.name, part) for part in (s.pairs[:n], s.pairs[n:]) if part] for s in sets]
+        if k == 0:
+            columns = ["first (gap)", "all draws (gap)", "back / gone (p)", *FIGURES[2:]]
+            left_out, every = sum(len(s.pairs[n:]) for s in sets), sum(map(len, sets))
+            head = [f"{c}, {m}" for m in (f"{left_out} left out", f"all {every}") for c in columns]
+            row(["model", "precision", *head])
+            row("---" for _ in range(2 + len(head)))
+        models = {ORIGINAL: original} if k == 0 else {}
+        for label, model in (models | {f"{run.name}, {EDITED}": load_model(run / "model")}).items():
+            full: list[list[Tensor]] = []
+            for precision in (None, *config["unlearn"]["survive"]):
+                some = quantize(model, precision) if precision else model
+                found = [[figures(some, part) for part in parts] for parts in cut]
+                full = full or found
+                cells = [label, precision or "full"]
+                rest = [[parts[1] for parts in x if len(parts) > 1] for x in (found, full)]
+                cells += against(*rest) if rest[0] else ["-"] * len(columns)
+                cells += against(*([torch.cat(parts) for parts in x] for x in (found, full)))
+                row(cells)
+
+
+if __name__ == "__main__":
+    main()
