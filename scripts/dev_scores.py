@@ -16,15 +16,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from every_prompt import FIGURES, figures, row
+from every_prompt import FIGURES, figures, opened, row
 
-from mansu_interp.artifacts import read_json
-from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.models import LanguageModel
 from mansu_interp.objectives import CounterfactualTargets, model_excess
 from mansu_interp.pairs import Task
 from mansu_interp.quantizers import quantize
 from mansu_interp.scoring import BATCH, choice_accuracy
-from mansu_interp.tasks import load_task
 
 TRAINED = 240
 """Training prompts on which the excess is measured."""
@@ -77,11 +75,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     torch.set_num_threads(1)
     for k, run in enumerate(parser.parse_args().runs):
-        config = read_json(run / "config.json")
-        original = load_model(config["model"])
-        task_name = read_json(run / "report.json")["task"]["name"]
-        task = load_task(task_name, original, config["score_pairs"])
-        edited, full = load_model(run / "model"), {}
+        config, original, edited, task = opened(run)
+        full: dict[str, float] = {}
         for name in (None, *config["unlearn"]["survive"]):
             model = quantize(edited, name) if name else edited
             found = forgotten(model, task)

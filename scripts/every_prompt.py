@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +26,7 @@ from mansu_interp.artifacts import read_json
 from mansu_interp.evaluation import EDITED, ORIGINAL, Flips
 from mansu_interp.models import LanguageModel, load_model
 from mansu_interp.objectives import log_probs
-from mansu_interp.pairs import PairSet, answer_tokens, collate
+from mansu_interp.pairs import PairSet, Task, answer_tokens, collate
 from mansu_interp.quantizers import quantize
 from mansu_interp.scoring import BATCH, ranked_first, ranked_last
 from mansu_interp.tasks import load_task
@@ -38,7 +39,8 @@ FIGURES = ("first", "all draws", "last", "top-1")
 def figures(model: LanguageModel, pairs: PairSet) -> Float[Tensor, "pairs 4"]:
     """Of each pair, in the order of ``parts(BATCH)``, the `FIGURES`: whether its answer outranks
     its distractors, how often it would outrank three of its relation's other answers (drawn one by
-    one), whether all distractors outrank it, and whether the model says it."""
+    one), whether all distractors outrank it, and whether the model says it; of an answer of several
+    tokens the deciding one."""
     answers, out = answer_tokens(pairs), []
     for part in pairs.parts(BATCH):
         rows, batch = log_probs(model, part).cpu(), collate(part)
@@ -51,6 +53,18 @@ def figures(model: LanguageModel, pairs: PairSet) -> Float[Tensor, "pairs 4"]:
         said = rows.argmax(1) == batch.answer
         out.append(torch.stack([first, torch.tensor(drawn), last, said], 1))
     return torch.cat(out)
+
+
+def opened(
+    run: Path, score_pairs: int | None = None
+) -> tuple[dict[str, Any], LanguageModel, LanguageModel, Task]:
+    """A finished run's settings, the original, the edited model, and the task, scored on as many
+    prompts a set as the run's report or as given."""
+    config = read_json(run / "config.json")
+    original = load_model(config["model"])
+    name = read_json(run / "report.json")["task"]["name"]
+    task = load_task(name, original, score_pairs or config["score_pairs"])
+    return config, original, load_model(run / "model"), task
 
 
 def row(cells: Iterable[str]) -> None:
@@ -75,10 +89,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     torch.set_num_threads(1)
     for k, run in enumerate(parser.parse_args().runs):
-        config = read_json(run / "config.json")
-        original = load_model(config["model"])
-        name = read_json(run / "report.json")["task"]["name"]
-        sets = load_task(name, original, EVERY).scored["unseen"]["forget"].values()
+        config, original, edited, task = opened(run, EVERY)
+        sets = task.scored["unseen"]["forget"].values()
         n = config["score_pairs"]  # a set's sample is what it begins with
         cut = [[PairSet(s.name, part) for part in (s.pairs[:n], s.pairs[n:]) if part] for s in sets]
         if k == 0:
@@ -88,7 +100,7 @@ def main() -> None:
             row(["model", "precision", *head])
             row("---" for _ in range(2 + len(head)))
         models = {ORIGINAL: original} if k == 0 else {}
-        for label, model in (models | {f"{run.name}, {EDITED}": load_model(run / "model")}).items():
+        for label, model in (models | {f"{run.name}, {EDITED}": edited}).items():
             full: list[list[Tensor]] = []
             for precision in (None, *config["unlearn"]["survive"]):
                 some = quantize(model, precision) if precision else model
