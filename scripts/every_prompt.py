@@ -7,8 +7,8 @@ with one draw of three rivals each, so that a gap scatters; here are all of them
 and after every quantizer of the run's set. First those that the report leaves out, which nobody
 ever looked at, then all: how often the forget answers rank first of four, first over all draws of
 rivals, and last, and how often they are what the model says (means over the sets), with the gaps
-to full precision, and the prompts on which the answer came back to the first rank or went, with
-the p of a sign test.
+to full precision and the worst set, and the prompts on which the answer came back to the first
+rank or went, with the p of a sign test.
 """
 
 from __future__ import annotations
@@ -73,11 +73,13 @@ def row(cells: Iterable[str]) -> None:
 
 
 def against(after: list[Tensor], before: list[Tensor]) -> list[str]:
-    """Means over sets of how often answers rank first, with the gaps, and what came back."""
-    now, then = (torch.stack([x.mean(0) for x in found]).mean(0) for found in (after, before))
+    """How often answers rank first, as means over sets with the gaps, and the worst set; what came
+    back."""
+    sets, others = (torch.stack([x.mean(0) for x in found]) for found in (after, before))
+    now, then, worst = sets.mean(0), others.mean(0), sets.amax(0)
     flips = Flips.between(*(torch.cat(x)[:, 0].tolist() for x in (before, after)))
     return [
-        *(f"{now[k]:.3f} ({now[k] - then[k]:+.3f})" for k in range(2)),
+        *(f"{now[k]:.3f} ({now[k] - then[k]:+.3f}), {worst[k]:.3f}" for k in range(2)),
         f"{flips.back}/{flips.gone} ({flips.p:.2f})",
         *(f"{x:.3f}" for x in now[2:]),
     ]
@@ -94,7 +96,12 @@ def main() -> None:
         n = config["score_pairs"]  # a set's sample is what it begins with
         cut = [[PairSet(s.name, part) for part in (s.pairs[:n], s.pairs[n:]) if part] for s in sets]
         if k == 0:
-            columns = ["first (gap)", "all draws (gap)", "back / gone (p)", *FIGURES[2:]]
+            columns = [
+                "first (gap), worst",
+                "all draws (gap), worst",
+                "back / gone (p)",
+                *FIGURES[2:],
+            ]
             left_out, every = sum(len(s.pairs[n:]) for s in sets), sum(map(len, sets))
             head = [f"{c}, {m}" for m in (f"{left_out} left out", f"all {every}") for c in columns]
             row(["model", "precision", *head])
