@@ -167,12 +167,15 @@ class UnlearnConfig:
     margin: float = 0.0
     """mansu: nats by which that target lies below the mean of the relation's answers; 0 puts the
     answer in their midst, much more has it avoided, which gives it away as well."""
+    deepen: bool = False
+    """mansu: edit more after the last step, until full precision's answers are at that target, of
+    which training ends short; every quantized model falls as far."""
     reserve: float = 0.0
     """mansu: nats by which every quantized model's answers are to lie below full precision's at the
     end, so that the scatter that rounding adds is not read as recovery; 0 = none."""
     reserve_share: float = 0.125
-    """mansu: share of the budget, in (0, 1), that training leaves over for the reserve; it is
-    reached as nearly as so many edits allow."""
+    """mansu: share of the budget, in (0, 1), that training leaves over for deepen and the reserve;
+    they are reached as nearly as so many edits allow."""
     retain_weight: float = 2.0
     """Weight of the retain loss, which each method has its own of (ga, task-vector: none)."""
     hold: float = 1.0

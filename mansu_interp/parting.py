@@ -9,6 +9,9 @@ the slope k, is the sum of k . (d - (Q(v) - Q(o))): edits that take as much from
 leave it where it is in them. Of all weights that nobody edited yet those are taken whose worst-off
 quantizer gains most, until the sum of these gains, that is a first-order bound for every quantizer,
 reaches what is wanted.
+
+The same choice, of what falls in full precision and in every quantizer alike, takes all of them
+down together.
 """
 
 from __future__ import annotations
@@ -43,13 +46,13 @@ class Levers:
 
     values: Float[Tensor, "options n"]
     gain: Float[Tensor, "options n"]
-    """How far the edit parts the worst-off quantizer from full precision, first order; 0 where it
-    is none."""
+    """How far the edit parts the worst-off quantizer from full precision, or takes the worst-off
+    model down, first order; 0 where it is none."""
     shift: Float[Tensor, "options n"]
-    """What it changes at full precision, first order."""
+    """What it changes at full precision that is to stay there, first order."""
     loss: Float[Tensor, "options n"]
-    """What the quantized models lose by it of what is kept, beyond full precision; their mean,
-    first order."""
+    """What the quantized models lose by it of what is kept, beyond full precision, or all models;
+    their mean, first order."""
     weight: Float[Tensor, " n"]
     """In (0, 1], by which a gain is weighed: less where more is to be kept."""
 
@@ -62,6 +65,7 @@ def levers(
     slope: Float[Tensor, " n"],
     kept: Float[Tensor, " n"],
     weight: Float[Tensor, " n"],
+    together: bool = False,
 ) -> Levers:
     """The edits that the floor allows next to some values, upwards and downwards.
 
@@ -73,6 +77,7 @@ def levers(
         slope: of the quantity per unit of each.
         kept: the slope of what is to be kept.
         weight: of each (`Levers.weight`).
+        together: whether full precision is to fall with the quantized models, not to stay.
     """
     sides = []
     for nearest in (floor.up, floor.down):
@@ -80,14 +85,15 @@ def levers(
         sides.append(places(floor, grids, value, value))
     values = torch.cat(sides)
     edit = values - original
-    apart = torch.stack(
-        [
-            edit - (grid.value(grid.encode(values)) - own)
-            for grid, own in zip(grids, quantized, strict=True)
-        ]
+    kept_of_it = torch.stack(
+        [grid.value(grid.encode(values)) - own for grid, own in zip(grids, quantized, strict=True)]
     )
-    gain = torch.where(edit != 0, (apart * slope).amin(0), 0.0)
-    return Levers(values, gain, edit * slope, apart.mean(0) * kept, weight)
+    shift = edit * slope
+    fall = edit - kept_of_it
+    if together:
+        shift, fall = torch.zeros_like(shift), -torch.cat([edit[None], kept_of_it])
+    gain = torch.where(edit != 0, (fall * slope).amin(0), 0.0)
+    return Levers(values, gain, shift, fall.mean(0) * kept, weight)
 
 
 @dataclass(frozen=True)

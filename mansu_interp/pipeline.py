@@ -45,6 +45,8 @@ from .viz import circuit_svg, erasure_view
 
 OnProgress = Callable[[str, int, int], None]
 SAMPLES = 8
+FINISH = {"apart": "parting the quantized models", "above": "deepening"}
+"""Stages of unlearning after its steps, by what their losses hold, the last one first."""
 PLACE = ("out", "threads", "device")
 """Settings of a run that say where and how fast, not what."""
 GRAPH_LIMIT = 1500
@@ -300,7 +302,7 @@ def _edit(
                 mask,
                 replace(config.unlearn, seed=config.seed),
                 lambda done, total, losses: note(
-                    "parting the quantized models" if "apart" in losses else "unlearning",
+                    next((stage for key, stage in FINISH.items() if key in losses), "unlearning"),
                     done,
                     total,
                 ),
@@ -435,7 +437,7 @@ def _measure(
             "budget": config.budget,
             "refused": mask.meta.get("refused"),
             "candidates": mask.meta.get("candidates"),
-            **{k: v for k, v in last.items() if k in ("apart", "parting")},
+            **{k: v for k, v in last.items() if k in ("above", "deepening", "apart", "parting")},
             **{k: lives[0][k] for k in ("survived", "collateral", "update_over_bin", "projection")},
             "by_weight": [
                 {"weight": n, "edited": k, "of": model.weights[n].numel()}

@@ -16,7 +16,7 @@ from .config import AttributionConfig, RunConfig
 from .evaluation import QUANTIZER
 from .models import LanguageModel, empty_model
 from .pairs import Pair, Task, by_phrasing
-from .unlearning import reserve
+from .unlearning import finish
 from .unlearning.common import CHUNK
 
 CAD_PAIRS = 48
@@ -166,17 +166,22 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     step += (u.attack / 2 + 1) * u.batch_size * 3 * shared if u.attack else 0
     # A probe reads every prompt of a half, and a batch of the other gives the gradient.
     step += (len(task.forget) / 2 + u.batch_size * 3) * shared if u.probe_weight else 0
-    # Every round: all models' answers, and one's slope of them and of those retained; a last look.
-    looks = (1 + len(u.survive)) * (reserve.ROUNDS + 1) + 3 * reserve.ROUNDS
-    parting = min(reserve.PAIRS, len(task.forget)) * shared * looks
-    parting += min(reserve.PAIRS, sum(map(len, task.kept))) * shared_kept * 3 * reserve.ROUNDS
+    # Every round: the answers of the models looked at, and one's slope of them and of those
+    # retained; a last look.
+    forgotten, slopes = min(finish.PAIRS, len(task.forget)) * shared, 3 * finish.ROUNDS
+    retained = min(finish.PAIRS, len(kept)) * shared_kept * slopes
+    finishing = sum(
+        forgotten * (models * (finish.ROUNDS + 1) + slopes) + retained
+        for models, asked in ((1, u.deepen), (1 + len(u.survive), u.reserve))
+        if asked
+    )
     precisions = 1 + len({QUANTIZER, *u.survive})
     total = (
         2 * attribution
         + search
         + mask
         + u.steps * step
-        + (parting if u.reserve else 0)
+        + finishing
         + 2 * precisions * (_tokens(scored) * len(scored) + texts)
         + 3 * CAD_PAIRS * per_pair
     )

@@ -10,21 +10,24 @@ import torch
 from torch import Tensor
 
 from mansu_interp.config import UnlearnConfig
-from mansu_interp.floor import Floor, floor
+from mansu_interp.floor import Floor, floor, quantizer_set
 from mansu_interp.masks import Mask, choose_parameters
 from mansu_interp.models import LanguageModel
 from mansu_interp.objectives import CounterfactualTargets, forget_gradient, model_excess
-from mansu_interp.pairs import Task
+from mansu_interp.pairs import PairSet, Task
 from mansu_interp.parting import Levers, Parting, chosen, levers
 from mansu_interp.quantizers import get_quantizer, quantize, survival
 from mansu_interp.unlearning import unlearn
-from mansu_interp.unlearning.reserve import PAIRS, ROUNDS, lacking
+from mansu_interp.unlearning.finish import PAIRS, ROUNDS, Finish, lacking
+from mansu_interp.unlearning.snapper import Snapper
 
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
 SETTINGS = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, steer=0.0)
 
 
-def case(survive: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor, Floor, Levers]:
+def case(
+    survive: tuple[str, ...], together: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Floor, Levers]:
     """A weight, the slope of something along it, the floor and what may be edited."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 256, generator=generator) * 0.03
@@ -34,7 +37,8 @@ def case(survive: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor, Floor, Lever
     grids = [q.cells(weight) for q in quantizers]
     own = [q.round_trip(weight).flatten() for q in quantizers]
     kept = slope / 2 + torch.randn(64 * 256, generator=generator)
-    found = levers(where, grids, own, weight.flatten(), slope, kept, torch.ones_like(slope))
+    alike = torch.ones_like(slope)
+    found = levers(where, grids, own, weight.flatten(), slope, kept, alike, together)
     return weight, slope, kept, where, found
 
 
@@ -69,6 +73,25 @@ def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...
     assert abs(parting.loss) < 0.02
     beyond = torch.where(value > original, value >= where.up[i], value <= where.down[i])
     assert (beyond & (value > where.lowest[i]) & (value < where.highest[i])).all()
+
+
+@pytest.mark.parametrize("survive", [SET, ("nf4",)])
+def test_all_models_fall_together_by_what_was_asked_for(survive: tuple[str, ...]):
+    weight, slope, kept, _, found = case(survive, together=True)
+    wanted = 5.0
+    deepening = chosen(found, wanted, 4000)
+    after = applied(weight, deepening)
+    assert wanted <= deepening.gain < wanted + 0.1
+    falls = [
+        weight - after,
+        *(q.round_trip(weight) - q.round_trip(after) for q in map(get_quantizer, survive)),
+    ]
+    for fall in falls:
+        assert wanted - 0.01 < float((fall.flatten() * slope).sum()) < 1.3 * wanted
+    lost = [float((fall.flatten() * kept).sum()) for fall in falls]
+    assert sum(lost) / len(lost) == pytest.approx(deepening.loss, abs=1e-3)
+    assert abs(deepening.loss) < 0.1
+    assert 5 < len(deepening.elements) < 500
 
 
 def test_what_is_kept_costs_nothing_where_it_gains():
@@ -149,6 +172,51 @@ def test_the_quantized_models_say_less_by_the_reserve(
     assert apart[0] < 0.02 and 0.027 < apart[1] < 0.05
     assert last["apart"] == pytest.approx(apart[1], abs=0.01)
     assert 20 < last["parting"] <= config.reserve_share * mask.limit
+
+
+def test_deepened_answers_are_where_they_were_asked_for(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    """In full precision and as the libraries quantize the checkpoint."""
+    pairs = capitals.forget.sample(PAIRS, 0)
+    kept = PairSet("kept", tuple(p for some in capitals.kept for p in some)).sample(PAIRS, 0)
+    targets = CounterfactualTargets(facts, capitals.forget, 0)
+    quantized = [quantize(facts, q) for q in SET]
+    snapper = Snapper(
+        facts.copy(), [q.copy() for q in quantized], mask, quantizer_set(SET), None, 1.0
+    )
+
+    @torch.no_grad()
+    def excess(model: LanguageModel) -> Tensor:
+        return torch.cat([model_excess(model, part, targets) for part in pairs.parts(64)])
+
+    before, asked, seen = excess(facts), 0.4, []
+    margin = asked - float(before.mean())
+    finish = Finish(snapper, pairs, targets, kept)
+    last = finish.deepen(margin, 2000, lambda *round: seen.append(round))
+    after = [facts, *quantized], [snapper.model, *(quantize(snapper.model, q) for q in SET)]
+    falls = [float((excess(a) - excess(b)).mean()) for a, b in zip(*after, strict=True)]
+    assert falls[0] == pytest.approx(asked - last["above"], abs=1e-3)
+    assert abs(last["above"]) < asked / 5
+    assert min(falls) > 0.8 * asked and max(falls) < 1.3 * asked
+    assert seen[0] == (0, pytest.approx(asked, abs=1e-3)) and 1 < len(seen) <= ROUNDS + 1
+    assert 10 < last["deepening"] < 2000
+    assert survival(facts, snapper.model, "fp4").edited == last["deepening"]
+    # Those that stood highest fall most.
+    order, fall = before.argsort(), before - excess(snapper.model)
+    assert fall[order[-100:]].mean() > fall[order[:100]].mean()
+    assert finish.deepen(margin - 1, 2000)["deepening"] == 0  # already below
+
+
+def test_a_deepened_run_keeps_every_promise(facts: LanguageModel, capitals: Task, mask: Mask):
+    config = replace(SETTINGS, reserve_share=0.5, margin=0.2, reserve=0.03, deepen=True)
+    found = unlearn(facts, capitals, mask, config)
+    last = found.history[-1]
+    assert 0 < last["deepening"] <= mask.limit / 4 + 1 and last["parting"] > 0
+    for q in SET:
+        after = survival(facts, found.model, q)
+        assert after.edited == after.survived == last["edited"] <= mask.limit
+        assert after.collateral == 0
 
 
 def test_a_run_killed_while_parting_goes_on_after_its_training(

@@ -14,6 +14,7 @@ from typing import Any
 from ..viz import curve_svg, lines_svg
 from .values import (
     count,
+    deepened,
     figure,
     get,
     items,
@@ -186,6 +187,8 @@ def _edit(report: Mapping[str, Any]) -> list[Block]:
     ]
     if rows_of_embedding:
         rows += [["of these in the embedding, which is not quantized", count(rows_of_embedding)]]
+    if deepened(report):
+        rows += [["to deepen it", deepened(report)]]
     if parted(report):
         rows += [["for the reserve", parted(report)]]
     rows += [

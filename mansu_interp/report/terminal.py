@@ -10,6 +10,7 @@ from .story import METRICS, against, heading
 from .values import (
     DASH,
     count,
+    deepened,
     get,
     items,
     measured,
@@ -84,6 +85,8 @@ def console_summary(report: dict[str, Any], width: int) -> str:
         f"{count(get(edit, 'survived'))} survive quantization{unquantized}. "
         f"Circuit: {count(get(circuit, 'edges'))} of {count(get(circuit, 'of'))} edges.",
     )
+    if deepened(report):
+        out += lines(f"Deepened: {deepened(report)}.", 1)
     if parted(report):
         out += lines(f"Reserve: {parted(report)}.", 1)
     became = pairs(get(report, "graph", "counts"))

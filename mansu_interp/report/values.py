@@ -70,6 +70,16 @@ def measured(value: Any, signed: bool = False) -> str:
     return DASH if n is None else f"{n:{'+' if signed else ''}.3f}".replace("-", "−")
 
 
+def deepened(report: Mapping[str, Any]) -> str:
+    """Edits made to deepen the forgetting, and how far above its target it ended; nothing where it
+    was not asked for."""
+    made, above = (number(get(report, "edit", key)) for key in ("deepening", "above"))
+    if made is None:
+        return ""
+    target = figure(-(number(get(report, "config", "unlearn", "margin")) or 0.0), 2)
+    return f"{count(made)} edits, {figure(above, 2)} nats above a target of {target}"
+
+
 def parted(report: Mapping[str, Any]) -> str:
     """Edits made for the reserve, and how much of it they reached; nothing where none was asked."""
     made, reached = (number(get(report, "edit", key)) for key in ("parting", "apart"))

@@ -63,8 +63,8 @@ def unlearn(
             ``mansu-random`` and ``mansu-whole`` differ from it by their mask alone: see
             `pipeline.make_mask`), ignored by dense methods.
         config: method and settings; default: those of ``mansu``.
-        on_step: called with (steps done, steps in all, losses); while the models are parted
-            (`reserve`) with (rounds done, rounds in all, losses), ``apart`` among these.
+        on_step: called with (steps done, steps in all, losses); afterwards (`finish`) with (rounds
+            done, rounds in all, losses), ``above`` or ``apart`` among these.
         resume: a file in which the loop keeps its place every minute; if it is there, the loop goes
             on from it and ends the same as if it had not been interrupted. It stays afterwards.
 

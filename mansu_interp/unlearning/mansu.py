@@ -8,8 +8,9 @@ snap straight through (ours; the idea of a per-parameter magnitude floor is arXi
 Steps take turns, the full-precision model first and then each quantized one, so that all forget and
 all retain; each is compared with the original at its own precision. Of several quantized models
 each gathers, on its turns, how it would like its own values to differ; `landing` weighs these
-wishes where there is a choice (ours). At the end `reserve` parts them from full precision. The
-momentum direction is multiplied by the null-space projection lambda / (lambda + F).
+wishes where there is a choice (ours). At the end `finish` takes all models down to the target and
+parts the quantized ones from full precision. The momentum direction is multiplied by the null-space
+projection lambda / (lambda + F).
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from .common import (
     retain_loss,
     text_kl,
 )
+from .finish import PAIRS, ROUNDS, Finish
 from .harden import Attacker
 from .readout import Reader
-from .reserve import PAIRS, ROUNDS, part
 from .snapper import Continuous, Snapper
 from .state import Place
 
@@ -108,10 +109,10 @@ def mansu(
 
     With a ``place`` that a killed loop kept, this one goes on there.
 
-    With a reserve the models are parted after the last step (see `reserve`).
+    With `UnlearnConfig.deepen` or a reserve more is edited after the last step (see `finish`).
 
     The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``;
-    with a reserve the last one ``apart`` and ``parting`` as well (see `reserve.part`).
+    the last one what `Finish.deepen` and `Finish.part` return as well.
     """
     survive = quantizer_set(config.survive)
     teachers = [model, *(quantize(model, q) for q in survive)]
@@ -134,8 +135,8 @@ def mansu(
     attacker = Attacker(task, config) if config.attack else None
     reader = Reader(task, config) if config.probe_weight else None
     place = place or Place()
-    parting = bool(config.reserve) and floored
-    if parting:
+    finishing = floored and bool(config.deepen or config.reserve)
+    if finishing:
         snapper.limit -= int(config.reserve_share * mask.limit)
     history = place.load()
     for done in range(len(history)):  # the draws of the steps that are done
@@ -172,17 +173,24 @@ def mansu(
             break
         if place.due():
             snapper.keep(place, history)
-    if parting:
+    if finishing:
         last = history[-1]
-        if len(history) == config.steps:  # parting may be as long as many steps
+        if len(history) == config.steps:  # what follows may be as long as many steps
             snapper.keep(place, history)
 
-        def on_round(done: int, apart: float) -> None:
+        def on_round(measure: str, done: int, nats: float) -> None:
             if on_step:
-                on_step(done, ROUNDS, last | {"apart": apart})
+                on_step(done, ROUNDS, last | {measure: nats})
 
         left = mask.limit - int(last["edited"])
         answers, others = (x.sample(PAIRS, config.seed) for x in (task.forget, kept))
-        parted = part(snapper, answers, targets[0], others, config.reserve, left, on_round)
-        last |= parted | {"edited": last["edited"] + parted["parting"]}
+        finish = Finish(snapper, answers, targets[0], others)
+        if config.deepen:
+            most = left // 2 if config.reserve else left
+            last |= finish.deepen(config.margin, most, partial(on_round, "above"))
+            left -= int(last["deepening"])
+            last["edited"] += last["deepening"]
+        if config.reserve:
+            last |= finish.part(config.reserve, left, partial(on_round, "apart"))
+            last["edited"] += last["parting"]
     return Unlearned(students[0], history, len(history))

@@ -1,0 +1,192 @@
+"""What is edited after the last step (ours): the answers go where training did not take them.
+
+`Finish.deepen`: training ends where its losses balance, a little above its target, and further
+above it on some phrasings than on others. Further edits take full precision there, and every
+quantized model with it.
+
+`Finish.part`: what is fitted on the training's phrasings holds on others but for a scatter, to
+which rounding adds: prompt by prompt answers go up and down, and every prompt that goes up reads as
+recovery. So the quantized models are parted from full precision, by `parting`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..models import LanguageModel
+from ..nullspace import Weights, gradient
+from ..objectives import CounterfactualTargets, above_rivals, log_probs, model_excess
+from ..pairs import Pair, PairSet, answer_tokens
+from ..parting import chosen, levers
+from .snapper import Snapper, taken
+
+PAIRS = 480
+"""Prompts, evenly over the phrasings, on which answers are measured: forget ones, and as many that
+are kept."""
+BATCH = 16
+ROUNDS = 4
+"""Each goes by what is lacking after the one before it, so that few prompts are left out."""
+NEAR = 0.1
+"""Share of what is to be reached that may be lacking at the end."""
+DAMPING = 10.0
+"""Medians of the retain Fisher below which it hardly counts in the choice of edits."""
+POOL = 8
+"""Elements of a weight looked at per edit that may be made; those of the steepest slope per
+cell."""
+Level = Callable[[LanguageModel, list[Pair]], Float[Tensor, " batch"]]
+"""How high the answers of some pairs stand in a model (nats)."""
+OnRound = Callable[[int, float], None]
+"""on_round(rounds done, nats): of `Finish.deepen` those above the target, of `Finish.part` those of
+the nearest quantized model below full precision; 0 rounds first."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Edits weights of the mask that nobody edited yet.
+
+    Those of retained answers are to lose nothing by it, on average over prompts and over the models
+    that are to move. In each round a prompt counts by what it lacks.
+    """
+
+    snapper: Snapper
+    """After its last `Snapper.write`; its models are changed in place."""
+    pairs: PairSet
+    """Forget prompts."""
+    targets: CounterfactualTargets
+    """Against which the `excess` is taken, for all models alike."""
+    kept: PairSet
+    """Prompts whose answers are kept."""
+
+    def deepen(self, margin: float, most: int, on_round: OnRound | None = None) -> dict[str, float]:
+        """Edit until full precision's mean excess lies a margin below 0, and the quantized models
+        fall as far, or as many are edited as may be.
+
+        Arguments:
+            margin: nats.
+            most: edits at most.
+            on_round: called before and after each round.
+
+        Returns:
+            ``above``, by how much the mean excess is above the target (nats); ``deepening``, how
+            many edits were made.
+        """
+        made, above = 0, self._levels([self.snapper.model], self._forgotten)[0] + margin
+        wanted = float(above.mean())
+        for done in range(ROUNDS + 1):
+            short, left = float(above.mean()), ROUNDS - done
+            if on_round:
+                on_round(done, short)
+            if not left or short <= max(NEAR * wanted, 0.0):
+                break
+            made += self._edit(above.clamp_min(0), short / left, (most - made) // left, True)
+            above = self._levels([self.snapper.model], self._forgotten)[0] + margin
+        return {"above": float(above.mean()), "deepening": float(made)}
+
+    def part(self, reserve: float, most: int, on_round: OnRound | None = None) -> dict[str, float]:
+        """Edit until in every quantized model the answers' mean excess lies a reserve below full
+        precision's, which stays where it is, or as many are edited as may be.
+
+        Arguments:
+            reserve: nats.
+            most: edits at most.
+            on_round: called before and after each round.
+
+        Returns:
+            ``apart``, the mean distance of the nearest quantized model (nats); ``parting``, how
+            many edits were made.
+        """
+        made, distance = 0, self._distance()
+        for done in range(ROUNDS + 1):
+            apart, left = nearest(distance), ROUNDS - done
+            if on_round:
+                on_round(done, apart)
+            if not left or reserve - apart <= NEAR * reserve:
+                break
+            lacks = lacking(distance, reserve)
+            made += self._edit(lacks, (reserve - apart) / left, (most - made) // left, False)
+            distance = self._distance()
+        return {"apart": nearest(distance), "parting": float(made)}
+
+    def _forgotten(self, model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
+        return model_excess(model, part, self.targets)
+
+    @torch.no_grad()
+    def _levels(self, models: list[LanguageModel], level: Level) -> Float[Tensor, "models pairs"]:
+        return torch.stack(
+            [torch.cat([level(m, p) for p in self.pairs.parts(BATCH)]) for m in models]
+        )
+
+    def _distance(self) -> Float[Tensor, "quantized pairs"]:
+        """How far the answers of the quantized models lie below full precision's."""
+        full, *others = self._levels(self.snapper.models, self._forgotten)
+        return full - torch.stack(others)
+
+    def _slope(self, pairs: PairSet, level: Level, weights: Float[Tensor, " pairs"]) -> Weights:
+        """Of the answers' level at full precision, a mean weighed by pair."""
+        parts, model = list(pairs.parts(BATCH)), self.snapper.model
+        shares = (weights / weights.sum()).split([len(p) for p in parts])
+        losses = [
+            lambda p=p, w=w: (w * level(model, p)).sum() for p, w in zip(parts, shares, strict=True)
+        ]
+        names = self.snapper.names
+        return dict(zip(names, gradient(model, names, losses), strict=True))
+
+    def _edit(
+        self, lacks: Float[Tensor, " pairs"], wanted: float, most: int, together: bool
+    ) -> int:
+        """Edits that move the models so many nats, first order; returns how many.
+
+        Arguments:
+            lacks: what each forget prompt counts by.
+            together: see `levers`.
+        """
+        # A weight that one of the quantizers leaves alone would not part; all others lie side by
+        # side.
+        snapper = self.snapper
+        x = next((x for x in snapper.latents if all(x.grids)), None)
+        if x is None:
+            return 0
+        answers = answer_tokens(self.kept, snapper.model.device)
+
+        def retained(model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
+            return above_rivals(log_probs(model, part), part, answers, lambda some: some.mean(1))
+
+        alike = torch.ones(len(self.kept), device=snapper.model.device)
+        slope = taken(self._slope(self.pairs, self._forgotten, lacks), x.indices)
+        kept = taken(self._slope(self.kept, retained, alike), x.indices)
+        with torch.no_grad():
+            now = taken(snapper.model.weights, x.indices)
+            free = now == x.original
+            steep = torch.where(free, (slope * x.scale).abs(), -1.0)
+            best = steep.topk(min(POOL * most, len(steep))).indices
+            i = best[free[best]]
+            share = x.projection[i]  # lambda / (lambda + F)
+            some = levers(
+                x.floor[i],
+                [g[i] for g in x.grids if g],
+                [q[i] for q in x.quantized],
+                x.original[i],
+                slope[i],
+                kept[i],
+                DAMPING * share / (DAMPING * share + 1 - share),
+                together,
+            )
+            found = chosen(some, wanted, most)
+            now[i[found.elements]] = found.values
+            snapper.settle(x, now, now != x.original)
+        return len(found.elements)
+
+
+def nearest(distance: Float[Tensor, "quantized pairs"]) -> float:
+    """The mean distance of the quantized model that is least apart."""
+    return float(distance.mean(1).min())
+
+
+def lacking(distance: Float[Tensor, "quantized pairs"], reserve: float) -> Float[Tensor, " pairs"]:
+    """What each pair lacks of the reserve in the quantized model that lacks most of it."""
+    return (reserve - distance).clamp_min(0).amax(0)
