@@ -230,15 +230,21 @@ def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
     assert kept.status == 0 and kept.embedding["nf4"].edited == edit["embedding"]
 
 
-def test_the_report_says_what_the_reserve_took_and_reached(tmp_path: Path):
+def test_the_report_says_what_deepening_and_reserve_took_and_reached(tmp_path: Path):
     config = settings(tmp_path / "reserve")
-    unlearning = replace(config.unlearn, reserve=0.5)
+    unlearning = replace(config.unlearn, deepen=True, margin=0.1, reserve=0.5)
     found = run(replace(config, relearn_steps=0, unlearn=unlearning))
     edit = found.report["edit"]
-    assert 0.45 <= edit["apart"] < 0.55 and 0 < edit["parting"] <= found.mask.limit / 8
+    left = found.mask.limit / 8
+    assert 0.3 < edit["apart"] < 0.55 and edit["parting"] + edit["deepening"] <= left
+    assert edit["parting"] > 0 and edit["deepening"] > 0
     said = f"{int(edit['parting']):,} edits, {figure(edit['apart'], 2)} of 0.50 nats"
     assert f"| for the reserve | {said} |" in (tmp_path / "reserve/report.md").read_text()
-    assert f"Reserve: {said}." in console_summary(found.report, 100)
+    summary = console_summary(found.report, 100)
+    assert f"Reserve: {said}." in summary
+    said = f"{int(edit['deepening']):,} edits, {figure(edit['above'], 2)} nats above a target of"
+    assert f"| to deepen it | {said} −0.10 |" in (tmp_path / "reserve/report.md").read_text()
+    assert f"Deepened: {said} −0.10." in " ".join(summary.split())
 
 
 def test_every_quantizer_of_the_set_is_scored_in_full(tmp_path: Path):
