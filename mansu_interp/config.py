@@ -167,9 +167,10 @@ class UnlearnConfig:
     margin: float = 0.0
     """mansu: nats by which that target lies below the mean of the relation's answers; 0 puts the
     answer in their midst, much more has it avoided, which gives it away as well."""
-    deepen: bool = False
-    """mansu: edit more after the last step, until full precision's answers are at that target, of
-    which training ends short; every quantized model falls as far."""
+    deepen: float | None = None
+    """mansu: nats below the mean of the relation's answers at which full precision's are to stand
+    at the end (training ends above its target): more is edited after the last step until they do,
+    and every quantized model falls as far. 0: in their midst; None: nothing more is edited."""
     reserve: float = 0.0
     """mansu: nats by which every quantized model's answers are to lie below full precision's at the
     end, so that the scatter that rounding adds is not read as recovery; 0 = none."""

@@ -172,7 +172,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     retained = min(finish.PAIRS, len(kept)) * shared_kept * slopes
     finishing = sum(
         forgotten * (models * (finish.ROUNDS + 1) + slopes) + retained
-        for models, asked in ((1, u.deepen), (1 + len(u.survive), u.reserve))
+        for models, asked in ((1, u.deepen is not None), (1 + len(u.survive), u.reserve))
         if asked
     )
     precisions = 1 + len({QUANTIZER, *u.survive})

@@ -212,7 +212,7 @@ def test_deepened_answers_are_where_they_were_asked_for(
 
 
 def test_a_deepened_run_keeps_every_promise(facts: LanguageModel, capitals: Task, mask: Mask):
-    config = replace(SETTINGS, reserve_share=0.5, margin=0.2, reserve=5.0, deepen=True)
+    config = replace(SETTINGS, reserve_share=0.5, deepen=0.2, reserve=5.0)
     found = unlearn(facts, capitals, mask, config)
     last = found.history[-1]
     assert 0 < last["deepening"] <= mask.limit / 4 + 1 and last["parting"] > 0

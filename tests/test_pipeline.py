@@ -232,7 +232,7 @@ def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
 
 def test_the_report_says_what_deepening_and_reserve_took_and_reached(tmp_path: Path):
     config = settings(tmp_path / "reserve")
-    unlearning = replace(config.unlearn, deepen=True, margin=0.1, reserve=0.5)
+    unlearning = replace(config.unlearn, deepen=0.1, reserve=0.5)
     found = run(replace(config, relearn_steps=0, unlearn=unlearning))
     edit = found.report["edit"]
     left = found.mask.limit / 8

@@ -76,7 +76,7 @@ def deepened(report: Mapping[str, Any]) -> str:
     made, above = (number(get(report, "edit", key)) for key in ("deepening", "above"))
     if made is None:
         return ""
-    target = figure(-(number(get(report, "config", "unlearn", "margin")) or 0.0), 2)
+    target = figure(0.0 - (number(get(report, "config", "unlearn", "deepen")) or 0.0), 2)
     return f"{count(made)} edits, {figure(above, 2)} nats above a target of {target}"
 
 

@@ -135,7 +135,7 @@ def mansu(
     attacker = Attacker(task, config) if config.attack else None
     reader = Reader(task, config) if config.probe_weight else None
     place = place or Place()
-    finishing = floored and bool(config.deepen or config.reserve)
+    finishing = floored and (config.deepen is not None or config.reserve > 0)
     if finishing:
         snapper.limit -= int(config.reserve_share * mask.limit)
     history = place.load()
@@ -185,9 +185,9 @@ def mansu(
         left = mask.limit - int(last["edited"])
         answers, others = (x.sample(PAIRS, config.seed) for x in (task.forget, kept))
         finish = Finish(snapper, answers, targets[0], others)
-        if config.deepen:
+        if config.deepen is not None:
             most = left // 2 if config.reserve else left
-            last |= finish.deepen(config.margin, most, partial(on_round, "above"))
+            last |= finish.deepen(config.deepen, most, partial(on_round, "above"))
             left -= int(last["deepening"])
             last["edited"] += last["deepening"]
         if config.reserve:
