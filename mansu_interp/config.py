@@ -236,13 +236,13 @@ class UnlearnConfig:
         if not 0 < self.reserve_share < 1:
             raise ConfigError(f"reserve_share must lie in (0, 1); got {self.reserve_share}.")
         weights = (
-            self.push, self.reserve, self.retain_weight, self.hold, self.projection,
-            self.probe_weight, self.steer,
+            self.push, self.deepen or 0.0, self.reserve, self.retain_weight, self.hold,
+            self.projection, self.probe_weight, self.steer,
         )  # fmt: skip
-        if min(weights) < 0:
+        if not all(w >= 0 for w in weights):  # NaN is not, either
             raise ConfigError(
-                "push, reserve, retain_weight, hold, projection, probe_weight and steer must not "
-                "be negative."
+                "push, deepen, reserve, retain_weight, hold, projection, probe_weight and steer "
+                "must not be negative."
             )
 
 
