@@ -85,13 +85,13 @@ def levers(
         sides.append(places(floor, grids, value, value))
     values = torch.cat(sides)
     edit = values - original
-    kept_of_it = torch.stack(
+    follows = torch.stack(
         [grid.value(grid.encode(values)) - own for grid, own in zip(grids, quantized, strict=True)]
     )
-    shift = edit * slope
-    fall = edit - kept_of_it
     if together:
-        shift, fall = torch.zeros_like(shift), -torch.cat([edit[None], kept_of_it])
+        fall, shift = -torch.cat([edit[None], follows]), torch.zeros_like(edit)
+    else:
+        fall, shift = edit - follows, edit * slope
     gain = torch.where(edit != 0, (fall * slope).amin(0), 0.0)
     return Levers(values, gain, shift, fall.mean(0) * kept, weight)
 

@@ -40,6 +40,8 @@ POOL = 8
 cell."""
 Level = Callable[[LanguageModel, list[Pair]], Float[Tensor, " batch"]]
 """How high the answers of some pairs stand in a model (nats)."""
+Measured = tuple[Float[Tensor, " pairs"], float, float]
+"""What each forget prompt lacks, what is lacking on the whole, and what `OnRound` is told: nats."""
 OnRound = Callable[[int, float], None]
 """on_round(rounds done, nats): of `Finish.deepen` those above the target, of `Finish.part` those of
 the nearest quantized model below full precision; 0 rounds first."""
@@ -75,17 +77,14 @@ class Finish:
             ``above``, by how much the mean excess is above the target (nats); ``deepening``, how
             many edits were made.
         """
-        made, above = 0, self._levels([self.snapper.model], self._forgotten)[0] + margin
-        wanted = float(above.mean())
-        for done in range(ROUNDS + 1):
-            short, left = float(above.mean()), ROUNDS - done
-            if on_round:
-                on_round(done, short)
-            if not left or short <= max(NEAR * wanted, 0.0):
-                break
-            made += self._edit(above.clamp_min(0), short / left, (most - made) // left, True)
-            above = self._levels([self.snapper.model], self._forgotten)[0] + margin
-        return {"above": float(above.mean()), "deepening": float(made)}
+
+        def measure() -> Measured:
+            above = self._excess(self.snapper.model) + margin
+            mean = float(above.mean())
+            return above.clamp_min(0), mean, mean
+
+        made, above = self._rounds(measure, None, most, True, on_round)
+        return {"above": above, "deepening": float(made)}
 
     def part(self, reserve: float, most: int, on_round: OnRound | None = None) -> dict[str, float]:
         """Edit until in every quantized model the answers' mean excess lies a reserve below full
@@ -100,31 +99,50 @@ class Finish:
             ``apart``, the mean distance of the nearest quantized model (nats); ``parting``, how
             many edits were made.
         """
-        made, distance = 0, self._distance()
-        for done in range(ROUNDS + 1):
-            apart, left = nearest(distance), ROUNDS - done
+
+        def measure() -> Measured:
+            full, *others = (self._excess(model) for model in self.snapper.models)
+            distance = full - torch.stack(others)
+            apart = nearest(distance)
+            return lacking(distance, reserve), reserve - apart, apart
+
+        made, apart = self._rounds(measure, reserve, most, False, on_round)
+        return {"apart": apart, "parting": float(made)}
+
+    def _rounds(
+        self,
+        measure: Callable[[], Measured],
+        wanted: float | None,
+        most: int,
+        together: bool,
+        on_round: OnRound | None,
+    ) -> tuple[int, float]:
+        """Measure and edit in turns; returns how many edits were made, and what was said last.
+
+        Arguments:
+            measure: looks at the models.
+            wanted: nats that are to be reached; default: those that are lacking at first.
+            most: edits at most.
+            together: see `levers`.
+            on_round: see `OnRound`.
+        """
+        made = 0
+        for left in range(ROUNDS, -1, -1):
+            lacks, short, said = measure()
+            wanted = short if wanted is None else wanted
             if on_round:
-                on_round(done, apart)
-            if not left or reserve - apart <= NEAR * reserve:
+                on_round(ROUNDS - left, said)
+            if not left or short <= NEAR * wanted:
                 break
-            lacks = lacking(distance, reserve)
-            made += self._edit(lacks, (reserve - apart) / left, (most - made) // left, False)
-            distance = self._distance()
-        return {"apart": nearest(distance), "parting": float(made)}
+            made += self._edit(lacks, short / left, (most - made) // left, together)
+        return made, said
 
     def _forgotten(self, model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
         return model_excess(model, part, self.targets)
 
     @torch.no_grad()
-    def _levels(self, models: list[LanguageModel], level: Level) -> Float[Tensor, "models pairs"]:
-        return torch.stack(
-            [torch.cat([level(m, p) for p in self.pairs.parts(BATCH)]) for m in models]
-        )
-
-    def _distance(self) -> Float[Tensor, "quantized pairs"]:
-        """How far the answers of the quantized models lie below full precision's."""
-        full, *others = self._levels(self.snapper.models, self._forgotten)
-        return full - torch.stack(others)
+    def _excess(self, model: LanguageModel) -> Float[Tensor, " pairs"]:
+        return torch.cat([self._forgotten(model, part) for part in self.pairs.parts(BATCH)])
 
     def _slope(self, pairs: PairSet, level: Level, weights: Float[Tensor, " pairs"]) -> Weights:
         """Of the answers' level at full precision, a mean weighed by pair."""
