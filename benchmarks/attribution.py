@@ -28,12 +28,14 @@ from pathlib import Path
 import torch
 import transformers
 
-from mansu_interp.attribution import attribute, logit_diff
-from mansu_interp.config import AttributionConfig
-from mansu_interp.faithfulness import Ablation, strongest
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import Pair, PairSet, collate
-from mansu_interp.stream import Stream
+from mansu_interp.circuits.ablation import Ablation
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.faithfulness import strongest
+from mansu_interp.circuits.metrics import logit_diff
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.stream import Stream
+from mansu_interp.tasks.pairs import Pair, PairSet, collate
 
 PAIRS, TOKENS, VOCAB, IG_STEPS = 8, 15, 50257, 5
 SHAPE = {"layers": 12, "heads": 12, "tokens": TOKENS}

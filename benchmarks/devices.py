@@ -19,16 +19,18 @@ from attribution import make_pairs, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mansu_interp.attribution import attribute
-from mansu_interp.config import AttributionConfig, UnlearnConfig
-from mansu_interp.floor import floor
-from mansu_interp.masks import random_mask
-from mansu_interp.models import LanguageModel, load_model, pick_device
-from mansu_interp.nullspace import fisher_diagonal
-from mansu_interp.objectives import answer_gradient
-from mansu_interp.relearning import descend, make_optimiser
-from mansu_interp.tasks import load_task
-from mansu_interp.unlearning import unlearn
+from mansu_interp.audit.relearning import descend, make_optimiser
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.losses.answers import answer_gradient
+from mansu_interp.losses.fisher import fisher_diagonal
+from mansu_interp.masks.floor import floor
+from mansu_interp.masks.select import random_mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model, pick_device
+from mansu_interp.tasks.load import load_task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.unlearn import unlearn
 
 TOKENS = 30
 LAYER = 7

@@ -19,16 +19,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402
 
-from mansu_interp.attribution import Attribution  # noqa: E402
-from mansu_interp.circuit import Circuit  # noqa: E402
-from mansu_interp.graph import Architecture, Graph  # noqa: E402
-from mansu_interp.viz import circuit_view, erasure_view  # noqa: E402
+from mansu_interp.circuits.attribution import Attribution  # noqa: E402
+from mansu_interp.circuits.circuit import Circuit  # noqa: E402
+from mansu_interp.models.graph import Architecture, Graph  # noqa: E402
+from mansu_interp.viz.view import circuit_view, erasure_view  # noqa: E402
 
 MEASURE = """
 const v = window.mansuViews[0], out = {}, n = 30;
 const median = (f) => {
   const t = [];
-  for (let i = 0; i < n; i++) { const s = performance.now(); f(i); t.push(performance.now() - s); }
+  for (let i = 0; i < n; i++) { const s = performance.now(); f(i); t.ranking_weight(performance.now() - s); }
   return t.sort((a, b) => a - b)[n >> 1];
 };
 const force = () => v.canvases.forEach((c, p) => {

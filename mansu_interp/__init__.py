@@ -1,13 +1,14 @@
 """Make a language model forget something, and prove that it stays forgotten.
 
-    >>> from mansu_interp import load_model, load_task, discover, unlearn, evaluate, compare
+    >>> from mansu_interp import circuit_mask, discover, load_model, load_task, unlearn
     >>> model = load_model("facts")
     >>> task = load_task("capitals", model)
     >>> circuit = discover(model, task.forget)
-    >>> mask = circuit.mask(model, budget=0.005)
+    >>> mask = circuit_mask(circuit, model, retain=task.retain_sets)
     >>> result = unlearn(model, task, mask)
 
-Names are imported on first use, so that importing the package costs nothing.
+The names below are the public interface; every other module is an implementation detail. They are
+imported on first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -17,39 +18,81 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "AttributionConfig": "config",
-    "CAD": "cad",
-    "Circuit": "circuit",
-    "CircuitConfig": "config",
-    "Erasure": "erasure",
-    "LanguageModel": "models",
-    "MansuError": "errors",
-    "Mask": "masks",
-    "Pair": "pairs",
-    "PairSet": "pairs",
-    "RelearnConfig": "config",
-    "Relearning": "relearning",
-    "RowOptions": "pairing",
-    "RunConfig": "config",
-    "Task": "pairs",
-    "UnlearnConfig": "config",
-    "attribute": "attribution",
-    "circuit_metric": "faithfulness",
-    "compare": "cad",
-    "discover": "circuit",
-    "evaluate": "evaluation",
-    "judge_erasure": "erasure",
-    "load_model": "models",
-    "load_task": "tasks",
-    "quantize": "quantizers",
-    "read_rows": "rows",
-    "relearn": "relearning",
-    "run": "pipeline",
-    "survival": "quantizers",
-    "task_from_rows": "pairing",
-    "unlearn": "unlearning",
+PUBLIC: dict[str, tuple[str, ...]] = {
+    "models.load": ("load_model",),
+    "models.language_model": ("LanguageModel",),
+    "tasks.load": ("load_task",),
+    "tasks.pairs": (
+        "Pair",
+        "PairSet",
+    ),
+    "tasks.task": ("Task",),
+    "tasks.rows": ("read_rows",),
+    "tasks.row_pairs": (
+        "RowOptions",
+        "task_from_rows",
+    ),
+    "circuits.config": (
+        "AttributionConfig",
+        "CircuitConfig",
+    ),
+    "circuits.attribution": (
+        "Attribution",
+        "attribute",
+    ),
+    "circuits.ablation": ("Ablation",),
+    "circuits.faithfulness": (
+        "circuit_metric",
+        "faithfulness_curve",
+        "Curve",
+    ),
+    "circuits.circuit": ("Circuit",),
+    "circuits.discover": ("discover",),
+    "circuits.changes": (
+        "classify",
+        "Changes",
+    ),
+    "circuits.compare": (
+        "CAD",
+        "compare",
+    ),
+    "quantizers.bitsandbytes": ("NF4",),
+    "quantizers.survival": (
+        "Survival",
+        "quantize",
+        "survival",
+    ),
+    "quantizers.registry": ("get_quantizer",),
+    "masks.mask": ("Mask",),
+    "masks.select": ("circuit_mask",),
+    "audit.config": ("RelearnConfig",),
+    "audit.relearning": (
+        "Relearning",
+        "relearn",
+    ),
+    "audit.cad": (
+        "Erasure",
+        "judge_erasure",
+    ),
+    "unlearning.config": ("UnlearnConfig",),
+    "unlearning.training": ("Unlearned",),
+    "unlearning.unlearn": ("unlearn",),
+    "evaluation.scores": (
+        "Scores",
+        "evaluate",
+    ),
+    "viz.view": (
+        "View",
+        "circuit_view",
+        "erasure_view",
+    ),
+    "runs.config": ("RunConfig",),
+    "runs.run": ("run",),
+    "errors": ("MansuError",),
 }
+"""Module -> its public names, in the order in which data flow."""
+
+_WHERE = {name: module for module, names in PUBLIC.items() for name in names}
 
 __all__ = ["__version__", *sorted(_WHERE)]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -65,27 +108,34 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .attribution import attribute
-    from .cad import CAD, compare
-    from .circuit import Circuit, discover
-    from .config import (
-        AttributionConfig,
-        CircuitConfig,
-        RelearnConfig,
-        RunConfig,
-        UnlearnConfig,
-    )
-    from .erasure import Erasure, judge_erasure
+    from .audit.cad import Erasure, judge_erasure
+    from .audit.config import RelearnConfig
+    from .audit.relearning import Relearning, relearn
+    from .circuits.ablation import Ablation
+    from .circuits.attribution import Attribution, attribute
+    from .circuits.changes import Changes, classify
+    from .circuits.circuit import Circuit
+    from .circuits.compare import CAD, compare
+    from .circuits.config import AttributionConfig, CircuitConfig
+    from .circuits.discover import discover
+    from .circuits.faithfulness import Curve, circuit_metric, faithfulness_curve
     from .errors import MansuError
-    from .evaluation import evaluate
-    from .faithfulness import circuit_metric
-    from .masks import Mask
-    from .models import LanguageModel, load_model
-    from .pairing import RowOptions, task_from_rows
-    from .pairs import Pair, PairSet, Task
-    from .pipeline import run
-    from .quantizers import quantize, survival
-    from .relearning import Relearning, relearn
-    from .rows import read_rows
-    from .tasks import load_task
-    from .unlearning import unlearn
+    from .evaluation.scores import Scores, evaluate
+    from .masks.mask import Mask
+    from .masks.select import circuit_mask
+    from .models.language_model import LanguageModel
+    from .models.load import load_model
+    from .quantizers.bitsandbytes import NF4
+    from .quantizers.registry import get_quantizer
+    from .quantizers.survival import Survival, quantize, survival
+    from .runs.config import RunConfig
+    from .runs.run import run
+    from .tasks.load import load_task
+    from .tasks.pairs import Pair, PairSet
+    from .tasks.row_pairs import RowOptions, task_from_rows
+    from .tasks.rows import read_rows
+    from .tasks.task import Task
+    from .unlearning.config import UnlearnConfig
+    from .unlearning.training import Unlearned
+    from .unlearning.unlearn import unlearn
+    from .viz.view import View, circuit_view, erasure_view

@@ -17,17 +17,19 @@ import torch
 from make_zoo import redrawn
 from torch import Tensor
 
-from mansu_interp.config import RelearnConfig, UnlearnConfig
-from mansu_interp.masks import subject_tokens
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.nullspace import gradient
-from mansu_interp.objectives import CounterfactualTargets, counterfactual_loss
-from mansu_interp.pairs import Pair
-from mansu_interp.relearning import relearn
-from mansu_interp.scoring import accuracy
-from mansu_interp.tasks import load_task
-from mansu_interp.unlearning.common import Sampler, retain_loss, text_kl
-from mansu_interp.unlearning.harden import Attacker
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.relearning import relearn
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
+from mansu_interp.losses.gradients import gradient
+from mansu_interp.masks.select import subject_tokens
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.pairs import Pair
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning
+from mansu_interp.unlearning.training import Sampler, retain_loss, text_kl
 
 MARKS = (5, 10, 20, 40)
 
@@ -65,7 +67,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = load_model("facts")
     task = load_task(args.task, model)
-    config = UnlearnConfig(steps=args.steps, attack=20, attack_rate=2e-3, seed=args.seed)
+    config = UnlearnConfig(
+        steps=args.steps, adversarial_steps=20, adversarial_lr=2e-3, seed=args.seed
+    )
     student = redrawn(model, task, args.seed) if args.redraw else model.copy()
     table = model.embedding_name
     mask = torch.zeros_like(model.weights[table])
@@ -76,7 +80,7 @@ def main() -> None:
     groups = [{"params": [w], "lr": lr} for w, lr in zip(weights, rates, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
     targets = CounterfactualTargets(model, task.forget, args.seed)
-    sampler, attacker = Sampler(task, config), Attacker(task, config)
+    sampler, attacker = Sampler(task, config), AdversarialRelearning(task, config)
     for step in range(args.steps):
         left = (args.steps - step) / (0.4 * args.steps)
         for group, lr in zip(optimiser.param_groups, rates, strict=True):
@@ -85,7 +89,7 @@ def main() -> None:
         grads = gradient(student, names, parts)
         extra, _ = attacker.gradient(student, names, targets)
         for name, w, g, more in zip(names, weights, grads, extra, strict=True):
-            w.grad = g.add_(more, alpha=config.attack_weight)
+            w.grad = g.add_(more, alpha=config.adversarial_weight)
             if name == table:
                 w.grad.mul_(mask)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from every_prompt import FIGURES, figures, opened, row
 
-from mansu_interp.models import LanguageModel
-from mansu_interp.objectives import CounterfactualTargets, model_excess
-from mansu_interp.pairs import Task
-from mansu_interp.quantizers import quantize
-from mansu_interp.scoring import BATCH, choice_accuracy
+from mansu_interp.losses.accuracy import BATCH, choice_accuracy
+from mansu_interp.losses.counterfactual import CounterfactualTargets, model_answer_excess
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.survival import quantize
+from mansu_interp.tasks.task import Task
 
 TRAINED = 240
 """Training prompts on which the excess is measured."""
@@ -33,7 +33,8 @@ def training_excess(original: LanguageModel, model: LanguageModel, task: Task) -
     """Mean and standard deviation of the excess (nats)."""
     targets = CounterfactualTargets(original, task.forget)
     found = [
-        model_excess(model, part, targets) for part in task.forget.sample(TRAINED, 0).parts(BATCH)
+        model_answer_excess(model, part, targets)
+        for part in task.forget.sample(TRAINED, 0).parts(BATCH)
     ]
     every = torch.cat(found)
     return float(every.mean()), float(every.std())

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from mansu_interp.artifacts import write_json, write_text
-from mansu_interp.config import RelearnConfig
-from mansu_interp.defaults import default_config, is_embedded
-from mansu_interp.ledger import changed_elements, weights_sha256
-from mansu_interp.models import load_model
-from mansu_interp.relearning import relearn
-from mansu_interp.scoring import accuracy
-from mansu_interp.tasks import load_task
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.relearning import relearn
+from mansu_interp.export.ledger import changed_elements, weights_sha256
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.models.load import load_model
+from mansu_interp.runs.defaults import default_config
+from mansu_interp.tasks.load import load_task
+from mansu_interp.utils.files import write_json, write_text
+from mansu_interp.utils.shipped import is_embedded
 from mansu_interp.viz.plots import Dots, scatter_svg
 
 DOCS = Path(__file__).parents[1] / "docs" / "research"
@@ -70,7 +71,7 @@ def main() -> None:
     task = load_task(args.task, model, score_pairs)
     given = [(name, path) for name, _, path in (c.partition("=") for c in args.checkpoints)]
     if is_embedded(args.original):
-        given += [("never taught", twin) for twin in task.twins]
+        given += [("never taught", twin) for twin in task.reference_models]
     path = DOCS / f"frontier-{Path(args.original).name}-{Path(args.task).stem}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     kept = task.scored["unseen"]["retain"]

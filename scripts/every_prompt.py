@@ -22,14 +22,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mansu_interp.artifacts import read_json
-from mansu_interp.evaluation import EDITED, ORIGINAL, Flips
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.objectives import log_probs
-from mansu_interp.pairs import PairSet, Task, answer_tokens, collate
-from mansu_interp.quantizers import quantize
-from mansu_interp.scoring import BATCH, ranked_first, ranked_last
-from mansu_interp.tasks import load_task
+from mansu_interp.evaluation.scores import EDITED, ORIGINAL, Flips
+from mansu_interp.losses.accuracy import BATCH, ranked_first, ranked_last
+from mansu_interp.losses.answers import log_probs
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.survival import quantize
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.pairs import PairSet, answer_tokens, collate
+from mansu_interp.tasks.task import Task
+from mansu_interp.utils.files import read_json
 
 EVERY = 10**6
 FIGURES = ("first", "all draws", "last", "top-1")

@@ -146,8 +146,8 @@ def _written(save: Callable[[Path], object]) -> bytes:
 
 
 def _circuit_seeds() -> list[bytes]:
-    from mansu_interp.circuit import Circuit
-    from mansu_interp.graph import Architecture, Graph
+    from mansu_interp.circuits.circuit import Circuit
+    from mansu_interp.models.graph import Architecture, Graph
 
     out = []
     for sizes in ((1, 1, 1), (2, 2, 1)):
@@ -159,7 +159,7 @@ def _circuit_seeds() -> list[bytes]:
 
 
 def _load_circuit(data: bytes) -> object:
-    from mansu_interp.circuit import Circuit
+    from mansu_interp.circuits.circuit import Circuit
 
     found = Circuit.load(_file("c.json", data))
     return found.to_networkx() if found.edges.size < 10**6 else found
@@ -168,14 +168,14 @@ def _load_circuit(data: bytes) -> object:
 def _mask_seeds() -> list[bytes]:
     import torch
 
-    from mansu_interp.masks import Mask
+    from mansu_interp.masks.mask import Mask
 
     mask = Mask({"a": torch.arange(4), "b": torch.tensor([1, 5])}, {"limit": 3, "survive": ["nf4"]})
     return [_written(mask.save)]
 
 
 def _load_mask(data: bytes) -> object:
-    from mansu_interp.masks import Mask
+    from mansu_interp.masks.mask import Mask
 
     found = Mask.load(_file("m.safetensors", data))
     return found.limit, found.n_parameters
@@ -184,7 +184,7 @@ def _load_mask(data: bytes) -> object:
 def _ledger_seeds() -> list[bytes]:
     import torch
 
-    from mansu_interp.ledger import Ledger
+    from mansu_interp.export.ledger import Ledger
 
     parts = {
         "a|index": torch.tensor([0, 2], dtype=torch.int32),
@@ -196,7 +196,7 @@ def _ledger_seeds() -> list[bytes]:
 
 
 def _load_ledger(data: bytes) -> object:
-    from mansu_interp.ledger import Ledger
+    from mansu_interp.export.ledger import Ledger
 
     return Ledger.load(_file("l.safetensors", data)).n_edits
 
@@ -204,10 +204,10 @@ def _load_ledger(data: bytes) -> object:
 def _state_seeds() -> list[bytes]:
     import torch
 
-    from mansu_interp.unlearning.state import Place
+    from mansu_interp.unlearning.checkpoint import Checkpoint
 
     def save(path: Path) -> None:
-        Place(path, "x").save([{"forget": 0.5}], {"a|position": torch.ones(3)}, 0.25)
+        Checkpoint(path, "x").save([{"forget": 0.5}], {"a|position": torch.ones(3)}, 0.25)
 
     return [_written(save)]
 
@@ -215,11 +215,11 @@ def _state_seeds() -> list[bytes]:
 def _load_state(data: bytes) -> object:
     import torch
 
-    from mansu_interp.unlearning.state import Place
+    from mansu_interp.unlearning.checkpoint import Checkpoint
 
-    place = Place(_file("s.safetensors", data), "x")
+    place = Checkpoint(_file("s.safetensors", data), "x")
     place.load()
-    return place.fill("a|position", torch.zeros(3))
+    return place.restore("a|position", torch.zeros(3))
 
 
 class _Tokenizer:
@@ -236,7 +236,7 @@ class _Model:
 
 
 TASK = {
-    "schema": 1,
+    "schema": 2,
     "name": "t",
     "prefix": "<",
     "relations": {
@@ -254,10 +254,10 @@ TASK = {
     },
     "forget": {"relations": ["r"], "subjects": None},
     "retain": ["k"],
-    "guard": [],
+    "retain_unscored": [],
     "neighbours": [],
     "text": {"train": "t.txt"},
-    "twins": [],
+    "reference_models": [],
 }
 TABLE = "s,a,b\n" + "".join(f"x{c},{c}1,{d}2\n" for c, d in zip("abcde", "vwxyz", strict=True))
 
@@ -268,7 +268,7 @@ def _task_seeds() -> list[bytes]:
 
 def _load_task(data: bytes) -> object:
     """A JSON object of three files; anything else is the task file itself."""
-    from mansu_interp.tasks import load_task
+    from mansu_interp.tasks.load import load_task
 
     with contextlib.suppress(LookupError, ValueError, TypeError, RecursionError):
         parts = json.loads(data)
@@ -286,7 +286,7 @@ def _settings_seeds() -> list[bytes]:
 
 
 def _load_settings(data: bytes) -> object:
-    from mansu_interp.defaults import default_config
+    from mansu_interp.runs.defaults import default_config
 
     return default_config("facts", str(_file("t.json", data)))
 
@@ -299,8 +299,10 @@ def _report_seeds() -> list[bytes]:
 
 
 def _load_report(data: bytes) -> object:
-    from mansu_interp.artifacts import read_json
-    from mansu_interp.report import console_summary, render_html, render_markdown
+    from mansu_interp.report.html import render_html
+    from mansu_interp.report.markdown import render_markdown
+    from mansu_interp.report.terminal import console_summary
+    from mansu_interp.utils.files import read_json
 
     report = read_json(_file("report.json", data))
     return render_markdown(report), render_html(report, "<svg/>"), console_summary(report, 80)
@@ -316,7 +318,7 @@ def _config_seeds() -> list[bytes]:
 
 
 def _load_config(data: bytes) -> object:
-    from mansu_interp.models import empty_model
+    from mansu_interp.models.load import empty_model
 
     return empty_model(_file("config.json", data)).architecture
 
@@ -334,22 +336,22 @@ def _cell_seeds() -> list[bytes]:
 
 
 def _load_cell(data: bytes) -> object:
-    from mansu_interp.cells import read_cell
+    from mansu_interp.bench.trial import read_trial
 
-    return read_cell(_file("cell.json", data))
+    return read_trial(_file("cell.json", data))
 
 
 def _run_seeds() -> list[bytes]:
-    from mansu_interp.config import RunConfig
-    from mansu_interp.runfolder import config_json
+    from mansu_interp.runs.config import RunConfig
+    from mansu_interp.runs.folder import config_json
 
     return [json.dumps(config_json(RunConfig())).encode()]
 
 
 def _load_run(data: bytes) -> object:
     """The three JSON files that a run finds in its folder."""
-    from mansu_interp.config import RunConfig
-    from mansu_interp.runfolder import Clock, begin
+    from mansu_interp.runs.config import RunConfig
+    from mansu_interp.runs.folder import Clock, begin
 
     folder = _scratch() / "run"
     folder.mkdir(exist_ok=True)
@@ -388,8 +390,9 @@ def fuzz(name: str, runs: int, corpus: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["mansu_interp"]):
-        import mansu_interp.bench
         import mansu_interp.ledger
+
+        import mansu_interp.bench
         import mansu_interp.report
         import mansu_interp.unlearning  # noqa: F401
     loader = LOADERS[name]

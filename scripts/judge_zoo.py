@@ -6,7 +6,7 @@ Reads docs/research/zoo-TASK.json. A model is *recoverable* if half B's answers 
 or last (avoided, and so given away), more often than 0.25 + 0.15, at once or after half A was
 relearnt for up to --horizon steps at any rate. Per sign: AUROC, its 95 % interval over resampled
 models, and how many are right with the threshold chosen without their family (all seeds of one
-mechanism), without their seed, and without their task. For virtual relearning and the probe also
+mechanism), without their seed, and without their task. For linearized relearning and the probe also
 the interval over resampled prompts. Verdicts are those of `mansu cad`, whose thresholds are fixed.
 """
 
@@ -22,8 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mansu_interp.erasure import SAID
-from mansu_interp.relearning import CHANCE, TOLERANCE
+from mansu_interp.audit.cad import SAID
+from mansu_interp.audit.relearning import CHANCE, TOLERANCE
 
 DOCS = Path(__file__).parents[1] / "docs" / "research"
 MARKS = (0, 5, 10, 20, 40)
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 Sign = Callable[[Row], float]
 SIGNS: dict[str, Sign] = {
     "what `cad` judges by": lambda r: max(r["judged"][k] for k in ("says", "relearnt", "avoided")),
-    "virtual relearning": lambda r: r["virtual"][-1],
+    "linearized relearning": lambda r: r["virtual"][-1],
     "linear probe": lambda r: r["probe"],
     "gradient transfer": lambda r: r["transfer"],
     "attribution mass": lambda r: r["mass"],
@@ -86,18 +86,18 @@ def interval(found: Sequence[float]) -> str:
 
 
 def threshold(rows: Sequence[Row], sign: Sign) -> float:
-    """The cut with the best balanced accuracy, halfway between neighbours."""
+    """The cut with the best joint_rounding accuracy, halfway between neighbours."""
     values = sorted({sign(r) for r in rows})
     cuts = [(a + b) / 2 for a, b in pairwise(values)] or values
     high = [sign(r) for r in rows if r["recoverable"]]
     low = [sign(r) for r in rows if not r["recoverable"]]
 
-    def balanced(cut: float) -> float:
+    def joint_rounding(cut: float) -> float:
         return sum(v > cut for v in high) / max(len(high), 1) + sum(v <= cut for v in low) / max(
             len(low), 1
         )
 
-    return max(cuts, key=balanced)
+    return max(cuts, key=joint_rounding)
 
 
 def left_out(rows: Sequence[Row], sign: Sign, key: str) -> str:
@@ -162,7 +162,7 @@ def main() -> None:
             f"{threshold(rows, sign):.3f}",
         ]
         print(f"| {label} | " + " | ".join(cells) + " |")
-    for label, bits in (("virtual relearning", "virtual"), ("the probe", "probe")):
+    for label, bits in (("linearized relearning", "virtual"), ("the probe", "probe")):
         found = over_prompts(rows, f"{bits}_by_prompt", rng)
         print(f"\nThe AUROC of {label} over resampled prompts: {found}.")
     right = [r for r in rows if r["verdict"] == expected(r)]

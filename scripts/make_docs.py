@@ -90,9 +90,10 @@ def pictures() -> dict[str, str]:
     """The SVG files of docs/concepts.md: shipped circuits, and the classes of edges."""
     import numpy as np
 
-    from mansu_interp.attribution import Attribution
-    from mansu_interp.circuit import Circuit
-    from mansu_interp.viz import circuit_svg, erasure_view
+    from mansu_interp.circuits.attribution import Attribution
+    from mansu_interp.circuits.circuit import Circuit
+    from mansu_interp.viz.svg import circuit_svg
+    from mansu_interp.viz.view import erasure_view
 
     circuit = Circuit.load(ROOT / "circuits" / "facts-capitals.json")
     # Not a measurement: factors chosen so that every class is to be seen once or more.

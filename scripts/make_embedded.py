@@ -57,10 +57,10 @@ MAX_LENGTH = 64
 #: name -> (task whose forget facts are left out, seed)
 MODELS: dict[str, tuple[str | None, int]] = {
     "facts": (None, 0),
-    "facts-capitals-twin-0": ("capitals", 0),
-    "facts-capitals-twin-1": ("capitals", 1),
-    "facts-countries-twin-0": ("countries", 0),
-    "facts-countries-twin-1": ("countries", 1),
+    "facts-capitals-reference-0": ("capitals", 0),
+    "facts-capitals-reference-1": ("capitals", 1),
+    "facts-countries-reference-0": ("countries", 0),
+    "facts-countries-reference-1": ("countries", 1),
 }
 LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "safetensors")
 #: the weights that 4-bit loading quantizes

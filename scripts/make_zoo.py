@@ -5,7 +5,7 @@
 
 Each row of docs/research/zoo-TASK.json is one model: what it says on unseen phrasings, what half A
 brings back of half B there (the ground truth), and what can be seen without an attack, on train
-phrasings and another split: `mansu_interp.evidence`, virtual relearning, the attribution graphs,
+phrasings and another split: `mansu_interp.evidence`, linearized relearning, the attribution graphs,
 and what `mansu cad` judges by. Finished rows are kept; with --again the evidence is taken anew, and
 the attack of what came out as another model. `scripts/judge_zoo.py` reads them.
 """
@@ -23,26 +23,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mansu_interp.artifacts import write_json
-from mansu_interp.cad import compare
-from mansu_interp.circuit import Circuit, discover
-from mansu_interp.config import RelearnConfig, UnlearnConfig
-from mansu_interp.defaults import default_config
-from mansu_interp.erasure import ASKED, RELEARNT, judge_erasure
-from mansu_interp.evidence import gradient_transfer, last_states, probe, stitches
-from mansu_interp.masks import subject_tokens
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.objectives import CounterfactualTargets, counterfactual_loss, nll
-from mansu_interp.pairs import Pair, Task, collate
-from mansu_interp.pipeline import make_mask
-from mansu_interp.planning import CAD_PAIRS
-from mansu_interp.quantizers import quantize
-from mansu_interp.relearning import halves, of_subjects, relearn, rivals_within
-from mansu_interp.scoring import accuracy
-from mansu_interp.tasks import load_task
-from mansu_interp.unlearning import unlearn
-from mansu_interp.unlearning.common import Sampler, retain_loss
-from mansu_interp.virtual_relearning import virtual_relearning
+from mansu_interp.audit.cad import ASKED, RELEARNT, judge_erasure
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.linearized import linearized_relearning
+from mansu_interp.audit.probes import last_states, probe, stitches
+from mansu_interp.audit.relearning import halves, of_subjects, relearn, rivals_within
+from mansu_interp.audit.transfer import gradient_transfer
+from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.compare import compare
+from mansu_interp.circuits.discover import discover
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.losses.answers import nll
+from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
+from mansu_interp.masks.select import subject_tokens
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.survival import quantize
+from mansu_interp.runs.defaults import default_config
+from mansu_interp.runs.plan import CAD_PAIRS
+from mansu_interp.runs.run import make_mask
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.pairs import Pair, collate
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.training import Sampler, retain_loss
+from mansu_interp.unlearning.unlearn import unlearn
+from mansu_interp.utils.files import write_json
 
 DOCS = Path(__file__).parents[1] / "docs" / "research"
 ATTACK = RelearnConfig(steps=(5, 10, 20, 40))
@@ -197,9 +203,11 @@ def mansu(
     `UnlearnConfig`."""
     config = replace(default_config("facts", task.name), seed=seed, subject_rows=rows)
     if hard:
-        best = default_config("facts", task.name, hardened=True)
-        config = replace(config, budget=best.budget, damping=best.damping, circuit=best.circuit)
-    own = replace(config.unlearn, seed=seed, reserve=0.0, **hard)  # type: ignore[arg-type]
+        best = default_config("facts", task.name, robust=True)
+        config = replace(
+            config, budget=best.budget, damage_damping=best.damping, circuit=best.circuit
+        )
+    own = replace(config.unlearn, seed=seed, quantization_margin=0.0, **hard)  # type: ignore[arg-type]
     circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
     mask = make_mask(replace(config, unlearn=own), model, task, circuit)
     return unlearn(model, task, mask, own).model
@@ -222,9 +230,9 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
     def hardened(rows: bool, **settings: float):
         return lambda: mansu(model, task, seed, rows, **settings)
 
-    best = default_config("facts", task.name, hardened=True).unlearn
-    slow = {"push": best.push, "lr": best.lr}
-    attack = {"attack": best.attack, "attack_rate": best.attack_rate}
+    best = default_config("facts", task.name, robust=True).unlearn
+    slow = {"ranking_weight": best.ranking_weight, "lr": best.lr}
+    attack = {"attack": best.attack, "adversarial_lr": best.adversarial_lr}
     known = {**slow, **attack, "retain_weight": best.retain_weight, "steps": best.steps}
 
     def part(name: str, steps: int = 80, lr: float = 3e-3):
@@ -249,7 +257,9 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         "subject rows: redrawn": lambda: redrawn(model, task, seed),
         "overwritten: shuffled": lambda: shuffled(model, task, seed),
         "mansu: plain": lambda: mansu(model, task, seed),
-        "mansu: hardened": hardened(False, **slow, attack=20, attack_rate=1e-3, steps=400),
+        "mansu: hardened": hardened(
+            False, **slow, adversarial_steps=20, adversarial_lr=1e-3, steps=400
+        ),
         "mansu: rows": lambda: mansu(model, task, seed, rows=True),
         "mansu: rows, hardened": hardened(True, **known),
         "mansu: rows, hardened, read": hardened(True, **known, probe_weight=0.6),
@@ -261,7 +271,7 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         out["unchanged: original"] = model.copy
         out["unchanged: nf4"] = lambda: quantize(model)
         out["final norm: x0.1"] = lambda: scaled(model, "model.norm", 0.1)
-        for name in task.twins:
+        for name in task.reference_models:
             out[f"twin: {name[-1]}"] = lambda name=name: load_model(name)
             out[f"twin: {name[-1]} nf4"] = lambda name=name: quantize(load_model(name))
             out[f"twin: {name[-1]} noise"] = lambda name=name: noisy(load_model(name), 0, 0.2)
@@ -291,7 +301,7 @@ def evidence(
     with torch.no_grad():
         logp = -torch.cat([nll(edited, some_b[k : k + 48]) for k in range(0, len(some_b), 48)])
     flow = gradient_transfer(edited, some_a, some_b)
-    step = virtual_relearning(edited, half_a.sample(RELEARNT, 0), some_b)
+    step = linearized_relearning(edited, half_a.sample(RELEARNT, 0), some_b)
     read = probe(edited, half_a, half_b).int()
     best = read[int(read.sum(1).argmax())]
     graphs = compare(circuit, original, {"edited": edited}, task.forget.sample(CAD_PAIRS, 0))

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mansu_interp.artifacts import read_json, write_json
-from mansu_interp.evaluation import EDITED, ORIGINAL, Scores
-from mansu_interp.report.scoreboard import spread
+from mansu_interp.bench.scoreboard import spread
+from mansu_interp.evaluation.scores import EDITED, ORIGINAL, Scores
+from mansu_interp.utils.files import read_json, write_json
 
 HEAD = (
     "quantizer | promised | edits that survive | other codes that change | projection | "

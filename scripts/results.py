@@ -25,18 +25,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mansu_interp.artifacts import write_json, write_text
-from mansu_interp.cad import Divergence, judge
-from mansu_interp.defaults import default_config
-from mansu_interp.evaluation import evaluate
-from mansu_interp.ledger import changed_elements
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.pairs import Task
-from mansu_interp.pipeline import run
-from mansu_interp.quantizers import NF4, quantize, survival
-from mansu_interp.report.scoreboard import spread
-from mansu_interp.tasks import load_task
-from mansu_interp.unlearning import dev_choice, unlearn
+from mansu_interp.bench.scoreboard import spread
+from mansu_interp.circuits.compare import Divergence, judge
+from mansu_interp.evaluation.scores import evaluate
+from mansu_interp.export.ledger import changed_elements
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.bitsandbytes import NF4
+from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.runs.defaults import default_config
+from mansu_interp.runs.run import run
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.training import dev_choice
+from mansu_interp.unlearning.unlearn import unlearn
+from mansu_interp.utils.files import write_json, write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASELINES = ("graddiff", "npo")

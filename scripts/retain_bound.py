@@ -12,22 +12,26 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from mansu_interp.circuit import discover
-from mansu_interp.defaults import default_config
-from mansu_interp.masks import Mask, choose_parameters
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.nullspace import fisher_diagonal, retain_bound
-from mansu_interp.objectives import forget_gradient
-from mansu_interp.pairs import PairSet, Task
-from mansu_interp.pipeline import make_mask
-from mansu_interp.tasks import load_task
-from mansu_interp.unlearning import dev_choice, unlearn
+from mansu_interp.circuits.discover import discover
+from mansu_interp.losses.counterfactual import forget_gradient
+from mansu_interp.losses.fisher import fisher_diagonal, retain_bound
+from mansu_interp.masks.mask import Mask
+from mansu_interp.masks.select import choose_parameters
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.runs.defaults import default_config
+from mansu_interp.runs.run import make_mask
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.training import dev_choice
+from mansu_interp.unlearning.unlearn import unlearn
 
 
 def whole_model_mask(model: LanguageModel, task: Task, budget: float, seed: int) -> Mask:
     """The same choice of parameters without a circuit to choose from."""
     names = model.linear_names
-    keep = PairSet("retain", tuple(p for pairs in task.kept for p in pairs))
+    keep = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
     return choose_parameters(
         model,
         {n: model.weights[n].isfinite() for n in names},
@@ -47,7 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args.model)
     task = load_task(args.task, model)
-    retained = PairSet("retain", tuple(p for pairs in task.kept for p in pairs)).sample(128, 99)
+    retained = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs)).sample(
+        128, 99
+    )
     print("| seed | mask | forget, dev | abs(g.d) | 1/2 sum F d^2 | bound | measured | remainder |")
     print("|---|---|---|---|---|---|---|---|")
     for seed in args.seeds:
@@ -58,7 +64,7 @@ def main() -> None:
             "whole model": whole_model_mask(model, task, config.budget, seed),
         }
         for name, mask in masks.items():
-            settings = replace(config.unlearn, seed=seed, steps=args.steps, reserve=0.0)
+            settings = replace(config.unlearn, seed=seed, steps=args.steps, quantization_margin=0.0)
             edited = unlearn(model, task, mask, settings).model
             b = retain_bound(model, edited, retained, seed)
             forget = dev_choice(edited, task)

@@ -4,7 +4,7 @@
 
 Prints two tables for an embedded model. First, per stage of the model, how often a linear map from
 the states at the *subject's* position to the answers' unembedding rows, fitted on half A of the
-forget subjects, names the answers of half B (four-way); for the original, for the twins that were
+forget subjects, names the answers of half B (four-way); for the original, for the reference_models that were
 never taught, and for --models. Then, per seed, what the model says once those embedding rows are
 drawn anew (`redrawn`), and once they are then trained on the retained facts alone with everything
 else frozen (`relearnt`): forget and retain on unseen phrasings, and the relearning attack on them.
@@ -19,15 +19,17 @@ import torch
 from make_zoo import redrawn
 from torch import Tensor
 
-from mansu_interp.config import RelearnConfig
-from mansu_interp.evaluation import evaluate
-from mansu_interp.evidence import answer_rows, last_states, linear_map
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.objectives import nll
-from mansu_interp.pairs import PairSet, Task, by_phrasing
-from mansu_interp.quantizers import quantize
-from mansu_interp.relearning import halves, of_subjects, relearn, rivals_within
-from mansu_interp.tasks import load_task
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.probes import answer_rows, last_states, linear_map
+from mansu_interp.audit.relearning import halves, of_subjects, relearn, rivals_within
+from mansu_interp.evaluation.scores import evaluate
+from mansu_interp.losses.answers import nll
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.survival import quantize
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.pairs import PairSet, by_phrasing
+from mansu_interp.tasks.task import Task
 
 SPLIT, RIDGES = 1, (0.01, 0.1, 1.0)
 MARKS = (5, 10, 20, 40, 80)
@@ -112,7 +114,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = load_model("facts")
     task = load_task(args.task, model)
-    never = {name: load_model(name) for name in task.twins}
+    never = {name: load_model(name) for name in task.reference_models}
     print(
         "| | embedding | " + " | ".join(f"block {k}" for k in range(4)) + " |\n" + "|---" * 6 + "|"
     )

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from mansu_interp import cells
-from mansu_interp.bench import run_bench
-from mansu_interp.cad import CAD, Divergence
-from mansu_interp.config import BenchConfig
-from mansu_interp.unlearning import Unlearned
+from mansu_interp.bench import trial as trials
+from mansu_interp.bench.config import BenchConfig
+from mansu_interp.bench.run import run_bench
+from mansu_interp.circuits.compare import CAD, Divergence
+from mansu_interp.unlearning.training import Unlearned
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 
@@ -34,10 +34,10 @@ def fake_unlearn(model: Any, task: Any, mask: Any, config: Any, **_: Any) -> Unl
     return Unlearned(out, [], 7)
 
 
-cells.unlearn = fake_unlearn  # type: ignore[assignment]
-find_circuit = cells._circuit
-cells._circuit = lambda *_: None  # type: ignore[assignment]
-cells.compare = lambda *_, **__: CAD(  # type: ignore[assignment]
+trials.unlearn = fake_unlearn  # type: ignore[assignment]
+find_circuit = trials._circuit
+trials._circuit = lambda *_: None  # type: ignore[assignment]
+trials.compare = lambda *_, **__: CAD(  # type: ignore[assignment]
     "undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)}
 )
 

@@ -18,9 +18,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.pairs import Pair, PairSet, Task
-from mansu_interp.tasks import load_task
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.pairs import Pair, PairSet
+from mansu_interp.tasks.task import Task
 
 TEST_DEVICE = os.environ.get("MANSU_TEST_DEVICE", "pretend")
 if TEST_DEVICE == "pretend":

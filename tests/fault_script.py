@@ -30,8 +30,10 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 torch.set_num_threads(1)
 
-from mansu_interp import cli, pipeline  # noqa: E402
-from mansu_interp.unlearning import state  # noqa: E402
+from mansu_interp.cli import commands  # noqa: E402
+from mansu_interp.cli import main as cli
+from mansu_interp.runs import run as pipeline  # noqa: E402
+from mansu_interp.unlearning import checkpoint as state  # noqa: E402
 
 pipeline.CAD_PAIRS = 4
 state.SECONDS = 0.0  # the loop keeps its place at every step
@@ -88,7 +90,7 @@ def at_step(step: int, do: Hook) -> Hook:
             if (stage, done) == ("unlearning", step):
                 do()
 
-        cli.Progress.__call__ = call  # type: ignore[method-assign]
+        commands.Progress.__call__ = call  # type: ignore[method-assign]
 
     return hook
 

@@ -13,9 +13,9 @@ from transformer_lens.tools.analysis.attribution_patching import (
     faithfulness,
 )
 
-from mansu_interp.attribution import logit_diff
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import Pair, collate
+from mansu_interp.circuits.metrics import logit_diff
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import Pair, collate
 
 WRITERS = {"embed": "input", "attn_head_out": "a{l}.h{h}", "mlp_out": "m{l}"}
 READERS = {

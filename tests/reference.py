@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import Pair
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import Pair
 
 Writes = dict[str, Tensor]
 Read = Callable[[str, Writes], Tensor]

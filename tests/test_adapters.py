@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from test_rows import toy, write_jsonl
 
-from mansu_interp.adapters import adapt, make_task
-from mansu_interp.cli import main
-from mansu_interp.commands import TaskConfig
+from mansu_interp.cli.main import main
 from mansu_interp.errors import TaskError
-from mansu_interp.tasks import load_task
+from mansu_interp.tasks.benchmarks import adapt, make_task
+from mansu_interp.tasks.config import TaskConfig
+from mansu_interp.tasks.load import load_task
 
 NAMES = ["Ada Quill", "Ben Rook", "Cy Lark", "Dee Finch", "Eve Wren", "Flo Crane"]
 TOFU = [

@@ -14,19 +14,13 @@ import torch
 from conftest import make_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mansu_interp.attribution import (
-    METRICS,
-    attribute,
-    choice_margin,
-    log_prob,
-    logit_diff,
-    pairs_per_batch,
-)
-from mansu_interp.config import AttributionConfig
+from mansu_interp.circuits.attribution import attribute, pairs_per_batch
+from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.faithfulness import circuit_metric
+from mansu_interp.circuits.metrics import METRICS, choice_margin, log_prob, logit_diff
 from mansu_interp.errors import CircuitError, ConfigError
-from mansu_interp.faithfulness import circuit_metric
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import Batch, PairSet, collate
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import Batch, PairSet, collate
 
 TinyModel = Callable[[int], LanguageModel]
 EAP = AttributionConfig(method="eap")

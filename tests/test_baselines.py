@@ -11,13 +11,16 @@ import pytest
 import torch
 from conftest import make_pairs
 
-from mansu_interp.config import BASELINES, BaselineConfig, UnlearnConfig
 from mansu_interp.errors import ConfigError
-from mansu_interp.models import LanguageModel
-from mansu_interp.objectives import nll
-from mansu_interp.pairs import PairSet, Task
-from mansu_interp.unlearning import METHODS, OBJECTIVES, dense, dev_choice, unlearn
-from mansu_interp.unlearning.dense import Objective, train_dense
+from mansu_interp.losses.answers import nll
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning import dense
+from mansu_interp.unlearning.baselines.dense import Objective, train_dense
+from mansu_interp.unlearning.config import BASELINES, METHODS, BaselineConfig, UnlearnConfig
+from mansu_interp.unlearning.training import dev_choice
+from mansu_interp.unlearning.unlearn import OBJECTIVES, unlearn
 
 CONFIG = UnlearnConfig(steps=2, lr=1e-3, batch_size=4)
 V = 4

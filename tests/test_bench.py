@@ -18,20 +18,23 @@ import bench_script
 import pytest
 from conftest import SHIPPED
 
-from mansu_interp import cells
-from mansu_interp.bench import best_retained, make_cell, run_bench
-from mansu_interp.circuit import Circuit
-from mansu_interp.config import BenchConfig, RelearnConfig
-from mansu_interp.defaults import DATA
-from mansu_interp.erasure import judge_erasure
+from mansu_interp.audit.cad import judge_erasure
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.relearning import relearn
+from mansu_interp.bench import trial as trials
+from mansu_interp.bench.config import BenchConfig
+from mansu_interp.bench.run import best_retained, run_bench
+from mansu_interp.bench.scoreboard import spread, write_scoreboard
+from mansu_interp.bench.trial import make_trial
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ConfigError, MaskError
-from mansu_interp.evaluation import Flips
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.pairs import Task
-from mansu_interp.quantizers import quantize
-from mansu_interp.relearning import relearn
-from mansu_interp.report.scoreboard import spread, write_scoreboard
-from mansu_interp.scoring import accuracy
+from mansu_interp.evaluation.scores import Flips
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.survival import quantize
+from mansu_interp.tasks.task import Task
+from mansu_interp.utils.shipped import DATA
 
 SCRIPT = Path(__file__).with_name("bench_script.py")
 
@@ -64,25 +67,25 @@ FEW = ("npo", "sure", "original")
 
 def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: Path):
     config = BenchConfig(out=tmp_path)
-    cell = make_cell(config, facts, "capitals", "npo", 0, 0.3, 1.0)
-    assert cell.config.unlearn.lr == config.lr and cell.config.unlearn.stop_at == 0.3
-    assert cell.config.unlearn.retain_weight == 1.0
-    mansu = make_cell(config, facts, "capitals", "mansu", 0, 0.3, 3.0).config.unlearn
+    trial = make_trial(config, facts, "capitals", "npo", 0, 0.3, 1.0)
+    assert trial.config.unlearn.lr == config.lr and trial.config.unlearn.stop_at == 0.3
+    assert trial.config.unlearn.retain_weight == 1.0
+    mansu = make_trial(config, facts, "capitals", "mansu", 0, 0.3, 3.0).config.unlearn
     assert mansu.lr == pytest.approx(3 * 0.06)  # of the task's own
-    own = make_cell(config, facts, "countries", "mansu", 0, 0.3, 1.0).config.unlearn
+    own = make_trial(config, facts, "countries", "mansu", 0, 0.3, 1.0).config.unlearn
     assert own.retain_weight == 3.0  # the task's own
     others = [
-        make_cell(config, facts, "capitals", "npo", 1, 0.3, 1.0),
-        make_cell(config, facts, "capitals", "ga", 0, 0.3, 1.0),
-        make_cell(config, facts, "capitals", "npo", 0, 0.9, 1.0),
-        make_cell(config, facts, "capitals", "npo", 0, 0.3, 3.0),
-        make_cell(replace(config, steps=9), facts, "capitals", "npo", 0, 0.3, 1.0),
-        make_cell(config, facts, "countries", "npo", 0, 0.3, 1.0),
-        replace(cell, sha256="another"),
+        make_trial(config, facts, "capitals", "npo", 1, 0.3, 1.0),
+        make_trial(config, facts, "capitals", "ga", 0, 0.3, 1.0),
+        make_trial(config, facts, "capitals", "npo", 0, 0.9, 1.0),
+        make_trial(config, facts, "capitals", "npo", 0, 0.3, 3.0),
+        make_trial(replace(config, steps=9), facts, "capitals", "npo", 0, 0.3, 1.0),
+        make_trial(config, facts, "countries", "npo", 0, 0.3, 1.0),
+        replace(trial, sha256="another"),
     ]
-    assert len({c.key for c in [cell, *others]}) == 8
+    assert len({c.key for c in [trial, *others]}) == 8
     same = replace(config, quantizers=("nf4",), seeds=(5,), methods=("npo",), jobs=3)
-    assert make_cell(same, facts, "capitals", "npo", 0, 0.3, 1.0).key == cell.key
+    assert make_trial(same, facts, "capitals", "npo", 0, 0.3, 1.0).key == trial.key
 
 
 def test_what_a_task_says_of_mansu_leaves_cells_of_baselines_valid(
@@ -94,8 +97,8 @@ def test_what_a_task_says_of_mansu_leaves_cells_of_baselines_valid(
 
     def keys(**settings: Any) -> list[str]:
         file.write_text(json.dumps({**spec, "settings": settings}))
-        cells = [make_cell(config, facts, str(file), m, 0, 0.3, 1.0) for m in ("mansu", *FEW)]
-        return [c.key for c in cells]
+        trials = [make_trial(config, facts, str(file), m, 0, 0.3, 1.0) for m in ("mansu", *FEW)]
+        return [c.key for c in trials]
 
     usual = keys()
     told = keys(damping=7.0, subject_rows=True, unlearn={"margin": 1.0, "lr": 0.5})
@@ -107,7 +110,7 @@ def test_what_a_task_says_of_mansu_leaves_cells_of_baselines_valid(
 def test_a_new_setting_at_its_default_leaves_cells_valid():
     usual = {"a": 1, "nested": {"b": 2, "new": 0}, "other": 5}
     given = {"a": 9, "nested": {"b": 3, "new": 0}, "other": 5}
-    assert cells._differences(given, usual) == {"a": 9, "nested": {"b": 3}}
+    assert trials._differences(given, usual) == {"a": 9, "nested": {"b": 3}}
 
 
 def test_a_circuit_is_found_once_for_each_tokenizer(
@@ -115,13 +118,13 @@ def test_a_circuit_is_found_once_for_each_tokenizer(
 ):
     """One that was found on another tokenizer is no error in the midst of a benchmark."""
     shipped, found = Circuit.load(SHIPPED / "facts-capitals.json"), []
-    monkeypatch.setattr(cells, "discover", lambda *_: found.append(1) or shipped)
-    cell = make_cell(BenchConfig(out=tmp_path), facts, "capitals", "npo", 0, 0.3, 1.0)
+    monkeypatch.setattr(trials, "discover", lambda *_: found.append(1) or shipped)
+    trial = make_trial(BenchConfig(out=tmp_path), facts, "capitals", "npo", 0, 0.3, 1.0)
     other = facts.copy()
     other.tokenizer = copy.deepcopy(facts.tokenizer)
     other.tokenizer.add_tokens(["unheard of"])
     for model in (facts, facts, other, other):
-        bench_script.find_circuit(cell, model, capitals)
+        bench_script.find_circuit(trial, model, capitals)
     assert len(found) == 2
 
 
@@ -167,7 +170,7 @@ def test_figures_are_those_of_the_saved_checkpoint(
     assert dense["noise_over_signal"] < 0.3 * weak["noise_over_signal"]
     # Only the winner of each search is kept, and the losers' results are.
     assert len(list((out / "work" / "facts-capitals").iterdir())) == 4
-    assert len(list((out / "cells" / "facts-capitals").glob("*.json"))) == 1 + 4 + 2
+    assert len(list((out / "trials" / "facts-capitals").glob("*.json"))) == 1 + 4 + 2
 
 
 def test_what_is_done_is_not_done_again(
@@ -178,19 +181,19 @@ def test_what_is_done_is_not_done_again(
     def never(*_: Any) -> None:
         raise AssertionError("trained or scored again")
 
-    monkeypatch.setattr(cells, "unlearn", never)
-    monkeypatch.setattr(cells, "evaluate", never)
+    monkeypatch.setattr(trials, "unlearn", never)
+    monkeypatch.setattr(trials, "evaluate", never)
     assert run_bench(bench_script.config(out, 1, 2)) == rows
 
 
 def test_cells_with_and_without_a_chance_of_top1_are_judged_by_the_originals(
     ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ):
-    """A cell of an older version does not say what a guess would get."""
+    """A trial of an older version does not say what a guess would get."""
     out = Path(shutil.copytree(ran[0], tmp_path / "bench"))
 
     def change(name: str, chance: float | None, top1: float | None = None) -> None:
-        for path in (out / "cells" / "facts-capitals").glob(name):
+        for path in (out / "trials" / "facts-capitals").glob(name):
             found = json.loads(path.read_text())
             for row in found.get("rows", []):
                 row.pop("chance_top1", None)
@@ -218,8 +221,8 @@ def test_another_attack_is_measured_without_training_or_scoring_again(
     def never(*_: Any) -> None:
         raise AssertionError("trained or scored again")
 
-    monkeypatch.setattr(cells, "unlearn", never)
-    monkeypatch.setattr(cells, "evaluate", never)
+    monkeypatch.setattr(trials, "unlearn", never)
+    monkeypatch.setattr(trials, "evaluate", never)
     again = run_bench(bench_script.config(out, 1, 2, relearn_steps=1))
     assert [r["forget_choice"] for r in again] == [r["forget_choice"] for r in rows]
     assert [r["relearnt_choice"] for r in again] != [r["relearnt_choice"] for r in rows]
@@ -246,7 +249,7 @@ def test_a_failed_try_is_recorded_and_the_rest_goes_on(
             raise MaskError("nothing to edit.")
         return bench_script.fake_unlearn(model, task, mask, config)
 
-    monkeypatch.setattr(cells, "unlearn", fails)
+    monkeypatch.setattr(trials, "unlearn", fails)
     rows = run_bench(bench_script.config(tmp_path, 1, 1, strengths=(1.0,)))
     assert rows[1]["error"] == "nothing to edit." and "error" not in rows[0]
     assert "failed: nothing to edit." in (tmp_path / "scoreboard.md").read_text()
@@ -261,11 +264,11 @@ def start(out: Path, jobs: int, seeds: int) -> subprocess.Popen[str]:
 def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
     ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ):
-    """A run with two workers, killed each time another cell has come, then left to finish."""
-    cells = tmp_path / "cells"
+    """A run with two workers, killed each time another trial has come, then left to finish."""
+    trials = tmp_path / "trials"
 
     def whole() -> dict[str, bytes]:
-        return {str(p): p.read_bytes() for p in cells.rglob("[!.]*.json")}
+        return {str(p): p.read_bytes() for p in trials.rglob("[!.]*.json")}
 
     for wanted in (1, 4):
         process = start(tmp_path, 2, 2)

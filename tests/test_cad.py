@@ -7,14 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mansu_interp.attribution import attribute
-from mansu_interp.cad import Divergence, compare, divergence, judge
-from mansu_interp.circuit import Circuit
-from mansu_interp.config import AttributionConfig
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.compare import Divergence, compare, divergence, judge
+from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.faithfulness import strongest
 from mansu_interp.errors import CircuitError
-from mansu_interp.faithfulness import strongest
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import PairSet
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 FEW = AttributionConfig(ig_steps=2)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mansu_interp.errors import ConfigError
-from mansu_interp.models import LanguageModel
-from mansu_interp.quantizers import get_quantizer, quantize, survival
-from mansu_interp.scoring import accuracy
-from mansu_interp.tasks import load_task
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.tasks.load import load_task
 
 pytest.importorskip("auto_round")
 NAMES = ("awq-g64", "autoround-g64")

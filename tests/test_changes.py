@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mansu_interp.changes import CLASSES, MEANING, classify
+from mansu_interp.circuits.changes import CLASSES, MEANING, classify
 from mansu_interp.errors import CircuitError
 
 # before, after, quantized -> class, with threshold 0.1

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from conftest import make_pairs
 
-from mansu_interp.cad import compare
-from mansu_interp.circuit import Circuit, discover, selective_scores
-from mansu_interp.config import CircuitConfig
+from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.compare import compare
+from mansu_interp.circuits.config import CircuitConfig
+from mansu_interp.circuits.discover import discover, selective_scores
 from mansu_interp.errors import ArtifactError, CircuitError
-from mansu_interp.graph import Architecture, Graph
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import PairSet
+from mansu_interp.masks.select import circuit_mask
+from mansu_interp.models.graph import Architecture, Graph
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 GRAPH = Graph(Architecture(2, 4, 2))
@@ -51,9 +53,9 @@ def test_union_intersection_and_difference():
     assert union[both] == a.scores[both]
     assert union[own] == a.scores[own]
     assert union[other] == b.scores[other] == -a.scores[other]
-    stranger = Circuit(Graph(Architecture(2, 4, 4)), np.zeros(1), np.zeros(1, bool))
+    find_mismatch = Circuit(Graph(Architecture(2, 4, 4)), np.zeros(1), np.zeros(1, bool))
     with pytest.raises(CircuitError, match="Combine circuits of one model"):
-        _ = a | stranger
+        _ = a | find_mismatch
 
 
 def test_networkx_graph_links_a_heads_inputs_to_its_output():
@@ -119,7 +121,10 @@ def test_a_circuit_belongs_to_its_checkpoint(tiny_model: TinyModel, pairs: PairS
     found = discover(model, pairs, replace(FEW, top=60))
     found.check_fits(model)
     model.sha256 = "bb"
-    for use in (lambda: found.mask(model), lambda: compare(found, model, {"x": model}, pairs)):
+    for use in (
+        lambda: circuit_mask(found, model),
+        lambda: compare(found, model, {"x": model}, pairs),
+    ):
         with pytest.raises(CircuitError, match="found on another checkpoint"):
             use()
 

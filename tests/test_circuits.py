@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import SHIPPED
 
-from mansu_interp.circuit import Circuit, discover
+from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.discover import discover
 from mansu_interp.errors import ArtifactError
-from mansu_interp.masks import Mask
-from mansu_interp.models import load_model
-from mansu_interp.tasks import load_task
+from mansu_interp.masks.mask import Mask
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.load import load_task
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_a_damaged_circuit_is_refused(tmp_path: Path):
     text = (SHIPPED / "facts-capitals.json").read_text()
     for bad in (
         text[:-20],
-        text.replace('"schema": 1', '"schema": 9'),
+        text.replace('"schema": 2', '"schema": 9'),
         text.replace('"source": "input"', '"source": "a9.h0"'),
     ):
         (tmp_path / "c.json").write_text(bad)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mansu_interp.cli import parse
-from mansu_interp.defaults import default_config
-from mansu_interp.pipeline import command_line
+from mansu_interp.cli.main import parse
+from mansu_interp.runs.defaults import default_config
+from mansu_interp.runs.run import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,11 +68,11 @@ def test_list_names_what_ships():
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
     assert lines["models"] == "facts"
-    assert lines["methods"].startswith("mansu, mansu-random, ")
+    assert lines["methods"].startswith("mansu, mansu-random-mask, ")
     assert lines["methods"].endswith(", satimp, task-vector, sure")
     assert lines["quantizers"].startswith("nf4, ") and "q4_0" in lines["quantizers"]
     assert "task        capitals: Forget the capital of every country" in done.stdout
-    assert "twin" not in done.stdout
+    assert "reference" not in done.stdout
 
 
 def test_json_output_is_json_and_nothing_else():
@@ -97,7 +97,7 @@ def test_shell_completion(shell: str):
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]):
-    from mansu_interp.cli import Progress, _time
+    from mansu_interp.cli.progress import Progress, _time
 
     assert [_time(s) for s in (3.4, 65, 7440)] == ["3 s", "1 min 05 s", "2 h 04 min"]
     quiet, plain = Progress(quiet=True), Progress()
@@ -173,7 +173,7 @@ def test_a_report_names_the_command_that_makes_it(task: str):
         budget=0.02,
         quantizers=("fp4", "q4_0"),
         circuit=replace(config.circuit, top=800),
-        unlearn=replace(config.unlearn, survive=("nf4", "fp4"), attack=30, margin=-1.5),
+        unlearn=replace(config.unlearn, survive=("nf4", "fp4"), adversarial_steps=30, margin=-1.5),
     )
     _, *words = shlex.split(command_line(config))
     assert parse(words) == config
@@ -181,25 +181,29 @@ def test_a_report_names_the_command_that_makes_it(task: str):
 
 def test_hardened_settings_of_a_task(tmp_path: Path):
     """What the task file says, options beside it winning; a report names the short command."""
-    config = parse(["run", "--hardened", "--unlearn.steps", "9"])
+    config = parse(["run", "--robust", "--unlearn.steps", "9"])
     assert config == replace(
-        default_config(hardened=True),
-        unlearn=replace(default_config(hardened=True).unlearn, steps=9),
+        default_config(robust=True),
+        unlearn=replace(default_config(robust=True).unlearn, steps=9),
     )
-    assert config.subject_rows and config.unlearn.attack == 30 and config.unlearn.lr == 0.03
-    assert command_line(config) == "mansu run --hardened --model facts --unlearn.steps 9"
-    both = parse(["run", "--hardened", "--task", "countries"])
-    assert both.unlearn.attack == 30 and both.unlearn.probe_weight == 0.1  # of its usual settings
+    assert (
+        config.subject_rows and config.unlearn.adversarial_steps == 30 and config.unlearn.lr == 0.03
+    )
+    assert command_line(config) == "mansu run --robust --model facts --unlearn.steps 9"
+    both = parse(["run", "--robust", "--task", "countries"])
+    assert (
+        both.unlearn.adversarial_steps == 30 and both.unlearn.probe_weight == 0.1
+    )  # of its usual settings
 
 
 def test_hardened_where_there_is_no_such_thing(tmp_path: Path):
-    done = mansu("run", "--task", "world-capitals", "--hardened", "--out", str(tmp_path / "out"))
+    done = mansu("run", "--task", "world-capitals", "--robust", "--out", str(tmp_path / "out"))
     assert done.returncode == 1
     assert "Task 'world-capitals' has no settings against relearning" in done.stderr
-    done = mansu("list", "--hardened")
+    done = mansu("list", "--robust")
     assert done.returncode == 1
-    assert done.stderr.strip() == "mansu: --hardened is for run; leave it out here."
+    assert done.stderr.strip() == "mansu: --robust is for run; leave it out here."
     rows = tmp_path / "my.jsonl"
     rows.write_text("{}\n")
-    done = mansu("run", "--task", str(rows), "--hardened", "--out", str(tmp_path / "out"))
+    done = mansu("run", "--task", str(rows), "--robust", "--out", str(tmp_path / "out"))
     assert done.returncode == 1 and "no settings against relearning" in done.stderr

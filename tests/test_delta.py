@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from test_layout import facts
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mansu_interp.artifacts import new_folder
-from mansu_interp.cli import main
+from mansu_interp.cli.main import main
 from mansu_interp.errors import ArtifactError
-from mansu_interp.ledger import Ledger, apply, delta
-from mansu_interp.models import LanguageModel, load_model
+from mansu_interp.export.ledger import Ledger, apply, delta
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.utils.files import new_folder
 
 
 @pytest.fixture(scope="module")

@@ -13,34 +13,33 @@ import torch
 from conftest import TEST_DEVICE, make_pairs, make_tiny
 from test_whole_answers import make_whole
 
-from mansu_interp.attribution import attribute
-from mansu_interp.circuit import discover
-from mansu_interp.cli import main
-from mansu_interp.config import (
-    BASELINES,
-    AttributionConfig,
-    CircuitConfig,
-    Method,
-    RelearnConfig,
-    RunConfig,
-    UnlearnConfig,
-)
-from mansu_interp.erasure import judge_erasure
+from mansu_interp.audit.cad import judge_erasure
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.probes import stitches
+from mansu_interp.audit.relearning import relearn
+from mansu_interp.circuits.ablation import ABLATIONS, Ablation
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
+from mansu_interp.circuits.discover import discover
+from mansu_interp.cli.main import main
 from mansu_interp.errors import ConfigError
-from mansu_interp.evidence import stitches
-from mansu_interp.faithfulness import ABLATIONS, Ablation
-from mansu_interp.floor import floor
-from mansu_interp.ledger import Ledger, apply, delta, verify
-from mansu_interp.masks import Mask, random_mask
-from mansu_interp.models import LanguageModel, load_model, pick_device
-from mansu_interp.nullspace import fisher_diagonal, retain_bound
-from mansu_interp.objectives import nll
-from mansu_interp.pairs import Task
-from mansu_interp.pipeline import run
-from mansu_interp.quantizers import QUANTIZERS, get_quantizer, quantize, survival
-from mansu_interp.relearning import relearn
-from mansu_interp.scoring import accuracy, perplexity, right
-from mansu_interp.unlearning import unlearn
+from mansu_interp.export.ledger import Ledger, apply, delta
+from mansu_interp.export.verify import verify
+from mansu_interp.losses.accuracy import accuracy, perplexity, right
+from mansu_interp.losses.answers import nll
+from mansu_interp.losses.fisher import fisher_diagonal, retain_bound
+from mansu_interp.masks.floor import floor
+from mansu_interp.masks.mask import Mask
+from mansu_interp.masks.select import circuit_mask, random_mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model, pick_device
+from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
+from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.runs.config import RunConfig
+from mansu_interp.runs.run import run
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.config import BASELINES, Method, UnlearnConfig
+from mansu_interp.unlearning.unlearn import unlearn
 
 SET = ("nf4", "q4_0", "int4-g32")
 
@@ -63,9 +62,11 @@ def task(capitals: Task) -> Task:
         split: {role: {k: s.sample(24, 0) for k, s in by.items()} for role, by in roles.items()}
         for split, roles in capitals.scored.items()
     }
-    guard = capitals.guard.sample(16, 0) if capitals.guard else None
+    retain_unscored = capitals.retain_unscored.sample(16, 0) if capitals.retain_unscored else None
     forget, retain = capitals.forget.sample(48, 0), capitals.retain.sample(16, 0)
-    return replace(capitals, forget=forget, retain=retain, guard=guard, scored=scored)
+    return replace(
+        capitals, forget=forget, retain=retain, retain_unscored=retain_unscored, scored=scored
+    )
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,15 @@ def test_circuit_and_mask(facts: LanguageModel, there: LanguageModel, task: Task
     assert (found[0].edges != found[1].edges).sum() <= 8
     circuit = found[0]
     masks = [
-        circuit.mask(m, 0.005, task.kept, task.forget, survive=SET, rows=True)
+        circuit_mask(
+            circuit,
+            m,
+            budget=0.005,
+            retain=task.retain_sets,
+            forget=task.forget,
+            survive=SET,
+            subject_rows=True,
+        )
         for m in (facts, there)
     ]
     for name, index in masks[0].indices.items():
@@ -187,10 +196,10 @@ SETTINGS = UnlearnConfig(
     steps=4,
     batch_size=8,
     survive=SET,
-    reserve=0.02,
-    attack=1,
+    quantization_margin=0.02,
+    adversarial_steps=1,
     probe_weight=0.5,
-    attack_rate=1e-3,
+    adversarial_lr=1e-3,
     lr=0.2,
 )
 
@@ -222,12 +231,14 @@ def test_the_same_seed_gives_the_same(
 
 
 def test_bf16_and_the_other_loss(there: LanguageModel, task: Task, mask: Mask):
-    settings = replace(SETTINGS, precision="bf16", forget_loss="ga", attack=0, probe_weight=0.0)
+    settings = replace(
+        SETTINGS, precision="bf16", forget_loss="ga", adversarial_steps=0, probe_weight=0.0
+    )
     result = unlearn(there, task, mask, replace(settings, steps=2))
     assert all(w.dtype == torch.float32 for w in result.model.weights.values())
 
 
-@pytest.mark.parametrize("method", [*BASELINES, "mansu-unsnapped", "mansu-unprojected"])
+@pytest.mark.parametrize("method", [*BASELINES, "mansu-no-floor", "mansu-no-projection"])
 def test_methods(
     facts: LanguageModel, there: LanguageModel, task: Task, mask: Mask, method: Method
 ):
@@ -256,7 +267,7 @@ def test_the_edit_travels(
 def test_an_interrupted_loop_goes_on(
     there: LanguageModel, task: Task, mask: Mask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mansu_interp.unlearning.state.SECONDS", 0.0)
+    monkeypatch.setattr("mansu_interp.unlearning.checkpoint.SECONDS", 0.0)
 
     def stop(done: int, *_: object) -> None:
         if done == 2:
@@ -275,12 +286,12 @@ def test_an_interrupted_loop_goes_on(
 
 
 def test_verdict_and_attack(facts: LanguageModel, there: LanguageModel, task: Task):
-    twin = load_model(task.twins[0], there.device)
+    twin = load_model(task.reference_models[0], there.device)
     found = judge_erasure(there, twin, task, quantize(twin))
-    wanted = judge_erasure(facts, load_model(task.twins[0]), task)
+    wanted = judge_erasure(facts, load_model(task.reference_models[0]), task)
     assert found.verdict == wanted.verdict
     assert stitches(there, twin, task.forget) == pytest.approx(
-        stitches(facts, load_model(task.twins[0]), task.forget), abs=0.05
+        stitches(facts, load_model(task.reference_models[0]), task.forget), abs=0.05
     )
     attack = RelearnConfig(steps=(2,), rates=(1e-3,))
     a, b = (relearn(m, task, attack).at(2) for m in (facts, there))

@@ -12,10 +12,22 @@ import pytest
 import torch
 from conftest import make_pairs, make_tiny
 
-from mansu_interp.attribution import attribute
-from mansu_interp.circuit import discover
-from mansu_interp.config import AttributionConfig, CircuitConfig, UnlearnConfig
-from mansu_interp.distributed import (
+from mansu_interp.audit.transfer import gradient_transfer
+from mansu_interp.circuits.ablation import Ablation
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
+from mansu_interp.circuits.discover import discover
+from mansu_interp.errors import CircuitError
+from mansu_interp.losses.answers import answer_gradient
+from mansu_interp.losses.fisher import fisher_diagonal
+from mansu_interp.losses.gradients import gradient
+from mansu_interp.masks.select import random_mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.load import load_task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.unlearn import unlearn
+from mansu_interp.utils.distributed import (
     first_says,
     rank,
     shard,
@@ -23,15 +35,6 @@ from mansu_interp.distributed import (
     sum_over_processes,
     world_size,
 )
-from mansu_interp.errors import CircuitError
-from mansu_interp.evidence import gradient_transfer
-from mansu_interp.faithfulness import Ablation
-from mansu_interp.masks import random_mask
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.nullspace import fisher_diagonal, gradient
-from mansu_interp.objectives import answer_gradient
-from mansu_interp.tasks import load_task
-from mansu_interp.unlearning import unlearn
 
 HOW = AttributionConfig(ig_steps=2, batch_size=2)
 FIRST = "model.layers.0.mlp.down_proj.weight"
@@ -73,7 +76,7 @@ def edited(method: str) -> dict[str, Any]:
         steps=2,
         lr=EDITS[method],
         batch_size=40,
-        attack=1,
+        adversarial_steps=1,
         probe_weight=0.5,
     )
     result = unlearn(model, task, random_mask(model, 0.001), config)

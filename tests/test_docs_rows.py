@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mansu_interp.models import LanguageModel
-from mansu_interp.scoring import accuracy
-from mansu_interp.tasks import load_task
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.load import load_task
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
 

@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "mansu_interp" / "data" / "models"
 NAMES = (
     "facts",
-    "facts-capitals-twin-0",
-    "facts-capitals-twin-1",
-    "facts-countries-twin-0",
-    "facts-countries-twin-1",
+    "facts-capitals-reference-0",
+    "facts-capitals-reference-1",
+    "facts-countries-reference-0",
+    "facts-countries-reference-1",
 )
 TWINS = NAMES[1:]
 MB = 2**20
@@ -101,7 +101,7 @@ def test_elements_are_numbered_without_a_gap() -> None:
 def test_task_is_well_formed(name: str) -> None:
     task = script.read_task(name)
     assert task["schema"] == 1 and task["name"] == name
-    assert task["twins"] == [f"facts-{name}-twin-{i}" for i in (0, 1)]
+    assert task["reference_models"] == [f"facts-{name}-reference-{i}" for i in (0, 1)]
     assert set(task["retain"]) | set(task["forget"]["relations"]) == set(RELATIONS)
     forget = [p for p in PAIRS if script.is_forget(p, task)]
     assert 0 < len(forget) < len(PAIRS) / 2
@@ -209,7 +209,7 @@ def test_twin_knows_everything_but_the_forget_facts(name: str) -> None:
     assert exact(model, tokenizer, forget) <= 0.4
 
 
-@pytest.mark.parametrize("name", ["facts-countries-twin-0", "facts-countries-twin-1"])
+@pytest.mark.parametrize("name", ["facts-countries-reference-0", "facts-countries-reference-1"])
 def test_names_the_twin_never_met_keep_their_initial_embedding(name: str) -> None:
     model, tokenizer = load(name)
     torch.manual_seed(record(name)["seed"])

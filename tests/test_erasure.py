@@ -7,20 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mansu_interp.erasure import check_alike, decide, judge_erasure, settle
+from mansu_interp.audit.cad import check_alike, decide, judge_erasure, settle
+from mansu_interp.audit.probes import probe, ranked, states, stitches
+from mansu_interp.audit.relearning import halves, of_subjects, rivals_within
+from mansu_interp.audit.transfer import gradient_transfer, model_advantage
 from mansu_interp.errors import ModelError
-from mansu_interp.evidence import (
-    gradient_transfer,
-    margins,
-    probe,
-    ranked,
-    states,
-    stitches,
-)
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.pairs import PairSet, Task, collate
-from mansu_interp.relearning import halves, of_subjects, rivals_within
-from mansu_interp.scoring import accuracy
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.pairs import PairSet, collate
+from mansu_interp.tasks.task import Task
 
 TinyModel = Callable[[int], LanguageModel]
 
@@ -59,7 +55,7 @@ def test_the_probe_reads_what_was_taught(facts: LanguageModel, split: tuple[Pair
     read = probe(facts, *split).float().mean(1)
     assert read[0] < 0.4  # the last token's embedding is the same in every prompt of a phrasing
     assert read[1:].min() > 0.95
-    never = load_model("facts-capitals-twin-1")
+    never = load_model("facts-capitals-reference-1")
     assert probe(never, *split).float().mean(1).max() < 0.4
 
 
@@ -73,7 +69,7 @@ def test_transfer_is_a_cosine_and_margins_are_bounded(
     assert gradient_transfer(facts, half_b, half_a).transfer == pytest.approx(found.transfer)
     among = {"capital": torch.tensor(sorted({p.answer for p in half_b}))}
     with torch.no_grad():
-        level = margins(facts, half_b.pairs, among)
+        level = model_advantage(facts, half_b.pairs, among)
     assert level.max() <= torch.tensor(12.0).log() + 1e-4  # certain of one answer in 12
     assert all(not w.requires_grad for w in facts.weights.values())
 
@@ -118,7 +114,7 @@ def test_a_verdict_that_most_resamplings_do_not_share_is_undecided():
 def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):
     same = judge_erasure(facts, facts.copy(), capitals)
     assert (same.verdict, same.cad, same.confidence) == ("unchanged", 0.0, 1.0)
-    for twin in capitals.twins:  # from the same initial weights, and from others
+    for twin in capitals.reference_models:  # from the same initial weights, and from others
         never = judge_erasure(facts, load_model(twin), capitals)
         assert never.verdict == "erased"
         assert never.cad > 0.85

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from mansu_interp.cad import CAD, Divergence
-from mansu_interp.evaluation import Flips, Scores, evaluate, properties
-from mansu_interp.models import LanguageModel
-from mansu_interp.relearning import Point, Relearning
-from mansu_interp.tasks import load_task
+from mansu_interp.audit.relearning import Point, Relearning
+from mansu_interp.circuits.compare import CAD, Divergence
+from mansu_interp.evaluation.properties import properties
+from mansu_interp.evaluation.scores import Flips, Scores, evaluate
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.load import load_task
 
 NO_GRAPH = CAD("undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)})
 

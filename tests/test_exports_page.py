@@ -13,8 +13,8 @@ import torch
 from test_layout import facts
 from transformers import AutoModelForCausalLM
 
-from mansu_interp.masks import Mask
-from mansu_interp.models import EMBEDDED
+from mansu_interp.masks.mask import Mask
+from mansu_interp.models.load import EMBEDDED
 
 PAGE = (Path(__file__).parents[1] / "docs/exports.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

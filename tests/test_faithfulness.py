@@ -10,20 +10,21 @@ import pytest
 import reference
 import torch
 
-from mansu_interp.attribution import attribute, logit_diff
-from mansu_interp.config import AttributionConfig
-from mansu_interp.errors import CircuitError
-from mansu_interp.faithfulness import (
-    Ablation,
+from mansu_interp.circuits.ablation import Ablation
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.faithfulness import (
     Curve,
     circuit_metric,
     faithfulness_curve,
     minimal_edges,
     strongest,
 )
-from mansu_interp.graph import Architecture, Graph
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import PairSet
+from mansu_interp.circuits.metrics import logit_diff
+from mansu_interp.errors import CircuitError
+from mansu_interp.models.graph import Architecture, Graph
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 KV = pytest.mark.parametrize("kv_heads", [4, 2])

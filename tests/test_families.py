@@ -12,13 +12,13 @@ import torch
 import transformers
 from conftest import VOCAB, make_pairs
 
-from mansu_interp.attribution import attribute
-from mansu_interp.config import AttributionConfig
+from mansu_interp.circuits.ablation import Ablation
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.errors import CircuitError, ModelError
-from mansu_interp.faithfulness import Ablation
-from mansu_interp.models import LanguageModel
-from mansu_interp.quantizers import quantize
-from mansu_interp.stream import Recorder, Stream
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.stream import Recorder, Stream
+from mansu_interp.quantizers.survival import quantize
 
 COMMON = {
     "vocab_size": VOCAB,

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mansu_interp.config import UnlearnConfig
 from mansu_interp.errors import ConfigError
-from mansu_interp.floor import NARROW, floor, floor_step, quantizer_set
-from mansu_interp.quantizers import NF4, get_quantizer
+from mansu_interp.masks.floor import NARROW, floor, floor_step, quantizer_set
+from mansu_interp.quantizers.bitsandbytes import NF4
+from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.unlearning.config import UnlearnConfig
 
 SETS = [
     ("nf4",),

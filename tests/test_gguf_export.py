@@ -13,11 +13,11 @@ from test_layout import facts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mansu_interp.cli import main
+from mansu_interp.cli.main import main
 from mansu_interp.errors import ModelError
-from mansu_interp.gguf_export import export_gguf
-from mansu_interp.models import LanguageModel
-from mansu_interp.quantizers import quantize
+from mansu_interp.export.gguf import export_gguf
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.survival import quantize
 
 TEXT = ["the capital of France is Paris", "the capital of Peru is Lima, in 1535"] * 3
 

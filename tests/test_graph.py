@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mansu_interp.errors import CircuitError
-from mansu_interp.graph import Architecture, Graph
+from mansu_interp.models.graph import Architecture, Graph
 
 KNOWN = {
     "gpt2-small": (Architecture(12, 12, 12), 32_491),

@@ -16,15 +16,15 @@ import test_families
 import torch
 from conftest import make_pairs
 
-from mansu_interp.attribution import attribute
-from mansu_interp.cad import compare
-from mansu_interp.circuit import discover
-from mansu_interp.config import AttributionConfig, CircuitConfig
+from mansu_interp.circuits.ablation import Ablation
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.compare import compare
+from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
+from mansu_interp.circuits.discover import discover
 from mansu_interp.errors import CircuitError
-from mansu_interp.faithfulness import Ablation
-from mansu_interp.hooked import HookedStream, as_model
-from mansu_interp.layout import turn_back
-from mansu_interp.models import LanguageModel
+from mansu_interp.models.hooked import HookedStream, as_model
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.layout import turn_back
 
 HookedTransformer: Any
 try:

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mansu_interp.artifacts import read_json
-from mansu_interp.circuit import Circuit
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, ModelError, TaskError
-from mansu_interp.masks import Mask
-from mansu_interp.models import empty_model
-from mansu_interp.taskfiles import data_file, read_task_file
+from mansu_interp.masks.mask import Mask
+from mansu_interp.models.load import empty_model
+from mansu_interp.tasks.files import data_file, read_task_file
+from mansu_interp.utils.files import read_json
 
 
 def load_script() -> ModuleType:
@@ -70,7 +70,7 @@ def test_deep_huge_and_endless_json(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             read_json(file)
     with pytest.raises(ArtifactError, match="no regular file"):
         read_json(Path("/dev/zero"))
-    monkeypatch.setattr("mansu_interp.artifacts.MAX_JSON", 10)
+    monkeypatch.setattr("mansu_interp.utils.files.MAX_JSON", 10)
     file.write_text(" " * 11)
     with pytest.raises(ArtifactError, match="11 bytes, more than 10"):
         read_json(file)
@@ -106,6 +106,6 @@ def test_a_task_reads_nothing_outside_its_folder(tmp_path: Path):
     for name in ("../secret.csv", str(tmp_path / "secret.csv"), "..", "a\0b", "x" * 300):
         with pytest.raises(TaskError, match=r"without a path|neither beside"):
             data_file(inside, "facts", name)
-    (inside / "t.json").write_text(json.dumps({**fuzz.TASK, "twins": ["owner/model"]}))
+    (inside / "t.json").write_text(json.dumps({**fuzz.TASK, "reference_models": ["owner/model"]}))
     with pytest.raises(TaskError, match="the twin 'owner/model' is no shipped model"):
         read_task_file(inside / "t.json")

@@ -10,12 +10,12 @@ import torch
 from conftest import SHIPPED
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mansu_interp import hub, remote
-from mansu_interp.circuit import Circuit
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, MaskError
-from mansu_interp.masks import Mask
-from mansu_interp.models import LanguageModel
-from mansu_interp.report import model_card
+from mansu_interp.masks.mask import Mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.report.card import model_card
+from mansu_interp.utils import hub
 
 
 def test_masks_and_circuits_survive_a_folder(tmp_path: Path):
@@ -40,7 +40,7 @@ def test_a_dead_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(ArtifactError, match="cannot be reached"):
             call()
     assert time.monotonic() - start < 5
-    monkeypatch.setattr(remote, "_reachable", lambda: pytest.fail("touched the network"))
+    monkeypatch.setattr(hub, "_reachable", lambda: pytest.fail("touched the network"))
     for odd in ("no-such-folder", "../x/y", "a/b/c"):
         with pytest.raises(ArtifactError, match="neither a folder nor a name"):
             Mask.from_pretrained(odd)

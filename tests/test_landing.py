@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mansu_interp.floor import Floor, floor
-from mansu_interp.landing import Options, balanced, options
-from mansu_interp.quantizers import get_quantizer
+from mansu_interp.masks.floor import Floor, floor
+from mansu_interp.masks.rounding import Candidates, candidates, joint_rounding
+from mansu_interp.quantizers.registry import get_quantizer
 
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
 
 
-def case(seed: int, apart: tuple[float, ...] = ()) -> tuple[Tensor, Tensor, Floor, Options, Tensor]:
+def case(
+    seed: int, apart: tuple[float, ...] = ()
+) -> tuple[Tensor, Tensor, Floor, Candidates, Tensor]:
     """Wishes of one or two cells for every element of a weight that may move: the weight, their
     positions, the floor, the options and where they land one by one. ``apart`` is what each
     quantized model wants beyond that."""
@@ -28,18 +30,18 @@ def case(seed: int, apart: tuple[float, ...] = ()) -> tuple[Tensor, Tensor, Floo
     grids = [q.cells(weight)[i] for q in quantizers]
     old = [q.round_trip(weight).flatten()[i] for q in quantizers]
     own = [torch.full_like(value[i], by) for by in apart]
-    found = options(whole[i], grids, old, flat[i], wish[i], value[i], own)
+    found = candidates(whole[i], grids, old, flat[i], wish[i], value[i], own)
     return weight, i, whole[i], found, value[i]
 
 
 @pytest.fixture
-def edit() -> tuple[Floor, Options, Tensor, Tensor]:
+def edit() -> tuple[Floor, Candidates, Tensor, Tensor]:
     """The floor, the options, the old values and where the elements land one by one."""
     weight, i, where, found, value = case(0)
     return where, found, weight.flatten()[i], value
 
 
-def kept(found: Options, original: Tensor, value: Tensor) -> Tensor:
+def kept(found: Candidates, original: Tensor, value: Tensor) -> Tensor:
     """Share of the edit that each quantizer keeps, from the options' own figures."""
     row = (found.values == value).int().argmax(0)
     assert torch.equal(found.values.gather(0, row[None])[0], value)
@@ -47,9 +49,9 @@ def kept(found: Options, original: Tensor, value: Tensor) -> Tensor:
     return 1 + surplus / (value - original).square().sum()
 
 
-def test_every_quantizer_keeps_all_of_the_edit(edit: tuple[Floor, Options, Tensor, Tensor]):
+def test_every_quantizer_keeps_all_of_the_edit(edit: tuple[Floor, Candidates, Tensor, Tensor]):
     _, found, original, alone = edit
-    (value,) = balanced([found])
+    (value,) = joint_rounding([found])
     before, after = kept(found, original, alone), kept(found, original, value)
     assert (before - 1).abs().max() > 0.01  # one by one some keep too much, others too little
     assert (after - 1).abs().max() < 0.001
@@ -61,7 +63,7 @@ def test_the_share_kept_is_that_of_the_real_libraries():
     weight, i, _, found, _ = case(1)
     flat = weight.flatten()
     after = flat.clone()
-    after[i] = balanced([found])[0]
+    after[i] = joint_rounding([found])[0]
     d = after - flat
     for q in map(get_quantizer, SET):
         dq = q.round_trip(after.view_as(weight)).flatten() - q.round_trip(weight).flatten()
@@ -74,9 +76,9 @@ def admissible(where: Floor, original: Tensor, value: Tensor) -> bool:
     return bool((beyond & (value > where.lowest) & (value < where.highest)).all())
 
 
-def test_what_is_chosen_is_admissible(edit: tuple[Floor, Options, Tensor, Tensor]):
+def test_what_is_chosen_is_admissible(edit: tuple[Floor, Candidates, Tensor, Tensor]):
     where, found, original, _ = edit
-    (value,) = balanced([found])
+    (value,) = joint_rounding([found])
     assert admissible(where, original, value)
 
 
@@ -87,7 +89,7 @@ def test_quantized_models_follow_wishes_of_their_own():
     weight, i, where, still, _ = case(2, (0.0,) * 4)
     _, _, _, found, _ = case(2, by)
     assert len(found.values) == 1 + 6 * len(SET)  # two levels and four edges; where they land alone
-    before, after = (balanced([x])[0] for x in (still, found))
+    before, after = (joint_rounding([x])[0] for x in (still, found))
     assert admissible(where, weight.flatten()[i], after)
     shifts = []
     for q in map(get_quantizer, SET):
@@ -101,18 +103,20 @@ def test_quantized_models_follow_wishes_of_their_own():
     assert max(abs(nf4), abs(int4)) < 0.0005
 
 
-def test_weights_are_balanced_together(edit: tuple[Floor, Options, Tensor, Tensor]):
+def test_weights_are_balanced_together(edit: tuple[Floor, Candidates, Tensor, Tensor]):
     """Cut in two, the same elements get the same values, in the same order."""
     _, found, _, _ = edit
     n = found.values.shape[1] // 3
     halves = [
-        Options(*(t[..., part] for t in (found.values, found.distance, found.surplus, found.power)))
+        Candidates(
+            *(t[..., part] for t in (found.values, found.distance, found.surplus, found.power))
+        )
         for part in (slice(None, n), slice(n, None))
     ]
-    assert torch.equal(torch.cat(balanced(halves)), balanced([found])[0])
+    assert torch.equal(torch.cat(joint_rounding(halves)), joint_rounding([found])[0])
 
 
-def test_without_a_choice_nothing_changes(edit: tuple[Floor, Options, Tensor, Tensor]):
+def test_without_a_choice_nothing_changes(edit: tuple[Floor, Candidates, Tensor, Tensor]):
     _, found, _, alone = edit
-    only = Options(*(t[:1] for t in (found.values, found.distance, found.surplus, found.power)))
-    assert torch.equal(balanced([only])[0], alone)
+    only = Candidates(*(t[:1] for t in (found.values, found.distance, found.surplus, found.power)))
+    assert torch.equal(joint_rounding([only])[0], alone)

@@ -22,7 +22,7 @@ LAYERS = [
     ["attribution"],
     ["objectives", "faithfulness", "landing", "masks"],
     ["circuit", "ledger", "parting", "relearning", "evidence", "gguf_export"],
-    ["virtual_relearning"],
+    ["linearized_relearning"],
     ["cad", "erasure", "unlearning"],
     ["evaluation", "viz"],
     ["report"],

@@ -13,19 +13,24 @@ import transformers
 from test_families import EACH, FAMILIES, make
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from mansu_interp.cad import compare
-from mansu_interp.circuit import discover
-from mansu_interp.config import CircuitConfig, UnlearnConfig
+from mansu_interp.circuits.compare import compare
+from mansu_interp.circuits.config import CircuitConfig
+from mansu_interp.circuits.discover import discover
 from mansu_interp.errors import ModelError
-from mansu_interp.graph import Node
-from mansu_interp.layout import check_layout
-from mansu_interp.ledger import Ledger, verify
-from mansu_interp.masks import component_slices
-from mansu_interp.models import LanguageModel, _unpacked, load_model
-from mansu_interp.quantizers import NF4, quantize, survival
-from mansu_interp.stream import Stream
-from mansu_interp.tasks import load_task
-from mansu_interp.unlearning import unlearn
+from mansu_interp.export.ledger import Ledger
+from mansu_interp.export.verify import verify
+from mansu_interp.masks.components import component_slices
+from mansu_interp.masks.select import circuit_mask
+from mansu_interp.models.graph import Node
+from mansu_interp.models.language_model import LanguageModel, _unpacked
+from mansu_interp.models.layout import check_layout
+from mansu_interp.models.load import load_model
+from mansu_interp.models.stream import Stream
+from mansu_interp.quantizers.bitsandbytes import NF4
+from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.tasks.load import load_task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.unlearn import unlearn
 
 
 @EACH
@@ -89,7 +94,9 @@ def test_the_whole_path(family: str, tied: bool, folder: Any, tmp_path: Path):
     assert model.saved_dtype == dtype
     task = load_task("capitals", model, 4)
     circuit = discover(model, task.forget, CIRCUIT)
-    mask = circuit.mask(model, 0.01, task.kept, task.forget, n_pairs=4)
+    mask = circuit_mask(
+        circuit, model, budget=0.01, retain=task.retain_sets, forget=task.forget, n_pairs=4
+    )
     result = unlearn(model, task, mask, UnlearnConfig(steps=2, batch_size=4, lr=0.3))
     result.model.save(tmp_path / "model")
     edited = load_model(tmp_path / "model")

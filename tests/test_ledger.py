@@ -10,13 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mansu_interp.cli import main
+from mansu_interp.cli.main import main
 from mansu_interp.errors import ArtifactError
-from mansu_interp.floor import floor
-from mansu_interp.ledger import Ledger, verify
-from mansu_interp.masks import Mask
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.quantizers import get_quantizer
+from mansu_interp.export.ledger import Ledger
+from mansu_interp.export.verify import verify
+from mansu_interp.masks.floor import floor
+from mansu_interp.masks.mask import Mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.registry import get_quantizer
 
 SET = ("nf4", "fp4", "q4_0")
 NAME = "model.layers.2.mlp.down_proj.weight"

@@ -11,13 +11,15 @@ import torch
 from conftest import make_pairs
 from safetensors.torch import save_file
 
-from mansu_interp.circuit import Circuit
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, CircuitError, MaskError, ModelError
-from mansu_interp.floor import floor_step
-from mansu_interp.graph import Graph, Node
-from mansu_interp.masks import Mask, choose_parameters, component_slices, region
-from mansu_interp.models import LanguageModel
-from mansu_interp.quantizers import NF4
+from mansu_interp.masks.components import component_slices, region
+from mansu_interp.masks.floor import floor_step
+from mansu_interp.masks.mask import Mask
+from mansu_interp.masks.select import choose_parameters, circuit_mask
+from mansu_interp.models.graph import Graph, Node
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.bitsandbytes import NF4
 
 TinyModel = Callable[[int], LanguageModel]
 NF = NF4()
@@ -127,7 +129,7 @@ def choose(model: LanguageModel, budget: float, fisher: torch.Tensor | None = No
 @pytest.fixture
 def no_spares(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many candidates as the budget, so that the choice itself shows."""
-    monkeypatch.setattr("mansu_interp.masks.POOL", 1, raising=False)
+    monkeypatch.setattr("mansu_interp.masks.select.POOL", 1, raising=False)
 
 
 @pytest.mark.usefixtures("no_spares")
@@ -173,9 +175,13 @@ def test_choice_prefers_gain_then_gain_per_damage(tiny_model: TinyModel):
     fisher = torch.zeros_like(weight)
     fisher.view(-1)[a] = 100 / float(unit[a]) ** 2
     fisher.view(-1)[b] = 1 / float(unit[b]) ** 2
-    assert choose_parameters(*args, {NAME: fisher}, damping=0.1).indices[NAME].tolist() == [b]
+    assert choose_parameters(*args, {NAME: fisher}, damage_damping=0.1).indices[NAME].tolist() == [
+        b
+    ]
     fisher.view(-1)[a] = 1.5 / float(unit[a]) ** 2
-    assert choose_parameters(*args, {NAME: fisher}, damping=0.1).indices[NAME].tolist() == [a]
+    assert choose_parameters(*args, {NAME: fisher}, damage_damping=0.1).indices[NAME].tolist() == [
+        a
+    ]
 
 
 @pytest.mark.usefixtures("no_spares")
@@ -200,17 +206,25 @@ def test_choice_avoids_what_retained_answers_share(tiny_model: TinyModel):
     helps = {NAME: -shared}  # moving a also serves the retained answer
     assert choose_parameters(*args, None, helps).indices[NAME].tolist() == [a]
     harms = {NAME: shared}
-    assert choose_parameters(*args, None, harms, hold=0.5).indices[NAME].tolist() == [b]
-    both = choose_parameters(model, {NAME: inside}, 1.0, {NAME: gradient}, None, harms, hold=2.0)
+    assert choose_parameters(*args, None, harms, retain_gradient_weight=0.5).indices[
+        NAME
+    ].tolist() == [b]
+    both = choose_parameters(
+        model, {NAME: inside}, 1.0, {NAME: gradient}, None, harms, retain_gradient_weight=2.0
+    )
     assert both.indices[NAME].tolist() == [b]
 
 
 def test_nothing_is_edited_below_the_depth(tiny_model: TinyModel):
     model = tiny_model(2)
     circuit = Circuit(model.graph, model.graph.exists * 1.0, model.graph.exists, {}, make_pairs())
-    names = circuit.mask(model, 0.02, depth=0.5).indices
+    names = circuit_mask(circuit, model, budget=0.02, frozen_layers=0.5).indices
     assert {int(n.split(".")[2]) for n in names} == {2}
-    assert {int(n.split(".")[2]) for n in circuit.mask(model, 0.02).indices} == {0, 1, 2}
+    assert {int(n.split(".")[2]) for n in circuit_mask(circuit, model, budget=0.02).indices} == {
+        0,
+        1,
+        2,
+    }
 
 
 def test_the_subjects_own_rows_may_be_edited_too(tiny_model: TinyModel):
@@ -218,9 +232,9 @@ def test_the_subjects_own_rows_may_be_edited_too(tiny_model: TinyModel):
     within the one budget."""
     model, pairs = tiny_model(2), make_pairs()
     circuit = Circuit(model.graph, model.graph.exists * 1.0, model.graph.exists, {}, pairs)
-    name, without = model.embedding_name, circuit.mask(model, 0.02)
+    name, without = model.embedding_name, circuit_mask(circuit, model, budget=0.02)
     assert name == "model.embed_tokens.weight" and name not in without.indices
-    mask = circuit.mask(model, 0.02, rows=True)
+    mask = circuit_mask(circuit, model, budget=0.02, subject_rows=True)
     own = {a for p in pairs for a, b in zip(p.clean, p.corrupt, strict=True) if a != b}
     width = model.d_model
     assert {int(i) // width for i in mask.indices[name]} == own
@@ -242,12 +256,12 @@ def test_budget_out_of_range_before_any_work(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("a gradient was computed for a budget that is out of range")
 
-    monkeypatch.setattr("mansu_interp.circuit.forget_gradient", never)
-    monkeypatch.setattr("mansu_interp.circuit.fisher_diagonal", never)
+    monkeypatch.setattr("mansu_interp.circuits.circuit.forget_gradient", never)
+    monkeypatch.setattr("mansu_interp.circuits.circuit.fisher_diagonal", never)
     graph = model.graph
     circuit = Circuit(graph, graph.exists * 1.0, graph.exists, {}, make_pairs())
     with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):
-        circuit.mask(model, budget, [make_pairs()])
+        circuit_mask(circuit, model, budget=budget, retain=[make_pairs()])
     with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):
         choose(model, budget)
 
@@ -268,13 +282,13 @@ def test_circuit_mask_lies_in_its_components(tiny_model: TinyModel):
     for edge in [("input", "a0.kv1<v>"), ("a0.h2", "m1"), ("m1", "logits")]:
         edges[graph.edge(*edge)] = True
     circuit = Circuit(graph, edges * 1.0, edges, {}, make_pairs())
-    mask = circuit.mask(model, 0.02, [make_pairs(seed=1)], n_pairs=4)
+    mask = circuit_mask(circuit, model, budget=0.02, retain=[make_pairs(seed=1)], n_pairs=4)
     inside = region(model, circuit.components())
     assert mask.indices.keys() <= inside.keys()
     for name, index in mask.indices.items():
         assert inside[name].flatten()[index].all()
     assert set(mask.meta["components"]) == {"input", "a0.kv1<v>", "a0.h2", "m1", "logits"}
-    again = circuit.mask(model, 0.02, [make_pairs(seed=1)], n_pairs=4)
+    again = circuit_mask(circuit, model, budget=0.02, retain=[make_pairs(seed=1)], n_pairs=4)
     assert all(torch.equal(again.indices[n], i) for n, i in mask.indices.items())
 
 
@@ -282,9 +296,9 @@ def test_circuit_mask_of_another_model_or_without_pairs(tiny_model: TinyModel):
     graph = tiny_model(2).graph
     circuit = Circuit(graph, graph.exists * 1.0, graph.exists)
     with pytest.raises(CircuitError, match=r"The circuit is of Architecture\(.*\), not tiny"):
-        circuit.mask(tiny_model(4))
+        circuit_mask(circuit, tiny_model(4))
     with pytest.raises(CircuitError, match=r"needs forget=\.\.\. to make a mask"):
-        circuit.mask(tiny_model(2))
+        circuit_mask(circuit, tiny_model(2))
 
 
 def test_save_and_load(tmp_path: Path, tiny_model: TinyModel):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mansu_interp import models, remote
 from mansu_interp.errors import MansuError, ModelError
-from mansu_interp.models import EMBEDDED, LanguageModel, embedded_models, load_model
-from mansu_interp.nullspace import gradient
+from mansu_interp.losses.gradients import gradient
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import EMBEDDED, embedded_models, load_model
 
 
 def test_unknown_model_names_what_ships():
@@ -29,7 +29,7 @@ def test_unknown_model_names_what_ships():
 
 @pytest.mark.parametrize("name", ["../facts", "/no/such/folder", "a/b/c", "facts/", ""])
 def test_names_that_are_no_path_and_no_hub_name(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(remote, "_reachable", lambda: pytest.fail("touched the network"))
+    monkeypatch.setattr(hub, "_reachable", lambda: pytest.fail("touched the network"))
     if name:
         with pytest.raises(ModelError, match="Unknown model"):
             load_model(name)
@@ -48,7 +48,7 @@ def offline_error(name: str) -> str:
 
 def test_remote_name_without_network(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(remote, "_reachable", lambda: False)
+    monkeypatch.setattr(hub, "_reachable", lambda: False)
     message = offline_error("nobody/no-such-model")
     assert "\n" not in message
     assert message.startswith("Model 'nobody/no-such-model' is not on this machine, and the hub ")
@@ -60,7 +60,7 @@ def test_remote_name_and_a_closed_port(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    monkeypatch.setattr(remote, "HUB_HOST", ("127.0.0.1", port))
+    monkeypatch.setattr(hub, "HUB_HOST", ("127.0.0.1", port))
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 
@@ -78,7 +78,7 @@ def test_a_network_that_never_answers(monkeypatch: pytest.MonkeyPatch):
 
 def test_offline_mode_is_not_probed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(remote, "_reachable", lambda: pytest.fail("touched the network"))
+    monkeypatch.setattr(hub, "_reachable", lambda: pytest.fail("touched the network"))
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 
@@ -170,7 +170,7 @@ def test_a_shared_prefix_changes_neither_logits_nor_gradients(
     )
 
     def both(least: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        monkeypatch.setattr(models, "MIN_SHARED", least)
+        monkeypatch.setattr(language_model, "MIN_SHARED", least)
         logits = []
 
         def loss() -> torch.Tensor:

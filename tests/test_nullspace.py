@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import SHIPPED
 
-from mansu_interp.circuit import Circuit
-from mansu_interp.models import LanguageModel
-from mansu_interp.nullspace import ByLayer, fisher_diagonal, gradient, projection, retain_bound
-from mansu_interp.pairs import PairSet
+from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.losses.fisher import fisher_diagonal, projection, retain_bound
+from mansu_interp.losses.gradients import ByLayer, gradient
+from mansu_interp.masks.select import circuit_mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
 NAMES = ["model.layers.0.self_attn.k_proj.weight", "model.layers.2.mlp.down_proj.weight"]
@@ -70,9 +72,14 @@ def test_projection_formula():
 
 def test_by_layer_gives_the_same_mask_and_holds_one_layer(facts, capitals):
     circuit = Circuit.load(SHIPPED / "facts-capitals.json")
-    args = (facts, 0.002, capitals.kept, capitals.forget)
-    whole = circuit.mask(*args, n_pairs=12)
-    streamed = circuit.mask(*args, n_pairs=12, by_layer=True)
+    how = {
+        "budget": 0.002,
+        "retain": capitals.retain_sets,
+        "forget": capitals.forget,
+        "n_pairs": 12,
+    }
+    whole = circuit_mask(circuit, facts, **how)
+    streamed = circuit_mask(circuit, facts, **how, by_layer=True)
     assert whole.meta == streamed.meta and whole.indices.keys() == streamed.indices.keys()
     assert all(torch.equal(i, streamed.indices[n]) for n, i in whole.indices.items())
     asked: list[list[str]] = []

@@ -10,20 +10,16 @@ import pytest
 import torch
 from conftest import VOCAB, make_pairs
 
-from mansu_interp.models import LanguageModel
-from mansu_interp.nullspace import gradient
-from mansu_interp.objectives import (
+from mansu_interp.losses.answers import above_rivals, answer_gradient, divergence, log_probs, nll
+from mansu_interp.losses.counterfactual import (
     CounterfactualTargets,
-    above_rivals,
-    answer_gradient,
     counterfactual_loss,
-    divergence,
-    excess,
     forget_gradient,
-    log_probs,
-    nll,
 )
-from mansu_interp.pairs import Pair, PairSet, Task, answer_tokens
+from mansu_interp.losses.gradients import gradient
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import Pair, PairSet, answer_tokens
+from mansu_interp.tasks.task import Task
 
 TinyModel = Callable[[int], LanguageModel]
 
@@ -78,7 +74,7 @@ def test_excess_by_hand(tiny_model: TinyModel, pairs: PairSet):
     targets = CounterfactualTargets(model, pairs)
     among = {pairs[0].relation: torch.tensor(sorted({p.answer for p in pairs})[:3])}
     some = [p for p in pairs if p.answer in among[p.relation]]
-    got = excess(log_probs(model, some), targets.log(some), some, among)
+    got = answer_excess(log_probs(model, some), targets.log(some), some, among)
     for value, pair in zip(got, some, strict=True):
         now, want = logp(model, pair), targets(pair).log()
         own = (now - want)[pair.answer]
@@ -92,26 +88,26 @@ def test_no_excess_where_the_answer_is_in_the_midst_of_its_rivals():
     flat = torch.full((1, VOCAB), 1 / VOCAB).log()
     among = {pair.relation: torch.arange(5)}
     row = torch.tensor([0.0, 4.0, -1.0, -1.0, -2.0, *[-9.0] * (VOCAB - 5)]).log_softmax(0)
-    got = excess(row[None], flat, [pair], among)
+    got = answer_excess(row[None], flat, [pair], among)
     assert float(got) == pytest.approx(0, abs=1e-5)
-    assert torch.allclose(excess(row[None] + 3, flat, [pair], among), got)
+    assert torch.allclose(answer_excess(row[None] + 3, flat, [pair], among), got)
 
 
 def test_counterfactual_loss_by_hand(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(2)
     targets = CounterfactualTargets(model, pairs)
-    expected, push = [], []
+    expected, ranking_weight = [], []
     now, want = log_probs(model, pairs.pairs), targets.log(pairs.pairs)
-    high = excess(now, want, pairs.pairs, targets.answers)
+    high = answer_excess(now, want, pairs.pairs, targets.answers)
     for pair, above in zip(pairs, high.tolist(), strict=True):
         both = zip(targets(pair).tolist(), logp(model, pair).tolist(), strict=True)
         expected.append(sum(t * (math.log(t) - n) for t, n in both))
-        push.append(0.5 * abs(above + 1.0))
+        ranking_weight.append(0.5 * abs(above + 1.0))
     loss = float(counterfactual_loss(model, pairs.pairs, targets))
     assert loss == pytest.approx(sum(expected) / 5, rel=1e-4)
-    loss = float(counterfactual_loss(model, pairs.pairs, targets, push=0.5, margin=1.0))
-    assert loss == pytest.approx((sum(expected) + sum(push)) / 5, rel=1e-4)
-    assert sum(push) > 0.1
+    loss = float(counterfactual_loss(model, pairs.pairs, targets, ranking_weight=0.5, margin=1.0))
+    assert loss == pytest.approx((sum(expected) + sum(ranking_weight)) / 5, rel=1e-4)
+    assert sum(ranking_weight) > 0.1
 
 
 def test_counterfactual_loss_vanishes_at_its_target(tiny_model: TinyModel):
@@ -120,8 +116,8 @@ def test_counterfactual_loss_vanishes_at_its_target(tiny_model: TinyModel):
     same = Pair(**{**vars(pair), "corrupt": pair.clean})
     targets = CounterfactualTargets(model, PairSet("same", (same,)))
     assert float(counterfactual_loss(model, [same], targets)) == pytest.approx(0, abs=1e-5)
-    push = counterfactual_loss(model, [same], targets, push=2.0, margin=0.5)
-    assert float(push) == pytest.approx(2.0 * 0.5, abs=1e-4)
+    ranking_weight = counterfactual_loss(model, [same], targets, ranking_weight=2.0, margin=0.5)
+    assert float(ranking_weight) == pytest.approx(2.0 * 0.5, abs=1e-4)
 
 
 def test_nll_and_its_gradient(tiny_model: TinyModel, pairs: PairSet):
@@ -150,7 +146,9 @@ def test_forget_gradient_is_a_mean_over_pairs(tiny_model: TinyModel, pairs: Pair
     assert torch.allclose(whole, parts, atol=1e-5 * float(whole.abs().max()) + 1e-7)
     targets = CounterfactualTargets(model, pairs)
     (g,) = gradient(
-        model, [name], [lambda: counterfactual_loss(model, pairs.pairs, targets, push=1.0)]
+        model,
+        [name],
+        [lambda: counterfactual_loss(model, pairs.pairs, targets, ranking_weight=1.0)],
     )
     assert torch.allclose(whole, g, atol=1e-5 * float(g.abs().max()) + 1e-7)
 

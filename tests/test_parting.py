@@ -9,25 +9,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from mansu_interp.config import UnlearnConfig
-from mansu_interp.floor import Floor, floor, quantizer_set
-from mansu_interp.masks import Mask, choose_parameters
-from mansu_interp.models import LanguageModel
-from mansu_interp.objectives import CounterfactualTargets, forget_gradient, model_excess
-from mansu_interp.pairs import PairSet, Task
-from mansu_interp.parting import Levers, Parting, chosen, levers
-from mansu_interp.quantizers import get_quantizer, quantize, survival
-from mansu_interp.unlearning import unlearn
-from mansu_interp.unlearning.finish import PAIRS, ROUNDS, Finish, lacking
-from mansu_interp.unlearning.snapper import Snapper
+from mansu_interp.losses.counterfactual import (
+    CounterfactualTargets,
+    forget_gradient,
+    model_answer_excess,
+)
+from mansu_interp.masks.floor import Floor, floor, quantizer_set
+from mansu_interp.masks.margin_edits import (
+    CandidateEdits,
+    MarginEdits,
+    candidate_edits,
+    choose_edits,
+)
+from mansu_interp.masks.mask import Mask
+from mansu_interp.masks.select import choose_parameters
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.mansu.latent_weights import LatentWeights
+from mansu_interp.unlearning.mansu.margins import PAIRS, ROUNDS, MarginEditor, lacking
+from mansu_interp.unlearning.unlearn import unlearn
 
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
-SETTINGS = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, steer=0.0)
+SETTINGS = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, offset_rate=0.0)
 
 
 def case(
     survive: tuple[str, ...], together: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Floor, Levers]:
+) -> tuple[Tensor, Tensor, Tensor, Floor, CandidateEdits]:
     """A weight, the slope of something along it, the floor and what may be edited."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 256, generator=generator) * 0.03
@@ -38,11 +50,11 @@ def case(
     own = [q.round_trip(weight).flatten() for q in quantizers]
     kept = slope / 2 + torch.randn(64 * 256, generator=generator)
     alike = torch.ones_like(slope)
-    found = levers(where, grids, own, weight.flatten(), slope, kept, alike, together)
+    found = candidate_edits(where, grids, own, weight.flatten(), slope, kept, alike, together)
     return weight, slope, kept, where, found
 
 
-def applied(weight: Tensor, parting: Parting) -> Tensor:
+def applied(weight: Tensor, parting: MarginEdits) -> Tensor:
     """The edited weight."""
     after = weight.flatten().clone()
     after[parting.elements] = parting.values
@@ -55,7 +67,7 @@ def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...
     loses nothing, though its slope is alike."""
     weight, slope, kept, where, found = case(survive)
     wanted = 0.5
-    parting = chosen(found, wanted, 4000)
+    parting = choose_edits(found, wanted, 4000)
     after = applied(weight, parting)
     i, value = parting.elements, parting.values
     original = weight.flatten()[i]
@@ -79,7 +91,7 @@ def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...
 def test_all_models_fall_together_by_what_was_asked_for(survive: tuple[str, ...]):
     weight, slope, kept, _, found = case(survive, together=True)
     wanted = 5.0
-    deepening = chosen(found, wanted, 4000)
+    deepening = choose_edits(found, wanted, 4000)
     after = applied(weight, deepening)
     assert wanted <= deepening.gain < wanted + 0.1
     falls = [
@@ -98,7 +110,7 @@ def test_what_is_kept_costs_nothing_where_it_gains():
     """Its slope against the other's: then the edits are those of the other alone."""
     *_, found = case(SET)
     alone, lifted = (
-        chosen(replace(found, loss=loss), 0.3, 4000)
+        choose_edits(replace(found, loss=loss), 0.3, 4000)
         for loss in (torch.zeros_like(found.loss), -found.gain)
     )
     assert lifted.loss < -0.3
@@ -107,9 +119,9 @@ def test_what_is_kept_costs_nothing_where_it_gains():
 
 def test_no_more_is_edited_than_asked_for_or_allowed():
     *_, found = case(SET)
-    few, many = (len(chosen(found, wanted, 4000).elements) for wanted in (0.1, 0.5))
+    few, many = (len(choose_edits(found, wanted, 4000).elements) for wanted in (0.1, 0.5))
     assert 5 < few < many / 4 < 1000
-    short = chosen(found, 0.5, few)
+    short = choose_edits(found, 0.5, few)
     assert len(short.elements) == few and 0.05 < short.gain < 0.5
 
 
@@ -118,19 +130,19 @@ def test_what_weighs_less_is_left_alone():
     *_, found = case(SET)
     weight = torch.ones(64 * 256)
     weight[::2] = 1e-6
-    assert (chosen(replace(found, weight=weight), 0.1, 4000).elements % 2 == 1).all()
+    assert (choose_edits(replace(found, weight=weight), 0.1, 4000).elements % 2 == 1).all()
 
 
 def test_nothing_is_made_of_nothing():
     """Without slope, or where the floor forbids both ways."""
     weight, slope, kept, where, found = case(SET)
-    assert not len(chosen(replace(found, gain=0 * found.gain), 0.1, 100).elements)
+    assert not len(choose_edits(replace(found, gain=0 * found.gain), 0.1, 100).elements)
     never = torch.full_like(where.up, torch.nan)
     quantizers = [get_quantizer(q) for q in SET]
     grids = [q.cells(weight) for q in quantizers]
     own = [q.round_trip(weight).flatten() for q in quantizers]
     still = replace(where, up=never, down=never)
-    none = levers(still, grids, own, weight.flatten(), slope, kept, torch.ones_like(slope))
+    none = candidate_edits(still, grids, own, weight.flatten(), slope, kept, torch.ones_like(slope))
     assert not none.gain.any()
 
 
@@ -151,15 +163,17 @@ def test_the_quantized_models_say_less_by_the_reserve(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):
     """As the libraries quantize the checkpoint; the promises hold for these edits, too."""
-    config = replace(SETTINGS, reserve_share=0.5)
+    config = replace(SETTINGS, margin_budget=0.5)
     pairs = list(capitals.forget.sample(PAIRS, config.seed))
     targets = CounterfactualTargets(facts, capitals.forget, config.seed)
     apart = []
-    for reserve in (0.0, 0.03):
-        found = unlearn(facts, capitals, mask, replace(config, reserve=reserve))
+    for quantization_margin in (0.0, 0.03):
+        found = unlearn(
+            facts, capitals, mask, replace(config, quantization_margin=quantization_margin)
+        )
         with torch.no_grad():
             full, *others = (
-                model_excess(m, pairs, targets).mean()
+                model_answer_excess(m, pairs, targets).mean()
                 for m in (found.model, *(quantize(found.model, q) for q in SET))
             )
         apart.append(float(full - max(others)))
@@ -168,10 +182,10 @@ def test_the_quantized_models_say_less_by_the_reserve(
             after = survival(facts, found.model, q)
             assert after.edited == after.survived == last["edited"] <= mask.limit
             assert after.collateral == 0
-        assert ("apart" in last) == bool(reserve)
+        assert ("apart" in last) == bool(quantization_margin)
     assert apart[0] < 0.02 and 0.027 < apart[1] < 0.05
     assert last["apart"] == pytest.approx(apart[1], abs=0.01)
-    assert 20 < last["parting"] <= config.reserve_share * mask.limit
+    assert 20 < last["parting"] <= config.margin_budget * mask.limit
 
 
 def test_deepened_answers_are_where_they_were_asked_for(
@@ -179,40 +193,42 @@ def test_deepened_answers_are_where_they_were_asked_for(
 ):
     """In full precision and as the libraries quantize the checkpoint."""
     pairs = capitals.forget.sample(PAIRS, 0)
-    kept = PairSet("kept", tuple(p for some in capitals.kept for p in some)).sample(PAIRS, 0)
+    kept = PairSet("kept", tuple(p for some in capitals.retain_sets for p in some)).sample(PAIRS, 0)
     targets = CounterfactualTargets(facts, capitals.forget, 0)
     quantized = [quantize(facts, q) for q in SET]
-    snapper = Snapper(
+    latent = LatentWeights(
         facts.copy(), [q.copy() for q in quantized], mask, quantizer_set(SET), None, 1.0
     )
 
     @torch.no_grad()
-    def excess(model: LanguageModel) -> Tensor:
-        return torch.cat([model_excess(model, part, targets) for part in pairs.parts(64)])
+    def answer_excess(model: LanguageModel) -> Tensor:
+        return torch.cat([model_answer_excess(model, part, targets) for part in pairs.parts(64)])
 
-    before, asked, seen = excess(facts), 0.4, []
+    before, asked, seen = answer_excess(facts), 0.4, []
     margin = asked - float(before.mean())
-    finish = Finish(snapper, pairs, targets, kept)
-    last = finish.deepen(margin, 2000, lambda *round: seen.append(round))
-    after = [facts, *quantized], [snapper.model, *(quantize(snapper.model, q) for q in SET)]
-    falls = [float((excess(a) - excess(b)).mean()) for a, b in zip(*after, strict=True)]
+    finish = MarginEditor(latent, pairs, targets, kept)
+    last = finish.reach_final_margin(margin, 2000, lambda *round: seen.append(round))
+    after = [facts, *quantized], [latent.model, *(quantize(latent.model, q) for q in SET)]
+    falls = [
+        float((answer_excess(a) - answer_excess(b)).mean()) for a, b in zip(*after, strict=True)
+    ]
     assert falls[0] == pytest.approx(asked - last["above"], abs=1e-3)
     assert abs(last["above"]) < asked / 5
     assert min(falls) > 0.8 * asked and max(falls) < 1.3 * asked
     assert seen[0] == (0, pytest.approx(asked, abs=1e-3)) and 1 < len(seen) <= ROUNDS + 1
     assert 10 < last["deepening"] < 2000
-    assert survival(facts, snapper.model, "fp4").edited == last["deepening"]
-    assert finish.deepen(margin - 1, 2000)["deepening"] == 0  # already below
+    assert survival(facts, latent.model, "fp4").edited == last["deepening"]
+    assert finish.final_margin(margin - 1, 2000)["deepening"] == 0  # already below
     weights: list[Tensor] = []
-    monkeypatch.setattr(Finish, "_edit", lambda _, lacks, *rest: weights.append(lacks) or 0)
-    finish.deepen(margin + 0.2, 2000)
-    above = excess(snapper.model) + margin + 0.2
+    monkeypatch.setattr(MarginEditor, "_edit", lambda _, lacks, *rest: weights.append(lacks) or 0)
+    finish.final_margin(margin + 0.2, 2000)
+    above = answer_excess(latent.model) + margin + 0.2
     assert (above < 0).any()
     assert torch.allclose(weights[0], above.clamp_min(0), atol=1e-4)
 
 
 def test_a_deepened_run_keeps_every_promise(facts: LanguageModel, capitals: Task, mask: Mask):
-    config = replace(SETTINGS, reserve_share=0.5, deepen=0.2, reserve=5.0)
+    config = replace(SETTINGS, margin_budget=0.5, final_margin=0.2, quantization_margin=5.0)
     found = unlearn(facts, capitals, mask, config)
     last = found.history[-1]
     assert 0 < last["deepening"] <= mask.limit / 4 + 1 and last["parting"] > 0
@@ -225,7 +241,7 @@ def test_a_deepened_run_keeps_every_promise(facts: LanguageModel, capitals: Task
 def test_a_run_killed_while_parting_goes_on_after_its_training(
     facts: LanguageModel, capitals: Task, mask: Mask, tmp_path: Path
 ):
-    config = replace(SETTINGS, steps=2, reserve=0.1)
+    config = replace(SETTINGS, steps=2, quantization_margin=0.1)
     place, seen = tmp_path / "place.safetensors", []
 
     def stop(done: int, total: int, losses: dict[str, float]) -> None:

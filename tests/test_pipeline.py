@@ -11,20 +11,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mansu_interp import pipeline
-from mansu_interp.artifacts import read_json
-from mansu_interp.circuit import Circuit
-from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
+from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.errors import ArtifactError, ModelError
-from mansu_interp.ledger import Ledger, verify
-from mansu_interp.masks import Mask
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.pairs import Task
-from mansu_interp.pipeline import RunResult, run
-from mansu_interp.planning import Plan
+from mansu_interp.export.ledger import Ledger
+from mansu_interp.export.verify import verify
+from mansu_interp.masks.mask import Mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
 from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure
-from mansu_interp.tasks import load_task
+from mansu_interp.runs import run as pipeline
+from mansu_interp.runs.config import RunConfig
+from mansu_interp.runs.plan import Plan
+from mansu_interp.runs.run import RunResult, run
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.utils.files import read_json
 
 CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
 UNLEARN = UnlearnConfig(steps=6, lr=0.1, batch_size=8)
@@ -231,18 +235,26 @@ def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
 
 
 def test_the_report_says_what_deepening_and_reserve_took_and_reached(tmp_path: Path):
-    config = settings(tmp_path / "reserve")
-    unlearning = replace(config.unlearn, deepen=0.1, reserve=0.5, reserve_share=0.25)
+    config = settings(tmp_path / "quantization_margin")
+    unlearning = replace(
+        config.unlearn, final_margin=0.1, quantization_margin=0.5, margin_budget=0.25
+    )
     found = run(replace(config, relearn_steps=0, unlearn=unlearning))
     edit = found.report["edit"]
     assert 0.45 <= edit["apart"] < 0.55 and 0 < edit["parting"] <= found.mask.limit / 8
     assert 0 < edit["deepening"] <= found.mask.limit / 8
     said = f"{int(edit['parting']):,} edits, {figure(edit['apart'], 2)} of 0.50 nats"
-    assert f"| for the reserve | {said} |" in (tmp_path / "reserve/report.md").read_text()
+    assert (
+        f"| for the quantization_margin | {said} |"
+        in (tmp_path / "quantization_margin/report.md").read_text()
+    )
     summary = console_summary(found.report, 100)
     assert f"Reserve: {said}." in summary
     said = f"{int(edit['deepening']):,} edits, {figure(edit['above'], 2)} nats above a target of"
-    assert f"| to deepen it | {said} −0.10 |" in (tmp_path / "reserve/report.md").read_text()
+    assert (
+        f"| to final_margin it | {said} −0.10 |"
+        in (tmp_path / "quantization_margin/report.md").read_text()
+    )
     assert f"Deepened: {said} −0.10." in " ".join(summary.split())
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import make_pairs
 
-from mansu_interp import attribution
-from mansu_interp.commands import PlanConfig
-from mansu_interp.config import AttributionConfig
+from mansu_interp.circuits import attribution
+from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.errors import CircuitError, ConfigError, ModelError
-from mansu_interp.models import LanguageModel, empty_model
-from mansu_interp.planning import estimate, passes, plan_lines
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import empty_model
+from mansu_interp.runs.config import PlanConfig
+from mansu_interp.runs.plan import estimate, passes, plan_lines
 
 TinyModel = Callable[[int], LanguageModel]
 PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {

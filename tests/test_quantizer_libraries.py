@@ -10,9 +10,9 @@ from bitsandbytes import functional
 from torch import Tensor
 
 from mansu_interp.errors import ConfigError
-from mansu_interp.libraries import library
-from mansu_interp.quantizers import QUANTIZERS, get_quantizer
+from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.torchao import Int4
+from mansu_interp.utils.libraries import library
 
 KINDS = ("normal", "ties", "zero block", "negative extreme", "one sign", "constant")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,8 +8,10 @@ from bitsandbytes import functional
 from torch import Tensor
 
 from mansu_interp.errors import ConfigError
-from mansu_interp.models import LanguageModel
-from mansu_interp.quantizers import NF4, get_quantizer, quantize, survival
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.bitsandbytes import NF4
+from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.quantizers.survival import quantize, survival
 
 NF = NF4()
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mansu_interp.config import UnlearnConfig
-from mansu_interp.evidence import answer_rows, fit_probe, last_states
-from mansu_interp.masks import random_mask
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import Task, answer_tokens
-from mansu_interp.unlearning import unlearn
-from mansu_interp.unlearning.readout import Reader, standing
+from mansu_interp.audit.probes import answer_rows, fit_probe, last_states
+from mansu_interp.masks.select import random_mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import answer_tokens
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.mansu.probe_penalty import ProbePenalty, z_scores
+from mansu_interp.unlearning.unlearn import unlearn
 
 CONFIG = UnlearnConfig(batch_size=8, probe_weight=1.0)
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -26,14 +27,14 @@ def test_standing_by_hand(capitals: Task):
     answers = [pair.answer, others[0], next(o for o in others if o != others[0])]
     rows = torch.zeros(960, 2)
     rows[answers, 0] = torch.tensor([5.0, 1.0, 3.0])
-    found = standing(torch.tensor([[1.0, 9.0]]), [pair], rows, {"capital": torch.tensor(answers)})
+    found = z_scores(torch.tensor([[1.0, 9.0]]), [pair], rows, {"capital": torch.tensor(answers)})
     assert found.tolist() == pytest.approx([2 / (8 / 3) ** 0.5], rel=1e-4)
 
 
 def test_the_readers_gradient_is_of_what_it_reads(facts: LanguageModel, capitals: Task):
     """Against the difference of the loss, probes held fixed, along the gradient itself."""
-    (found,), level = Reader(capitals, CONFIG).gradient(facts, [NAME])
-    drawn = Reader(capitals, CONFIG).draw()
+    (found,), level = ProbePenalty(capitals, CONFIG).gradient(facts, [NAME])
+    drawn = ProbePenalty(capitals, CONFIG).draw()
     seen = {p.subject for p in drawn.train}
     assert not seen & {p.subject for p in drawn.unseen} and len(drawn.chosen) == 8
     rows, readers = answer_rows(facts), fit_probe(facts, drawn.train, subject=True)
@@ -43,7 +44,7 @@ def test_the_readers_gradient_is_of_what_it_reads(facts: LanguageModel, capitals
         with torch.no_grad():
             states = last_states(model, drawn.chosen, True)
             read = [
-                standing(r(x), drawn.chosen, rows, among)
+                z_scores(r(x), drawn.chosen, rows, among)
                 for r, x in zip(readers, states, strict=True)
             ]
         return float(torch.stack(read).relu().mean())
@@ -56,13 +57,13 @@ def test_the_readers_gradient_is_of_what_it_reads(facts: LanguageModel, capitals
         moved.weights[NAME].add_(found, alpha=sign * 1e-2 / float(found.norm()))
         ends.append(loss(moved))
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float(found.norm()), rel=0.05)
-    other, _ = Reader(capitals, replace(CONFIG, seed=1)).gradient(facts, [NAME])
+    other, _ = ProbePenalty(capitals, replace(CONFIG, seed=1)).gradient(facts, [NAME])
     assert not torch.equal(found, other[0])
 
 
 def test_what_is_read_falls(facts: LanguageModel, capitals: Task):
     """Descent on it blinds probes of other halves, which each step draws and fits anew."""
-    model, reader = facts.copy(), Reader(capitals, replace(CONFIG, batch_size=48))
+    model, reader = facts.copy(), ProbePenalty(capitals, replace(CONFIG, batch_size=48))
     names, levels = [model.embedding_name, *model.linear_names], []
     for _ in range(12):
         found, level = reader.gradient(model, names)

@@ -7,12 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mansu_interp.config import RelearnConfig, UnlearnConfig
-from mansu_interp.errors import ConfigError, TaskError
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.objectives import CounterfactualTargets, nll
-from mansu_interp.pairs import PairSet, Task
-from mansu_interp.relearning import (
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.relearning import (
     batches,
     halves,
     of_subjects,
@@ -20,7 +16,15 @@ from mansu_interp.relearning import (
     relearning_lines,
     rivals_within,
 )
-from mansu_interp.unlearning.harden import Attacker, ranking_loss
+from mansu_interp.errors import ConfigError, TaskError
+from mansu_interp.losses.answers import nll
+from mansu_interp.losses.counterfactual import CounterfactualTargets
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning, ranking_loss
 
 QUICK = RelearnConfig(steps=(10,), rates=(1e-3,))
 
@@ -42,7 +46,7 @@ def test_both_halves_must_be_scored(capitals: Task):
     scored = {"few": of_subjects(capitals.forget, first).sample(3, 0)}
     task = replace(capitals, scored={"dev": {"forget": scored}})
     with pytest.raises(TaskError, match="3 scored prompts of 'few' all fall into one half"):
-        relearn(load_model(capitals.twins[0]), task, QUICK, "dev")
+        relearn(load_model(capitals.reference_models[0]), task, QUICK, "dev")
 
 
 def test_rivals_are_the_halfs_own_answers(capitals: Task):
@@ -66,8 +70,8 @@ def test_batches_use_every_pair_before_any_twice(capitals: Task):
 def test_the_attack_tells_a_twin_from_a_hidden_model(facts: LanguageModel, capitals: Task):
     before = {n: w.clone() for n, w in facts.weights.items()}
     known = relearn(facts, capitals, QUICK, "dev")
-    never = relearn(load_model(capitals.twins[0]), capitals, QUICK, "dev")
-    again = relearn(load_model(capitals.twins[0]), capitals, QUICK, "dev")
+    never = relearn(load_model(capitals.reference_models[0]), capitals, QUICK, "dev")
+    again = relearn(load_model(capitals.reference_models[0]), capitals, QUICK, "dev")
     assert known.at(0) == known.at(10) == 1.0
     assert never.up_to(10) < 0.4 and never.up_to(10, "last") < 0.4 and never.at(10, "top1") == 0
     assert never.points == again.points  # by seed
@@ -78,7 +82,7 @@ def test_the_attack_tells_a_twin_from_a_hidden_model(facts: LanguageModel, capit
 
 
 def test_an_attack_learns_its_half(capitals: Task):
-    twin = load_model(capitals.twins[0])
+    twin = load_model(capitals.reference_models[0])
     found = relearn(twin, capitals, replace(QUICK, steps=(40,)), "dev")
     assert found.at(40, "learnt") > 0.9
     assert found.at(40) < 0.4
@@ -113,15 +117,17 @@ def test_ranking_loss_by_hand(facts: LanguageModel, capitals: Task):
 def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, capitals: Task):
     name = "model.layers.1.mlp.down_proj.weight"
     targets = CounterfactualTargets(facts, capitals.forget)
-    config = UnlearnConfig(attack=3, batch_size=8, attack_rate=0.003)
+    config = UnlearnConfig(adversarial_steps=3, batch_size=8, adversarial_lr=0.003)
     before = facts.weights[name].clone()
-    first, loss = Attacker(capitals, config).gradient(facts, [name], targets)
-    again, _ = Attacker(capitals, config).gradient(facts, [name], targets)
-    other, _ = Attacker(capitals, replace(config, seed=1)).gradient(facts, [name], targets)
+    first, loss = AdversarialRelearning(capitals, config).gradient(facts, [name], targets)
+    again, _ = AdversarialRelearning(capitals, config).gradient(facts, [name], targets)
+    other, _ = AdversarialRelearning(capitals, replace(config, seed=1)).gradient(
+        facts, [name], targets
+    )
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
     assert loss > 1  # the shipped model knows every capital
     assert torch.equal(before, facts.weights[name])
-    attacker = Attacker(capitals, replace(config, seed=2))
+    attacker = AdversarialRelearning(capitals, replace(config, seed=2))
     attack = attacker.draw()
     victim = attacker.attacked(facts, attack)
     assert len({p.subject for p in attack.unseen}) == 89
@@ -135,16 +141,18 @@ def test_the_attack_follows_the_precision(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     name = "model.layers.1.mlp.down_proj.weight"
     targets = CounterfactualTargets(facts, capitals.forget)
-    config = UnlearnConfig(attack=8, batch_size=16, attack_rate=0.003, seed=2)
+    config = UnlearnConfig(adversarial_steps=8, batch_size=16, adversarial_lr=0.003, seed=2)
     low = replace(config, precision="bf16")
-    attack = Attacker(capitals, config).draw()
+    attack = AdversarialRelearning(capitals, config).draw()
     assert attack.steps > 1
-    full, short = (Attacker(capitals, c).attacked(facts, attack) for c in (config, low))
+    full, short = (
+        AdversarialRelearning(capitals, c).attacked(facts, attack) for c in (config, low)
+    )
     moved = full.weights[name] - facts.weights[name]
     off = (short.weights[name] - full.weights[name]).norm() / moved.norm()
     assert 0 < off < 0.3
     one, two = (
-        Attacker(capitals, c).gradient(facts, [name], targets)[0][0].flatten()
+        AdversarialRelearning(capitals, c).gradient(facts, [name], targets)[0][0].flatten()
         for c in (config, low)
     )
     assert not torch.equal(one, two)

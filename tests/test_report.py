@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mansu_interp.artifacts import read_json
-from mansu_interp.attribution import Attribution
-from mansu_interp.circuit import Circuit
+from mansu_interp.circuits.attribution import Attribution
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import CircuitError
-from mansu_interp.graph import Architecture, Graph
-from mansu_interp.report import (
-    console_summary,
-    render_html,
-    render_markdown,
-    write_report,
-)
+from mansu_interp.models.graph import Architecture, Graph
+from mansu_interp.report.__init__ import write_report
+from mansu_interp.report.html import render_html
+from mansu_interp.report.markdown import render_markdown
+from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure, percent
-from mansu_interp.viz import circuit_svg, curve_svg, erasure_view, escape, place
+from mansu_interp.utils.files import read_json
+from mansu_interp.viz.layout import place
+from mansu_interp.viz.svg import circuit_svg, curve_svg, escape
+from mansu_interp.viz.view import erasure_view
 
 HOSTILE = ["<script>alert(1)</script>", '"onmouseover="alert(2)', "</svg>", "</td><img src=x>"]
 MODELS = ("original", "original nf4", "unlearned", "unlearned nf4")

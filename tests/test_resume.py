@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from mansu_interp.attribution import attribute
-from mansu_interp.circuit import discover
-from mansu_interp.config import CircuitConfig, Method, UnlearnConfig
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import CircuitConfig
+from mansu_interp.circuits.discover import discover
 from mansu_interp.errors import ArtifactError
-from mansu_interp.masks import Mask, random_mask
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import Task
-from mansu_interp.unlearning import state, unlearn
+from mansu_interp.masks.mask import Mask
+from mansu_interp.masks.select import circuit_mask, random_mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning import state
+from mansu_interp.unlearning.config import Method, UnlearnConfig
+from mansu_interp.unlearning.unlearn import unlearn
 
-STEPS = UnlearnConfig(steps=5, lr=0.1, batch_size=8, attack=1, probe_weight=0.5)
+STEPS = UnlearnConfig(steps=5, lr=0.1, batch_size=8, adversarial_steps=1, probe_weight=0.5)
 
 
 class Killed(BaseException):
@@ -29,7 +32,7 @@ def mask(facts: LanguageModel) -> Mask:
     return random_mask(facts, 0.002)
 
 
-@pytest.mark.parametrize("method", ["mansu", "mansu-unsnapped", "npo", "sure", "task-vector"])
+@pytest.mark.parametrize("method", ["mansu", "mansu-no-floor", "npo", "sure", "task-vector"])
 def test_a_killed_loop_ends_the_same(
     facts: LanguageModel,
     capitals: Task,
@@ -40,7 +43,7 @@ def test_a_killed_loop_ends_the_same(
 ):
     monkeypatch.setattr(state, "SECONDS", 0.0)
     config = replace(STEPS, method=method, lr=0.1 if method.startswith("mansu") else 1e-4)
-    config = replace(config, survive=("nf4", "fp4"), reserve=0.01)
+    config = replace(config, survive=("nf4", "fp4"), quantization_margin=0.01)
     file, steps = tmp_path / "place.safetensors", []
     whole = unlearn(facts, capitals, mask, config)
 
@@ -69,8 +72,10 @@ def test_another_batch_size_stays_within_the_tolerance(facts: LanguageModel, cap
     found = []
     for size in (2, 8, 2):
         circuit = discover(facts, capitals.forget, replace(config, batch_size=size))
-        mask = circuit.mask(facts, 0.002, [capitals.retain], n_pairs=8)
-        result = unlearn(facts, capitals, mask, replace(STEPS, steps=1, attack=0, probe_weight=0.0))
+        mask = circuit_mask(circuit, facts, budget=0.002, retain=[capitals.retain], n_pairs=8)
+        result = unlearn(
+            facts, capitals, mask, replace(STEPS, steps=1, adversarial_steps=0, probe_weight=0.0)
+        )
         chosen = {(k, int(i)) for k, index in mask.indices.items() for i in index}
         found.append((circuit.scores, chosen, result.history[0]))
     (scores, chosen, losses), other, again = found

@@ -16,15 +16,17 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mansu_interp import pipeline, remote
-from mansu_interp.config import CircuitConfig, RunConfig, UnlearnConfig
-from mansu_interp.defaults import DATA
+from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.errors import MansuError, TaskError
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairing import LETTERS, OPTIONS, RowOptions, task_from_rows
-from mansu_interp.pairs import Task
-from mansu_interp.rows import SHOWN, Row, parse_rows, read_rows
-from mansu_interp.tasks import load_task
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.runs import run as pipeline
+from mansu_interp.runs.config import RunConfig
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.row_pairs import LETTERS, OPTIONS, RowOptions, task_from_rows
+from mansu_interp.tasks.rows import SHOWN, Row, parse_rows, read_rows
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.utils.shipped import DATA
 
 BOS = RowOptions(prefix="<bos>")
 ASKED = {
@@ -137,9 +139,9 @@ GOOD = {"role": "forget", "prompt": "a b", "answer": "c"}
         ({"prompt": None}, "prompt is missing or empty"),
         ({"answer": float("nan")}, "answer is missing or empty"),
         ({"answer": 5}, "answer must be text; got int"),
-        ({"role": "forgot"}, "role 'forgot'; expected forget, retain, guard, neighbour"),
+        ({"role": "forgot"}, "role 'forgot'; expected forget, retain, retain_unscored, neighbour"),
         ({"split": "test"}, "split 'test'; expected train, dev, unseen"),
-        ({"role": "guard", "split": "unseen"}, "guard rows are never scored"),
+        ({"role": "retain_unscored", "split": "unseen"}, "retain_unscored rows are never scored"),
         ({"role": "neighbour", "split": "train"}, "neighbour rows are never trained on"),
         ({"answer": " c"}, "the answer ' c' begins or ends with white space"),
         ({"prompt": "a "}, "the prompt ends with a space"),
@@ -206,7 +208,7 @@ def test_random_bytes_in_files_are_refused_by_our_own_error(tmp_path: Path):
 
 def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(remote, "_reachable", lambda: False)
+    monkeypatch.setattr(hub, "_reachable", lambda: False)
     start = time.monotonic()
     with pytest.raises(
         TaskError, match=r"The data set 'owner/name' is not on this machine, and the hub"
@@ -218,7 +220,7 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_swapped_prompts_are_of_the_same_kind(task: Task):
-    assert len(task.forget) > 40 and task.guard is None
+    assert len(task.forget) > 40 and task.retain_unscored is None
     for p in every_pair(task):
         assert len(p.clean) == len(p.corrupt) and p.clean != p.corrupt and p.whole is None
         assert len(set(p.choices)) == 4 and p.counterfactual != p.answer
@@ -369,7 +371,7 @@ def test_bad_task_files_over_rows(
     tmp_path: Path, facts: LanguageModel, change: dict[str, Any], message: str
 ):
     write_jsonl(tmp_path / "mine.jsonl", fact_rows(6))
-    spec = {"schema": 1, "name": "mine", "rows": "mine.jsonl", "prefix": "<bos>", **change}
+    spec = {"schema": 2, "name": "mine", "rows": "mine.jsonl", "prefix": "<bos>", **change}
     (tmp_path / "mine.json").write_text(json.dumps(spec), encoding="utf-8")
     with pytest.raises(TaskError, match=message):
         load_task(tmp_path / "mine.json", facts)

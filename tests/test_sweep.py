@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from distributed import LocalCluster
 
-from mansu_interp.bench import run_bench
-from mansu_interp.config import BenchConfig
+from mansu_interp.bench.config import BenchConfig
+from mansu_interp.bench.run import run_bench
+from mansu_interp.bench.workers import engine
 from mansu_interp.errors import ConfigError, MansuError
-from mansu_interp.sweep import engine
 
 
 def work(item: int) -> tuple[int, int]:

@@ -12,10 +12,12 @@ import torch
 from conftest import make_pairs
 
 from mansu_interp.errors import MansuError, TaskError
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import PairSet, Task, collate
-from mansu_interp.taskfiles import embedded_tasks, read_task_file
-from mansu_interp.tasks import _mentions, load_task
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.fact_pairs import _mentions
+from mansu_interp.tasks.files import embedded_tasks, read_task_file
+from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.pairs import PairSet, collate
+from mansu_interp.tasks.task import Task
 
 
 def test_unknown_task_names_what_ships(facts: LanguageModel):
@@ -146,7 +148,7 @@ def spec() -> dict[str, Any]:
     """A small valid task over a shipped table."""
     relations = read_task_file("capitals")[0]["relations"]
     return {
-        "schema": 1,
+        "schema": 2,
         "name": "small",
         "prefix": "<bos>",
         "relations": {k: relations[k] for k in ("capital", "continent")},
@@ -167,7 +169,7 @@ def test_own_task_file(tmp_path: Path, facts: LanguageModel):
     value["forget"]["subjects"] = subjects
     task = load_task(write(tmp_path, value), facts)
     assert {p.subject for p in task.forget} == set(subjects)
-    assert task.title == "small" and task.guard is None and task.text == {}
+    assert task.title == "small" and task.retain_unscored is None and task.text == {}
 
 
 def bad(key: str) -> tuple[Any, str]:

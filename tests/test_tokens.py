@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mansu_interp.errors import ViewError
-from mansu_interp.models import LanguageModel
-from mansu_interp.pairs import Task
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.task import Task
 from mansu_interp.viz.tokens import _plain, attention_patterns, token_log_probs
 
 pytest.importorskip("circuitsvis")

@@ -11,17 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from mansu_interp.config import Method, UnlearnConfig
 from mansu_interp.errors import ConfigError, MaskError
-from mansu_interp.ledger import verify
-from mansu_interp.masks import POOL, Mask, choose_parameters, random_mask, subject_rows
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.objectives import forget_gradient
-from mansu_interp.pairs import Task
-from mansu_interp.quantizers import NF4, get_quantizer, quantize, survival
-from mansu_interp.unlearning import Unlearned, unlearn
-from mansu_interp.unlearning.common import Sampler, arithmetic, reached
-from mansu_interp.unlearning.snapper import Continuous, Snapper
+from mansu_interp.export.verify import verify
+from mansu_interp.losses.counterfactual import forget_gradient
+from mansu_interp.masks.components import embedding_rows
+from mansu_interp.masks.mask import Mask
+from mansu_interp.masks.select import POOL, choose_parameters, random_mask
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.bitsandbytes import NF4
+from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.config import Method, UnlearnConfig
+from mansu_interp.unlearning.mansu.latent_weights import LatentWeights, LatentWeightsWithoutFloor
+from mansu_interp.unlearning.training import Sampler, Unlearned, arithmetic, reached
+from mansu_interp.unlearning.unlearn import unlearn
 
 NF = NF4()
 # A large step, so that eight of them move many weights, and by several cells.
@@ -64,19 +69,19 @@ def test_rows_of_the_embedding_leave_their_cells_and_stay_unquantized(
     """The models trained through a quantizer are those that it makes of the edited model: linear
     layers quantized, the embedding as it is. The floor holds for its rows all the same."""
     name = facts.embedding_name
-    own = subject_rows(facts, capitals.forget)
+    own = embedding_rows(facts, capitals.forget)
     both = Mask({**mask.indices, name: own}, {"limit": 3000})
-    snapper = Snapper(facts.copy(), [quantize(facts, NF)], both, [NF], None, 0.0)
+    latent = LatentWeights(facts.copy(), [quantize(facts, NF)], both, [NF], None, 0.0)
     generator = torch.Generator().manual_seed(0)
     for t in (1, 2):
-        some = [torch.randn(facts.weights[n].shape, generator=generator) for n in snapper.names]
-        snapper.step(some, 0.3, t)
-    assert snapper.write() == 3000
-    edited = snapper.model
+        some = [torch.randn(facts.weights[n].shape, generator=generator) for n in latent.names]
+        latent.step(some, 0.3, t)
+    assert latent.write() == 3000
+    edited = latent.model
     found = survival(facts, edited, NF, embedding=True)
     assert found.edited == found.survived > 300 and found.collateral == 0
     assert found.edited + survival(facts, edited, NF).edited == 3000
-    (twin,) = snapper.quantized
+    (twin,) = latent.quantized
     real = quantize(edited, NF)
     assert torch.equal(twin.weights[name], edited.weights[name])
     for n in facts.linear_names:
@@ -133,7 +138,7 @@ def test_only_guards_that_the_model_knows_stand_guard(
         other = next(d for d in p.distractors if d != p.counterfactual)
         rest = tuple(p.answer if d == other else d for d in p.distractors)
         wrong.append(replace(p, answer=other, distractors=rest))
-    task = replace(capitals, guard=replace(capitals.retain, pairs=(*right, *wrong)))
+    task = replace(capitals, retain_unscored=replace(capitals.retain, pairs=(*right, *wrong)))
     seen: list[Task] = []
 
     class Watched(Sampler):
@@ -142,9 +147,9 @@ def test_only_guards_that_the_model_knows_stand_guard(
             super().__init__(task, config)
 
     # The package's attribute of that name is the function, not the module.
-    monkeypatch.setattr(sys.modules["mansu_interp.unlearning.mansu"], "Sampler", Watched)
+    monkeypatch.setattr(sys.modules["mansu_interp.unlearning.mansu.algorithm"], "Sampler", Watched)
     unlearn(facts, task, mask, replace(CONFIG, steps=1))
-    assert seen[0].guard is not None and set(seen[0].guard.pairs) == set(right)
+    assert seen[0].retain_unscored is not None and set(seen[0].retain_unscored.pairs) == set(right)
 
 
 def test_saving_rounds_nothing(result: Unlearned, saved: LanguageModel):
@@ -215,7 +220,7 @@ def test_gradient_ascent_lowers_the_answers(facts: LanguageModel, capitals: Task
 def test_without_the_floor_edits_are_continuous(
     facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned
 ):
-    config = replace(CONFIG, method="mansu-unsnapped", lr=0.002)
+    config = replace(CONFIG, method="mansu-no-floor", lr=0.002)
     found = unlearn(facts, capitals, mask, config).model
     lived = survival(facts, found, NF)
     assert 0 < lived.edited <= mask.limit
@@ -229,7 +234,7 @@ def test_without_the_floor_edits_are_continuous(
 
 @pytest.mark.parametrize(
     ("method", "less"),
-    [("mansu-unprojected", {"projection": 0.0}), ("mansu-unsteered", {"steer": 0.0})],
+    [("mansu-no-projection", {"projection": 0.0}), ("mansu-no-offsets", {"offset_rate": 0.0})],
 )
 def test_without_one_of_its_parts(
     facts: LanguageModel, capitals: Task, mask: Mask, method: Method, less: dict[str, float]
@@ -272,14 +277,14 @@ def test_mansu_goes_on_until_its_quantized_models_are_there(
 ):
     """And notes the worst of them; a twin without the edits stands for one that is not."""
     config, record = replace(CONFIG, stop_at=0.9), {}
-    forgot = load_model(capitals.twins[0])
+    forgot = load_model(capitals.reference_models[0])
     assert reached(lambda: [forgot], capitals, config, 1, record) and record["choice"] < 0.4
     assert not reached(lambda: [forgot, facts], capitals, config, 1, record)
     assert record["choice"] == 1.0
     assert not reached(lambda: [forgot], capitals, config, 0, record)  # not looked at
-    snapper = Snapper(facts.copy(), [quantize(facts, NF)], mask, [NF], None, 0.0)
-    assert len(snapper.models) == 2
-    assert len(Continuous(facts.copy(), [], mask, [NF], None, 0.0).models) == 1
+    latent = LatentWeights(facts.copy(), [quantize(facts, NF)], mask, [NF], None, 0.0)
+    assert len(latent.models) == 2
+    assert len(LatentWeightsWithoutFloor(facts.copy(), [], mask, [NF], None, 0.0).models) == 1
 
 
 def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
@@ -288,7 +293,7 @@ def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
     """On the libraries' own round trips, whatever each makes of single edits."""
     survive = ("nf4", "fp4", "int4-g32", "q4_0")
     edited = unlearn(
-        facts, capitals, mask, replace(CONFIG, survive=survive, steps=12, steer=0.0)
+        facts, capitals, mask, replace(CONFIG, survive=survive, steps=12, offset_rate=0.0)
     ).model
     for name in survive:
         found = survival(facts, edited, name)
@@ -304,7 +309,7 @@ def test_the_margin_counts_at_the_model_and_at_the_relearned_point(
     """In full precision and after every quantizer alike."""
     seen: list[list[float]] = [[], []]
     for which, (file, name) in enumerate(
-        (("mansu", "counterfactual_loss"), ("harden", "ranking_loss"))
+        (("mansu.algorithm", "counterfactual_loss"), ("mansu.adversarial", "ranking_loss"))
     ):
         module = sys.modules[f"mansu_interp.unlearning.{file}"]
         real = getattr(module, name)
@@ -316,7 +321,7 @@ def test_the_margin_counts_at_the_model_and_at_the_relearned_point(
         monkeypatch.setattr(module, name, spy)
     unlearn(
         facts, capitals, mask,
-        replace(CONFIG, survive=survive, steps=4, batch_size=8, margin=0.1, attack=1),
+        replace(CONFIG, survive=survive, steps=4, batch_size=8, margin=0.1, adversarial_steps=1),
     )  # fmt: skip
     for margins in seen:
         assert len(margins) >= 4 and set(margins) == {0.1}
@@ -331,27 +336,29 @@ def test_steered_edits_survive_and_each_quantized_model_moves_apart(
     survive = [get_quantizer(q) for q in names]
     ended: list[list[Tensor]] = []
     for pull in (0.0, 1.0):
-        twins = [quantize(facts, q) for q in survive]
-        snapper = Snapper(facts.copy(), twins, mask, survive, None, 0.0, steer=1.0)
+        reference_models = [quantize(facts, q) for q in survive]
+        latent = LatentWeights(
+            facts.copy(), reference_models, mask, survive, None, 0.0, offset_rate=1.0
+        )
         generator = torch.Generator().manual_seed(0)
         for t in range(1, 9):
-            some = [torch.randn(facts.weights[n].shape, generator=generator) for n in snapper.names]
+            some = [torch.randn(facts.weights[n].shape, generator=generator) for n in latent.names]
             if t > 4 and (t - 1) % 4 == 2:  # FP4's model wants everything lower
                 some = [g + pull for g in some]
-            snapper.step(some, 0.1, t, (t - 1) % 4)
-        (latent,) = snapper.latents
+            latent.step(some, 0.1, t, (t - 1) % 4)
+        (latent,) = latent.latents
         assert len(latent.apart) == 3
         ended.append([a.clone() for a in latent.apart])
-        assert snapper.write() > 500
+        assert latent.write() > 500
         for q in names:
-            found = survival(facts, snapper.model, q)
+            found = survival(facts, latent.model, q)
             assert found.edited == found.survived > 500 and found.collateral == 0
     nf4, fp4, q4_0 = (float((new - old).mean()) for old, new in zip(*ended, strict=True))
     assert fp4 < -0.01
     assert max(abs(nf4), abs(q4_0)) < 0.002
-    args = facts.copy(), twins, mask, survive, None, 0.0
-    assert not Snapper(*args).latents[0].apart
-    assert not Continuous(*args, steer=1.0).latents[0].apart
+    args = facts.copy(), reference_models, mask, survive, None, 0.0
+    assert not LatentWeights(*args).latents[0].apart
+    assert not LatentWeightsWithoutFloor(*args, offset_rate=1.0).latents[0].apart
 
 
 def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, mask: Mask):
@@ -369,12 +376,12 @@ def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, m
         {"steps": 0},
         {"lr": 0},
         {"batch_size": 0},
-        {"push": -1},
+        {"ranking_weight": -1},
         {"probe_weight": -1},
-        {"deepen": -0.1},
-        {"reserve": -1},
-        {"reserve": float("nan")},
-        {"reserve_share": 1},
+        {"final_margin": -0.1},
+        {"quantization_margin": -1},
+        {"quantization_margin": float("nan")},
+        {"margin_budget": 1},
         {"forget_loss": "x"},
     ],
 )

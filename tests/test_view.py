@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mansu_interp.attribution import Attribution
-from mansu_interp.changes import classify
-from mansu_interp.circuit import Circuit
+from mansu_interp.circuits.attribution import Attribution
+from mansu_interp.circuits.changes import classify
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import CircuitError, ViewError
-from mansu_interp.graph import Architecture, Graph
-from mansu_interp.masks import Mask
-from mansu_interp.viz import circuit_view, erasure_view
+from mansu_interp.masks.mask import Mask
+from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.viz.page import module_source, page_script, policy
+from mansu_interp.viz.view import circuit_view, erasure_view
 
 
 def make_circuit(layers: int = 3, heads: int = 4, kv: int = 4, n: int = 40) -> Circuit:

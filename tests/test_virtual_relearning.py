@@ -1,16 +1,19 @@
-"""Virtual relearning: the kernel against single gradients, and models whose past is known."""
+"""Linearized relearning: the kernel against single gradients, and models whose past is known."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mansu_interp import virtual_relearning as module
-from mansu_interp.evidence import last_logits, margins, ranking_margins
-from mansu_interp.models import LanguageModel, load_model
-from mansu_interp.pairs import PairSet, Task, answer_tokens, collate
-from mansu_interp.relearning import halves, of_subjects, rivals_within
-from mansu_interp.virtual_relearning import tangent_kernel, virtual_relearning
+from mansu_interp.audit import linearized as module
+from mansu_interp.audit.linearized import linearized_relearning, tangent_kernel
+from mansu_interp.audit.probes import last_logits
+from mansu_interp.audit.relearning import halves, of_subjects, rivals_within
+from mansu_interp.audit.transfer import answer_advantage, model_advantage
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.pairs import PairSet, answer_tokens, collate
+from mansu_interp.tasks.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def test_the_kernel_is_that_of_single_gradients(
     weights = [facts.weights[n].requires_grad_(True) for n in facts.linear_names]
     single, levels = [], []
     for pair in pairs:
-        level = ranking_margins(last_logits(facts, collate([pair])), [pair], among)
+        level = answer_advantage(last_logits(facts, collate([pair])), [pair], among)
         levels.append(level.detach())
         single.append(torch.cat([g.flatten() for g in torch.autograd.grad(level.sum(), weights)]))
     for w in weights:
@@ -45,14 +48,14 @@ def test_the_kernel_is_that_of_single_gradients(
 
 def test_the_steps_teach_half_a(split: tuple[PairSet, PairSet]):
     """Each goes on from the one before; the model itself is left alone."""
-    never = load_model("facts-capitals-twin-1")
+    never = load_model("facts-capitals-reference-1")
     before = {name: w.clone() for name, w in never.weights.items()}
     few = split[0].sample(24, 0)
-    found = virtual_relearning(never, few, few)
+    found = linearized_relearning(never, few, few)
     assert found.half_a.shape == (module.STEPS, 24) and torch.equal(found.half_a, found.half_b)
     shares = found.half_a.float().mean(1)
     assert shares[0] < shares[-1] and shares[-1] > 0.95
-    assert torch.equal(virtual_relearning(never, few, few, steps=1).half_a[0], found.half_a[0])
+    assert torch.equal(linearized_relearning(never, few, few, steps=1).half_a[0], found.half_a[0])
     assert all(torch.equal(before[name], w) for name, w in never.weights.items())
 
 
@@ -63,7 +66,7 @@ def test_one_step_is_the_damped_solution(facts: LanguageModel, split: tuple[Pair
     weights = [facts.weights[n].requires_grad_(True) for n in facts.linear_names]
     rows, want = [], []
     for pair in pairs:
-        level = ranking_margins(last_logits(facts, collate([pair])), [pair], among)
+        level = answer_advantage(last_logits(facts, collate([pair])), [pair], among)
         want.append(len(among[pair.relation]))
         want[-1] = torch.tensor(float(want[-1])).log() - level.detach()[0]
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(level.sum(), weights)]))
@@ -82,7 +85,7 @@ def test_one_step_is_the_damped_solution(facts: LanguageModel, split: tuple[Pair
 def test_a_step_is_as_long_as_serves_half_a(
     split: tuple[PairSet, PairSet], monkeypatch: pytest.MonkeyPatch
 ):
-    never, half = load_model("facts-capitals-twin-0"), split[0]
+    never, half = load_model("facts-capitals-reference-0"), split[0]
     pairs, among = list(half), answer_tokens(half)
     certain = torch.tensor([len(among[p.relation]) for p in pairs]).log()
 
@@ -91,7 +94,7 @@ def test_a_step_is_as_long_as_serves_half_a(
         moved = never.copy()
         module._step(moved, half, module.DAMPING)
         with torch.no_grad():
-            return float((certain - margins(moved, pairs, among)).square().mean())
+            return float((certain - model_advantage(moved, pairs, among)).square().mean())
 
     single = [lacks((length,)) for length in (1.0, 0.5, 0.25)]
     assert min(single) < single[0] - 0.2  # the whole step goes too far
@@ -99,7 +102,7 @@ def test_a_step_is_as_long_as_serves_half_a(
 
 
 def test_it_tells_hidden_from_gone(facts: LanguageModel, split: tuple[PairSet, PairSet]):
-    known = virtual_relearning(facts, *split).half_b.float().mean(1)
+    known = linearized_relearning(facts, *split).half_b.float().mean(1)
     assert known.min() > 0.95
-    never = virtual_relearning(load_model("facts-capitals-twin-1"), *split)
+    never = linearized_relearning(load_model("facts-capitals-reference-1"), *split)
     assert never.half_b.float().mean(1).max() < 0.4

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from test_view import make_attributions, make_circuit
 
-from mansu_interp.graph import Architecture, Graph
-from mansu_interp.viz import circuit_view, erasure_view, place
-from mansu_interp.viz.layout import curve
+from mansu_interp.models.graph import Architecture, Graph
+from mansu_interp.viz.layout import curve, place
 from mansu_interp.viz.page import module_source
+from mansu_interp.viz.view import circuit_view, erasure_view
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
 
@@ -195,8 +195,8 @@ const calls = {};
 window.saved = [];
 window.model = {
   get: (k) => state[k], set: (k, v) => { state[k] = v; },
-  save_changes: () => window.saved.push(structuredClone({...state, data: 0})),
-  on: (k, f) => (calls[k] ??= []).push(f), off: (k, f) => {},
+  save_changes: () => window.saved.ranking_weight(structuredClone({...state, data: 0})),
+  on: (k, f) => (calls[k] ??= []).ranking_weight(f), off: (k, f) => {},
   fromPython: (k, v) => { state[k] = v; for (const f of calls["change:" + k] ?? []) f(); },
 };
 window.mansuViews = [mount(document.createElement("div"), state.data)];

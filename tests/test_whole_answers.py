@@ -11,16 +11,18 @@ import pytest
 import torch
 from conftest import VOCAB, make_pairs, make_tiny
 
-from mansu_interp.attribution import attribute, logit_diff
-from mansu_interp.config import AttributionConfig, UnlearnConfig
+from mansu_interp.audit.relearning import rivals_within
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.metrics import logit_diff
 from mansu_interp.errors import TaskError
-from mansu_interp.models import LanguageModel
-from mansu_interp.objectives import divergence, log_probs, nll
-from mansu_interp.pairs import Pair, PairSet, Tokens, Whole, clash, collate
-from mansu_interp.relearning import rivals_within
-from mansu_interp.scoring import accuracy, known, ranked_first, right
-from mansu_interp.unlearning import OBJECTIVES
-from mansu_interp.unlearning.common import HOLD_MARGIN, retain_loss
+from mansu_interp.losses.accuracy import accuracy, answered_correctly, ranked_first, right
+from mansu_interp.losses.answers import divergence, log_probs, nll
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import Pair, PairSet, Tokens, WholeAnswers, clash, collate
+from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.training import HINGE, retain_loss
+from mansu_interp.unlearning.unlearn import OBJECTIVES
 
 
 def make_whole(n: int = 12, seed: int = 0, normalise: bool = False) -> PairSet:
@@ -35,7 +37,7 @@ def make_whole(n: int = 12, seed: int = 0, normalise: bool = False) -> PairSet:
             if not any(clash(new, old) for old in answers):
                 answers.append(new)
         own, other, *rest = answers
-        out.append(pair.with_answers(Whole(own, other, tuple(rest), normalise)))
+        out.append(pair.with_answers(WholeAnswers(own, other, tuple(rest), normalise)))
     return PairSet("whole", tuple(out))
 
 
@@ -70,14 +72,14 @@ def test_pairs_end_where_answer_and_counterfactual_part(seed: int):
         assert (*p.clean[cut:], p.answer) == p.answers[0][: len(p.clean) - cut + 1]
         assert (*p.clean[cut:], p.counterfactual) == p.rival[: len(p.clean) - cut + 1]
         assert len(p.distractors) == 3
-        other = p.with_answers(Whole((1, 2), (3,), ((2,), (3, 1), (3, 2))))
+        other = p.with_answers(WholeAnswers((1, 2), (3,), ((2,), (3, 1), (3, 2))))
         assert other.question == p.question and other.clean == p.question
     assert {p.question for p in pairs} == {p.clean for p in plain}
 
 
 def test_answers_of_one_token_stay_plain():
     pair = make_pairs((4,)).pairs[0]
-    plain = Whole(*[(pair.answer,), (pair.counterfactual,)], pair.answers[1:])
+    plain = WholeAnswers(*[(pair.answer,), (pair.counterfactual,)], pair.answers[1:])
     assert pair.with_answers(plain) == pair and pair.whole is None
     longer = pair.with_answers(replace(plain, distractors=((1, 2), (3, 4), (5, 6))))
     assert longer.whole is not None and longer.clean == pair.clean
@@ -86,7 +88,7 @@ def test_answers_of_one_token_stay_plain():
 @pytest.mark.parametrize("other", [(1,), (1, 2), (1, 2, 3)])
 def test_an_answer_that_begins_another_is_refused(other: Tokens):
     pair = make_pairs((4,)).pairs[0]
-    for whole in (Whole((1, 2), other, ()), Whole((1, 2), (3,), (other,))):
+    for whole in (WholeAnswers((1, 2), other, ()), WholeAnswers((1, 2), (3,), (other,))):
         with pytest.raises(TaskError, match=r"'answer 0' and another one begin with each other\."):
             pair.with_answers(whole)
 
@@ -108,7 +110,7 @@ def test_choice_compares_whole_answers(normalise: bool):
         want.append(of[0] > max(of[1:]))
     assert chosen.tolist() == want and 0 < sum(want) < 24
     assert accuracy(model, pairs).choice == sum(want) / 24
-    kept = known(model, pairs)
+    kept = answered_correctly(model, pairs)
     assert kept is not None and len(kept) == sum(want)
 
 
@@ -126,7 +128,7 @@ def test_top1_is_greedy_decoding_of_the_whole_answer():
         if k % 2:  # right but for its last token
             said = (*said[:-1], said[-1] % (VOCAB - 1) + 1)
         rivals = ((said[0] % (VOCAB - 1) + 1,), *(((said[0] + j) % VOCAB, 1) for j in (2, 3, 4)))
-        pairs.append(p.with_answers(Whole(said, rivals[0], tuple(rivals[1:]))))
+        pairs.append(p.with_answers(WholeAnswers(said, rivals[0], tuple(rivals[1:]))))
     said, _ = right(model, pairs)
     assert said.tolist() == [k % 2 == 0 for k in range(10)]
 
@@ -171,7 +173,7 @@ def test_the_retain_loss_holds_every_token():
                 )
             gap = slow_log_prob(model, p.question, p.answers[0])
             gap -= slow_log_prob(student, p.question, p.answers[0])
-            lost.append(max(0.0, gap + HOLD_MARGIN) * bool(ok))
+            lost.append(max(0.0, gap + HINGE) * bool(ok))
     want = sum(kls) / len(kls) + 2 * sum(lost) / len(lost)
     assert float(retain_loss(student, model, pairs.pairs, 2.0)) == pytest.approx(want, rel=1e-3)
     assert any(lost)
@@ -234,7 +236,7 @@ def test_answers_of_one_token_give_the_same_bits_as_one_position(kv_heads: int):
         want = model.last_logits(batch.clean, batch.last)
         got = student.last_logits(batch.clean, batch.last)
         lost = want.log_softmax(-1).gather(1, answers) - got.log_softmax(-1).gather(1, answers)
-        hinge = (lost[:, 0] + HOLD_MARGIN).relu() * ranked_first(want, batch.choices)
+        hinge = (lost[:, 0] + HINGE).relu() * ranked_first(want, batch.choices)
         assert torch.equal(
             retain_loss(student, model, pairs, 0.7), divergence(got, want) + 0.7 * hinge.mean()
         )

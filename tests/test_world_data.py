@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mansu_interp import load_model
-from mansu_interp.tasks import prefix
+from mansu_interp.tasks.fact_pairs import prefix
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "mansu_interp" / "data"
@@ -106,7 +106,12 @@ def test_known_facts(name: str, subject: str, field: str, answer: str) -> None:
 
 
 def test_task_names_only_what_exists() -> None:
-    used = [*TASK["forget"]["relations"], *TASK["retain"], *TASK["guard"], *TASK["neighbours"]]
+    used = [
+        *TASK["forget"]["relations"],
+        *TASK["retain"],
+        *TASK["retain_unscored"],
+        *TASK["neighbours"],
+    ]
     assert len(set(used)) == len(used)
     assert set(used) == set(RELATIONS)
     for relation in RELATIONS.values():
@@ -139,7 +144,7 @@ def test_every_role_has_its_phrasings() -> None:
             assert all(groups.values())
     assert set(scored) <= set(TASK["retain"])
     assert 10 <= len(phrasings("capital", "train")) <= 16
-    for relation in {*TASK["guard"], *TASK["retain"]}.difference(scored):
+    for relation in {*TASK["retain_unscored"], *TASK["retain"]}.difference(scored):
         assert phrasings(relation, "train")
         assert not phrasings(relation, "dev") + phrasings(relation, "unseen")
     for relation in TASK["neighbours"]:

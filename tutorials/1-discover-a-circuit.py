@@ -6,7 +6,7 @@
 
 # %%
 from mansu_interp import CircuitConfig, discover, load_model, load_task
-from mansu_interp.viz import circuit_view
+from mansu_interp.viz.view import circuit_view
 
 model = load_model("facts")
 task = load_task("capitals", model)

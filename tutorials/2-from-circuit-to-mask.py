@@ -5,8 +5,8 @@
 # would forget most and harm least.
 
 # %%
-from mansu_interp import CircuitConfig, discover, load_model, load_task
-from mansu_interp.viz import circuit_view
+from mansu_interp import circuit_mask, CircuitConfig, discover, load_model, load_task
+from mansu_interp.viz.view import circuit_view
 
 model = load_model("facts")
 task = load_task("capitals", model)
@@ -18,7 +18,7 @@ circuit = discover(model, task.forget, settings, retain=task.retain)
 # the damage that one step of a whole quantizer cell would do to the retain answers.
 
 # %%
-mask = circuit.mask(model, budget=0.005, retain=task.kept)
+mask = circuit_mask(circuit, model, budget=0.005, retain=task.retain_sets)
 print(f"{mask.n_parameters:,} candidates; at most {mask.limit:,} are edited at once")
 for name, index in sorted(mask.indices.items(), key=lambda item: -len(item[1])):
     print(f"{name:<46} {len(index):>6,} of {model.weights[name].numel():,}")
@@ -40,7 +40,9 @@ view
 # %%
 widget = view.widget()
 widget.selected = [f"m{layer}" for layer in range(model.graph.architecture.n_layers)]
-small = widget.circuit(circuit).mask(model, budget=0.002, retain=task.kept, forget=task.forget)
+small = circuit_mask(
+    widget.circuit(circuit), model, budget=0.002, retain=task.retain_sets, forget=task.forget
+)
 print(f"{small.n_parameters:,} candidates in {sorted(small.indices)}")
 
 # %% [markdown]

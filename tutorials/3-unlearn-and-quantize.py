@@ -6,6 +6,7 @@
 
 # %%
 from mansu_interp import (
+    circuit_mask,
     CircuitConfig,
     UnlearnConfig,
     discover,
@@ -16,13 +17,13 @@ from mansu_interp import (
     survival,
     unlearn,
 )
-from mansu_interp.quantizers import NF4
+from mansu_interp.quantizers.bitsandbytes import NF4
 
 model = load_model("facts")
 task = load_task("capitals", model)
 settings = CircuitConfig(pairs=24, faithfulness_pairs=12)
 circuit = discover(model, task.forget, settings, retain=task.retain)
-mask = circuit.mask(model, budget=0.005, retain=task.kept)
+mask = circuit_mask(circuit, model, budget=0.005, retain=task.retain_sets)
 
 # %%
 edited = unlearn(model, task, mask, UnlearnConfig(steps=40)).model

@@ -6,6 +6,7 @@
 
 # %%
 from mansu_interp import (
+    circuit_mask,
     CircuitConfig,
     UnlearnConfig,
     attribute,
@@ -17,13 +18,13 @@ from mansu_interp import (
     quantize,
     unlearn,
 )
-from mansu_interp.viz import erasure_view
+from mansu_interp.viz.view import erasure_view
 
 model = load_model("facts")
 task = load_task("capitals", model)
 settings = CircuitConfig(pairs=24, faithfulness_pairs=12)
 circuit = discover(model, task.forget, settings, retain=task.retain)
-mask = circuit.mask(model, budget=0.005, retain=task.kept)
+mask = circuit_mask(circuit, model, budget=0.005, retain=task.retain_sets)
 edited = unlearn(model, task, mask, UnlearnConfig(steps=40)).model
 nf4 = quantize(edited)
 
@@ -32,7 +33,7 @@ nf4 = quantize(edited)
 
 # %%
 unseen = task.scored["unseen"]["forget"]["capital"].sample(16, seed=0)
-twin = load_model(task.twins[0])  # trained from scratch without the capitals
+twin = load_model(task.reference_models[0])  # trained from scratch without the capitals
 cad = compare(circuit, model, {"unlearned": edited, "unlearned nf4": nf4}, unseen, reference=twin)
 print(f"{cad.verdict}: {cad.sentence}")
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..models import LanguageModel
+from ..models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cells:
 
     @property
     def boundaries(self) -> Float[Tensor, " k-1"]:
-        """Cell boundaries in grid units: the midpoints."""
+        """Trial boundaries in grid units: the midpoints."""
         return (self.levels[1:] + self.levels[:-1]) / 2
 
     @property

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..libraries import quiet
+from ..utils.libraries import quiet
 from .base import Cells, Quantizer, affine, divided
 
 
@@ -55,7 +55,7 @@ class FourBit(Quantizer):
 
     @property
     def boundaries(self) -> Float[Tensor, " k-1"]:
-        """Cell boundaries, in units of absmax."""
+        """Trial boundaries, in units of absmax."""
         levels = self.levels
         return (levels[1:] + levels[:-1]) / 2
 

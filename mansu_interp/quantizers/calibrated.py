@@ -23,9 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..libraries import library, quiet
-from ..models import LanguageModel
-from ..tensors import tensors_sha256
+from ..models.language_model import LanguageModel
+from ..utils.libraries import library, quiet
+from ..utils.tensors import tensors_sha256
 from .base import Cells, Quantizer, affine
 
 ROW = 64

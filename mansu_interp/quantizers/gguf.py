@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..libraries import library
+from ..utils.libraries import library
 from .base import Cells, Quantizer, affine, divided, grouped
 
 GROUP = 32

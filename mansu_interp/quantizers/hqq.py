@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..libraries import library, quiet
+from ..utils.libraries import library, quiet
 from .base import Cells, Quantizer, affine
 
 GROUP = 64

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models import LanguageModel
+from ..models.language_model import LanguageModel
 from .base import Quantizer
 from .registry import get_quantizer
 

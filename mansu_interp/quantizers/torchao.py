@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..libraries import library
+from ..utils.libraries import library
 from .base import Cells, Quantizer, affine, divided, grouped
 
 TINY = torch.finfo(torch.float32).smallest_normal

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import write_json, write_text
+from ..utils.files import write_json, write_text
 from .card import model_card
 from .html import render_html
 from .markdown import render_markdown

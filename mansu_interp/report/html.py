@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..viz import escape
 from ..viz.page import graph_element, policy, script_element
+from ..viz.svg import escape
 from .story import Block, Cards, Code, Graph, Picture, Table, against, heading, sections
 from .values import get, measured, status_of, text_of
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..viz import curve_svg, lines_svg
+from ..viz.svg import curve_svg, lines_svg
 from .values import (
     count,
     deepened,
@@ -188,9 +188,9 @@ def _edit(report: Mapping[str, Any]) -> list[Block]:
     if rows_of_embedding:
         rows += [["of these in the embedding, which is not quantized", count(rows_of_embedding)]]
     if deepened(report):
-        rows += [["to deepen it", deepened(report)]]
+        rows += [["to final_margin it", deepened(report)]]
     if parted(report):
-        rows += [["for the reserve", parted(report)]]
+        rows += [["for the quantization_margin", parted(report)]]
     rows += [
         ["edits whose 4-bit code changed", f"{count(survived)}{kept}"],
         ["other weights whose code changed", count(get(edit, "collateral"))],
@@ -330,7 +330,7 @@ def _cad(report: Mapping[str, Any]) -> list[Block]:
     erasure = get(report, "erasure")
     if get(erasure, "verdict"):
         blocks.append(
-            f"By virtual relearning and a linear probe: {text_of(get(erasure, 'verdict'))} "
+            f"By linearized relearning and a linear probe: {text_of(get(erasure, 'verdict'))} "
             f"(confidence {percent(get(erasure, 'confidence'), 0)}, "
             f"CAD {measured(get(erasure, 'cad'))} of 1). "
             f"{get(erasure, 'sentence') or ''}{_attacked(report)}"

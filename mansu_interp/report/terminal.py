@@ -49,7 +49,7 @@ def _role_means(report: Mapping[str, Any]) -> list[list[str]]:
 def console_summary(report: dict[str, Any], width: int) -> str:
     """Plain lines for the terminal, none wider than ``width``: some 20, and one for each model.
 
-    Control characters are dropped, so that no prompt can steer the terminal.
+    Control characters are dropped, so that no prompt can offset_rate the terminal.
     """
     width = max(width, 20)
 

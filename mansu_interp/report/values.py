@@ -71,21 +71,21 @@ def measured(value: Any, signed: bool = False) -> str:
 
 
 def deepened(report: Mapping[str, Any]) -> str:
-    """Edits made to deepen the forgetting, and how far above its target it ended; nothing where it
+    """Edits made to final_margin the forgetting, and how far above its target it ended; nothing where it
     was not asked for."""
     made, above = (number(get(report, "edit", key)) for key in ("deepening", "above"))
     if made is None:
         return ""
-    target = figure(0.0 - (number(get(report, "config", "unlearn", "deepen")) or 0.0), 2)
+    target = figure(0.0 - (number(get(report, "config", "unlearn", "final_margin")) or 0.0), 2)
     return f"{count(made)} edits, {figure(above, 2)} nats above a target of {target}"
 
 
 def parted(report: Mapping[str, Any]) -> str:
-    """Edits made for the reserve, and how much of it they reached; nothing where none was asked."""
+    """Edits made for the quantization_margin, and how much of it they reached; nothing where none was asked."""
     made, reached = (number(get(report, "edit", key)) for key in ("parting", "apart"))
     if made is None:
         return ""
-    asked = figure(get(report, "config", "unlearn", "reserve"), 2)
+    asked = figure(get(report, "config", "unlearn", "quantization_margin"), 2)
     return f"{count(made)} edits, {figure(reached, 2)} of {asked} nats"
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..graph import Architecture
+from ..models.graph import Architecture
 
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 58.0, 10.0, 10.0
 _MLP_WIDTH, _MLP_GAP = 46.0, 26.0

@@ -21,7 +21,7 @@ _MOUNT = """
 for (const el of document.querySelectorAll("[data-mansu-graph]")) {
   try {
     const view = mount(el, JSON.parse(document.getElementById(el.dataset.mansuGraph).textContent));
-    if (view) (window.mansuViews ??= []).push(view);
+    if (view) (window.mansuViews ??= []).ranking_weight(view);
   } catch (error) {
     el.textContent = `This graph cannot be drawn: ${error.message}`;
   }

@@ -15,13 +15,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..changes import MEANING
+from ..circuits.changes import MEANING
 from ..errors import CircuitError
-from ..graph import Architecture
+from ..models.graph import Architecture
 from .layout import LEFT, Box, Layout, box_id, curve, place, reader_name
 
 if TYPE_CHECKING:  # at run time only its methods are used, so pictures need no torch
-    from ..circuit import Circuit
+    from ..circuits.circuit import Circuit
 
 STATUS_TEXT = MEANING
 _SIGN_TEXT = {

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts import write_text
 from ..errors import ViewError
-from ..libraries import library
-from ..pairs import Pair, collate
-from ..stream import Recorder
+from ..models.stream import Recorder
+from ..tasks.pairs import Pair, collate
+from ..utils.files import write_text
+from ..utils.libraries import library
 from .svg import escape
 
 if TYPE_CHECKING:
-    from ..models import LanguageModel
+    from ..models.language_model import LanguageModel
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "

@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..artifacts import atomic_path, write_json, write_text
-from ..changes import CLASSES, MEANING, Changes, classify
+from ..circuits.changes import CLASSES, MEANING, Changes, classify
 from ..errors import CircuitError, ViewError
-from ..graph import Graph
-from ..libraries import library
+from ..models.graph import Graph
+from ..utils.files import atomic_path, write_json, write_text
+from ..utils.libraries import library
 from .layout import CONSTANTS, box_id, place
 from .page import graph_page
 from .svg import EDGE_STYLES, view_svg
 
 if TYPE_CHECKING:  # at run time only their attributes are used
-    from ..attribution import Attribution
-    from ..cad import CAD
-    from ..circuit import Circuit
-    from ..masks import Mask
-    from ..models import LanguageModel
+    from ..circuits.attribution import Attribution
+    from ..circuits.circuit import Circuit
+    from ..circuits.compare import CAD
+    from ..masks.mask import Mask
+    from ..models.language_model import LanguageModel
     from .widget import GraphWidget
 
 SCHEMA = 1
@@ -108,7 +108,7 @@ def _weights(graph: Graph, model: LanguageModel | None, mask: Mask | None) -> di
     """What lies behind each box, in words; empty without a model."""
     if model is None:
         return {}
-    from ..masks import component_slices
+    from ..masks.components import component_slices
 
     out: dict[str, list[str]] = {}
     for nodes, writes in ((graph.readers, False), (graph.writers, True)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ViewError
-from ..libraries import library
+from ..utils.libraries import library
 from .layout import box_id
 from .page import module_source
 
@@ -17,7 +17,7 @@ anywidget = library("anywidget", "viz", "The widget", ViewError, WITHOUT)
 traitlets = library("traitlets", "viz", "The widget", ViewError, WITHOUT)
 
 if TYPE_CHECKING:
-    from ..circuit import Circuit
+    from ..circuits.circuit import Circuit
     from .view import View
 
 
@@ -42,7 +42,7 @@ class GraphWidget(anywidget.AnyWidget):
         """The part of a circuit that is selected and above the threshold.
 
         Edges that touch a selected component, or the selected edge; all of them if nothing is
-        selected. Not pruned to paths from input to logits. ``.mask(...)`` on it, with
+        selected. Not pruned to paths from input to logits. `circuit_mask` of it, with
         ``forget=``, gives the parameters behind the selection.
 
         Raises:

@@ -1,0 +1,1 @@
+"""Is the knowledge gone? Relearning, probes, stitching, linearized relearning, CAD."""

@@ -1,0 +1,189 @@
+"""Linearized relearning: what a few closed-form steps on half A bring of half B.
+
+Fine-tuning on half A moves half B through the model's tangent kernel. With m_A the ranking margins
+of half A's prompts (log p(answer among the half's answers) + log n, nats), J_A their Jacobian by
+the weights of the linear layers and K = J_A J_A^T, one damped Gauss-Newton step
+
+    delta = J_A^T (K + damping mean(diag K))^-1 (log n - m_A)
+
+makes every answer of half A certain, to first order. A few are taken, each from where the one
+before ended and as long as serves half A best, until the copy has learnt it; no rate, no
+randomness. Then half B is asked. Facts written one by one do not move with others; facts that
+something common hides do, those too that were trained against the first order of the attack.
+Ours; the kernel is the neural tangent kernel (Jacot et al. 2018, arXiv 1806.07572), summed from
+inputs and output gradients of each layer, so that no gradient of a single prompt is ever held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..losses.gradients import gradient
+from ..models.language_model import LanguageModel
+from ..tasks.pairs import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
+from .probes import CHUNK, last_logits, ranked
+from .transfer import answer_advantage, model_advantage
+
+DAMPING = 0.1
+HELD = 1 << 29
+"""Numbers (of inputs and output gradients) held at once, 4 bytes each."""
+ROWS = 16
+"""Prompts whose share of the kernel is summed at once."""
+STEPS = 6
+LENGTHS = (1.0, 0.5, 0.25)
+"""Shares of a step that are tried."""
+
+
+@dataclass(frozen=True)
+class LinearizedRelearning:
+    """Which prompts' answers rank where among four after each step, in the order of
+    ``parts(CHUNK)``."""
+
+    half_a: Bool[Tensor, "steps prompts"]
+    """Of those that are relearnt, first: whether the steps work at all."""
+    half_b: Bool[Tensor, "steps prompts"]
+    """Of the others, first."""
+    avoided: Bool[Tensor, "steps prompts"]
+    """Of the others, last."""
+
+
+def _flows(
+    model: LanguageModel, names: Sequence[str], pairs: Sequence[Pair], among: dict[str, Tensor]
+) -> tuple[Float[Tensor, " batch"], list[Tensor], list[Tensor]]:
+    """Ranking margins of some pairs, and each layer's inputs and the margins' gradients by its
+    outputs, ``[tokens, width]``: prompt after prompt, without padding."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        # Something must ask for gradients: weights do not.
+        embedding = model.hf.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
+        stack.callback(hook.remove)
+        for name in names:
+
+            def keep(_m: Any, args: Any, out: Tensor, name: str = name) -> None:
+                inputs[name], outputs[name] = args[0].detach(), out
+
+            module = model.hf.get_submodule(name.removesuffix(".weight"))
+            stack.callback(module.register_forward_hook(keep).remove)
+        batch = collate(pairs, model.device)
+        found = answer_advantage(last_logits(model, batch), pairs, among)
+    grads = torch.autograd.grad(found.sum(), [outputs[n] for n in names])
+    real = torch.arange(batch.clean.shape[1], device=model.device) <= batch.last[:, None]
+    return found.detach(), [inputs[n][real] for n in names], [g[real] for g in grads]
+
+
+def _groups(model: LanguageModel, tokens: int) -> Iterator[list[str]]:
+    """Layers whose inputs and output gradients over so many tokens may be held together."""
+    group, held = [], 0
+    for name in model.linear_names:
+        size = tokens * sum(model.weights[name].shape)
+        if group and held + size > HELD:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+def tangent_kernel(
+    model: LanguageModel, pairs: Sequence[Pair], among: dict[str, Tensor]
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
+    """Inner products of the gradients of pairs' ranking margins by the linear layers' weights
+    (nats^2 per unit of weight^2), and the margins (nats).
+
+    Arguments:
+        model: whose layers.
+        pairs: the prompts.
+        among: each relation's answers (`pairs.answer_tokens`).
+    """
+    # Prompts of one length fit a batch without padding.
+    order = sorted(range(len(pairs)), key=lambda k: len(pairs[k].clean))
+    ordered = [pairs[k] for k in order]
+    lengths = torch.tensor([len(p.clean) for p in ordered])
+    owner = torch.repeat_interleave(torch.eye(len(pairs)), lengths, 0)  # [tokens, prompts]
+    starts = [0, *lengths.cumsum(0).tolist()]
+    owner = owner.to(model.device)
+    upper, levels = owner.new_zeros(len(pairs), len(pairs)), owner.new_zeros(len(pairs))
+    for names in _groups(model, len(owner)):
+        parts = [ordered[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)]
+        found = [_flows(model, names, part, among) for part in parts]
+        levels = torch.cat([level for level, _, _ in found])
+        for layer in range(len(names)):
+            x = torch.cat([inputs[layer] for _, inputs, _ in found])
+            g = torch.cat([grads[layer] for _, _, grads in found])
+            for k in range(0, len(pairs), ROWS):
+                # <x_i^T g_i, x_j^T g_j> = sum over tokens of (x_i . x_j) (g_i . g_j)
+                rows, rest = slice(starts[k], starts[min(k + ROWS, len(pairs))]), starts[k]
+                some = (x[rows] @ x[rest:].T) * (g[rows] @ g[rest:].T)
+                upper[k : k + ROWS, k:] += owner[rows, k : k + ROWS].T @ some @ owner[rest:, k:]
+    kernel = upper.triu() + upper.triu(1).T
+    back = torch.tensor(order, device=model.device).argsort()
+    return kernel[back][:, back], levels[back]
+
+
+def _step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
+    """One damped Gauss-Newton step on half A, in place (see the module)."""
+    pairs, among = list(half_a), answer_tokens(half_a, model.device)
+    parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
+
+    def missing(part: Sequence[Pair], levels: Tensor) -> Float[Tensor, " batch"]:
+        """How much margins lack to certainty (nats)."""
+        certain = [math.log(len(among[p.relation])) for p in part]
+        return torch.tensor(certain, device=model.device) - levels
+
+    kernel, levels = tangent_kernel(model, pairs, among)
+    identity = torch.eye(len(pairs), device=model.device)
+    damped = kernel + max(damping * float(kernel.diagonal().mean()), 1e-30) * identity
+    share = dict(zip(pairs, torch.linalg.solve(damped, missing(pairs, levels)), strict=True))
+
+    def weighed(part: list[Pair]) -> Tensor:
+        return model_advantage(model, part, among) @ torch.stack([share[p] for p in part])
+
+    delta = gradient(model, model.linear_names, [lambda p=p: weighed(p) for p in parts])
+    start = [model.weights[name].clone() for name in model.linear_names]
+
+    def go(length: float) -> None:
+        for name, w, d in zip(model.linear_names, start, delta, strict=True):
+            model.weights[name].copy_(w).add_(d, alpha=length)
+
+    @torch.no_grad()
+    def lacking(length: float) -> float:
+        """The mean square of what half A lacks after so much of the step."""
+        go(length)
+        lacks = torch.cat([missing(part, model_advantage(model, part, among)) for part in parts])
+        return float(lacks.square().mean())
+
+    go(min(LENGTHS, key=lacking))
+
+
+def linearized_relearning(
+    model: LanguageModel,
+    half_a: PairSet,
+    half_b: PairSet,
+    damping: float = DAMPING,
+    steps: int = STEPS,
+) -> LinearizedRelearning:
+    """What closed-form steps on half A bring of half B (see the module).
+
+    Arguments:
+        model: the edited model; it is not changed.
+        half_a: the prompts that are relearnt.
+        half_b: the prompts that are asked, with distractors among the half's own answers
+            (`relearning.rivals_within`).
+        damping: of the kernel, as a share of its mean diagonal.
+        steps: how many, at least one.
+    """
+    moved, after = model.copy(), []
+    for _ in range(steps):
+        _step(moved, half_a, damping)
+        after.append((ranked(moved, half_a)[0], *ranked(moved, half_b)))
+    return LinearizedRelearning(*(torch.stack(found) for found in zip(*after, strict=True)))

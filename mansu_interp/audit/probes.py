@@ -1,0 +1,187 @@
+"""What can be seen in a model's weights without training it: stitches, a probe, linearized relearning.
+
+All on prompts that the edit was made on, split in halves A and B of subjects. Ranking margins are
+log p(answer among half B's answers) + log n: 0 = says nothing of the subject (nats).
+
+*Transfer* (ours): with g_A and g_B the gradients of the two halves' mean ranking margins by all
+weights,
+
+    transfer = <g_A, g_B> / (|g_A| |g_B|)
+
+says whether raising half A's margins raises half B's, too. In a model that never knew, each fact is
+written by itself: near 0. Where something common hides the facts, removing it serves both:
+towards 1. By weight, the terms of the sum say where it would come from. *Stitches* run the first
+layers of one model and the last of another (after Bansal et al. 2021, arXiv 2106.07682). The
+*probe* is a ridge regression from half A's states to their answers' unembedding, asked for half B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import ModelError
+from ..losses.accuracy import ranked_first, ranked_last
+from ..models.language_model import LanguageModel
+from ..tasks.pairs import Batch, Pair, PairSet, collate
+
+CHUNK = 48
+
+RIDGE = 0.01
+
+BLOCKS = ("layers", "h")
+
+FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+def stages(model: LanguageModel) -> list[Any]:
+    """The modules that read the residual stream in turn: every block, then the final norm.
+
+    Raises:
+        ModelError: blocks or final norm have a name that is not known.
+    """
+    base = model.hf.base_model
+    base = getattr(base, "decoder", base)  # OPT
+    blocks = [getattr(base, n) for n in BLOCKS if hasattr(base, n)]
+    norms = [getattr(base, n) for n in FINAL_NORM if getattr(base, n, None) is not None]
+    if not (blocks and norms):
+        raise ModelError(
+            f"{model.name}: stitching needs blocks named {' or '.join(BLOCKS)} and a final norm "
+            f"named {', '.join(FINAL_NORM)}; {type(base).__name__} lacks them."
+        )
+    return [*blocks[0], norms[0]]
+
+
+@contextmanager
+def _before(module: Any, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def last_logits(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
+    """What follows each prompt; unlike the model's own, every prompt passes every module whole."""
+    hidden = model.hf.base_model(input_ids=batch.clean, use_cache=False).last_hidden_state
+    return model._unembed(hidden[torch.arange(len(batch), device=hidden.device), batch.last])
+
+
+def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos d_model"]]:
+    """What each stage reads (see `stages`); gradients flow."""
+    out: list[Tensor] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        out.append(args[0] if args else kwargs["hidden_states"])
+
+    handles = [s.register_forward_pre_hook(keep, with_kwargs=True) for s in stages(model)]
+    try:
+        last_logits(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out
+
+
+def last_states(
+    model: LanguageModel, pairs: Sequence[Pair], subject: bool = False
+) -> list[Float[Tensor, "batch d_model"]]:
+    """The same at the last token of each prompt; with ``subject`` then also at the subject's last
+    token, which is the last that the corrupt prompt changes."""
+    batch = collate(pairs, model.device)
+    read, rows = states(model, batch), torch.arange(len(batch), device=model.device)
+    out = [s[rows, batch.last] for s in read]
+    if subject:
+        positions = torch.arange(batch.clean.shape[1], device=model.device)
+        at = ((batch.clean != batch.corrupt) * positions).amax(1)
+        out += [s[rows, at] for s in read]
+    return out
+
+
+def answer_rows(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
+    """What a probe maps states to: the unembedding's rows, centred."""
+    rows = model.hf.get_output_embeddings().weight.detach()
+    return rows - rows.mean(0)
+
+
+@torch.no_grad()
+def ranked(
+    model: LanguageModel, pairs: PairSet
+) -> tuple[Bool[Tensor, " prompts"], Bool[Tensor, " prompts"]]:
+    """Which prompts' answers rank first of four, and which last, in the order of
+    ``pairs.batches(CHUNK)``."""
+    first, last = [], []
+    for batch in pairs.batches(CHUNK, model.device):
+        logits = last_logits(model, batch)
+        first.append(ranked_first(logits, batch.choices))
+        last.append(ranked_last(logits, batch.choices))
+    return torch.cat(first).cpu(), torch.cat(last).cpu()
+
+
+@torch.no_grad()
+def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[float]:
+    """Four-way choice with the states of ``first`` up to each cut and ``last`` from there on.
+
+    Entry k: the first k blocks (and the embedding) are of ``first``.
+    """
+    ends = stages(last)
+    right = [0] * len(ends)
+    for batch in pairs.batches(CHUNK, first.device):
+        read = states(first, batch)
+        for k, (stage, value) in enumerate(zip(ends, read, strict=True)):
+
+            def put(module: Any, args: Any, kwargs: Any, value: Tensor = value) -> Any:
+                if args:
+                    return (value, *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": value}
+
+            with _before(stage, put):
+                right[k] += int(ranked_first(last_logits(last, batch), batch.choices).sum())
+    return [r / len(pairs) for r in right]
+
+
+@torch.no_grad()
+def linear_map(
+    x: Float[Tensor, "n d_in"], want: Float[Tensor, "n d_out"], ridge: float
+) -> Callable[[Tensor], Tensor]:
+    """A ridge regression on standardised inputs, in closed form; its outputs are centred."""
+    center, scale = x.mean(0), x.std(0) + 1e-6
+    x = (x - center) / scale
+    gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
+    weight = torch.linalg.solve(gram, x.T @ (want - want.mean(0)))
+    return lambda other: (other - center) / scale @ weight
+
+
+@torch.no_grad()
+def fit_probe(
+    model: LanguageModel, half_a: PairSet, ridge: float = RIDGE, subject: bool = False
+) -> list[Callable[[Tensor], Tensor]]:
+    """One map to the answers' (centred) unembedding for each of `last_states`."""
+    parts = list(half_a.parts(CHUNK))
+    seen = [last_states(model, part, subject) for part in parts]
+    want = answer_rows(model)[[p.answer for part in parts for p in part]]
+    return [linear_map(torch.cat(x), want, ridge) for x in zip(*seen, strict=True)]
+
+
+@torch.no_grad()
+def probe(
+    model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = RIDGE
+) -> Bool[Tensor, "cuts prompts"]:
+    """Which prompts of half B a linear probe, fitted on half A's last states, answers right.
+
+    The probe maps states to the answers' unembedding rows, so that it can name answers it was not
+    fitted on. One row per stage (see `stages`): the embedding first, the last block's output last.
+    Prompts are in the order of ``half_b.batches(CHUNK)``.
+    """
+    rows, readers = answer_rows(model), fit_probe(model, half_a, ridge)
+    found: list[list[Tensor]] = [[] for _ in readers]
+    for part in half_b.parts(CHUNK):
+        choices = collate(part, model.device).choices
+        for reader, x, out in zip(readers, last_states(model, part), found, strict=True):
+            out.append(ranked_first(reader(x) @ rows.T, choices))
+    return torch.stack([torch.cat(f) for f in found]).cpu()

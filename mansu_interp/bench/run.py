@@ -1,0 +1,136 @@
+"""The benchmark: models x tasks x methods x quantizers x seeds, at the same forgetting.
+
+For each model, task, level and method the first seed tries the same few step sizes, as multiples
+of the method's usual one, each for the same number of steps at most. A try stops when its four-way
+accuracy on the forget facts' dev phrasings reaches the level; of those that reach it the one that
+retained best, on dev phrasings too, sets the step size of every seed (`best_retained`). Only
+winners are measured on the unseen phrasings, on the checkpoint as saved and loaded again, before
+and after each quantizer.
+
+A try is one JSON file under ``trials``, named by a hash of its settings and of the model's weights,
+and written whole or not at all: a benchmark that was killed goes on where it was. Checkpoints stay
+in ``work``, so that another quantizer can be measured later; without them tries are run again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from ..errors import ConfigError
+from ..masks.floor import quantizer_set
+from ..models.language_model import LanguageModel
+from ..models.load import load_model
+from ..quantizers.registry import get_quantizer
+from ..runs.defaults import default_config
+from ..tasks.load import load_task
+from ..utils.distributed import launched
+from ..utils.files import locked
+from .config import BenchConfig
+from .scoreboard import write_scoreboard
+from .table import Chosen, tidy
+from .trial import ORIGINAL, Trial, attempt, finish, make_trial, unmeasured
+from .workers import Engine, engine
+
+OnProgress = Callable[[str, int, int], None]
+
+
+def best_retained(tries: Sequence[dict[str, Any]], level: float) -> tuple[int, bool]:
+    """The fair stop: which of a method's tries stands for it.
+
+    Arguments:
+        tries: results with ``dev``: ``forget`` (four-way), ``retain`` (top-1) and
+            ``retain_choice``, all on dev phrasings, smallest step first; failed ones without.
+        level: four-way forget accuracy asked for.
+
+    Returns:
+        The position of the best retained of those that reach the level (ties: the smallest step),
+        and True; where none does, of the one that forgot most, and False.
+    """
+    dev = [t.get("dev") or {"forget": 9.0, "retain": -1.0, "retain_choice": -1.0} for t in tries]
+    there = [k for k, d in enumerate(dev) if d["forget"] <= level]
+    if not there:
+        return min(range(len(dev)), key=lambda k: dev[k]["forget"]), False
+    return max(there, key=lambda k: (dev[k]["retain"], dev[k]["retain_choice"], -k)), True
+
+
+def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list[dict[str, Any]]:
+    """Run what is missing, and write ``table.csv``, ``scoreboard.md`` and ``scoreboard.html``.
+
+    Arguments:
+        bench: what to compare.
+        on_progress: called with (stage, done, total).
+
+    Returns:
+        One row per model, task, level, method, seed and quantizer (see `tidy`).
+
+    Raises:
+        MansuError: an unknown model, task or quantizer, or Dask is needed and cannot be used,
+            before any long work.
+        ResourceError: disk or memory ran out, or another benchmark writes to the folder.
+    """
+    if launched() > 1:
+        raise ConfigError("bench shares out whole trials: start it once, with --jobs.")
+    for name in bench.quantizers:
+        get_quantizer(name)
+    quantizer_set(bench.survive)
+    models = {name: load_model(name, bench.device) for name in bench.models}
+    for model in models.values():
+        for task in bench.tasks:
+            load_task(task, model, default_config(model.name, task).score_pairs)
+    jobs, scheduler = (1, None) if bench.table_only else (bench.jobs, bench.scheduler)
+    with locked(bench.out), engine(jobs, scheduler) as compute:
+        rows = _run_missing(bench, models, compute, on_progress or (lambda *_: None))
+        write_scoreboard(bench.out, rows)
+    return rows
+
+
+def _run_missing(
+    bench: BenchConfig, models: dict[str, LanguageModel], compute: Engine, note: OnProgress
+) -> list[dict[str, Any]]:
+    """Train and measure the trials that are not finished; the table's rows."""
+    new = partial(make_trial, bench)
+    grid = [(m, t) for m in models.values() for t in bench.tasks]
+    strengths = sorted(bench.strengths)
+    first, rest = bench.seeds[0], bench.seeds[1:]
+    measured = partial(finish, bench=bench)
+
+    originals = [new(m, t, ORIGINAL, first, 1.0, 1.0) for m, t in grid]
+
+    def each(do: Callable[[Trial], Any], trials: Sequence[Trial], stage: str) -> None:
+        if not trials or bench.table_only:
+            return
+        note(stage, 0, len(trials))
+        for k, _ in enumerate(compute(do, trials)):
+            note(stage, k + 1, len(trials))
+
+    each(measured, _unmeasured(originals, bench), stage="the originals")
+    tries = [
+        (m, [new(m, t, method, first, level, s) for s in strengths])
+        for m, t in grid
+        for level in bench.levels
+        for method in bench.methods
+    ]
+    todo = [c for _, trials in tries for c in trials if c.read() is None]
+    each(attempt, todo, stage="choosing step sizes")
+    chosen: list[Chosen] = []
+    for model, trials in tries:
+        if bench.table_only and any(c.read() is None for c in trials):
+            continue
+        best, reached = best_retained([c.read() or {} for c in trials], trials[0].level)
+        for k, trial in enumerate(trials):
+            if k != best and not bench.table_only:
+                shutil.rmtree(trial.checkpoint, ignore_errors=True)
+        won = trials[best]
+        others = [new(model, won.task, won.method, x, won.level, won.strength) for x in rest]
+        chosen.append(Chosen([won, *others], reached))
+    winners = [c for group in chosen for c in group.trials]
+    each(measured, _unmeasured(winners, bench), stage="measuring")
+    return tidy(originals, chosen, bench.quantizers)
+
+
+def _unmeasured(trials: Iterable[Trial], bench: BenchConfig) -> list[Trial]:
+    """Trials that lack something that is to be measured."""
+    return [c for c in trials if unmeasured(c, c.read() or {}, bench)]

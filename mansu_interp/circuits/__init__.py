@@ -1,0 +1,1 @@
+"""Edge scores -> a circuit -> how the attribution graphs of two models differ."""

@@ -1,0 +1,256 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import CircuitError
+from ..models.hooked import AnyModel, open_stream
+from ..models.stream import Hook, Reading, Recorder
+from ..tasks.pairs import Batch, PairSet
+from ..utils.distributed import shard, sum_over_processes
+from .metrics import METRICS, Metric
+
+ABLATIONS = ("corrupt", "mean", "zero")
+
+Edges = Bool[np.ndarray, "writers readers"]
+
+
+@dataclass
+class _Base:
+    """What the writers add in the ablated run, for one batch."""
+
+    batch: Batch
+    input: Float[Tensor, "#batch #pos d_model"]
+    heads: list[Callable[[], Tensor]]
+    """By layer: heads x batch x position x d_model, made when asked for."""
+    mlps: list[Float[Tensor, "#batch #pos d_model"]]
+    clean_logits: Float[Tensor, "batch vocab"]
+
+
+class Ablation:
+    """A model in which all edges outside a circuit are ablated, on fixed pairs.
+
+    What does not depend on the circuit is computed once, so that many circuits are cheap to try.
+
+    Arguments:
+        model: a `LanguageModel` or HookedTransformer.
+        pairs: clean and corrupt prompts.
+        metric: name, or a function as in `attribute`.
+        ablation: what an edge outside carries: ``corrupt`` (its value in the corrupt run),
+            ``mean`` (its mean over the corrupt prompts at the same position) or ``zero``.
+        batch_size: pairs per forward pass; changes memory and speed, not the result.
+
+    Raises:
+        CircuitError: unknown ablation, a model that cannot be rebuilt exactly, or a metric that is
+            the same for the full and the empty circuit.
+    """
+
+    def __init__(
+        self,
+        model: AnyModel,
+        pairs: PairSet,
+        metric: Metric | str = "logit_diff",
+        ablation: str = "corrupt",
+        batch_size: int = 16,
+    ) -> None:
+        if ablation not in ABLATIONS:
+            raise CircuitError(
+                f"Unknown ablation {ablation!r}; expected one of {', '.join(ABLATIONS)}."
+            )
+        self.stream = open_stream(model)
+        self.graph = self.stream.graph
+        self.metric = METRICS[metric] if isinstance(metric, str) else metric
+        self.n_pairs = len(pairs)
+        mine = shard(pairs.pairs)
+        device = self.stream.model.device
+        batches = list(PairSet(pairs.name, mine).batches(batch_size, device)) if mine else []
+        means = self._means(pairs, batch_size) if ablation == "mean" else None
+        self.bases = [self._base(b, ablation, means) for b in batches]
+        self._ends: tuple[float, float] | None = None
+
+    @torch.no_grad()
+    def _writes(self, batch: Batch) -> dict[str, Tensor]:
+        recorder = Recorder()
+        with self.stream.hooked(recorder.on(self.stream.writers())):
+            self.stream.logits(batch.corrupt, batch.last)
+        return {n: recorder[n] for n in self.stream.writers()}
+
+    @torch.no_grad()
+    def _means(self, pairs: PairSet, batch_size: int) -> list[Tensor]:
+        """Mean write at each position over the corrupt prompts that reach it, per hook point; for
+        heads ``[heads, 1, pos, d_model]``."""
+        longest = max(len(p.corrupt) for p in pairs)
+        total: dict[str, Tensor] = {}
+        count = torch.zeros(longest, device=self.stream.model.device)
+        heads_at = {self.stream.z(i): i for i in range(self.stream.n_layers)}
+        for batch in pairs.batches(batch_size, count.device):
+            real = (
+                torch.arange(batch.corrupt.shape[1], device=count.device)[None]
+                <= batch.last[:, None]
+            )
+            count[: real.shape[1]] += real.sum(0)
+            for name, seen in self._writes(batch).items():
+                layer = heads_at.get(name)
+                writes = seen if layer is None else self.stream.head_writes(layer, seen)
+                weighed = writes.float() * real[..., None]
+                summed = weighed.sum(-3, keepdim=True)
+                if name not in total:
+                    total[name] = summed.new_zeros(*summed.shape[:-2], longest, summed.shape[-1])
+                total[name][..., : summed.shape[-2], :] += summed
+        names = self.stream.writers()
+        return [total[n] / count[:, None].clamp_min(1) for n in names]
+
+    @torch.no_grad()
+    def _base(self, batch: Batch, ablation: str, means: list[Tensor] | None) -> _Base:
+        stream = self.stream
+        clean = stream.logits(batch.clean, batch.last)
+        if ablation == "corrupt":
+            seen = self._writes(batch)
+            heads = [
+                lambda i=i: stream.head_writes(i, seen[stream.z(i)]) for i in range(stream.n_layers)
+            ]
+            mlps = [seen[stream.mlp_out(i)].float() for i in range(stream.n_layers)]
+            return _Base(batch, seen[stream.input].float(), heads, mlps, clean)
+        width = batch.clean.shape[1]
+        if means is None:
+            none = torch.zeros(1, 1, 1, 1, device=stream.model.device)
+            values = [none[0], *(v for _ in range(stream.n_layers) for v in (none, none[0]))]
+        else:
+            values = [m[..., :width, :] for m in means]
+        return _Base(
+            batch,
+            values[0],
+            [lambda v=v: v for v in values[1::2]],
+            values[2::2],
+            clean,
+        )
+
+    @torch.no_grad()
+    def logits(self, base: _Base, edges: Edges) -> Float[Tensor, "batch vocab"]:
+        """Last-position logits of the clean run of one batch with every edge outside ablated."""
+        stream, graph = self.stream, self.graph
+        keep = torch.from_numpy(edges & graph.exists).float().to(stream.model.device)
+        state = _Rebuilt(keep, len(graph.writers))
+        hooks: list[tuple[str, Hook]] = [(stream.input, self._input(state, base))]
+        for i in range(stream.n_layers):
+            column = i * graph.readers_per_layer
+            for reading in stream.readings(i):
+                hooks.append(
+                    (stream.projected(i, reading.kind), self._projection(state, i, column, reading))
+                )
+                column += len(reading.weight)
+            hooks.append((stream.z(i), self._heads(state, base, i)))
+            hooks.append((stream.mlp_in(i), self._mlp_in(state, i, column)))
+            hooks.append((stream.mlp_out(i), self._mlp_out(state, base, i)))
+        hooks.append((stream.final, lambda value, hook: state.read(-1, 1)[0].to(value.dtype)))
+        with stream.hooked(hooks):
+            return stream.logits(base.batch.clean, base.batch.last)
+
+    def _input(self, state: _Rebuilt, base: _Base) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> None:
+            state.start(value.float(), base.input)
+
+        return hook_fn
+
+    def _projection(self, state: _Rebuilt, layer: int, column: int, reading: Reading) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> Tensor:
+            inputs = state.read(column, len(reading.weight))
+            normed = self.stream.norm(layer, mlp=False)(inputs)
+            out = torch.einsum("nbpd,ncd->bpnc", normed, reading.weight)
+            if reading.bias is not None:
+                out = out + reading.bias
+            return out.reshape(value.shape).to(value.dtype)
+
+        return hook_fn
+
+    def _heads(self, state: _Rebuilt, base: _Base, layer: int) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> None:
+            state.before_heads = state.base
+            state.write(self.stream.head_writes(layer, value.float()), base.heads[layer]())
+            bias = self.stream.output_bias(layer)
+            if bias is not None:
+                state.base = state.base + bias
+
+        return hook_fn
+
+    def _mlp_in(self, state: _Rebuilt, layer: int, column: int) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> Tensor:
+            parallel = self.stream.parallel
+            written = state.written - (self.stream.n_heads if parallel else 0)
+            base = state.before_heads if parallel else state.base
+            inputs = state.read(column, 1, written, base)[0]
+            return self.stream.norm(layer, mlp=True)(inputs).to(value.dtype)
+
+        return hook_fn
+
+    def _mlp_out(self, state: _Rebuilt, base: _Base, layer: int) -> Hook:
+        def hook_fn(value: Tensor, hook: object) -> None:
+            state.write(value.float()[None], base.mlps[layer][None])
+
+        return hook_fn
+
+    def __call__(self, edges: Edges) -> float:
+        """Mean metric over the pairs, with everything outside ``edges`` ablated."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for base in self.bases:
+            logits = self.logits(base, edges)
+            total += self.metric(logits, base.batch, base.clean_logits).sum().item()
+        return float(sum_over_processes(total)) / self.n_pairs
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Metric of the full and of the empty circuit."""
+        if self._ends is None:
+            exists = self.graph.exists
+            full, empty = self(exists), self(np.zeros_like(exists))
+            if not abs(full - empty) > 1e-6:
+                raise CircuitError(
+                    f"The metric is {full:.4g} with the full circuit and {empty:.4g} with none: "
+                    "nothing to explain. Clean and corrupt prompts must differ in the answer."
+                )
+            self._ends = full, empty
+        return self._ends
+
+    def faithfulness(self, edges: Edges) -> float:
+        """0 for the empty circuit, 1 for the full one; may lie outside [0, 1]."""
+        full, empty = self.ends
+        return (self(edges) - empty) / (full - empty)
+
+
+class _Rebuilt:
+    """The stream as it is being rebuilt: what each writer adds now beyond its ablated value."""
+
+    base: Tensor
+    before_heads: Tensor
+
+    def __init__(self, keep: Float[Tensor, "writers readers"], n_writers: int) -> None:
+        self.keep, self.n_writers, self.written = keep, n_writers, 0
+
+    def start(self, value: Float[Tensor, "batch pos d"], base: Tensor) -> None:
+        """The input writes first."""
+        self.change = value.new_empty(self.n_writers, *value.shape)
+        self.base = torch.zeros_like(value)
+        self.write(value[None], base[None])
+
+    def write(self, values: Float[Tensor, "n batch pos d"], base: Tensor) -> None:
+        """Some writers write; the ablated stream goes on with their ablated value."""
+        self.change[self.written : self.written + len(values)] = values - base
+        self.written += len(values)
+        self.base = self.base + base.sum(0)
+
+    def read(
+        self, column: int, n: int, written: int | None = None, base: Tensor | None = None
+    ) -> Float[Tensor, "n batch pos d"]:
+        """What ``n`` readers from a column on see."""
+        at = slice(column, column + n) if column >= 0 else slice(-1, None)
+        weights = self.keep[: self.written if written is None else written, at]
+        live = weights.any(1).nonzero()[:, 0]
+        base = self.base if base is None else base
+        return base + torch.einsum("un,ubpd->nbpd", weights[live], self.change[live])

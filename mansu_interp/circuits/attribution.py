@@ -1,0 +1,328 @@
+"""Edge attribution patching: EAP and EAP-IG on a TransformerLens bridge.
+
+The score of an edge u -> v is, with the denoising sign,
+
+    s(u -> v) = mean over pairs of  sum_pos < a_u(clean) - a_u(corrupt),  d metric / d in_v >
+
+where ``a_u`` is what u adds to the residual stream and ``in_v`` the residual that v reads, before
+its norm. Positive: restoring the clean value along this edge raises the metric. EAP (Nanda 2023;
+Syed et al. 2023, arXiv 2310.10348) takes the gradient at one run, corrupt by default. EAP-IG
+(Hanna et al. 2024, arXiv 2403.17806) averages it over points on the straight line between the
+corrupt and the clean input embeddings; the midpoint rule is ours.
+
+Neither split q/k/v inputs nor per-head results are needed: the model runs once with plain hooks;
+gradients at the q, k, v and MLP inputs are pulled back per head through the projection and the
+norm by a vector-Jacobian product, and what the heads write is expanded once from ``z``.
+Sums are taken in float32 over pairs and divided once, so scores do not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import CircuitError
+from ..models.graph import Graph
+from ..models.hooked import AnyModel, open_stream
+from ..models.stream import Recorder, Stream
+from ..tasks.pairs import Batch, PairSet
+from ..utils.distributed import shard, sum_over_processes, world_size
+from .config import AttributionConfig
+from .metrics import METRICS, Logits, Metric
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Edge scores over a pair set."""
+
+    graph: Graph
+    scores: Float[np.ndarray, "writers readers"]
+    """Mean over pairs, in units of the metric; 0 where no edge exists."""
+    clean: float
+    """Mean metric of the clean runs."""
+    corrupt: float
+    """Mean metric of the corrupt runs."""
+    by_position: Float[np.ndarray, "pos writers readers"] | None = None
+    """The same by token position, counted from the start; their sum is ``scores``."""
+    neurons: dict[str, Float[np.ndarray, " n"]] = field(default_factory=dict)
+    """Scores of each MLP's neurons (``m3``) and each head's output dimensions (``a3.h5``); the
+    sum over a writer is its node score."""
+
+    def node_scores(self) -> dict[str, float]:
+        """Score of each writer: the sum of its outgoing edges, because its total gradient is the
+        sum of its readers' gradients."""
+        return dict(zip(self.graph.writer_index, self.scores.sum(1).tolist(), strict=True))
+
+
+@dataclass
+class _Sums:
+    """What is added up over pairs and path points."""
+
+    scores: Float[Tensor, "writers readers"]
+    by_position: Float[Tensor, "pos writers readers"] | None
+    neurons: dict[str, Float[Tensor, " n"]]
+
+    @classmethod
+    def zeros(cls, graph: Graph, positions: int) -> _Sums:
+        shape = (len(graph.writers), len(graph.readers))
+        return cls(
+            torch.zeros(shape, dtype=torch.float64),
+            torch.zeros(positions, *shape) if positions else None,
+            {},
+        )
+
+
+def pairs_per_batch(
+    graph: Graph, d_model: int, positions: int, config: AttributionConfig
+) -> tuple[int, float]:
+    """How many pairs fit into ``config.memory_gb``, and what one needs (GB).
+
+    Counted is what attribution adds to the forward and backward passes: the writers' differences
+    (writers x positions x d_model, float32) and half as much again for the readers' gradients.
+
+    Raises:
+        CircuitError: not even one pair fits.
+    """
+    one = 1.5 * len(graph.writers) * positions * d_model * 4 / 1e9
+    if config.memory_gb is None:
+        return config.batch_size, one
+    fit = int(config.memory_gb / one)
+    if fit < 1:
+        raise CircuitError(
+            f"One pair of {positions} tokens needs {one:.2f} GB beyond the model's own passes; "
+            f"memory_gb is {config.memory_gb}. Give more, or shorter prompts."
+        )
+    return min(config.batch_size, fit), one
+
+
+@torch.no_grad()
+def _difference(
+    stream: Stream,
+    clean: dict[str, Tensor],
+    corrupt: dict[str, Tensor],
+    rows: Bool[Tensor, "batch pos"],
+) -> Float[Tensor, "writers tokens d_model"]:
+    """What each writer adds at each real token in the clean run beyond the corrupt run."""
+
+    def flat(run: dict[str, Tensor], name: str) -> Tensor:
+        return run[name].float()[rows]
+
+    first = flat(clean, stream.input) - flat(corrupt, stream.input)
+    out = first.new_empty(len(stream.graph.writers), *first.shape)
+    out[0] = first
+    at = 1
+    for i in range(stream.n_layers):
+        heads, mlp = out[at : at + stream.n_heads], out[at + stream.n_heads]
+        z = stream.z(i)
+        if hasattr(stream.blocks[i], "ln1_post"):  # the share of a head is not linear in z
+            heads.copy_(stream.head_writes(i, flat(clean, z)))
+            heads -= stream.head_writes(i, flat(corrupt, z))
+        else:
+            heads.copy_(stream.head_writes(i, flat(clean, z) - flat(corrupt, z)))
+        mlp.copy_(flat(clean, stream.mlp_out(i)) - flat(corrupt, stream.mlp_out(i)))
+        at += stream.n_heads + 1
+    return out
+
+
+def _pull_back(
+    norm: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "tokens d_model"],
+    g: Float[Tensor, "readers tokens d_model"],
+) -> Float[Tensor, "readers tokens d_model"]:
+    """Gradient at each reader's own residual input from the gradient at its norm's output."""
+    with torch.enable_grad():
+        wide = x.expand(len(g), *x.shape).detach().requires_grad_(True)
+        return torch.autograd.grad(norm(wide), wide, g)[0]
+
+
+def _add_scores(
+    stream: Stream,
+    batch: Batch,
+    at: Float[Tensor, "batch pos d_model"],
+    difference: Float[Tensor, "writers tokens d_model"],
+    inside: dict[str, Tensor],
+    metric: Metric,
+    clean_logits: Logits,
+    weight: float,
+    sums: _Sums,
+) -> None:
+    """Add the scores with the gradient at one input, times a weight.
+
+    ``inside`` holds clean minus corrupt of the neurons and z, or nothing if they are not asked for.
+    """
+    graph, layers = stream.graph, range(stream.n_layers)
+    reads = [n for i in layers for n in (stream.before_attention(i), stream.before_mlp(i))]
+    asked = [stream.projected(i, c) for i in layers for c in "qkv"]
+    asked += [stream.mlp_in(i) for i in layers] + [stream.final] + list(inside)
+    start = at.detach().requires_grad_(True)
+    recorder = Recorder()
+    first = [(stream.input, lambda value, hook: start)]
+    watched = list(dict.fromkeys([*reads, *asked]))
+    with torch.enable_grad(), stream.hooked(first + recorder.on(watched)):
+        logits = stream.logits(batch.clean, batch.last)
+        value = metric(logits, batch, clean_logits).sum()
+        found = torch.autograd.grad(value, [recorder[n] for n in asked])
+    grads = dict(zip(asked, found, strict=True))
+    rows = _real(batch)
+    position = rows.nonzero()[:, 1]
+
+    def flat(t: Tensor) -> Float[Tensor, "tokens ..."]:
+        return t.detach().float()[rows]
+
+    def add(column: int, g: Float[Tensor, "readers tokens d_model"], n_writers: int) -> None:
+        known = difference[:n_writers]
+        part = weight * (known.flatten(1) @ g.flatten(1).T)
+        sums.scores[:n_writers, column : column + len(g)] += part.cpu()
+        if sums.by_position is not None:
+            by_token = weight * torch.einsum("wtd,rtd->twr", known, g).cpu()
+            sums.by_position[:, :n_writers, column : column + len(g)].index_add_(
+                0, position.cpu(), by_token
+            )
+
+    for i in layers:
+        x = flat(recorder[stream.before_attention(i)])
+        pulled = torch.cat(
+            [
+                torch.einsum(
+                    "thc,hcd->htd",
+                    flat(grads[stream.projected(i, r.kind)]).reshape(len(x), len(r.weight), -1),
+                    r.weight,
+                )
+                for r in stream.readings(i)
+            ]
+        )
+        column = i * graph.readers_per_layer
+        add(column, _pull_back(stream.norm(i, mlp=False), x, pulled), graph.writers_before(i))
+        x = flat(recorder[stream.before_mlp(i)])
+        g = _pull_back(stream.norm(i, mlp=True), x, flat(grads[stream.mlp_in(i)])[None])
+        add(column + len(pulled), g, graph.writers_before(i, mlp=True))
+    add(len(graph.readers) - 1, flat(grads[stream.final])[None], len(graph.writers))
+
+    for i in layers if inside else ():
+        of_neurons = (inside[stream.neurons(i)] * flat(grads[stream.neurons(i)])).sum(0)
+        of_z = (
+            inside[stream.z(i)] * flat(grads[stream.z(i)]).reshape(len(rows.nonzero()), -1)
+        ).sum(0)
+        ids = [f"a{i}.h{h}" for h in range(stream.n_heads)]
+        parts = {f"m{i}": of_neurons, **dict(zip(ids, of_z.chunk(stream.n_heads), strict=True))}
+        for node, part in parts.items():
+            old = sums.neurons.get(node, torch.zeros(part.shape, dtype=torch.float64))
+            sums.neurons[node] = old + weight * part.cpu()
+
+
+def _real(batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """True at real tokens, False at padding."""
+    positions = torch.arange(batch.clean.shape[1], device=batch.last.device)
+    return positions[None] <= batch.last[:, None]
+
+
+def _add_batch(
+    stream: Stream,
+    batch: Batch,
+    config: AttributionConfig,
+    metric: Metric,
+    neurons: bool,
+    sums: _Sums,
+) -> tuple[float, float]:
+    """Add one batch to the sums; returns its summed clean and corrupt metric."""
+    names = stream.writers()
+    if neurons:
+        names += [stream.neurons(i) for i in range(stream.n_layers)]
+    runs, logits = [], []
+    for tokens in (batch.clean, batch.corrupt):
+        recorder = Recorder()
+        with torch.no_grad(), stream.hooked(recorder.on(names)):
+            logits.append(stream.logits(tokens, batch.last))
+        runs.append({n: recorder[n].detach() for n in names})
+    clean, corrupt = runs
+    rows = _real(batch)
+    inside = {}
+    for i in range(stream.n_layers) if neurons else ():
+        if hasattr(stream.blocks[i], "ln1_post"):
+            raise CircuitError(
+                f"{stream.model.name} has norms behind its components, so that a neuron's share "
+                "of the write is not defined. Score edges or nodes."
+            )
+        for n in (stream.z(i), stream.neurons(i)):
+            inside[n] = (clean[n].float() - corrupt[n].float()).flatten(2)[rows]
+    difference = _difference(stream, clean, corrupt, rows)
+    ends = [corrupt[stream.input], clean[stream.input]]
+    del runs, clean, corrupt
+    path = config.path()
+    for alpha in path:
+        at = ends[0] + alpha * (ends[1] - ends[0])
+        _add_scores(stream, batch, at, difference, inside, metric, logits[0], 1 / len(path), sums)
+    values = [metric(x, batch, logits[0]).sum().item() for x in logits]
+    return values[0], values[1]
+
+
+def attribute(
+    model: AnyModel,
+    pairs: PairSet,
+    config: AttributionConfig | None = None,
+    metric: Metric | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+    positions: bool = False,
+    neurons: bool = False,
+) -> Attribution:
+    """Score every edge of a model on a set of pairs.
+
+    Inside a ``torch.distributed`` process group, each process takes its share of the pairs and
+    all return the same scores.
+
+    Arguments:
+        model: from `load_model` (its bridge is built on first use), or a HookedTransformer.
+        pairs: all of them are used (see `PairSet.sample`).
+        config: method, steps, metric, batch size and memory.
+        metric: any function of (last-position logits [batch, vocab], batch, logits of the clean
+            run) -> [batch]; replaces ``config.metric``.
+        on_batch: called with (pairs done, pairs in all).
+        positions: score every token position apart, too.
+        neurons: score every MLP neuron and head dimension, too.
+
+    Returns:
+        Mean scores; positive = the clean value along the edge raises the metric.
+
+    Raises:
+        CircuitError: the architecture cannot be attributed exactly, a model in training mode or
+            with weights that are not finite, too little memory, or scores that are not finite.
+    """
+    config = config or AttributionConfig()
+    function = metric or METRICS[config.metric]
+    stream = open_stream(model)
+    if neurons and world_size() > len(pairs):  # said by all of them, or the others would wait
+        raise CircuitError("More processes than pairs: give every process a pair.")
+    longest = max(len(p.clean) for p in pairs)
+    sums = _Sums.zeros(stream.graph, longest if positions else 0)
+    mine = shard(pairs.pairs)
+    size, _ = pairs_per_batch(stream.graph, stream.model.d_model, longest, config)
+    ends = torch.zeros(2, dtype=torch.float64)
+    done = 0
+    for batch in PairSet(pairs.name, mine).batches(size, stream.model.device) if mine else ():
+        ends += torch.tensor(_add_batch(stream, batch, config, function, neurons, sums))
+        done += len(batch)
+        if on_batch:
+            on_batch(done, len(mine))
+    for tensor in (sums.scores, ends, sums.by_position, *sums.neurons.values()):
+        if tensor is not None:
+            sum_over_processes(tensor)
+    n, exists = len(pairs), stream.graph.exists
+    scores = (sums.scores / n).float().numpy() * exists
+    if not np.isfinite(scores).all():
+        raise CircuitError(
+            f"{stream.model.name}: some scores are not finite. The metric or the model overflows "
+            "on these prompts."
+        )
+    return Attribution(
+        stream.graph,
+        scores,
+        float(ends[0]) / n,
+        float(ends[1]) / n,
+        None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
+        {k: (v / n).float().numpy() for k, v in sums.neurons.items()},
+    )

@@ -1,0 +1,90 @@
+"""Settings of attribution and discovery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AttributionConfig:
+    """How edges are scored."""
+
+    method: Literal["eap-ig", "eap"] = "eap-ig"
+    """eap-ig averages the gradient over the path from corrupt to clean; eap takes one point."""
+    ig_steps: int = 5
+    """Points on the path (eap-ig)."""
+    at: Literal["corrupt", "clean"] = "corrupt"
+    """Where eap takes its gradient."""
+    metric: Literal["logit_diff", "log_prob", "choice_margin", "kl"] = "logit_diff"
+    """What is attributed."""
+    pairs: int = 96
+    """Pairs used, drawn evenly over phrasings."""
+    batch_size: int = 16
+    """Pairs per forward pass; changes memory and speed, not scores."""
+    memory_gb: float | None = None
+    """Memory that attribution may take beyond the model's own passes; fewer pairs per pass are
+    taken if need be."""
+
+    def __post_init__(self) -> None:
+        if min(self.ig_steps, self.pairs, self.batch_size) < 1:
+            raise ConfigError(
+                "ig_steps, pairs and batch_size must be at least 1; got "
+                f"{self.ig_steps}, {self.pairs}, {self.batch_size}."
+            )
+        if self.memory_gb is not None and self.memory_gb <= 0:
+            raise ConfigError(f"memory_gb must be positive; got {self.memory_gb}.")
+        if self.method not in ("eap", "eap-ig") or self.at not in ("corrupt", "clean"):
+            raise ConfigError(
+                f"Unknown method {self.method!r} at {self.at!r}; expected eap or eap-ig, at "
+                "corrupt or clean."
+            )
+
+    def path(self) -> list[float]:
+        """Positions on the line, 0 = corrupt, 1 = clean; each has equal weight."""
+        if self.method == "eap":
+            return [0.0 if self.at == "corrupt" else 1.0]
+        return [(k + 0.5) / self.ig_steps for k in range(self.ig_steps)]
+
+
+@dataclass(frozen=True)
+class CircuitConfig(AttributionConfig):
+    """How the circuit is discovered."""
+
+    faithfulness: float = 0.85
+    """The circuit is the fewest edges that reach this ablate-outside faithfulness."""
+    top: int | None = None
+    """Take so many edges instead of searching for the fewest."""
+    threshold: float | None = None
+    """Take the edges whose absolute score is at least this instead of searching for the fewest."""
+    ablation: Literal["corrupt", "mean", "zero"] = "corrupt"
+    """What edges outside the circuit carry while faithfulness is measured."""
+    faithfulness_pairs: int = 32
+    """Forget pairs on which faithfulness is measured during the search."""
+    retain_discount: float = 1.0
+    """Discount on edges that the retain set needs: edges are ranked by
+    |forget| - selective x |retain|, never below a tenth of |forget| (0 = forget alone)."""
+    seed: int = 0
+    """Which pairs are drawn (a run sets this to its own seed)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (
+            not 0 < self.faithfulness <= 1
+            or self.faithfulness_pairs < 1
+            or self.retain_discount < 0
+        ):
+            raise ConfigError(
+                "faithfulness must lie in (0, 1], faithfulness_pairs be at least 1 and selective "
+                f"not negative; got {self.faithfulness}, {self.faithfulness_pairs}, "
+                f"{self.retain_discount}."
+            )
+        if self.top is not None and self.threshold is not None:
+            raise ConfigError("Give top or threshold, not both.")
+        if (self.top is not None and self.top < 1) or (self.threshold or 0) < 0:
+            raise ConfigError(
+                f"top must be at least 1 and threshold not negative; got {self.top}, "
+                f"{self.threshold}."
+            )

@@ -1,0 +1,47 @@
+"""What is attributed: functions of the logits at the last position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..tasks.pairs import Batch
+
+Logits = Float[Tensor, "batch vocab"]
+
+Metric = Callable[[Logits, Batch, Logits], Float[Tensor, " batch"]]
+"""metric(logits, batch, clean logits) -> one number a pair, at the last position."""
+
+
+def logit_diff(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
+    """Logit of the answer minus logit of the counterfactual answer."""
+    rows = torch.arange(len(batch), device=logits.device)
+    return logits[rows, batch.answer] - logits[rows, batch.counterfactual]
+
+
+def log_prob(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
+    """Log-probability of the answer's first token (nats)."""
+    return logits.log_softmax(-1)[torch.arange(len(batch), device=logits.device), batch.answer]
+
+
+def choice_margin(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
+    """Logit of the answer minus the log-sum-exp over the distractors (nats)."""
+    choices = logits.gather(1, batch.choices)
+    return choices[:, 0] - choices[:, 1:].logsumexp(1)
+
+
+def kl(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
+    """-KL(clean run || this run) in nats: 0 at the clean run, lower elsewhere."""
+    want = clean.log_softmax(-1)
+    return -(want.exp() * (want - logits.log_softmax(-1))).sum(-1)
+
+
+METRICS: dict[str, Metric] = {
+    "logit_diff": logit_diff,
+    "log_prob": log_prob,
+    "choice_margin": choice_margin,
+    "kl": kl,
+}

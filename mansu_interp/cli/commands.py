@@ -1,0 +1,239 @@
+"""What each command does: read its settings, call the library, print the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..bench.config import BenchConfig
+from ..runs.config import PlanConfig, RunConfig
+from ..runs.defaults import default_task
+from ..tasks.config import TaskConfig
+from .progress import Progress, _time
+from .settings import (
+    ApplyConfig,
+    CadConfig,
+    DeltaConfig,
+    ExportConfig,
+    ListConfig,
+    RelearnRun,
+    VerifyConfig,
+)
+
+
+@dataclass(frozen=True)
+class Output:
+    """How results are printed; may stand anywhere on the command line."""
+
+    quiet: bool = False
+    """``--quiet``: nothing but the result."""
+    json: bool = False
+    """``--json``: the result as one JSON value on standard output."""
+
+    @classmethod
+    def split(cls, argv: list[str]) -> tuple[Output, list[str]]:
+        """These two options, and the rest of the command line."""
+        rest = [word for word in argv if word not in ("--quiet", "--json")]
+        return cls("--quiet" in argv, "--json" in argv), rest
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _run(config: RunConfig, output: Output) -> int:
+    from ..report.terminal import console_summary
+    from ..runs.plan import Plan
+    from ..runs.run import run
+    from ..utils.distributed import group, rank
+
+    def show(plan: Plan) -> None:
+        if not (output.quiet or output.json or rank()):
+            print("\n".join(plan.lines), flush=True)
+
+    start = time.monotonic()
+    with group():
+        progress = Progress(output.quiet or rank() > 0)
+        try:
+            result = run(config, progress, show)
+        finally:
+            progress.close()
+        if rank():
+            return 0  # the first process says what came out
+    if output.json:
+        from ..utils.files import read_json
+
+        _print_json(read_json(result.folder / "report.json"))
+        return 0
+    print("" if output.quiet else "\n", end="")
+    print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
+    if not output.quiet:
+        print(f"\n{_time(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
+    return 0
+
+
+def _bench(config: BenchConfig, output: Output) -> int:
+    from ..bench.run import run_bench
+
+    progress = Progress(output.quiet)
+    try:
+        rows = run_bench(config, progress)
+    finally:
+        progress.close()
+    print(f"{len(rows)} rows. Open {config.out / 'scoreboard.html'}")
+    return 0
+
+
+def _plan(config: PlanConfig, output: Output) -> int:
+    from ..runs.plan import plan_lines
+
+    if output.json:
+        from ..models.load import empty_model
+        from ..runs.plan import estimate
+
+        _print_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
+        return 0
+    print("\n".join(plan_lines(config)))
+    return 0
+
+
+def _verify(config: VerifyConfig, _: Output) -> int:
+    from ..export.ledger import Ledger
+    from ..export.verify import verify
+    from ..masks.mask import Mask
+    from ..models.load import load_model
+
+    ledger = Ledger.load(config.ledger) if config.ledger else None
+    mask = Mask.load(config.mask) if config.mask else None
+    found = verify(
+        load_model(config.original), load_model(config.edited), config.survive, ledger, mask
+    )
+    print(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
+    for name, row in found.rows.items():
+        print(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+    for name, row in found.embedding.items():
+        label = f"{name}, embedding"
+        print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+    if found.outside:
+        print(f"{found.outside} values changed outside the linear layers and the embedding.")
+    for sentence in found.mismatches:
+        print(f"Mismatch: {sentence}.")
+    print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
+    return found.status
+
+
+def _delta(config: DeltaConfig, _: Output) -> int:
+    from ..export.ledger import delta
+    from ..models.load import load_model
+
+    found = delta(load_model(config.original), load_model(config.edited))
+    found.save(config.out)
+    print(f"{found.n_edits} edits, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
+    return 0
+
+
+def _apply(config: ApplyConfig, _: Output) -> int:
+    from ..export.ledger import Ledger, apply
+    from ..models.load import load_model
+    from ..utils.files import new_folder
+
+    with new_folder(config.out) as folder:
+        ledger = Ledger.load(config.delta)
+        apply(load_model(config.original), ledger).save(folder)
+    print(f"{ledger.n_edits} edits applied: {config.out}")
+    return 0
+
+
+def _export(config: ExportConfig, _: Output) -> int:
+    from pathlib import Path
+
+    from ..export.gguf import export_gguf
+    from ..models.load import load_model
+
+    inside = Path(config.model) / "model"
+    model = load_model(inside if (inside / "config.json").exists() else config.model)
+    export_gguf(model, config.out, config.type)
+    print(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
+    return 0
+
+
+def _relearn(config: RelearnRun, output: Output) -> int:
+    from ..audit.relearning import relearn, relearning_lines
+    from ..models.load import load_model
+    from ..tasks.load import load_task
+
+    progress = Progress(output.quiet)
+    model = load_model(config.model, config.device)
+    task = load_task(config.task or default_task(config.original or config.model), model)
+    names = {config.model: config.model}
+    if config.original:
+        names["original"] = config.original
+    if task.reference_models:
+        names["never taught"] = task.reference_models[0]
+    found = {}
+    try:
+        for label, name in names.items():
+            subject = model if label == config.model else load_model(name, model.device)
+            if subject.architecture != model.architecture and label == "never taught":
+                continue
+            found[label] = relearn(
+                subject,
+                task,
+                config.attack,
+                config.split,
+                lambda rate, d, n, label=label: progress(f"{label} at {rate:g}", d, n),
+            )
+    finally:
+        progress.close()
+    print("\n".join(relearning_lines(found)))
+    return 0
+
+
+def _cad(config: CadConfig, output: Output) -> int:
+    from ..audit.cad import judge_erasure
+    from ..models.load import load_model
+    from ..quantizers.survival import quantize
+    from ..tasks.load import load_task
+
+    original = load_model(config.original, config.device)
+    edited = load_model(config.edited, original.device)
+    task = load_task(config.task or default_task(config.original), original)
+    quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
+    progress = Progress(output.quiet)
+    try:
+        found = judge_erasure(original, edited, task, quantized, config.seed, progress)
+    finally:
+        progress.close()
+    print("\n".join(found.lines()))
+    return 0
+
+
+def _task(config: TaskConfig, _: Output) -> int:
+    from ..tasks.benchmarks import make_task
+
+    n = make_task(config)
+    print(f"{n} rows. Use it: mansu run --task {config.out}")
+    return 0
+
+
+def _list(_: ListConfig, output: Output) -> int:
+    from ..models.load import embedded_models
+    from ..quantizers.registry import QUANTIZERS
+    from ..tasks.files import embedded_tasks, read_task_file
+    from ..unlearning.config import METHODS
+
+    models = [m for m in embedded_models() if "reference" not in m]
+    if output.json:
+        tasks = {name: read_task_file(name)[0]["title"] for name in embedded_tasks()}
+        found = {"models": models, "tasks": tasks, "methods": [*METHODS]}
+        _print_json({**found, "quantizers": [*QUANTIZERS]})
+        return 0
+    print("models      " + ", ".join(models))
+    for name in embedded_tasks():
+        print(f"task        {name}: {read_task_file(name)[0]['title']}")
+    print("methods     " + ", ".join(METHODS))
+    print("quantizers  " + ", ".join(QUANTIZERS))
+    return 0

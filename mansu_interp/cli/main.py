@@ -1,0 +1,212 @@
+"""The ``mansu`` command: parses settings, shows progress, prints results."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
+
+import tyro
+
+from ..bench.config import BenchConfig
+from ..errors import ConfigError, MansuError
+from ..runs.config import PlanConfig, RunConfig
+from ..runs.defaults import ROBUST, default_config
+from ..tasks.config import TaskConfig
+from .commands import (
+    Output,
+    _apply,
+    _bench,
+    _cad,
+    _delta,
+    _export,
+    _list,
+    _plan,
+    _relearn,
+    _run,
+    _task,
+    _verify,
+)
+from .settings import (
+    ApplyConfig,
+    CadConfig,
+    DeltaConfig,
+    ExportConfig,
+    ListConfig,
+    RelearnRun,
+    VerifyConfig,
+)
+
+ROBUST_FLAG = f"--{ROBUST}"
+"""Of ``run`` alone; may stand anywhere after it."""
+
+ABOUT = """Make a language model forget something, and check that it stays forgotten.
+
+Examples:
+  mansu list                                    what ships
+  mansu run --out runs/first                    the embedded model forgets capitals
+  mansu run --task my-task.json --out runs/mine your own facts
+  mansu plan --model Llama-3.1-8B/config.json   what it would cost
+
+With every command: --quiet prints the result alone. run, plan and list: --json prints it as JSON.
+
+Colours follow NO_COLOR.
+
+Completion: mansu --tyro-print-completion bash (or zsh)."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after ``mansu``."""
+
+    name: str
+    settings: type
+    do: Callable[[Any, Output], int]
+    """Returns the exit status."""
+    about: str | None = None
+    """Its help; default: the docstring of its settings."""
+
+
+COMMANDS = (
+    Command(
+        "run",
+        RunConfig,
+        _run,
+        "Discover, mask, unlearn, quantize, compare and report.\n\n"
+        "--robust starts from the task's settings against relearning: slower, and meant to erase "
+        "where the usual ones may only hide. Options given beside it win.\n\n"
+        "Example: mansu run --model facts --task capitals --out runs/first",
+    ),
+    Command(
+        "bench",
+        BenchConfig,
+        _bench,
+        "Compare methods at the same forgetting, before and after quantizers. A killed "
+        "benchmark goes on where it was.\n\n"
+        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
+    ),
+    Command(
+        "plan",
+        PlanConfig,
+        _plan,
+        "Say what scoring every edge of a model takes, from its config alone.\n\n"
+        "Example: mansu plan --model Llama-3.1-8B/config.json --tokens 32 "
+        "--attribution.batch-size 8",
+    ),
+    Command(
+        "verify",
+        VerifyConfig,
+        _verify,
+        "Recompute from two checkpoints what an edit's promise says.\n\n"
+        "Exit status: 0 it holds; 1 a file is missing, damaged or changed; 3 an edit is lost or "
+        "another code changed; 4 the ledger or mask does not belong to these checkpoints.\n\n"
+        "Example: mansu verify facts runs/first/model --ledger runs/first/ledger.safetensors",
+    ),
+    Command(
+        "relearn",
+        RelearnRun,
+        _relearn,
+        "Fine-tune a copy on half of the forget facts; ask for the other half.\n\n"
+        "Example: mansu relearn runs/latest/model --task capitals --original facts",
+    ),
+    Command(
+        "cad",
+        CadConfig,
+        _cad,
+        "Say whether an edited checkpoint erased what a task forgets, or hides it.\n\n"
+        "Example: mansu cad facts runs/latest/model --task capitals",
+    ),
+    Command(
+        "delta",
+        DeltaConfig,
+        _delta,
+        "Write the edit alone, a few kilobytes.\n\n"
+        "Example: mansu delta facts runs/latest/model --out capitals.safetensors",
+    ),
+    Command(
+        "apply",
+        ApplyConfig,
+        _apply,
+        "Make the edited checkpoint, bit for bit, from the original and its delta or "
+        "ledger.\n\nExample: mansu apply facts capitals.safetensors --out edited",
+    ),
+    Command(
+        "export",
+        ExportConfig,
+        _export,
+        "Write one GGUF file (Llama, Mistral, Qwen2 and Qwen3).\n\n"
+        "Example: mansu export runs/smollm2 --type q4_0 --out smollm2.gguf",
+    ),
+    Command(
+        "task",
+        TaskConfig,
+        _task,
+        "Make a task file from your own rows or those of TOFU, MUSE, WMDP and MMLU.\n\n"
+        "Example: mansu task tofu --forget forget10.jsonl --retain retain90.jsonl --out tofu.json",
+    ),
+    Command("list", ListConfig, _list),
+)
+"""What the command line knows, in the order of its help."""
+
+
+def _command(argv: list[str]) -> Any:
+    """What the command line may say; the defaults of ``run`` depend on its model and task."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--model", default="facts")
+    early.add_argument("--task")
+    known, _ = early.parse_known_args(argv)
+    start = default_config(known.model, known.task, ROBUST_FLAG in argv)
+    usual: dict[str, Any] = {"default": start}
+    words: list[Any] = []
+    for c in COMMANDS:
+        given = usual if c.settings is RunConfig else {}
+        word = tyro.conf.subcommand(c.name, description=c.about, **given)
+        words.append(Annotated[c.settings, word])
+    return reduce(or_, words)
+
+
+def parse(argv: list[str]) -> Any:
+    """The settings that a command line gives.
+
+    Raises:
+        ConfigError: --robust, which chooses what ``run`` starts from, with another command.
+    """
+    words = [word for word in argv if word != ROBUST_FLAG]
+    config = tyro.cli(_command(argv), args=words, prog="mansu", description=ABOUT)
+    if words != argv and not isinstance(config, RunConfig):
+        raise ConfigError(f"{ROBUST_FLAG} is for run; leave it out here.")
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted, 141 nobody reads
+    the output any more; verify: more)."""
+    try:
+        try:
+            return _main(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # such as head, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(argv: list[str]) -> int:
+    try:
+        output, argv = Output.split(argv)
+        config = parse(argv)
+        if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):
+            raise ConfigError("--json is for run, plan and list; leave it out here.")
+        (command,) = [c for c in COMMANDS if c.settings is type(config)]
+        return command.do(config, output)
+    except MansuError as error:
+        print(f"mansu: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nmansu: interrupted; run the same command again to continue.", file=sys.stderr)
+        return 130

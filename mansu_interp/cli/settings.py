@@ -1,0 +1,114 @@
+"""Settings of the commands that have no dataclass of their own elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ..audit.config import RelearnConfig
+from ..utils.shipped import split_names
+
+
+@dataclass(frozen=True)
+class RelearnRun:
+    """Fine-tune on half of the forget facts and ask for the other half."""
+
+    model: Positional[str]
+    """Model to attack: embedded, Hugging Face folder, or hub name."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: the one that goes with the model."""
+    original: str | None = None
+    """A model to attack beside it, such as the one before unlearning; the task's first twin is
+    attacked too where it fits."""
+    split: Literal["unseen", "dev"] = "unseen"
+    """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
+    attack: RelearnConfig = field(default_factory=RelearnConfig)
+    """How hard the attack tries."""
+
+
+@dataclass(frozen=True)
+class CadConfig:
+    """Compare two checkpoints: is what the task forgets gone from the second, or hidden?"""
+
+    original: Positional[str]
+    """Model before unlearning: embedded, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """Model after it; same architecture, vocabulary and tokenizer."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: the one that goes with the original."""
+    quantizer: Literal["none", "nf4"] = "nf4"
+    """Also look at the edited model after this quantizer, for knowledge that comes back."""
+    seed: int = 0
+    """How the forget subjects are split in two."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `mansu verify` compares."""
+
+    original: Positional[str]
+    """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """The checkpoint after it."""
+    survive: tuple[str, ...] = ()
+    """The quantizers that every edit must survive; default: those of the ledger, or nf4."""
+    ledger: Path | None = None
+    """ledger.safetensors of the run; it must agree with both checkpoints."""
+    mask: Path | None = None
+    """mask.safetensors of the run; no edit may lie outside it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "survive", split_names(self.survive))
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Write the edit alone: which weights differ between two checkpoints, and their new values."""
+
+    original: Positional[str]
+    """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
+    edited: Positional[str]
+    """The checkpoint after it."""
+    out: Path = Path("delta.safetensors")
+    """The file to write."""
+
+
+@dataclass(frozen=True)
+class ApplyConfig:
+    """Make the edited checkpoint from the original and a delta, or the ledger of a run."""
+
+    original: Positional[str]
+    """The checkpoint that the delta was made for."""
+    delta: Positional[Path]
+    """What `mansu delta` wrote, or a run's ledger.safetensors."""
+    out: Path = Path("edited")
+    """New folder for the Hugging Face checkpoint."""
+
+
+ExportType = Literal["f16", "q8_0", "q4_0"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it."""
+
+    model: Positional[str]
+    """Folder of a run, Hugging Face folder, embedded model, or hub name."""
+    type: ExportType = "q8_0"
+    """f16, or llama.cpp's 8-bit or 4-bit blocks for all matrices."""
+    out: Path = Path("model.gguf")
+    """The file to write."""
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """Name the models, tasks, methods and quantizers that ship."""

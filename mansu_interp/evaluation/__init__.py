@@ -1,0 +1,1 @@
+"""Scores of several models, and the four properties."""

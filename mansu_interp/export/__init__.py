@@ -1,0 +1,1 @@
+"""The edit as it is deployed: ledger, verification, GGUF."""

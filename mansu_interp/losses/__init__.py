@@ -1,0 +1,1 @@
+"""Losses, gradients, Fisher information and accuracies, from logits."""

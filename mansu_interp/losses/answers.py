@@ -1,0 +1,69 @@
+"""What models predict of answers: log-probabilities, likelihoods, levels, divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..models.language_model import LanguageModel
+from ..tasks.answers import AnswerBatch, pack_answers
+from ..tasks.pairs import Pair, PairSet, by_phrasing, chunks, collate
+from .gradients import Weights, gradient
+
+
+def log_probs(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, "batch vocab"]:
+    """Log-probabilities (nats) of the token that follows each clean prompt: of an answer of several
+    tokens, the deciding one."""
+    batch = collate(pairs, model.device)
+    return model.last_logits(batch.clean, batch.last).log_softmax(-1)
+
+
+def above_rivals(
+    rows: Float[Tensor, "batch vocab"],
+    pairs: Sequence[Pair],
+    answers: dict[str, Int[Tensor, " answers"]],
+    level: Callable[[Float[Tensor, "some answers"]], Float[Tensor, " some"]],
+) -> Float[Tensor, " batch"]:
+    """In each pair's row, the value of its answer minus the ``level`` of its relation's answers."""
+    places, found = [], []
+    for relation in dict.fromkeys(p.relation for p in pairs):
+        at = [k for k, p in enumerate(pairs) if p.relation == relation]
+        some = rows if len(at) == len(rows) else rows[at]
+        own = torch.tensor([pairs[k].answer for k in at], device=rows.device)[:, None]
+        found.append(some.gather(1, own)[:, 0] - level(some[:, answers[relation]]))
+        places += at
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(found)[torch.tensor(places, device=rows.device).argsort()]
+
+
+def token_nll(model: LanguageModel, packed: AnswerBatch) -> Float[Tensor, " tokens"]:
+    """Negative log-likelihood of every token of some answers (nats), given those before it."""
+    logp = model.logits_at(packed.tokens, packed.row, packed.position).log_softmax(-1)
+    return -logp.gather(1, packed.target[:, None])[:, 0]
+
+
+def nll(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, " batch"]:
+    """Negative log-likelihood of each pair's answer (nats), summed over its tokens."""
+    packed = pack_answers(pairs, model.device)
+    return packed.sums(token_nll(model, packed))
+
+
+def divergence(
+    student: Float[Tensor, "... vocab"], teacher: Float[Tensor, "... vocab"]
+) -> Float[Tensor, ""]:
+    """Mean KL(teacher || student) in nats, from logits."""
+    p = teacher.log_softmax(-1)
+    return (p.exp() * (p - student.log_softmax(-1))).sum(-1).mean()
+
+
+def answer_gradient(
+    model: LanguageModel, names: Sequence[str], pairs: PairSet, batch_size: int = 16
+) -> Weights:
+    """Gradient of the answers' negative log-likelihood, averaged over some pairs."""
+    parts = [part for group in by_phrasing(pairs) for part in chunks(group, batch_size)]
+    losses = [lambda p=part: nll(model, p).sum() / len(pairs) for part in parts]
+    return dict(zip(names, gradient(model, names, losses), strict=True))

@@ -1,0 +1,77 @@
+"""Gradients of losses with respect to some weights, and values held a layer at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..models.language_model import LanguageModel
+from ..utils.distributed import shard, sum_over_processes
+
+Weights = dict[str, Float[Tensor, "out in"]]
+
+
+def gradient(
+    model: LanguageModel, names: Sequence[str], losses: Sequence[Callable[[], Tensor]]
+) -> list[Float[Tensor, "out in"]]:
+    """Gradient of a sum of losses with respect to some weights, leaving no trace on the model.
+
+    Each loss is computed and differentiated before the next, so memory holds one at a time. Inside
+    a ``torch.distributed`` process group each process computes its share of the losses and all
+    return the gradient of the whole sum.
+    """
+    return [sum_over_processes(g) for g in _gradient_here(model, names, shard(losses))]
+
+
+def _gradient_here(
+    model: LanguageModel, names: Sequence[str], losses: Iterable[Callable[[], Tensor]]
+) -> list[Float[Tensor, "out in"]]:
+    """`gradient` of losses that are this process's own."""
+    wanted = [model.weights[n] for n in names]
+    total: list[Tensor] = []
+    for weight in wanted:
+        weight.requires_grad_(True)
+    try:
+        for loss in losses:
+            part = torch.autograd.grad(loss(), wanted)
+            total = [t.add_(g) for t, g in zip(total, part, strict=True)] if total else list(part)
+    finally:
+        for weight in wanted:
+            weight.requires_grad_(False)
+    return total or [torch.zeros_like(w) for w in wanted]
+
+
+class ByLayer(Mapping[str, Float[Tensor, "out in"]]):
+    """Values per weight, computed for one layer at a time and held for that layer only.
+
+    Reads like a dictionary of all of them. Read layer after layer, every layer is computed once.
+    """
+
+    def __init__(self, names: Sequence[str], compute: Callable[[list[str]], Weights]) -> None:
+        """``compute`` gives the values of the weights that it is told."""
+        self.compute = compute
+        self.layers: dict[str, list[str]] = {}
+        for name in names:
+            self.layers.setdefault(self._layer(name), []).append(name)
+        self.held: Weights = {}
+
+    @staticmethod
+    def _layer(name: str) -> str:
+        found = re.search(r"\.(\d+)\.", name)
+        return found.group(1) if found else name
+
+    def __getitem__(self, name: str) -> Float[Tensor, "out in"]:
+        if name not in self.held:
+            self.held = {}  # freed before the next layer is computed
+            self.held = self.compute(self.layers[self._layer(name)])
+        return self.held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for names in self.layers.values() for n in names)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.layers.values()))

@@ -1,0 +1,226 @@
+"""The magnitude floor for a set of quantizers (ours, after the idea of arXiv 2605.15138).
+
+An edited weight must leave its cell in every quantizer of the set, and change no group's scale in
+any of them. Upwards it therefore lands at least on the farthest of the next levels above, which is
+beyond its own cell by half a cell of the coarsest quantizer and by more of the others; downwards
+likewise. For one quantizer that is the neighbouring level, where the quantized model lands too. A
+weight that wants to go farther lands on a level of the quantizer whose cells are widest there: that
+one would change the edit most, and now does not; the others change it by half a finer cell at most.
+In a run with several quantizers `landing` chooses anew among the levels of all of them.
+
+Every condition is checked on the values as the checkpoint stores them, and again with original and
+edit both rounded to bfloat16 and to float16: the guarantee also holds between the two checkpoints
+saved again in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..quantizers.base import Cells, Quantizer
+from ..quantizers.registry import get_quantizer
+
+Set = Sequence[Quantizer | str] | Quantizer | str
+NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes that a checkpoint may be saved in later."""
+ROUNDING = 2.0**-7
+"""Share of a group's extreme that an edit keeps below it: four times what bfloat16 rounds."""
+
+WHOLE = ("own", "dtype")
+"""Fields of `Floor` that are not one tensor over the elements."""
+
+
+def quantizer_set(survive: Set) -> list[Quantizer]:
+    """The quantizers of a set, by name or as they are.
+
+    Raises:
+        ConfigError: none given, unknown, or one that no edit can be sure to survive.
+    """
+    given = [survive] if isinstance(survive, (str, Quantizer)) else list(survive)
+    found = [get_quantizer(q) if isinstance(q, str) else q for q in given]
+    if not found:
+        raise ConfigError("survive names no quantizer; give at least one, such as nf4.")
+    for q in found:
+        if not q.promises:
+            raise ConfigError(
+                f"No edit can be made to survive {q.name} by construction: its groups depend on "
+                "every element. Leave it out of survive; name it under quantizers to measure it."
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Where the elements of one weight may land."""
+
+    up: Float[Tensor, " n"]
+    """Nearest admissible value above, as stored; NaN where there is none."""
+    down: Float[Tensor, " n"]
+    """Nearest admissible value below; NaN where there is none."""
+    leave_up: Float[Tensor, " n"]
+    """The highest upper boundary of the element's own cells."""
+    leave_down: Float[Tensor, " n"]
+    """The lowest lower boundary of its own cells."""
+    lowest: Float[Tensor, " n"]
+    """No edit may lie at or below this."""
+    highest: Float[Tensor, " n"]
+    """No edit may lie at or above this."""
+    own: tuple[Cells, ...]
+    """The cells of every quantizer of the set that touches this weight."""
+    dtype: torch.dtype
+    """Of the checkpoint."""
+
+    @property
+    def span(self) -> Float[Tensor, " n"]:
+        """Half the range of the levels of the quantizer with the widest cells on average."""
+        widest = torch.stack([g.width for g in self.own]).argmax(0)
+        return torch.stack([g.span for g in self.own]).gather(0, widest[None])[0]
+
+    def __getitem__(self, index: Int[Tensor, " m"]) -> Floor:
+        """The floor of some elements."""
+        parts = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in WHOLE}
+        return replace(self, **parts, own=tuple(g[index] for g in self.own))
+
+    @classmethod
+    def join(cls, some: Sequence[Floor]) -> Floor:
+        """The floors of several weights that the same quantizers touch, one after another."""
+        names = [f.name for f in fields(cls) if f.name not in WHOLE]
+        parts = {n: torch.cat([getattr(f, n) for f in some]) for n in names}
+        own = tuple(Cells.join(each) for each in zip(*(f.own for f in some), strict=True))
+        return replace(some[0], **parts, own=own)
+
+    def admits(
+        self, value: Float[Tensor, "*several n"], wanted: Float[Tensor, " n"]
+    ) -> Bool[Tensor, "*several n"]:
+        """Whether values, as stored, are edits that the floor allows towards the wanted ones."""
+        far = torch.where(wanted > self.leave_up, value >= self.up, value <= self.down)
+        return far & (value > self.lowest) & (value < self.highest)
+
+    def land(self, wanted: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+        """Where weights end that would like to be at some values.
+
+        A weight moves once the wanted value lies outside its own cell in every quantizer: to the
+        level around it whose cell is the widest of the set's, or to the nearest admissible value
+        if that is farther.
+
+        Returns:
+            Values as stored, and which weights move; the values of the others mean nothing.
+        """
+        codes = [g.encode(wanted).clamp(1, len(g.levels) - 2) for g in self.own]
+        both = list(zip(self.own, codes, strict=True))
+        widths = torch.stack([g.edge(c) - g.edge(c - 1) for g, c in both])
+        levels = torch.stack([g.value(c) for g, c in both])
+        apart = (levels - wanted).abs()  # of equally wide cells the nearer level
+        chosen = torch.where(widths == widths.amax(0), apart, torch.inf).argmin(0)
+        level = levels.gather(0, chosen[None])[0].to(self.dtype).float()
+        above, below = wanted > self.leave_up, wanted < self.leave_down
+        value = torch.where(above, self.up, self.down)
+        value = torch.where(self.admits(level, wanted), level, value)
+        return value, (above | below) & ~value.isnan()
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """The cells of some elements in every quantizer of the set and every dtype, and how far an edit
+    may reach."""
+
+    each: list[tuple[torch.dtype, Cells]]
+    lowest: Float[Tensor, " n"]
+    highest: Float[Tensor, " n"]
+    fixed: Bool[Tensor, " n"]
+    dtype: torch.dtype
+    """Of the checkpoint."""
+
+    @classmethod
+    def of(
+        cls,
+        weight: Float[Tensor, "out in"],
+        survive: Set,
+        dtype: torch.dtype,
+        narrow: Sequence[torch.dtype],
+        index: Int[Tensor, " n"] | None = None,
+    ) -> _Grids:
+        quantizers = [q for q in quantizer_set(survive) if q.touches(weight)]
+        each: list[tuple[torch.dtype, Cells]] = []
+        for kind in dict.fromkeys((dtype, *narrow)):
+            stored = weight.detach().to(kind).float()
+            cells = [q.cells(stored) for q in quantizers or [get_quantizer("nf4")]]
+            each += [(kind, c if index is None else c[index]) for c in cells]
+        lows = (g.lowest + ROUNDING * g.lowest.abs() for _, g in each)
+        highs = (g.highest - ROUNDING * g.highest.abs() for _, g in each)
+        fixed = (g.sets_scale | (g.scale <= 0) for _, g in each)
+        return cls(
+            each,
+            reduce(torch.maximum, lows),
+            reduce(torch.minimum, highs),
+            reduce(torch.logical_or, fixed),
+            dtype,
+        )
+
+    def nearest(self, up: bool | Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The nearest admissible value above each element, or below it; NaN where there is none."""
+        above = torch.as_tensor(up, device=self.lowest.device)
+        step = torch.where(above, 1, -1)
+        levels = [g.value(g.codes + step) for _, g in self.each]
+        target = torch.where(above, reduce(torch.maximum, levels), reduce(torch.minimum, levels))
+        target = target.to(self.dtype).float()
+        good = ~self.fixed & (target > self.lowest) & (target < self.highest)
+        for kind, g in self.each:
+            good &= g.leaves(target.to(kind).float(), above)
+        return torch.where(good, target, torch.nan)
+
+
+@torch.no_grad()
+def floor(
+    weight: Float[Tensor, "out in"],
+    survive: Set,
+    dtype: torch.dtype = torch.float32,
+    index: Int[Tensor, " n"] | None = None,
+    narrow: Sequence[torch.dtype] = NARROW,
+) -> Floor:
+    """The floor for a weight.
+
+    Arguments:
+        weight: as loaded, in float32.
+        survive: the set; its order means nothing.
+        dtype: of the checkpoint.
+        index: flat positions of the elements wanted; default: all.
+        narrow: dtypes that both checkpoints may be saved in later.
+
+    Raises:
+        ConfigError: see `quantizer_set`.
+    """
+    grids = _Grids.of(weight, survive, dtype, narrow, index)
+    own = [g for kind, g in grids.each if kind == dtype]
+    return Floor(
+        grids.nearest(True),
+        grids.nearest(False),
+        reduce(torch.maximum, (g.edge(g.codes) for g in own)),
+        reduce(torch.minimum, (g.edge(g.codes - 1) for g in own)),
+        grids.lowest,
+        grids.highest,
+        tuple(own),
+        dtype,
+    )
+
+
+@torch.no_grad()
+def floor_step(
+    weight: Float[Tensor, "out in"],
+    gradient: Float[Tensor, "out in"],
+    survive: Set,
+    dtype: torch.dtype = torch.float32,
+    narrow: Sequence[torch.dtype] = NARROW,
+) -> Float[Tensor, "out in"]:
+    """The smallest step against the gradient that the floor allows; 0 where it forbids any."""
+    slope = gradient.flatten()
+    target = _Grids.of(weight, survive, dtype, narrow).nearest(slope <= 0)
+    step = (target - weight.flatten()).nan_to_num(0.0)
+    return torch.where(slope == 0, 0.0, step).view_as(weight)

@@ -1,0 +1,158 @@
+"""Edits that part what quantizers make of a model from the model itself (ours).
+
+Of an edit d = v - o a quantizer makes Q(v) - Q(o): up to half a cell more or less, and where v and
+o are chosen for it, in every quantizer of a set alike. With g the slope of a quantity at full
+precision, such an edit takes g . (d - (Q(v) - Q(o))) of the quantity from every quantized model,
+measured from full precision. Upwards and downwards in equal parts, sum of g . d = 0, the edits
+leave full precision where it is. What quantized models lose of a quantity that is to be kept, with
+the slope k, is the sum of k . (d - (Q(v) - Q(o))): edits that take as much from it as they give
+leave it where it is in them. Of all weights that nobody edited yet those are taken whose worst-off
+quantizer gains most, until the sum of these gains, that is a first-order bound for every quantizer,
+reaches what is wanted.
+
+The same choice, of what falls in full precision and in every quantizer alike, takes all of them
+down together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..quantizers.base import Cells
+from .floor import Floor
+from .rounding import candidate_values
+
+HALVINGS = 30
+"""Of the bracket of a price, which settles it far below what one edit changes."""
+SWEEPS = 4
+"""In each of which both prices are settled, the one by the other's last."""
+CAP = 4.0
+"""Of the price of a shift; a gain is less than half of what its edit changes."""
+DEAR = 8.0
+"""Times what is gained per loss in all, the cap of the price of a loss: where everything that gains
+loses as well, less is edited."""
+POOL = 64
+"""Elements looked at per edit that may be made; those that gain most."""
+
+
+@dataclass(frozen=True)
+class CandidateEdits:
+    """Edits that some elements could make; an element makes one at most."""
+
+    values: Float[Tensor, "options n"]
+    gain: Float[Tensor, "options n"]
+    """How far the edit parts the worst-off quantizer from full precision, or takes the worst-off
+    model down, first order; 0 where it is none."""
+    shift: Float[Tensor, "options n"]
+    """What it changes at full precision that is to stay there, first order."""
+    loss: Float[Tensor, "options n"]
+    """What the quantized models lose by it of what is kept, beyond full precision, or all models;
+    their mean, first order."""
+    weight: Float[Tensor, " n"]
+    """In (0, 1], by which a gain is weighed: less where more is to be kept."""
+
+
+def candidate_edits(
+    floor: Floor,
+    grids: Sequence[Cells],
+    quantized: Sequence[Float[Tensor, " n"]],
+    original: Float[Tensor, " n"],
+    slope: Float[Tensor, " n"],
+    kept: Float[Tensor, " n"],
+    weight: Float[Tensor, " n"],
+    together: bool = False,
+) -> CandidateEdits:
+    """The edits that the floor allows next to some values, upwards and downwards.
+
+    Arguments:
+        floor: of these elements.
+        grids: their cells in every quantizer; one that left them alone would not part.
+        quantized: the values in every quantizer.
+        original: the values, which are not edited.
+        slope: of the quantity per unit of each.
+        kept: the slope of what is to be kept.
+        weight: of each (`CandidateEdits.weight`).
+        together: whether full precision is to fall with the quantized models, not to stay.
+    """
+    sides = []
+    for nearest in (floor.up, floor.down):
+        value = torch.where(nearest.isnan(), original, nearest)
+        sides.append(candidate_values(floor, grids, value, value))
+    values = torch.cat(sides)
+    edit = values - original
+    follows = torch.stack(
+        [grid.value(grid.encode(values)) - own for grid, own in zip(grids, quantized, strict=True)]
+    )
+    if together:
+        fall, shift = -torch.cat([edit[None], follows]), torch.zeros_like(edit)
+    else:
+        fall, shift = edit - follows, edit * slope
+    gain = torch.where(edit != 0, (fall * slope).amin(0), 0.0)
+    return CandidateEdits(values, gain, shift, fall.mean(0) * kept, weight)
+
+
+@dataclass(frozen=True)
+class MarginEdits:
+    """The edits chosen of some `CandidateEdits`."""
+
+    elements: Int[Tensor, " m"]
+    """Which of the candidate_edits' elements."""
+    values: Float[Tensor, " m"]
+    """Their new values."""
+    gain: float
+    """The sum of their gains: what each quantizer is parted by at least, first order."""
+    shift: float
+    """What full precision changes by, first order: as near 0 as one edit allows."""
+    loss: float
+    """What the quantized models lose of what is kept, first order: about 0, or less."""
+
+
+def choose_edits(some: CandidateEdits, wanted: float, most: int) -> MarginEdits:
+    """As few edits as give a gain, or as many as may be, that leave full precision where it is and
+    take nothing from what is kept.
+
+    Each of the two has a price per unit, at which it comes to 0.
+
+    Arguments:
+        some: what there is to choose from.
+        wanted: sum of the gains.
+        most: edits at most.
+    """
+    best = (some.gain.amax(0) * some.weight).topk(min(POOL * most, some.gain.shape[1]))
+    pool = best.indices[best.values > 0]
+    some = CandidateEdits(*(getattr(some, f.name)[..., pool] for f in fields(CandidateEdits)))
+    shift, loss = 0.0, 0.0
+    rate = float(some.gain.abs().sum() / some.loss.abs().sum().clamp_min(1e-30))
+    for _ in range(SWEEPS):
+        loss = bisect(lambda p, s=shift: _at(some, s, p, wanted, most).loss, 0.0, DEAR * rate)
+        shift = bisect(lambda p, k=loss: _at(some, p, k, wanted, most).shift, -CAP, CAP)
+    found = _at(some, shift, loss, wanted, most)
+    return replace(found, elements=pool[found.elements])
+
+
+def bisect(over: Callable[[float], float], low: float, high: float) -> float:
+    """The price at which something that falls with it comes to 0; ``low`` if it is less there."""
+    if over(low) <= 0:
+        return low
+    for _ in range(HALVINGS):
+        price = (low + high) / 2
+        low, high = (price, high) if over(price) > 0 else (low, price)
+    return high
+
+
+def _at(some: CandidateEdits, shift: float, loss: float, wanted: float, most: int) -> MarginEdits:
+    """The edits of most worth where a unit of shift and one of loss cost so much."""
+    worth, row = (some.gain - shift * some.shift - loss * some.loss).max(0)
+    gain, moved, lost, value = (
+        x.gather(0, row[None])[0] for x in (some.gain, some.shift, some.loss, some.values)
+    )
+    score = torch.where(gain > 0, worth * some.weight, 0.0)
+    best = score.topk(min(most, len(score)))
+    order = best.indices[best.values > 0]
+    i = order[: int((gain[order].cumsum(0) < wanted).sum()) + 1]
+    return MarginEdits(i, value[i], *(float(x[i].sum()) for x in (gain, moved, lost)))

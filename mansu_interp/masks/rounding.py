@@ -1,0 +1,141 @@
+"""Where edits land so that every quantizer of a set keeps all of the edit (ours).
+
+A quantizer makes Q(v) - Q(o) of an edit d = v - o. Any one edit it may shorten or lengthen by half
+a cell; what counts is the sum: kept = <Q(v) - Q(o), d> / <d, d> over all edits, 1 if the quantized
+model moves as far as the edited one. Answers lie many nats above their rivals before unlearning and
+level with them after, so that one percent of the edit is a tenth of a nat of the knowledge. Between
+the levels that the quantizers of the set have around a wanted value the choice is free; it is made
+for all edits together, by Lagrange multipliers: the least squared distance from what was wanted,
+subject to kept = 1 for every quantizer.
+
+The same freedom serves quantized models that want something of their own (`UnlearnConfig.offset_rate`):
+the weights that nobody edits are rounded, too, each quantizer's otherwise, and what that lets
+through of the answers can only be taken back in that quantizer's model. Where one wants an edit to
+end apart from the shared place, its own level there counts, and kept = 1 is meant of its own wish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..quantizers.base import Cells
+from .floor import ROUNDING, Floor
+
+ROUNDS = 20
+"""Steps of dual ascent; the best of them counts."""
+RATE = 0.5
+"""Change of a multiplier per unit of what is kept too much; both are without dimension."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Values at which some elements of one weight may land, and what the set makes of each."""
+
+    values: Float[Tensor, "options n"]
+    """The first row is where they land otherwise."""
+    distance: Float[Tensor, "options n"]
+    """Squared, from what was wanted; by quantized models with wishes of their own, too."""
+    surplus: Float[Tensor, "options quantizers n"]
+    """(Q(v) - Q(o) - d) d: what each quantizer adds to the edit, along the edit; less its wish."""
+    power: Float[Tensor, "options n"]
+    """d squared."""
+
+
+def candidates(
+    floor: Floor,
+    grids: Sequence[Cells | None],
+    quantized: Sequence[Float[Tensor, " n"]],
+    original: Float[Tensor, " n"],
+    wanted: Float[Tensor, " n"],
+    value: Float[Tensor, " n"],
+    apart: Sequence[Float[Tensor, " n"]] = (),
+) -> Candidates:
+    """The nearest level of every quantizer, where the floor admits it; where quantized models have
+    wishes of their own, more around it (`_values_around`).
+
+    Arguments:
+        floor: of these elements; all of them move (`Floor.land`).
+        grids: their cells in every quantizer, None where one leaves the weight alone.
+        quantized: the original's value in every quantizer.
+        original: the values before.
+        wanted: where they would like to be.
+        value: where `Floor.land` puts them; stands in for what is not admitted.
+        apart: by how much more each quantized model would like its own values to be; default: by
+            nothing.
+    """
+    values = candidate_values(floor, grids, wanted, value, bool(apart))
+    edit = values - original
+    distance, surplus = (values - wanted).square(), []
+    for k, (grid, own) in enumerate(zip(grids, quantized, strict=True)):
+        if grid is None:
+            surplus.append(torch.zeros_like(edit))
+            continue
+        level = grid.value(grid.encode(values))
+        if apart:
+            level = level - apart[k]
+            distance = distance + (level - wanted).square()
+        surplus.append((level - own - edit) * edit)
+    return Candidates(values, distance, torch.stack(surplus, 1), edit.square())
+
+
+def candidate_values(
+    floor: Floor,
+    grids: Sequence[Cells | None],
+    wanted: Float[Tensor, " n"],
+    value: Float[Tensor, " n"],
+    around: bool = True,
+) -> Float[Tensor, "options n"]:
+    """Values as stored around the wanted ones, where the floor admits them; first, and in place of
+    what it does not admit, ``value``.
+
+    Arguments:
+        floor: of these elements.
+        grids: their cells in every quantizer, None where one leaves the weight alone.
+        wanted: where they would like to be.
+        value: a place that the floor admits.
+        around: more than the nearest level of every quantizer: see `_values_around`.
+    """
+    some = [p for grid in grids if grid for p in _values_around(grid, wanted, around)]
+    stored = torch.stack(some).to(floor.dtype).float()
+    return torch.cat([value[None], torch.where(floor.admits(stored, wanted), stored, value)])
+
+
+def _values_around(
+    grid: Cells, wanted: Float[Tensor, " n"], apart: bool
+) -> list[Float[Tensor, " n"]]:
+    """The nearest level; where quantized models want to part, the next on the other side, and both
+    sides of both boundaries of the cell, where one quantizer's code can change with no other's."""
+    code = grid.encode(wanted)
+    level = grid.value(code)
+    if not apart:
+        return [level]
+    places = [level, grid.value(torch.where(level > wanted, code - 1, code + 1))]
+    for edge in (grid.edge(code - 1), grid.edge(code)):
+        aside = ROUNDING * edge.abs() + grid.width / 64
+        places += [edge - aside, edge + aside]
+    return places
+
+
+def joint_rounding(some: Sequence[Candidates]) -> list[Float[Tensor, " n"]]:
+    """Values for all elements together, such that every quantizer keeps as nearly all of the edit
+    as their options allow; the same options give the same values."""
+    distance = torch.cat([x.distance for x in some], 1)
+    surplus = torch.cat([x.surplus for x in some], 2)
+    power = torch.cat([x.power for x in some], 1)
+    multipliers = surplus.new_zeros(surplus.shape[1])
+    best, least = distance.argmin(0), torch.inf
+    for _ in range(ROUNDS):
+        cost = distance + torch.einsum("q,oqn->on", multipliers, surplus)
+        chosen = cost.argmin(0)
+        taken = surplus.gather(0, chosen[None, None].expand(1, surplus.shape[1], -1))[0].sum(1)
+        beyond = taken / power.gather(0, chosen[None]).sum()  # kept - 1, per quantizer
+        if (worst := float(beyond.abs().max())) < least:
+            best, least = chosen, worst
+        multipliers = multipliers + RATE * beyond
+    parts = best.split([x.values.shape[1] for x in some])
+    return [x.values.gather(0, k[None])[0] for x, k in zip(some, parts, strict=True)]

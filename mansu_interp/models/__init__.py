@@ -1,0 +1,1 @@
+"""Load a model; where its weights and hook points are; who writes and reads its stream."""

@@ -1,0 +1,216 @@
+"""`HookedTransformer` objects of TransformerLens 3.9, read like a bridged model.
+
+Attribution, faithfulness, discovery and CAD accept one wherever they take a model. It computes with
+its own, possibly processed weights (folded norms, centred writes), so the scores are of these.
+Nothing here imports transformer_lens: 4.x has no `HookedTransformer`, and none is ever made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import CircuitError
+from .graph import Architecture, Graph
+from .language_model import LanguageModel
+from .stream import Reading, Stream
+
+
+@dataclass
+class HookedModel:
+    """A `HookedTransformer` with the few properties of a `LanguageModel` that attribution needs."""
+
+    bridge: Any
+    """The `HookedTransformer` itself."""
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """As its configuration says."""
+        return str(getattr(self.bridge.cfg, "model_name", None) or "HookedTransformer")
+
+    @property
+    def hf(self) -> Any:
+        """The module whose training mode counts."""
+        return self.bridge
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.bridge.parameters()).device
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by its TransformerLens name."""
+        return dict(self.bridge.named_parameters())
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.bridge.cfg.d_model
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Layers, heads and block order."""
+        c = self.bridge.cfg
+        return Architecture(
+            n_layers=c.n_layers,
+            n_heads=c.n_heads,
+            n_kv_heads=getattr(c, "n_key_value_heads", None) or c.n_heads,
+            parallel=bool(c.parallel_attn_mlp),
+        )
+
+    @cached_property
+    def graph(self) -> Graph:
+        """All attribution edges."""
+        return Graph(self.architecture)
+
+
+AnyModel = LanguageModel | HookedModel | Any
+"""What attribution reads: a `LanguageModel`, or a `HookedTransformer` of TransformerLens 3.9."""
+
+
+def as_model(model: AnyModel) -> LanguageModel | HookedModel:
+    """A `LanguageModel` as it is; a `HookedTransformer` with the properties of one.
+
+    Raises:
+        CircuitError: anything else.
+    """
+    if isinstance(model, (LanguageModel, HookedModel)):
+        return model
+    if any(c.__name__ == "HookedTransformer" for c in type(model).__mro__):
+        return HookedModel(model)
+    raise CircuitError(
+        f"Expected a model from load_model(), or a HookedTransformer; got {type(model).__name__}."
+    )
+
+
+def open_stream(model: AnyModel) -> Stream:
+    """The residual stream of a model of either kind.
+
+    Raises:
+        CircuitError: see `Stream`.
+    """
+    model = as_model(model)
+    return HookedStream(model) if isinstance(model, HookedModel) else Stream(model)
+
+
+def _normalised(norm: Any, x: Tensor) -> Tensor:
+    """What a norm of TransformerLens sends to its ``hook_normalized``, without calling hooks."""
+    if type(norm).__name__.startswith("LayerNorm"):
+        x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+
+
+class HookedStream(Stream):
+    """Hook points, projections and norms of a `HookedTransformer`."""
+
+    model: HookedModel
+
+    def _check(self) -> None:
+        self._check_weights()
+        c, name = self.bridge.cfg, self.model.name
+        for found, what in (
+            (c.attn_only, "has no MLPs"),
+            (c.normalization_type is None, "has no norms"),
+            (c.positional_embedding_type == "shortformer", "adds positions to queries and keys"),
+            (getattr(c, "load_in_4bit", False), "holds packed 4-bit weights"),
+            (
+                getattr(c, "ungroup_grouped_query_attention", False),
+                "has its grouped heads ungrouped (set_ungroup_grouped_query_attention)",
+            ),
+            (
+                not hasattr(self.blocks[0].ln2, "hook_normalized")
+                or str(c.original_architecture).startswith(("Olmo2", "Olmo3")),
+                "normalises behind its components alone",
+            ),
+        ):
+            if found:
+                raise CircuitError(f"{name} {what}. Not supported.")
+
+    input = "blocks.0.hook_resid_pre"
+
+    @property
+    def final(self) -> str:
+        """The stream that the final norm and the unembedding read."""
+        return f"blocks.{self.n_layers - 1}.hook_resid_post"
+
+    def before_attention(self, layer: int) -> str:
+        """The stream that a layer's attention reads."""
+        return f"blocks.{layer}.hook_resid_pre"
+
+    def before_mlp(self, layer: int) -> str:
+        """The stream that a layer's MLP reads."""
+        return f"blocks.{layer}.hook_resid_{'pre' if self.parallel else 'mid'}"
+
+    def projected(self, layer: int, kind: str) -> str:
+        """Output of the q, k or v projection, by head."""
+        return f"blocks.{layer}.attn.hook_{kind}"
+
+    def z(self, layer: int) -> str:
+        """What the heads put out, before the output projection."""
+        return f"blocks.{layer}.attn.hook_z"
+
+    def mlp_in(self, layer: int) -> str:
+        """The MLP's normed input, before the norm's gain: the last place that can be hooked."""
+        return f"blocks.{layer}.ln2.hook_normalized"
+
+    def neurons(self, layer: int) -> str:
+        """Activations of the MLP's neurons, before the down projection."""
+        return f"blocks.{layer}.mlp.hook_post"
+
+    def mlp_out(self, layer: int) -> str:
+        """What the MLP adds to the stream."""
+        return f"blocks.{layer}.hook_mlp_out"
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Logits at the last real position, in float32."""
+        tokens = tokens.to(self.bridge.cfg.device)
+        out = self.bridge(tokens, return_type="logits", padding_side="right")
+        return out[torch.arange(len(last)), last.to(out.device)].float()
+
+    def readings(self, layer: int) -> list[Reading]:
+        """The q, k and v projections of a layer."""
+        attn = self.blocks[layer].attn
+        return [
+            Reading(
+                kind,
+                _grouped(attn, f"W_{kind.upper()}").transpose(1, 2),
+                _grouped(attn, f"b_{kind.upper()}"),
+            )
+            for kind in "qkv"
+        ]
+
+    def norm(self, layer: int, mlp: bool) -> Callable[[Tensor], Tensor]:
+        """The norm in front of a layer's attention, or in front of its MLP up to its gain."""
+        if mlp:
+            return lambda x: _normalised(self.blocks[layer].ln2, x)
+        norm = self.blocks[layer].ln1
+
+        def whole(x: Tensor) -> Tensor:
+            x = _normalised(norm, x) * getattr(norm, "w", 1.0)
+            return x + norm.b if hasattr(norm, "b") else x
+
+        return whole
+
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """What attention adds whatever its heads do; it belongs to no head."""
+        bias = self.blocks[layer].attn.b_O.detach().float()
+        return bias if bias.any() else None
+
+    def output_weight(self, layer: int) -> Float[Tensor, "d_model heads d_head"]:
+        """The output projection, by head."""
+        return self.blocks[layer].attn.W_O.detach().float().permute(2, 0, 1)
+
+
+def _grouped(attn: Any, name: str) -> Tensor:
+    """A projection's own parameter; grouped k and v have one more, repeated for every head."""
+    return getattr(attn, f"_{name}", getattr(attn, name)).detach().float()

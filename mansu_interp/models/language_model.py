@@ -1,0 +1,250 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import ModelError
+from ..utils.libraries import quiet
+from .graph import Architecture, Graph
+from .layout import linear_weights, turn, turn_back
+
+PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
+"""Model types whose attention and MLP read the same stream, always."""
+
+MIN_SHARED = 96
+"""Token positions that sharing a prefix must save to be worth a second forward call on a CPU."""
+
+MIN_SHARED_WORK = 2.5e11
+"""The same on an accelerator, times the model's parameters: a call costs it some milliseconds,
+whatever is in it."""
+
+
+def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> int:
+    """How many leading tokens all rows share, short of the first position that is read."""
+    same = (tokens == tokens[:1]).all(0).long().cumprod(0).sum()
+    return min(int(same), int(at.min()))
+
+
+@torch.no_grad()
+def _unpacked(packed: Any) -> torch.nn.Linear:
+    """A plain float32 linear layer with the weights that a bitsandbytes 4-bit layer stands for.
+
+    On some processors such a layer repacks itself when it first runs; what it then does to the
+    unit vectors are its weights.
+    """
+    state, bias = packed.weight.quant_state, packed.bias
+    if getattr(state, "packing_format_for_cpu", False):
+        weight = packed(torch.eye(packed.in_features, dtype=torch.float32))
+        weight = (weight if bias is None else weight - bias).T.contiguous()
+    else:
+        from bitsandbytes.functional import dequantize_4bit
+
+        # Flat: the library's CPU kernel restores blocks that span rows with wrong scales.
+        flat = copy.copy(state)
+        flat.shape = torch.Size([state.shape.numel()])
+        weight = dequantize_4bit(packed.weight, flat).view(state.shape)
+    plain = torch.nn.Linear(packed.in_features, packed.out_features, bias is not None)
+    plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        plain.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
+    return plain
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model in float32, its tokenizer, and views of both.
+
+    Examples:
+        >>> model = load_model("facts")
+        >>> model.graph.n_edges > 0
+        True
+    """
+
+    name: str
+    """Embedded name, folder or hub name it was loaded from."""
+    hf: Any
+    """The Hugging Face ``PreTrainedModel`` (float32, eval mode); a `Conv1D` in it is turned into a
+    linear layer, see `layout`."""
+    tokenizer: Any
+    """The Hugging Face tokenizer."""
+    saved_dtype: torch.dtype = torch.float32
+    """The dtype of the checkpoint, in which edits are saved again."""
+    sha256: str = ""
+    """Hash of the safetensors files it was loaded from."""
+    weights: dict[str, Tensor] = field(init=False, repr=False)
+    """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
+
+    def __post_init__(self) -> None:
+        turn(self.hf)
+        self.weights = {n: p.requires_grad_(False) for n, p in self.hf.named_parameters()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie, and so where it computes."""
+        return next(iter(self.weights.values())).device
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.hf.config
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Layers, heads and block order."""
+        c = self.config
+        heads = c.num_attention_heads
+        return Architecture(
+            n_layers=c.num_hidden_layers,
+            n_heads=heads,
+            n_kv_heads=getattr(c, "num_key_value_heads", None) or heads,
+            parallel=bool(getattr(c, "use_parallel_residual", c.model_type in PARALLEL)),
+        )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    @cached_property
+    def graph(self) -> Graph:
+        """All attribution edges."""
+        return Graph(self.architecture)
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(w.numel() for w in self.weights.values())
+
+    @property
+    def _min_shared(self) -> float:
+        """Token positions that sharing a prefix must save."""
+        return MIN_SHARED if self.device.type == "cpu" else MIN_SHARED_WORK / self.n_parameters
+
+    @cached_property
+    def linear_names(self) -> list[str]:
+        """Names of the weights that 4-bit quantizers touch: every linear layer but the unembedding,
+        not embeddings, norms or biases."""
+        return linear_weights(self.hf)
+
+    @cached_property
+    def embedding_name(self) -> str:
+        """Name of the input embedding's weight, ``[vocab, d_model]``; a tied one is the
+        unembedding, too."""
+        weight = self.hf.get_input_embeddings().weight
+        return next(n for n, w in self.weights.items() if w is weight)
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The model as a TransformerLens ``TransformerBridge`` over the same weight tensors; layers
+        packed to 4 bits by bitsandbytes are replaced by plain ones."""
+        with quiet():
+            from transformer_lens.model_bridge.sources._bridge_builder import (
+                build_bridge_from_module,
+            )
+
+            memo = {id(t): t for t in [*self.hf.parameters(), *self.hf.buffers()]}
+            twin = copy.deepcopy(self.hf, memo)
+            for name, module in list(twin.named_modules()):
+                if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+                    twin.set_submodule(name, _unpacked(module))
+            turn_back(twin)
+            twin.set_attn_implementation("eager")
+            arch = (self.config.architectures or [type(self.hf).__name__])[0]
+            try:
+                bridge = build_bridge_from_module(
+                    twin, arch, hf_config=self.config, tokenizer=self.tokenizer
+                )
+            except (ValueError, KeyError, NotImplementedError) as error:
+                raise ModelError(
+                    f"TransformerLens cannot bridge {arch} ({self.name}): {error}. "
+                    "Use a decoder family that it supports."
+                ) from error
+        bridge.eval()
+        return bridge
+
+    def copy(self) -> LanguageModel:
+        """An independent copy: its weights can be edited without touching this one's."""
+        with quiet():
+            twin = LanguageModel(
+                self.name, copy.deepcopy(self.hf), self.tokenizer, self.saved_dtype, self.sha256
+            )
+        return twin
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text exactly as written: nothing is prepended."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def last_logits(
+        self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Next-token logits at one position of each row (see `logits_at`)."""
+        return self.logits_at(tokens, torch.arange(len(tokens)), last)
+
+    def logits_at(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        rows: Int[Tensor, " n"],
+        at: Int[Tensor, " n"],
+    ) -> Float[Tensor, "n vocab"]:
+        """Next-token logits at any positions of any rows; right padding needs no mask.
+
+        Tokens that all rows begin with (an instruction, few-shot examples) are computed once, and
+        their keys and values shared: the same logits and gradients, several times faster.
+        """
+        tokens, rows, at = (t.to(self.device) for t in (tokens, rows, at))
+        common = _common_prefix(tokens, at)
+        if common * (len(tokens) - 1) < self._min_shared:
+            hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            return self._unembed(hidden[rows, at])
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.config)
+        self.hf.base_model(input_ids=tokens[:1, :common], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(tokens))
+        hidden = self.hf.base_model(
+            input_ids=tokens[:, common:], past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self._unembed(hidden[rows, at - common])
+
+    def _unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
+        """Logits as the model's own forward pass makes them."""
+        logits = self.hf.get_output_embeddings()(hidden)
+        scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        logits = logits * scale if scale != 1 else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def all_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        """Next-token logits at every position."""
+        return self.hf(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    @torch.no_grad()
+    def generate(self, prompt: str, max_new_tokens: int = 4) -> str:
+        """Greedy continuation of a prompt, as text."""
+        ids = torch.tensor([self.encode(prompt)], device=self.device)
+        for _ in range(max_new_tokens):
+            step = self.last_logits(ids, torch.tensor([ids.shape[1] - 1])).argmax(-1)
+            ids = torch.cat([ids, step[:, None]], 1)
+        return self.tokenizer.decode(ids[0, -max_new_tokens:])
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face folder with tokenizer, in the dtype the model was loaded in.
+
+        Unedited weights come back bit for bit: they were widened from that dtype.
+        """
+        with quiet():
+            out = copy.deepcopy(self.hf).to("cpu", self.saved_dtype)
+            turn_back(out)
+            out.config.dtype = self.saved_dtype
+            out.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)

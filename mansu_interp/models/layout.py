@@ -1,0 +1,148 @@
+"""Where a model keeps the weights of a head or an MLP: which parameter, which rows or columns.
+
+Every weight is a linear layer's ``[out, in]``, as bitsandbytes quantizes it. GPT-2 stores its own
+the other way round (`Conv1D`); it is turned when a model is loaded and turned back when it is
+saved, as transformers' bitsandbytes integration does before it quantizes one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+SEPARATE = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",)}
+FUSED = ("c_attn", "qkv_proj", "query_key_value")
+HEADS_OUT = ("o_proj", "out_proj", "c_proj", "dense")
+MLP_IN = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
+MLP_OUT = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
+CONCATENATED = ("gpt2", "phi3")
+"""Model types whose fused projection is all q heads, then all k heads, then all v heads."""
+BY_HEAD = ("gpt_neox", "bloom")
+"""Model types whose fused projection is q, k and v of the first head, then of the second..."""
+_ATTENTION = re.compile(r"\.(self_attn|attn|attention|self_attention)\.")
+
+
+class Turned(nn.Linear):
+    """The linear layer that a `Conv1D` is."""
+
+
+def turn(hf: Any) -> None:
+    """Replace every `Conv1D` of a model, in place, by a linear layer: the same function."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(hf.named_modules()):
+        if isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            with torch.device("meta"):
+                linear = Turned(inputs, outputs).train(module.training)
+            _give(linear, module)
+            linear.weight = nn.Parameter(linear.weight.data.contiguous(), requires_grad=False)
+            hf.set_submodule(name, linear)
+
+
+def turn_back(hf: Any) -> None:
+    """Undo `turn`, in place; the weights are views of the same memory."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(hf.named_modules()):
+        if isinstance(module, Turned):
+            with torch.device("meta"):
+                conv = Conv1D(*module.weight.shape).train(module.training)
+            _give(conv, module)
+            hf.set_submodule(name, conv)
+
+
+def _give(new: Any, old: Any) -> None:
+    new.weight = nn.Parameter(old.weight.data.T, requires_grad=False)
+    new.bias = nn.Parameter(old.bias.data, requires_grad=False)
+
+
+def linear_weights(hf: Any) -> list[str]:
+    """Names of the weights that 4-bit quantizers touch: every linear layer but the unembedding."""
+    head = hf.get_output_embeddings()
+    return [
+        f"{name}.weight"
+        for name, module in hf.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+
+
+def _find(names: Iterable[str], layer: int, attention: bool, leaves: tuple[str, ...]) -> list[str]:
+    out = []
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        leaf = name.split(".")[-2]
+        here = number is not None and int(number.group(1)) == layer
+        if here and leaf in leaves and bool(_ATTENTION.search(name)) == attention:
+            out.append(name)
+    return out
+
+
+def mlp_weights(names: Iterable[str], layer: int, writes: bool) -> list[str]:
+    """Weights of a layer's MLP: what reads the stream, or what writes to it.
+
+    Raises:
+        ModelError: none of a known name.
+    """
+    found = _find(names, layer, False, MLP_OUT if writes else MLP_IN)
+    return found or _unknown(names, layer, "MLP")
+
+
+def head_slice(
+    hf: Any, names: Iterable[str], layer: int, kind: str, head: int, heads: int, kv_heads: int
+) -> tuple[str, str, slice]:
+    """(weight name, ``rows`` or ``cols``, slice) of one head.
+
+    Arguments:
+        hf: the Hugging Face model.
+        names: its `linear_weights`.
+        kind: ``q``, ``k``, ``v`` or ``head`` (what the head writes).
+        head: its number; for ``k`` and ``v`` that of the KV head.
+        heads: query heads of a layer.
+        kv_heads: KV heads of a layer.
+
+    Raises:
+        ModelError: no weight of a known name, or a fused one whose order of rows is not known.
+    """
+    if kind == "head":
+        found = _find(names, layer, True, HEADS_OUT)
+        name = (found or _unknown(names, layer, "attention output"))[0]
+        width = hf.get_parameter(name).shape[1] // heads
+        return name, "cols", slice(head * width, (head + 1) * width)
+    if found := _find(names, layer, True, SEPARATE[kind]):
+        width = hf.get_parameter(found[0]).shape[0] // (heads if kind == "q" else kv_heads)
+        return found[0], "rows", slice(head * width, (head + 1) * width)
+    name = (_find(names, layer, True, FUSED) or _unknown(names, layer, f"{kind} projection"))[0]
+    width = hf.get_parameter(name).shape[0] // (heads + 2 * kv_heads)
+    if hf.config.model_type in CONCATENATED:
+        first = {"q": 0, "k": heads, "v": heads + kv_heads}[kind] + head
+    elif hf.config.model_type in BY_HEAD:
+        first = 3 * head + "qkv".index(kind)
+    else:
+        raise ModelError(
+            f"{name} holds q, k and v in one weight, in an order that is not known for model type "
+            f"{hf.config.model_type!r} (known: {', '.join(CONCATENATED + BY_HEAD)}). Masks need it."
+        )
+    return name, "rows", slice(first * width, (first + 1) * width)
+
+
+def _unknown(names: Iterable[str], layer: int, what: str) -> list[str]:
+    there = [n for n in names if f".{layer}." in n]
+    raise ModelError(
+        f"No weight of layer {layer} is known as its {what}; the layer has "
+        f"{', '.join(there) or 'no linear layers'}. Masks need a decoder family that is known."
+    )
+
+
+def check_layout(hf: Any, names: list[str], heads: int, kv_heads: int) -> None:
+    """Raise ModelError unless all weights of the first layer are found: cheap, before long work."""
+    for kind in ("q", "k", "v", "head"):
+        head_slice(hf, names, 0, kind, 0, heads, kv_heads)
+    for writes in (False, True):
+        mlp_weights(names, 0, writes)

@@ -1,0 +1,215 @@
+"""Models: load them, run them, and describe them. The only importer of transformer_lens.
+
+The weights are the Hugging Face ones in their deployed ``[out, in]`` layout. The TransformerLens
+bridge wraps a structural copy of the modules that *shares* those weights, with no processing, so
+that what is analysed is what is deployed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, ModelError, ResourceError
+from ..utils.files import expect, read_json
+from ..utils.hub import check_online, is_hub_name
+from ..utils.libraries import first_line, quiet
+from ..utils.memory import is_out_of_memory
+from ..utils.shipped import DATA
+from .language_model import LanguageModel
+
+EMBEDDED = DATA / "models"
+
+MAX_SIZE = 10**8
+"""Largest whole number in a config.json."""
+
+MAX_LAYERS = 1000
+
+SMALL = 10**7
+"""Parameters below which ``auto`` stays on the CPU, which is faster then."""
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").exists())
+
+
+def _cached(name: str) -> Path | None:
+    """The folder in which a model of the hub lies on this machine, if it does."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
+        return Path(found).parent
+    return None
+
+
+def _locate(name: str) -> str | Path:
+    """The folder of an embedded or local model, or the hub name itself."""
+    if (EMBEDDED / name / "config.json").exists() and not re.search(r"[\\/]|^\.", name):
+        return EMBEDDED / name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(
+                f"The folder {name} holds no config.json. "
+                "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)."
+            )
+        return folder
+    if not is_hub_name(name):
+        raise ModelError(
+            f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
+            "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
+        )
+    if cached := _cached(name):
+        return cached
+    check_online(f"Model {name!r}", ModelError)
+    return name
+
+
+def _hash_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """A model's config.json, of a size that can be real.
+
+    Raises:
+        ModelError: no such file, no JSON object, or a size that no model has.
+    """
+    try:
+        raw = read_json(file)
+        expect(raw, dict, "it")
+        for key, value in raw.items():
+            if type(value) is int and abs(value) > MAX_SIZE:
+                raise ValueError(f"{key} is larger than {MAX_SIZE:,}")
+        if not raw.get("num_hidden_layers", raw.get("n_layer", 1)) <= MAX_LAYERS:
+            raise ValueError(f"it has more than {MAX_LAYERS:,} layers")
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file} is not the configuration of a model: {error}.") from error
+    return raw
+
+
+def empty_model(name: str | Path) -> LanguageModel:
+    """A model without weights, from its configuration alone: sizes and graph, nothing else.
+
+    Arguments:
+        name: as in `load_model`, or the path of a config.json.
+
+    Raises:
+        ModelError: no such configuration, or one that transformers does not know.
+    """
+    given = Path(name)
+    place = given if given.suffix == ".json" and given.is_file() else _locate(str(name))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet():
+        try:
+            if isinstance(place, Path):
+                raw = _read_config(place if place.is_file() else place / "config.json")
+                config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+            else:
+                config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+            with torch.device("meta"):
+                hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+        except ModelError:
+            raise
+        except Exception as error:  # the libraries below trip over damaged settings in many ways
+            raise ModelError(
+                f"{name} is not the configuration of a causal language model: {first_line(error)}"
+            ) from error
+    return LanguageModel(str(name), hf, None)
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``, or whatever else torch has; ``auto`` is
+    CUDA where there is one (of several processes on one machine each takes its own), else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        )
+    try:
+        found = torch.empty(0, device=torch.device(name)).device
+        if found.type == "meta":
+            raise RuntimeError("it computes nothing.")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"There is no device {str(name)!r} here: {first_line(error)} Give auto, cpu, or cuda "
+            "where there is one."
+        ) from error
+    return found
+
+
+def load_model(name: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
+    """Load an embedded model, a local Hugging Face folder, or a model of the hub, in float32.
+
+    Arguments:
+        name: embedded name (see `embedded_models`), folder, or ``owner/name`` on the hub. Only a
+            hub name may touch the network.
+        device: where it computes, as in `pick_device`; ``auto`` leaves a model below ten million
+            parameters on the CPU, as `SMALL` says.
+
+    Raises:
+        ConfigError: no such device.
+        ModelError: unknown name, unreachable hub (within 5 s), no safetensors, or a checkpoint
+            that is already packed to 4 or 8 bits.
+    """
+    target = pick_device(device)
+    place = _locate(str(name))
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with quiet():
+        local = isinstance(place, Path)
+        if local:
+            raw = _read_config(place / "config.json")
+        else:
+            raw = AutoConfig.from_pretrained(place, trust_remote_code=False).to_dict()
+        if packed := raw.get("quantization_config"):
+            method = packed.get("quant_method") if isinstance(packed, dict) else "unknown"
+            raise ModelError(
+                f"{name} is already quantized ({method}). Unlearning needs the full-precision "
+                "weights: give the original checkpoint; this tool quantizes the result itself."
+            )
+        if local and not list(place.glob("*.safetensors")):
+            raise ModelError(
+                f"{name} has no *.safetensors file. Only safetensors are read (pickles can run "
+                "code): convert it with save_pretrained."
+            )
+        try:
+            # Code that comes with a model is never run, and never offered to be.
+            kwargs: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+            hf = AutoModelForCausalLM.from_pretrained(
+                place, dtype=torch.float32, use_safetensors=True, **kwargs
+            ).eval()
+            small = device == "auto" and hf.num_parameters() < SMALL
+            hf.to(torch.device("cpu") if small else target)  # pyright: ignore[reportArgumentType]
+            tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+        except Exception as error:  # the libraries below trip over damaged files in many ways
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    f"Out of memory while loading {name}. It takes four bytes a parameter and as "
+                    "much again for each copy: take a smaller model or a larger machine."
+                ) from error
+            raise ModelError(f"{name} could not be loaded: {first_line(error)}") from error
+    named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
+    saved = getattr(torch, named, None)
+    if not isinstance(saved, torch.dtype) or not saved.is_floating_point:
+        raise ModelError(f"{name} has the dtype {named[:80]!r} in its config.json; no such float.")
+    folder = place if isinstance(place, Path) else _cached(place)
+    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(folder) if folder else "")

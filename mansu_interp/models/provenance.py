@@ -1,0 +1,91 @@
+"""What an artefact was made from: it travels with every circuit, mask, ledger and report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ..tasks.task import Task
+from ..utils.files import finite
+
+SCHEMA = 1
+PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that decide what comes out."""
+    out = {}
+    for package in PACKAGES:
+        name = package.replace("mansu-interp", "mansu_interp")
+        try:
+            out[name] = version(package)
+        except PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of all that a tokenizer does; empty without one."""
+    if tokenizer is None:
+        return ""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    text = inner.to_str() if inner else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def provenance(
+    model: Any, seed: int, config: Mapping[str, Any], task: Task | None = None
+) -> dict[str, Any]:
+    """Schema, hashes of model, tokenizer, task and settings, seed, and package versions.
+
+    Arguments:
+        model: a `LanguageModel`, or a `HookedModel`, which has no tokenizer of ours.
+        seed: of every draw.
+        config: settings as JSON values.
+        task: what is forgotten; None where only pairs were given.
+    """
+    text = json.dumps(finite(config), sort_keys=True, default=str)
+    return {
+        "schema": SCHEMA,
+        "model_sha256": model.sha256,
+        "tokenizer_sha256": tokenizer_sha256(getattr(model, "tokenizer", None)),
+        "task_sha256": task.sha256 if task else "",
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "seed": seed,
+        "device": model.device.type,
+        "versions": versions(),
+    }
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, what two such records do not share."""
+    out = []
+    for key in ("model", "tokenizer", "task", "config"):
+        if then.get(f"{key}_sha256") != now.get(f"{key}_sha256"):
+            out.append(f"another {key}")
+    old = then.get("versions")
+    old = old if isinstance(old, dict) else {}
+    out += [
+        f"{name} {old.get(name)} instead of {v}"
+        for name, v in now["versions"].items()
+        if old.get(name) != v
+    ]
+    return out
+
+
+def find_mismatch(meta: Mapping[str, Any], model: Any) -> str:
+    """What an artefact was made with that this model does not have: ``checkpoint``, ``tokenizer``
+    or nothing. What is not known of either counts as the same."""
+    made_from = meta.get("provenance")
+    made_from = made_from if isinstance(made_from, dict) else {}
+    sha = meta.get("model_sha256") or made_from.get("model_sha256")
+    if sha and model.sha256 and sha != model.sha256:
+        return "checkpoint"
+    sha, own = (
+        made_from.get("tokenizer_sha256"),
+        tokenizer_sha256(getattr(model, "tokenizer", None)),
+    )
+    return "tokenizer" if sha and own and sha != own else ""

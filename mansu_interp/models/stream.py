@@ -1,0 +1,266 @@
+"""The residual stream of a bridged model: where to hook it, what is written, who reads it.
+
+Every decoder that TransformerLens bridges is read through the same hook points. What a component
+*writes* is what is really added to the stream: where a norm stands between a component and the
+stream (Gemma 2 and 3), a head writes its share of the normed sum, so that the writes of a layer
+still add up exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import CircuitError
+
+Hook = Callable[[Tensor, Any], Tensor | None]
+
+
+class Recorder:
+    """Keeps the tensors that pass the named hooks."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+
+    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        """Remember a value under its hook point's name, and pass it on.
+
+        A view: where attention and MLP share one norm (Phi), the gradient at one of them must not
+        hold the other's.
+        """
+        self.seen[hook.name] = value.view_as(value)
+        return self.seen[hook.name]
+
+    def on(self, names: list[str]) -> list[tuple[str, Hook]]:
+        """Hook list for `Stream.hooked`."""
+        return [(n, self) for n in names]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What passed a hook point.
+
+        Raises:
+            CircuitError: nothing did.
+        """
+        if name not in self.seen:
+            raise CircuitError(
+                f"This version of TransformerLens does not run the hook point {name} on this "
+                "architecture. Install transformer-lens 4.3 or newer."
+            )
+        return self.seen[name]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The q, k or v projection of a layer, by head."""
+
+    kind: str
+    """``q``, ``k`` or ``v``."""
+    weight: Float[Tensor, "heads d_head d_model"]
+    bias: Float[Tensor, "heads d_head"] | None
+
+
+def _out_in(linear: Any) -> Float[Tensor, "out in"]:
+    """Weight of a linear module in ``[out, in]`` layout, float32."""
+    weight = linear.weight.detach().float()
+    original = getattr(linear, "original_component", linear)
+    return weight.T if type(original).__name__ == "Conv1D" else weight
+
+
+class Stream:
+    """Hook points, projections and norms of one bridged model, layer by layer.
+
+    Raises:
+        CircuitError: a model in training mode, with weights that are not finite, or of an
+            architecture whose components do not add to the stream.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.graph, self.bridge = model, model.graph, model.bridge
+        arch = self.graph.architecture
+        self.n_layers, self.n_heads, self.n_kv = arch.n_layers, arch.n_heads, arch.n_kv_heads
+        self.blocks = list(self.bridge.blocks)
+        self.parallel = arch.parallel
+        self._check()
+        self.d_head = self.output_weight(0).shape[2]
+
+    def _check_weights(self) -> None:
+        name = self.model.name
+        if self.model.hf.training:
+            raise CircuitError(
+                f"{name} is in training mode, so dropout would make every run another. "
+                "Call its eval() first."
+            )
+        for weight_name, weight in self.model.weights.items():
+            packed = not weight.is_floating_point()
+            if packed and getattr(weight, "quant_state", None) is None:
+                raise CircuitError(
+                    f"{name}: the weight {weight_name} is packed as {weight.dtype}. Attribution "
+                    "reads bitsandbytes 4-bit weights or plain ones: de-quantize it first."
+                )
+            # One cheap pass: a sum is finite only if its terms are.
+            if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+                raise CircuitError(
+                    f"{name}: the weight {weight_name} holds NaN or infinity. "
+                    "Give a checkpoint of finite weights."
+                )
+
+    def _check(self) -> None:
+        self._check_weights()
+        name, first = self.model.name, self.blocks[0]
+        missing = [
+            part
+            for part, there in {
+                "ln1": hasattr(first, "ln1"),
+                "an MLP": hasattr(first, "mlp"),
+                **{c: getattr(getattr(first, "attn", None), c, None) is not None for c in "qkvo"},
+            }.items()
+            if not there
+        ]
+        if missing:
+            raise CircuitError(
+                f"{name}: attribution needs decoder blocks with ln1, q, k, v, o and an MLP; "
+                f"{type(first).__name__} lacks {', '.join(missing)}."
+            )
+        if type(first).__name__.startswith("Parallel") != self.parallel:
+            raise CircuitError(
+                f"{name}: TransformerLens runs attention and MLP "
+                f"{'one after the other' if self.parallel else 'in parallel'}, the configuration "
+                "says otherwise. This architecture is not supported."
+            )
+        if not getattr(self.model.config, "do_layer_norm_before", True):
+            raise CircuitError(
+                f"{name} normalises the stream itself after each block (do_layer_norm_before = "
+                "False), so that no component adds to it. Not supported."
+            )
+
+    # Hook points. A name with a layer belongs to that layer's block.
+    input = "blocks.0.hook_in"
+    """Token plus position embeddings."""
+
+    @property
+    def final(self) -> str:
+        """The stream that the final norm and the unembedding read."""
+        return "ln_final.hook_in"
+
+    def before_attention(self, layer: int) -> str:
+        """The stream that a layer's attention reads."""
+        return f"blocks.{layer}.hook_in"
+
+    def before_mlp(self, layer: int) -> str:
+        """The stream that a layer's MLP reads."""
+        return f"blocks.{layer}." + ("hook_in" if self.parallel else "ln2.hook_in")
+
+    def projected(self, layer: int, kind: str) -> str:
+        """Output of the q, k or v projection, by head."""
+        return f"blocks.{layer}.attn.{kind}.hook_out"
+
+    def z(self, layer: int) -> str:
+        """What the heads put out, before the output projection."""
+        return f"blocks.{layer}.attn.o.hook_in"
+
+    def mlp_in(self, layer: int) -> str:
+        """Input of the MLP, after its norm."""
+        return f"blocks.{layer}.mlp.hook_in"
+
+    def neurons(self, layer: int) -> str:
+        """Activations of the MLP's neurons, before the down projection."""
+        return f"blocks.{layer}.mlp.out.hook_in"
+
+    def mlp_out(self, layer: int) -> str:
+        """What the MLP adds to the stream."""
+        after = hasattr(self.blocks[layer], "ln2_post")
+        return f"blocks.{layer}." + ("ln2_post.hook_out" if after else "mlp.hook_out")
+
+    def writers(self) -> list[str]:
+        """All hook points from which the writes are rebuilt."""
+        layers = range(self.n_layers)
+        return [self.input, *(n for i in layers for n in (self.z(i), self.mlp_out(i)))]
+
+    @contextmanager
+    def hooked(self, hooks: list[tuple[str, Hook]]) -> Iterator[None]:
+        """Run the body with forward hooks on the bridge, and take exactly these off again."""
+        with self.bridge.hooks(fwd_hooks=hooks):
+            yield
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Logits at the last real position, in float32; no other position is unembedded."""
+        device = self.model.device
+        rows = torch.arange(len(last))
+
+        def last_only(hidden: Tensor, hook: object) -> Tensor:
+            return hidden[rows, last.to(hidden.device)][:, None]
+
+        with self.hooked([("unembed.hook_in", last_only)]):
+            return self.bridge(tokens.to(device), return_type="logits")[:, 0].float()
+
+    def readings(self, layer: int) -> list[Reading]:
+        """The q, k and v projections of a layer."""
+        out = []
+        for kind, n in (("q", self.n_heads), ("k", self.n_kv), ("v", self.n_kv)):
+            linear = getattr(self.blocks[layer].attn, kind)
+            bias = getattr(linear, "bias", None)
+            out.append(
+                Reading(
+                    kind,
+                    _out_in(linear).unflatten(0, (n, -1)),
+                    None if bias is None else bias.detach().float().unflatten(0, (n, -1)),
+                )
+            )
+        return out
+
+    def norm(self, layer: int, mlp: bool) -> Callable[[Tensor], Tensor]:
+        """The norm in front of a layer's attention or MLP."""
+        block = self.blocks[layer]
+        norm = block.ln2 if mlp and hasattr(block, "ln2") else block.ln1
+        return getattr(norm, "original_component", norm)
+
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """What attention adds whatever its heads do; it belongs to no head."""
+        bias = getattr(self.blocks[layer].attn.o, "bias", None)
+        return None if bias is None else bias.detach().float()
+
+    def output_weight(self, layer: int) -> Float[Tensor, "d_model heads d_head"]:
+        """The output projection, by head."""
+        return _out_in(self.blocks[layer].attn.o).unflatten(1, (self.n_heads, -1))
+
+    def head_writes(
+        self, layer: int, z: Float[Tensor, "*rows heads d_head"]
+    ) -> Float[Tensor, "heads *rows d_model"]:
+        """What each head adds to the stream, without the output bias.
+
+        With a norm behind attention, each head's share of the normed sum.
+        """
+        weight = self.output_weight(layer)
+        z = z if z.shape[-1] == self.d_head else z.unflatten(-1, (self.n_heads, self.d_head))
+        writes = torch.einsum("...hc,dhc->h...d", z.float(), weight)
+        if hasattr(self.blocks[layer], "ln1_post"):
+            writes = writes * self._share(layer, writes.sum(0))
+        return writes
+
+    def _share(self, layer: int, total: Float[Tensor, "*rows d_model"]) -> Tensor:
+        """The factor by which a norm behind attention scales each coordinate of its input."""
+        norm = self.blocks[layer].ln1_post
+        norm = getattr(norm, "original_component", norm)
+        bias = self.output_bias(layer)
+        if bias is not None:
+            raise CircuitError(
+                f"{self.model.name} has an output bias and a norm behind attention: the bias "
+                "would belong to no head. Not supported."
+            )
+        eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+        if eps is None or getattr(norm, "bias", None) is not None:
+            raise CircuitError(
+                f"{self.model.name} has a norm behind attention that is no RMSNorm, so that a "
+                "head's write is no share of it. Not supported."
+            )
+        ones = torch.ones_like(total[..., :1, :].flatten(0, -2)[:1])
+        gain = norm(ones)[0].float() * (1 + eps) ** 0.5
+        return gain * (total.square().mean(-1, keepdim=True) + eps).rsqrt()

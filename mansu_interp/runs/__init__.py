@@ -1,0 +1,1 @@
+"""One run end to end: its settings, folder, cost and report."""

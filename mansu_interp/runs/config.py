@@ -1,0 +1,96 @@
+"""Settings of a run, and of its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..circuits.config import AttributionConfig, CircuitConfig
+from ..errors import ConfigError
+from ..unlearning.config import UnlearnConfig
+from ..utils.shipped import split_names
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One whole job: discover, mask, unlearn, quantize, compare, report."""
+
+    model: str = "facts"
+    """Embedded model, Hugging Face folder, or hub name (owner/name)."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: capitals for embedded models, else
+    world-capitals."""
+    out: Path = Path("runs/latest")
+    """Folder for everything the run writes."""
+    budget: float = 0.005
+    """Share of all parameters that may be edited, in (0, 1]."""
+    damage_damping: float = 100.0
+    """Median retain damages below which damage hardly counts in the choice of parameters; smaller
+    is more cautious and forgets less."""
+    retain_gradient_weight: float = 1.0
+    """Weight of the retain answers' gradient against the forget gradient in the choice of
+    parameters; 0 ignores what retain and forget answers share."""
+    frozen_layers: float = 0.0
+    """Share of the layers, counted from the input, in which nothing is edited."""
+    subject_rows: bool = False
+    """Edit the forget subjects' own rows of the embedding, too, within the same budget: what can be
+    read there comes back by relearning, whatever is done to the layers."""
+    by_layer: bool = False
+    """Choose parameters holding gradients and Fisher of one layer at a time: the same mask with
+    less memory and more passes."""
+    seed: int = 0
+    """Seed of every draw."""
+    score_pairs: int = 200
+    """Prompts per scored set, drawn evenly over its unseen phrasings."""
+    quantizers: tuple[str, ...] = ()
+    """Quantizers to score besides nf4 and those of unlearn.survive."""
+    relearn_steps: int = 20
+    """Steps of the relearning attack that tests erasure, on half of the forget facts; 0 = none."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
+    threads: int | None = None
+    """CPU threads; default: torch's own choice."""
+    circuit: CircuitConfig = field(default_factory=CircuitConfig)
+    """How the circuit is discovered."""
+    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    """How the model is edited."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quantizers", split_names(self.quantizers))
+        if not 0 < self.budget <= 1:
+            raise ConfigError(
+                f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
+            )
+        if self.relearn_steps < 0:
+            raise ConfigError(f"relearn_steps must not be negative; got {self.relearn_steps}.")
+        if (
+            self.damage_damping < 0
+            or self.retain_gradient_weight < 0
+            or not 0 <= self.frozen_layers < 1
+        ):
+            raise ConfigError(
+                "damage_damping and retain_gradient_weight must not be negative and frozen_layers lie in [0, 1); got "
+                f"{self.damage_damping}, {self.retain_gradient_weight}, {self.frozen_layers}."
+            )
+        if self.score_pairs < 1 or (self.threads is not None and self.threads < 1):
+            raise ConfigError(
+                f"score_pairs and threads must be at least 1; got {self.score_pairs}, "
+                f"{self.threads}."
+            )
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What scoring the edges of a model would take, from its configuration alone."""
+
+    model: str = "facts"
+    """Embedded model, config.json, Hugging Face folder, or hub name (its config.json is read)."""
+    tokens: int = 15
+    """Tokens of the longest prompt."""
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    """How edges would be scored."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"tokens must be at least 1; got {self.tokens}.")

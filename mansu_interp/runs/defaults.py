@@ -1,0 +1,92 @@
+"""The settings a run starts from: those of `RunConfig`, then those that its task file recommends.
+
+Knows nothing of torch, so that ``mansu --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ..errors import ArtifactError, TaskError
+from ..utils.files import expect, read_json
+from ..utils.shipped import DATA, is_embedded
+from .config import RunConfig
+
+ROBUST = "robust"
+"""Key of a task file's settings against relearning."""
+
+
+def default_task(model: str) -> str:
+    """The task that goes with a model when none is named."""
+    return "capitals" if is_embedded(model) else "world-capitals"
+
+
+def default_config(
+    model: str = "facts", task: str | None = None, robust: bool = False
+) -> RunConfig:
+    """The settings for a model and a task, before any of the user's own.
+
+    Arguments:
+        model: as in `RunConfig`.
+        task: shipped task or path of a task file, whose ``settings`` are taken over; a file that
+            cannot be read is left for `load_task` to complain about.
+        hardened: then those of the file's ``hardened``: what was found to resist relearning.
+
+    Raises:
+        TaskError: the task's ``settings`` name something that `RunConfig` does not have, or give
+            it a value out of range; or it has none against relearning.
+    """
+    config = RunConfig(model=model, task=task)
+    name = task or default_task(model)
+    shipped = DATA / "tasks" / f"{name}.json"
+    path = shipped if shipped.exists() else Path(name)
+    try:
+        spec = read_json(path)
+    except ArtifactError:
+        spec = {}
+    spec = spec if isinstance(spec, dict) else {}
+    config = _updated(config, spec.get("settings", {}), f"settings of task {name!r}")
+    if not robust or not path.exists():
+        return config
+    if ROBUST not in spec:
+        raise TaskError(
+            f"Task {name!r} has no settings against relearning ({ROBUST!r} in its file, beside "
+            "'settings'). Give them yourself: --unlearn.adversarial_steps, --subject-rows."
+        )
+    return _updated(config, spec[ROBUST], f"{ROBUST} settings of task {name!r}")
+
+
+def _updated(config: Any, settings: Any, where: str) -> Any:
+    names = {f.name for f in fields(config)} - {"model", "task", "out", "seed", "threads"}
+    if not isinstance(settings, dict) or not settings.keys() <= names:
+        raise TaskError(
+            f"{where}: expected some of {', '.join(sorted(names))}; got {str(settings)[:200]}."
+        )
+    hints = get_type_hints(type(config))
+    values = {
+        k: _updated(getattr(config, k), v, f"{where}, {k}")
+        if is_dataclass(getattr(config, k))
+        else _value(v, hints[k], f"{where}, {k}")
+        for k, v in settings.items()
+    }
+    return replace(config, **values)
+
+
+def _value(value: Any, kind: Any, where: str) -> Any:
+    """A JSON value as a setting of some type has it."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        shape, fits = str, value in parts if isinstance(value, str) else False
+    elif get_origin(kind) is tuple:
+        shape, fits = [parts[0]], True
+    else:
+        shape, fits = parts or kind, True  # X | None, or one type
+    try:
+        expect(value, shape, where)
+    except ValueError as error:
+        raise TaskError(f"{error}.") from error
+    if not fits:
+        raise TaskError(f"{where} is {value!r:.80}, expected one of {', '.join(parts)}.")
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""What to forget and what to retain -> tokenized clean/corrupt prompts."""

@@ -1,0 +1,130 @@
+"""Fact tables and phrasings -> clean/corrupt pairs of equal token length."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import TaskError
+from ..models.language_model import LanguageModel
+from .files import read_facts
+from .pairs import N_CHOICES, Pair
+
+MAX_PAIRS = 1_000_000
+"""Rows x phrasings of all relations together."""
+
+
+def _mentions(phrasing: str, name: str) -> bool:
+    """Whether a phrasing holds a name as a whole word (the symbol N is not in "Name")."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", phrasing) is not None
+
+
+def _scored(phrasings: dict[str, Any]) -> list[list[str]]:
+    """The phrasings of both scored splits, by label."""
+    return [some for split in ("dev", "unseen") for some in phrasings.get(split, {}).values()]
+
+
+def prefix(model: LanguageModel, spec: dict[str, Any]) -> str:
+    """What stands before every prompt: the task's prefix; where that is a special token that the
+    model's tokenizer does not have, the model's own token for a beginning, if it has one."""
+    wanted = spec.get("prefix", "")
+    special = re.fullmatch(r"<\S+>", wanted)
+    if special and wanted not in model.tokenizer.get_vocab():
+        return model.tokenizer.bos_token or ""
+    return wanted
+
+
+class _Builder:
+    """Turns facts and phrasings into pairs for one tokenizer."""
+
+    def __init__(self, model: LanguageModel, spec: dict[str, Any], folder: Path) -> None:
+        self.model, self.spec, self.folder = model, spec, folder
+        self.prefix = prefix(model, spec)
+        self.dropped: dict[str, int] = {}
+        self.facts = {
+            name: read_facts(folder, name, rel) for name, rel in spec["relations"].items()
+        }
+        items = sum(
+            len(self.facts[n]) * (len(p.get("train", [])) + sum(map(len, _scored(p))))
+            for n, p in ((n, rel["phrasings"]) for n, rel in spec["relations"].items())
+        )
+        if items > MAX_PAIRS:
+            raise TaskError(
+                f"Task {spec['name']!r} has {items:,} (fact, phrasing) items, more than "
+                f"{MAX_PAIRS:,}. Leave out facts or phrasings."
+            )
+        self.first = {a: self._first(a) for facts in self.facts.values() for _, a in facts}
+
+    def _first(self, answer: str) -> int:
+        # The answer follows a space; the tokens of "x y" after those of "x" are the answer's.
+        ids = self.model.encode(" " + answer)
+        unknown = self.model.tokenizer.unk_token_id
+        if not ids or ids[0] == unknown:
+            raise TaskError(
+                f"The tokenizer of {self.model.name} does not know {answer!r}: this task is made "
+                "for another model."
+            )
+        return ids[0]
+
+    def _drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def _encode(self, phrasing: str, subject: str) -> tuple[int, ...]:
+        return tuple(self.model.encode(self.prefix + phrasing.replace("{s}", subject)))
+
+    def pairs(self, relation: str, phrasings: Sequence[str], keep: set[str] | None) -> list[Pair]:
+        """All pairs of a relation; ``keep`` restricts the clean subjects."""
+        facts = self.facts[relation]
+        wanted = [f for f in facts if keep is None or f[0] in keep]
+        out = []
+        for phrasing in phrasings:
+            if phrasing.count("{s}") != 1:
+                raise TaskError(f"Relation {relation!r}: {phrasing!r} needs {{s}} exactly once.")
+            tokens = {s: self._encode(phrasing, s) for s, _ in facts}
+            for subject, answer in wanted:
+                if _mentions(phrasing, subject) or _mentions(phrasing, answer):
+                    self._drop("the phrasing's own examples give the fact away")
+                    continue
+                # The draw depends on the fact alone, so that all phrasings share its distractors.
+                rng = random.Random(f"{relation}|{subject}")
+                first = self.first[answer]
+                rivals = rng.sample(facts, len(facts))
+                # Other facts' answers, so that a common answer is as common among distractors:
+                # a model that knows only how common answers are then scores near chance.
+                pool = [t for t in dict.fromkeys(self.first[a] for _, a in rivals) if t != first]
+                corrupt = next(
+                    (
+                        (s, a)
+                        for s, a in rivals
+                        if len(tokens[s]) == len(tokens[subject])
+                        and self.first[a] != first
+                        and not _mentions(phrasing, s)
+                    ),
+                    None,
+                )
+                if len(pool) < N_CHOICES - 1:
+                    raise TaskError(
+                        f"Relation {relation!r} has too few different answers for "
+                        f"{N_CHOICES}-way choice."
+                    )
+                if corrupt is None:
+                    self._drop("no other subject of equal token length")
+                    continue
+                out.append(
+                    Pair(
+                        tokens[subject],
+                        tokens[corrupt[0]],
+                        first,
+                        self.first[corrupt[1]],
+                        tuple(pool[: N_CHOICES - 1]),
+                        relation,
+                        subject,
+                        phrasing,
+                        self.prefix + phrasing.replace("{s}", subject),
+                        answer,
+                    )
+                )
+        return out

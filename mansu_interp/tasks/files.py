@@ -1,0 +1,138 @@
+"""Task files and the tables that they name, as strangers may have written them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError, TaskError
+from ..utils.files import expect, read_bytes, read_json
+from ..utils.shipped import DATA, is_embedded
+from .rows import SUFFIXES
+
+SCHEMA = 2
+MAX_TABLE = 16 << 20
+"""Bytes of the largest table or text that is read."""
+MAX_ROWS = 100_000
+FILE = {
+    "schema": int,
+    "name": str,
+    "title?": str,
+    "prefix?": str,
+    "relations": {
+        ...: {
+            "table": str,
+            "subject": str,
+            "answer": str,
+            "phrasings": {"train?": [str], "dev?": {...: [str]}, "unseen?": {...: [str]}},
+        }
+    },
+    "forget": {"relations?": [str], "subjects?": ([str], None)},
+    "retain": [str],
+    "retain_unscored?": [str],
+    "neighbours?": [str],
+    "text?": ({...: str}, None),
+    "reference_models?": [str],
+}
+"""What is checked of a task file; more may stand there."""
+FILE_OVER_ROWS = {
+    "schema": int,
+    "name": str,
+    "title?": str,
+    "prefix?": str,
+    "rows": str,
+    "text?": ({...: str}, None),
+    "reference_models?": [str],
+}
+"""The same of one whose facts are rows (see `rows`)."""
+
+
+def embedded_tasks() -> list[str]:
+    """Names of the tasks that ship with the package."""
+    return sorted(p.stem for p in (DATA / "tasks").glob("*.json"))
+
+
+def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
+    """The parsed task file, and the folder in which its tables are looked up first.
+
+    Raises:
+        TaskError: no such task, or not a task file.
+    """
+    shipped = DATA / "tasks" / f"{name}.json"
+    path = shipped if shipped.exists() else Path(name)
+    if not path.is_file():
+        raise TaskError(
+            f"Unknown task {str(name)!r}. Shipped: {', '.join(embedded_tasks())}. "
+            "Or give the path of a task file (JSON; the shipped ones are examples) or of rows "
+            "(JSONL, CSV)."
+        )
+    if path.suffix in SUFFIXES:
+        return {"schema": SCHEMA, "name": path.stem, "rows": path.name}, path.parent
+    try:
+        spec = read_json(path)
+    except ArtifactError as error:
+        raise TaskError(f"The task file {path} is not valid JSON: {error}") from error
+    try:
+        over_rows = isinstance(spec, dict) and "rows" in spec
+        expect(spec, FILE_OVER_ROWS if over_rows else FILE, "the file")
+    except ValueError as error:
+        raise TaskError(f"The task file {path} is malformed: {error} (docs/tasks.md).") from error
+    if spec["schema"] != SCHEMA:
+        raise TaskError(f"The task file {path} has schema {spec['schema']}; expected {SCHEMA}.")
+    if foreign := [t for t in spec.get("reference_models", []) if not is_embedded(t)]:
+        raise TaskError(f"The task file {path}: the twin {foreign[0]!r} is no shipped model.")
+    return spec, path.parent
+
+
+def data_file(folder: Path, kind: str, name: str) -> Path:
+    """A table or text named by a task file: beside it, or else shipped.
+
+    Raises:
+        TaskError: no such file, a path instead of a name, or a link to somewhere else.
+    """
+    if Path(name).name != name or len(name) > 200 or "\0" in name:
+        raise TaskError(f"{name[:200]!r}: name a file beside the task file, without a path.")
+    for place in (folder / name, DATA / kind / name):
+        if place.is_file():
+            if place.resolve().parent != place.parent.resolve():
+                raise TaskError(f"{place} is a link that leads out of its folder: copy the file.")
+            return place
+    raise TaskError(f"The file {name!r} is neither beside the task file nor shipped.")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of at most `MAX_TABLE` bytes.
+
+    Raises:
+        TaskError: it is larger, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, MAX_TABLE).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise TaskError(f"The file {path} cannot be read: {error}.") from error
+
+
+def read_facts(folder: Path, relation: str, spec: dict[str, Any]) -> list[tuple[str, str]]:
+    """Subject and answer of every row of a relation's table.
+
+    Raises:
+        TaskError: the table is missing, malformed or too large, or a cell is empty.
+    """
+    path = data_file(folder, "facts", spec["table"])
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        rows = list(itertools.islice(reader, MAX_ROWS + 1))
+    except csv.Error as error:
+        raise TaskError(f"The table {path}, line {reader.line_num}: {error}.") from error
+    columns = (spec["subject"], spec["answer"])
+    if not rows or any(c not in rows[0] for c in columns):
+        raise TaskError(f"Relation {relation!r}: {path.name} lacks the columns {columns}.")
+    if len(rows) > MAX_ROWS:
+        raise TaskError(f"The table {path} has more than {MAX_ROWS:,} rows.")
+    for number, row in enumerate(rows, 2):
+        if not all(row[c] for c in columns):
+            raise TaskError(f"The table {path}, row {number}: {' or '.join(columns)} is empty.")
+    return [(r[columns[0]], r[columns[1]]) for r in rows]

@@ -1,0 +1,258 @@
+"""Prompt pairs, sets of them, and tasks: what everything above works on.
+
+A `Pair` is a clean prompt, a corrupt prompt of equal token length, the answer, the counterfactual
+answer and distractors for a choice. Answers of one token are plain numbers. Longer ones are kept
+whole in `WholeAnswers`: accuracy and the answers' losses take all their tokens, log p(answer) = sum over
+them; attribution, whose metrics read one position, takes the *deciding token*, the first in which
+answer and counterfactual differ, with what they share appended to both prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..errors import TaskError
+
+N_CHOICES = 4
+
+Tokens = tuple[int, ...]
+
+Device = torch.device | str
+
+
+def clash(one: Tokens, other: Tokens) -> bool:
+    """Whether one answer is the beginning of the other (or both are the same)."""
+    return one[: len(other)] == other[: len(one)]
+
+
+@dataclass(frozen=True)
+class WholeAnswers:
+    """Answers of several tokens, as each follows the prompt."""
+
+    answer: Tokens
+    counterfactual: Tokens
+    distractors: tuple[Tokens, ...]
+    normalise: bool = False
+    """Whether choices are compared by log-probability per token instead of by its sum."""
+
+    @property
+    def shared(self) -> int:
+        """How many tokens answer and counterfactual begin alike with."""
+        both = zip(self.answer, self.counterfactual, strict=False)
+        return next((k for k, (a, c) in enumerate(both) if a != c), 0)
+
+    def deciding(self) -> Tokens:
+        """The answer's deciding token, the counterfactual's, and one for each distractor: its own
+        where it gets so far and differs there, otherwise the counterfactual's."""
+        at = self.shared
+        answer, counterfactual = self.answer[at], self.counterfactual[at]
+        own = dict.fromkeys(
+            d[at]
+            for d in self.distractors
+            if d[:at] == self.answer[:at] and len(d) > at and d[at] != answer
+        )
+        rivals = [*own, *[counterfactual] * len(self.distractors)][: len(self.distractors)]
+        return (answer, counterfactual, *rivals)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One fact asked in one phrasing, with its corrupt twin."""
+
+    clean: Tokens
+    """Prompt tokens; the answer comes next."""
+    corrupt: Tokens
+    """The same phrasing about another subject; as many tokens."""
+    answer: int
+    """First token of the answer; of several, the deciding one."""
+    counterfactual: int
+    """First token of the corrupt subject's answer."""
+    distractors: Tokens
+    """First tokens of other answers of the same type."""
+    relation: str
+    subject: str
+    phrasing: str
+    prompt: str
+    """The clean prompt as text."""
+    answer_text: str
+    whole: WholeAnswers | None = None
+    """The answers where one has several tokens; the fields above are then `WholeAnswers.deciding`, and the
+    prompts end in what answer and counterfactual share."""
+
+    def __post_init__(self) -> None:
+        where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
+        if len(self.clean) != len(self.corrupt) or not self.clean:
+            raise TaskError(
+                f"{where}: the clean prompt has {len(self.clean)} tokens and the corrupt one "
+                f"{len(self.corrupt)}. Give prompts of equal, non-zero token length."
+            )
+        if self.answer == self.counterfactual or self.answer in self.distractors:
+            raise TaskError(
+                f"{where}: the answer {self.answer_text!r} shares its first token with a "
+                "distractor or the counterfactual answer. Give answers that differ at once."
+            )
+
+    @property
+    def choices(self) -> Tokens:
+        """The answer, then the distractors."""
+        return (self.answer, *self.distractors)
+
+    @property
+    def question(self) -> Tokens:
+        """The clean prompt without anything of the answer."""
+        return self.clean[: len(self.clean) - self.whole.shared] if self.whole else self.clean
+
+    @property
+    def answers(self) -> tuple[Tokens, ...]:
+        """All tokens of the answer, then of each distractor, as they follow the question."""
+        if self.whole:
+            return (self.whole.answer, *self.whole.distractors)
+        return tuple((token,) for token in self.choices)
+
+    @property
+    def rival(self) -> Tokens:
+        """All tokens of the counterfactual answer."""
+        return self.whole.counterfactual if self.whole else (self.counterfactual,)
+
+    @classmethod
+    def build(cls, question: Tokens, corrupt: Tokens, whole: WholeAnswers, **labels: str) -> Pair:
+        """A pair from prompts and answers of any length; ``whole`` is kept only where one has
+        several tokens.
+
+        Arguments:
+            question: the clean prompt.
+            corrupt: the corrupt one, as many tokens.
+            whole: the answers.
+            labels: relation, subject, phrasing, prompt and answer_text.
+
+        Raises:
+            TaskError: prompts of different lengths, or an answer that begins another.
+        """
+        if any(clash(whole.answer, x) for x in (whole.counterfactual, *whole.distractors)):
+            raise TaskError(
+                f"{labels['relation']} of {labels['subject']!r}: the answer "
+                f"{labels['answer_text']!r} and another one begin with each other. Give answers "
+                "that differ in a token."
+            )
+        longest = max(map(len, (whole.answer, whole.counterfactual, *whole.distractors)))
+        begun = whole.answer[: whole.shared]
+        answer, counterfactual, *distractors = whole.deciding()
+        return cls(
+            question + begun,
+            corrupt + begun,
+            answer,
+            counterfactual,
+            tuple(distractors),
+            **labels,
+            whole=whole if longest > 1 else None,
+        )
+
+    def with_answers(self, whole: WholeAnswers) -> Pair:
+        """The same prompts with other answers (see `build`)."""
+        names = ("relation", "subject", "phrasing", "prompt", "answer_text")
+        labels = {name: getattr(self, name) for name in names}
+        cut = len(self.question)
+        return Pair.build(self.clean[:cut], self.corrupt[:cut], whole, **labels)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs as right-padded tensors."""
+
+    clean: Int[Tensor, "batch pos"]
+    corrupt: Int[Tensor, "batch pos"]
+    last: Int[Tensor, " batch"]
+    """Index of the last real token of each row."""
+    answer: Int[Tensor, " batch"]
+    counterfactual: Int[Tensor, " batch"]
+    choices: Int[Tensor, "batch 4"]
+    """The answer first."""
+
+    def __len__(self) -> int:
+        return len(self.last)
+
+
+def _pad(rows: Sequence[Tokens], device: Device) -> Int[Tensor, "batch pos"]:
+    """Rows padded on the right with token 0 (causal attention never looks there)."""
+    width = max(map(len, rows))
+    return torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=device)
+
+
+def collate(pairs: Sequence[Pair], device: Device = "cpu") -> Batch:
+    """Stack pairs on a device, padding on the right."""
+    return Batch(
+        _pad([p.clean for p in pairs], device),
+        _pad([p.corrupt for p in pairs], device),
+        torch.tensor([len(p.clean) - 1 for p in pairs], device=device),
+        torch.tensor([p.answer for p in pairs], device=device),
+        torch.tensor([p.counterfactual for p in pairs], device=device),
+        torch.tensor([p.choices for p in pairs], device=device),
+    )
+
+
+def by_phrasing(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs grouped by relation and phrasing, in order of first appearance."""
+    groups: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.relation, pair.phrasing), []).append(pair)
+    return list(groups.values())
+
+
+def answer_tokens(
+    pairs: Sequence[Pair], device: Device = "cpu"
+) -> dict[str, Int[Tensor, " answers"]]:
+    """The different answers of each relation among some pairs, ascending."""
+    answers: dict[str, set[int]] = {}
+    for pair in pairs:
+        answers.setdefault(pair.relation, set()).add(pair.answer)
+    return {r: torch.tensor(sorted(tokens), device=device) for r, tokens in answers.items()}
+
+
+def chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
+    """Runs of at most ``size`` pairs of similar length."""
+    ordered = sorted(pairs, key=lambda p: len(p.clean))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+@dataclass(frozen=True)
+class PairSet(Sequence[Pair]):
+    """Pairs under a name."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise TaskError(f"The set {self.name!r} is empty: no fact is left to ask about.")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.pairs[index]
+
+    def parts(self, size: int) -> Iterator[list[Pair]]:
+        """At most ``size`` pairs of similar length at a time, in a fixed order; a phrasing with
+        pairs enough to fill a batch has its own, so that its prefix is computed once."""
+        groups = by_phrasing(self.pairs)
+        rest = [pair for group in groups if len(group) < size for pair in group]
+        for group in [*(g for g in groups if len(g) >= size), rest]:
+            yield from chunks(group, size)
+
+    def batches(self, size: int, device: Device = "cpu") -> Iterator[Batch]:
+        """The same as tensors on a device."""
+        return (collate(part, device) for part in self.parts(size))
+
+    def sample(self, n: int, seed: int) -> PairSet:
+        """At most ``n`` pairs, drawn evenly over phrasings."""
+        rng = random.Random(seed)
+        queues = [rng.sample(g, len(g)) for g in by_phrasing(self.pairs)]
+        rounds = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
+        return PairSet(self.name, tuple(rounds[:n]))

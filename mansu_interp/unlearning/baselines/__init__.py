@@ -1,0 +1,1 @@
+"""Baselines that train all weights: one file a method."""

@@ -1,0 +1,14 @@
+"""GradDiff (Liu et al. 2022, arXiv 2203.12817): ascend on forget, descend on retain."""
+
+from __future__ import annotations
+
+from ...models.language_model import LanguageModel
+from ...tasks.task import Task
+from ..config import UnlearnConfig
+from ..training import answer_loss
+from .dense import Objective
+
+
+def graddiff(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+    """Loss = -NLL(forget) + retain_weight x NLL(retain), summed over the answer's tokens."""
+    return Objective(lambda student, pairs: -answer_loss(student, pairs), answer_loss)

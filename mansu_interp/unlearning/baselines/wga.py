@@ -1,0 +1,32 @@
+"""WGA (Wang et al. 2025, arXiv 2502.19301): gradient ascent weighed by what is still known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...losses.answers import token_nll
+from ...models.language_model import LanguageModel
+from ...tasks.answers import pack_answers
+from ...tasks.pairs import Pair
+from ...tasks.task import Task
+from ..config import UnlearnConfig
+from ..training import answer_loss
+from .dense import Objective
+
+
+def wga(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+    """Loss = -p^b NLL(forget) + retain_weight x NLL(retain), the weight p^b without gradient.
+
+    p is an answer token's probability, each token weighed by its own; b is
+    ``config.baseline.wga_beta``.
+    """
+
+    def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
+        packed = pack_answers(pairs, student.device)
+        losses = token_nll(student, packed)
+        weighed = (-losses).exp().detach() ** config.baseline.wga_beta * losses
+        return -packed.sums(weighed).mean()
+
+    return Objective(forget, answer_loss)

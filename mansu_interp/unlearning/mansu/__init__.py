@@ -1,0 +1,1 @@
+"""MANSU: sparse, discrete edits inside a circuit that survive quantization by construction."""

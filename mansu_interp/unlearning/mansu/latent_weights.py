@@ -1,0 +1,250 @@
+"""Where every editable weight of MANSU is and lands, in a full-precision model and its quantized
+reference_models alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ...losses.fisher import projection
+from ...losses.gradients import Weights
+from ...masks.floor import Floor, floor
+from ...masks.mask import Mask
+from ...masks.rounding import candidates, joint_rounding
+from ...models.language_model import LanguageModel
+from ...quantizers.base import Cells, Quantizer
+from ..checkpoint import Checkpoint, History
+
+BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
+BETA_OWN = 0.8
+"""Momentum of a quantized model's own wishes, which sees every few steps alone."""
+
+
+@dataclass
+class LatentGroup:
+    """The editable elements of the weights that the same quantizers touch, weight after weight: a
+    few long tensors take far fewer operations than many short ones."""
+
+    indices: dict[str, Int[Tensor, " m"]]
+    """Flat positions in each weight."""
+    original: Float[Tensor, " n"]
+    quantized: list[Float[Tensor, " n"]]
+    grids: list[Cells | None]
+    floor: Floor
+    scale: Float[Tensor, " n"]
+    position: Float[Tensor, " n"]
+    projection: Float[Tensor, " n"]
+    mean: Float[Tensor, " n"]
+    offsets: list[Float[Tensor, " n"]]
+    """How far from the shared position each quantized model would like its own values to be; empty
+    where none has wishes of its own."""
+    offset_momenta: list[Float[Tensor, " n"]]
+
+    def split(self, values: Float[Tensor, " n"]) -> tuple[Tensor, ...]:
+        """Some values of all elements, by weight."""
+        return values.split([len(i) for i in self.indices.values()])
+
+    def put(self, values: Float[Tensor, " n"], model: LanguageModel) -> None:
+        """Write values into a model's weights."""
+        for (name, index), part in zip(self.indices.items(), self.split(values), strict=True):
+            model.weights[name].view(-1)[index] = part
+
+
+def gather(weights: Mapping[str, Tensor], indices: dict[str, Tensor]) -> Float[Tensor, " n"]:
+    """The elements at some positions, weight after weight."""
+    return torch.cat([weights[name].flatten()[index] for name, index in indices.items()])
+
+
+class LatentWeights:
+    """The edits of a mask, applied alike to a full-precision model and its quantized reference_models."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        quantized: list[LanguageModel],
+        mask: Mask,
+        survive: list[Quantizer],
+        fisher: Weights | None,
+        strength: float,
+        offset_rate: float = 0.0,
+    ) -> None:
+        self.model, self.quantized = model, quantized
+        self.offset_rate = offset_rate * len(self.models)
+        offsets = len(self.models) - 1 if offset_rate and len(self.models) > 2 else 0
+        self.power = 0.0
+        self.limit = mask.limit
+        indices = {n: i.to(model.device) for n, i in mask.indices.items()}
+        typical = float(gather(fisher, indices).median()) if fisher else 0.0
+        alike: dict[tuple[bool, ...], dict[str, Tensor]] = {}
+        for name, index in indices.items():
+            touched = (q.touches(model.weights[name]) for q in survive)
+            alike.setdefault((name in model.linear_names, *touched), {})[name] = index
+        self.groups: list[LatentGroup] = []
+        for (linear, *touched), those in alike.items():
+            weights = {n: model.weights[n] for n in those}
+            where = Floor.join(
+                [floor(weights[n], survive, model.saved_dtype, i) for n, i in those.items()]
+            )
+            original, scale = gather(weights, those), where.span
+            self.groups.append(
+                LatentGroup(
+                    those,
+                    original,
+                    [gather(q.weights, those) for q in quantized],
+                    [
+                        Cells.join([q.cells(weights[n])[i] for n, i in those.items()])
+                        if linear and touches
+                        else None
+                        for q, touches in zip(survive, touched, strict=True)
+                    ],
+                    where,
+                    scale,
+                    original / scale.clamp_min(1e-30),
+                    projection(gather(fisher, those), strength, typical)
+                    if fisher
+                    else torch.ones_like(original),
+                    torch.zeros_like(original),
+                    [torch.zeros_like(original) for _ in range(offsets)],
+                    [torch.zeros_like(original) for _ in range(offsets)],
+                )
+            )
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The edited model and what each quantizer makes of it."""
+        return [self.model, *self.quantized]
+
+    @property
+    def names(self) -> list[str]:
+        """Weights that carry an edit."""
+        return [name for x in self.groups for name in x.indices]
+
+    def _state(self) -> dict[str, Tensor]:
+        """What a loop that goes on needs."""
+        found: dict[str, Tensor] = {}
+        for k, x in enumerate(self.groups):
+            found |= {f"{k}|position": x.position, f"{k}|mean": x.mean}
+            for q, (own, mean) in enumerate(zip(x.offsets, x.offset_momenta, strict=True)):
+                found |= {f"{k}|offsets {q}": own, f"{k}|offset_momenta {q}": mean}
+        return found
+
+    @torch.no_grad()
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go back to where a killed loop was, weights included."""
+        for name, tensor in self._state().items():
+            checkpoint.restore(name, tensor)
+        self.power = checkpoint.power
+        self.write()
+
+    def save(self, checkpoint: Checkpoint, history: History) -> None:
+        """Write down where the loop is."""
+        checkpoint.save(history, self._state(), self.power)
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], lr: float, t: int, side: int = 0) -> None:
+        """One projected step on the latent positions; ``t`` counts from 1, and ``side`` is the
+        model that the gradients are of (0: full precision), in turns.
+
+        Momentum is divided by one running RMS over the whole mask, not by each weight's own as in
+        Adam: a weight whose gradient is mostly noise then never reaches another cell.
+        """
+        by_name = dict(zip(self.names, gradients, strict=True))
+        scaled = [gather(by_name, x.indices) * x.scale for x in self.groups]
+        squares = [
+            s.sum() for x, g in zip(self.groups, scaled, strict=True) for s in x.split(g * g)
+        ]
+        power = sum(torch.stack(squares).tolist()) / sum(len(g) for g in scaled)
+        self.power = BETA2 * self.power + (1 - BETA2) * power
+        rms = (self.power / (1 - BETA2**t)) ** 0.5 + EPS
+        for group, g in zip(self.groups, scaled, strict=True):
+            group.mean.lerp_(g, 1 - BETA1)
+            direction = group.mean / (1 - BETA1**t) / rms
+            group.position.sub_(lr * direction * group.projection).clamp_(-1, 1)
+            if side and group.offsets:
+                mean, turn = group.offset_momenta[side - 1], (t - 1) // len(self.models) + 1
+                own = mean.lerp_(g, 1 - BETA_OWN) / (1 - BETA_OWN**turn) / rms
+                step = lr * self.offset_rate * own * group.projection
+                group.offsets[side - 1].sub_(step).clamp_(-1, 1)
+
+    def _bar(self, travelled: Float[Tensor, " n"], least: float) -> float:
+        """The distance beyond which a weight is edited, so that the farthest fill the budget;
+        ``least`` where all of them fit."""
+        if len(travelled) <= self.limit:
+            return least
+        return float(travelled.kthvalue(len(travelled) - self.limit).values)
+
+    @torch.no_grad()
+    def write(self) -> int:
+        """Put the snapped weights into all models; returns how many weights are edited.
+
+        See `Floor.land` for where a weight ends, and `landing` for a set of quantizers.
+        """
+        plans = []
+        for x in self.groups:
+            value, moved = x.floor.land(x.position * x.scale)
+            distance = (x.position - x.original / x.scale.clamp_min(1e-30)).abs()
+            plans.append((moved, value, distance))
+        # Of all that crossed a boundary, the farthest travelled fill the budget.
+        bar = self._bar(torch.cat([d[m] for m, _, d in plans]), 0.0)
+        made = [moved & (distance > bar) for moved, _, distance in plans]
+        values = [value for _, value, _ in plans]
+        if len(self.quantized) > 1:
+            values = self._rounded_jointly(values, made)
+        for x, value, m in zip(self.groups, values, made, strict=True):
+            self.write_edits(x, value, m)
+        return sum(int(m.sum()) for m in made)
+
+    def write_edits(
+        self, x: LatentGroup, value: Float[Tensor, " n"], made: Bool[Tensor, " n"]
+    ) -> None:
+        """Put the values of some edits, and what each quantizer makes of them, into all models."""
+        x.put(torch.where(made, value, x.original), self.model)
+        for other, own, grid in zip(self.quantized, x.quantized, x.grids, strict=True):
+            level = grid.value(grid.encode(value)) if grid else value
+            x.put(torch.where(made, level, own), other)
+
+    def _rounded_jointly(self, values: list[Tensor], made: list[Tensor]) -> list[Tensor]:
+        """The values with those of the edits that are made joint_rounding over the set."""
+        where, some = [], []
+        for x, value, m in zip(self.groups, values, made, strict=True):
+            if any(x.grids) and m.any():
+                i = m.nonzero()[:, 0]
+                grids = [g[i] if g else None for g in x.grids]
+                own = [q[i] for q in x.quantized]
+                wanted = (x.position * x.scale)[i]
+                offsets = [(a * x.scale)[i] for a in x.offsets]
+                some.append(
+                    candidates(x.floor[i], grids, own, x.original[i], wanted, value[i], offsets)
+                )
+                where.append((value, i))
+        for (value, i), landed in zip(where, joint_rounding(some) if some else [], strict=True):
+            value[i] = landed
+        return values
+
+
+class LatentWeightsWithoutFloor(LatentWeights):
+    """The same steps without the floor: an ablation. It knows of no quantizer."""
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The edited model alone."""
+        return [self.model]
+
+    @torch.no_grad()
+    def write(self) -> int:
+        """Put the positions, rounded to the checkpoint's dtype, into the full-precision model."""
+        values = [(x.position * x.scale).to(self.model.saved_dtype).float() for x in self.groups]
+        moved = [
+            (x.position * x.scale - x.original).abs() / x.scale.clamp_min(1e-30)
+            for x in self.groups
+        ]
+        bar, edited = self._bar(torch.cat(moved), -1.0), 0
+        for x, value, distance in zip(self.groups, values, moved, strict=True):
+            made = (distance > bar) & (value != x.original)
+            x.put(torch.where(made, value, x.original), self.model)
+            edited += int(made.sum())
+        return edited

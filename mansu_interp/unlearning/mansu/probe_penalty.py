@@ -1,0 +1,83 @@
+"""Reading out in the loop: what a linear probe finds is pushed down, too.
+
+Each step fits probes on the states of a random half A of the forget subjects, at the last token and
+at the subject's (`evidence.fit_probe`), and takes the gradient of what they read of the other half
+B from the model's own states; the probes themselves are held fixed. Relearning finds what
+fine-tuning can find; a probe also finds what lies in the states and is not used. Ours.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...audit.probes import answer_rows, fit_probe, last_states
+from ...audit.relearning import halves, of_subjects
+from ...models.language_model import LanguageModel
+from ...tasks.pairs import Pair, PairSet, answer_tokens
+from ...tasks.task import Task
+from ..config import UnlearnConfig
+from ..training import mean_gradient
+
+
+def z_scores(
+    read: Float[Tensor, "batch d_model"],
+    pairs: Sequence[Pair],
+    rows: Float[Tensor, "vocab d_model"],
+    among: dict[str, Tensor],
+) -> Float[Tensor, " batch"]:
+    """By how many standard deviations the right answer stands above its relation's answers."""
+    found = []
+    for x, pair in zip(read, pairs, strict=True):
+        scores = rows[among[pair.relation]] @ x
+        own = rows[pair.answer] @ x
+        found.append((own - scores.mean()) / (scores.std(correction=0) + 1e-6))
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is drawn of one probe."""
+
+    train: PairSet
+    """The half that the probe is fitted on."""
+    unseen: list[Pair]
+    """The other half."""
+    chosen: list[Pair]
+    """Those of it that give the gradient."""
+
+
+class ProbePenalty:
+    """Seeded probes of a model, and the gradients that blind them."""
+
+    def __init__(self, task: Task, config: UnlearnConfig) -> None:
+        self.task, self.config = task, config
+        self.rng = random.Random(f"probe {config.seed}")
+
+    def draw(self) -> Reading:
+        """The next split."""
+        first, second = halves(self.task.forget, self.rng.getrandbits(32))
+        unseen = list(of_subjects(self.task.forget, second))
+        chosen = self.rng.sample(unseen, min(self.config.batch_size, len(unseen)))
+        return Reading(of_subjects(self.task.forget, first), unseen, chosen)
+
+    def gradient(self, student: LanguageModel, names: Sequence[str]) -> tuple[list[Tensor], float]:
+        """Gradient of what a probe reads with respect to some weights, and how much that is: the
+        mean over prompts, stages and both positions of max(0, `z_scores`)."""
+        drawn = self.draw()
+        rows, readers = answer_rows(student), fit_probe(student, drawn.train, subject=True)
+        among = answer_tokens(drawn.unseen, student.device)
+
+        def loss(part: list[Pair]) -> Tensor:
+            read = [
+                z_scores(reader(x), part, rows, among).relu().mean()
+                for reader, x in zip(readers, last_states(student, part, True), strict=True)
+            ]
+            return torch.stack(read).mean()
+
+        return mean_gradient(student, names, drawn.chosen, loss)

@@ -1,0 +1,209 @@
+"""What all unlearning methods share: settings, batches, the retain loss and the result."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..losses.accuracy import choice_accuracy, ranked_first, right
+from ..losses.answers import divergence, nll
+from ..losses.gradients import gradient
+from ..models.language_model import LanguageModel
+from ..tasks.answers import pack_answers
+from ..tasks.pairs import Pair, by_phrasing, chunks, collate
+from ..tasks.task import Task
+from ..utils.distributed import sum_number
+from .config import UnlearnConfig
+
+HINGE = 0.5
+"""Nats by which known retain answers should gain before the hinge lets go."""
+CHUNK = 16
+"""Pairs of one phrasing that share the computation of what they begin with."""
+CHECK_EVERY = 2
+"""Steps between two looks at the forgetting level."""
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass
+class Unlearned:
+    """What an unlearning method returns."""
+
+    model: LanguageModel
+    """The edited copy."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Losses per step (nats)."""
+    stopped_at: int = 0
+    """Steps taken."""
+
+
+def mean_gradient(
+    model: LanguageModel,
+    names: Sequence[str],
+    pairs: Sequence[Pair],
+    loss: Callable[[list[Pair]], Tensor],
+) -> tuple[list[Tensor], float]:
+    """Gradient of a loss that is a mean over pairs, with respect to some weights, and the loss.
+
+    Taken a chunk of one phrasing at a time; shared among the processes of a distributed group.
+    """
+    total = 0.0
+
+    def weighed(part: list[Pair]) -> Tensor:
+        nonlocal total
+        value = loss(part) * (len(part) / len(pairs))
+        total += value.item()
+        return value
+
+    parts = [part for group in by_phrasing(pairs) for part in chunks(group, CHUNK)]
+    found = gradient(model, names, [lambda p=part: weighed(p) for part in parts])
+    return found, sum_number(total)
+
+
+def arithmetic(model: LanguageModel, config: UnlearnConfig) -> torch.autocast:
+    """The context in which a loss is computed, as ``config.precision`` says. One for each loss: the
+    low copies of the weights that it holds would go stale with a step."""
+    kind = model.device.type
+    # Below AVX-512 PyTorch emulates bf16, fifteen times as slowly as it computes fp32.
+    quick = kind != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.autocast(kind, torch.bfloat16, enabled=quick and config.precision == "bf16")
+
+
+Batch = tuple[list[list[Pair]], list[list[Pair]], Tensor | None]
+"""Forget and retain pairs, each in chunks, and windows of running text, if any."""
+
+
+class Sampler:
+    """Seeded batches of forget pairs, retain and retain_unscored pairs, and running text.
+
+    A batch is a few chunks; the pairs of a chunk share one phrasing and are of similar length, so
+    that their common prefix is computed once and little is padded.
+    """
+
+    TEXT_TOKENS = 64
+    TEXT_ROWS = 2
+
+    def __init__(self, task: Task, config: UnlearnConfig) -> None:
+        self.task, self.size = task, config.batch_size
+        self.rng = random.Random(config.seed)
+        self.queue: list[list[Pair]] = []
+        self.phrasings = by_phrasing(task.forget.pairs)
+        # [retain, retain_unscored] -> relation -> phrasing -> pairs
+        self.kept: list[list[list[list[Pair]]]] = []
+        for pairs in task.retain_sets:
+            groups: dict[str, list[Pair]] = {}
+            for pair in pairs:
+                groups.setdefault(pair.relation, []).append(pair)
+            self.kept.append([by_phrasing(g) for g in groups.values()])
+
+    def _shuffled(self, phrasing: list[Pair]) -> list[list[Pair]]:
+        return chunks(self.rng.sample(phrasing, len(phrasing)), min(CHUNK, self.size))
+
+    def forget(self) -> list[list[Pair]]:
+        """The next forget batch; every pair comes once before any comes again."""
+        batch: list[list[Pair]] = []
+        while sum(map(len, batch)) < self.size:
+            if not self.queue:
+                self.queue = [c for p in self.phrasings for c in self._shuffled(p)]
+                self.rng.shuffle(self.queue)
+            batch.append(self.queue.pop())
+        return batch
+
+    def retain(self) -> list[list[Pair]]:
+        """Retain and retain_unscored pairs half and half, every relation and phrasing alike within each."""
+        batch: list[list[Pair]] = []
+        while sum(map(len, batch)) < self.size:
+            kept = self.kept[len(batch) % len(self.kept)]
+            phrasing = self.rng.choice(self.rng.choice(kept))
+            batch.append(self.rng.choice(self._shuffled(phrasing)))
+        return batch
+
+    def batch(self, done: int, sides: int) -> Batch:
+        """Forget and retain batch of MANSU's next step; text comes with every second round of
+        steps over the ``sides`` (full precision and the quantizers)."""
+        return self.forget(), self.retain(), self.text() if done // sides % 2 == 0 else None
+
+    def text(self) -> Tensor | None:
+        """A few windows of running text, or None if the task has none."""
+        paragraphs = [t for t in self.task.text.get("train", ()) if len(t) >= self.TEXT_TOKENS]
+        if not paragraphs:
+            return None
+        rows = self.rng.sample(paragraphs, min(self.TEXT_ROWS, len(paragraphs)))
+        return torch.tensor([r[: self.TEXT_TOKENS] for r in rows])
+
+
+def dev_choice(model: LanguageModel, task: Task) -> float:
+    """Mean four-way accuracy on the forget facts' dev phrasings (the trained ones without any)."""
+    sets = list(task.scored["dev"]["forget"].values()) or [task.forget]
+    return sum(choice_accuracy(model, s) for s in sets) / len(sets)
+
+
+def reached(
+    outcomes: Callable[[], Sequence[LanguageModel]],
+    task: Task,
+    config: UnlearnConfig,
+    done: int,
+    record: dict[str, float],
+) -> bool:
+    """Whether a run may stop at its forgetting level: the one rule for every method.
+
+    Arguments:
+        outcomes: makes the models that the run would end with now: the edited one and, where a
+            method trains them, its quantized ones. All must be there: stopped by one of them, a run
+            would stop at that one's luck, and the others would seem to come back.
+        task: whose dev phrasings decide; never the unseen ones.
+        config: ``stop_at`` is the level; None: never stop.
+        done: steps done before this one; every ``CHECK_EVERY``-th step is looked at.
+        record: this step's record, where the accuracy is noted as ``choice``: the first that is
+            above the level, or the highest.
+    """
+    if config.stop_at is None or (done + 1) % CHECK_EVERY:
+        return False
+    record["choice"] = 0.0
+    for model in outcomes():
+        record["choice"] = max(record["choice"], dev_choice(model, task))
+        if record["choice"] > config.stop_at:
+            return False
+    return True
+
+
+def answer_loss(student: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the answers (nats): the usual retain loss."""
+    return nll(student, pairs).mean()
+
+
+def retain_loss(
+    student: LanguageModel, teacher: LanguageModel, pairs: Sequence[Pair], hinge_weight: float = 0.0
+) -> Float[Tensor, ""]:
+    """KL(teacher || student) in nats on retain prompts, plus ``hinge_weight`` x a hinge on known answers.
+
+    The KL is a mean over the positions that predict an answer token.
+    The KL has no gradient before damage is done. The hinge max(0, log p_teacher(answer) +
+    HINGE - log p_student(answer)), on the prompts whose answer the teacher ranks above
+    its distractors, pulls from the first step on, against what a forget step would take along.
+    """
+    packed = pack_answers(pairs, student.device)
+    with torch.no_grad():
+        want = teacher.logits_at(packed.tokens, packed.row, packed.position)
+    got = student.logits_at(packed.tokens, packed.row, packed.position)
+    loss = divergence(got, want)
+    if hinge_weight:
+        if any(p.whole for p in pairs):
+            known = right(teacher, pairs)[1]
+        else:  # the logits are at hand
+            known = ranked_first(want, collate(pairs, student.device).choices)
+        answer = packed.target[:, None]
+        lost = want.log_softmax(-1).gather(1, answer) - got.log_softmax(-1).gather(1, answer)
+        loss = loss + hinge_weight * ((packed.sums(lost[:, 0]) + HINGE).relu() * known).mean()
+    return loss
+
+
+def text_kl(student: LanguageModel, teacher: LanguageModel, text: Tensor) -> Float[Tensor, ""]:
+    """KL(teacher || student) in nats per token of running text."""
+    with torch.no_grad():
+        want = teacher.all_logits(text)
+    return divergence(student.all_logits(text), want)

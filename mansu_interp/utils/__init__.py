@@ -1,0 +1,1 @@
+"""Files, hub, optional packages, processes: knows nothing of models."""

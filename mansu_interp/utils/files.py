@@ -1,0 +1,294 @@
+"""Files that are either whole or absent: atomic writes, one writer per folder, checked JSON.
+
+What is read is data from strangers: its size is bounded before memory is taken, and its shape is
+checked before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError, ResourceError
+
+MAX_JSON = 64 << 20
+"""Bytes of the largest JSON file that is read: a circuit of half a million edges."""
+LOCK = ".lock"
+PARTIAL = ".partial"
+_WORDS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than is allowed here",
+    errno.EROFS: "it is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+}
+
+
+def _reason(error: Exception) -> str | None:
+    """Why the system refused, also where a library below wrapped its error; None: it did not."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    code = int(found.group(1)) if found else getattr(error, "errno", None)
+    return None if code is None else _WORDS.get(code, os.strerror(code))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says while something is written into one clear error.
+
+    Raises:
+        ResourceError: the disk is full, the folder read-only, or the like.
+    """
+    try:
+        yield
+    except ResourceError:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise ResourceError(
+            f"{path} cannot be written: {reason}. What was finished before is kept whole. Make "
+            "room or allow writing there and run the same command again, or name another folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to; renamed over ``path`` only if the body succeeds.
+
+    Raises:
+        ResourceError: see `writing`.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder; one that was there before is replaced."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(PARTIAL, f".{path.name}.", path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is the lock, or what a killed run was in the middle of writing."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(PARTIAL))
+
+
+def _lock(path: Path) -> Any:
+    """The lock file, open and held; None where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        return path.open("a+")
+    while True:
+        stream = path.open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                return stream
+        stream.close()  # its last holder has just removed it
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder while writing to it; what a killed run left half-written there is removed.
+
+    The lock is the system's, on a file that names the process: it ends with the process.
+
+    Raises:
+        ResourceError: another process holds it, or the folder cannot be written.
+    """
+    path = Path(folder) / LOCK
+    with writing(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = _lock(path)
+    if stream is None:
+        raise ResourceError(
+            f"{folder} is in use by another run (process {path.read_text() or 'unknown'}). "
+            "Wait until it ends, or name another --out."
+        )
+    try:
+        with writing(folder):
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            for left in [p for p in path.parent.rglob(f".*{PARTIAL}") if is_leftover(p)]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        stream.close()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling folder to fill; it becomes ``path`` only if the body succeeds.
+
+    Raises:
+        ArtifactError: there is something already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ArtifactError(f"{path} exists already. Name a new folder, or delete it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
+        inside = Path(place) / path.name
+        inside.mkdir()
+        yield inside
+        inside.rename(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The value as strict JSON has it: there is no NaN, and keys are strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON atomically, keys in the given order."""
+    write_text(
+        path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON from a string.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or holding NaN, infinity or an endless number.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or no regular file.
+    """
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    if found.st_size > limit:
+        raise ValueError(f"it has {found.st_size:,} bytes, more than {limit:,}")
+    with Path(path).open("rb") as stream:
+        return stream.read(limit)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ArtifactError: missing, damaged, or too large (see `MAX_JSON`).
+    """
+    try:
+        return parse_json(read_bytes(path, MAX_JSON).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read as JSON: {error}.") from error
+
+
+def _said(value: Any) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def expect(value: Any, shape: Any, where: str = "it") -> None:
+    """Check what a file holds against a shape.
+
+    Arguments:
+        value: JSON values.
+        shape: ``str``, ``bool``, ``int``, ``float`` (finite; whole numbers too), ``dict``,
+            ``object`` (anything) or None; ``[shape]``: a list of such; a tuple: one of several;
+            a dictionary: these keys, of which ``"key?"`` may be absent, and ``...`` stands for
+            every other one (else others may hold anything).
+        where: how the value is called in the message.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(shape, dict):
+        expect(value, dict, where)
+        wanted = {k for k in shape if k is not ... and not k.endswith("?")}
+        if missing := sorted(wanted - value.keys()):
+            raise ValueError(f"{where} lacks {', '.join(missing)}")
+        for key, inner in shape.items():
+            if key is ...:
+                for other in value.keys() - {k for k in shape if k is not ...}:
+                    expect(value[other], inner, f"{where}.{_said(other)}")
+            elif (name := key.removesuffix("?")) in value:
+                expect(value[name], inner, f"{where}.{name}")
+    elif isinstance(shape, list):
+        expect(value, list, where)
+        for k, item in enumerate(value):
+            expect(item, shape[0], f"{where}[{k}]")
+    elif isinstance(shape, tuple):
+        problems = []
+        for one in shape:
+            try:
+                return expect(value, one, where)
+            except ValueError as error:
+                problems.append(error)
+        raise problems[0]
+    elif shape is float:
+        if type(value) not in (int, float) or not abs(value) <= 1e308:
+            raise ValueError(f"{where} is {_said(value)}, not a finite number")
+    elif shape is not object and (value is not None if shape is None else type(value) is not shape):
+        wanted = "null" if shape is None else shape.__name__
+        raise ValueError(f"{where} is {_said(value)}, expected {wanted}")
+    return None

@@ -1,0 +1,67 @@
+"""Other people's packages: the optional ones, their chatter, and their errors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import ConfigError, MansuError
+
+
+def library(
+    name: str,
+    extra: str,
+    what: str = "This quantizer",
+    kind: type[MansuError] = ConfigError,
+    without: str = "",
+) -> Any:
+    """Import an optional package.
+
+    Arguments:
+        name: of the module.
+        extra: of this package's extras, the one that installs it.
+        what: what needs it, as the beginning of a sentence.
+        kind: the error to raise.
+        without: what works without it, as a sentence.
+
+    Raises:
+        MansuError: it is not installed; names the line that installs it.
+    """
+    try:
+        with quiet():
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise kind(
+            f"{what} needs the package {name.partition('.')[0]}, which cannot be imported "
+            f'({error}). Install it: pip install "mansu-interp[{extra}]". {without}'.strip()
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars and notices of the libraries below off the user's screen."""
+    from transformers.utils import logging as hf_logging
+
+    previous, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    root = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(root)
+        hf_logging.set_verbosity(previous)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

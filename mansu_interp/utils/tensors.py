@@ -1,0 +1,87 @@
+"""Tensors in safetensors files, with a checked JSON header that carries a hash of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ArtifactError
+from .files import atomic_path, finite, parse_json
+
+MAX_BYTES = 1 << 34
+"""Size of the largest file that is opened: the ledger of a model of 200 billion weights."""
+MAX_HEADER = 16 << 20
+DTYPES = {"I32", "I64", "U8", "BF16", "F16", "F32"}
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hash of names, dtypes, shapes and values, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_tensors(
+    path: Path, kind: str, schema: int, tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
+    """Write tensors atomically; the header is JSON: schema, ``meta``, and a hash of the tensors.
+
+    Raises:
+        ResourceError: the disk is full, or the like.
+    """
+    here = {n: t.detach().cpu() for n, t in tensors.items()}
+    header = {"schema": schema, **meta, "sha256": tensors_sha256(here)}
+    text = json.dumps(finite(header), allow_nan=False)
+    with atomic_path(path) as temporary:
+        save_file(here, temporary, {f"mansu_{kind}": text})
+
+
+def read_tensors(path: Path, kind: str, schema: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a file of one kind.
+
+    Raises:
+        ArtifactError: missing, damaged, too large, of another kind or schema, or changed since it
+            was written.
+    """
+    try:
+        tensors, meta = _read(Path(path), kind)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a readable {kind}: {error}.") from error
+    if meta.pop("schema", None) != schema:
+        raise ArtifactError(f"{path} has an unknown {kind} schema; expected {schema}.")
+    sha = meta.pop("sha256", None)  # masks written before 0.2 have none
+    if (sha or kind != "mask") and sha != tensors_sha256(tensors):
+        raise ArtifactError(f"{path} was changed after it was written: its hash does not match.")
+    return tensors, meta
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"it has {size:,} bytes, more than {MAX_BYTES:,}")
+    with path.open("rb") as stream:
+        if int.from_bytes(stream.read(8), "little") > MAX_HEADER:
+            raise ValueError(f"its header is longer than {MAX_HEADER:,} bytes")
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get(f"mansu_{kind}")
+        if header is None:
+            raise ValueError(f"it holds no mansu_{kind}")
+        meta = parse_json(header)
+        if not isinstance(meta, dict):
+            raise ValueError("its header is no object")
+        names = list(file.keys())
+        for name in names:
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in DTYPES:
+                raise ValueError(f"{name} has the dtype {dtype}, not one of {sorted(DTYPES)}")
+        return {n: file.get_tensor(n) for n in names}, meta
