@@ -11,8 +11,7 @@ from test_rows import toy, write_jsonl
 
 from mansu_interp.cli.main import main
 from mansu_interp.errors import TaskError
-from mansu_interp.tasks.benchmarks import adapt, make_task
-from mansu_interp.tasks.config import TaskConfig
+from mansu_interp.tasks.benchmarks import TaskConfig, adapt, make_task
 from mansu_interp.tasks.load import load_task
 
 NAMES = ["Ada Quill", "Ben Rook", "Cy Lark", "Dee Finch", "Eve Wren", "Flo Crane"]

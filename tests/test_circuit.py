@@ -89,7 +89,7 @@ def saved(tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("graph", "schema"), 2, "unknown circuit schema; expected 1"),
+        (("graph", "schema"), 1, "unknown circuit schema; expected 2"),
         (("graph", "architecture", "n_heads"), 3, "n_kv_heads dividing"),
         (("graph", "architecture", "n_layers"), 10**9, "larger than any model"),
         (("graph", "architecture", "n_layers"), 2.0, "n_layers is 2.0"),

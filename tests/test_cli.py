@@ -44,7 +44,7 @@ def test_every_public_name_can_be_had():
 
 def test_help_loads_no_heavy_library():
     code = (
-        "import sys\nfrom mansu_interp.cli import main\n"
+        "import sys\nfrom mansu_interp.cli.main import main\n"
         "try:\n    main(['run', '--help'])\nexcept SystemExit:\n    pass\n"
         "print([m for m in ('torch', 'transformers', 'transformer_lens') if m in sys.modules])"
     )
@@ -173,13 +173,15 @@ def test_a_report_names_the_command_that_makes_it(task: str):
         budget=0.02,
         quantizers=("fp4", "q4_0"),
         circuit=replace(config.circuit, top=800),
-        unlearn=replace(config.unlearn, survive=("nf4", "fp4"), adversarial_steps=30, margin=-1.5),
+        unlearn=replace(
+            config.unlearn, survive=("nf4", "fp4"), adversarial_steps=30, training_margin=-1.5
+        ),
     )
     _, *words = shlex.split(command_line(config))
     assert parse(words) == config
 
 
-def test_hardened_settings_of_a_task(tmp_path: Path):
+def test_robust_settings_of_a_task(tmp_path: Path):
     """What the task file says, options beside it winning; a report names the short command."""
     config = parse(["run", "--robust", "--unlearn.steps", "9"])
     assert config == replace(
@@ -196,7 +198,7 @@ def test_hardened_settings_of_a_task(tmp_path: Path):
     )  # of its usual settings
 
 
-def test_hardened_where_there_is_no_such_thing(tmp_path: Path):
+def test_robust_where_there_is_no_such_thing(tmp_path: Path):
     done = mansu("run", "--task", "world-capitals", "--robust", "--out", str(tmp_path / "out"))
     assert done.returncode == 1
     assert "Task 'world-capitals' has no settings against relearning" in done.stderr

@@ -256,8 +256,8 @@ def test_budget_out_of_range_before_any_work(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("a gradient was computed for a budget that is out of range")
 
-    monkeypatch.setattr("mansu_interp.circuits.circuit.forget_gradient", never)
-    monkeypatch.setattr("mansu_interp.circuits.circuit.fisher_diagonal", never)
+    monkeypatch.setattr("mansu_interp.masks.select.forget_gradient", never)
+    monkeypatch.setattr("mansu_interp.masks.select.fisher_diagonal", never)
     graph = model.graph
     circuit = Circuit(graph, graph.exists * 1.0, graph.exists, {}, make_pairs())
     with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):

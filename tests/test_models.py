@@ -14,8 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.errors import MansuError, ModelError
 from mansu_interp.losses.gradients import gradient
+from mansu_interp.models import language_model
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import EMBEDDED, embedded_models, load_model
+from mansu_interp.utils import hub
 
 
 def test_unknown_model_names_what_ships():

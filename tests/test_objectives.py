@@ -13,6 +13,7 @@ from conftest import VOCAB, make_pairs
 from mansu_interp.losses.answers import above_rivals, answer_gradient, divergence, log_probs, nll
 from mansu_interp.losses.counterfactual import (
     CounterfactualTargets,
+    answer_excess,
     counterfactual_loss,
     forget_gradient,
 )

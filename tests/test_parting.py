@@ -201,27 +201,25 @@ def test_deepened_answers_are_where_they_were_asked_for(
     )
 
     @torch.no_grad()
-    def answer_excess(model: LanguageModel) -> Tensor:
+    def excess_of(model: LanguageModel) -> Tensor:
         return torch.cat([model_answer_excess(model, part, targets) for part in pairs.parts(64)])
 
-    before, asked, seen = answer_excess(facts), 0.4, []
+    before, asked, seen = excess_of(facts), 0.4, []
     margin = asked - float(before.mean())
     finish = MarginEditor(latent, pairs, targets, kept)
     last = finish.reach_final_margin(margin, 2000, lambda *round: seen.append(round))
     after = [facts, *quantized], [latent.model, *(quantize(latent.model, q) for q in SET)]
-    falls = [
-        float((answer_excess(a) - answer_excess(b)).mean()) for a, b in zip(*after, strict=True)
-    ]
+    falls = [float((excess_of(a) - excess_of(b)).mean()) for a, b in zip(*after, strict=True)]
     assert falls[0] == pytest.approx(asked - last["above"], abs=1e-3)
     assert abs(last["above"]) < asked / 5
     assert min(falls) > 0.8 * asked and max(falls) < 1.3 * asked
     assert seen[0] == (0, pytest.approx(asked, abs=1e-3)) and 1 < len(seen) <= ROUNDS + 1
     assert 10 < last["deepening"] < 2000
     assert survival(facts, latent.model, "fp4").edited == last["deepening"]
-    assert finish.final_margin(margin - 1, 2000)["deepening"] == 0  # already below
+    assert finish.reach_final_margin(margin - 1, 2000)["deepening"] == 0  # already below
     weights: list[Tensor] = []
     monkeypatch.setattr(MarginEditor, "_edit", lambda _, lacks, *rest: weights.append(lacks) or 0)
-    finish.final_margin(margin + 0.2, 2000)
+    finish.reach_final_margin(margin + 0.2, 2000)
     above = answer_excess(latent.model) + margin + 0.2
     assert (above < 0).any()
     assert torch.allclose(weights[0], above.clamp_min(0), atol=1e-4)

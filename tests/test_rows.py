@@ -26,6 +26,7 @@ from mansu_interp.tasks.row_pairs import LETTERS, OPTIONS, RowOptions, task_from
 from mansu_interp.tasks.rows import SHOWN, Row, parse_rows, read_rows
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.utils import hub
 from mansu_interp.utils.shipped import DATA
 
 BOS = RowOptions(prefix="<bos>")
@@ -362,7 +363,7 @@ def test_the_chat_template_wraps_the_prompt():
         ({"corrupt": "rotate"}, "corrupt: rotate needs letters"),
         ({"letters": "yes"}, "letters must be bool; got 'yes'"),
         ({"seed": "1"}, "seed must be int; got '1'"),
-        ({"colour": 1}, "unknown key colour; expected some of chat, corrupt, hardened, letters"),
+        ({"colour": 1}, "unknown key colour; expected some of chat, corrupt, letters, name"),
         ({"rows": "../x.jsonl"}, "name a file beside the task file, without a path"),
         ({"rows": "x.txt"}, r"rows must name a \.jsonl or \.csv file beside the task file"),
     ],

@@ -182,8 +182,8 @@ def bad(key: str) -> tuple[Any, str]:
         del value["forget"], value["name"]
         return value, r"lacks forget, name \(docs"
     if key == "schema":
-        value["schema"] = 2
-        return value, "has schema 2; expected 1"
+        value["schema"] = 1
+        return value, "has schema 1; expected 2"
     if key == "escape":
         value["relations"]["capital"]["table"] = "../../etc/passwd"
         return value, "'../../etc/passwd': name a file beside the task file, without a path"

@@ -321,7 +321,7 @@ def test_the_margin_counts_at_the_model_and_at_the_relearned_point(
         monkeypatch.setattr(module, name, spy)
     unlearn(
         facts, capitals, mask,
-        replace(CONFIG, survive=survive, steps=4, batch_size=8, margin=0.1, adversarial_steps=1),
+        replace(CONFIG, survive=survive, steps=4, batch_size=8, training_margin=0.1, adversarial_steps=1),
     )  # fmt: skip
     for margins in seen:
         assert len(margins) >= 4 and set(margins) == {0.1}

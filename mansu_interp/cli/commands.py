@@ -11,7 +11,7 @@ from typing import Any
 from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
-from ..tasks.config import TaskConfig
+from ..tasks.benchmarks import TaskConfig
 from .progress import Progress, _time
 from .settings import (
     ApplyConfig,

@@ -16,8 +16,9 @@ import tyro
 from ..bench.config import BenchConfig
 from ..errors import ConfigError, MansuError
 from ..runs.config import PlanConfig, RunConfig
-from ..runs.defaults import ROBUST, default_config
-from ..tasks.config import TaskConfig
+from ..runs.defaults import default_config
+from ..tasks.benchmarks import TaskConfig
+from ..tasks.files import ROBUST
 from .commands import (
     Output,
     _apply,

@@ -6,13 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol
 
-from ..tasks.task import Task
 from ..utils.files import finite
 
 SCHEMA = 1
 PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
+
+
+class Hashed(Protocol):
+    """What has a hash of its content, such as a `Task`."""
+
+    sha256: str
+    """The hash."""
 
 
 def versions() -> dict[str, str]:
@@ -37,7 +43,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def provenance(
-    model: Any, seed: int, config: Mapping[str, Any], task: Task | None = None
+    model: Any, seed: int, config: Mapping[str, Any], task: Hashed | None = None
 ) -> dict[str, Any]:
     """Schema, hashes of model, tokenizer, task and settings, seed, and package versions.
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ArtifactError, TaskError
+from ..tasks.files import ROBUST
 from ..utils.files import expect, read_json
 from ..utils.shipped import DATA, is_embedded
 from .config import RunConfig
-
-ROBUST = "robust"
-"""Key of a task file's settings against relearning."""
 
 
 def default_task(model: str) -> str:
@@ -32,7 +30,7 @@ def default_config(
         model: as in `RunConfig`.
         task: shipped task or path of a task file, whose ``settings`` are taken over; a file that
             cannot be read is left for `load_task` to complain about.
-        hardened: then those of the file's ``hardened``: what was found to resist relearning.
+        robust: then those of the file's ``robust``: what was found to resist relearning.
 
     Raises:
         TaskError: the task's ``settings`` name something that `RunConfig` does not have, or give

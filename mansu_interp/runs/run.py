@@ -39,6 +39,7 @@ from ..quantizers.registry import get_quantizer
 from ..quantizers.survival import quantize, survival
 from ..report.__init__ import write_report
 from ..report.card import model_card
+from ..tasks.files import ROBUST
 from ..tasks.load import load_task, reference_model
 from ..tasks.task import Task
 from ..unlearning.unlearn import unlearn
@@ -48,7 +49,7 @@ from ..utils.memory import enough_memory
 from ..viz.svg import circuit_svg
 from ..viz.view import erasure_view
 from .config import RunConfig
-from .defaults import ROBUST, default_config, default_task
+from .defaults import default_config, default_task
 from .folder import Clock, begin, check_folder, config_json, result_affecting
 from .plan import CAD_PAIRS, Plan, plan
 
@@ -67,10 +68,10 @@ def command_line(config: RunConfig) -> str:
     not one of its settings against relearning."""
     usual = default_config(config.model, config.task)
     try:
-        hardened = default_config(config.model, config.task, robust=True)
+        robust = default_config(config.model, config.task, robust=True)
     except TaskError:
-        hardened = usual
-    plain, short = _options(config, usual), [f"--{ROBUST}", *_options(config, hardened)]
+        robust = usual
+    plain, short = _options(config, usual), [f"--{ROBUST}", *_options(config, robust)]
     return shlex.join(["mansu", "run", *(short if len(short) < len(plain) else plain)])
 
 

@@ -14,6 +14,8 @@ from ..utils.shipped import DATA, is_embedded
 from .rows import SUFFIXES
 
 SCHEMA = 2
+ROBUST = "robust"
+"""Key of a task file's settings against relearning."""
 MAX_TABLE = 16 << 20
 """Bytes of the largest table or text that is read."""
 MAX_ROWS = 100_000

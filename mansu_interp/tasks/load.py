@@ -18,10 +18,9 @@ from typing import Any
 from ..errors import TaskError
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
-from ..runs.defaults import ROBUST
 from ..utils.shipped import is_embedded
 from .fact_pairs import _Builder, prefix
-from .files import data_file, read_task_file, read_text
+from .files import ROBUST, data_file, read_task_file, read_text
 from .pairs import Pair, PairSet
 from .row_pairs import RowOptions, task_from_rows
 from .rows import SUFFIXES, read_rows

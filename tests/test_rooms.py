@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
-#: Bottom first. A module imports only from rows below its own; within a package, freely.
-LAYERS = [
-    ["errors"],
-    ["config", "graph", "artifacts", "changes", "distributed", "memory", "layout"],
-    ["commands", "libraries", "remote"],
-    ["tensors"],
-    ["defaults", "models", "pairs"],
-    ["rows"],
-    ["pairing", "taskfiles"],
-    ["tasks", "adapters", "quantizers", "stream"],
-    ["scoring", "nullspace", "hooked", "floor", "sweep", "provenance", "hub"],
-    ["attribution"],
-    ["objectives", "faithfulness", "landing", "masks"],
-    ["circuit", "ledger", "parting", "relearning", "evidence", "gguf_export"],
-    ["linearized_relearning"],
-    ["cad", "erasure", "unlearning"],
-    ["evaluation", "viz"],
-    ["report"],
-    ["planning", "runfolder"],
-    ["pipeline"],
-    ["cells"],
-    ["bench"],
-    ["cli"],
-    ["__main__", "__init__"],
-]
-RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+ROOT = PACKAGE.parent
+PAGES = ("README.md", "CONTRIBUTING.md")
+
+
+def tree(page: str) -> list[str]:
+    """The rooms that a page shows, in its order: top of the list first."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    block = text[text.index("    mansu_interp/\n") :].split("\n\n")[0]
+    found = re.findall(r"(?m)^      (\w+)(?:/|\.py) ", block)
+    return [name for name in found if (PACKAGE / name).is_dir() or name == "errors"]
+
+
+RANK = {name: rank for rank, name in enumerate([*tree("CONTRIBUTING.md"), "__main__", "__init__"])}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
 
 
-def module(path: Path) -> str:
-    """``circuit``, or ``viz`` for everything in that package."""
+def room(path: Path) -> str:
+    """The room of a file."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -68,13 +56,23 @@ def imported(path: Path) -> list[str]:
     return found
 
 
-def test_every_module_has_its_place():
-    assert {module(p) for p in FILES} == set(RANK)
+def test_both_pages_show_the_rooms_that_there_are():
+    for page in PAGES:
+        assert tree(page) == [n for n in RANK if not n.startswith("__")], page
+    assert {room(p) for p in FILES} == set(RANK)
+
+
+def test_a_room_holds_about_eight_files():
+    folders: dict[Path, int] = {}
+    for path in FILES:
+        folders[path.parent] = folders.get(path.parent, 0) + (path.name != "__init__.py")
+    crowded = {str(f): n for f, n in folders.items() if n > 9 and f.name != "baselines"}
+    assert not crowded
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_downward(path: Path):
-    own = module(path)
+    own = room(path)
     for name in imported(path):
         parts = name.split(".")
         if parts[0] != "mansu_interp" or len(parts) == 1 or parts[1] not in RANK:
@@ -84,18 +82,22 @@ def test_imports_point_downward(path: Path):
 
 
 def test_only_models_imports_transformer_lens():
-    users = {module(p) for p in FILES if any(n.startswith("transformer_lens") for n in imported(p))}
+    users = {room(p) for p in FILES if any(n.startswith("transformer_lens") for n in imported(p))}
     assert users == {"models"}
 
 
 @pytest.mark.parametrize(
     "name",
-    ["errors", "config", "commands", "defaults", "graph", "artifacts", "viz", "report", "cli"],
-)
+    [
+        "errors.py", "utils/files.py", "utils/shipped.py", "models/graph.py", "tasks/files.py",
+        "tasks/benchmarks.py", "circuits/config.py", "circuits/changes.py", "audit/config.py",
+        "unlearning/config.py", "runs/config.py", "runs/defaults.py", "bench/config.py",
+        "viz/view.py", "viz/svg.py", "report/story.py", "cli/main.py", "cli/settings.py",
+    ],
+)  # fmt: skip
 def test_these_need_no_torch_by_themselves(name: str):
-    for path in FILES:
-        if module(path) == name:
-            assert not [n for n in imported(path) if n.split(".")[0] in ("torch", "transformers")]
+    found = imported(PACKAGE / name)
+    assert not [n for n in found if n.split(".")[0] in ("torch", "transformers")]
 
 
 def test_only_the_command_line_prints():
@@ -107,7 +109,7 @@ def test_only_the_command_line_prints():
             and isinstance(node.func, ast.Name)
             and node.func.id == "print"
         ]
-        assert not calls or module(path) == "cli", f"{path.name} prints in lines {calls}"
+        assert not calls or room(path) == "cli", f"{path.name} prints in lines {calls}"
 
 
 def test_the_check_sees_an_import_inside_a_function(
