@@ -1,95 +1,86 @@
-"""What several quantizers make of the same edit: the tables of docs, from runs.
+"""What several quantizers make of the same edit, over the seeds of a run.
 
-    python scripts/quantizer_table.py REPORT [REPORT ...] [--keep FOLDER]
+    python research/scripts/quantizer_table.py smollm2-final-margin-0
+    python research/scripts/quantizer_table.py runs/mine-0 runs/mine-1
 
-Each REPORT is the `report.json` of `mansu run`; reports that differ in their seed alone make a row
-of means. `--keep` writes what they say of scores and edits, without graph and samples, to FOLDER,
-as REPORT's folder is named; such a file is read as the whole is.
+Each argument is the name of a run in research/tables/runs.csv, whose seeds make one table, or a
+finished folder of `mansu run`; all folders together make one.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from mansu_interp.artifacts import read_json, write_json
-from mansu_interp.evaluation import EDITED, ORIGINAL, Scores
+from condense_runs import FULL, TABLES, condensed, read_table, text
+
 from mansu_interp.report.scoreboard import spread
 
 HEAD = (
-    "quantizer | promised | edits that survive | other codes that change | projection | "
-    "four-way, after | PTQ gap, four-way | PTQ gap, top-1 | back / gone, by seed (p) | "
+    "quantizer | promised | edits that survive | other codes that change | projected share | "
+    "four-way | worst set | PTQ gap, four-way | PTQ gap, top-1 | back / gone, by seed (p) | "
     "retained, lowest top-1 | largest loss"
 )
-KEPT = ("command", "versions", "properties", "scores", "perplexity", "quantizers", "relearning")
 
 
-def gap(found: list[dict[str, Any]], key: str) -> str:
-    """Mean and spread over seeds, and the largest of single seeds."""
-    values = [f[key]["gap"] for f in found]
-    return f"{spread(values, sign='+')}, max {max(values):+.3f}"
+def row(seeds: Sequence[dict[str, str]]) -> str:
+    """One quantizer's figures over the seeds; - for what is not known."""
 
+    def numbers(key: str) -> list[float]:
+        return [float(r[key]) for r in seeds if r.get(key)]
 
-def retained(reports: list[dict[str, Any]], precision: str) -> list[str]:
-    """The lowest top-1 of a retained relation, and the most that top-1 or choice of one fell by,
-    against the original at the same precision; over all seeds."""
-    before, after = ORIGINAL + precision, EDITED + precision
-    models = [r["models"] for x in reports for r in x["scores"] if r["role"] == "retain"]
-    if not all(after in m for m in models):
-        return ["-", "-"]
-    fell = max(m[before][k] - m[after][k] for m in models for k in ("top1", "choice"))
-    return [f"{min(m[after]['top1'] for m in models):.3f}", f"{fell:.3f}"]
+    def gap(key: str) -> str:
+        found = numbers(key)
+        return f"{spread(found, sign='+')}, max {max(found):+.3f}" if found else "-"
 
-
-def full(reports: list[dict[str, Any]]) -> str:
-    """The row of the edited model before any quantizer."""
-    choice = [Scores(x["scores"], None).mean("forget", "choice", EDITED) for x in reports]
-    cells = ["none", *["-"] * 4, spread(choice), *["-"] * 3, *retained(reports, "")]
-    return f"| {' | '.join(cells)} |"
-
-
-def row(found: list[dict[str, Any]], reports: list[dict[str, Any]]) -> str:
-    """One quantizer's figures over the runs."""
-    first = found[0]
-    share = mean(f["survived"] / f["edited"] for f in found)
-    projection = [f["projection"] for f in found if f["projection"] is not None]
-    flips = [f["flips"] for f in found]
+    changed, others, share = map(numbers, ("codes_changed", "other_codes_changed", "projection"))
+    worst, lowest, losses = map(
+        numbers, ("forget_worst_set", "retain_lowest_top1", "retain_worst_loss")
+    )
+    flips = [f"{r['back']}/{r['gone']} ({float(r['p']):.2f})" for r in seeds if r.get("p")]
     cells = [
-        f"`{first['name']}`",
-        "yes" if first["promised"] else "no",
-        f"{share:.1%}",
-        f"{mean(f['collateral'] for f in found):,.0f}",
-        spread(projection) if projection else "-",
-        spread([f["choice"]["unlearned"] for f in found]),
-        gap(found, "choice"),
-        gap(found, "top1"),
-        ", ".join(f"{f['back']}/{f['gone']} ({f['p']:.2f})" for f in flips),
-        *retained(reports, f" {first['name']}"),
+        f"`{seeds[0]['quantizer']}`",
+        {"True": "yes", "False": "no"}.get(seeds[0]["promised"], "-"),
+        f"{mean(changed):.1%}" if changed else "-",
+        f"{mean(others):,.0f}" if others else "-",
+        spread(share) if share else "-",
+        spread(numbers("forget_choice")),
+        f"{max(worst):.3f}" if worst else "-",
+        gap("gap_choice"),
+        gap("gap_top1"),
+        ", ".join(flips) or "-",
+        f"{min(lowest):.3f}" if lowest else "-",
+        f"{max(losses):.3f}" if losses else "-",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def print_table(rows: Sequence[dict[str, str]]) -> None:
+    """One line per quantizer, full precision first."""
+    print(f"| {HEAD} |\n" + "|---" * (HEAD.count("|") + 1) + "|")
+    names = dict.fromkeys(r["quantizer"] for r in rows)
+    for name in sorted(names, key=lambda q: q != FULL):
+        print(row([r for r in rows if r["quantizer"] == name]))
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="A table of quantizers, from finished runs.")
-    parser.add_argument("reports", nargs="+", type=Path)
-    parser.add_argument("--keep", type=Path)
-    given = parser.parse_args()
-    reports = [read_json(path) for path in given.reports]
-    print(f"| {HEAD} |")
-    print("|---" * (HEAD.count("|") + 1) + "|")
-    print(full(reports))
-    for found in zip(*(r["quantizers"] for r in reports), strict=True):
-        if len({f["name"] for f in found}) > 1:
-            parser.error("the reports name different quantizers")
-        print(row(list(found), reports))
-    for path, report in zip(given.reports, reports, strict=True):
-        if given.keep:
-            edit = {k: v for k, v in report["edit"].items() if k != "by_weight"}
-            kept = {k: report[k] for k in KEPT if k in report} | {"edit": edit}
-            write_json(given.keep / f"{path.parent.name}.json", kept)
+    parser.add_argument("runs", nargs="+", help="names in runs.csv, or folders of `mansu run`")
+    given = parser.parse_args().runs
+    known = read_table(TABLES / "runs.csv")
+    folders = [Path(name) for name in given if Path(name).exists()]
+    made = [r for folder in folders for r in condensed(folder)[0]]
+    if made:
+        print_table([{k: text(v) for k, v in r.items()} for r in made])
+    for name in (n for n in given if Path(n) not in folders):
+        rows = [r for r in known if r["run"] == name]
+        if not rows:
+            parser.error(f"{name} is neither a folder nor a run of {TABLES.name}/runs.csv")
+        print(f"\n{name}\n")
+        print_table(rows)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The figures of docs/results.md: MANSU, GradDiff and NPO at matched forgetting, over seeds.
+"""MANSU, GradDiff and NPO at matched forgetting, over seeds: the table "matched" of the pages.
 
-    python scripts/results.py --model facts --task capitals --seeds 0 1 2
-    python scripts/results.py --model facts --task countries --seeds 0 1 2
-    python scripts/results.py --model models/SmolLM2-135M-Instruct --task world-capitals \
+    python research/scripts/results.py --model facts --task capitals --seeds 0 1 2
+    python research/scripts/results.py --model facts --task countries --seeds 0 1 2
+    python research/scripts/results.py --model models/SmolLM2-135M-Instruct --task world-capitals \
       --dense-steps 40
+    python research/scripts/results.py --task capitals --seeds    # trains nothing, prints the table
 
 Settings are those that the task file recommends for everybody (`mansu run` uses the same).
 Each method's checkpoint is saved in the original's dtype and loaded again before it is scored on
 the unseen phrasings, and after real NF4. Baselines stop where their four-way accuracy on the
-*dev* phrasings first reaches MANSU's of the same seed. Finished cells are kept in docs/results/ and
-not run again; docs/results.md is written from them.
+*dev* phrasings first reaches MANSU's of the same seed. Finished trials are kept in runs/matched/
+and not run again; what they say goes to the run "matched" of research/tables/runs.csv and sets.csv,
+from which the table is printed.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mansu_interp.artifacts import write_json, write_text
-from mansu_interp.cad import Divergence, judge
+from condense_runs import FULL, TABLES, condensed, merge, read_table
+
+from mansu_interp.artifacts import write_json
 from mansu_interp.defaults import default_config
 from mansu_interp.evaluation import evaluate
 from mansu_interp.ledger import changed_elements
@@ -38,36 +41,38 @@ from mansu_interp.report.scoreboard import spread
 from mansu_interp.tasks import load_task
 from mansu_interp.unlearning import dev_choice, unlearn
 
-DOCS = Path(__file__).parents[1] / "docs"
+TRIALS = Path(__file__).parents[2] / "runs" / "matched"
 BASELINES = ("graddiff", "npo")
-ORDER = ("original", "mansu", *BASELINES)
+ORDER = ("mansu", *BASELINES)
 
 
 def scored(
     model: LanguageModel, edited: LanguageModel, task: Task, started: float
 ) -> dict[str, Any]:
-    """All figures of one cell."""
+    """All figures of one trial."""
     scores = evaluate({"fp": edited, "nf4": quantize(edited)}, task)
-    lived = survival(model, edited, NF4())
+    survived = survival(model, edited, NF4())
     everything = sum(changed_elements(model, edited).values())
     return {
+        "model": Path(model.name).name,
+        "task": task.name,
         "rows": scores.rows,
         "perplexity": scores.perplexity,
         "dev_choice": dev_choice(edited, task),
         "edited": everything,
         "share": everything / model.n_parameters,
-        "edited_quantized": lived.edited,
-        "survived": lived.survived,
-        "collateral": lived.collateral,
-        "update_over_bin": lived.update_over_bin,
-        "projection": lived.projection,
+        "edited_quantized": survived.edited,
+        "survived": survived.survived,
+        "collateral": survived.collateral,
+        "update_over_bin": survived.update_over_bin,
+        "projection": survived.projection,
         "seconds": time.monotonic() - started,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
 
 
-def cell(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A finished cell from disk, or made now."""
+def trial(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A finished trial from disk, or made now."""
     if not path.exists():
         write_json(path, make())
     return json.loads(path.read_text())
@@ -81,25 +86,25 @@ def measure(
     dense_steps: int,
     threads: int | None,
 ) -> None:
-    """Run every method of one seed."""
+    """Run every method of one seed, and note in the tables what was found."""
     settings = replace(default_config(name, task_name), seed=seed, threads=threads)
     model = load_model(name)
     task = load_task(task_name, model, settings.score_pairs)
-    folder = DOCS / "results" / f"{Path(name).name}-{task.name}"
+    folder = TRIALS / f"{Path(name).name}-{task.name}"
 
     def mansu() -> dict[str, Any]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as out:
             config = replace(settings, out=Path(out) / "run")
             result = run(config, lambda stage, d, n: print(f"\r{stage} {d}/{n}   ", end=""))
-            out_cell = scored(model, result.model, task, started)
-            out_cell["settings"] = {**result.report["config"], "out": None}
-            out_cell["run_seconds"] = result.seconds
-            out_cell["cad"] = result.report["cad"]
-            out_cell["circuit"] = {
+            made = scored(model, result.model, task, started)
+            made["settings"] = {**result.report["config"], "out": None}
+            made["run_seconds"] = result.seconds
+            made["cad"] = result.report["cad"]
+            made["circuit"] = {
                 k: result.report["circuit"][k] for k in ("edges", "of", "faithfulness")
             }
-            return out_cell
+            return made
 
     def baseline(method: str, stop_at: float) -> dict[str, Any]:
         started = time.monotonic()
@@ -115,98 +120,79 @@ def measure(
         result = unlearn(model, task, None, config)
         with tempfile.TemporaryDirectory() as out:
             result.model.save(Path(out))
-            cell_ = scored(model, load_model(out), task, started)
-        return {**cell_, "steps": result.stopped_at, "lr": config.lr}
+            made = scored(model, load_model(out), task, started)
+        return {**made, "steps": result.stopped_at, "lr": config.lr}
 
-    cell(folder / "original.json", lambda: scored(model, model.copy(), task, time.monotonic()))
-    reached = cell(folder / f"mansu-{seed}.json", mansu)["dev_choice"]
+    trial(folder / "original.json", lambda: scored(model, model.copy(), task, time.monotonic()))
+    reached = trial(folder / f"mansu-{seed}.json", mansu)["dev_choice"]
     print(f"\nmansu seed {seed}: dev four-way {reached:.3f}", flush=True)
     for method in BASELINES:
         path = folder / f"{method}-{seed}.json"
-        found = cell(path, lambda m=method: baseline(m, reached))
+        found = trial(path, lambda m=method: baseline(m, reached))
         print(f"{method} seed {seed}: dev four-way {found['dev_choice']:.3f}", flush=True)
+    found = [condensed(folder / f"{method}-{seed}.json") for method in ORDER]
+    for k, table_name in enumerate(("runs", "sets")):
+        merge(TABLES / f"{table_name}.csv", (row for parts in found for row in parts[k]))
 
 
-def cad_verdict(found: dict[str, Any]) -> str:
-    """The verdict on a cell's recorded parts, by today's thresholds; - if not compared."""
-    parts = [Divergence(**d) for d in found.get("cad", {}).get("models", {}).values()]
-    return judge(*parts)[0] if parts else "-"
+def table(model: str, task: str) -> list[str]:
+    """Markdown of one model and task, from the tables."""
 
+    def read(name: str) -> list[dict[str, str]]:
+        rows = read_table(TABLES / f"{name}.csv")
+        return [r for r in rows if (r["run"], r["model"], r["task"]) == ("matched", model, task)]
 
-def table(folder: Path) -> list[str]:
-    """Markdown of one model and task."""
-    cells: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        cells.setdefault(path.stem.rsplit("-", 1)[0], []).append(json.loads(path.read_text()))
-    methods = [m for m in ORDER if m in cells]
-    labels = [(r["role"], r["label"]) for r in cells["original"][0]["rows"]]
-    seeds = ", ".join(f"{m} {len(cells[m])}" for m in methods[1:])
-    lines = [f"### {folder.name}", "", f"Seeds: {seeds}. Top-1 / four-way choice.", ""]
-    head = [f"{m}{q}" for m in methods for q in ("", " nf4")]
+    runs, sets = read("runs"), read("sets")
+    methods = [m for m in ORDER if any(r["method"] == m for r in runs)]
+    precisions = (FULL, "nf4")
+
+    def values(rows: list[dict[str, str]], key: str, method: str, **given: str) -> list[float]:
+        wanted = {"method": method, **given}
+        found = [r[key] for r in rows if all(r[k] == v for k, v in wanted.items())]
+        return [float(v) for v in found if v]
+
+    head = [f"{m}{q}" for m in ("original", *methods) for q in ("", " nf4")]
+    lines = [f"### {model}, {task}", "", "Top-1 / four-way choice.", ""]
     lines += ["| set (prompts) | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for role, label, n in dict.fromkeys((r["role"], r["set"], r["prompts"]) for r in sets):
+        cells = []
+        for method, suffix in ((ORDER[0], "_original"), *((m, "") for m in methods)):
+            for q in precisions:
+                one = {"quantizer": q, "role": role, "set": label}
+                both = (values(sets, k + suffix, method, **one) for k in ("top1", "choice"))
+                cells.append(" / ".join(spread(v[:1] if suffix else v) for v in both))
+        lines.append(f"| {role}: {label} ({n}) | " + " | ".join(cells) + " |")
+    first = [values(runs, "perplexity_original", ORDER[0], quantizer=q)[:1] for q in precisions]
+    after = [values(runs, "perplexity", m, quantizer=q) for m in methods for q in precisions]
+    if all(first):
+        lines.append("| perplexity | " + " | ".join(spread(v, 2) for v in first + after) + " |")
 
-    def values(method: str, index: int, precision: str, key: str) -> list[float]:
-        return [c["rows"][index]["models"][precision][key] for c in cells[method]]
+    def across(key: str, q: str, digits: int = 3) -> Callable[[str], str]:
+        return lambda m: spread(values(runs, key, m, quantizer=q), digits)
 
-    for k, (role, label) in enumerate(labels):
-        n = cells["original"][0]["rows"][k]["n"]
-        parts = [
-            " / ".join(spread(values(m, k, q, key)) for key in ("top1", "choice"))
-            for m in methods
-            for q in ("fp", "nf4")
-        ]
-        lines.append(f"| {role}: {label} ({n}) | " + " | ".join(parts) + " |")
-    if cells["original"][0]["perplexity"]:
-        parts = [
-            spread([c["perplexity"][q] for c in cells[m]], 2)
-            for m in methods
-            for q in ("fp", "nf4")
-        ]
-        lines.append("| perplexity | " + " | ".join(parts) + " |")
-    forget = [k for k, (role, _) in enumerate(labels) if role == "forget"]
+    def share(key: str, q: str) -> Callable[[str], str]:
+        return lambda m: f"{statistics.mean(values(runs, key, m, quantizer=q)):.3%}"
 
-    def gap(method: str, key: str) -> str:
-        return spread(
-            [
-                statistics.mean(
-                    c["rows"][k]["models"]["nf4"][key] - c["rows"][k]["models"]["fp"][key]
-                    for k in forget
-                )
-                for c in cells[method]
-            ]
-        )
-
-    lines += ["", "| | " + " | ".join(methods[1:]) + " |", "|---" * len(methods) + "|"]
     rows: dict[str, Callable[[str], str]] = {
-        "PTQ gap, top-1": lambda m: gap(m, "top1"),
-        "PTQ gap, four-way": lambda m: gap(m, "choice"),
-        "parameters edited": lambda m: f"{statistics.mean(c['share'] for c in cells[m]):.3%}",
-        "edited codes that changed under NF4": lambda m: (
-            f"{statistics.mean(c['survived'] / (c['edited_quantized'] or 1) for c in cells[m]):.2%}"
-        ),
-        "other codes that changed": lambda m: spread([c["collateral"] for c in cells[m]], 0),
-        "update RMS / NF4 bin": lambda m: spread([c["update_over_bin"] for c in cells[m]]),
-        "projection retention": lambda m: spread([c["projection"] for c in cells[m]]),
-        "four-way, dev phrasings (matched)": lambda m: spread([c["dev_choice"] for c in cells[m]]),
-        "CAD verdict": lambda m: ", ".join(map(cad_verdict, cells[m])),
-        "seconds": lambda m: spread([c["seconds"] for c in cells[m]], 0),
+        "PTQ gap, top-1": across("gap_top1", "nf4"),
+        "PTQ gap, four-way": across("gap_choice", "nf4"),
+        "parameters edited": share("edited_share", FULL),
+        "edited codes that changed under NF4": share("codes_changed", "nf4"),
+        "other codes that changed": across("other_codes_changed", "nf4", 0),
+        "update RMS / NF4 bin": across("update_over_bin", "nf4"),
+        "projected share": across("projection", "nf4"),
+        "four-way, dev phrasings (matched)": across("dev_choice", FULL),
+        "seconds": across("seconds", FULL, 0),
     }
+    lines += ["", "| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for label, figure in rows.items():
-        lines.append(f"| {label} | " + " | ".join(figure(m) for m in methods[1:]) + " |")
+        lines.append(f"| {label} | " + " | ".join(map(figure, methods)) + " |")
     return [*lines, ""]
-
-
-def write_page() -> None:
-    """docs/results.md from every finished cell and the hand-written notes."""
-    notes = (DOCS / "results-notes.md").read_text()
-    folders = sorted(p for p in (DOCS / "results").iterdir() if (p / "original.json").exists())
-    tables = "\n".join(line for folder in folders for line in table(folder))
-    write_text(DOCS / "results.md", notes.rstrip() + "\n\n" + tables)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure the figures of docs/results.md.")
+    parser = argparse.ArgumentParser(description="Three methods at matched forgetting.")
     parser.add_argument("--model", default="facts")
     parser.add_argument("--task", default="capitals")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -218,7 +204,7 @@ def main() -> None:
     rates = {"graddiff": args.lr_graddiff, "npo": args.lr_npo}
     for seed in args.seeds:
         measure(args.model, args.task, seed, rates, args.dense_steps, args.threads)
-    write_page()
+    print("\n".join(table(Path(args.model).name, Path(args.task).stem)))
 
 
 if __name__ == "__main__":
