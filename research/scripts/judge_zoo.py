@@ -1,38 +1,37 @@
 """Which sign, seen without an attack, foretells what the attack brings back; and is `cad` right?
 
-    python scripts/judge_zoo.py --tasks capitals countries
+    python research/scripts/judge_zoo.py --horizon 20
 
-Reads docs/research/zoo-TASK.json. A model is *recoverable* if half B's answers rank first of four,
-or last (avoided, and so given away), more often than 0.25 + 0.15, at once or after half A was
-relearnt for up to --horizon steps at any rate. Per sign: AUROC, its 95 % interval over resampled
+Reads research/tables/zoo.csv. A model is *recoverable* if half B's answers rank first of four,
+or last (which gives them away, too), more often than 0.25 + 0.15, at once or after half A was
+relearned for up to --horizon steps at any rate. Per sign: AUROC, its 95 % interval over resampled
 models, and how many are right with the threshold chosen without their family (all seeds of one
-mechanism), without their seed, and without their task. For virtual relearning and the probe also
+mechanism), without their seed, and without their task. For linearized relearning and the probe also
 the interval over resampled prompts. Verdicts are those of `mansu cad`, whose thresholds are fixed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
+
+from zoo_table import read_zoo
 
 from mansu_interp.erasure import SAID
 from mansu_interp.relearning import CHANCE, TOLERANCE
 
-DOCS = Path(__file__).parents[1] / "docs" / "research"
 MARKS = (0, 5, 10, 20, 40)
 RESAMPLES = 500
 Row = dict[str, Any]
 Sign = Callable[[Row], float]
 SIGNS: dict[str, Sign] = {
-    "what `cad` judges by": lambda r: max(r["judged"][k] for k in ("says", "relearnt", "avoided")),
-    "virtual relearning": lambda r: r["virtual"][-1],
+    "what `cad` judges by": lambda r: max(r["judged"][k] for k in ("first", "relearned", "last")),
+    "linearized relearning": lambda r: r["linearized"][-1],
     "linear probe": lambda r: r["probe"],
     "gradient transfer": lambda r: r["transfer"],
     "attribution mass": lambda r: r["mass"],
@@ -51,8 +50,7 @@ def load(tasks: Sequence[str], horizon: int) -> list[Row]:
     """Every row, with its name, task, family and seed, and the ground truth."""
     rows: list[Row] = []
     for task in tasks:
-        named: dict[str, Row] = json.loads((DOCS / f"zoo-{task}.json").read_text())
-        for name, r in sorted(named.items()):
+        for name, r in sorted(read_zoo(task).items()):
             what, _, seed = name.rpartition(" #")
             until = MARKS.index(horizon) + 1
             best = max(*r["choice"][:until], *r["last"][:until])
@@ -139,13 +137,13 @@ def main() -> None:
     rng = random.Random(args.seed)
     rows = load(args.tasks, args.horizon)
     print("| task | model | seed | choice after 0/5/10/20/40 | top-1 at 20 | retain ", end="")
-    print("| virtual | probe | transfer | mass | truth | `cad` |\n|---" + "|---" * 11 + "|")
+    print("| linearized | probe | transfer | mass | truth | `cad` |\n|---" + "|---" * 11 + "|")
     for r in rows:
         path = " ".join(f"{c:.2f}" for c in r["choice"])
         truth = "recoverable" if r["recoverable"] else "not"
         print(
             f"| {r['task']} | {r['name']} | {r['seed']} | {path} | {r['top1'][3]:.2f} "
-            f"| {r['retain']:.2f} | {r['virtual'][-1]:.2f} | {r['probe']:.2f} "
+            f"| {r['retain']:.2f} | {r['linearized'][-1]:.2f} | {r['probe']:.2f} "
             f"| {r['transfer']:.2f} | {r['mass']:.2f} | {truth} "
             f"| {r['verdict']} {r['confidence']:.2f} |"
         )
@@ -162,7 +160,7 @@ def main() -> None:
             f"{threshold(rows, sign):.3f}",
         ]
         print(f"| {label} | " + " | ".join(cells) + " |")
-    for label, bits in (("virtual relearning", "virtual"), ("the probe", "probe")):
+    for label, bits in (("linearized relearning", "linearized"), ("the probe", "probe")):
         found = over_prompts(rows, f"{bits}_by_prompt", rng)
         print(f"\nThe AUROC of {label} over resampled prompts: {found}.")
     right = [r for r in rows if r["verdict"] == expected(r)]

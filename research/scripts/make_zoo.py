@@ -1,29 +1,28 @@
 """The calibration zoo: models that forgot in many ways, attacked, and what can be seen before.
 
-    python scripts/make_zoo.py --task capitals --seeds 0 1
-    python scripts/make_zoo.py --task countries --seeds 0
+    python research/scripts/make_zoo.py --task capitals --seeds 0 1
+    python research/scripts/make_zoo.py --task countries --seeds 0 1
 
-Each row of docs/research/zoo-TASK.json is one model: what it says on unseen phrasings, what half A
+Each row of research/tables/zoo.csv is one model: what it answers on unseen phrasings, what half A
 brings back of half B there (the ground truth), and what can be seen without an attack, on train
-phrasings and another split: `mansu_interp.evidence`, virtual relearning, the attribution graphs,
-and what `mansu cad` judges by. Finished rows are kept; with --again the evidence is taken anew, and
-the attack of what came out as another model. `scripts/judge_zoo.py` reads them.
+phrasings and another split: stitches, a linear probe and gradient transfer, linearized relearning,
+the attribution graphs, and what `mansu cad` judges by. Finished rows are not made again; with
+--again the evidence is taken anew, and the attack of what came out as another model.
+`judge_zoo.py` reads them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from zoo_table import read_zoo, write_zoo
 
-from mansu_interp.artifacts import write_json
 from mansu_interp.cad import compare
 from mansu_interp.circuit import Circuit, discover
 from mansu_interp.config import RelearnConfig, UnlearnConfig
@@ -44,7 +43,6 @@ from mansu_interp.unlearning import unlearn
 from mansu_interp.unlearning.common import Sampler, retain_loss
 from mansu_interp.virtual_relearning import virtual_relearning
 
-DOCS = Path(__file__).parents[1] / "docs" / "research"
 ATTACK = RelearnConfig(steps=(5, 10, 20, 40))
 SPLIT = 1
 """Seed of the halves that the evidence is taken on; the attack's is 0."""
@@ -192,8 +190,8 @@ def rmu(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
 def mansu(
     model: LanguageModel, task: Task, seed: int, rows: bool = False, **hard: float
 ) -> LanguageModel:
-    """MANSU with the task's settings but for the embedding, which only ``rows`` edits, and
-    not parted; ``hard``: with the mask of its hardened ones, and these settings of
+    """MANSU with the task's settings but for the embedding, which only ``rows`` edits, and without
+    a quantization margin; ``hard``: with the mask of the robust preset, and these settings of
     `UnlearnConfig`."""
     config = replace(default_config("facts", task.name), seed=seed, subject_rows=rows)
     if hard:
@@ -219,7 +217,7 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         )
         return lambda: unlearn(model, task, None, config).model
 
-    def hardened(rows: bool, **settings: float):
+    def adversarial(rows: bool, **settings: float):
         return lambda: mansu(model, task, seed, rows, **settings)
 
     best = default_config("facts", task.name, hardened=True).unlearn
@@ -249,11 +247,13 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         "subject rows: redrawn": lambda: redrawn(model, task, seed),
         "overwritten: shuffled": lambda: shuffled(model, task, seed),
         "mansu: plain": lambda: mansu(model, task, seed),
-        "mansu: hardened": hardened(False, **slow, attack=20, attack_rate=1e-3, steps=400),
+        "mansu: adversarial": adversarial(False, **slow, attack=20, attack_rate=1e-3, steps=400),
         "mansu: rows": lambda: mansu(model, task, seed, rows=True),
-        "mansu: rows, hardened": hardened(True, **known),
-        "mansu: rows, hardened, read": hardened(True, **known, probe_weight=0.6),
-        "mansu: rows, read": hardened(True, **slow, probe_weight=4.0, retain_weight=4.0, steps=400),
+        "mansu: rows, adversarial": adversarial(True, **known),
+        "mansu: rows, adversarial, probe penalty": adversarial(True, **known, probe_weight=0.6),
+        "mansu: rows, probe penalty": adversarial(
+            True, **slow, probe_weight=4.0, retain_weight=4.0, steps=400
+        ),
         "damaged: noise 0.5": lambda: noisy(model, seed, 0.5),
         "damaged: noise 1": lambda: noisy(model, seed, 1.0),
     }
@@ -262,9 +262,9 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         out["unchanged: nf4"] = lambda: quantize(model)
         out["final norm: x0.1"] = lambda: scaled(model, "model.norm", 0.1)
         for name in task.twins:
-            out[f"twin: {name[-1]}"] = lambda name=name: load_model(name)
-            out[f"twin: {name[-1]} nf4"] = lambda name=name: quantize(load_model(name))
-            out[f"twin: {name[-1]} noise"] = lambda name=name: noisy(load_model(name), 0, 0.2)
+            out[f"reference: {name[-1]}"] = lambda name=name: load_model(name)
+            out[f"reference: {name[-1]} nf4"] = lambda name=name: quantize(load_model(name))
+            out[f"reference: {name[-1]} noise"] = lambda name=name: noisy(load_model(name), 0, 0.2)
     return out
 
 
@@ -301,9 +301,9 @@ def evidence(
         "logp": float(logp.mean()),
         "margin": flow.margin,
         "transfer": flow.transfer,
-        "virtual": step.half_b.float().mean(1).tolist(),
-        "avoided": step.avoided.float().mean(1).tolist(),
-        "virtual_by_prompt": "".join(map(str, step.half_b[-1].int().tolist())),
+        "linearized": step.half_b.float().mean(1).tolist(),
+        "linearized_last": step.avoided.float().mean(1).tolist(),
+        "linearized_by_prompt": "".join(map(str, step.half_b[-1].int().tolist())),
         "probe": float(best.float().mean()),
         "probe_by_prompt": "".join(map(str, best.tolist())),
         "mass": graphs.models["edited"].mass,
@@ -311,14 +311,14 @@ def evidence(
         "into": stitches(edited, original, some_b),
         "from": stitches(original, edited, some_b),
         "judged": {
-            "says": judged.said["edited"],
-            "relearnt": judged.relearnt[-1],
-            "learnt": judged.learnt[-1],
-            "avoided": max(judged.avoided[0], judged.avoided[-1]),
-            "reads": max(judged.read["edited"]),
-            "original_says": judged.said["original"],
-            "carried": judged.into_original[-1],
-            "quantized_says": judged.said["edited, quantized"],
+            "first": judged.said["edited"],
+            "relearned": judged.relearnt[-1],
+            "learned": judged.learnt[-1],
+            "last": max(judged.avoided[0], judged.avoided[-1]),
+            "probe": max(judged.read["edited"]),
+            "original_first": judged.said["original"],
+            "stitched": judged.into_original[-1],
+            "quantized_first": judged.said["edited, quantized"],
         },
         "verdict": judged.verdict,
         "cad": judged.cad,
@@ -338,8 +338,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = load_model(args.model)
     task = load_task(args.task, model)
-    path = DOCS / f"zoo-{args.task}.json"
-    rows: dict[str, dict[str, object]] = json.loads(path.read_text()) if path.exists() else {}
+    rows = read_zoo(args.task)
     todo = {
         f"{name} #{seed}": make
         for seed in args.seeds
@@ -355,11 +354,11 @@ def main() -> None:
         edited = make()
         found = evidence(model, edited, task, circuit)
         # The margin is of thousands of logits: alike, and it is the same model.
-        same = old and math.isclose(old["margin"], found["margin"], rel_tol=1e-6)  # type: ignore[arg-type]
+        same = old and math.isclose(old["margin"], found["margin"], rel_tol=1e-6)
         truth = {k: old[k] for k in ("choice", "last", "top1", "retain")} if old and same else None
         rows[name] = {**(truth or attacked(edited, task)), **found}
-        write_json(path, rows)
-        hidden = ("into", "from", "probe_by_prompt", "virtual_by_prompt")
+        write_zoo(args.task, rows)
+        hidden = ("into", "from", "probe_by_prompt", "linearized_by_prompt")
         print(name, "attack kept" if truth else "attacked", flush=True)
         print("  ", {k: v for k, v in rows[name].items() if k not in hidden}, flush=True)
 
