@@ -1,10 +1,9 @@
-"""What hardening can reach without budget or floor: which weights have to move to erase?
+"""Adversarial relearning without budget or floor: which weights have to move to erase?
 
-    python scripts/dense_hardening.py --train layers
-    python scripts/dense_hardening.py --train rows layers --row-step 10
+    python research/scripts/dense_adversarial.py --train layers
+    python research/scripts/dense_adversarial.py --train rows layers --row-step 10
 
-Trains an embedded model with Adam against the relearning attack inside the loop
-(`unlearning.harden`), in the forget subjects' own embedding rows, in all linear layers, or both,
+Trains an embedded model with Adam against relearning inside the loop, in the forget subjects' own embedding rows, in all linear layers, or both,
 and prints what relearning half of the facts brings back of the others, on dev phrasings.
 """
 
@@ -40,7 +39,7 @@ def losses(
     keep: list[list[Pair]],
     text: Tensor | None,
 ) -> list[Callable[[], Tensor]]:
-    """What one step sums: forgetting, and twice what holds retained prompts and running text."""
+    """What one step sums: forgetting, and twice what preserves retained prompts and running text."""
     n, m = sum(map(len, forget)), sum(map(len, keep))
     out: list[Callable[[], Tensor]] = [
         lambda p=p: counterfactual_loss(student, p, targets, 1.0) * len(p) / n for p in forget

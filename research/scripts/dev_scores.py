@@ -1,6 +1,6 @@
 """What settings are chosen by: a run's edit on the dev phrasings.
 
-    python scripts/dev_scores.py RUN [RUN ...]
+    python research/scripts/dev_scores.py RUN [RUN ...]
 
 Each RUN is a finished folder of `mansu run`. In full precision and after every quantizer of its
 set: how often the forget answers rank first and last of four, first over all draws of three rivals

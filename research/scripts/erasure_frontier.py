@@ -1,12 +1,12 @@
 """How hard the facts come back, against what it cost: the frontier of erasure.
 
-    python scripts/erasure_frontier.py facts capitals mansu=runs/0/model npo=runs/npo-0/model
+    python research/scripts/erasure_frontier.py facts capitals mansu=runs/0/model npo=runs/npo-0/model
 
 Attacks every checkpoint named by relearning (`mansu relearn`, unseen phrasings, worst of the rates)
 and notes beside it the share of parameters that differ from the original and the largest loss of a
-retained relation. Rows go to docs/research/frontier-MODEL-TASK.json, finished ones are kept, and
-several checkpoints of one name are its seeds; the plot beside it is of all rows attacked for the
-same steps. Twins that ship with the task are attacked, too.
+retained relation. Rows go to runs/frontier-MODEL-TASK.json, finished ones are not made again, and
+several checkpoints of one name are its seeds; the table printed and the plot beside the file are of
+all rows attacked for the same steps. Reference models that ship with the task are attacked, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mansu_interp.scoring import accuracy
 from mansu_interp.tasks import load_task
 from mansu_interp.viz.plots import Dots, scatter_svg
 
-DOCS = Path(__file__).parents[1] / "docs" / "research"
+RUNS = Path(__file__).parents[2] / "runs"
 AT = 20
 """Steps at which the plot reads the attack."""
 
@@ -71,7 +71,7 @@ def main() -> None:
     given = [(name, path) for name, _, path in (c.partition("=") for c in args.checkpoints)]
     if is_embedded(args.original):
         given += [("never taught", twin) for twin in task.twins]
-    path = DOCS / f"frontier-{Path(args.original).name}-{Path(args.task).stem}.json"
+    path = RUNS / f"frontier-{Path(args.original).name}-{Path(args.task).stem}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     kept = task.scored["unseen"]["retain"]
     before = {n: accuracy(model, s) for n, s in kept.items()}

@@ -1,6 +1,6 @@
 """The retain bound, predicted and measured: edits inside the circuit against the whole model.
 
-    python scripts/retain_bound.py --seeds 0 1 2
+    python research/scripts/retain_bound.py --seeds 0 1 2
 
 Both arms spend the same budget of parameters and the same steps with the same settings; the one may
 edit weights of the circuit, the other any weight of the blocks. Forgetting (four-way, dev

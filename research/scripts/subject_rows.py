@@ -1,12 +1,12 @@
 """Where a subject's facts sit: can they be read from its embedding row, and what if that is new?
 
-    python scripts/subject_rows.py --task countries --seeds 0 1 2
+    python research/scripts/subject_rows.py --task countries --seeds 0 1 2
 
 Prints two tables for an embedded model. First, per stage of the model, how often a linear map from
 the states at the *subject's* position to the answers' unembedding rows, fitted on half A of the
-forget subjects, names the answers of half B (four-way); for the original, for the twins that were
-never taught, and for --models. Then, per seed, what the model says once those embedding rows are
-drawn anew (`redrawn`), and once they are then trained on the retained facts alone with everything
+forget subjects, names the answers of half B (four-way); for the original, for the reference
+models that were never taught, and for --models. Then, per seed, what the model answers once those
+embedding rows are drawn anew (`redrawn`), and once they are then trained on the retained facts alone with everything
 else frozen (`relearnt`): forget and retain on unseen phrasings, and the relearning attack on them.
 """
 
