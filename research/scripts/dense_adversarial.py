@@ -3,8 +3,9 @@
     python research/scripts/dense_adversarial.py --train layers
     python research/scripts/dense_adversarial.py --train rows layers --row-step 10
 
-Trains an embedded model with Adam against relearning inside the loop, in the forget subjects' own embedding rows, in all linear layers, or both,
-and prints what relearning half of the facts brings back of the others, on dev phrasings.
+Trains an embedded model with Adam against relearning inside the loop, in the forget subjects' own
+embedding rows, in all linear layers, or both, and prints what relearning half of the facts brings
+back of the others, on dev phrasings.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def losses(
     keep: list[list[Pair]],
     text: Tensor | None,
 ) -> list[Callable[[], Tensor]]:
-    """What one step sums: forgetting, and twice what preserves retained prompts and running text."""
+    """What one step sums: forgetting, and twice the loss of retained prompts and running text."""
     n, m = sum(map(len, forget)), sum(map(len, keep))
     out: list[Callable[[], Tensor]] = [
         lambda p=p: counterfactual_loss(student, p, targets, 1.0) * len(p) / n for p in forget

@@ -1,6 +1,6 @@
 """How hard the facts come back, against what it cost: the frontier of erasure.
 
-    python research/scripts/erasure_frontier.py facts capitals mansu=runs/0/model npo=runs/npo-0/model
+    python research/scripts/erasure_frontier.py facts capitals mansu=runs/0/model npo=runs/n/model
 
 Attacks every checkpoint named by relearning (`mansu relearn`, unseen phrasings, worst of the rates)
 and notes beside it the share of parameters that differ from the original and the largest loss of a

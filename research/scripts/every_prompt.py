@@ -6,9 +6,9 @@ Each RUN is a finished folder of `mansu run`. Its report scores a sample (`score
 with one draw of three rivals each, so that a gap scatters; here are all of them, in full precision
 and after every quantizer of the run's set. First those that the report leaves out, which nobody
 ever looked at, then all: how often the forget answers rank first of four, first over all draws of
-rivals, and last, and how often they are what the model predicts (means over the sets), with the gaps
-to full precision and the worst set, and the prompts on which the answer came back to the first
-rank or went, with the p of a sign test.
+rivals, and last, and how often the model predicts them (means over the sets), with the gaps to full
+precision and the worst set, and the prompts on which the answer came back to the first rank or
+went, with the p of a sign test.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ FIGURES = ("first", "all draws", "last", "top-1")
 def figures(model: LanguageModel, pairs: PairSet) -> Float[Tensor, "pairs 4"]:
     """Of each pair, in the order of ``parts(BATCH)``, the `FIGURES`: whether its answer outranks
     its distractors, how often it would outrank three of its relation's other answers (drawn one by
-    one), whether all distractors outrank it, and whether the model predicts it; of an answer of several
-    tokens the deciding one."""
+    one), whether all distractors outrank it, and whether the model predicts it; of an answer of
+    several tokens the deciding one."""
     answers, out = answer_tokens(pairs), []
     for part in pairs.parts(BATCH):
         rows, batch = log_probs(model, part).cpu(), collate(part)

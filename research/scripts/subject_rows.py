@@ -6,8 +6,9 @@ Prints two tables for an embedded model. First, per stage of the model, how ofte
 the states at the *subject's* position to the answers' unembedding rows, fitted on half A of the
 forget subjects, names the answers of half B (four-way); for the original, for the reference
 models that were never taught, and for --models. Then, per seed, what the model answers once those
-embedding rows are drawn anew (`redrawn`), and once they are then trained on the retained facts alone with everything
-else frozen (`relearnt`): forget and retain on unseen phrasings, and the relearning attack on them.
+embedding rows are drawn anew (`redrawn`), and once they are then trained on the retained facts
+alone with everything else frozen (`relearnt`): forget and retain on unseen phrasings, and the
+relearning attack on them.
 """
 
 from __future__ import annotations
