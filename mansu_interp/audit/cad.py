@@ -8,9 +8,9 @@ says,
     knowledge = clip((f - 1/4) / (f_0 - 1/4), 0, 1),    CAD = 1 - knowledge
 
 0: all is there, 1: nothing is. It foretold disjoint-half relearning best in the calibration zoo
-(docs/cad.md, `scripts/judge_zoo.py`). The second is a linear probe (`evidence.probe`): where it
-reads nearly everything from the states of some block, the verdict is "suppressed" whatever the
-steps bring; a longer attack can find it. All ours.
+(docs/cad.md, `research/scripts/judge_zoo.py`). The second is a linear probe (`evidence.probe`):
+where it reads nearly everything from the states of some block, the verdict is "suppressed" whatever
+the steps bring; a longer attack can find it. All ours.
 """
 
 from __future__ import annotations

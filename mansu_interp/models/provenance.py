@@ -6,19 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any
 
 from ..utils.files import finite
 
 SCHEMA = 1
 PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
-
-
-class Hashed(Protocol):
-    """What has a hash of its content, such as a `Task`."""
-
-    sha256: str
-    """The hash."""
 
 
 def versions() -> dict[str, str]:
@@ -43,7 +36,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def provenance(
-    model: Any, seed: int, config: Mapping[str, Any], task: Hashed | None = None
+    model: Any, seed: int, config: Mapping[str, Any], task_sha256: str = ""
 ) -> dict[str, Any]:
     """Schema, hashes of model, tokenizer, task and settings, seed, and package versions.
 
@@ -51,14 +44,14 @@ def provenance(
         model: a `LanguageModel`, or a `HookedModel`, which has no tokenizer of ours.
         seed: of every draw.
         config: settings as JSON values.
-        task: what is forgotten; None where only pairs were given.
+        task_sha256: hash of the task; empty where only pairs were given.
     """
     text = json.dumps(finite(config), sort_keys=True, default=str)
     return {
         "schema": SCHEMA,
         "model_sha256": model.sha256,
         "tokenizer_sha256": tokenizer_sha256(getattr(model, "tokenizer", None)),
-        "task_sha256": task.sha256 if task else "",
+        "task_sha256": task_sha256,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "seed": seed,
         "device": model.device.type,

@@ -229,7 +229,7 @@ def run(
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
     if config.relearn_steps:
         scored_halves(task, config.seed)
-    made_from = provenance(model, config.seed, result_affecting(config_json(config)), task)
+    made_from = provenance(model, config.seed, result_affecting(config_json(config)), task.sha256)
     writes = rank() == 0
     with locked(config.out) if writes else contextlib.nullcontext():
         if writes:
