@@ -53,7 +53,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "Changes",
     ),
     "circuits.compare": (
-        "CAD",
+        "GraphComparison",
         "compare",
     ),
     "quantizers.bitsandbytes": ("NF4",),
@@ -71,7 +71,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "relearn",
     ),
     "audit.cad": (
-        "Erasure",
+        "CAD",
         "judge_erasure",
     ),
     "unlearning.config": ("UnlearnConfig",),
@@ -108,14 +108,14 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .audit.cad import Erasure, judge_erasure
+    from .audit.cad import CAD, judge_erasure
     from .audit.config import RelearnConfig
     from .audit.relearning import Relearning, relearn
     from .circuits.ablation import Ablation
     from .circuits.attribution import Attribution, attribute
     from .circuits.changes import Changes, classify
     from .circuits.circuit import Circuit
-    from .circuits.compare import CAD, compare
+    from .circuits.compare import GraphComparison, compare
     from .circuits.config import AttributionConfig, CircuitConfig
     from .circuits.discover import discover
     from .circuits.faithfulness import Curve, circuit_metric, faithfulness_curve

@@ -1,119 +1,142 @@
-"""CAD: the divergence by hand, every verdict, and a model against its own copy."""
+"""Evidence without training, and the verdict: solved by hand, and models whose past is known."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
+import torch
 
-from mansu_interp.circuits.attribution import attribute
-from mansu_interp.circuits.circuit import Circuit
-from mansu_interp.circuits.compare import Divergence, compare, divergence, judge
-from mansu_interp.circuits.config import AttributionConfig
-from mansu_interp.circuits.faithfulness import strongest
-from mansu_interp.errors import CircuitError
+from mansu_interp.audit.cad import check_alike, decide, judge_erasure, settle
+from mansu_interp.audit.probes import probe, ranked, states, stitches
+from mansu_interp.audit.relearning import halves, of_subjects, rivals_within
+from mansu_interp.audit.transfer import gradient_transfer, model_advantage
+from mansu_interp.errors import ModelError
+from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.pairs import PairSet, collate
+from mansu_interp.tasks.task import Task
 
 TinyModel = Callable[[int], LanguageModel]
-FEW = AttributionConfig(ig_steps=2)
 
 
-def test_divergence_by_hand():
-    before = np.array([[3.0, -4.0], [1.0, 0.0]])
-    after = np.array([[0.0, -2.0], [0.5, -1.0]])
-    edges = np.array([[True, True], [False, False]])
-    mass, projection, alignment, outside = divergence(before, after, edges)
-    assert mass == pytest.approx(2 / 7)
-    assert projection == pytest.approx(8 / 25)
-    assert alignment == pytest.approx(8 / (5 * 2))
-    assert outside == pytest.approx(1.5 / 8)
-    assert divergence(before, before, edges) == pytest.approx((1, 1, 1, 1 / 8))
-    assert divergence(before, -before, edges)[1:3] == pytest.approx((-1, -1))
-    assert divergence(before, 0 * after, edges) == (0, 0, 0, 0)
-    with pytest.raises(CircuitError, match="no attribution on this circuit"):
-        divergence(0 * before, after, edges)
+@pytest.fixture(scope="module")
+def split(capitals: Task) -> tuple[PairSet, PairSet]:
+    first, second = halves(capitals.forget, 0)
+    a, b = (rivals_within(of_subjects(capitals.forget, h)) for h in (first, second))
+    return a, b.sample(90, 0)
 
 
-def of(projection: float, alignment: float, outside: float = 0.1) -> Divergence:
-    return Divergence(0.2, projection, alignment, outside, 0.1)
+def test_a_model_stitched_to_itself_is_itself(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    assert stitches(model, model, pairs) == [accuracy(model, pairs).choice] * 4
+
+
+def test_stitches_take_the_right_end(facts: LanguageModel, split: tuple[PairSet, PairSet]):
+    """With its unembedding gone, a model's states still answer in the original, not vice versa."""
+    mute = facts.copy()
+    mute.weights["lm_head.weight"].zero_()
+    assert stitches(mute, facts, split[1]) == [1.0] * 5
+    assert stitches(facts, mute, split[1]) == [0.0] * 5  # a tie counts against the model
+
+
+def test_states_are_those_of_transformers(tiny_model: TinyModel, pairs: PairSet):
+    model, batch = tiny_model(2), collate(pairs.pairs)
+    want = model.hf.base_model(input_ids=batch.clean, output_hidden_states=True).hidden_states
+    got = states(model, batch)
+    assert len(got) == 4
+    for mine, theirs in zip(got[:3], want[:3], strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.allclose(model.hf.base_model.norm(got[3]), want[3])
+
+
+def test_the_probe_reads_what_was_taught(facts: LanguageModel, split: tuple[PairSet, PairSet]):
+    read = probe(facts, *split).float().mean(1)
+    assert read[0] < 0.4  # the last token's embedding is the same in every prompt of a phrasing
+    assert read[1:].min() > 0.95
+    never = load_model("facts-capitals-reference-1")
+    assert probe(never, *split).float().mean(1).max() < 0.4
+
+
+def test_transfer_is_a_cosine_and_margins_are_bounded(
+    facts: LanguageModel, split: tuple[PairSet, PairSet]
+):
+    half_a, half_b = (s.sample(12, 0) for s in split)
+    found = gradient_transfer(facts, half_a, half_b)
+    assert sum(found.by_weight.values()) == pytest.approx(found.transfer)
+    assert gradient_transfer(facts, half_a, half_a).transfer == pytest.approx(1)
+    assert gradient_transfer(facts, half_b, half_a).transfer == pytest.approx(found.transfer)
+    among = {"capital": torch.tensor(sorted({p.answer for p in half_b}))}
+    with torch.no_grad():
+        level = model_advantage(facts, half_b.pairs, among)
+    assert level.max() <= torch.tensor(12.0).log() + 1e-4  # certain of one answer in 12
+    assert all(not w.requires_grad for w in facts.weights.values())
 
 
 @pytest.mark.parametrize(
-    ("verdict", "edited", "quantized"),
+    ("verdict", "says", "relearnt", "learnt", "avoided", "reads", "carried", "quantized"),
     [
-        ("unchanged", of(0.95, 0.99), None),
-        ("suppressed", of(0.1, 0.8), None),
-        ("suppressed", of(-0.3, -0.9), None),  # sign-flipped: the circuit still computes it
-        ("erased", of(0.02, 0.1), None),
-        ("erased", of(0.02, 0.1), of(0.05, 0.15)),
-        ("relocated", of(0.02, 0.1, 0.9), None),
-        ("recovered", of(0.02, 0.1), of(0.5, 0.9)),
-        ("undecided", of(0.1, 0.35), None),
-        ("undecided", of(0.3, 0.1), None),
+        ("unchanged", 0.97, 1.0, 1.0, 0.3, 1.0, 1.0, None),
+        ("relocated", 0.97, 1.0, 1.0, 0.3, 1.0, 0.3, None),
+        ("suppressed", 0.28, 0.9, 1.0, 0.3, 0.3, 0.3, None),
+        ("suppressed", 0.28, 0.3, 1.0, 0.3, 0.8, 0.3, None),  # only a probe finds it
+        ("suppressed", 0.28, 0.3, 1.0, 0.3, 0.3, 1.0, None),  # only the unembedding is blind
+        ("erased", 0.28, 0.3, 1.0, 0.3, 0.55, 0.3, 0.3),
+        ("recovered", 0.28, 0.3, 1.0, 0.3, 0.3, 0.3, 0.5),
+        ("suppressed", 0.28, 0.3, 1.0, 0.5, 0.3, 0.3, None),  # avoided, and so given away
+        ("undecided", 0.28, 0.3, 1.0, 0.43, 0.3, 0.3, None),
+        ("undecided", 0.28, 0.43, 1.0, 0.3, 0.3, 0.3, None),
+        ("undecided", 0.28, 0.3, 0.6, 0.3, 0.3, 0.3, None),  # half A was not relearnt
+        ("undecided", 0.6, 0.3, 1.0, 0.3, 0.3, 0.3, None),
     ],
 )
-def test_verdicts(verdict: str, edited: Divergence, quantized: Divergence | None):
-    said, sentence = judge(edited, quantized)
-    assert said == verdict
-    assert sentence.endswith(".") and sentence[0].isupper()
+def test_verdicts(
+    verdict: str,
+    says: float,
+    relearnt: float,
+    learnt: float,
+    avoided: float,
+    reads: float,
+    carried: float,
+    quantized: float | None,
+):
+    assert decide(says, relearnt, learnt, avoided, reads, 1.0, carried, quantized)[0] == verdict
 
 
-def test_a_twin_that_looks_alike_vetoes_suppressed():
-    edited = of(0.1, 0.8)
-    assert judge(edited, None, of(0.02, 0.1))[0] == "suppressed"
-    said, sentence = judge(edited, None, of(0.02, 0.6))
-    assert said == "undecided"
-    assert "never taught" in sentence
+def test_a_verdict_that_most_resamplings_do_not_share_is_undecided():
+    assert settle("erased", "Gone.", 0.5) == ("erased", "Gone.", 0.5)
+    word, sentence, confidence = settle("erased", "Gone.", 0.46)
+    assert (word, confidence) == ("undecided", 0.54) and sentence.endswith("do not say erased.")
+    assert settle("undecided", "Some.", 0.3) == ("undecided", "Some.", 0.3)
 
 
-def circuit_of(model: LanguageModel, pairs: PairSet) -> Circuit:
-    scores = attribute(model, pairs, FEW).scores
-    return Circuit(model.graph, scores, strongest(model.graph, scores, 60))
+def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):
+    same = judge_erasure(facts, facts.copy(), capitals)
+    assert (same.verdict, same.cad, same.confidence) == ("unchanged", 0.0, 1.0)
+    for twin in capitals.reference_models:  # from the same initial weights, and from others
+        never = judge_erasure(facts, load_model(twin), capitals)
+        assert never.verdict == "erased"
+        assert never.cad > 0.85
+    mute = facts.copy()
+    mute.weights["lm_head.weight"].zero_()
+    hidden = judge_erasure(facts, mute, capitals)
+    assert hidden.verdict == "suppressed"
+    assert hidden.lines()[0].startswith("suppressed")
 
 
-def test_a_copy_is_unchanged(tiny_model: TinyModel, pairs: PairSet):
-    model, seen = tiny_model(2), []
-    cad = compare(
-        circuit_of(model, pairs),
-        model,
-        {"copy": model.copy()},
-        pairs,
-        FEW,
-        lambda name, done, total: seen.append((name, done, total)),
-    )
-    d = cad.models["copy"]
-    assert cad.verdict == "unchanged"
-    assert (d.mass, d.projection, d.alignment, d.metric) == pytest.approx((1, 1, 1, 1))
-    assert seen == [("original", 5, 5), ("copy", 5, 5)]
-    assert cad.to_json()["models"]["copy"]["projection"] == d.projection
-    assert cad.to_json()["confidence"] is None
+def test_right_answers_agree_with_the_scores(facts: LanguageModel, split: tuple[PairSet, PairSet]):
+    assert float(ranked(facts, split[1])[0].float().mean()) == accuracy(facts, split[1]).choice
 
 
-def test_a_silenced_output_scales_the_graph(tiny_model: TinyModel, pairs: PairSet):
-    """A tenth of the unembedding gives a tenth of every score, along the same edges: suppressed."""
-    model, quiet = tiny_model(2), tiny_model(2).copy()
-    quiet.weights["lm_head.weight"] *= 0.1
-    cad = compare(circuit_of(model, pairs), model, {"quiet": quiet, "again": model}, pairs, FEW)
-    d = cad.models["quiet"]
-    assert (d.mass, d.projection, d.alignment) == pytest.approx((0.1, 0.1, 1.0), abs=1e-3)
-    assert cad.verdict == "recovered"  # the second model stands for the quantized one
-    only = compare(circuit_of(model, pairs), model, {"quiet": quiet}, pairs, FEW)
-    assert only.verdict == "suppressed"
-
-
-def test_what_cannot_be_compared(tiny_model: TinyModel, pairs: PairSet):
-    model = tiny_model(2)
-    circuit = circuit_of(model, pairs)
-    with pytest.raises(CircuitError, match="at least one model besides the original"):
-        compare(circuit, model, {}, pairs)
-    with pytest.raises(CircuitError, match="other has another architecture than the circuit"):
-        compare(circuit, model, {"other": tiny_model(4)}, pairs, FEW)
-
-
-def test_the_reference_is_compared_but_not_judged(tiny_model: TinyModel, pairs: PairSet):
-    model = tiny_model(2)
-    cad = compare(circuit_of(model, pairs), model, {"same": model}, pairs, FEW, reference=model)
-    assert list(cad.models) == ["same", "never taught"]
-    assert cad.verdict == "unchanged"
+def test_what_cannot_be_compared(facts: LanguageModel, tiny_model: TinyModel):
+    with pytest.raises(ModelError, match="Compare two of one model"):
+        check_alike(facts, tiny_model(2))
+    other = facts.copy()
+    other.tokenizer = type("Other", (), {"get_vocab": lambda self: {"a": 1}})()
+    with pytest.raises(ModelError, match="different tokenizers"):
+        check_alike(facts, other)
+    smaller = facts.copy()
+    smaller.hf.resize_token_embeddings(900)
+    with pytest.raises(ModelError, match="vocabulary of 900, facts of 960"):
+        check_alike(facts, smaller)

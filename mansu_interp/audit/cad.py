@@ -56,7 +56,7 @@ half B that it is asked for."""
 
 
 @dataclass(frozen=True)
-class Erasure:
+class CAD:
     """Whether the knowledge is gone, and where it sits if not."""
 
     verdict: str
@@ -213,7 +213,7 @@ def judge_erasure(
     quantized: LanguageModel | None = None,
     seed: int = 0,
     on_step: Callable[[str, int, int], None] | None = None,
-) -> Erasure:
+) -> CAD:
     """Say whether an edited checkpoint erased a task's forget facts, or hides them.
 
     Only train phrasings are looked at, so that scores on unseen ones stay independent evidence.
@@ -277,7 +277,7 @@ def judge_erasure(
     word, sentence, confidence = settle(word, sentence, sum(same) / RESAMPLES)
     ceiling = max(float(said["original"].float().mean()) - CHANCE, 1e-6)
     best = max(float(v.float().mean()) for v in (said["edited"], back[-1], before, avoided[-1]))
-    return Erasure(
+    return CAD(
         word,
         sentence,
         confidence,

@@ -26,7 +26,7 @@ INTRO = (
     "Back/gone: prompts whose answer comes to the first rank of four or leaves it, seed by seed, "
     "and the least p of a sign test. Relearnt: four-way accuracy on one "
     "half of the facts once the other is relearnt, worst of three rates; erased: at most 0.40; "
-    "cad: the verdict of mansu cad; attribution: that of the graphs alone. Mean "
+    "cad: the verdict of mansu cad. Mean "
     "\N{PLUS-MINUS SIGN} standard deviation over seeds; chance is 0.25."
 )
 
@@ -88,7 +88,6 @@ def _tables(rows: Sequence[Row], quantizer: str) -> list[Block]:
         "relearnt": lambda g: spread([r["relearnt_choice"] for r in g]),
         "erased": lambda g: _met(g, "erased"),
         "cad": lambda g: _words(g, "cad"),
-        "attribution": lambda g: _words(g, "attribution"),
     }
     reason: dict[str, Callable[[list[Row]], str]] = {
         "edited %": lambda g: spread([r["edited_share"] for r in g], 2, 100),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.relearning import CHANCE, Relearning
-from ..circuits.compare import CAD, Divergence
+from ..circuits.compare import Divergence
 from ..evaluation.properties import properties
 from ..evaluation.scores import Scores
 from .trial import Trial
@@ -62,9 +62,8 @@ def _row(
     scores = Scores(rows, perplexity)
     cad = found.get("cad")
     parts = {k: Divergence(**d) for k, d in cad["models"].items()} if cad else {}
-    verdict = CAD(cad["verdict"], cad["sentence"], parts) if cad else CAD("-", "-", {"": _NONE})
     attack = Relearning.from_json(found["relearning"]) if "relearning" in found else None
-    forget, retain, gap, erased = properties(scores, verdict, [quantizer], attack)
+    forget, retain, gap, erased = properties(scores, [quantizer], attack)
     lived = found["quantizers"][quantizer]
     after = f"unlearned {quantizer}"
     out |= {
@@ -96,7 +95,6 @@ def _row(
         "relearnt_top1": attack.up_to(attack.marks[-1], "top1") if attack else None,
         "cad": found.get("erasure", {}).get("verdict"),
         "cad_score": found.get("erasure", {}).get("cad"),
-        "attribution": cad["verdict"] if cad else None,
         "alignment": parts["unlearned"].alignment if cad else None,
         "edited_share": found["edited"] / found["parameters"],
         "codes_changed": lived["survived"] / lived["edited"] if lived["edited"] else None,
@@ -108,9 +106,6 @@ def _row(
         "peak_gb": found.get("peak_gb"),
     }
     return out
-
-
-_NONE = Divergence(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def tidy(

@@ -73,7 +73,7 @@ MEASURED = {
     "perplexity": ({...: MAYBE}, None),
     "edited": int,
     "parameters": int,
-    "cad?": {"verdict": str, "sentence": str, "models": {...: {...: MAYBE}}},
+    "cad?": {"models": {...: {...: MAYBE}}},
     "relearning?": {"points": [{...: float}], "facts": [int], "meta": dict},
     "erasure?": {"verdict": str, "cad": float},
 }

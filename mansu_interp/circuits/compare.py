@@ -1,19 +1,17 @@
-"""Circuit Attribution Divergence: is the circuit gone, or only its effect?
+"""How the attribution graphs of two models differ, on the same forget prompts and in one metric.
 
-The attribution graphs of the original (s), and of an edited model (s'), on the same forget pairs
-and in the same metric. Over the original's circuit C (all parts ours; the paper's formula is not
-public):
+With the scores of the original (s) and of another model (s'), over the original's circuit C (all
+parts ours; we could not read the paper's formula):
 
-    mass        ||s'_C||_1 / ||s_C||_1          how much still flows along the circuit
-    projection  <s'_C, s_C> / <s_C, s_C>        how much of the old flow is left, signed
-    alignment   cos(s'_C, s_C)                  whether what flows still takes the old way
-    outside     ||s'_out||_1 / ||s||_1          what flows elsewhere
+    mass             ||s'_C||_1 / ||s_C||_1        how much still flows along the circuit
+    projected share  <s'_C, s_C> / <s_C, s_C>      how much of the old flow is left, signed
+    alignment        cos(s'_C, s_C)                whether what flows still takes the old way
+    outside          ||s'_out||_1 / ||s||_1        what flows elsewhere
 
-EAP-IG is complete: mass follows the metric, so mass alone is behaviour in disguise. A model that
-never learnt the facts has low mass *and* low alignment (0.1 to 0.2 on small models); models whose
-output was merely suppressed keep an alignment of 0.45 or more. The thresholds below lie between
-those measurements; they are a first proposal and are **not calibrated**. The never-taught reference_models
-that ship here reach an alignment of 0.57 and 0.87, so where one is at hand it can veto a verdict.
+These numbers describe; they do not decide. EAP-IG is complete, so mass follows the metric: the graph
+of a silent model is empty whatever it still knows, and low alignment is seen in models that were
+never taught and in models that only hide the answers. Whether knowledge is erased is decided by
+relearning (`audit.relearning`) and predicted by `audit.cad`.
 """
 
 from __future__ import annotations
@@ -32,12 +30,6 @@ from .attribution import Attribution, attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
 
-UNCHANGED_PROJECTION = 0.7
-SUPPRESSED_ALIGNMENT = 0.45
-ERASED_ALIGNMENT = 0.25
-ERASED_PROJECTION = 0.15
-RELOCATED_OUTSIDE = 0.5
-RECOVERED_PROJECTION = 0.2
 REFERENCE = "never taught"
 
 
@@ -46,7 +38,7 @@ class Divergence:
     """How one model's attribution graph compares with the original's."""
 
     mass: float
-    projection: float
+    projected_share: float
     alignment: float
     outside: float
     metric: float
@@ -54,17 +46,15 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class CAD:
-    """Divergence of every compared model, and the verdict on the first of them."""
+class GraphComparison:
+    """Divergence of every compared model from the original."""
 
-    verdict: str
-    """unchanged, suppressed, erased, relocated, recovered or undecided."""
-    sentence: str
     models: dict[str, Divergence]
+    """By name, in the order in which they were given; then the reference model, if any."""
 
     def to_json(self) -> dict[str, Any]:
         """For report.json."""
-        return {"confidence": None, **asdict(self)}
+        return asdict(self)
 
 
 def divergence(
@@ -72,7 +62,7 @@ def divergence(
     after: Float[np.ndarray, "w r"],
     edges: Bool[np.ndarray, "w r"],
 ) -> tuple[float, float, float, float]:
-    """mass, projection, alignment and outside of two score matrices over a circuit.
+    """mass, projected share, alignment and outside of two score matrices over a circuit.
 
     Raises:
         CircuitError: the original has no attribution on the circuit.
@@ -90,39 +80,6 @@ def divergence(
     )
 
 
-def judge(
-    edited: Divergence, quantized: Divergence | None = None, reference: Divergence | None = None
-) -> tuple[str, str]:
-    """Verdict and a plain sentence, by the thresholds of this module.
-
-    Arguments:
-        edited: the unlearned model.
-        quantized: its quantized form, for ``recovered``.
-        reference: a model that was never taught; where it keeps the old alignment too, alignment
-            proves nothing and the verdict is ``undecided``.
-    """
-    d = edited
-    if quantized and quantized.projection - d.projection > RECOVERED_PROJECTION:
-        return "recovered", "Quantization moved the attribution graph back towards the original."
-    if d.projection >= UNCHANGED_PROJECTION:
-        return "unchanged", "The circuit still carries the answer much as it did."
-    if abs(d.alignment) >= SUPPRESSED_ALIGNMENT:
-        if reference and abs(reference.alignment) >= SUPPRESSED_ALIGNMENT:
-            return (
-                "undecided",
-                "What still flows takes the old circuit, but so it does in a model never taught.",
-            )
-        return (
-            "suppressed",
-            "What still flows takes the old circuit, so the knowledge may be hidden, not gone.",
-        )
-    if d.outside >= RELOCATED_OUTSIDE:
-        return "relocated", "The old circuit is quiet, but much flows elsewhere."
-    if abs(d.alignment) <= ERASED_ALIGNMENT and abs(d.projection) <= ERASED_PROJECTION:
-        return "erased", "The circuit no longer carries the answer, and nothing else took over."
-    return "undecided", "The attribution graphs do not settle it."
-
-
 def compare(
     circuit: Circuit,
     original: AnyModel,
@@ -132,17 +89,16 @@ def compare(
     on_step: Callable[[str, int, int], None] | None = None,
     reference: AnyModel | None = None,
     on_scores: Callable[[str, Attribution], None] | None = None,
-) -> CAD:
+) -> GraphComparison:
     """Compare attribution graphs on the same forget pairs.
 
     Arguments:
         circuit: the original's circuit.
         original: the model before unlearning.
-        models: the unlearned model first, then its quantized form; the verdict is on the first,
-            ``recovered`` looks at the second.
+        models: by name, such as the unlearned model and its quantized form.
         pairs: forget pairs; use a phrasing that unlearning never saw.
         config: attribution settings; default: those of the discovery.
-        reference: a twin that was never taught the forget facts, if there is one; it appears
+        reference: a model that was never taught the forget facts, if there is one; it appears
             among the result's models as ``never taught``.
         on_step: called with (model name, pairs done, pairs in all).
         on_scores: called with (``original`` or a model's name, its scores), to draw them.
@@ -174,7 +130,4 @@ def compare(
         found = graph_of(name, model)
         parts = divergence(base.scores, found.scores, circuit.edges)
         out[name] = Divergence(*parts, metric=(found.clean - found.corrupt) / gap)
-    edited, quantized = [*(out[n] for n in models), None][:2]
-    assert edited is not None
-    verdict, sentence = judge(edited, quantized, out.get(REFERENCE))
-    return CAD(verdict, sentence, out)
+    return GraphComparison(out)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..audit.relearning import CHANCE, TOLERANCE, Relearning
-from ..circuits.compare import CAD
 from .scores import EDITED, ORIGINAL, QUANTIZER, Flips, Scores
 
 FORGET_TARGET = CHANCE + 0.10
@@ -61,15 +60,14 @@ def _recovery(scores: Scores, quantizers: Sequence[str]) -> tuple[float, str, st
 
 def properties(
     scores: Scores,
-    cad: CAD,
     quantizers: Sequence[str] = (QUANTIZER,),
     relearning: Relearning | None = None,
 ) -> list[dict[str, Any]]:
     """The four properties with targets, margins (positive = met) and a sentence each.
 
     ``scores`` must hold the models original, unlearned and both with every quantizer's name
-    appended; the worst of them decides. Erasure is judged by the relearning attack on the unlearned
-    model where there was one, otherwise by CAD's verdict.
+    appended; the worst of them decides. Erasure is decided by the relearning attack on the unlearned
+    model alone: without one it is open.
     """
     pairs = [(EDITED, ORIGINAL), *((f"{EDITED} {q}", f"{ORIGINAL} {q}") for q in quantizers)]
     known = scores.worst("forget", "choice", ORIGINAL)
@@ -86,7 +84,6 @@ def properties(
         sentence += f"; the near neighbour, never trained on, by {near:.3f}"
     if scores.perplexity:
         sentence += f"; perplexity by {drift:+.1%}"
-    d = next(iter(cad.models.values()))
 
     def row(
         name: str, passed: bool | None, value: float, target: float, unit: str, sentence: str
@@ -115,14 +112,15 @@ def properties(
             f"in {avoided:.3f} at most. Chance is {CHANCE:.2f} for both.",
         )
     else:
-        erasure = row(
-            "structural erasure",
-            {"erased": True, "undecided": None}.get(cad.verdict, False),
-            d.alignment,
-            0.25,
-            "alignment with the original circuit",
-            f"CAD says {cad.verdict}: {cad.sentence[0].lower()}{cad.sentence[1:]}",
-        )
+        erasure = {
+            "name": "structural erasure",
+            "passed": None,
+            "value": None,
+            "target": CHANCE + TOLERANCE,
+            "margin": None,
+            "unit": "not tested",
+            "sentence": "Not tested: relearning was left out (--relearn-steps 0).",
+        }
     return [
         row(
             "meaningful forgetting",

@@ -30,10 +30,6 @@ from .values import (
 _ROLES = ("forget", "neighbour", "retain")
 METRICS = {"top1": "top-1", "choice": "choice"}
 CARD_NUMBERS = ("value", "target", "margin")
-_UNCALIBRATED = (
-    "The thresholds of this first CAD are not calibrated: read its verdict as a description of "
-    "the numbers below, not as a proof of erasure."
-)
 
 
 @dataclass(frozen=True)
@@ -322,9 +318,7 @@ def _attacked(report: Mapping[str, Any]) -> str:
 
 def _cad(report: Mapping[str, Any]) -> list[Block]:
     cad = get(report, "cad")
-    parts = ("mass", "alignment", "projection", "outside")
-    confidence = get(cad, "confidence")
-    sure = f" (confidence {percent(confidence)})" if number(confidence) is not None else ""
+    parts = ("mass", "alignment", "projected_share", "outside")
     rows = [[m, *(measured(get(v, p)) for p in parts)] for m, v in pairs(get(cad, "models"))]
     blocks: list[Block] = []
     erasure = get(report, "erasure")
@@ -335,16 +329,11 @@ def _cad(report: Mapping[str, Any]) -> list[Block]:
             f"CAD {measured(get(erasure, 'cad'))} of 1). "
             f"{get(erasure, 'sentence') or ''}{_attacked(report)}"
         )
-    blocks += [
-        f"By the attribution graphs: {text_of(get(cad, 'verdict'))}{sure}. "
-        f"{get(cad, 'sentence') or ''}".strip(),
-        _UNCALIBRATED,
-    ]
     if rows:
-        blocks.append(Table(["model", *parts], rows))
+        blocks.append(Table(["model", "mass", "alignment", "projected share", "outside"], rows))
         blocks.append(
             "Relative to the original model's circuit. Mass: how much attribution is left on it. "
-            "Alignment: whether what is left points the same way (cosine). Projection: mass and "
+            "Alignment: whether what is left points the same way (cosine). Projected share: mass and "
             "direction together. Outside: attribution that has moved elsewhere."
         )
     return blocks

@@ -96,6 +96,4 @@ def console_summary(report: dict[str, Any], width: int) -> str:
     if get(erasure, "verdict"):
         sure = percent(get(erasure, "confidence"), 0)
         out += lines(f"CAD: {text_of(get(erasure, 'verdict'))} (confidence {sure})", 1)
-    else:
-        out += lines(f"CAD: {text_of(get(report, 'cad', 'verdict'))} (not calibrated)", 1)
     return "\n".join(out)

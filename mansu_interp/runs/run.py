@@ -414,7 +414,7 @@ def _measure(
             )
         clock.lap("relearn")
 
-    rows = properties(scores, cad, deployed, attacked.get(EDITED))
+    rows = properties(scores, deployed, attacked.get(EDITED))
     edits = {
         name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
     }

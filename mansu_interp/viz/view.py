@@ -25,9 +25,9 @@ from .page import graph_page
 from .svg import EDGE_STYLES, view_svg
 
 if TYPE_CHECKING:  # at run time only their attributes are used
+    from ..audit.cad import CAD
     from ..circuits.attribution import Attribution
     from ..circuits.circuit import Circuit
-    from ..circuits.compare import CAD
     from ..masks.mask import Mask
     from ..models.language_model import LanguageModel
     from .widget import GraphWidget
@@ -269,6 +269,5 @@ def erasure_view(
     facts = [f"an edge is present from |score| {of_edges.threshold:.3g}"]
     parts: Any = cad
     if cad is not None and not isinstance(cad, Mapping):
-        models = {k: asdict(v) for k, v in cad.models.items()}
-        parts = {"verdict": cad.verdict, "sentence": cad.sentence, "models": models}
+        parts = {"verdict": cad.verdict, "sentence": cad.sentence}
     return _view(title, circuit, panes, (of_edges, of_nodes), limit, facts, parts, model, mask)
