@@ -12,7 +12,7 @@ from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
-from .progress import Progress, _time
+from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
     CadConfig,
@@ -71,7 +71,7 @@ def _run(config: RunConfig, output: Output) -> int:
     print("" if output.quiet else "\n", end="")
     print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
     if not output.quiet:
-        print(f"\n{_time(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
+        print(f"\n{duration(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
     return 0
 
 
