@@ -96,23 +96,28 @@ def test_shell_completion(shell: str):
     assert "mansu" in done.stdout and "--budget" in done.stdout
 
 
-def test_progress(capsys: pytest.CaptureFixture[str]):
-    from mansu_interp.cli.progress import Progress, _time
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from mansu_interp.cli.progress import Progress, duration
 
-    assert [_time(s) for s in (3.4, 65, 7440)] == ["3 s", "1 min 05 s", "2 h 04 min"]
+    assert [duration(s) for s in (3.4, 65, 7440)] == ["3 s", "1 min 05 s", "2 h 04 min"]
     quiet, plain = Progress(quiet=True), Progress()
     quiet("scores", 1, 2)
     assert capsys.readouterr().err == ""
     plain("scores", 1, 2)
     plain("scores", 2, 2)
     assert capsys.readouterr().err == "scores ...\n"
-    plain.said -= plain.EVERY
+    plain.printed -= plain.EVERY
     plain("scores", 2, 2)
     plain("scores", 2, 2)
     assert capsys.readouterr().err == "scores  2/2  0 s, 0 s left\n"
-    plain.live, plain.stage = True, ""
-    plain("unlearning", 1, 4)
-    assert "unlearning  1/4" in (text := capsys.readouterr().err) and text.rstrip().endswith("left")
+    plain.close()
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes standard error for a terminal
+    bars = Progress()
+    bars("reading [b]states[/b]", 1, 0)
+    bars("unlearning", 1, 4)
+    bars.close()
+    text = capsys.readouterr().err
+    assert "reading [b]states[/b]" in text and "unlearning" in text and "1/" in text
 
 
 @pytest.mark.parametrize(
