@@ -36,6 +36,8 @@ from mansu_interp.utils.distributed import (
     world_size,
 )
 
+pytestmark = pytest.mark.slow
+
 HOW = AttributionConfig(ig_steps=2, batch_size=2)
 FIRST = "model.layers.0.mlp.down_proj.weight"
 CHOICE = CircuitConfig(ig_steps=2, batch_size=2, pairs=5, faithfulness_pairs=5, top=60)

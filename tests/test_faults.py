@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parent
 BEGUN = "circuit, mask and the place reached in unlearning"
 WRITE = (

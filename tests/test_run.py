@@ -206,6 +206,7 @@ def test_an_interrupted_run_continues_to_the_same_model(finished: RunResult, tmp
         assert reports[0][key] == reports[1][key], key
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tmp_path: Path):
     out = tmp_path / "third"
     shutil.copytree(finished.folder, out)
@@ -218,6 +219,7 @@ def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tm
     assert {p.name for p in out.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
     out = tmp_path / "rows"
     found = run(replace(settings(out), subject_rows=True, relearn_steps=0))
@@ -234,6 +236,7 @@ def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
     assert kept.status == 0 and kept.embedding["nf4"].edited == edit["embedding"]
 
 
+@pytest.mark.slow
 def test_the_report_says_what_deepening_and_reserve_took_and_reached(tmp_path: Path):
     config = settings(tmp_path / "quantization_margin")
     unlearning = replace(
@@ -258,6 +261,7 @@ def test_the_report_says_what_deepening_and_reserve_took_and_reached(tmp_path: P
     assert f"Deepened: {said} −0.10." in " ".join(summary.split())
 
 
+@pytest.mark.slow
 def test_every_quantizer_of_the_set_is_scored_in_full(tmp_path: Path):
     """Retention after each of them, too; one that nothing is promised for on forget prompts."""
     survive = replace(UNLEARN, survive=("fp4", "int4-g32"), steps=2)
