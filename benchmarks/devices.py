@@ -61,7 +61,9 @@ def jobs(device: torch.device) -> dict[str, Callable[[], object]]:
     weights = list(victim.weights.values())
     optimiser = make_optimiser("adam", weights, 1e-6)
     return {
-        "attribution (EAP-IG, 5 steps)": lambda: attribute(model, pairs, AttributionConfig()),
+        "attribution (EAP-IG, 5 steps)": lambda: attribute(
+            model, pairs, config=AttributionConfig()
+        ),
         "forget gradient of the mask": lambda: answer_gradient(model, model.linear_names, pairs),
         "diagonal Fisher": lambda: fisher_diagonal(model, model.linear_names, pairs),
         "floor of one layer, four quantizers": lambda: [

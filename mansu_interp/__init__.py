@@ -83,8 +83,8 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "viz.view": (
         "View",
+        "changes_view",
         "circuit_view",
-        "erasure_view",
     ),
     "runs.config": ("RunConfig",),
     "runs.run": ("run",),
@@ -138,4 +138,4 @@ if TYPE_CHECKING:
     from .unlearning.config import UnlearnConfig
     from .unlearning.training import Unlearned
     from .unlearning.unlearn import unlearn
-    from .viz.view import View, circuit_view, erasure_view
+    from .viz.view import View, changes_view, circuit_view

@@ -146,14 +146,15 @@ def _written(save: Callable[[Path], object]) -> bytes:
 
 
 def _circuit_seeds() -> list[bytes]:
-    from mansu_interp.circuits.circuit import Circuit
+    from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+    from mansu_interp.circuits.config import CircuitConfig
     from mansu_interp.models.graph import Architecture, Graph
 
     out = []
     for sizes in ((1, 1, 1), (2, 2, 1)):
         graph = Graph(Architecture(*sizes))
         scores = graph.exists.astype("float32") / 3
-        meta = {"model": "m", "model_sha256": "aa", "faithfulness": 0.9, "curve": [[1, 0.5]]}
+        meta = CircuitMeta("m", "aa", CircuitConfig(), faithfulness=0.9, curve=((1, 0.5),))
         out.append(_written(Circuit(graph, scores, graph.exists, meta).save))
     return out
 

@@ -93,7 +93,7 @@ def pictures() -> dict[str, str]:
     from mansu_interp.circuits.attribution import Attribution
     from mansu_interp.circuits.circuit import Circuit
     from mansu_interp.viz.svg import circuit_svg
-    from mansu_interp.viz.view import erasure_view
+    from mansu_interp.viz.view import changes_view
 
     circuit = Circuit.load(ROOT / "circuits" / "facts-capitals.json")
     # Not a measurement: factors chosen so that every class is to be seen once or more.
@@ -102,7 +102,7 @@ def pictures() -> dict[str, str]:
     back = rng.random(circuit.scores.shape) < 0.25
     scores = [circuit.scores, after, np.where(back, circuit.scores, after)]
     made = [Attribution(circuit.graph, s.astype(np.float32), 1, 0) for s in scores]
-    view = erasure_view(circuit, *made, title="The classes of edges (invented scores)")
+    view = changes_view(circuit, *made, title="The classes of edges (invented scores)")
     return {"circuit.svg": circuit_svg(circuit), "classes.svg": view.svg()}
 
 

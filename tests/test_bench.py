@@ -159,7 +159,7 @@ def test_figures_are_those_of_the_saved_checkpoint(
         assert row["edited_share"] == pytest.approx(moved / facts.n_parameters)
         assert row["forgets"] == (max(before.choice, after.choice) <= 0.35)
         attack = RelearnConfig(steps=(2,), seed=row["seed"])
-        back = relearn(saved, capitals, attack).up_to(2)
+        back = relearn(saved, capitals, config=attack).up_to(2)
         assert row["relearnt_choice"] == back and row["erased"] == (back <= 0.40)
         judged = judge_erasure(facts, saved, capitals, seed=row["seed"])
         assert (row["cad"], row["cad_score"]) == (judged.verdict, judged.cad)

@@ -125,8 +125,8 @@ def test_attribution(device: str, method: str, metric: str):
     moved = model.copy()
     moved = LanguageModel("tiny", moved.hf.to(device), None)
     config = AttributionConfig(method=method, metric=metric, ig_steps=2)  # type: ignore[arg-type]
-    wanted = attribute(model, make_pairs(), config, positions=True, neurons=True)
-    found = attribute(moved, make_pairs(), config, positions=True, neurons=True)
+    wanted = attribute(model, make_pairs(), config=config, positions=True, neurons=True)
+    found = attribute(moved, make_pairs(), config=config, positions=True, neurons=True)
     alike(torch.tensor(found.scores), torch.tensor(wanted.scores))
     for name, value in wanted.neurons.items():
         alike(torch.tensor(found.neurons[name]), torch.tensor(value), 1e-3)
@@ -145,7 +145,7 @@ def test_faithfulness(device: str, ablation: str):
 def test_circuit_and_mask(facts: LanguageModel, there: LanguageModel, task: Task):
     """Ties and rounding may send single candidates the other way."""
     config = CircuitConfig(pairs=8, top=200, ig_steps=1, faithfulness_pairs=8)
-    found = [discover(m, task.forget, config, task.retain) for m in (facts, there)]
+    found = [discover(m, task.forget, config=config, retain=task.retain) for m in (facts, there)]
     assert (found[0].edges != found[1].edges).sum() <= 8
     circuit = found[0]
     masks = [
@@ -287,14 +287,14 @@ def test_an_interrupted_loop_goes_on(
 
 def test_verdict_and_attack(facts: LanguageModel, there: LanguageModel, task: Task):
     twin = load_model(task.reference_models[0], there.device)
-    found = judge_erasure(there, twin, task, quantize(twin))
+    found = judge_erasure(there, twin, task, quantized=quantize(twin))
     wanted = judge_erasure(facts, load_model(task.reference_models[0]), task)
     assert found.verdict == wanted.verdict
     assert stitches(there, twin, task.forget) == pytest.approx(
         stitches(facts, load_model(task.reference_models[0]), task.forget), abs=0.05
     )
     attack = RelearnConfig(steps=(2,), rates=(1e-3,))
-    a, b = (relearn(m, task, attack).at(2) for m in (facts, there))
+    a, b = (relearn(m, task, config=attack).at(2) for m in (facts, there))
     assert a == pytest.approx(b, abs=0.05)
 
 

@@ -50,14 +50,14 @@ EDITS = {"mansu": 0.3, "graddiff": 1e-3, "rmu": 1e-3}
 def measure() -> dict[str, Any]:
     """Everything that is shared out, on five pairs."""
     model, pairs = make_tiny(2), make_pairs()
-    found = attribute(model, pairs, HOW, positions=True, neurons=True)
-    circuit = discover(model, pairs, CHOICE)
+    found = attribute(model, pairs, config=HOW, positions=True, neurons=True)
+    circuit = discover(model, pairs, config=CHOICE)
     out: dict[str, Any] = {
         "scores": found.scores,
         "by_position": found.by_position,
         "ends": np.array([found.clean, found.corrupt]),
         "edges": circuit.edges,
-        "faithfulness": np.array(circuit.meta["faithfulness"]),
+        "faithfulness": np.array(circuit.meta.faithfulness),
         **found.neurons,
     }
     for kind in ("mean", "zero"):
@@ -65,7 +65,7 @@ def measure() -> dict[str, Any]:
     out["fisher"] = fisher_diagonal(model, [FIRST], pairs, batch_size=2)[FIRST].numpy()
     out["gradient"] = answer_gradient(model, [FIRST], pairs)[FIRST].numpy()
     transfer = gradient_transfer(model, pairs, pairs)
-    out["transfer"] = np.array([transfer.transfer, transfer.margin])
+    out["transfer"] = np.array([transfer.transfer, transfer.advantage])
     return out
 
 
@@ -104,7 +104,7 @@ def computed(model: LanguageModel, losses: int) -> int:
 def too_few() -> str:
     """What is said when a process has no pair and neurons are asked for."""
     try:
-        attribute(make_tiny(2), make_pairs((4,)), HOW, neurons=True)
+        attribute(make_tiny(2), make_pairs((4,)), config=HOW, neurons=True)
     except CircuitError as error:
         return str(error)
     return "nothing"

@@ -46,7 +46,7 @@ def test_both_halves_must_be_scored(capitals: Task):
     scored = {"few": of_subjects(capitals.forget, first).sample(3, 0)}
     task = replace(capitals, scored={"dev": {"forget": scored}})
     with pytest.raises(TaskError, match="3 scored prompts of 'few' all fall into one half"):
-        relearn(load_model(capitals.reference_models[0]), task, QUICK, "dev")
+        relearn(load_model(capitals.reference_models[0]), task, config=QUICK, split="dev")
 
 
 def test_rivals_are_the_halfs_own_answers(capitals: Task):
@@ -67,11 +67,11 @@ def test_batches_use_every_pair_before_any_twice(capitals: Task):
     assert set(seen[:10]) == set(pairs) and set(seen[10:]) == set(pairs)
 
 
-def test_the_attack_tells_a_twin_from_a_hidden_model(facts: LanguageModel, capitals: Task):
+def test_the_attack_tells_a_reference_model_from_a_hidden_one(facts: LanguageModel, capitals: Task):
     before = {n: w.clone() for n, w in facts.weights.items()}
-    known = relearn(facts, capitals, QUICK, "dev")
-    never = relearn(load_model(capitals.reference_models[0]), capitals, QUICK, "dev")
-    again = relearn(load_model(capitals.reference_models[0]), capitals, QUICK, "dev")
+    known = relearn(facts, capitals, config=QUICK, split="dev")
+    never = relearn(load_model(capitals.reference_models[0]), capitals, config=QUICK, split="dev")
+    again = relearn(load_model(capitals.reference_models[0]), capitals, config=QUICK, split="dev")
     assert known.at(0) == known.at(10) == 1.0
     assert never.up_to(10) < 0.4 and never.up_to(10, "last") < 0.4 and never.at(10, "top1") == 0
     assert never.points == again.points  # by seed
@@ -82,9 +82,9 @@ def test_the_attack_tells_a_twin_from_a_hidden_model(facts: LanguageModel, capit
 
 
 def test_an_attack_learns_its_half(capitals: Task):
-    twin = load_model(capitals.reference_models[0])
-    found = relearn(twin, capitals, replace(QUICK, steps=(40,)), "dev")
-    assert found.at(40, "learnt") > 0.9
+    never = load_model(capitals.reference_models[0])
+    found = relearn(never, capitals, config=replace(QUICK, steps=(40,)), split="dev")
+    assert found.at(40, "half_a") > 0.9
     assert found.at(40) < 0.4
 
 

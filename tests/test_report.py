@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from mansu_interp.circuits.attribution import Attribution
-from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.errors import CircuitError
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.report.__init__ import write_report
@@ -24,7 +25,7 @@ from mansu_interp.report.values import figure, percent
 from mansu_interp.utils.files import read_json
 from mansu_interp.viz.layout import place
 from mansu_interp.viz.svg import circuit_svg, curve_svg, escape
-from mansu_interp.viz.view import erasure_view
+from mansu_interp.viz.view import changes_view
 
 HOSTILE = ["<script>alert(1)</script>", '"onmouseover="alert(2)', "</svg>", "</td><img src=x>"]
 MODELS = ("original", "original nf4", "unlearned", "unlearned nf4")
@@ -38,7 +39,7 @@ def make_circuit(layers: int = 2, heads: int = 4, kv: int = 4, n: int = 30) -> C
     scores[:, -1] *= 4
     scores[0] *= 2
     edges = np.abs(scores) >= np.sort(np.abs(scores[graph.exists]))[-n]
-    return Circuit(graph, scores, edges & graph.exists, {"model": "facts"})
+    return Circuit(graph, scores, edges & graph.exists, CircuitMeta("facts"))
 
 
 def make_report() -> dict[str, Any]:
@@ -264,7 +265,7 @@ def test_hostile_markdown_stays_text() -> None:
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_model_name_in_svg(hostile: str) -> None:
     circuit = make_circuit()
-    circuit.meta["model"] = hostile
+    circuit = replace(circuit, meta=CircuitMeta(model=hostile))
     text = circuit_svg(circuit)
     root = ET.fromstring(text)
     assert hostile in root.attrib["aria-label"]
@@ -293,7 +294,7 @@ def with_graph() -> dict[str, Any]:
     """A report with everything that is optional."""
     report, circuit = make_report(), make_circuit(kv=2)
     scores = [Attribution(circuit.graph, circuit.scores * k, 1, 0) for k in (1, 0.1, 0.6)]
-    report["graph"] = erasure_view(circuit, *scores).data
+    report["graph"] = changes_view(circuit, *scores).data.to_json()
     report["relearning"] = {"unlearned": [[10, 0.4], [0, 0.02]], "never taught": [[0, 0.0]]}
     report["erasure"] = {
         "verdict": "suppressed",
@@ -452,17 +453,17 @@ def test_svg_status_recolours_and_adds_new_edges() -> None:
     names = [
         (circuit.graph.writers[i].id, circuit.graph.readers[j].id) for i, j in (outside, inside)
     ]
-    text = circuit_svg(circuit, {names[0]: "new", names[1]: "erased"})
+    text = circuit_svg(circuit, status={names[0]: "new", names[1]: "silent"})
     groups = lines_of(text)
     assert len(groups) == circuit.n_edges + 1
     shown = {title_of(g).split(":")[0].split(" (")[0]: class_of(g) for g in groups}
-    assert shown[" -> ".join(names[0])] == "new" and shown[" -> ".join(names[1])] == "erased"
+    assert shown[" -> ".join(names[0])] == "new" and shown[" -> ".join(names[1])] == "silent"
     assert list(shown.values()).count("other") == circuit.n_edges - 1
-    assert "erased: carries less than a quarter" in text and "positive score" not in text
-    with pytest.raises(CircuitError, match="'gone' is none of kept, erased"):
-        circuit_svg(circuit, {names[1]: "gone"})
+    assert "silent: carries less than a quarter" in text and "positive score" not in text
+    with pytest.raises(CircuitError, match="'gone' is none of kept, silent"):
+        circuit_svg(circuit, status={names[1]: "gone"})
     with pytest.raises(CircuitError, match="No edge 'm1' -> 'a0"):
-        circuit_svg(circuit, {("m1", "a0.h0<q>"): "new"})
+        circuit_svg(circuit, status={("m1", "a0.h0<q>"): "new"})
 
 
 @pytest.mark.parametrize(("layers", "heads", "kv"), [(2, 4, 4), (12, 12, 12), (30, 9, 3)])

@@ -71,7 +71,7 @@ def test_another_batch_size_stays_within_the_tolerance(facts: LanguageModel, cap
     config = CircuitConfig(pairs=8, ig_steps=1, top=200, faithfulness_pairs=4)
     found = []
     for size in (2, 8, 2):
-        circuit = discover(facts, capitals.forget, replace(config, batch_size=size))
+        circuit = discover(facts, capitals.forget, config=replace(config, batch_size=size))
         mask = circuit_mask(circuit, facts, budget=0.002, retain=[capitals.retain], n_pairs=8)
         result = unlearn(
             facts, capitals, mask, replace(STEPS, steps=1, adversarial_steps=0, probe_weight=0.0)
@@ -93,7 +93,7 @@ def test_another_thread_count_stays_within_the_tolerance(facts: LanguageModel, c
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            scores.append(attribute(facts, capitals.forget.sample(2, 0), config).scores)
+            scores.append(attribute(facts, capitals.forget.sample(2, 0), config=config).scores)
     finally:
         torch.set_num_threads(threads)
     assert abs(scores[1] - scores[0]).max() <= SCORES * abs(scores[0]).max()

@@ -136,7 +136,7 @@ def test_top1_is_greedy_decoding_of_the_whole_answer():
 def test_attribution_takes_the_deciding_token():
     """Its metric is the logit difference where answer and counterfactual part."""
     model, pairs = make_tiny(4), make_whole(6, 3)
-    found = attribute(model, pairs, AttributionConfig(ig_steps=1, metric="logit_diff"))
+    found = attribute(model, pairs, config=AttributionConfig(ig_steps=1, metric="logit_diff"))
     want = []
     for p in pairs:
         assert p.whole is not None

@@ -126,10 +126,14 @@ def _pictures(rows: Sequence[Row], quantizer: str) -> list[Block]:
     if not good:
         return []
     charts = [
-        strip_svg(dots("forget_choice"), "four-way forget accuracy, unseen phrasings", 0.35),
-        strip_svg(dots("retain_margin"), "margin of the worst retained score", 0.0),
-        strip_svg(dots("gap_choice"), f"four-way forget accuracy, {quantizer} minus full", 0.0),
-        strip_svg(dots("update_over_bin"), f"update RMS / {quantizer} bin width", 1.0, log=True),
+        strip_svg(dots("forget_choice"), "four-way forget accuracy, unseen phrasings", target=0.35),
+        strip_svg(dots("retain_margin"), "margin of the worst retained score", target=0.0),
+        strip_svg(
+            dots("gap_choice"), f"four-way forget accuracy, {quantizer} minus full", target=0.0
+        ),
+        strip_svg(
+            dots("update_over_bin"), f"update RMS / {quantizer} bin width", target=1.0, log=True
+        ),
         scatter_svg(
             list(zip(dots("update_over_bin"), dots("gap_top1"), strict=True)),
             f"update RMS / {quantizer} bin width",

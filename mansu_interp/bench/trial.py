@@ -194,7 +194,7 @@ def _circuit(trial: Trial, model: LanguageModel, task: Task) -> Circuit:
     name = f"{Path(trial.model).name}-{task.name}-s{trial.seed}-{digest}.json"
     path = trial.out / "work" / "circuits" / name
     if not path.exists():
-        discover(model, task.forget, settings, task.retain).save(path)
+        discover(model, task.forget, config=settings, retain=task.retain).save(path)
     sample = task.forget.sample(settings.pairs, settings.seed)
     return replace(Circuit.load(path), pairs=sample)
 
@@ -286,7 +286,7 @@ def measure(trial: Trial, bench: BenchConfig) -> dict[str, Any]:
     edited = model if untouched else load_model(trial.checkpoint, model.device)
     if RELEARNING in lacks:
         attack = RelearnConfig(steps=(bench.relearn_steps,), seed=trial.seed)
-        found["relearning"] = relearn(edited, task, attack).to_json()
+        found["relearning"] = relearn(edited, task, config=attack).to_json()
         judged = judge_erasure(model, edited, task, seed=trial.seed)
         found["erasure"] = {"verdict": judged.verdict, "cad": judged.cad}
     if todo:
@@ -316,7 +316,7 @@ def _score(trial: Trial, found: dict[str, Any], edited: LanguageModel, todo: Seq
             model,
             {"unlearned": edited, f"unlearned {todo[0]}": models[todo[0]]},
             task.held_out.sample(CAD_PAIRS, trial.seed),
-            replace(trial.config.circuit, seed=trial.seed),
+            config=replace(trial.config.circuit, seed=trial.seed),
             reference=reference_model(task, model),
         )
         found["cad"] = cad.to_json()

@@ -182,9 +182,9 @@ def _relearn(config: RelearnRun, output: Output) -> int:
             found[label] = relearn(
                 subject,
                 task,
-                config.attack,
-                config.split,
-                lambda rate, d, n, label=label: progress(f"{label} at {rate:g}", d, n),
+                config=config.attack,
+                split=config.split,
+                on_step=lambda rate, d, n, label=label: progress(f"{label} at {rate:g}", d, n),
             )
     finally:
         progress.close()
@@ -204,7 +204,9 @@ def _cad(config: CadConfig, output: Output) -> int:
     quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
     progress = Progress(output.quiet)
     try:
-        found = judge_erasure(original, edited, task, quantized, config.seed, progress)
+        found = judge_erasure(
+            original, edited, task, quantized=quantized, seed=config.seed, on_step=progress
+        )
     finally:
         progress.close()
     print("\n".join(found.lines()))

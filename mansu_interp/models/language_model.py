@@ -35,7 +35,7 @@ def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> i
 
 
 @torch.no_grad()
-def _unpacked(packed: Any) -> torch.nn.Linear:
+def unpack_4bit(packed: Any) -> torch.nn.Linear:
     """A plain float32 linear layer with the weights that a bitsandbytes 4-bit layer stands for.
 
     On some processors such a layer repacks itself when it first runs; what it then does to the
@@ -155,7 +155,7 @@ class LanguageModel:
             twin = copy.deepcopy(self.hf, memo)
             for name, module in list(twin.named_modules()):
                 if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-                    twin.set_submodule(name, _unpacked(module))
+                    twin.set_submodule(name, unpack_4bit(module))
             turn_back(twin)
             twin.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
@@ -204,7 +204,7 @@ class LanguageModel:
         common = _common_prefix(tokens, at)
         if common * (len(tokens) - 1) < self._min_shared:
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            return self._unembed(hidden[rows, at])
+            return self.unembed(hidden[rows, at])
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.config)
@@ -213,10 +213,11 @@ class LanguageModel:
         hidden = self.hf.base_model(
             input_ids=tokens[:, common:], past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return self._unembed(hidden[rows, at - common])
+        return self.unembed(hidden[rows, at - common])
 
-    def _unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
-        """Logits as the model's own forward pass makes them."""
+    def unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
+        """Logits of what the final norm has made of hidden states, scaled and capped as in the
+        model's own forward pass."""
         logits = self.hf.get_output_embeddings()(hidden)
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite

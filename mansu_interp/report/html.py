@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..viz.data import GraphData
 from ..viz.page import graph_element, policy, script_element
 from ..viz.svg import escape
 from .story import Block, Cards, Code, Graph, Picture, Table, against, heading, sections
@@ -128,7 +129,7 @@ def _html_block(block: Block) -> str:
         return f'<figure class="scroll" tabindex="0">{block.svg}</figure>'
     if isinstance(block, Graph):
         try:
-            return graph_element(block.data)
+            return graph_element(GraphData.from_json(block.data))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return _html_table(block.instead)  # damaged data must not cost the whole report
     if isinstance(block, Cards):

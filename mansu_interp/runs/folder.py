@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def check_folder(config: RunConfig) -> None:
         )
 
 
-def begin(config: RunConfig, made_from: dict[str, Any]) -> None:
+def begin(config: RunConfig, made_from: Mapping[str, Any]) -> None:
     """Write down what a run is made from, or check that it goes on with the same.
 
     Raises:

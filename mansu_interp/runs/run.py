@@ -33,7 +33,7 @@ from ..masks.select import circuit_mask, random_mask
 from ..models.language_model import LanguageModel
 from ..models.layout import check_layout
 from ..models.load import load_model
-from ..models.provenance import provenance
+from ..models.provenance import Provenance, provenance
 from ..quantizers.base import Quantizer
 from ..quantizers.registry import get_quantizer
 from ..quantizers.survival import quantize, survival
@@ -47,7 +47,7 @@ from ..utils.distributed import first_says, rank
 from ..utils.files import atomic_folder, locked, read_json, write_json, write_text
 from ..utils.memory import enough_memory
 from ..viz.svg import circuit_svg
-from ..viz.view import erasure_view
+from ..viz.view import changes_view
 from .config import RunConfig
 from .defaults import default_config, default_task
 from .folder import Clock, begin, check_folder, config_json, result_affecting
@@ -251,7 +251,7 @@ def _edit(
     config: RunConfig,
     model: LanguageModel,
     task: Task,
-    made_from: dict[str, Any],
+    made_from: Provenance,
     note: OnProgress,
     clock: Clock,
 ) -> tuple[Circuit, Mask, LanguageModel]:
@@ -271,8 +271,10 @@ def _edit(
             "Run it again in the same folder with a smaller --circuit.batch-size (now "
             f"{config.circuit.batch_size}) or a --circuit.memory-gb.",
         ):
-            found = discover(model, task.forget, circuit_config, task.retain, note)
-        found = replace(found, meta={**found.meta, "provenance": made_from})
+            found = discover(
+                model, task.forget, config=circuit_config, retain=task.retain, on_step=note
+            )
+        found = replace(found, meta=replace(found.meta, provenance=made_from))
         if writes:
             found.save_graphml(out / "circuit.graphml")
             found.save(file)
@@ -344,7 +346,7 @@ def _measure(
     config: RunConfig,
     model: LanguageModel,
     task: Task,
-    made_from: dict[str, Any],
+    made_from: Provenance,
     circuit: Circuit,
     mask: Mask,
     edited: LanguageModel,
@@ -381,12 +383,12 @@ def _measure(
         model,
         compared,
         task.held_out.sample(CAD_PAIRS, config.seed),
-        circuit_config,
-        lambda name, d, n: note(f"attribution of {name}", d, n),
-        twin,
-        graphs.__setitem__,
+        config=circuit_config,
+        on_step=lambda name, d, n: note(f"attribution of {name}", d, n),
+        reference=twin,
+        on_scores=graphs.__setitem__,
     )
-    graph = erasure_view(
+    graph = changes_view(
         circuit,
         graphs[ORIGINAL],
         graphs[EDITED],
@@ -401,7 +403,12 @@ def _measure(
     erasure = None
     if config.relearn_steps:
         erasure = judge_erasure(
-            model, edited, task, models[f"{EDITED} {QUANTIZER}"], config.seed, note
+            model,
+            edited,
+            task,
+            quantized=models[f"{EDITED} {QUANTIZER}"],
+            seed=config.seed,
+            on_step=note,
         )
         attack = RelearnConfig(steps=relearning_marks(config.relearn_steps), seed=config.seed)
         targets = {EDITED: edited, **({REFERENCE: twin} if twin else {})}
@@ -409,7 +416,7 @@ def _measure(
             attacked[name] = relearn(
                 target,
                 task,
-                attack,
+                config=attack,
                 on_step=lambda rate, d, n, name=name: note(f"relearning {name} at {rate:g}", d, n),
             )
         clock.lap("relearn")
@@ -460,8 +467,8 @@ def _measure(
         "circuit": {
             "edges": circuit.n_edges,
             "of": circuit.graph.n_edges,
-            "faithfulness": circuit.meta["faithfulness"],
-            "curve": circuit.meta["curve"],
+            "faithfulness": circuit.meta.faithfulness,
+            "curve": circuit.meta.curve,
             "top_edges": [
                 {"source": u, "target": v, "score": d["score"]}
                 for u, v, d in ranked[:20]
@@ -471,7 +478,7 @@ def _measure(
         "cad": cad.to_json(),
         "erasure": erasure.to_json() if erasure else None,
         "relearning": {n: [[m, found.at(m)] for m in found.marks] for n, found in attacked.items()},
-        "graph": graph.data,
+        "graph": graph.data.to_json(),
         "samples": _samples(
             task, {k: v for k, v in models.items() if k != f"{ORIGINAL} {QUANTIZER}"}
         ),

@@ -95,7 +95,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-    found = relearn(student, task, RelearnConfig(steps=MARKS), "dev")
+    found = relearn(student, task, config=RelearnConfig(steps=MARKS), split="dev")
     kept = {n: accuracy(student, s).top1 for n, s in task.scored["dev"]["retain"].items()}
     print("half B, four-way:", ", ".join(f"{m}: {found.at(m):.2f}" for m in found.marks))
     print("half B, top-1:   ", ", ".join(f"{m}: {found.at(m, 'top1'):.2f}" for m in found.marks))

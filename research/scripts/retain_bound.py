@@ -58,7 +58,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for seed in args.seeds:
         config = replace(default_config(args.model, args.task), seed=seed)
-        circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
+        circuit = discover(
+            model, task.forget, config=replace(config.circuit, seed=seed), retain=task.retain
+        )
         masks = {
             "circuit": make_mask(config, model, task, circuit),
             "whole model": whole_model_mask(model, task, config.budget, seed),

@@ -99,7 +99,7 @@ def line(name: str, model: LanguageModel, task: Task) -> str:
     def mean(role: str, of: str) -> str:
         return " / ".join(f"{scores.mean(role, key, of):.2f}" for key in ("choice", "top1"))
 
-    attacked = relearn(model, task, RelearnConfig(steps=MARKS))
+    attacked = relearn(model, task, config=RelearnConfig(steps=MARKS))
     marks = [f"{attacked.at(k):.2f} / {attacked.at(k, 'top1'):.2f}" for k in MARKS]
     cells = [name, mean("forget", "fp"), mean("forget", "nf4"), mean("retain", "fp")]
     return f"| {' | '.join([*cells, *marks])} |"
