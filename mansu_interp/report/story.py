@@ -97,7 +97,8 @@ def scores_blocks(report: Report) -> list[Block]:
         "Share of answers that are right, on phrasings that unlearning did not see. “Choice” is "
         "picking the answer among four candidates; forgotten means down to its chance, not to zero."
     ]
-    blocks += (_wide if len(groups) <= 2 else _by_metric)(report.scores, groups)
+    if groups:
+        blocks += (_wide if len(groups) <= 2 else _by_metric)(report.scores, groups)
     if report.perplexity:
         blocks.append("Perplexity of running text (lower is better):")
         rows = [[str(p.model), figure(p.value)] for p in report.perplexity]

@@ -26,6 +26,8 @@ from .story import (
 from .values import DASH, count, measured, percent, status_of
 
 MIN_WIDTH = 20
+ROOMY = 60
+"""Columns from which on targets are shown."""
 STYLES = {"pass": "bold green", "fail": "bold red", "undecided": "bold yellow"}
 
 
@@ -52,7 +54,7 @@ def console_summary(report: Report, width: int, color: bool = False) -> str:
     title = _text(f"{top.title} ({top.subtitle})")
     console.print(Text.assemble((top.status.upper(), STYLES[top.status]), "  ", title), **_ONE_LINE)
     console.print(_text(_sum(report)))
-    console.print(_properties(report))
+    console.print(_properties(report, narrow=console.width < ROOMY))
     if report.scores:
         console.print(_text("Mean scores, top-1 / choice among four:"))
         console.print(_role_means(report))
@@ -76,20 +78,22 @@ def _sum(report: Report) -> str:
     return f"{held} of {len(report.properties)} properties hold."
 
 
-def _properties(report: Report) -> RenderableType:
-    """A row a property; below one that is not met, why."""
+def _properties(report: Report, narrow: bool) -> RenderableType:
+    """A row a property, with the reason of one that is not met; where there is little room, without
+    its target."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("property", overflow="fold")
-    for name in ("value", "target", "headroom"):
+    for name in ("value",) if narrow else ("value", "target", "headroom"):
         table.add_column(name, justify="right", no_wrap=True)
     for item in report.properties:
         word = status_of(item.passed)[0]
         told = _text(item.name)
         if item.reason:
             told.append_text(_text(f": {_shortened(item.reason)}", "dim"))
-        numbers = (measured(item.value), measured(item.target), measured(item.headroom, True))
-        table.add_row(Text(word.upper(), STYLES[word]), told, *map(Text, numbers))
+        numbers = [measured(item.value), measured(item.target), measured(item.headroom, True)]
+        shown = numbers[:1] if narrow else numbers
+        table.add_row(Text(word.upper(), STYLES[word]), told, *map(Text, shown))
     return table
 
 
@@ -124,16 +128,14 @@ def _mean(rows: list[ScoreRow], version: ModelVersion, metric: Metric) -> str:
 def _lines(report: Report) -> list[Text]:
     """The edit, its circuit, what was done after training, and CAD's prediction."""
     edit, circuit = report.edit, report.circuit
-    survived = f", {count(report.quantizers[0].survival.survived)} survive quantization" * bool(
-        report.quantizers
-    )
-    apart = f", {count(edit.embedding)} are in the embedding, which is not quantized" * bool(
-        edit.embedding
-    )
-    found = f" Circuit: {count(circuit.edges)} of {count(circuit.of)} edges." if circuit else ""
-    out = [
-        f"Edit: {count(edit.edited)} parameters ({percent(edit.share, 3)}){survived}{apart}.{found}"
-    ]
+    line = f"Edit: {count(edit.edited)} parameters ({percent(edit.share, 3)})"
+    for row in report.quantizers[:1]:
+        line += f", {count(row.survival.survived)} survive {row.name}"
+    if edit.embedding:
+        line += f", {count(edit.embedding)} are in the embedding, which is not quantized"
+    if circuit:
+        line += f". Circuit: {count(circuit.edges)} of {count(circuit.of)} edges"
+    out = [f"{line}."]
     if edit.final_margin:
         out.append(f"Final margin: {final_margin_text(edit.final_margin)}.")
     if edit.quantization_margin:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ArtifactError
@@ -15,6 +16,7 @@ from .files import finite
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from pydantic import TypeAdapter
 
 LARGEST = 1e100
 """No number of a record is larger; with room to add and square."""
@@ -38,11 +40,11 @@ def from_json(kind: type[T], data: object, where: str) -> T:
     Raises:
         ArtifactError: a field is missing or of another type, or a number is too large.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         _check_numbers(data, "it")
-        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+        return _adapter(kind).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         at, more = ".".join(map(str, problems[0]["loc"])) or "it", len(problems) - 1
@@ -50,6 +52,14 @@ def from_json(kind: type[T], data: object, where: str) -> T:
     except (ValueError, RecursionError) as error:
         why = str(error)
     raise ArtifactError(f"{where} does not hold what it should: {why}.")
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    """What pydantic makes of a dataclass; it takes a while."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _check_numbers(value: object, at: str) -> None:
