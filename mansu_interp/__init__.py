@@ -77,6 +77,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "unlearning.config": ("UnlearnConfig",),
     "unlearning.training": ("Unlearned",),
     "unlearning.unlearn": ("unlearn",),
+    "evaluation.versions": ("ModelVersion",),
     "evaluation.scores": (
         "Scores",
         "evaluate",
@@ -86,6 +87,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "changes_view",
         "circuit_view",
     ),
+    "report.records": ("Report",),
     "runs.config": ("RunConfig",),
     "runs.run": ("run",),
     "errors": ("MansuError",),
@@ -121,6 +123,7 @@ if TYPE_CHECKING:
     from .circuits.faithfulness import Curve, circuit_metric, faithfulness_curve
     from .errors import MansuError
     from .evaluation.scores import Scores, evaluate
+    from .evaluation.versions import ModelVersion
     from .masks.mask import Mask
     from .masks.select import circuit_mask
     from .models.language_model import LanguageModel
@@ -128,6 +131,7 @@ if TYPE_CHECKING:
     from .quantizers.bitsandbytes import NF4
     from .quantizers.registry import get_quantizer
     from .quantizers.survival import Survival, quantize, survival
+    from .report.records import Report
     from .runs.config import RunConfig
     from .runs.run import run
     from .tasks.load import load_task

@@ -10,7 +10,7 @@ from pathlib import Path
 from mansu_interp.circuits.discover import discover
 from mansu_interp.models.load import load_model
 from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.run import make_mask
+from mansu_interp.runs.edit import make_mask
 from mansu_interp.tasks.load import load_task
 
 OUT = Path(__file__).parents[1] / "circuits"

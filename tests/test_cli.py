@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mansu_interp.cli.main import parse
+from mansu_interp.runs.command import command_line
 from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.run import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 

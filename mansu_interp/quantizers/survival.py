@@ -53,8 +53,8 @@ class Survival:
     are None where the quantizer moves scales between layers (AWQ)."""
     update_over_bin: float | None
     """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels)."""
-    projection: float | None
-    """<dQ, d> / <d, d>: the share of the edit that the quantized model keeps, 1 = all."""
+    share_kept: float | None
+    """<dQ, d> / <d, d>: the share of the edit that quantization leaves, 1 = all."""
     noise_over_signal: float | None
     """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 

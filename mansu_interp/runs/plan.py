@@ -11,7 +11,7 @@ import torch
 
 from ..circuits.attribution import pairs_per_batch
 from ..circuits.config import AttributionConfig
-from ..evaluation.scores import QUANTIZER
+from ..evaluation.versions import QUANTIZER
 from ..masks.select import MASK_PAIRS
 from ..models.language_model import LanguageModel
 from ..models.load import empty_model

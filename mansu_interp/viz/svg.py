@@ -32,9 +32,14 @@ _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-s
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def legal(text: str) -> str:
+    """Text without the control characters that no page may hold."""
+    return _ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def escape(text: object) -> str:
     """Text that is safe in HTML and SVG content and in quoted attributes."""
-    return html.escape(_ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", str(text)), quote=True)
+    return html.escape(legal(str(text)), quote=True)
 
 
 def _style(theme: str | None = None) -> str:

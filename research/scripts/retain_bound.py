@@ -20,7 +20,7 @@ from mansu_interp.masks.select import choose_parameters
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.run import make_mask
+from mansu_interp.runs.edit import make_mask
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
