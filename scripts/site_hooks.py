@@ -2,7 +2,7 @@
 
 Pages link to each other as they lie in the repository, so that they work on GitHub, too. Here their
 links are turned to where the site has them. Tutorials are shown from their saved notebooks: text,
-code, printed output and static pictures.
+code, printed output and static pictures. Nothing of the site is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -76,9 +76,26 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
         where = re.sub(r"^(tutorials/.*)\.ipynb$", r"\1.md", where)
         if where == "README.md":
             where = "index.md"
+        if lies.is_dir():  # on GitHub its list of files
+            where = "research/README.md"
         if files.get_file_from_path(where) is None:
             return match[0]
         up = "../" * own.count("/")
         return f"]({up}{where}{anchor})"
 
     return LINK.sub(moved, markdown)
+
+
+SHIM = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
+"""What the theme would load for searches in pages opened from disk."""
+
+
+def on_post_page(output: str, *, page: Page, **_: Any) -> str:
+    """Load the stand-in for workers from the site itself instead."""
+    up = "../" * page.url.count("/")
+    return output.replace(SHIM, f'<script src="{up}worker.js"></script>')
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The page for what is not found needs none."""
+    return output_content.replace(SHIM, "")
