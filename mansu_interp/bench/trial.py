@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -39,7 +39,7 @@ from ..runs.plan import CAD_PAIRS
 from ..runs.run import make_mask
 from ..tasks.load import load_task, reference_model
 from ..tasks.task import Task
-from ..unlearning.config import BASELINES, Method, UnlearnConfig
+from ..unlearning.methods import BASELINES, Mansu
 from ..unlearning.training import dev_choice
 from ..unlearning.unlearn import unlearn
 from ..utils.files import atomic_folder, expect, read_json, write_json
@@ -127,7 +127,8 @@ class Trial:
     def key(self) -> str:
         """Readable, with a hash of all settings."""
         given = {**config_json(self.config), "device": "auto"}  # it decides nothing
-        unusual = _differences(given, config_json(RunConfig()))
+        usual = config_json(RunConfig(unlearn=type(self.config.unlearn)()))
+        unusual = _differences(given, usual)
         what = [SCHEMA, self.sha256, self.method, unusual]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         group = f"{Path(self.model).name}-{Path(self.task).stem}"
@@ -154,30 +155,31 @@ def make_trial(
     bench: BenchConfig, model: LanguageModel, task: str, method: str, seed: int,
     level: float, strength: float,
 ) -> Trial:  # fmt: skip
-    """A trial with all its settings: the task's own for MANSU and its variants. Dense methods have
-    the usual ones (the retain loss weighs as much as the forget loss) and their own step size, so
-    that what a task says about MANSU leaves their trials valid."""
-    base = default_config(model.name, task)
-    base = replace(base, seed=seed, out=Path("."), threads=1, device=bench.device)
-    own = replace(base.unlearn, survive=bench.survive)
-    if method == ORIGINAL or method in BASELINES:
-        own = UnlearnConfig(lr=bench.lr, retain_weight=1.0, batch_size=own.batch_size)
-        base = RunConfig(
-            base.model, task, base.out, seed=seed, threads=1, device=bench.device,
-            score_pairs=base.score_pairs, circuit=base.circuit, unlearn=own,
-        )  # fmt: skip
-    if method == ORIGINAL:
-        return Trial(model.name, task, method, seed, 1.0, 1.0, base, model.sha256, bench.out)
-    own = replace(
-        own,
-        method=cast(Method, method),
+    """A trial with all its settings: those that a run of the method starts from, at another step
+    size and level. What a task says about masks and MANSU leaves trials of baselines valid."""
+    original = method == ORIGINAL
+    base = default_config(model.name, task, method=BASELINES[0] if original else method)
+    own = base.unlearn
+    if isinstance(own, Mansu):
+        own = replace(own, survive=bench.survive)
+    else:
+        base = RunConfig(score_pairs=base.score_pairs, circuit=base.circuit)
+    if not original:
+        own = replace(own, steps=bench.steps, stop_at=level, lr=own.lr * strength)
+    return Trial(
+        model=model.name,
+        task=task,
+        method=method,
         seed=seed,
-        steps=bench.steps,
-        stop_at=level,
-        lr=own.lr * strength,
-    )
-    config = replace(base, unlearn=own)
-    return Trial(model.name, task, method, seed, level, strength, config, model.sha256, bench.out)
+        level=1.0 if original else level,
+        strength=1.0 if original else strength,
+        config=replace(
+            base, model=model.name, task=task, out=Path("."), seed=seed, threads=1,
+            device=bench.device, unlearn=own,
+        ),
+        sha256=model.sha256,
+        out=bench.out,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=2)
@@ -188,14 +190,14 @@ def _loaded(name: str, task: str, score_pairs: int, device: str) -> tuple[Langua
 
 def _circuit(trial: Trial, model: LanguageModel, task: Task) -> Circuit:
     """The circuit of a model, its tokenizer, a task and a seed: found once, then read."""
-    settings = replace(trial.config.circuit, seed=trial.seed)
-    which = trial.sha256, tokenizer_sha256(model.tokenizer), settings
+    settings = trial.config.circuit
+    which = trial.sha256, tokenizer_sha256(model.tokenizer), settings, trial.seed
     digest = hashlib.sha256(repr(which).encode()).hexdigest()[:10]
     name = f"{Path(trial.model).name}-{task.name}-s{trial.seed}-{digest}.json"
     path = trial.out / "work" / "circuits" / name
     if not path.exists():
-        discover(model, task.forget, settings, task.retain).save(path)
-    sample = task.forget.sample(settings.pairs, settings.seed)
+        discover(model, task.forget, settings, task.retain, seed=trial.seed).save(path)
+    sample = task.forget.sample(settings.pairs, trial.seed)
     return replace(Circuit.load(path), pairs=sample)
 
 
@@ -223,14 +225,17 @@ def attempt(trial: Trial) -> dict[str, Any]:
     torch.set_num_threads(1)
     model, task = _loaded(trial.model, trial.task, trial.config.score_pairs, trial.config.device)
     torch.manual_seed(trial.seed)
-    circuit = None if trial.method in BASELINES else _circuit(trial, model, task)
-    place = trial.checkpoint.with_name(f"{trial.checkpoint.name}.state")
+    needs = trial.config.unlearn.needs
+    circuit = _circuit(trial, model, task) if "circuit" in needs else None
+    resume = trial.checkpoint.with_name(f"{trial.checkpoint.name}.state")
     _reset_peak(model.device)
     started = time.perf_counter()
     try:
         with enough_memory("training a trial", "Fewer --jobs take less."):
-            mask = make_mask(trial.config, model, task, circuit) if circuit else None
-            result = unlearn(model, task, mask, trial.config.unlearn, resume=place)
+            mask = make_mask(trial.config, model, task, circuit) if "mask" in needs else None
+            result = unlearn(
+                model, task, mask, trial.config.unlearn, seed=trial.seed, resume=resume
+            )
     except ResourceError:
         raise  # says nothing of the method
     except MansuError as error:
@@ -243,7 +248,7 @@ def attempt(trial: Trial) -> dict[str, Any]:
         }
         with atomic_folder(trial.checkpoint) as partial_:
             result.model.save(partial_)
-        place.unlink(missing_ok=True)
+        resume.unlink(missing_ok=True)
         saved = load_model(trial.checkpoint, model.device)
         scores = evaluate({"fp": saved}, task, "dev")
         found["dev"] = {
@@ -316,7 +321,7 @@ def _score(trial: Trial, found: dict[str, Any], edited: LanguageModel, todo: Seq
             model,
             {"unlearned": edited, f"unlearned {todo[0]}": models[todo[0]]},
             task.held_out.sample(CAD_PAIRS, trial.seed),
-            replace(trial.config.circuit, seed=trial.seed),
+            trial.config.circuit,
             reference=reference_model(task, model),
         )
         found["cad"] = cad.to_json()

@@ -33,6 +33,8 @@ def discover(
     config: CircuitConfig | None = None,
     retain: PairSet | None = None,
     on_step: Callable[[str, int, int], None] | None = None,
+    *,
+    seed: int = 0,
 ) -> Circuit:
     """Find the smallest circuit that carries the forget answers.
 
@@ -42,6 +44,7 @@ def discover(
         config: attribution, faithfulness target and selectivity.
         retain: pairs that must stay; makes the circuit selective.
         on_step: called with (stage, done, total).
+        seed: which pairs are drawn.
 
     Raises:
         CircuitError: a model that cannot be attributed, or settings out of range.
@@ -54,7 +57,7 @@ def discover(
                 f"{type(pairs).__name__}."
             )
     note = on_step or (lambda *_: None)
-    chosen = forget.sample(config.pairs, config.seed)
+    chosen = forget.sample(config.pairs, seed)
     found = attribute(
         model, chosen, config, on_batch=lambda d, n: note("attribution of forget pairs", d, n)
     )
@@ -62,19 +65,19 @@ def discover(
     if retain is not None and config.retain_discount:
         kept = attribute(
             model,
-            retain.sample(config.pairs, config.seed),
+            retain.sample(config.pairs, seed),
             config,
             on_batch=lambda d, n: note("attribution of retain pairs", d, n),
         )
         ranking = selective_scores(found.scores, kept.scores, config.retain_discount)
-    edges, curve, final = _select(model, chosen, config, ranking, note)
+    edges, curve, final = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
     size, gb = pairs_per_batch(model.graph, model.d_model, longest, config)
     meta = {
         "model": model.name,
         "model_sha256": model.sha256,
         "settings": asdict(config),
-        "provenance": provenance(model, config.seed, asdict(config)),
+        "provenance": provenance(model, seed, asdict(config)),
         "pairs_per_batch": size,
         "gb_per_pair": round(gb, 4),
         "faithfulness": final,
@@ -91,9 +94,10 @@ def _select(
     config: CircuitConfig,
     ranking: Float[np.ndarray, "w r"],
     note: Callable[[str, int, int], None],
+    seed: int,
 ) -> tuple[Bool[np.ndarray, "w r"], list[tuple[int, float]], float]:
     """The circuit of a ranking, its measured curve, and its faithfulness."""
-    sample = pairs.sample(config.faithfulness_pairs, config.seed)
+    sample = pairs.sample(config.faithfulness_pairs, seed)
     ablation = Ablation(model, sample, config.metric, config.ablation, config.batch_size)
     tried = 0
 

@@ -73,7 +73,9 @@ def measured(value: Any, signed: bool = False) -> str:
 def deepened(report: Mapping[str, Any]) -> str:
     """Edits made to final_margin the forgetting, and how far above its target it ended; nothing where it
     was not asked for."""
-    made, above = (number(get(report, "edit", key)) for key in ("deepening", "above"))
+    made, above = (
+        number(get(report, "edit", key)) for key in ("final_margin_edits", "above_target")
+    )
     if made is None:
         return ""
     target = figure(0.0 - (number(get(report, "config", "unlearn", "final_margin")) or 0.0), 2)
@@ -82,7 +84,10 @@ def deepened(report: Mapping[str, Any]) -> str:
 
 def parted(report: Mapping[str, Any]) -> str:
     """Edits made for the quantization_margin, and how much of it they reached; nothing where none was asked."""
-    made, reached = (number(get(report, "edit", key)) for key in ("parting", "apart"))
+    made, reached = (
+        number(get(report, "edit", key))
+        for key in ("quantization_margin_edits", "quantization_margin_reached")
+    )
     if made is None:
         return ""
     asked = figure(get(report, "config", "unlearn", "quantization_margin"), 2)

@@ -23,7 +23,7 @@ from ..circuits.attribution import Attribution
 from ..circuits.circuit import Circuit
 from ..circuits.compare import REFERENCE, compare
 from ..circuits.discover import discover
-from ..errors import ArtifactError, TaskError
+from ..errors import ArtifactError, ConfigError, TaskError
 from ..evaluation.properties import properties, verdict
 from ..evaluation.scores import EDITED, ORIGINAL, QUANTIZER, Flips, Scores, evaluate
 from ..export.ledger import Ledger
@@ -42,6 +42,7 @@ from ..report.card import model_card
 from ..tasks.files import ROBUST
 from ..tasks.load import load_task, reference_model
 from ..tasks.task import Task
+from ..unlearning.methods import Mansu, MansuRandomMask, MansuWholeModel
 from ..unlearning.unlearn import unlearn
 from ..utils.distributed import first_says, rank
 from ..utils.files import atomic_folder, locked, read_json, write_json, write_text
@@ -55,8 +56,13 @@ from .plan import CAD_PAIRS, Plan, plan
 
 OnProgress = Callable[[str, int, int], None]
 SAMPLES = 8
-FINISH = {"apart": "parting the quantized models", "above": "deepening"}
-"""Stages of unlearning after its steps, by what their losses retain_gradient_weight, the last one first."""
+FINISH = {
+    "quantization_margin_reached": "reaching the quantization margin",
+    "above_target": "reaching the final margin",
+}
+"""Stages of unlearning after its steps, by what their records hold, the last one first."""
+MARGINS = (*FINISH, "final_margin_edits", "quantization_margin_edits")
+"""What the last step's record may hold of margin edits."""
 PLACE = ("out", "threads", "device")
 """Settings of a run that say where and how fast, not what."""
 GRAPH_LIMIT = 1500
@@ -66,13 +72,15 @@ GRAPH_LIMIT = 1500
 def command_line(config: RunConfig) -> str:
     """The shortest command that makes this run: every setting that is not the task's default, or
     not one of its settings against relearning."""
-    usual = default_config(config.model, config.task)
+    method = config.unlearn.method
+    usual = default_config(config.model, config.task, method=method)
     try:
-        robust = default_config(config.model, config.task, robust=True)
-    except TaskError:
+        robust = default_config(config.model, config.task, robust=True, method=method)
+    except (ConfigError, TaskError):
         robust = usual
     plain, short = _options(config, usual), [f"--{ROBUST}", *_options(config, robust)]
-    return shlex.join(["mansu", "run", *(short if len(short) < len(plain) else plain)])
+    chosen = [] if method == RunConfig().unlearn.method else ["--method", method]
+    return shlex.join(["mansu", "run", *chosen, *(short if len(short) < len(plain) else plain)])
 
 
 def _options(config: RunConfig, usual: RunConfig) -> list[str]:
@@ -80,7 +88,7 @@ def _options(config: RunConfig, usual: RunConfig) -> list[str]:
     words: list[str] = []
 
     def add(prefix: str, given: Any, usual: Any) -> None:
-        for item in fields(given):
+        for item in (f for f in fields(given) if f.init):
             value, default = getattr(given, item.name), getattr(usual, item.name)
             name = f"{prefix}{item.name}".replace("_", "-")
             if is_dataclass(value):
@@ -168,16 +176,25 @@ def relearning_marks(steps: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((max(1, steps // 4), steps)))
 
 
-def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit) -> Mask:
+def make_mask(
+    config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit | None = None
+) -> Mask:
     """The mask of a circuit, with a run's settings; of ablations, one that ignores the circuit.
 
     Raises:
-        MaskError, CircuitError: see `Circuit.mask`.
+        ConfigError: the method needs no mask, or a circuit that is not given.
+        MaskError, CircuitError: see `circuit_mask`.
     """
-    if config.unlearn.method == "mansu-random-mask":
-        return random_mask(model, config.budget, config.seed, config.unlearn.survive)
-    if config.unlearn.method == "mansu-whole-model":
-        circuit = replace(circuit, edges=np.ones_like(circuit.edges))
+    method = config.unlearn
+    if not isinstance(method, Mansu):
+        raise ConfigError(f"{method.method} trains all weights: it has no mask.")
+    if isinstance(method, MansuRandomMask):
+        return random_mask(model, config.budget, config.seed, method.survive)
+    if isinstance(method, MansuWholeModel):
+        everything = np.ones_like(model.graph.exists)
+        circuit = Circuit(model.graph, np.zeros(everything.shape, np.float32), everything)
+    if circuit is None:
+        raise ConfigError(f"{method.method} needs a circuit: give one of discover(model, ...).")
     return circuit_mask(
         circuit,
         model,
@@ -188,7 +205,7 @@ def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circ
         damage_damping=config.damage_damping,
         retain_gradient_weight=config.retain_gradient_weight,
         frozen_layers=config.frozen_layers,
-        survive=config.unlearn.survive,
+        survive=method.survive,
         by_layer=config.by_layer,
         subject_rows=config.subject_rows,
     )
@@ -220,7 +237,8 @@ def run(
     if config.threads:
         torch.set_num_threads(config.threads)
     check_folder(config)
-    quantizer_set(config.unlearn.survive)
+    if isinstance(config.unlearn, Mansu):
+        quantizer_set(config.unlearn.survive)
     for name in config.quantizers:
         get_quantizer(name)
     model = load_model(config.model, config.device)
@@ -262,7 +280,6 @@ def _edit(
     def missing(file: Path) -> bool:
         return first_says(not file.exists())
 
-    circuit_config = replace(config.circuit, seed=config.seed)
     file = out / "circuit.json"
     if missing(file):
         torch.manual_seed(config.seed)
@@ -271,13 +288,15 @@ def _edit(
             "Run it again in the same folder with a smaller --circuit.batch-size (now "
             f"{config.circuit.batch_size}) or a --circuit.memory-gb.",
         ):
-            found = discover(model, task.forget, circuit_config, task.retain, note)
+            found = discover(
+                model, task.forget, config.circuit, task.retain, note, seed=config.seed
+            )
         found = replace(found, meta={**found.meta, "provenance": made_from})
         if writes:
             found.save_graphml(out / "circuit.graphml")
             found.save(file)
         first_says(True)
-    pairs = task.forget.sample(circuit_config.pairs, circuit_config.seed)
+    pairs = task.forget.sample(config.circuit.pairs, config.seed)
     circuit = replace(Circuit.load(file), pairs=pairs)
     circuit.check_fits(model)
     clock.lap("discover")
@@ -311,16 +330,20 @@ def _edit(
                 model,
                 task,
                 mask,
-                replace(config.unlearn, seed=config.seed),
-                lambda done, total, losses: note(
-                    next((stage for key, stage in FINISH.items() if key in losses), "unlearning"),
+                config.unlearn,
+                seed=config.seed,
+                on_step=lambda done, total, record: note(
+                    next(
+                        (s for key, s in FINISH.items() if getattr(record, key) is not None),
+                        "unlearning",
+                    ),
                     done,
                     total,
                 ),
-                place,
+                resume=place,
             )
         if writes:
-            write_json(out / "history.json", result.history)
+            write_json(out / "history.json", [record.to_json() for record in result.history])
             with atomic_folder(folder) as partial:
                 result.model.save(partial)
         first_says(True)
@@ -329,7 +352,7 @@ def _edit(
     file = out / "ledger.safetensors"
     if missing(file):
         if writes:
-            ledger = Ledger.of(model, edited, config.unlearn.survive, mask)
+            ledger = Ledger.of(model, edited, config.unlearn.promised or (QUANTIZER,), mask)
             replace(ledger, meta={**ledger.meta, "provenance": made_from}).save(file)
         first_says(True)
     if Ledger.load(file).meta.get("edited_sha256") != edited.sha256:
@@ -354,8 +377,7 @@ def _measure(
     """The report of an edited model."""
     last = read_json(config.out / "history.json")[-1]
     torch.manual_seed(config.seed)
-    circuit_config = replace(config.circuit, seed=config.seed)
-    deployed = list(dict.fromkeys((QUANTIZER, *config.unlearn.survive)))
+    deployed = list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
     measured = [get_quantizer(q) for q in dict.fromkeys((*deployed, *config.quantizers))]
     models = {
         ORIGINAL: model,
@@ -368,7 +390,7 @@ def _measure(
         reference_models = {f"{m} {name}": quantize(models[m], name) for m in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(reference_models, task, on_step=note))
     lives = [
-        quantizer_row(model, edited, q, task, q.name in config.unlearn.survive, scores)
+        quantizer_row(model, edited, q, task, q.name in config.unlearn.promised, scores)
         for q in measured
     ]
     clock.lap("evaluate")
@@ -381,7 +403,7 @@ def _measure(
         model,
         compared,
         task.held_out.sample(CAD_PAIRS, config.seed),
-        circuit_config,
+        config.circuit,
         lambda name, d, n: note(f"attribution of {name}", d, n),
         twin,
         graphs.__setitem__,
@@ -448,7 +470,7 @@ def _measure(
             "budget": config.budget,
             "refused": mask.meta.get("refused"),
             "candidates": mask.meta.get("candidates"),
-            **{k: v for k, v in last.items() if k in ("above", "deepening", "apart", "parting")},
+            **{k: v for k, v in last.items() if k in MARGINS},
             **{k: lives[0][k] for k in ("survived", "collateral", "update_over_bin", "projection")},
             "by_weight": [
                 {"weight": n, "edited": k, "of": model.weights[n].numel()}
