@@ -74,7 +74,11 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "CAD",
         "judge_erasure",
     ),
-    "unlearning.config": ("UnlearnConfig",),
+    "unlearning.methods": (
+        "Mansu",
+        "MethodConfig",
+        "get_method",
+    ),
     "unlearning.training": ("Unlearned",),
     "unlearning.unlearn": ("unlearn",),
     "evaluation.versions": ("ModelVersion",),
@@ -139,7 +143,7 @@ if TYPE_CHECKING:
     from .tasks.row_pairs import RowOptions, task_from_rows
     from .tasks.rows import read_rows
     from .tasks.task import Task
-    from .unlearning.config import UnlearnConfig
+    from .unlearning.methods import Mansu, MethodConfig, get_method
     from .unlearning.training import Unlearned
     from .unlearning.unlearn import unlearn
     from .viz.view import View, changes_view, circuit_view

@@ -116,6 +116,6 @@ def _compare(
         model,
         {str(version): edited, str(version.after(quantizer)): quantized},
         task.held_out.sample(CAD_PAIRS, trial.seed),
-        config=replace(trial.config.circuit, seed=trial.seed),
+        config=trial.config.circuit,
         reference=reference_model(task, model),
     ).models

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -27,13 +27,12 @@ from ..models.language_model import LanguageModel
 from ..models.load import load_model
 from ..models.provenance import tokenizer_sha256
 from ..runs.config import RunConfig
-from ..runs.context import needs
 from ..runs.defaults import default_config
 from ..runs.edit import make_mask
 from ..runs.folder import config_json
 from ..tasks.load import load_task
 from ..tasks.task import Task
-from ..unlearning.config import BASELINES, Method, UnlearnConfig
+from ..unlearning.methods import BASELINES, Mansu
 from ..unlearning.training import dev_choice
 from ..unlearning.unlearn import unlearn
 from ..utils.files import atomic_folder
@@ -73,7 +72,8 @@ class Trial:
     def key(self) -> str:
         """Readable, with a hash of all settings."""
         given = {**config_json(self.config), "device": "auto"}  # it decides nothing
-        unusual = _differences(given, config_json(RunConfig()))
+        usual = config_json(RunConfig(unlearn=type(self.config.unlearn)()))
+        unusual = _differences(given, usual)
         what = [SCHEMA, self.sha256, self.method, unusual]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         group = f"{Path(self.model).name}-{Path(self.task).stem}"
@@ -109,30 +109,31 @@ def make_trial(
     bench: BenchConfig, model: LanguageModel, task: str, method: str, seed: int,
     level: float, strength: float,
 ) -> Trial:  # fmt: skip
-    """A trial with all its settings: the task's own for MANSU and its variants. Dense methods have
-    the usual ones (the retain loss weighs as much as the forget loss) and their own step size, so
-    that what a task says about MANSU leaves their trials valid."""
-    base = default_config(model.name, task)
-    base = replace(base, seed=seed, out=Path("."), threads=1, device=bench.device)
-    own = replace(base.unlearn, survive=bench.survive)
-    if method == ORIGINAL or method in BASELINES:
-        own = UnlearnConfig(lr=bench.lr, retain_weight=1.0, batch_size=own.batch_size)
-        base = RunConfig(
-            base.model, task, base.out, seed=seed, threads=1, device=bench.device,
-            score_pairs=base.score_pairs, circuit=base.circuit, unlearn=own,
-        )  # fmt: skip
-    if method == ORIGINAL:
-        return Trial(model.name, task, method, seed, 1.0, 1.0, base, model.sha256, bench.out)
-    own = replace(
-        own,
-        method=cast(Method, method),
+    """A trial with all its settings: those that a run of the method starts from, at another step
+    size and level. What a task says about masks and MANSU leaves trials of baselines valid."""
+    original = method == ORIGINAL
+    base = default_config(model.name, task, method=BASELINES[0] if original else method)
+    own = base.unlearn
+    if isinstance(own, Mansu):
+        own = replace(own, survive=bench.survive)
+    else:
+        base = RunConfig(score_pairs=base.score_pairs, circuit=base.circuit)
+    if not original:
+        own = replace(own, steps=bench.steps, stop_at=level, lr=own.lr * strength)
+    return Trial(
+        model=model.name,
+        task=task,
+        method=method,
         seed=seed,
-        steps=bench.steps,
-        stop_at=level,
-        lr=own.lr * strength,
-    )
-    config = replace(base, unlearn=own)
-    return Trial(model.name, task, method, seed, level, strength, config, model.sha256, bench.out)
+        level=1.0 if original else level,
+        strength=1.0 if original else strength,
+        config=replace(
+            base, model=model.name, task=task, out=Path("."), seed=seed, threads=1,
+            device=bench.device, unlearn=own,
+        ),
+        sha256=model.sha256,
+        out=bench.out,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=2)
@@ -144,14 +145,16 @@ def loaded(name: str, task: str, score_pairs: int, device: str) -> tuple[Languag
 
 def find_circuit(trial: Trial, model: LanguageModel, task: Task) -> Circuit:
     """The circuit of a model, its tokenizer, a task and a seed: found once, then read."""
-    settings = replace(trial.config.circuit, seed=trial.seed)
-    which = trial.sha256, tokenizer_sha256(model.tokenizer), settings
+    settings = trial.config.circuit
+    which = trial.sha256, tokenizer_sha256(model.tokenizer), settings, trial.seed
     digest = hashlib.sha256(repr(which).encode()).hexdigest()[:10]
     name = f"{Path(trial.model).name}-{task.name}-s{trial.seed}-{digest}.json"
     path = trial.out / "work" / "circuits" / name
     if not path.exists():
-        discover(model, task.forget, config=settings, retain=task.retain).save(path)
-    sample = task.forget.sample(settings.pairs, settings.seed)
+        discover(model, task.forget, config=settings, retain=task.retain, seed=trial.seed).save(
+            path
+        )
+    sample = task.forget.sample(settings.pairs, trial.seed)
     return replace(Circuit.load(path), pairs=sample)
 
 
@@ -179,14 +182,17 @@ def attempt(trial: Trial) -> TrialResult:
     torch.set_num_threads(1)
     model, task = loaded(trial.model, trial.task, trial.config.score_pairs, trial.config.device)
     torch.manual_seed(trial.seed)
-    circuit = find_circuit(trial, model, task) if "circuit" in needs(trial.method) else None
-    place = trial.checkpoint.with_name(f"{trial.checkpoint.name}.state")
+    needs = trial.config.unlearn.needs
+    circuit = find_circuit(trial, model, task) if "circuit" in needs else None
+    resume = trial.checkpoint.with_name(f"{trial.checkpoint.name}.state")
     _reset_peak(model.device)
     started = time.perf_counter()
     try:
         with enough_memory("training a trial", "Fewer --jobs take less."):
-            mask = make_mask(trial.config, model, task, circuit) if circuit else None
-            result = unlearn(model, task, mask, trial.config.unlearn, resume=place)
+            mask = make_mask(trial.config, model, task, circuit) if "mask" in needs else None
+            result = unlearn(
+                model, task, mask, trial.config.unlearn, seed=trial.seed, resume=resume
+            )
     except ResourceError:
         raise  # says nothing of the method
     except MansuError as error:
@@ -196,7 +202,7 @@ def attempt(trial: Trial) -> TrialResult:
         training = Training(result.stopped_at, seconds, _peak_gb(model.device))
         with atomic_folder(trial.checkpoint) as partial_:
             result.model.save(partial_)
-        place.unlink(missing_ok=True)
+        resume.unlink(missing_ok=True)
         saved = load_model(trial.checkpoint, model.device)
         found = replace(trial.blank(), training=training, dev=_dev_scores(saved, task))
     found.save(trial.file)

@@ -66,8 +66,6 @@ class CircuitConfig(AttributionConfig):
     retain_discount: float = 1.0
     """Discount on edges that the retain set needs: edges are ranked by
     |forget| - retain_discount x |retain|, at least a tenth of |forget| (0 = forget alone)."""
-    seed: int = 0
-    """Which pairs are drawn (a run sets this to its own seed)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,6 +43,7 @@ def discover(
     *,
     config: CircuitConfig | None = None,
     retain: PairSet | None = None,
+    seed: int = 0,
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> Circuit:
     """Find the smallest circuit that carries the forget answers.
@@ -52,6 +53,7 @@ def discover(
         forget: the pairs whose answers must go.
         config: attribution, faithfulness target and discount on edges that ``retain`` needs.
         retain: pairs whose answers must stay; edges that they need lose rank.
+        seed: which pairs are drawn.
         on_step: called with (stage, done, total).
 
     Returns:
@@ -69,7 +71,7 @@ def discover(
                 f"{type(pairs).__name__}."
             )
     note = on_step or (lambda *_: None)
-    chosen = forget.sample(config.pairs, config.seed)
+    chosen = forget.sample(config.pairs, seed)
     found = attribute(
         model,
         chosen,
@@ -80,19 +82,19 @@ def discover(
     if retain is not None and config.retain_discount:
         retained = attribute(
             model,
-            retain.sample(config.pairs, config.seed),
+            retain.sample(config.pairs, seed),
             config=config,
             on_batch=lambda d, n: note("attribution of retain pairs", d, n),
         )
         ranking = selective_scores(found.scores, retained.scores, config.retain_discount)
-    edges, curve, final = _select(model, chosen, config, ranking, note)
+    edges, curve, final = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
     size, gb = pairs_per_batch(model.graph, model.d_model, longest, config)
     meta = CircuitMeta(
         model=model.name,
         model_sha256=model.sha256,
         settings=config,
-        provenance=provenance(model, config.seed, asdict(config)),
+        provenance=provenance(model, seed, asdict(config)),
         pairs_per_batch=size,
         gb_per_pair=round(gb, 4),
         faithfulness=final,
@@ -109,9 +111,10 @@ def _select(
     config: CircuitConfig,
     ranking: Float[np.ndarray, "writers readers"],
     note: Callable[[str, int, int], None],
+    seed: int,
 ) -> tuple[Bool[np.ndarray, "writers readers"], list[tuple[int, float]], float]:
     """The circuit of a ranking, its measured curve, and its faithfulness."""
-    sample = pairs.sample(config.faithfulness_pairs, config.seed)
+    sample = pairs.sample(config.faithfulness_pairs, seed)
     ablation = Ablation(
         model,
         sample,

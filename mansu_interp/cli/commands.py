@@ -225,7 +225,7 @@ def _list(_: ListConfig, output: Output) -> int:
     from ..models.load import embedded_models
     from ..quantizers.registry import QUANTIZERS
     from ..tasks.files import embedded_tasks, read_task_file
-    from ..unlearning.config import METHODS
+    from ..unlearning.methods import METHODS
 
     models = [m for m in embedded_models() if "reference" not in m]
     if output.json:

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from ..errors import TaskError
+from ..errors import ConfigError, TaskError
 from ..tasks.files import ROBUST
 from .config import RunConfig
 from .defaults import default_config
@@ -18,13 +18,15 @@ PLACE = ("out", "threads", "device")
 def command_line(config: RunConfig) -> str:
     """The shortest command that makes this run: every setting that is not the task's default, or
     not one of its settings against relearning."""
-    usual = default_config(config.model, config.task)
+    method = config.unlearn.method
+    usual = default_config(config.model, config.task, method=method)
     try:
-        robust = default_config(config.model, config.task, robust=True)
-    except TaskError:
+        robust = default_config(config.model, config.task, robust=True, method=method)
+    except (ConfigError, TaskError):
         robust = usual
     plain, short = _options(config, usual), [f"--{ROBUST}", *_options(config, robust)]
-    return shlex.join(["mansu", "run", *(short if len(short) < len(plain) else plain)])
+    chosen = [] if method == RunConfig().unlearn.method else ["--method", method]
+    return shlex.join(["mansu", "run", *chosen, *(short if len(short) < len(plain) else plain)])
 
 
 def _options(config: RunConfig, usual: RunConfig) -> list[str]:
@@ -32,7 +34,7 @@ def _options(config: RunConfig, usual: RunConfig) -> list[str]:
     words: list[str] = []
 
     def add(prefix: str, given: Any, usual: Any) -> None:
-        for item in fields(given):
+        for item in (f for f in fields(given) if f.init):
             value, default = getattr(given, item.name), getattr(usual, item.name)
             name = f"{prefix}{item.name}".replace("_", "-")
             if is_dataclass(value):

@@ -9,21 +9,27 @@ import torch
 
 from ..circuits.circuit import Circuit
 from ..circuits.discover import discover
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigError
+from ..evaluation.versions import QUANTIZER
 from ..export.ledger import Ledger
 from ..masks.mask import Mask
 from ..masks.select import circuit_mask, random_mask
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
 from ..tasks.task import Task
+from ..unlearning.history import StepRecord
+from ..unlearning.methods import Mansu, MansuRandomMask, MansuWholeModel
 from ..unlearning.unlearn import unlearn
 from ..utils.files import atomic_folder, write_json
 from ..utils.memory import enough_memory
 from .config import RunConfig
 from .context import RunContext
 
-FINISH = {"apart": "lowering the quantized models' answers", "above": "lowering the answers"}
-"""Stages of unlearning after its steps, by what their losses hold; the last one first."""
+FINISH = {
+    "quantization_margin_reached": "reaching the quantization margin",
+    "above_target": "reaching the final margin",
+}
+"""Stages of unlearning after its steps, by what their records hold; the last one first."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,9 @@ def edit(run: RunContext) -> Edited:
     Each artefact is read back from its file: what was made in this go and what was found there are
     then the same. The first process writes; the others wait.
     """
-    circuit = find_circuit(run) if "circuit" in run.needs else None
-    mask = choose_parameters(run, circuit) if "mask" in run.needs else None
+    needs = run.config.unlearn.needs
+    circuit = find_circuit(run) if "circuit" in needs else None
+    mask = choose_parameters(run, circuit) if "mask" in needs else None
     model = train(run, mask)
     record(run, mask, model)
     run.clock.lap("unlearn")
@@ -58,7 +65,7 @@ def edit(run: RunContext) -> Edited:
 
 def find_circuit(run: RunContext) -> Circuit:
     """``circuit.json``, made or read."""
-    settings, file = run.circuit_config, run.out / "circuit.json"
+    settings, file = run.config.circuit, run.out / "circuit.json"
     if run.missing(file):
         torch.manual_seed(run.config.seed)
         with enough_memory(
@@ -71,6 +78,7 @@ def find_circuit(run: RunContext) -> Circuit:
                 run.task.forget,
                 config=settings,
                 retain=run.task.retain,
+                seed=run.config.seed,
                 on_step=run.note,
             )
         found = replace(found, meta=replace(found.meta, provenance=run.provenance))
@@ -78,23 +86,32 @@ def find_circuit(run: RunContext) -> Circuit:
             found.save_graphml(run.out / "circuit.graphml")
             found.save(file)
         run.wait()
-    pairs = run.task.forget.sample(settings.pairs, settings.seed)
+    pairs = run.task.forget.sample(settings.pairs, run.config.seed)
     circuit = replace(Circuit.load(file), pairs=pairs)
     circuit.check_fits(run.model)
     run.clock.lap("discover")
     return circuit
 
 
-def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit) -> Mask:
+def make_mask(
+    config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit | None = None
+) -> Mask:
     """The mask of a circuit, with a run's settings; of ablations, one that ignores the circuit.
 
     Raises:
+        ConfigError: the method needs no mask, or a circuit that is not given.
         MaskError, CircuitError: see `circuit_mask`.
     """
-    if config.unlearn.method == "mansu-random-mask":
-        return random_mask(model, config.budget, config.seed, config.unlearn.survive)
-    if config.unlearn.method == "mansu-whole-model":
-        circuit = replace(circuit, edges=np.ones_like(circuit.edges))
+    method = config.unlearn
+    if not isinstance(method, Mansu):
+        raise ConfigError(f"{method.method} trains all weights: it has no mask.")
+    if isinstance(method, MansuRandomMask):
+        return random_mask(model, config.budget, config.seed, method.survive)
+    if isinstance(method, MansuWholeModel):
+        everything = np.ones_like(model.graph.exists)
+        circuit = Circuit(model.graph, np.zeros(everything.shape, np.float32), everything)
+    if circuit is None:
+        raise ConfigError(f"{method.method} needs a circuit: give one of discover(model, ...).")
     return circuit_mask(
         circuit,
         model,
@@ -105,7 +122,7 @@ def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circ
         damage_damping=config.damage_damping,
         retain_gradient_weight=config.retain_gradient_weight,
         frozen_layers=config.frozen_layers,
-        survive=config.unlearn.survive,
+        survive=method.survive,
         by_layer=config.by_layer,
         subject_rows=config.subject_rows,
     )
@@ -113,7 +130,6 @@ def make_mask(config: RunConfig, model: LanguageModel, task: Task, circuit: Circ
 
 def choose_parameters(run: RunContext, circuit: Circuit | None) -> Mask:
     """``mask.safetensors``, made or read."""
-    assert circuit is not None  # whoever needs a mask needs a circuit
     config, file = run.config, run.out / "mask.safetensors"
     if run.missing(file):
         run.note("choosing parameters", 0, 1)
@@ -138,21 +154,28 @@ def train(run: RunContext, mask: Mask | None) -> LanguageModel:
     config = run.config
     folder, checkpoint = run.out / "model", run.out / "unlearning.safetensors"
 
-    def on_step(done: int, total: int, losses: dict[str, float]) -> None:
-        stage = next((name for key, name in FINISH.items() if key in losses), "unlearning")
-        run.note(stage, done, total)
+    def on_step(done: int, total: int, record: StepRecord) -> None:
+        after = (name for key, name in FINISH.items() if getattr(record, key) is not None)
+        run.note(next(after, "unlearning"), done, total)
 
     if run.missing(folder):
         torch.manual_seed(config.seed)
-        settings = replace(config.unlearn, seed=config.seed)
         with enough_memory(
             "unlearning",
-            f"A smaller --unlearn.batch-size (now {settings.batch_size}) takes less, and "
+            f"A smaller --unlearn.batch-size (now {config.unlearn.batch_size}) takes less, and "
             "another --out with it, for it changes the result.",
         ):
-            result = unlearn(run.model, run.task, mask, settings, on_step, checkpoint)
+            result = unlearn(
+                run.model,
+                run.task,
+                mask,
+                config.unlearn,
+                seed=config.seed,
+                on_step=on_step,
+                resume=checkpoint,
+            )
         if run.writes:
-            write_json(run.out / "history.json", result.history)
+            write_json(run.out / "history.json", [step.to_json() for step in result.history])
             with atomic_folder(folder) as partial:
                 result.model.save(partial)
         run.wait()
@@ -169,7 +192,7 @@ def record(run: RunContext, mask: Mask | None, model: LanguageModel) -> None:
     file = run.out / "ledger.safetensors"
     if run.missing(file):
         if run.writes:
-            ledger = Ledger.of(run.model, model, run.config.unlearn.survive, mask)
+            ledger = Ledger.of(run.model, model, run.config.unlearn.promised or (QUANTIZER,), mask)
             replace(ledger, meta={**ledger.meta, "provenance": run.provenance}).save(file)
         run.wait()
     if Ledger.load(file).meta.get("edited_sha256") != model.sha256:

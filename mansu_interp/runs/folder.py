@@ -12,6 +12,7 @@ from ..errors import ArtifactError
 from ..models.provenance import differences
 from ..utils.distributed import rank
 from ..utils.files import expect, is_leftover, read_json, write_json
+from ..utils.renamed import renamed_setting
 from .config import RunConfig
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -21,9 +22,15 @@ def config_json(config: RunConfig) -> dict[str, Any]:
     """The settings as plain JSON values."""
     out = asdict(config)
     out["out"] = str(config.out)
-    out["unlearn"]["survive"] = list(config.unlearn.survive)
-    out["quantizers"] = list(config.quantizers)
-    return out
+    unlearn = out.pop("unlearn")
+    return _listed({**out, "method": config.unlearn.method, "unlearn": unlearn})
+
+
+def _listed(value: Any) -> Any:
+    """A nested dictionary with lists for tuples, as JSON has them."""
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def result_affecting(settings: Any) -> Any:
@@ -48,6 +55,11 @@ def check_folder(config: RunConfig) -> None:
     if not out.exists() or all(is_leftover(p) for p in out.iterdir()):
         return
     before = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    if old := renamed_setting(before):
+        raise ArtifactError(
+            f"{out} holds a run of an older version (in its config.json, {old}). Name another "
+            "--out."
+        )
     if result_affecting(before) != result_affecting(config_json(config)):
         raise ArtifactError(f"{out} already holds another run or other files. Name another --out.")
     if all((out / name).exists() for name in REPORTS):

@@ -41,6 +41,8 @@ from ..report.records import (
 )
 from ..tasks.load import reference_model
 from ..tasks.task import Task
+from ..unlearning.history import StepRecord
+from ..unlearning.methods import Mansu
 from ..utils.files import read_json
 from ..viz.view import View, changes_view
 from .command import command_line
@@ -108,7 +110,7 @@ def measure(run: RunContext, edited: Edited) -> Report:
 
 def deployed(run: RunContext) -> list[str]:
     """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
-    return list(dict.fromkeys((QUANTIZER, *run.config.unlearn.survive)))
+    return list(dict.fromkeys((QUANTIZER, *run.config.unlearn.promised)))
 
 
 def score(run: RunContext, models: Models) -> Scores:
@@ -126,7 +128,7 @@ def quantizer_rows(
 ) -> tuple[QuantizerRow, ...]:
     """What each quantizer makes of the edit; nf4 first."""
     names = dict.fromkeys((*deployed(run), *run.config.quantizers))
-    promised = run.config.unlearn.survive if "mask" in run.needs else ()
+    promised = run.config.unlearn.promised
     return tuple(
         quantizer_row(run.model, edited, get_quantizer(q), run.task, q in promised, scores)
         for q in names
@@ -187,7 +189,7 @@ def compare_graphs(
         run.model,
         {str(v): models[v] for v in (EDITED, quantized)},
         run.task.held_out.sample(CAD_PAIRS, run.config.seed),
-        config=run.circuit_config,
+        config=run.config.circuit,
         on_step=lambda name, d, n: run.note(f"attribution of {name}", d, n),
         reference=reference,
         on_scores=graphs.__setitem__,
@@ -263,7 +265,7 @@ def edit_facts(run: RunContext, edited: Edited) -> Edit:
         for name in (mask.indices if mask else model.weights)
     }
     total = sum(edits.values())
-    last = read_json(run.out / "history.json")[-1]
+    last = StepRecord.from_json(read_json(run.out / "history.json")[-1])
     return Edit(
         edited=total,
         embedding=edits.get(model.embedding_name, 0),
@@ -281,20 +283,21 @@ def edit_facts(run: RunContext, edited: Edited) -> Edit:
     )
 
 
-def final_margin(run: RunContext, last: dict[str, float]) -> FinalMargin | None:
+def final_margin(run: RunContext, last: StepRecord) -> FinalMargin | None:
     """From the last record of unlearning's history; None where it was not asked for."""
-    asked = run.config.unlearn.final_margin
-    if asked is None or "deepening" not in last:
+    method = run.config.unlearn
+    asked = method.final_margin if isinstance(method, Mansu) else None
+    if asked is None or last.final_margin_edits is None or last.above_target is None:
         return None
-    return FinalMargin(int(last["deepening"]), last["above"], asked)
+    return FinalMargin(int(last.final_margin_edits), last.above_target, asked)
 
 
-def quantization_margin(run: RunContext, last: dict[str, float]) -> QuantizationMargin | None:
+def quantization_margin(run: RunContext, last: StepRecord) -> QuantizationMargin | None:
     """From the last record of unlearning's history; None where it was not asked for."""
-    if "parting" not in last:
+    made, reached = last.quantization_margin_edits, last.quantization_margin_reached
+    if made is None or reached is None or not isinstance(run.config.unlearn, Mansu):
         return None
-    asked = run.config.unlearn.quantization_margin
-    return QuantizationMargin(int(last["parting"]), last["apart"], asked)
+    return QuantizationMargin(int(made), reached, run.config.unlearn.quantization_margin)
 
 
 def circuit_facts(circuit: Circuit) -> CircuitSummary:

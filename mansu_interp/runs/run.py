@@ -26,6 +26,7 @@ from ..report.card import model_card
 from ..report.records import Report
 from ..report.write import write_report
 from ..tasks.load import load_task
+from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
 from ..utils.files import locked, write_text
 from ..utils.memory import enough_memory
@@ -84,7 +85,8 @@ def run(
     if config.threads:
         torch.set_num_threads(config.threads)
     check_folder(config)
-    quantizer_set(config.unlearn.survive)
+    if isinstance(config.unlearn, Mansu):
+        quantizer_set(config.unlearn.survive)
     for name in config.quantizers:
         get_quantizer(name)
     model = load_model(config.model, config.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ArtifactError, TaskError
 from ..utils.files import expect, read_bytes, read_json
+from ..utils.renamed import renamed_key
 from ..utils.shipped import DATA, is_embedded
 from .rows import SUFFIXES
 
@@ -82,10 +83,16 @@ def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
         expect(spec, FILE_OVER_ROWS if over_rows else FILE, "the file")
     except ValueError as error:
         raise TaskError(f"The task file {path} is malformed: {error} (docs/tasks.md).") from error
+    if old := renamed_key(spec):
+        raise TaskError(
+            f"The task file {path} is of an older version: {old}, and its schema {SCHEMA}."
+        )
     if spec["schema"] != SCHEMA:
         raise TaskError(f"The task file {path} has schema {spec['schema']}; expected {SCHEMA}.")
     if foreign := [t for t in spec.get("reference_models", []) if not is_embedded(t)]:
-        raise TaskError(f"The task file {path}: the twin {foreign[0]!r} is no shipped model.")
+        raise TaskError(
+            f"The task file {path}: the reference model {foreign[0]!r} is no shipped model."
+        )
     return spec, path.parent
 
 
