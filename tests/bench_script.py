@@ -24,11 +24,13 @@ from mansu_interp.unlearning.training import Unlearned
 NAME = "model.layers.2.mlp.down_proj.weight"
 
 
-def fake_unlearn(model: Any, task: Any, mask: Any, config: Any, **_: Any) -> Unlearned:
+def fake_unlearn(
+    model: Any, task: Any, mask: Any, config: Any, *, seed: int = 0, **_: Any
+) -> Unlearned:
     """Adds seeded noise to one weight; graddiff's is so large that the model forgets everything."""
     out = model.copy()
     scale = config.lr * {"graddiff": 1e6, "ga": 1e2}[config.method]
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     out.weights[NAME] += scale * torch.randn(out.weights[NAME].shape, generator=generator)
     time.sleep(0.2)
     return Unlearned(out, [], 7)

@@ -27,13 +27,16 @@ from mansu_interp.bench.run import best_retained, run_bench
 from mansu_interp.bench.scoreboard import spread, write_scoreboard
 from mansu_interp.bench.trial import make_trial
 from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.cli.main import parse
 from mansu_interp.errors import ConfigError, MaskError
 from mansu_interp.evaluation.scores import Flips
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
+from mansu_interp.runs.defaults import default_config
 from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.methods import BASELINES, NPO
 from mansu_interp.utils.shipped import DATA
 
 SCRIPT = Path(__file__).with_name("bench_script.py")
@@ -65,11 +68,12 @@ def test_the_fair_stop(tries: list[dict[str, Any]], expected: tuple[int, bool]):
 FEW = ("npo", "sure", "original")
 
 
-def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: Path):
+def test_a_trial_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: Path):
     config = BenchConfig(out=tmp_path)
     trial = make_trial(config, facts, "capitals", "npo", 0, 0.3, 1.0)
-    assert trial.config.unlearn.lr == config.lr and trial.config.unlearn.stop_at == 0.3
-    assert trial.config.unlearn.retain_weight == 1.0
+    own = trial.config.unlearn
+    assert isinstance(own, NPO) and own.retain_weight == 1.0
+    assert own.lr == 1e-4 and own.stop_at == 0.3
     mansu = make_trial(config, facts, "capitals", "mansu", 0, 0.3, 3.0).config.unlearn
     assert mansu.lr == pytest.approx(3 * 0.06)  # of the task's own
     own = make_trial(config, facts, "countries", "mansu", 0, 0.3, 1.0).config.unlearn
@@ -88,7 +92,7 @@ def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: 
     assert make_trial(same, facts, "capitals", "npo", 0, 0.3, 1.0).key == trial.key
 
 
-def test_what_a_task_says_of_mansu_leaves_cells_of_baselines_valid(
+def test_what_a_task_says_of_mansu_leaves_trials_of_baselines_valid(
     facts: LanguageModel, tmp_path: Path
 ):
     """And of the original; its batch size and circuit concern them, too."""
@@ -101,13 +105,27 @@ def test_what_a_task_says_of_mansu_leaves_cells_of_baselines_valid(
         return [c.key for c in trials]
 
     usual = keys()
-    told = keys(damping=7.0, subject_rows=True, unlearn={"margin": 1.0, "lr": 0.5})
+    told = keys(damage_damping=7.0, subject_rows=True, unlearn={"training_margin": 1.0, "lr": 0.5})
     assert told[0] != usual[0] and told[1:] == usual[1:]
     for changed in (keys(unlearn={"batch_size": 8}), keys(circuit={"top": 9})):
         assert not set(changed) & set(usual)
 
 
-def test_a_new_setting_at_its_default_leaves_cells_valid():
+def test_run_and_bench_train_the_same_baseline(facts: LanguageModel, tmp_path: Path):
+    """At the same step size and steps the settings are equal, whatever the task says of MANSU."""
+    bench = BenchConfig(out=tmp_path, steps=40)
+    for task in ("capitals", "countries"):
+        for method in BASELINES:
+            trial = make_trial(bench, facts, task, method, 3, 0.3, 2.0)
+            words = f"run --task {task} --method {method} --unlearn.lr 2e-4 --unlearn.steps 40"
+            run = parse([*words.split(), "--unlearn.stop-at", "0.3", "--seed", "3"])
+            assert trial.config.unlearn == run.unlearn, (task, method)
+            assert trial.config.seed == run.seed
+        batch = default_config("facts", task).unlearn.batch_size
+        assert run.unlearn.batch_size == batch
+
+
+def test_a_new_setting_at_its_default_leaves_trials_valid():
     usual = {"a": 1, "nested": {"b": 2, "new": 0}, "other": 5}
     given = {"a": 9, "nested": {"b": 3, "new": 0}, "other": 5}
     assert trials._differences(given, usual) == {"a": 9, "nested": {"b": 3}}
@@ -118,7 +136,7 @@ def test_a_circuit_is_found_once_for_each_tokenizer(
 ):
     """One that was found on another tokenizer is no error in the midst of a benchmark."""
     shipped, found = Circuit.load(SHIPPED / "facts-capitals.json"), []
-    monkeypatch.setattr(trials, "discover", lambda *_: found.append(1) or shipped)
+    monkeypatch.setattr(trials, "discover", lambda *_, **__: found.append(1) or shipped)
     trial = make_trial(BenchConfig(out=tmp_path), facts, "capitals", "npo", 0, 0.3, 1.0)
     other = facts.copy()
     other.tokenizer = copy.deepcopy(facts.tokenizer)
@@ -186,7 +204,7 @@ def test_what_is_done_is_not_done_again(
     assert run_bench(bench_script.config(out, 1, 2)) == rows
 
 
-def test_cells_with_and_without_a_chance_of_top1_are_judged_by_the_originals(
+def test_trials_with_and_without_a_chance_of_top1_are_judged_by_the_originals(
     ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ):
     """A trial of an older version does not say what a guess would get."""
@@ -244,10 +262,10 @@ def test_a_checkpoint_that_is_gone_is_trained_again_and_nothing_measured_is_lost
 def test_a_failed_try_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fails(model: Any, task: Any, mask: Any, config: Any, **_: Any) -> Any:
+    def fails(model: Any, task: Any, mask: Any, config: Any, **given: Any) -> Any:
         if config.method == "ga":
             raise MaskError("nothing to edit.")
-        return bench_script.fake_unlearn(model, task, mask, config)
+        return bench_script.fake_unlearn(model, task, mask, config, **given)
 
     monkeypatch.setattr(trials, "unlearn", fails)
     rows = run_bench(bench_script.config(tmp_path, 1, 1, strengths=(1.0,)))
@@ -323,7 +341,7 @@ def test_spread_by_hand():
         ({"seeds": ()}, "seeds needs one or more different values"),
         ({"levels": (0.3, 0.3)}, "levels needs one or more different values"),
         ({"methods": ("magic",)}, "Unknown method 'magic'; available: mansu"),
-        ({"strengths": (0.0,)}, "strengths and lr must be positive"),
+        ({"strengths": (0.0,)}, r"strengths must be above 0; got \(0\.0,\)"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], text: str):

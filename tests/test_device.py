@@ -38,7 +38,7 @@ from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.runs.config import RunConfig
 from mansu_interp.runs.run import run
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import BASELINES, Method, UnlearnConfig
+from mansu_interp.unlearning.methods import BASELINES, Mansu, get_method
 from mansu_interp.unlearning.unlearn import unlearn
 
 SET = ("nf4", "q4_0", "int4-g32")
@@ -192,7 +192,7 @@ def test_quantized_by_the_library(facts: LanguageModel, there: LanguageModel):
     assert same_weights(quantize(facts, "nf4"), quantize(there, "nf4")) == 0
 
 
-SETTINGS = UnlearnConfig(
+SETTINGS = Mansu(
     steps=4,
     batch_size=8,
     survive=SET,
@@ -239,14 +239,12 @@ def test_bf16_and_the_other_loss(there: LanguageModel, task: Task, mask: Mask):
 
 
 @pytest.mark.parametrize("method", [*BASELINES, "mansu-no-floor", "mansu-no-projection"])
-def test_methods(
-    facts: LanguageModel, there: LanguageModel, task: Task, mask: Mask, method: Method
-):
-    settings = UnlearnConfig(method=method, steps=2, batch_size=8, lr=1e-4)
+def test_methods(facts: LanguageModel, there: LanguageModel, task: Task, mask: Mask, method: str):
+    settings = get_method(method)(steps=2, batch_size=8, lr=1e-4)
     wanted, found = (unlearn(m, task, mask, settings) for m in (facts, there))
     assert found.model.device == there.device
     for a, b in zip(wanted.history, found.history, strict=True):
-        assert b["forget"] == pytest.approx(a["forget"], rel=2e-2, abs=1e-3)
+        assert b.forget == pytest.approx(a.forget, rel=2e-2, abs=1e-3)
 
 
 def test_the_edit_travels(
@@ -274,12 +272,12 @@ def test_an_interrupted_loop_goes_on(
             raise KeyboardInterrupt
 
     for method in ("mansu", "ga"):
-        settings = UnlearnConfig(method=method, steps=3, batch_size=8)
-        place = tmp_path / f"{method}.safetensors"
+        settings = get_method(method)(steps=3, batch_size=8)
+        file = tmp_path / f"{method}.safetensors"
         whole = unlearn(there, task, mask, settings).model
         with pytest.raises(KeyboardInterrupt):
-            unlearn(there, task, mask, settings, stop, place)
-        again = unlearn(there, task, mask, settings, resume=place).model
+            unlearn(there, task, mask, settings, on_step=stop, resume=file)
+        again = unlearn(there, task, mask, settings, resume=file).model
         assert (
             max(float((w - again.weights[n]).abs().max()) for n, w in whole.weights.items()) < 1e-5
         )
@@ -315,7 +313,7 @@ def test_a_whole_run(device: str, tmp_path: Path):
         relearn_steps=0,
         quantizers=("int8",),
         circuit=CircuitConfig(pairs=8, ig_steps=1, faithfulness_pairs=8),
-        unlearn=UnlearnConfig(steps=2, batch_size=16),
+        unlearn=Mansu(steps=2, batch_size=16),
     )
     result = run(config)
     assert (tmp_path / "run" / "report.html").exists()

@@ -25,7 +25,7 @@ from mansu_interp.masks.select import random_mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.methods import Mansu, get_method
 from mansu_interp.unlearning.unlearn import unlearn
 from mansu_interp.utils.distributed import (
     first_says,
@@ -73,18 +73,13 @@ def edited(method: str) -> dict[str, Any]:
     """What a few steps of unlearning change in the embedded model, and its losses."""
     model = load_model("facts")
     task = load_task("capitals", model)
-    config = UnlearnConfig(
-        method=method,  # type: ignore[arg-type]
-        steps=2,
-        lr=EDITS[method],
-        batch_size=40,
-        adversarial_steps=1,
-        probe_weight=0.5,
-    )
+    kind = get_method(method)
+    more = {"adversarial_steps": 1, "probe_weight": 0.5} if issubclass(kind, Mansu) else {}
+    config = kind(steps=2, lr=EDITS[method], batch_size=40, **more)
     result = unlearn(model, task, random_mask(model, 0.001), config)
     return {
         "edit": (result.model.weights[FIRST] - model.weights[FIRST]).numpy(),
-        "losses": np.array([[v for v in record.values()] for record in result.history]),
+        "losses": np.array([[*record.to_json().values()] for record in result.history]),
     }
 
 

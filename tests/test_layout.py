@@ -29,7 +29,7 @@ from mansu_interp.models.stream import Stream
 from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.tasks.load import load_task
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.unlearning.unlearn import unlearn
 
 
@@ -97,7 +97,7 @@ def test_the_whole_path(family: str, tied: bool, folder: Any, tmp_path: Path):
     mask = circuit_mask(
         circuit, model, budget=0.01, retain=task.retain_sets, forget=task.forget, n_pairs=4
     )
-    result = unlearn(model, task, mask, UnlearnConfig(steps=2, batch_size=4, lr=0.3))
+    result = unlearn(model, task, mask, Mansu(steps=2, batch_size=4, lr=0.3))
     result.model.save(tmp_path / "model")
     edited = load_model(tmp_path / "model")
     row = survival(model, edited, NF4())

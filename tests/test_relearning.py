@@ -23,8 +23,8 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import UnlearnConfig
 from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning, ranking_loss
+from mansu_interp.unlearning.methods import Mansu
 
 QUICK = RelearnConfig(steps=(10,), rates=(1e-3,))
 
@@ -117,21 +117,19 @@ def test_ranking_loss_by_hand(facts: LanguageModel, capitals: Task):
 def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, capitals: Task):
     name = "model.layers.1.mlp.down_proj.weight"
     targets = CounterfactualTargets(facts, capitals.forget)
-    config = UnlearnConfig(adversarial_steps=3, batch_size=8, adversarial_lr=0.003)
+    config = Mansu(adversarial_steps=3, batch_size=8, adversarial_lr=0.003)
     before = facts.weights[name].clone()
     first, loss = AdversarialRelearning(capitals, config).gradient(facts, [name], targets)
     again, _ = AdversarialRelearning(capitals, config).gradient(facts, [name], targets)
-    other, _ = AdversarialRelearning(capitals, replace(config, seed=1)).gradient(
-        facts, [name], targets
-    )
+    other, _ = AdversarialRelearning(capitals, config, seed=1).gradient(facts, [name], targets)
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
     assert loss > 1  # the shipped model knows every capital
     assert torch.equal(before, facts.weights[name])
-    attacker = AdversarialRelearning(capitals, replace(config, seed=2))
-    attack = attacker.draw()
-    victim = attacker.attacked(facts, attack)
+    adversary = AdversarialRelearning(capitals, config, seed=2)
+    attack = adversary.draw()
+    copy = adversary.relearned(facts, attack)
     assert len({p.subject for p in attack.unseen}) == 89
-    assert not torch.equal(victim.weights[name], facts.weights[name])
+    assert not torch.equal(copy.weights[name], facts.weights[name])
 
 
 def test_the_attack_follows_the_precision(
@@ -141,18 +139,18 @@ def test_the_attack_follows_the_precision(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     name = "model.layers.1.mlp.down_proj.weight"
     targets = CounterfactualTargets(facts, capitals.forget)
-    config = UnlearnConfig(adversarial_steps=8, batch_size=16, adversarial_lr=0.003, seed=2)
+    config = Mansu(adversarial_steps=8, batch_size=16, adversarial_lr=0.003)
     low = replace(config, precision="bf16")
-    attack = AdversarialRelearning(capitals, config).draw()
+    attack = AdversarialRelearning(capitals, config, seed=2).draw()
     assert attack.steps > 1
     full, short = (
-        AdversarialRelearning(capitals, c).attacked(facts, attack) for c in (config, low)
+        AdversarialRelearning(capitals, c, seed=2).relearned(facts, attack) for c in (config, low)
     )
     moved = full.weights[name] - facts.weights[name]
     off = (short.weights[name] - full.weights[name]).norm() / moved.norm()
     assert 0 < off < 0.3
     one, two = (
-        AdversarialRelearning(capitals, c).gradient(facts, [name], targets)[0][0].flatten()
+        AdversarialRelearning(capitals, c, seed=2).gradient(facts, [name], targets)[0][0].flatten()
         for c in (config, low)
     )
     assert not torch.equal(one, two)

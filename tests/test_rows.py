@@ -25,7 +25,7 @@ from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.row_pairs import LETTERS, OPTIONS, RowOptions, task_from_rows
 from mansu_interp.tasks.rows import SHOWN, Row, parse_rows, read_rows
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.utils import hub
 from mansu_interp.utils.shipped import DATA
 
@@ -400,7 +400,7 @@ def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         out=tmp_path / "run",
         relearn_steps=1,
         circuit=CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4),
-        unlearn=UnlearnConfig(steps=4, lr=0.1, batch_size=8),
+        unlearn=Mansu(steps=4, lr=0.1, batch_size=8),
     )
     report = pipeline.run(config).report
     assert report["task"]["name"] == "mine" and report["task"]["dropped"]

@@ -27,11 +27,11 @@ from mansu_interp.runs.plan import Plan
 from mansu_interp.runs.run import RunResult, run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.utils.files import read_json
 
 CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
-UNLEARN = UnlearnConfig(steps=6, lr=0.1, batch_size=8)
+UNLEARN = Mansu(steps=6, lr=0.1, batch_size=8)
 FILES = {
     "config.json",
     "provenance.json",
@@ -237,23 +237,28 @@ def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_report_says_what_deepening_and_reserve_took_and_reached(tmp_path: Path):
+def test_the_report_says_what_the_margins_took_and_reached(tmp_path: Path):
     config = settings(tmp_path / "quantization_margin")
     unlearning = replace(
         config.unlearn, final_margin=0.1, quantization_margin=0.5, margin_budget=0.25
     )
     found = run(replace(config, relearn_steps=0, unlearn=unlearning))
     edit = found.report["edit"]
-    assert 0.45 <= edit["apart"] < 0.55 and 0 < edit["parting"] <= found.mask.limit / 8
-    assert 0 < edit["deepening"] <= found.mask.limit / 8
-    said = f"{int(edit['parting']):,} edits, {figure(edit['apart'], 2)} of 0.50 nats"
+    assert (
+        0.45 <= edit["quantization_margin_reached"] < 0.55
+        and 0 < edit["quantization_margin_edits"] <= found.mask.limit / 8
+    )
+    assert 0 < edit["final_margin_edits"] <= found.mask.limit / 8
+    reached = figure(edit["quantization_margin_reached"], 2)
+    said = f"{edit['quantization_margin_edits']:,} edits, {reached} of 0.50 nats"
     assert (
         f"| for the quantization_margin | {said} |"
         in (tmp_path / "quantization_margin/report.md").read_text()
     )
     summary = console_summary(found.report, 100)
     assert f"Reserve: {said}." in summary
-    said = f"{int(edit['deepening']):,} edits, {figure(edit['above'], 2)} nats above a target of"
+    above = figure(edit["above_target"], 2)
+    said = f"{edit['final_margin_edits']:,} edits, {above} nats above a target of"
     assert (
         f"| to final_margin it | {said} −0.10 |"
         in (tmp_path / "quantization_margin/report.md").read_text()

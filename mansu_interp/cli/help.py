@@ -47,7 +47,7 @@ def shortened(default: Any, shown: Collection[str], inside: str = "") -> Any:
     annotations: dict[str, Any] = {}
     values: dict[str, Any] = {}
     body: dict[str, Any] = {"__annotations__": annotations, "__module__": kind.__module__}
-    for item in (f for f in fields(kind) if f.init):
+    for item in fields(kind):
         name, value = f"{inside}{item.name}", getattr(default, item.name)
         nested = is_dataclass(value) and any(s.startswith(f"{name}.") for s in shown)
         if nested:

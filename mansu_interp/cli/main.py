@@ -167,9 +167,9 @@ def _start(argv: list[str]) -> RunCommand:
     early.add_argument("--task")
     early.add_argument("--method", default="mansu")
     known, _ = early.parse_known_args(argv)
-    robust = ROBUST_FLAG in argv
-    config = default_config(known.model, known.task, robust, method=known.method)
-    return RunCommand.of(config, robust)
+    return RunCommand.of(
+        default_config(known.model, known.task, ROBUST_FLAG in argv, method=known.method)
+    )
 
 
 def _commands(argv: list[str], brief: bool) -> Any:

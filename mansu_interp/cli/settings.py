@@ -25,10 +25,10 @@ class RunCommand(RunConfig):
     the usual ones may only hide. Options given beside it win."""
 
     @classmethod
-    def of(cls, config: RunConfig, robust: bool) -> RunCommand:
+    def of(cls, config: RunConfig) -> RunCommand:
         """The settings of a run as the command line shows them."""
         given = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
-        return cls(**given, method=config.unlearn.method, robust=robust)
+        return cls(**given, method=config.unlearn.method)
 
     def run_config(self) -> RunConfig:
         """The settings of a run alone."""

@@ -34,7 +34,7 @@ def _options(config: RunConfig, usual: RunConfig) -> list[str]:
     words: list[str] = []
 
     def add(prefix: str, given: Any, usual: Any) -> None:
-        for item in (f for f in fields(given) if f.init):
+        for item in fields(given):
             value, default = getattr(given, item.name), getattr(usual, item.name)
             name = f"{prefix}{item.name}".replace("_", "-")
             if is_dataclass(value):

@@ -47,7 +47,7 @@ def default_config(
     config = _task_config(model, task, robust)
     taken = ["batch_size"]
     if issubclass(kind, Mansu):
-        taken = [f.name for f in fields(kind) if f.init]
+        taken = [f.name for f in fields(kind) if f.name not in kind.lacks]
     return replace(config, unlearn=kind(**{n: getattr(config.unlearn, n) for n in taken}))
 
 

@@ -48,7 +48,8 @@ class StepRecord:
             raise ValueError(f"a step's record has an unknown {odd[0][:80]!r}")
         if "forget" not in found:
             raise ValueError("a step's record has no forget loss")
-        return cls(**{k: math.nan if v is None else v for k, v in found.items()})
+        given: dict[str, Any] = {k: math.nan if v is None else v for k, v in found.items()}
+        return cls(**given)
 
 
 History = list[StepRecord]

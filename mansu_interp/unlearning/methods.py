@@ -7,7 +7,7 @@ file each, in `baselines`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar, get_args
 
 from ..errors import ConfigError
@@ -144,6 +144,8 @@ class Mansu(MethodConfig):
 
     floored: ClassVar[bool] = True
     """Whether every edit leaves its quantizer cell."""
+    lacks: ClassVar[tuple[str, ...]] = ()
+    """Settings of MANSU that are always 0, in ablations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +162,11 @@ class Mansu(MethodConfig):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{name} must be {' or '.join(allowed)}; got {getattr(self, name)!r}."
+                )
+        for name in self.lacks:
+            if getattr(self, name) != 0:
+                raise ConfigError(
+                    f"{name} is always 0 in {self.method}; got {getattr(self, name)}. Leave it out."
                 )
         check_range(self, "adversarial_lr", above=0)
         check_range(self, "margin_budget", above=0, below=1)
@@ -193,8 +200,10 @@ class MansuWholeModel(Mansu):
 class MansuNoProjection(Mansu):
     """MANSU without the null-space projection: an ablation."""
 
-    projection: float = field(default=0.0, init=False)
+    projection: float = 0.0
     """Always 0."""
+
+    lacks: ClassVar[tuple[str, ...]] = ("projection",)
 
 
 @method("mansu-no-offsets", needs=("circuit", "mask", "references"))
@@ -202,8 +211,10 @@ class MansuNoProjection(Mansu):
 class MansuNoOffsets(Mansu):
     """MANSU whose quantized models all follow the shared latent weights: an ablation."""
 
-    offset_rate: float = field(default=0.0, init=False)
+    offset_rate: float = 0.0
     """Always 0."""
+
+    lacks: ClassVar[tuple[str, ...]] = ("offset_rate",)
 
 
 @method("mansu-no-floor", needs=("circuit", "mask", "references"))

@@ -100,12 +100,12 @@ class Sampler:
         self.queue: list[list[Pair]] = []
         self.phrasings = by_phrasing(task.forget.pairs)
         # [retain, retain_unscored] -> relation -> phrasing -> pairs
-        self.kept: list[list[list[list[Pair]]]] = []
+        self.retain_groups: list[list[list[list[Pair]]]] = []
         for pairs in task.retain_sets:
             groups: dict[str, list[Pair]] = {}
             for pair in pairs:
                 groups.setdefault(pair.relation, []).append(pair)
-            self.kept.append([by_phrasing(g) for g in groups.values()])
+            self.retain_groups.append([by_phrasing(g) for g in groups.values()])
 
     def _shuffled(self, phrasing: list[Pair]) -> list[list[Pair]]:
         return chunks(self.rng.sample(phrasing, len(phrasing)), min(CHUNK, self.size))
@@ -125,8 +125,8 @@ class Sampler:
         phrasing alike within each."""
         batch: list[list[Pair]] = []
         while sum(map(len, batch)) < self.size:
-            kept = self.kept[len(batch) % len(self.kept)]
-            phrasing = self.rng.choice(self.rng.choice(kept))
+            groups = self.retain_groups[len(batch) % len(self.retain_groups)]
+            phrasing = self.rng.choice(self.rng.choice(groups))
             batch.append(self.rng.choice(self._shuffled(phrasing)))
         return batch
 

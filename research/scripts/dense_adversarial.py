@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from make_zoo import redrawn
+from mansu_interp.unlearning.config import UnlearnConfig
 from torch import Tensor
 
 from mansu_interp.audit.config import RelearnConfig
@@ -27,7 +28,6 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair
-from mansu_interp.unlearning.config import UnlearnConfig
 from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning
 from mansu_interp.unlearning.training import Sampler, retain_loss, text_kl
 

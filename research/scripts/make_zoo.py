@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from mansu_interp.unlearning.config import UnlearnConfig
 from torch import Tensor
 from zoo_table import read_zoo, write_zoo
 
@@ -45,7 +46,6 @@ from mansu_interp.runs.plan import CAD_PAIRS
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair, collate
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import UnlearnConfig
 from mansu_interp.unlearning.training import Sampler, retain_loss
 from mansu_interp.unlearning.unlearn import unlearn
 

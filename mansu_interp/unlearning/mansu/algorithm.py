@@ -44,7 +44,7 @@ from ..training import (
 )
 from .adversarial import AdversarialRelearning
 from .latent_weights import LatentWeights, LatentWeightsWithoutFloor
-from .margins import PAIRS, ROUNDS, Margin, MarginEditor
+from .margins import PAIRS, ROUNDS, MarginEditor
 from .probe_penalty import ProbePenalty
 
 FISHER_PAIRS = 48
@@ -272,29 +272,39 @@ class _EditLoop:
     def reach_margins(self, history: History, on_step: OnStep | None) -> StepRecord:
         """Make margin edits within what the steps left of the budget; the last step's record, with
         what they came to."""
-        config, last = self.config, history[-1]
+        config, last, show = self.config, history[-1], on_step or (lambda *_: None)
         edited = last.edited or 0
         left = self.limit - edited
         forget, retain = (x.sample(PAIRS, self.seed) for x in (self.task.forget, self.retain))
         editor = MarginEditor(self.latent, forget, self.targets[0], retain)
 
-        def on_round(name: str, done: int, nats: float) -> None:
-            if on_step:
-                on_step(done, ROUNDS, replace(last, **{name: nats}))
-
-        def noted(name: str, edits: str, found: Margin) -> StepRecord:
-            total = (last.edited or 0) + found.edits
-            return replace(last, edited=total, **{name: found.reached, edits: found.edits})
-
         if config.final_margin is not None:
             most = left // 2 if config.quantization_margin else left
-            name = "above_target"
-            found = editor.reach_final_margin(config.final_margin, most, partial(on_round, name))
-            last, left = noted(name, "final_margin_edits", found), left - found.edits
-        if config.quantization_margin:
-            name = "quantization_margin_reached"
-            found = editor.reach_quantization_margin(
-                config.quantization_margin, left, partial(on_round, name)
+            found = editor.reach_final_margin(
+                config.final_margin,
+                most,
+                lambda done, nats: show(done, ROUNDS, replace(last, above_target=nats)),
             )
-            last = noted(name, "quantization_margin_edits", found)
+            left -= found.edits
+            edited += found.edits
+            last = replace(
+                last,
+                edited=edited,
+                above_target=found.reached,
+                final_margin_edits=found.edits,
+            )
+        if config.quantization_margin:
+            found = editor.reach_quantization_margin(
+                config.quantization_margin,
+                left,
+                lambda done, nats: show(
+                    done, ROUNDS, replace(last, quantization_margin_reached=nats)
+                ),
+            )
+            last = replace(
+                last,
+                edited=edited + found.edits,
+                quantization_margin_reached=found.reached,
+                quantization_margin_edits=found.edits,
+            )
         return last
