@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.errors import MansuError, TaskError
+from mansu_interp.evaluation.versions import ORIGINAL
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.runs import measure
 from mansu_interp.runs import run as pipeline
 from mansu_interp.runs.config import RunConfig
 from mansu_interp.tasks.load import load_task
@@ -392,7 +394,7 @@ def test_a_missing_split_says_what_to_do(facts: LanguageModel):
 
 
 def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pipeline, "CAD_PAIRS", 4)
+    monkeypatch.setattr(measure, "CAD_PAIRS", 4)
     bos = [{**r, "prompt": "<bos>" + r["prompt"]} for r in fact_rows()]
     path = write_jsonl(tmp_path / "mine.jsonl", bos)
     config = RunConfig(
@@ -403,7 +405,7 @@ def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         unlearn=Mansu(steps=4, lr=0.1, batch_size=8),
     )
     report = pipeline.run(config).report
-    assert report["task"]["name"] == "mine" and report["task"]["dropped"]
-    assert report["edit"]["edited"] == report["edit"]["survived"] > 0
-    first = report["scores"][0]
-    assert first["role"] == "forget" and first["models"]["original"]["choice"] > 0.9
+    assert report.task.name == "mine" and report.task.dropped
+    assert report.edit.edited == report.quantizers[0].survival.survived > 0
+    first = report.scores[0]
+    assert first.role == "forget" and first[ORIGINAL].choice > 0.9

@@ -7,6 +7,7 @@ model name can style or steer the terminal.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -27,7 +28,7 @@ from .values import DASH, count, measured, percent, status_of
 
 MIN_WIDTH = 20
 ROOMY = 60
-"""Columns from which on targets are shown."""
+"""Columns from which on targets and top-1 are shown."""
 STYLES = {"pass": "bold green", "fail": "bold red", "undecided": "bold yellow"}
 
 
@@ -54,10 +55,11 @@ def console_summary(report: Report, width: int, color: bool = False) -> str:
     title = _text(f"{top.title} ({top.subtitle})")
     console.print(Text.assemble((top.status.upper(), STYLES[top.status]), "  ", title), **_ONE_LINE)
     console.print(_text(_sum(report)))
-    console.print(_properties(report, narrow=console.width < ROOMY))
+    narrow = console.width < ROOMY
+    console.print(_properties(report, narrow))
     if report.scores:
-        console.print(_text("Mean scores, top-1 / choice among four:"))
-        console.print(_role_means(report))
+        console.print(_text(f"Mean scores, {'' if narrow else 'top-1 / '}choice among four:"))
+        console.print(_role_means(report, ("choice",) if narrow else METRICS))
     for line in _lines(report):
         console.print(line)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -101,21 +103,21 @@ def _shortened(text: str, most: int = 240) -> str:
     return text if len(text) <= most else text[: most - 2] + " …"
 
 
-def _role_means(report: Report) -> RenderableType:
+def _role_means(report: Report, metrics: Sequence[Metric]) -> RenderableType:
     """A row a model: scores averaged over all the facts of a role."""
+
+    def cell(role: str, version: ModelVersion) -> str:
+        rows = [e for e in report.scores if e.role == role]
+        return " / ".join(_mean(rows, version, metric) for metric in metrics)
+
     roles = [r for r in ROLES if any(e.role == r for e in report.scores)]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("", overflow="fold")
     for role in roles:
         table.add_column(role, justify="right", overflow="fold")
     for version in dict.fromkeys(v for e in report.scores for v in e.models):
-        cells = [_means([e for e in report.scores if e.role == role], version) for role in roles]
-        table.add_row(_text(str(version)), *map(Text, cells))
+        table.add_row(_text(str(version)), *(Text(cell(role, version)) for role in roles))
     return Padding(table, (0, 0, 0, 2))
-
-
-def _means(rows: list[ScoreRow], version: ModelVersion) -> str:
-    return " / ".join(_mean(rows, version, metric) for metric in METRICS)
 
 
 def _mean(rows: list[ScoreRow], version: ModelVersion, metric: Metric) -> str:
