@@ -11,6 +11,7 @@ import oracle
 import pytest
 import reference
 import torch
+from checked import wrong_type
 from conftest import make_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -368,6 +369,7 @@ def test_settings_out_of_range(settings: dict[str, int]):
         AttributionConfig(**settings)  # type: ignore[arg-type]
 
 
+@wrong_type
 def test_unknown_method():
     with pytest.raises(ConfigError, match="Unknown method 'atp' at 'corrupt'"):
         AttributionConfig(method="atp")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
+from checked import wrong_type
 from conftest import make_pairs
 
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
@@ -201,6 +202,7 @@ def test_retained_edges_lose_rank(tiny_model: TinyModel, pairs: PairSet):
     assert (other.scores == alone.scores).all()  # the scores stay the forget set's
 
 
+@wrong_type
 @pytest.mark.parametrize("name", ["forget", "retain"])
 def test_a_list_of_pairs_is_no_pair_set(tiny_model: TinyModel, pairs: PairSet, name: str):
     given: dict[str, Any] = {"forget": pairs, "retain": None, name: list(pairs)}

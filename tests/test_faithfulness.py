@@ -215,7 +215,7 @@ def test_minimal_edges_stops_within_the_tolerance():
     assert exact[0] <= loose[0] <= 1.3 * exact[0]
 
 
-@pytest.mark.parametrize("target", [0, -0.1, 1.01])
+@pytest.mark.parametrize("target", [0.0, -0.1, 1.01])
 def test_target_out_of_range(target: float):
     with pytest.raises(CircuitError, match=r"must lie in \(0, 1\]; got"):
         minimal_edges(GRAPH, ranked(), lambda e: 1.0, target=target)

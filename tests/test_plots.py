@@ -12,19 +12,19 @@ from mansu_interp.viz.plots import Axis, Dots, make_axis, scatter_svg, strip_svg
 
 
 def test_axis_positions():
-    assert Axis(0, 10, 100, 200, False).at(2.5) == 125
-    assert Axis(0, 10, 100, 200, False).at(99) == 200
-    assert Axis(0.01, 1, 100, 300, True).at(0.1) == pytest.approx(200)
-    up = Axis(0, 1, 250, 10, False)
-    assert up.at(0) == 250 and up.at(1) == 10
-    assert Axis(-0.05, 1.05, 0, 1, False).ticks() == [0.0, 0.5, 1.0]
-    assert Axis(0.01, 10, 0, 1, True).ticks() == pytest.approx([0.01, 0.1, 1, 10])
+    assert Axis(0.0, 10.0, 100.0, 200.0, False).at(2.5) == 125
+    assert Axis(0.0, 10.0, 100.0, 200.0, False).at(99.0) == 200
+    assert Axis(0.01, 1.0, 100.0, 300.0, True).at(0.1) == pytest.approx(200)
+    up = Axis(0.0, 1.0, 250.0, 10.0, False)
+    assert up.at(0.0) == 250 and up.at(1.0) == 10
+    assert Axis(-0.05, 1.05, 0.0, 1.0, False).ticks() == [0.0, 0.5, 1.0]
+    assert Axis(0.01, 10.0, 0.0, 1.0, True).ticks() == pytest.approx([0.01, 0.1, 1, 10])
 
 
 def test_axis_of_equal_or_missing_values():
-    flat = make_axis([3.0, 3.0], 0, 1, False)
+    flat = make_axis([3.0, 3.0], 0.0, 1.0, False)
     assert flat.low < 3 < flat.high
-    assert make_axis([0.0, -1.0], 0, 1, True).low == pytest.approx(0.1)
+    assert make_axis([0.0, -1.0], 0.0, 1.0, True).low == pytest.approx(0.1)
 
 
 def test_strip_has_a_mark_per_value_at_its_place():

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from checked import wrong_type
 
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.relearning import (
+    ERASED_LEVEL,
+    Point,
+    Relearning,
+    RelearningMeta,
     batches,
     halves,
+    is_erased,
     of_subjects,
     relearn,
     relearning_lines,
@@ -27,6 +34,34 @@ from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning, ran
 from mansu_interp.unlearning.methods import Mansu
 
 QUICK = RelearnConfig(steps=(10,), rates=(1e-3,))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "erased"),
+    [
+        (0.25, 0.25, True),
+        (ERASED_LEVEL, ERASED_LEVEL, True),
+        (ERASED_LEVEL + 1e-6, 0.0, False),
+        (0.0, ERASED_LEVEL + 1e-6, False),  # ranked last systematically: given away as well
+    ],
+)
+def test_erased_is_chance_and_a_tolerance_for_first_and_last(
+    first: float, last: float, erased: bool
+):
+    assert ERASED_LEVEL == pytest.approx(0.40)
+    assert is_erased(first, last) is erased
+    start, after = Point(0.1, 0, 0.0, 0.25, 0.3, 0.25), Point(0.1, 20, 0.0, first, 1.0, last)
+    found = Relearning([start, after], (9, 9))
+    assert found.erased is erased
+
+
+def test_what_was_found_comes_back_from_json():
+    config = RelearnConfig(steps=(5, 10), rates=(1e-3,), seed=2)
+    points = [Point(1e-3, 5, 0.1, 0.2, 0.3, 0.4), Point(1e-3, 10, 0.0, 0.5, 1.0, 0.25)]
+    found = Relearning(points, (7, 8), RelearningMeta("edited", "capitals", "dev", config))
+    values = json.loads(json.dumps(found.to_json()))
+    assert set(values["points"][0]) == {"rate", "steps", "top1", "choice", "half_a", "last"}
+    assert Relearning.from_json(values) == found
 
 
 def test_halves_are_disjoint_seeded_and_by_subject(capitals: Task):
@@ -93,7 +128,7 @@ def test_an_attack_learns_its_half(capitals: Task):
     [
         ({"steps": (20, 10)}, "steps must be positive and ascending"),
         ({"rates": ()}, "rates must be positive"),
-        ({"optimiser": "lion"}, "Unknown optimiser 'lion'"),
+        pytest.param({"optimiser": "lion"}, "Unknown optimiser 'lion'", marks=wrong_type),
     ],
 )
 def test_bad_settings(wrong: dict[str, object], message: str):

@@ -73,7 +73,7 @@ def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos 
     """What each stage reads (see `stages`); gradients flow."""
     out: list[Tensor] = []
 
-    def keep(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         out.append(args[0] if args else kwargs["hidden_states"])
 
     handles = [s.register_forward_pre_hook(keep, with_kwargs=True) for s in stages(model)]

@@ -9,8 +9,8 @@
 4. The worst learning rate counts. The facts are *erased* if neither share exceeds `ERASED_LEVEL`
    (`is_erased`). This is the only definition of the word in the package.
 
-Half A says nothing of half B, so a model that never knew has nothing to bring back: what returns on
-half B was still in the weights. The test is that of Deeb and Roger (2024, arXiv 2410.08827); steps,
+Half A tells nothing of half B, so a model that was never taught has nothing to bring back: what
+returns on half B was still in the weights. The test is that of Deeb and Roger (2024, arXiv 2410.08827); steps,
 rates, the share of last ranks and the level are ours.
 """
 

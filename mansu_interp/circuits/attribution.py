@@ -352,7 +352,12 @@ def attribute(
     for tensor in (sums.scores, ends, sums.by_position, *sums.neurons.values()):
         if tensor is not None:
             sum_over_processes(tensor)
-    n, exists = len(pairs), stream.graph.exists
+    return _mean(stream, sums, ends, len(pairs))
+
+
+def _mean(stream: Stream, sums: _Sums, ends: Float[Tensor, " 2"], n: int) -> Attribution:
+    """The sums over ``n`` pairs as means."""
+    exists = stream.graph.exists
     scores = (sums.scores / n).float().numpy() * exists
     if not np.isfinite(scores).all():
         raise CircuitError(
@@ -360,10 +365,10 @@ def attribute(
             "on these prompts."
         )
     return Attribution(
-        stream.graph,
-        scores,
-        float(ends[0]) / n,
-        float(ends[1]) / n,
-        None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
-        {k: (v / n).float().numpy() for k, v in sums.neurons.items()},
+        graph=stream.graph,
+        scores=scores,
+        clean=float(ends[0]) / n,
+        corrupt=float(ends[1]) / n,
+        by_position=None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
+        neurons={k: (v / n).float().numpy() for k, v in sums.neurons.items()},
     )

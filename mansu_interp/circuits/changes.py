@@ -28,8 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int8
-from numpy.typing import NDArray
+from jaxtyping import Float, Int8, Shaped
 
 from ..errors import CircuitError
 
@@ -63,7 +62,7 @@ class Changes:
         """How many there are of each class, without ``quiet``."""
         return {n: int((self.codes == k).sum()) for k, n in enumerate(CLASSES) if k}
 
-    def names(self) -> NDArray[np.str_]:
+    def names(self) -> Shaped[np.ndarray, ...]:
         """The classes as text."""
         return np.asarray(CLASSES)[self.codes]
 

@@ -63,7 +63,7 @@ FILE = {
     },
     "links": [{"source": str, "target": str, "score": float, "kind": str}],
 }
-"""What is checked of a file; what else it holds is left out."""
+"""What is checked of a file; what else is in it is left out."""
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,9 @@ def discover(
         CircuitError: a model that cannot be attributed, or settings out of range.
     """
     config, model = config or CircuitConfig(), as_model(model)
-    for name, pairs in (("forget", forget), ("retain", retain)):
-        if not (isinstance(pairs, PairSet) or (name == "retain" and pairs is None)):
-            raise CircuitError(
-                f"{name} must be a PairSet (task.{name}, or one of your own); got "
-                f"{type(pairs).__name__}."
-            )
+    _check_pairs("forget", forget)
+    if retain is not None:
+        _check_pairs("retain", retain)
     note = on_step or (lambda *_: None)
     chosen = forget.sample(config.pairs, seed)
     found = attribute(
@@ -103,6 +100,14 @@ def discover(
         metric_corrupt=found.corrupt,
     )
     return Circuit(found.graph, found.scores, edges, meta, chosen)
+
+
+def _check_pairs(name: str, pairs: object) -> None:
+    if not isinstance(pairs, PairSet):
+        raise CircuitError(
+            f"{name} must be a PairSet (task.{name}, or one of your own); got "
+            f"{type(pairs).__name__}."
+        )
 
 
 def _select(

@@ -82,7 +82,7 @@ def minimal_edges(
 
     def reaches(n: int) -> bool:
         curve[n] = faithfulness(strongest(graph, scores, n))
-        return curve[n] >= target
+        return bool(curve[n] >= target)
 
     low, high = 0, min(graph.n_edges, max(16, graph.n_edges // 256))
     while not reaches(high) and high < graph.n_edges:

@@ -72,8 +72,8 @@ function make(tag, props = {}, ...children) {
 }
 
 function table(rows) {
-  const cell = (tag) => (text) => make(tag, { text });
-  return make("table", {}, ...rows.map((r, i) => make("tr", {}, ...r.map(cell(i ? "td" : "th")))));
+  const entry = (tag) => (text) => make(tag, { text });
+  return make("table", {}, ...rows.map((r, i) => make("tr", {}, ...r.map(entry(i ? "td" : "th")))));
 }
 
 // The four Bezier points of an edge: the same rule as `curve` in layout.py (a test compares them).
@@ -345,8 +345,8 @@ class GraphView {
     this.slider.value = Math.round(1000 * (1 - Math.log(Math.max(this.threshold, this.low) / this.largest) / span));
     this.thresholdOut.textContent = short(this.threshold);
     if (document.activeElement !== this.topInput) this.topInput.value = k;
-    const held = this.order.length < d.total ? ` in this view, ${count(d.total)} in all` : "";
-    this.countOut.textContent = `${count(this.drawn.length)} of ${count(this.order.length)} edges${held}`;
+    const more = this.order.length < d.total ? ` in this view, ${count(d.total)} in all` : "";
+    this.countOut.textContent = `${count(this.drawn.length)} of ${count(this.order.length)} edges${more}`;
     if (this.selectedEdge.length && !this.edgeIndex(this.selectedEdge)) this.selectedEdge = [];
     this.showDetail();
     this.draw();

@@ -1,7 +1,7 @@
-"""Where everything in a drawing of a circuit goes. Pure arithmetic; knows nothing of SVG.
+"""Where everything in a drawing of a circuit goes. Pure arithmetic, without SVG.
 
 Computation flows upward: the input at the bottom, one row per layer, the logits at the top. A row
-holds its heads side by side and the MLP at their right, raised by half a row because it reads what
+has its heads side by side and the MLP at their right, raised by half a row because it reads what
 the heads have written. Where query heads share keys and values, a thin bar under each group stands
 for the shared reader (``a3.kv1``); everywhere else a head is one box for its q, k, v and output.
 
@@ -86,6 +86,18 @@ def _clamp(value: float, low: float, high: float) -> float:
     return max(low, min(high, value))
 
 
+def _box(
+    id: str,
+    kind: str,
+    centre: tuple[float, float],
+    size: tuple[float, float],
+    label: str | None = None,
+) -> Box:
+    """A box around a point; its label is its kind unless another is given."""
+    (x, y), (width, height) = centre, size
+    return Box(id, kind, kind if label is None else label, x=x, y=y, width=width, height=height)
+
+
 def place(architecture: Architecture) -> Layout:
     """Boxes for every head, MLP, shared key/value reader, the input and the logits."""
     a = architecture
@@ -103,18 +115,18 @@ def place(architecture: Architecture) -> Layout:
     rows = tuple(first + pitch * (a.n_layers - 1 - layer) for layer in range(a.n_layers))
     input_y = rows[0] + 0.9 * pitch
 
-    boxes = [Box("input", "input", "input", end_x, input_y, end_width, 24.0)]
+    boxes = [_box("input", "input", (end_x, input_y), (end_width, 24.0))]
     group = a.n_heads // a.n_kv_heads
     for layer, y in enumerate(rows):
         for h in range(a.n_heads):
             x = LEFT + column * (h + 0.5)
-            boxes.append(Box(f"a{layer}.h{h}", "head", f"h{h}", x, y, column * 0.72, tall))
+            boxes.append(_box(f"a{layer}.h{h}", "head", (x, y), (column * 0.72, tall), f"h{h}"))
         for h in range(a.n_kv_heads if group > 1 else 0):
             x = LEFT + column * group * (h + 0.5)
-            span = column * (group - 0.28)
-            boxes.append(Box(f"a{layer}.kv{h}", "kv", "", x, y + tall / 2 + 5, span, 4.0))
-        boxes.append(Box(f"m{layer}", "mlp", "mlp", mlp_x, y - raised, _MLP_WIDTH, tall))
-    boxes.append(Box("logits", "logits", "logits", end_x, logits_y, end_width, 24.0))
+            size = column * (group - 0.28), 4.0
+            boxes.append(_box(f"a{layer}.kv{h}", "kv", (x, y + tall / 2 + 5), size, ""))
+        boxes.append(_box(f"m{layer}", "mlp", (mlp_x, y - raised), (_MLP_WIDTH, tall)))
+    boxes.append(_box("logits", "logits", (end_x, logits_y), (end_width, 24.0)))
     height = input_y + 12 + BOTTOM
     return Layout(width, height, pitch, column, {b.id: b for b in boxes}, rows)
 

@@ -50,18 +50,18 @@ class Axis:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.log10(self.high) + 1e-9
             return [10.0**k for k in range(first, math.floor(last) + 1)]
         rough = (self.high - self.low) / 4
-        unit = 10 ** math.floor(math.log10(rough))
+        unit = 10.0 ** math.floor(math.log10(rough))
         step = next(f * unit for f in (1, 2, 5, 10) if f * unit >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
 def make_axis(values: Sequence[float], start: float, end: float, log: bool) -> Axis:
-    """An axis that holds all values; a logarithmic one leaves out those that are not positive."""
+    """An axis for all values; a logarithmic one leaves out those that are not positive."""
     shown = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.1, 1.0]
     low, high = min(shown), max(shown)
     if log:
-        low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
+        low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
         return Axis(low, high if high > low else low * 10, start, end, True)
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
     return Axis(low - pad, high + pad, start, end, False)

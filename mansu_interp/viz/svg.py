@@ -45,7 +45,7 @@ def escape(text: object) -> str:
 def _style(theme: str | None = None) -> str:
     """The style sheet; every rule is scoped, because inline SVG shares the page's styles.
 
-    With a ``theme`` (light, dark) the colours are written out, for programs that know no variables.
+    With a ``theme`` (light, dark) the colours are written out, for programs without variables.
     """
     light = {"paper": "#fff", "ink": "#1d2329", "soft": "#5c6670", "faint": "#dfe3e7"}
     dark = {"paper": "#15191d", "ink": "#e8ebee", "soft": "#a3adb7", "faint": "#2c333a"}

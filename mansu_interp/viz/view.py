@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -39,6 +39,7 @@ TOP = 200
 """Edges drawn at first; more are a hairball."""
 
 
+@runtime_checkable
 class Verdict(Protocol):
     """What is shown of `audit.cad.CAD`."""
 
