@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable
 from functools import lru_cache
 
+import checked  # noqa: F401  # before the package is imported
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -107,5 +107,5 @@ def test_a_task_reads_nothing_outside_its_folder(tmp_path: Path):
         with pytest.raises(TaskError, match=r"without a path|neither beside"):
             data_file(inside, "facts", name)
     (inside / "t.json").write_text(json.dumps({**fuzz.TASK, "reference_models": ["owner/model"]}))
-    with pytest.raises(TaskError, match="the twin 'owner/model' is no shipped model"):
+    with pytest.raises(TaskError, match="the reference model 'owner/model' is no shipped"):
         read_task_file(inside / "t.json")

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..errors import CircuitError
-from ..models.hooked import AnyModel, as_model
+from ..models.hooked import AnyModel, HookedModel, as_model
+from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
 from .ablation import Ablation
@@ -86,7 +87,7 @@ def discover(
 
 
 def _select(
-    model: AnyModel,
+    model: LanguageModel | HookedModel,
     pairs: PairSet,
     config: CircuitConfig,
     ranking: Float[np.ndarray, "w r"],

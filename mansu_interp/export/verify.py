@@ -12,7 +12,7 @@ from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..quantizers.survival import Survival, survival
 from ..utils.tensors import tensors_sha256
-from .ledger import Ledger, _coded_names, changed_elements, check_same_shape
+from .ledger import Ledger, changed_elements, check_same_shape, coded_names
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def verify(
     names = list(survive) or (ledger.meta.get("survive") if ledger else None) or ["nf4"]
     survivors = quantizer_set(names)
     rows = {q.name: survival(original, edited, q) for q in survivors}
-    moved, coded = changed_elements(original, edited), _coded_names(original)
+    moved, coded = changed_elements(original, edited), coded_names(original)
     embedding = {}
     if moved[original.embedding_name]:
         embedding = {q.name: survival(original, edited, q, embedding=True) for q in survivors}

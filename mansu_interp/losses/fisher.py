@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import rank, sum_over_processes, world_size
-from .gradients import Weights, _gradient_here, gradient
+from .gradients import Weights, gradient, local_gradient
 
 
 def fisher_diagonal(
@@ -46,12 +47,12 @@ def fisher_diagonal(
         label = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
         return -logp.gather(1, label).sum()
 
-    vocabulary = len(model.hf.get_output_embeddings().weight)
+    vocabulary = len(output_embeddings(model.hf).get_parameter("weight"))
     for k, batch in enumerate(pairs.batches(batch_size, model.device)):
         if k % world_size() != rank():  # another's: draw as many random numbers as its labels take
             torch.multinomial(torch.ones(len(batch), vocabulary), 1, generator=generator)
             continue
-        found = _gradient_here(model, names, [lambda b=batch: nll(b)])
+        found = local_gradient(model, names, [lambda b=batch: nll(b)])
         for name, g in zip(names, found, strict=True):
             total[name].addcmul_(g, g)
     return {n: sum_over_processes(t) / len(pairs) for n, t in total.items()}

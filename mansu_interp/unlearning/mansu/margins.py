@@ -192,12 +192,12 @@ class MarginEditor:
             some = candidate_edits(
                 x.floor[i],
                 [g[i] for g in x.grids if g],
-                [q[i] for q in x.quantized],
-                x.original[i],
-                slope[i],
-                kept[i],
-                DAMPING * share / (DAMPING * share + 1 - share),
-                together,
+                quantized=[q[i] for q in x.quantized],
+                original=x.original[i],
+                slope=slope[i],
+                retained=kept[i],
+                weight=DAMPING * share / (DAMPING * share + 1 - share),
+                together=together,
             )
             found = choose_edits(some, wanted, most)
             now[i[found.elements]] = found.values
