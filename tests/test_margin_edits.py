@@ -237,7 +237,7 @@ def test_deepened_answers_are_where_they_were_asked_for(
     weights: list[Tensor] = []
     monkeypatch.setattr(MarginEditor, "_edit", lambda _, lacks, *rest: weights.append(lacks) or 0)
     finish.reach_final_margin(margin + 0.2, 2000)
-    above = answer_excess(latent.model) + margin + 0.2
+    above = excess_of(latent.model) + margin + 0.2
     assert (above < 0).any()
     assert torch.allclose(weights[0], above.clamp_min(0), atol=1e-4)
 

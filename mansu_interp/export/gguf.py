@@ -1,7 +1,7 @@
 """A checkpoint as one GGUF file, written with llama.cpp's own ``gguf`` package.
 
 Tensor names, file layout and the F16, Q8_0 and Q4_0 blocks are that package's. What it does not
-know is done here: the hyper-parameters of Llama-shaped models, the row order that llama.cpp wants
+know is done here: the hyper-parameters of Llama-shaped models, the row order that llama.cpp expects
 of Llama's q and k, and byte-level BPE tokenizers. Groups of 32 run along a row, so the blocks are
 those of the quantizers ``q8_0`` and ``q4_0``. Norms and biases stay float32; with q4_0 embedding
 and unembedding are written as Q8_0 (finer than any cell that an edit leaves).

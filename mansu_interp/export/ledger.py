@@ -144,7 +144,7 @@ class Ledger:
 
 
 def _check_part(key: str, value: Tensor, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless a tensor of a ledger is as the module's text says."""
+    """Raise ValueError unless a tensor of a ledger is as described in the module."""
     name, _, part = key.rpartition("|")
     index = tensors.get(f"{name}|index")
     if index is None or index.ndim != 1 or index.dtype != torch.int32:
@@ -187,10 +187,10 @@ def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
         ArtifactError: another original, a ledger that does not fit it, or another outcome than it
             promises.
     """
-    said = ledger.meta.get("original_weights_sha256")
-    if not said:
+    recorded = ledger.meta.get("original_weights_sha256")
+    if not recorded:
         raise ArtifactError("The ledger lacks the hash of its original: make a new one (delta).")
-    if said != weights_sha256(original):
+    if recorded != weights_sha256(original):
         raise ArtifactError(
             f"The ledger belongs to another original than {original.name}: its weights differ."
         )

@@ -1,4 +1,4 @@
-"""Keeping what must be kept: the diagonal Fisher and the projection.
+"""What an edit may not change: the diagonal Fisher and the null-space projection.
 
 With F the diagonal Fisher of the retain set, a direction g becomes lambda / (lambda + F_i) g_i
 inside the mask and 0 elsewhere: the null space of diag(F) as lambda -> 0 (ours, after
@@ -77,7 +77,7 @@ class RetainBound:
     """The second-order estimate of what an edit d costs on retained answers, in nats per answer.
 
     dL <= |g_r . d| + 1/2 sum_i F_i d_i^2. Off-diagonal curvature and higher orders are what it
-    leaves out, so it bounds nothing by itself: ``remainder`` says what they came to.
+    leaves out, so it bounds nothing by itself: ``remainder`` tells what they came to.
     """
 
     first: float

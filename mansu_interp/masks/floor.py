@@ -1,12 +1,12 @@
 """The magnitude floor for a set of quantizers (ours, after the idea of arXiv 2605.15138).
 
 An edited weight must leave its cell in every quantizer of the set, and change no group's scale in
-any of them. Upwards its new value therefore is at least the farthest of the next levels above, which
-is beyond its own cell by half a cell of the coarsest quantizer and by more of the others; downwards
-likewise. For one quantizer that is the neighbouring level, which the quantized model has too. A
-weight whose wanted value is farther away is rounded to a level of the quantizer whose cells are
-widest there: that one would change the edit most, and now does not; the others change it by half a
-finer cell at most. In a run with several quantizers `rounding` chooses anew among the levels of all.
+any of them. Upwards its new value is therefore at least the farthest of the next levels above,
+which is beyond its own cell by half a cell of the coarsest quantizer and by more of the others;
+downwards likewise. For one quantizer that is the neighbouring level, which the quantized model has
+too. A weight whose wanted value is farther away is rounded to a level of the quantizer whose cells
+are widest there: that one would change the edit most, and now does not; the others change it by
+half a finer cell at most. With several quantizers `rounding` chooses anew among the levels of all.
 
 Every condition is checked on the values as the checkpoint stores them, and again with original and
 edit both rounded to bfloat16 and to float16: the guarantee also holds between the two checkpoints
@@ -31,7 +31,7 @@ Set = Sequence[Quantizer | str] | Quantizer | str
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes that a checkpoint may be saved in later."""
 ROUNDING = 2.0**-7
-"""Share of a group's extreme that an edit keeps below it: four times what bfloat16 rounds."""
+"""Share of a group's extreme by which an edit stays below it: four times what bfloat16 rounds."""
 
 WHOLE = ("own", "dtype")
 """Fields of `Floor` that are not one tensor over the elements."""
@@ -117,8 +117,8 @@ class Floor:
         both = list(zip(self.own, codes, strict=True))
         widths = torch.stack([g.edge(c) - g.edge(c - 1) for g, c in both])
         levels = torch.stack([g.value(c) for g, c in both])
-        apart = (levels - wanted).abs()  # of equally wide cells the nearer level
-        chosen = torch.where(widths == widths.amax(0), apart, torch.inf).argmin(0)
+        distance = (levels - wanted).abs()  # of equally wide cells the nearer level
+        chosen = torch.where(widths == widths.amax(0), distance, torch.inf).argmin(0)
         level = levels.gather(0, chosen[None])[0].to(self.dtype).float()
         above, below = wanted > self.leave_up, wanted < self.leave_down
         value = torch.where(above, self.up, self.down)

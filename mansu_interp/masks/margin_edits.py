@@ -1,4 +1,4 @@
-"""Margin edits: edits that lower a quantity in the quantized models more than at full precision (ours).
+"""Margin edits: what lowers a quantity in quantized models beyond full precision (ours).
 
 Of an edit d = v - o a quantizer makes Q(v) - Q(o): up to half a cell more or less, and where v and
 o are chosen for it, in every quantizer of a set alike. With g the slope of a quantity at full
@@ -7,8 +7,8 @@ measured from full precision: the quantization margin. Upwards and downwards in 
 g . d = 0, the edits leave full precision where it is. What quantized models lose of a quantity that
 is to be retained, with the slope k, is the sum of k . (d - (Q(v) - Q(o))): edits that take as much
 from it as they give leave it where it is in them. Of all weights that nobody edited yet those are
-taken whose worst-off quantizer gains most, until the sum of these gains, that is a first-order bound
-for every quantizer, reaches what is wanted.
+taken whose worst-off quantizer gains most, until the sum of these gains, a first-order bound for
+every quantizer, reaches what is wanted.
 
 The same choice, of what falls in full precision and in every quantizer alike, takes all of them
 down together: the final margin.
@@ -117,9 +117,9 @@ def choose_edits(some: CandidateEdits, wanted: float, most: int) -> MarginEdits:
     """As few edits as give a gain, or as many as may be, that leave full precision where it is and
     take nothing from what is to be retained.
 
-    1. Of all candidates keep the `POOL` x ``most`` elements of largest gain.
-    2. A unit of shift and a unit of loss each cost a multiplier; an element's worth is its gain less
-       both costs. The edits of most worth are taken until their gains reach ``wanted``.
+    1. Take the `POOL` x ``most`` elements of largest gain.
+    2. A unit of shift and a unit of loss each cost a multiplier; the worth of an edit is its gain
+       less both costs. The edits of most worth are taken until their gains reach ``wanted``.
     3. In `SWEEPS` rounds bisect the multiplier of the loss, then that of the shift, until what it
        prices sums to 0.
     4. Take the edits at the multipliers found.
@@ -144,7 +144,7 @@ def choose_edits(some: CandidateEdits, wanted: float, most: int) -> MarginEdits:
 
 
 def bisect(over: Callable[[float], float], low: float, high: float) -> float:
-    """The multiplier at which something that falls with it comes to 0; ``low`` if it is less there."""
+    """The multiplier at which what falls with it comes to 0; ``low`` if it is less there."""
     if over(low) <= 0:
         return low
     for _ in range(HALVINGS):

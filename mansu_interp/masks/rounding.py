@@ -1,6 +1,6 @@
-"""Joint rounding: edits to values with which every quantizer of a set keeps all of the edit (ours).
+"""Joint rounding: values with which all of an edit is left in every quantized model (ours).
 
-A quantizer makes Q(v) - Q(o) of an edit d = v - o. Any one edit it may shorten or lengthen by half
+A quantizer makes Q(v) - Q(o) of an edit d = v - o. It may shorten or lengthen a single edit by half
 a cell; what counts is the sum: kept = <Q(v) - Q(o), d> / <d, d> over all edits, 1 if the quantized
 model moves as far as the edited one. Answers lie many nats above their rivals before unlearning and
 level with them after, so that one percent of the edit is a tenth of a nat of the knowledge. Between
@@ -42,7 +42,7 @@ class Candidates:
     distance: Float[Tensor, "options n"]
     """Squared, from what was wanted; with offsets also that of the quantized models' values."""
     surplus: Float[Tensor, "options quantizers n"]
-    """(Q(v) - Q(o) - d) d: what each quantizer adds to the edit, along the edit; less its offset."""
+    """(Q(v) - Q(o) - d) d: what each quantizer adds to the edit, along it; less its offset."""
     power: Float[Tensor, "options n"]
     """d squared."""
 
@@ -124,8 +124,8 @@ def _values_around(
 
 
 def joint_rounding(some: Sequence[Candidates]) -> list[Float[Tensor, " _n"]]:
-    """Values for all elements together, such that every quantizer keeps as nearly all of the edit
-    as their options allow; the same options give the same values.
+    """Values for all elements together, such that as nearly all of the edit is left in every
+    quantized model as their options allow; the same options give the same values.
 
     1. Start with multipliers of 0, one per quantizer.
     2. Each element takes its cheapest option: squared distance plus multipliers times surplus.

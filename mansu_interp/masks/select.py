@@ -1,7 +1,8 @@
 """From a circuit to a mask: which single parameters may be edited (ours).
 
 1. Components of the circuit name regions of weights (`components`).
-2. Two gradients (of the forget loss, and of retained answers) and a diagonal Fisher are taken there.
+2. Two gradients (of the forget loss, and of retained answers) and a diagonal Fisher are taken
+   there.
 3. Each parameter's gain and damage are those of the step that the magnitude floor will impose: one
    whole quantizer cell against the forget gradient.
 4. The best gain per damage fills the pool of candidates.
@@ -156,7 +157,7 @@ def choose_parameters(
         retain_gradient: gradient of the loss of retained answers; None counts as 0.
         survive: the set of quantizers whose cells define the step.
         retain_gradient_weight: weight of the retain gradient.
-        damage_damping: keeps weights of no measured damage from winning on no gain.
+        damage_damping: so that weights of no measured damage do not win on no gain.
         besides: flat positions in other weights that are candidates whatever their score.
 
     Raises:

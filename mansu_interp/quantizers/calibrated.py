@@ -32,7 +32,7 @@ ROW = 64
 ROWS = 128
 MIDDLE = 8
 """Code of the value 0."""
-KEPT = 2
+REMEMBERED = 2
 """Models whose calibration is remembered: scoring and comparing a pair asks for each twice."""
 _FITTED: dict[tuple[str, str, tuple[int, ...]], dict[str, Quantizer]] = {}
 
@@ -43,7 +43,7 @@ class Fitted(Quantizer):
 
     restored: Float[Tensor, "out in"]
     found: Cells | None = None
-    """None: kept in full precision, but scaled."""
+    """None: left in full precision, but scaled."""
     promises: bool = False
 
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
@@ -95,7 +95,7 @@ class Calibrated(Quantizer):
             )
         key = (self.name, tensors_sha256(model.weights), tuple(tokens))
         if key not in _FITTED:
-            while len(_FITTED) >= KEPT:
+            while len(_FITTED) >= REMEMBERED:
                 del _FITTED[next(iter(_FITTED))]
             _FITTED[key] = _fit(self, model, tuple(tokens))
         return dict(_FITTED[key])

@@ -54,7 +54,7 @@ class Survival:
     update_over_bin: float | None = None
     """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels)."""
     projection: float | None = None
-    """<dQ, d> / <d, d>: the share of the edit that the quantized model keeps, 1 = all."""
+    """<dQ, d> / <d, d>: the share of the edit that is left in the quantized model, 1 = all."""
     noise_over_signal: float | None = None
     """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 
@@ -73,7 +73,7 @@ def survival(
     """
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     edited = survived = collateral = intended = 0
-    update = bins = kept = noise = 0.0
+    update = bins = along = noise = 0.0
     if embedding:
         names = [before.embedding_name]
         layers = [{n: quantizer for n in names if quantizer.touches(before.weights[n])}] * 2
@@ -96,7 +96,7 @@ def survival(
         dq = (second.round_trip(b) - first.round_trip(a)).flatten()[moved].double()
         update += float(d @ d)
         bins += float(cells_a.width[moved].double().square().sum())
-        kept += float(dq @ d)
+        along += float(dq @ d)
         intended += int((dq * d > 0).sum())
         noise += float((dq - d).square().sum())
     if quantizer.rescales:
@@ -117,6 +117,6 @@ def survival(
         collateral,
         intended=intended,
         update_over_bin=(update / bins) ** 0.5,
-        projection=kept / update,
+        projection=along / update,
         noise_over_signal=(noise / update) ** 0.5,
     )

@@ -2,9 +2,9 @@
 
 A `Pair` is a clean prompt, a corrupt prompt of equal token length, the answer, the counterfactual
 answer and distractors for a choice. Answers of one token are plain numbers. Longer ones are also
-held whole in `WholeAnswers`: accuracy and the answers' losses take all their tokens, log p(answer) =
-sum over them; attribution, whose metrics read one position, takes the *deciding token*, the first in
-which answer and counterfactual differ, with what they share appended to both prompts.
+held whole in `WholeAnswers`: accuracy and the answers' losses take all their tokens, log p(answer)
+= sum over them; attribution, whose metrics read one position, takes the *deciding token*, the first
+in which answer and counterfactual differ, with what they share appended to both prompts.
 """
 
 from __future__ import annotations

@@ -265,8 +265,9 @@ def records(source: str | Path | Iterable[object]) -> Iterator[Numbered]:
     """
     if isinstance(source, (str, Path)):
         return _from_name(str(source))
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        return iter(enumerate(getattr(source, "to_dict")("records"), 1))  # noqa: B009
+    to_records = getattr(source, "to_dict", None)
+    if to_records is not None and hasattr(source, "columns"):
+        return iter(enumerate(to_records("records"), 1))
     return iter(enumerate(source, 1))
 
 
