@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import os
 import random
@@ -26,9 +27,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mansu_interp.errors import MansuError
+
+if TYPE_CHECKING:
+    from mansu_interp.models.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE: list[Any] = [
@@ -227,13 +231,19 @@ class _Tokenizer:
     unk_token_id = 0
 
 
-class _Model:
+@functools.cache
+def _model() -> LanguageModel:
     """Encodes letter by letter: a task needs nothing else of a model."""
+    from mansu_interp.models.language_model import LanguageModel
 
-    name, tokenizer = "letters", _Tokenizer()
+    class Letters(LanguageModel):
+        def __init__(self) -> None:
+            self.name, self.tokenizer = "letters", _Tokenizer()  # type: ignore[assignment]
 
-    def encode(self, text: str) -> list[int]:
-        return [1 + ord(c) % 500 for c in text.strip()]
+        def encode(self, text: str) -> list[int]:
+            return [1 + ord(c) % 500 for c in text.strip()]
+
+    return Letters()
 
 
 TASK = {
@@ -276,7 +286,7 @@ def _load_task(data: bytes) -> object:
         data = json.dumps(parts["task"]).encode()
         _file("t.csv", str(parts["table"]).encode("utf-8", "surrogatepass"))
         _file("t.txt", str(parts["text"]).encode("utf-8", "surrogatepass"))
-    return load_task(_file("t.json", data), _Model())  # type: ignore[arg-type]
+    return load_task(_file("t.json", data), _model())
 
 
 def _settings_seeds() -> list[bytes]:

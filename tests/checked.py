@@ -1,13 +1,20 @@
-"""Whether this run checks types and shapes at run time (``--jaxtyping-packages``).
+"""Every annotation of the package is checked at run time in the tests, shapes of tensors included.
 
-Arguments of a wrong type are then refused before the package's own check sees them.
+`conftest` imports this before the package. It is what ``--jaxtyping-packages`` of jaxtyping's own
+pytest plugin does. Processes that tests start are not checked, nor are those with MANSU_UNCHECKED
+in their environment: `test_unchecked` runs there what gives arguments of a wrong type, which the
+checker would refuse before the package's own check sees them.
 """
 
 from __future__ import annotations
 
-import sys
+import os
 
 import pytest
+from jaxtyping import install_import_hook
 
-CHECKED = any(word.startswith("--jaxtyping-packages") for word in sys.argv)
-wrong_type = pytest.mark.skipif(CHECKED, reason="a wrong type, refused by the checker itself")
+UNCHECKED = "MANSU_UNCHECKED" in os.environ
+if not UNCHECKED:
+    install_import_hook("mansu_interp", "beartype.beartype")
+
+wrong_type = pytest.mark.wrong_type

@@ -51,7 +51,16 @@ def case(
     own = [q.round_trip(weight).flatten() for q in quantizers]
     kept = slope / 2 + torch.randn(64 * 256, generator=generator)
     alike = torch.ones_like(slope)
-    found = candidate_edits(where, grids, own, weight.flatten(), slope, kept, alike, together)
+    found = candidate_edits(
+        where,
+        grids,
+        quantized=own,
+        original=weight.flatten(),
+        slope=slope,
+        retained=kept,
+        weight=alike,
+        together=together,
+    )
     return weight, slope, kept, where, found
 
 
@@ -143,7 +152,15 @@ def test_nothing_is_made_of_nothing():
     grids = [q.cells(weight) for q in quantizers]
     own = [q.round_trip(weight).flatten() for q in quantizers]
     still = replace(where, up=never, down=never)
-    none = candidate_edits(still, grids, own, weight.flatten(), slope, kept, torch.ones_like(slope))
+    none = candidate_edits(
+        still,
+        grids,
+        quantized=own,
+        original=weight.flatten(),
+        slope=slope,
+        retained=kept,
+        weight=torch.ones_like(slope),
+    )
     assert not none.gain.any()
 
 

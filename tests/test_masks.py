@@ -123,7 +123,7 @@ def choose(model: LanguageModel, budget: float, fisher: torch.Tensor | None = No
     gradient = torch.randn(model.weights[NAME].shape, generator=torch.Generator().manual_seed(3))
     regions = {NAME: torch.ones_like(gradient, dtype=torch.bool)}
     damage = None if fisher is None else {NAME: fisher}
-    return choose_parameters(model, regions, budget, {NAME: gradient}, damage)
+    return choose_parameters(model, regions, budget, {NAME: gradient}, retain_fisher=damage)
 
 
 @pytest.fixture
@@ -175,13 +175,13 @@ def test_choice_prefers_gain_then_gain_per_damage(tiny_model: TinyModel):
     fisher = torch.zeros_like(weight)
     fisher.view(-1)[a] = 100 / float(unit[a]) ** 2
     fisher.view(-1)[b] = 1 / float(unit[b]) ** 2
-    assert choose_parameters(*args, {NAME: fisher}, damage_damping=0.1).indices[NAME].tolist() == [
-        b
-    ]
+    assert choose_parameters(*args, retain_fisher={NAME: fisher}, damage_damping=0.1).indices[
+        NAME
+    ].tolist() == [b]
     fisher.view(-1)[a] = 1.5 / float(unit[a]) ** 2
-    assert choose_parameters(*args, {NAME: fisher}, damage_damping=0.1).indices[NAME].tolist() == [
-        a
-    ]
+    assert choose_parameters(*args, retain_fisher={NAME: fisher}, damage_damping=0.1).indices[
+        NAME
+    ].tolist() == [a]
 
 
 @pytest.mark.usefixtures("no_spares")
@@ -204,13 +204,17 @@ def test_choice_avoids_what_retained_answers_share(tiny_model: TinyModel):
     args = (model, {NAME: inside}, one, {NAME: gradient})
     assert choose_parameters(*args).indices[NAME].tolist() == [a]
     helps = {NAME: -shared}  # moving a also serves the retained answer
-    assert choose_parameters(*args, None, helps).indices[NAME].tolist() == [a]
+    assert choose_parameters(*args, retain_gradient=helps).indices[NAME].tolist() == [a]
     harms = {NAME: shared}
-    assert choose_parameters(*args, None, harms, retain_gradient_weight=0.5).indices[
-        NAME
-    ].tolist() == [b]
+    some = choose_parameters(*args, retain_gradient=harms, retain_gradient_weight=0.5)
+    assert some.indices[NAME].tolist() == [b]
     both = choose_parameters(
-        model, {NAME: inside}, 1.0, {NAME: gradient}, None, harms, retain_gradient_weight=2.0
+        model,
+        {NAME: inside},
+        1.0,
+        {NAME: gradient},
+        retain_gradient=harms,
+        retain_gradient_weight=2.0,
     )
     assert both.indices[NAME].tolist() == [b]
 
@@ -247,7 +251,7 @@ def test_the_subjects_own_rows_may_be_edited_too(tiny_model: TinyModel):
     }
 
 
-@pytest.mark.parametrize("budget", [0, -1, 1.5, float("nan")])
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, float("nan")])
 def test_budget_out_of_range_before_any_work(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, budget: float
 ):

@@ -30,7 +30,15 @@ def case(
     grids = [q.cells(weight)[i] for q in quantizers]
     old = [q.round_trip(weight).flatten()[i] for q in quantizers]
     own = [torch.full_like(value[i], by) for by in apart]
-    found = candidates(whole[i], grids, old, flat[i], wish[i], value[i], own)
+    found = candidates(
+        whole[i],
+        grids,
+        quantized=old,
+        original=flat[i],
+        wanted=wish[i],
+        value=value[i],
+        offsets=own,
+    )
     return weight, i, whole[i], found, value[i]
 
 

@@ -361,11 +361,14 @@ def test_the_chat_template_wraps_the_prompt():
     [
         ({"phrasings": {"train": ["no place"]}}, r"a list of texts with \{s\} exactly once"),
         ({"phrasings": {"test": ["{s}"]}}, "phrasings: expected train, dev, unseen"),
-        ({"corrupt": "noise"}, "corrupt is 'noise'; expected swap, any, symbol, rotate"),
+        ({"corrupt": "noise"}, "corrupt is 'noise', expected 'swap', 'any', 'symbol' or 'rotate'"),
         ({"corrupt": "rotate"}, "corrupt: rotate needs letters"),
-        ({"letters": "yes"}, "letters must be bool; got 'yes'"),
-        ({"seed": "1"}, "seed must be int; got '1'"),
-        ({"colour": 1}, "unknown key colour; expected some of chat, corrupt, letters, name"),
+        ({"letters": "yes"}, "letters is 'yes', expected boolean"),
+        ({"seed": "1"}, "seed is '1', expected integer"),
+        (
+            {"colour": 1},
+            "unknown key colour; expected some of \\$schema, chat, corrupt, letters, name",
+        ),
         ({"rows": "../x.jsonl"}, "name a file beside the task file, without a path"),
         ({"rows": "x.txt"}, r"rows must name a \.jsonl or \.csv file beside the task file"),
     ],

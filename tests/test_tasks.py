@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from conftest import make_pairs
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.fact_pairs import _mentions
-from mansu_interp.tasks.files import embedded_tasks, read_task_file
+from mansu_interp.tasks.files import embedded_tasks
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, collate
+from mansu_interp.tasks.row_pairs import RowOptions
+from mansu_interp.tasks.schema import RENAMED, RowTask, json_schema
 from mansu_interp.tasks.task import Task
+from mansu_interp.utils.shipped import DATA
 
 
 def test_unknown_task_names_what_ships(facts: LanguageModel):
@@ -146,7 +149,7 @@ def test_sample_is_even_over_phrasings_and_seeded(capitals: Task):
 
 def spec() -> dict[str, Any]:
     """A small valid task over a shipped table."""
-    relations = read_task_file("capitals")[0]["relations"]
+    relations = json.loads((DATA / "tasks" / "capitals.json").read_text())["relations"]
     return {
         "schema": 2,
         "name": "small",
@@ -183,7 +186,22 @@ def bad(key: str) -> tuple[Any, str]:
         return value, r"lacks forget, name \(docs"
     if key == "schema":
         value["schema"] = 1
-        return value, "has schema 1; expected 2"
+        return value, (
+            "has schema 1; expected 2. Set it, and rename keys: 'guard' is now 'retain_unscored'; "
+            "'twins' is now 'reference_models'; 'hardened' is now 'robust'"
+        )
+    if key == "newer schema":
+        value["schema"] = 3
+        return value, "has schema 3; expected 2"
+    if key == "old key":
+        value["guard"] = []
+        return value, r"the file has the unknown key guard \(now retain_unscored\); expected some"
+    if key == "typo":
+        value["relations"]["capital"]["phrasings"]["tain"] = []
+        return value, "the file.relations.capital.phrasings has the unknown key tain"
+    if key == "type":
+        value["relations"]["capital"]["phrasings"]["train"] = ["{s} is", 3]
+        return value, r"the file.relations.capital.phrasings.train\[1\] is 3, expected string"
     if key == "escape":
         value["relations"]["capital"]["table"] = "../../etc/passwd"
         return value, "'../../etc/passwd': name a file beside the task file, without a path"
@@ -217,6 +235,10 @@ def bad(key: str) -> tuple[Any, str]:
         "list",
         "missing",
         "schema",
+        "newer schema",
+        "old key",
+        "typo",
+        "type",
         "escape",
         "absolute",
         "table",
@@ -231,6 +253,22 @@ def test_bad_task_files(tmp_path: Path, facts: LanguageModel, key: str):
     value, message = bad(key)
     with pytest.raises(TaskError, match=message):
         load_task(write(tmp_path, value), facts)
+
+
+def test_the_shipped_json_schema_is_that_of_the_models():
+    """Made by scripts/make_schema.py."""
+    shipped = json.loads((DATA / "task.schema.json").read_text(encoding="utf-8"))
+    assert shipped == json_schema()
+    table, row = (shipped["$defs"][kind] for kind in ("TableTask", "RowTask"))
+    assert table["properties"]["retain_unscored"]["description"].startswith("Relations whose")
+    assert {"rows", "schema", "name"} == set(row["required"])
+    assert not RENAMED.keys() & (table["properties"].keys() | row["properties"].keys())
+
+
+def test_a_task_over_rows_has_every_option_with_its_default():
+    options = RowOptions()
+    own = RowTask(schema=2, name="x", rows="x.jsonl")
+    assert all(getattr(own, f.name) == getattr(options, f.name) for f in fields(RowOptions))
 
 
 def test_a_table_that_the_tokenizer_does_not_know(tmp_path: Path, facts: LanguageModel):

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..models.language_model import LanguageModel
+from ..models.layout import output_embeddings
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
 from .linearized import linearized_relearning
@@ -161,13 +162,13 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
             f"{edited.name} is {edited.architecture} of width {edited.d_model}; {original.name} is "
             f"{original.architecture} of width {original.d_model}. Compare two of one model."
         )
-    sizes = [m.hf.get_output_embeddings().weight.shape[0] for m in (original, edited)]
+    sizes = [len(output_embeddings(m.hf).get_parameter("weight")) for m in (original, edited)]
     if sizes[0] != sizes[1]:
         raise ModelError(
             f"{edited.name} has a vocabulary of {sizes[1]}, {original.name} of {sizes[0]}. "
             "Compare checkpoints with the same vocabulary."
         )
-    if original.tokenizer.get_vocab() != edited.tokenizer.get_vocab():
+    if original.get_tokenizer().get_vocab() != edited.get_tokenizer().get_vocab():
         raise ModelError(
             f"{edited.name} and {original.name} have different tokenizers. Compare checkpoints "
             "that share one."

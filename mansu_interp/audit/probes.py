@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..losses.accuracy import ranked_first, ranked_last
 from ..models.language_model import LanguageModel
+from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, Pair, PairSet, collate
 
 CHUNK = 48
@@ -102,7 +103,7 @@ def last_states(
 
 def answer_rows(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
     """The unembedding's rows, centred: what a probe maps states to."""
-    rows = model.hf.get_output_embeddings().weight.detach()
+    rows = output_embeddings(model.hf).get_parameter("weight").detach()
     return rows - rows.mean(0)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..errors import CircuitError
-from ..models.hooked import AnyModel, as_model
+from ..models.hooked import AnyModel, HookedModel, as_model
+from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
 from .ablation import Ablation
@@ -111,7 +112,7 @@ def _check_pairs(name: str, pairs: object) -> None:
 
 
 def _select(
-    model: AnyModel,
+    model: LanguageModel | HookedModel,
     pairs: PairSet,
     config: CircuitConfig,
     ranking: Float[np.ndarray, "writers readers"],

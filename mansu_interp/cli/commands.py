@@ -229,13 +229,13 @@ def _list(_: ListConfig, output: Output) -> int:
 
     models = [m for m in embedded_models() if "reference" not in m]
     if output.json:
-        tasks = {name: read_task_file(name)[0]["title"] for name in embedded_tasks()}
+        tasks = {name: read_task_file(name)[0].title for name in embedded_tasks()}
         found = {"models": models, "tasks": tasks, "methods": [*METHODS]}
         _print_json({**found, "quantizers": [*QUANTIZERS]})
         return 0
     print("models      " + ", ".join(models))
     for name in embedded_tasks():
-        print(f"task        {name}: {read_task_file(name)[0]['title']}")
+        print(f"task        {name}: {read_task_file(name)[0].title}")
     print("methods     " + ", ".join(METHODS))
     print("quantizers  " + ", ".join(QUANTIZERS))
     return 0

@@ -1,7 +1,7 @@
 """A checkpoint as one GGUF file, written with llama.cpp's own ``gguf`` package.
 
 Tensor names, file layout and the F16, Q8_0 and Q4_0 blocks are that package's. What it does not
-know is done here: the hyper-parameters of Llama-shaped models, the row order that llama.cpp wants
+know is done here: the hyper-parameters of Llama-shaped models, the row order that llama.cpp expects
 of Llama's q and k, and byte-level BPE tokenizers. Groups of 32 run along a row, so the blocks are
 those of the quantizers ``q8_0`` and ``q4_0``. Norms and biases stay float32; with q4_0 embedding
 and unembedding are written as Q8_0 (finer than any cell that an edit leaves).
@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..errors import ModelError
 from ..models.language_model import LanguageModel
 from ..quantizers.gguf import GROUP
-from ..utils.files import atomic_path
+from ..utils.files import Json, atomic_path
 from ..utils.libraries import library
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+else:  # an optional package
+    GGMLQuantizationType = GGUFWriter = object
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """Model type -> architecture of the gguf package."""
@@ -70,7 +76,7 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0") -> None:
         writer.close()
 
 
-def _stored_as(gguf: Any, target: str, weight: Tensor, kind: str) -> Any:
+def _stored_as(gguf: ModuleType, target: str, weight: Tensor, kind: str) -> GGMLQuantizationType:
     types = gguf.GGMLQuantizationType
     if weight.ndim < 2:
         return types.F32
@@ -90,7 +96,7 @@ def _converted(model: LanguageModel, name: str, weight: Tensor) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
 
 
-def _write_settings(writer: Any, model: LanguageModel, kind: str, gguf: Any) -> None:
+def _write_settings(writer: GGUFWriter, model: LanguageModel, kind: str, gguf: ModuleType) -> None:
     config, arch = model.config, model.architecture
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
@@ -117,9 +123,10 @@ def _write_settings(writer: Any, model: LanguageModel, kind: str, gguf: Any) -> 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _vocabulary(model: LanguageModel) -> dict[str, Any]:
+def _vocabulary(model: LanguageModel) -> dict[str, Json]:
     """A byte-level BPE tokenizer as plain data, with llama.cpp's name of its splitting rule."""
-    data = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    fast = getattr(model.get_tokenizer(), "backend_tokenizer", None)
+    data = json.loads(fast.to_str() if fast else '{"model": {}}')
     pre = _pre(data.get("pre_tokenizer"))
     if data["model"].get("type") != "BPE" or pre is None:
         raise ModelError(
@@ -130,7 +137,7 @@ def _vocabulary(model: LanguageModel) -> dict[str, Any]:
     return {**data, "pre": pre}
 
 
-def _pre(rule: Any) -> str | None:
+def _pre(rule: Json) -> str | None:
     steps = (rule or {}).get("pretokenizers") or [rule or {}]
     kinds = [s.get("type") for s in steps]
     if kinds == ["ByteLevel"]:
@@ -143,7 +150,9 @@ def _pre(rule: Any) -> str | None:
     return None
 
 
-def _write_tokenizer(writer: Any, model: LanguageModel, data: dict[str, Any], gguf: Any) -> None:
+def _write_tokenizer(
+    writer: GGUFWriter, model: LanguageModel, data: dict[str, Json], gguf: ModuleType
+) -> None:
     size = model.config.vocab_size
     kinds = gguf.TokenType
     tokens, types = [f"[PAD{i}]" for i in range(size)], [kinds.UNUSED] * size

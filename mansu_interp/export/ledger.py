@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from ..errors import ArtifactError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..quantizers.registry import get_quantizer
-from ..utils.files import expect
+from ..utils.files import Json, expect
 from ..utils.tensors import read_tensors, tensors_sha256, write_tensors
 
 SCHEMA = 1
@@ -51,7 +50,7 @@ def changed_elements(before: LanguageModel, after: LanguageModel) -> dict[str, i
     return {n: int((w != after.weights[n].to(w.device)).sum()) for n, w in before.weights.items()}
 
 
-def _coded_names(model: LanguageModel) -> set[str]:
+def coded_names(model: LanguageModel) -> set[str]:
     """Weights whose codes count: the linear layers, and the embedding as if it were one."""
     return {*model.linear_names, model.embedding_name}
 
@@ -67,7 +66,7 @@ class Ledger:
 
     tensors: dict[str, Tensor]
     """See the module's text."""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Json] = field(default_factory=dict)
     """``survive``, ``mask_sha256``; of both checkpoints the hash of their files
     (``original_sha256``, ``edited_sha256``), and of their weights, however cut into files
     (``original_weights_sha256``, ``edited_weights_sha256``)."""
@@ -94,7 +93,7 @@ class Ledger:
         """
         check_same_shape(original, edited)
         tensors: dict[str, Tensor] = {}
-        coded = _coded_names(original)
+        coded = coded_names(original)
         for name, weight in original.weights.items():
             before, after = weight.cpu(), edited.weights[name].cpu()
             index = (before != after).flatten().nonzero()[:, 0]
@@ -145,7 +144,7 @@ class Ledger:
 
 
 def _check_part(key: str, value: Tensor, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless a tensor of a ledger is as the module's text says."""
+    """Raise ValueError unless a tensor of a ledger is as described in the module."""
     name, _, part = key.rpartition("|")
     index = tensors.get(f"{name}|index")
     if index is None or index.ndim != 1 or index.dtype != torch.int32:
@@ -178,7 +177,7 @@ def delta(original: LanguageModel, edited: LanguageModel) -> Ledger:
 
 @torch.no_grad()
 def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
-    """The edited model that a ledger tells of, bit for bit.
+    """The edited model that a ledger records, bit for bit.
 
     Arguments:
         original: the checkpoint that the ledger was made for.
@@ -188,10 +187,10 @@ def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
         ArtifactError: another original, a ledger that does not fit it, or another outcome than it
             promises.
     """
-    said = ledger.meta.get("original_weights_sha256")
-    if not said:
+    recorded = ledger.meta.get("original_weights_sha256")
+    if not recorded:
         raise ArtifactError("The ledger lacks the hash of its original: make a new one (delta).")
-    if said != weights_sha256(original):
+    if recorded != weights_sha256(original):
         raise ArtifactError(
             f"The ledger belongs to another original than {original.name}: its weights differ."
         )

@@ -12,7 +12,7 @@ from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..quantizers.survival import Survival, survival
 from ..utils.tensors import tensors_sha256
-from .ledger import Ledger, _coded_names, changed_elements, check_same_shape
+from .ledger import Ledger, changed_elements, check_same_shape, coded_names
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Verification:
     """Values that differ elsewhere (norms, biases, an unembedding of its own), where nothing is
     promised."""
     mismatches: list[str]
-    """What the ledger or the mask says otherwise than the checkpoints."""
+    """Where the ledger or the mask disagrees with the checkpoints."""
 
     @property
     def holds(self) -> bool:
@@ -71,7 +71,7 @@ def verify(
         original: before the edit.
         edited: after it.
         survive: the set; default: the ledger's, or nf4.
-        ledger: what the run says it did.
+        ledger: what the run recorded.
         mask: where the run may edit.
 
     Raises:
@@ -82,7 +82,7 @@ def verify(
     names = list(survive) or (ledger.meta.get("survive") if ledger else None) or ["nf4"]
     survivors = quantizer_set(names)
     rows = {q.name: survival(original, edited, q) for q in survivors}
-    moved, coded = changed_elements(original, edited), _coded_names(original)
+    moved, coded = changed_elements(original, edited), coded_names(original)
     embedding = {}
     if moved[original.embedding_name]:
         embedding = {q.name: survival(original, edited, q, embedding=True) for q in survivors}
@@ -91,16 +91,16 @@ def verify(
     found = Ledger.of(original, edited, ledger.meta.get("survive", []) if ledger else [])
     if ledger:
         for key, model in (("original", original), ("edited", edited)):
-            said = ledger.meta.get(f"{key}_sha256")
-            if said and model.sha256 != said:
+            recorded = ledger.meta.get(f"{key}_sha256")
+            if recorded and model.sha256 != recorded:
                 mismatches.append(f"the ledger is of another {key} checkpoint (its hash differs)")
         if tensors_sha256(found.tensors) != tensors_sha256(ledger.tensors):
             mismatches.append(
                 f"the ledger records {ledger.n_edits} edits, the checkpoints show {found.n_edits}, "
                 "and they are not the same"
             )
-        said = ledger.meta.get("mask_sha256")
-        if mask and said and tensors_sha256(mask.indices) != said:
+        recorded = ledger.meta.get("mask_sha256")
+        if mask and recorded and tensors_sha256(mask.indices) != recorded:
             mismatches.append("the mask is not the one that the ledger names")
     if mask:
         mismatches += _mask_mismatches(mask, found, original)

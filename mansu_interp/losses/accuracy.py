@@ -31,7 +31,7 @@ class Accuracy:
     `WholeAnswers` answers: summed over the tokens, per token if they say so); chance is 0.25."""
     last: float
     """Share of prompts on which all three distractors outrank the answer; chance is 0.25. An answer
-    that is avoided is given away as well."""
+    that is ranked last is given away as well."""
     n: int
     """Prompts."""
     first: tuple[bool, ...] = field(repr=False)
@@ -85,7 +85,7 @@ def _options_of_whole(
 def _options(
     model: LanguageModel, pairs: Sequence[Pair]
 ) -> tuple[Bool[Tensor, " batch"], Float[Tensor, "batch 4"]]:
-    """Per pair: whether the answer is what the model says, and the scores of the answer and its
+    """Per pair: whether the answer is what the model predicts, and the scores of the answer and its
     distractors, by which they rank."""
     if any(p.whole for p in pairs):
         starts = range(0, len(pairs), WHOLE_BATCH)
@@ -99,7 +99,7 @@ def _options(
 def right(
     model: LanguageModel, pairs: Sequence[Pair]
 ) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Per pair: is the answer what the model says, and does it outrank its distractors?
+    """Per pair: is the answer what the model predicts, and does it outrank its distractors?
 
     A tie counts against the model.
     """
@@ -112,8 +112,8 @@ def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
     n, top1, last = len(pairs), 0, 0
     first: list[bool] = []
     for part in pairs.parts(BATCH):
-        said, options = _options(model, part)
-        top1 += int(said.sum())
+        predicted, options = _options(model, part)
+        top1 += int(predicted.sum())
         first += _first(options).tolist()
         last += int(_last(options).sum())
     return Accuracy(top1 / n, sum(first) / n, last / n, n, tuple(first))

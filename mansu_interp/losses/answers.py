@@ -28,16 +28,16 @@ def above_rivals(
     level: Callable[[Float[Tensor, "some answers"]], Float[Tensor, " some"]],
 ) -> Float[Tensor, " batch"]:
     """In each pair's row, the value of its answer minus the ``level`` of its relation's answers."""
-    places, found = [], []
+    order, found = [], []
     for relation in dict.fromkeys(p.relation for p in pairs):
         at = [k for k, p in enumerate(pairs) if p.relation == relation]
         some = rows if len(at) == len(rows) else rows[at]
         own = torch.tensor([pairs[k].answer for k in at], device=rows.device)[:, None]
         found.append(some.gather(1, own)[:, 0] - level(some[:, answers[relation]]))
-        places += at
+        order += at
     if len(found) == 1:
         return found[0]
-    return torch.cat(found)[torch.tensor(places, device=rows.device).argsort()]
+    return torch.cat(found)[torch.tensor(order, device=rows.device).argsort()]
 
 
 def token_nll(model: LanguageModel, packed: AnswerBatch) -> Float[Tensor, " tokens"]:

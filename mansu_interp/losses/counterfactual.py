@@ -1,8 +1,8 @@
 """What "forget" and "retain" mean as losses.
 
-``counterfactual`` (ours) pulls the output on the clean prompt to what a model that never knew would
-say: the model's own average output over corrupt prompts of the same phrasing, in which every answer
-has the share that its frequency gives it. ``ga`` is gradient ascent, the paper's family.
+``counterfactual`` (ours) pulls the output on the clean prompt to what a model that was never taught
+the facts would predict: the model's own average output over corrupt prompts of the same phrasing,
+in which every answer has the share that its frequency gives it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ TARGET_PROMPTS = 32
 
 
 class CounterfactualTargets:
-    """Per phrasing, what a model that never knew would say, as next-token probabilities.
+    """Per phrasing, what a model that was never taught the facts would predict, as next-token
+    probabilities (ours).
 
-    The original model's mean output over some corrupt prompts says how much goes to the phrasing's
+    The original model's mean output over some corrupt prompts tells how much goes to the phrasing's
     answers together, and to everything else. Among the answers the share is their frequency: a
     model that knows its facts gives nearly all to the answers of the very subjects that were
-    averaged, and to lie far below those gives an answer away as surely as to be first (ours).
+    averaged, and an answer far below those is given away as surely as one that ranks first.
     """
 
     def __init__(self, model: LanguageModel, pairs: PairSet, seed: int = 0) -> None:
@@ -70,10 +71,10 @@ def answer_excess(
     level with the sum outranks most of them.
     """
 
-    said, wanted = (
+    predicted, wanted = (
         above_rivals(rows, pairs, answers, lambda some: some.mean(1)) for rows in (logp, log_target)
     )
-    return said - wanted
+    return predicted - wanted
 
 
 def model_answer_excess(
@@ -82,7 +83,14 @@ def model_answer_excess(
     targets: CounterfactualTargets,
     answers: dict[str, Int[Tensor, " answers"]] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """`answer_excess` of each pair's answer in a model, among ``answers`` (default: the targets')."""
+    """`answer_excess` of each pair's answer in a model.
+
+    Arguments:
+        model: whose predictions count.
+        pairs: what is asked.
+        targets: what it should predict.
+        answers: tokens that an answer ranks among, by relation; default: those of the targets.
+    """
     among = targets.answers if answers is None else answers
     return answer_excess(log_probs(model, pairs), targets.log(pairs), pairs, among)
 
@@ -96,10 +104,10 @@ def counterfactual_loss(
 ) -> Float[Tensor, ""]:
     """KL(target || model) in nats, plus ``ranking_weight`` x |`answer_excess` + margin|.
 
-    The KL alone hardly notices one capital among hundreds; the ranking_weight is what removes the ranking,
-    and keeps the answer from being avoided, which would give it away as well. It sees the
-    relation's answers alone: the answer is to lose to its rivals, not to words of another kind,
-    which would unlearn the whole kind of question.
+    The KL alone hardly notices one capital among hundreds; the second term is what removes the
+    ranking, and what prevents that the answer is ranked last, which would give it away as well. It
+    sees the relation's answers alone: the answer is to lose to its rivals, not to words of another
+    kind, which would unlearn the whole kind of question.
     """
     logp, log_target = log_probs(model, pairs), targets.log(pairs)
     loss = (log_target.exp() * (log_target - logp)).sum(-1)

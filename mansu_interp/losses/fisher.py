@@ -1,4 +1,4 @@
-"""Keeping what must be kept: the diagonal Fisher and the projection.
+"""What an edit may not change: the diagonal Fisher and the null-space projection.
 
 With F the diagonal Fisher of the retain set, a direction g becomes lambda / (lambda + F_i) g_i
 inside the mask and 0 elsewhere: the null space of diag(F) as lambda -> 0 (ours, after
@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import rank, sum_over_processes, world_size
-from .gradients import Weights, _gradient_here, gradient
+from .gradients import Weights, gradient, local_gradient
 
 
 def fisher_diagonal(
@@ -46,12 +47,12 @@ def fisher_diagonal(
         label = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
         return -logp.gather(1, label).sum()
 
-    vocabulary = len(model.hf.get_output_embeddings().weight)
+    vocabulary = len(output_embeddings(model.hf).get_parameter("weight"))
     for k, batch in enumerate(pairs.batches(batch_size, model.device)):
         if k % world_size() != rank():  # another's: draw as many random numbers as its labels take
             torch.multinomial(torch.ones(len(batch), vocabulary), 1, generator=generator)
             continue
-        found = _gradient_here(model, names, [lambda b=batch: nll(b)])
+        found = local_gradient(model, names, [lambda b=batch: nll(b)])
         for name, g in zip(names, found, strict=True):
             total[name].addcmul_(g, g)
     return {n: sum_over_processes(t) / len(pairs) for n, t in total.items()}
@@ -76,7 +77,7 @@ class RetainBound:
     """The second-order estimate of what an edit d costs on retained answers, in nats per answer.
 
     dL <= |g_r . d| + 1/2 sum_i F_i d_i^2. Off-diagonal curvature and higher orders are what it
-    leaves out, so it bounds nothing by itself: ``remainder`` says what they came to.
+    leaves out, so it bounds nothing by itself: ``remainder`` tells what they came to.
     """
 
     first: float

@@ -12,24 +12,27 @@ from torch import Tensor
 from ..models.language_model import LanguageModel
 from ..utils.distributed import shard, sum_over_processes
 
-Weights = dict[str, Float[Tensor, "out in"]]
+Weights = dict[str, Float[Tensor, "*_shape"]]
+"""One value per element of some weights, by name, in the weights' own shapes."""
+WeightMap = Mapping[str, Float[Tensor, "*_shape"]]
+"""The same, or a `ByLayer`, which holds one layer at a time."""
 
 
 def gradient(
     model: LanguageModel, names: Sequence[str], losses: Sequence[Callable[[], Tensor]]
-) -> list[Float[Tensor, "out in"]]:
+) -> list[Float[Tensor, "*_shape"]]:
     """Gradient of a sum of losses with respect to some weights, leaving no trace on the model.
 
     Each loss is computed and differentiated before the next, so memory holds one at a time. Inside
     a ``torch.distributed`` process group each process computes its share of the losses and all
     return the gradient of the whole sum.
     """
-    return [sum_over_processes(g) for g in _gradient_here(model, names, shard(losses))]
+    return [sum_over_processes(g) for g in local_gradient(model, names, shard(losses))]
 
 
-def _gradient_here(
+def local_gradient(
     model: LanguageModel, names: Sequence[str], losses: Iterable[Callable[[], Tensor]]
-) -> list[Float[Tensor, "out in"]]:
+) -> list[Float[Tensor, "*_shape"]]:
     """`gradient` of losses that are this process's own."""
     wanted = [model.weights[n] for n in names]
     total: list[Tensor] = []
@@ -45,7 +48,7 @@ def _gradient_here(
     return total or [torch.zeros_like(w) for w in wanted]
 
 
-class ByLayer(Mapping[str, Float[Tensor, "out in"]]):
+class ByLayer(Mapping[str, Float[Tensor, "*_shape"]]):
     """Values per weight, computed for one layer at a time and held for that layer only.
 
     Reads like a dictionary of all of them. Read layer after layer, every layer is computed once.
@@ -64,7 +67,7 @@ class ByLayer(Mapping[str, Float[Tensor, "out in"]]):
         found = re.search(r"\.(\d+)\.", name)
         return found.group(1) if found else name
 
-    def __getitem__(self, name: str) -> Float[Tensor, "out in"]:
+    def __getitem__(self, name: str) -> Float[Tensor, "*_shape"]:
         if name not in self.held:
             self.held = {}  # freed before the next layer is computed
             self.held = self.compute(self.layers[self._layer(name)])

@@ -45,15 +45,23 @@ def component_slices(
     if node.kind == "mlp":
         return [(n, "rows", slice(None)) for n in mlp_weights(names, node.layer, writes)]
     return [
-        head_slice(model.hf, names, node.layer, node.kind, node.head, arch.n_heads, arch.n_kv_heads)
+        head_slice(
+            model.hf,
+            names,
+            layer=node.layer,
+            kind=node.kind,
+            head=node.head,
+            heads=arch.n_heads,
+            kv_heads=arch.n_kv_heads,
+        )
     ]
 
 
 def region(
     model: LanguageModel, components: Iterable[tuple[Node, bool]]
-) -> dict[str, Bool[Tensor, "out in"]]:
+) -> dict[str, Bool[Tensor, "_out _in"]]:
     """Where the weights of some components lie, as boolean tensors."""
-    out: dict[str, Bool[Tensor, "out in"]] = {}
+    out: dict[str, Bool[Tensor, "_out _in"]] = {}
     for node, writes in components:
         for name, axis, where in component_slices(model, node, writes):
             mask = out.setdefault(name, torch.zeros_like(model.weights[name], dtype=torch.bool))
@@ -78,5 +86,5 @@ def embedding_rows(
     weight = model.weights[model.embedding_name]
     own, width = torch.tensor(subject_tokens(pairs)), weight.shape[1]
     index = (own[:, None] * width + torch.arange(width)).flatten()
-    where = floor(weight, survive, model.saved_dtype, index.to(model.device))
+    where = floor(weight, survive, model.saved_dtype, index=index.to(model.device))
     return index[~(where.up.isnan() & where.down.isnan()).cpu()]

@@ -1,12 +1,12 @@
 """The magnitude floor for a set of quantizers (ours, after the idea of arXiv 2605.15138).
 
 An edited weight must leave its cell in every quantizer of the set, and change no group's scale in
-any of them. Upwards it therefore lands at least on the farthest of the next levels above, which is
-beyond its own cell by half a cell of the coarsest quantizer and by more of the others; downwards
-likewise. For one quantizer that is the neighbouring level, where the quantized model lands too. A
-weight that wants to go farther lands on a level of the quantizer whose cells are widest there: that
-one would change the edit most, and now does not; the others change it by half a finer cell at most.
-In a run with several quantizers `landing` chooses anew among the levels of all of them.
+any of them. Upwards its new value is therefore at least the farthest of the next levels above,
+which is beyond its own cell by half a cell of the coarsest quantizer and by more of the others;
+downwards likewise. For one quantizer that is the neighbouring level, which the quantized model has
+too. A weight whose wanted value is farther away is rounded to a level of the quantizer whose cells
+are widest there: that one would change the edit most, and now does not; the others change it by
+half a finer cell at most. With several quantizers `rounding` chooses anew among the levels of all.
 
 Every condition is checked on the values as the checkpoint stores them, and again with original and
 edit both rounded to bfloat16 and to float16: the guarantee also holds between the two checkpoints
@@ -31,7 +31,7 @@ Set = Sequence[Quantizer | str] | Quantizer | str
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes that a checkpoint may be saved in later."""
 ROUNDING = 2.0**-7
-"""Share of a group's extreme that an edit keeps below it: four times what bfloat16 rounds."""
+"""Share of a group's extreme by which an edit stays below it: four times what bfloat16 rounds."""
 
 WHOLE = ("own", "dtype")
 """Fields of `Floor` that are not one tensor over the elements."""
@@ -58,7 +58,7 @@ def quantizer_set(survive: Set) -> list[Quantizer]:
 
 @dataclass(frozen=True)
 class Floor:
-    """Where the elements of one weight may land."""
+    """To which values the elements of one weight may be edited."""
 
     up: Float[Tensor, " n"]
     """Nearest admissible value above, as stored; NaN where there is none."""
@@ -104,7 +104,7 @@ class Floor:
         return far & (value > self.lowest) & (value < self.highest)
 
     def land(self, wanted: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-        """Where weights end that would like to be at some values.
+        """The wanted values, rounded to what the floor admits.
 
         A weight moves once the wanted value lies outside its own cell in every quantizer: to the
         level around it whose cell is the widest of the set's, or to the nearest admissible value
@@ -117,8 +117,8 @@ class Floor:
         both = list(zip(self.own, codes, strict=True))
         widths = torch.stack([g.edge(c) - g.edge(c - 1) for g, c in both])
         levels = torch.stack([g.value(c) for g, c in both])
-        apart = (levels - wanted).abs()  # of equally wide cells the nearer level
-        chosen = torch.where(widths == widths.amax(0), apart, torch.inf).argmin(0)
+        distance = (levels - wanted).abs()  # of equally wide cells the nearer level
+        chosen = torch.where(widths == widths.amax(0), distance, torch.inf).argmin(0)
         level = levels.gather(0, chosen[None])[0].to(self.dtype).float()
         above, below = wanted > self.leave_up, wanted < self.leave_down
         value = torch.where(above, self.up, self.down)
@@ -145,7 +145,7 @@ class _Grids:
         survive: Set,
         dtype: torch.dtype,
         narrow: Sequence[torch.dtype],
-        index: Int[Tensor, " n"] | None = None,
+        index: Int[Tensor, " m"] | None = None,
     ) -> _Grids:
         quantizers = [q for q in quantizer_set(survive) if q.touches(weight)]
         each: list[tuple[torch.dtype, Cells]] = []
@@ -182,7 +182,8 @@ def floor(
     weight: Float[Tensor, "out in"],
     survive: Set,
     dtype: torch.dtype = torch.float32,
-    index: Int[Tensor, " n"] | None = None,
+    *,
+    index: Int[Tensor, " m"] | None = None,
     narrow: Sequence[torch.dtype] = NARROW,
 ) -> Floor:
     """The floor for a weight.
@@ -200,14 +201,14 @@ def floor(
     grids = _Grids.of(weight, survive, dtype, narrow, index)
     own = [g for kind, g in grids.each if kind == dtype]
     return Floor(
-        grids.nearest(True),
-        grids.nearest(False),
-        reduce(torch.maximum, (g.edge(g.codes) for g in own)),
-        reduce(torch.minimum, (g.edge(g.codes - 1) for g in own)),
-        grids.lowest,
-        grids.highest,
-        tuple(own),
-        dtype,
+        up=grids.nearest(True),
+        down=grids.nearest(False),
+        leave_up=reduce(torch.maximum, (g.edge(g.codes) for g in own)),
+        leave_down=reduce(torch.minimum, (g.edge(g.codes - 1) for g in own)),
+        lowest=grids.lowest,
+        highest=grids.highest,
+        own=tuple(own),
+        dtype=dtype,
     )
 
 
@@ -217,6 +218,7 @@ def floor_step(
     gradient: Float[Tensor, "out in"],
     survive: Set,
     dtype: torch.dtype = torch.float32,
+    *,
     narrow: Sequence[torch.dtype] = NARROW,
 ) -> Float[Tensor, "out in"]:
     """The smallest step against the gradient that the floor allows; 0 where it forbids any."""

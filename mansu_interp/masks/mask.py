@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArtifactError, MaskError
 from ..models.language_model import LanguageModel
 from ..models.provenance import find_mismatch
-from ..utils.files import expect
+from ..utils.files import Json, expect
 from ..utils.hub import Shareable
 from ..utils.tensors import read_tensors, write_tensors
 
@@ -36,9 +36,9 @@ class Mask(Shareable):
 
     FILE: ClassVar[str] = "mask.safetensors"
 
-    indices: dict[str, Int[Tensor, " n"]]
+    indices: dict[str, Int[Tensor, " _n"]]
     """Flat row-major positions in each Hugging Face weight, ``[out, in]``, ascending."""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Json] = field(default_factory=dict)
     """Model hash, budget, components and how the parameters were chosen; ``refused`` of
     ``candidates`` weights cannot take the step that forgetting asks for without breaking the
     promise for ``survive``."""
@@ -73,7 +73,7 @@ class Mask(Shareable):
         if other := find_mismatch(self.meta, model):
             raise MaskError(f"The mask was made for another {other} than {model.name}.")
 
-    def booleans(self, hf: Any) -> dict[str, Bool[Tensor, ...]]:
+    def booleans(self, hf: nn.Module) -> dict[str, Bool[Tensor, "*_shape"]]:
         """True where a parameter of a plain Hugging Face model may be edited, in its own shape.
 
         Arguments:

@@ -1,6 +1,6 @@
-"""Where edits land so that every quantizer of a set keeps all of the edit (ours).
+"""Joint rounding: values with which all of an edit is left in every quantized model (ours).
 
-A quantizer makes Q(v) - Q(o) of an edit d = v - o. Any one edit it may shorten or lengthen by half
+A quantizer makes Q(v) - Q(o) of an edit d = v - o. It may shorten or lengthen a single edit by half
 a cell; what counts is the sum: kept = <Q(v) - Q(o), d> / <d, d> over all edits, 1 if the quantized
 model moves as far as the edited one. Answers lie many nats above their rivals before unlearning and
 level with them after, so that one percent of the edit is a tenth of a nat of the knowledge. Between
@@ -8,10 +8,10 @@ the levels that the quantizers of the set have around a wanted value the choice 
 for all edits together, by Lagrange multipliers: the least squared distance from what was wanted,
 subject to kept = 1 for every quantizer.
 
-The same freedom serves quantized models that want something of their own (`UnlearnConfig.offset_rate`):
-the weights that nobody edits are rounded, too, each quantizer's otherwise, and what that lets
-through of the answers can only be taken back in that quantizer's model. Where one wants an edit to
-end apart from the shared place, its own level there counts, and kept = 1 is meant of its own wish.
+The same freedom serves per-quantizer offsets (`UnlearnConfig.offset_rate`): the weights that nobody
+edits are rounded, too, each quantizer's otherwise, and the knowledge that this restores can only be
+removed in that quantizer's model. Where a quantized model's own value should lie an offset away
+from the shared one, its level there counts, and kept = 1 is meant of the value plus its offset.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,19 +30,19 @@ from .floor import ROUNDING, Floor
 ROUNDS = 20
 """Steps of dual ascent; the best of them counts."""
 RATE = 0.5
-"""Change of a multiplier per unit of what is kept too much; both are without dimension."""
+"""Change of a multiplier per unit of kept - 1; both are without dimension."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Values at which some elements of one weight may land, and what the set makes of each."""
+    """Values that some elements of one weight may get, and what the set makes of each."""
 
     values: Float[Tensor, "options n"]
-    """The first row is where they land otherwise."""
+    """The first row is `Floor.land`'s."""
     distance: Float[Tensor, "options n"]
-    """Squared, from what was wanted; by quantized models with wishes of their own, too."""
+    """Squared, from what was wanted; with offsets also that of the quantized models' values."""
     surplus: Float[Tensor, "options quantizers n"]
-    """(Q(v) - Q(o) - d) d: what each quantizer adds to the edit, along the edit; less its wish."""
+    """(Q(v) - Q(o) - d) d: what each quantizer adds to the edit, along it; less its offset."""
     power: Float[Tensor, "options n"]
     """d squared."""
 
@@ -49,26 +50,26 @@ class Candidates:
 def candidates(
     floor: Floor,
     grids: Sequence[Cells | None],
+    *,
     quantized: Sequence[Float[Tensor, " n"]],
     original: Float[Tensor, " n"],
     wanted: Float[Tensor, " n"],
     value: Float[Tensor, " n"],
-    apart: Sequence[Float[Tensor, " n"]] = (),
+    offsets: Sequence[Float[Tensor, " n"]] = (),
 ) -> Candidates:
-    """The nearest level of every quantizer, where the floor admits it; where quantized models have
-    wishes of their own, more around it (`_values_around`).
+    """The nearest level of every quantizer, where the floor admits it; with offsets more values
+    around it (`_values_around`).
 
     Arguments:
         floor: of these elements; all of them move (`Floor.land`).
         grids: their cells in every quantizer, None where one leaves the weight alone.
         quantized: the original's value in every quantizer.
         original: the values before.
-        wanted: where they would like to be.
-        value: where `Floor.land` puts them; stands in for what is not admitted.
-        apart: by how much more each quantized model would like its own values to be; default: by
-            nothing.
+        wanted: the values that training gave them.
+        value: `Floor.land` of these; stands in for what is not admitted.
+        offsets: by how much more each quantized model's own values should move; default: nothing.
     """
-    values = candidate_values(floor, grids, wanted, value, bool(apart))
+    values = candidate_values(floor, grids, wanted=wanted, value=value, around=bool(offsets))
     edit = values - original
     distance, surplus = (values - wanted).square(), []
     for k, (grid, own) in enumerate(zip(grids, quantized, strict=True)):
@@ -76,8 +77,8 @@ def candidates(
             surplus.append(torch.zeros_like(edit))
             continue
         level = grid.value(grid.encode(values))
-        if apart:
-            level = level - apart[k]
+        if offsets:
+            level = level - offsets[k]
             distance = distance + (level - wanted).square()
         surplus.append((level - own - edit) * edit)
     return Candidates(values, distance, torch.stack(surplus, 1), edit.square())
@@ -86,6 +87,7 @@ def candidates(
 def candidate_values(
     floor: Floor,
     grids: Sequence[Cells | None],
+    *,
     wanted: Float[Tensor, " n"],
     value: Float[Tensor, " n"],
     around: bool = True,
@@ -96,8 +98,8 @@ def candidate_values(
     Arguments:
         floor: of these elements.
         grids: their cells in every quantizer, None where one leaves the weight alone.
-        wanted: where they would like to be.
-        value: a place that the floor admits.
+        wanted: the values that training gave them.
+        value: a value that the floor admits.
         around: more than the nearest level of every quantizer: see `_values_around`.
     """
     some = [p for grid in grids if grid for p in _values_around(grid, wanted, around)]
@@ -106,31 +108,37 @@ def candidate_values(
 
 
 def _values_around(
-    grid: Cells, wanted: Float[Tensor, " n"], apart: bool
+    grid: Cells, wanted: Float[Tensor, " n"], more: bool
 ) -> list[Float[Tensor, " n"]]:
-    """The nearest level; where quantized models want to part, the next on the other side, and both
-    sides of both boundaries of the cell, where one quantizer's code can change with no other's."""
+    """The nearest level; with ``more``, the next on the other side, and both sides of both
+    boundaries of the cell, where one quantizer's code can change with no other's."""
     code = grid.encode(wanted)
     level = grid.value(code)
-    if not apart:
+    if not more:
         return [level]
-    places = [level, grid.value(torch.where(level > wanted, code - 1, code + 1))]
+    found = [level, grid.value(torch.where(level > wanted, code - 1, code + 1))]
     for edge in (grid.edge(code - 1), grid.edge(code)):
         aside = ROUNDING * edge.abs() + grid.width / 64
-        places += [edge - aside, edge + aside]
-    return places
+        found += [edge - aside, edge + aside]
+    return found
 
 
-def joint_rounding(some: Sequence[Candidates]) -> list[Float[Tensor, " n"]]:
-    """Values for all elements together, such that every quantizer keeps as nearly all of the edit
-    as their options allow; the same options give the same values."""
+def joint_rounding(some: Sequence[Candidates]) -> list[Float[Tensor, " _n"]]:
+    """Values for all elements together, such that as nearly all of the edit is left in every
+    quantized model as their options allow; the same options give the same values.
+
+    1. Start with multipliers of 0, one per quantizer.
+    2. Each element takes its cheapest option: squared distance plus multipliers times surplus.
+    3. kept - 1 of each quantizer, times `RATE`, is added to its multiplier.
+    4. Of `ROUNDS` repetitions the one with the least max |kept - 1| counts.
+    """
     distance = torch.cat([x.distance for x in some], 1)
     surplus = torch.cat([x.surplus for x in some], 2)
     power = torch.cat([x.power for x in some], 1)
     multipliers = surplus.new_zeros(surplus.shape[1])
     best, least = distance.argmin(0), torch.inf
     for _ in range(ROUNDS):
-        cost = distance + torch.einsum("q,oqn->on", multipliers, surplus)
+        cost = distance + einsum(multipliers, surplus, "quantizer, option quantizer n -> option n")
         chosen = cost.argmin(0)
         taken = surplus.gather(0, chosen[None, None].expand(1, surplus.shape[1], -1))[0].sum(1)
         beyond = taken / power.gather(0, chosen[None]).sum()  # kept - 1, per quantizer

@@ -1,7 +1,8 @@
 """From a circuit to a mask: which single parameters may be edited (ours).
 
 1. Components of the circuit name regions of weights (`components`).
-2. Two gradients (of the forget loss, and of retained answers) and a diagonal Fisher are taken there.
+2. Two gradients (of the forget loss, and of retained answers) and a diagonal Fisher are taken
+   there.
 3. Each parameter's gain and damage are those of the step that the magnitude floor will impose: one
    whole quantizer cell against the forget gradient.
 4. The best gain per damage fills the pool of candidates.
@@ -21,7 +22,7 @@ from ..losses.accuracy import answered_correctly
 from ..losses.answers import answer_gradient
 from ..losses.counterfactual import forget_gradient
 from ..losses.fisher import fisher_diagonal
-from ..losses.gradients import ByLayer, Weights
+from ..losses.gradients import ByLayer, WeightMap, Weights
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
 from .components import embedding_rows, region
@@ -88,7 +89,7 @@ def circuit_mask(
         return choose_parameters(model, regions, budget, {})  # raises the right error
     chosen = pairs.sample(n_pairs, seed)
 
-    def per_weight(compute: Callable[[list[str]], Weights]) -> Mapping[str, Tensor]:
+    def per_weight(compute: Callable[[list[str]], Weights]) -> WeightMap:
         return ByLayer(names, compute) if by_layer else compute(names)
 
     g = per_weight(lambda some: forget_gradient(model, some, chosen))
@@ -125,22 +126,26 @@ def circuit_mask(
 
 def choose_parameters(
     model: LanguageModel,
-    regions: dict[str, Bool[Tensor, "out in"]],
+    regions: dict[str, Bool[Tensor, "_out _in"]],
     budget: float,
-    forget_gradient: Mapping[str, Tensor],
-    retain_fisher: Mapping[str, Tensor] | None = None,
-    retain_gradient: Mapping[str, Tensor] | None = None,
+    forget_gradient: WeightMap,
+    *,
+    retain_fisher: WeightMap | None = None,
+    retain_gradient: WeightMap | None = None,
     survive: Set = "nf4",
     damage_damping: float = DAMAGE_DAMPING,
     retain_gradient_weight: float = 1.0,
-    besides: Mapping[str, Int[Tensor, " n"]] | None = None,
+    besides: Mapping[str, Int[Tensor, " _n"]] | None = None,
 ) -> Mask:
     """The parameters with the best forget gain per retain damage, up to a budget.
 
-    For the floor's step d of each single weight, gain = -(g_f + retain_gradient_weight g_r) . d and damage =
-    1/2 F d^2; the score is gain / (damage + damage_damping x median damage). The retain gradient counts
-    with its sign: what forgets an answer of the forget set and its near neighbours' alike gains
-    nothing.
+    For the floor's step d of each single weight, with w = ``retain_gradient_weight``,
+
+        gain = -(g_forget + w g_retain) . d,    damage = 1/2 F d^2,
+        score = gain / (damage + ``damage_damping`` x median damage).
+
+    The retain gradient counts with its sign: a step that lowers an answer of the forget set and its
+    near neighbours' alike gains nothing.
 
     Arguments:
         model: the model to edit.
@@ -152,7 +157,7 @@ def choose_parameters(
         retain_gradient: gradient of the loss of retained answers; None counts as 0.
         survive: the set of quantizers whose cells define the step.
         retain_gradient_weight: weight of the retain gradient.
-        damage_damping: keeps weights of no measured damage from winning on no gain.
+        damage_damping: so that weights of no measured damage do not win on no gain.
         besides: flat positions in other weights that are candidates whatever their score.
 
     Raises:

@@ -10,23 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CircuitError
 from .graph import Architecture, Graph
 from .language_model import LanguageModel
-from .stream import Reading, Stream
+from .stream import Component, Reading, Stream
 
 
 @dataclass
 class HookedModel:
     """A `HookedTransformer` with the few properties of a `LanguageModel` that attribution needs."""
 
-    bridge: Any
+    bridge: Component
     """The `HookedTransformer` itself."""
     sha256: str = ""
 
@@ -36,7 +35,7 @@ class HookedModel:
         return str(getattr(self.bridge.cfg, "model_name", None) or "HookedTransformer")
 
     @property
-    def hf(self) -> Any:
+    def hf(self) -> nn.Module:
         """The module whose training mode counts."""
         return self.bridge
 
@@ -72,7 +71,7 @@ class HookedModel:
         return Graph(self.architecture)
 
 
-AnyModel = LanguageModel | HookedModel | Any
+AnyModel = LanguageModel | HookedModel | nn.Module
 """What attribution reads: a `LanguageModel`, or a `HookedTransformer` of TransformerLens 3.9."""
 
 
@@ -101,7 +100,7 @@ def open_stream(model: AnyModel) -> Stream:
     return HookedStream(model) if isinstance(model, HookedModel) else Stream(model)
 
 
-def _normalised(norm: Any, x: Tensor) -> Tensor:
+def _normalised(norm: Component, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     """What a norm of TransformerLens sends to its ``hook_normalized``, without calling hooks."""
     if type(norm).__name__.startswith("LayerNorm"):
         x = x - x.mean(-1, keepdim=True)
@@ -211,6 +210,6 @@ class HookedStream(Stream):
         return self.blocks[layer].attn.W_O.detach().float().permute(2, 0, 1)
 
 
-def _grouped(attn: Any, name: str) -> Tensor:
+def _grouped(attn: Component, name: str) -> Float[Tensor, "heads ..."]:
     """A projection's own parameter; grouped k and v have one more, repeated for every head."""
     return getattr(attn, f"_{name}", getattr(attn, name)).detach().float()

@@ -1,4 +1,9 @@
-"""TODO."""
+"""A causal language model: its logits, its weights by name, and its bridge to TransformerLens.
+
+The weights are the Hugging Face ones in their deployed ``[out, in]`` layout. The TransformerLens
+bridge wraps a structural copy of the modules that *shares* those weights, with no processing, so
+that what is analysed is what is deployed. Only this room imports transformer_lens.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,22 @@ import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..utils.libraries import quiet
 from .graph import Architecture, Graph
-from .layout import linear_weights, turn, turn_back
+from .hugging_face import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from .layout import linear_weights, output_embeddings, turn, turn_back
+from .stream import Component
 
 PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
 """Model types whose attention and MLP read the same stream, always."""
 
-MIN_SHARED = 96
+MIN_SHARED = 96.0
 """Token positions that sharing a prefix must save to be worth a second forward call on a CPU."""
 
 MIN_SHARED_WORK = 2.5e11
@@ -35,7 +41,7 @@ def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> i
 
 
 @torch.no_grad()
-def unpack_4bit(packed: Any) -> torch.nn.Linear:
+def unpack_4bit(packed: Component) -> nn.Linear:
     """A plain float32 linear layer with the weights that a bitsandbytes 4-bit layer stands for.
 
     On some processors such a layer repacks itself when it first runs; what it then does to the
@@ -71,11 +77,11 @@ class LanguageModel:
 
     name: str
     """Embedded name, folder or hub name it was loaded from."""
-    hf: Any
+    hf: PreTrainedModel
     """The Hugging Face ``PreTrainedModel`` (float32, eval mode); a `Conv1D` in it is turned into a
     linear layer, see `layout`."""
-    tokenizer: Any
-    """The Hugging Face tokenizer."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """The Hugging Face tokenizer; None of a model that only computes on token ids."""
     saved_dtype: torch.dtype = torch.float32
     """The dtype of the checkpoint, in which edits are saved again."""
     sha256: str = ""
@@ -93,7 +99,7 @@ class LanguageModel:
         return next(iter(self.weights.values())).device
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The Hugging Face configuration."""
         return self.hf.config
 
@@ -143,7 +149,7 @@ class LanguageModel:
         return next(n for n, w in self.weights.items() if w is weight)
 
     @cached_property
-    def bridge(self) -> Any:
+    def bridge(self) -> Component:
         """The model as a TransformerLens ``TransformerBridge`` over the same weight tensors; layers
         packed to 4 bits by bitsandbytes are replaced by plain ones."""
         with quiet():
@@ -152,16 +158,16 @@ class LanguageModel:
             )
 
             memo = {id(t): t for t in [*self.hf.parameters(), *self.hf.buffers()]}
-            twin = copy.deepcopy(self.hf, memo)
-            for name, module in list(twin.named_modules()):
+            sharing = copy.deepcopy(self.hf, memo)
+            for name, module in list(sharing.named_modules()):
                 if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-                    twin.set_submodule(name, unpack_4bit(module))
-            turn_back(twin)
-            twin.set_attn_implementation("eager")
+                    sharing.set_submodule(name, unpack_4bit(module))
+            turn_back(sharing)
+            sharing.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
             try:
                 bridge = build_bridge_from_module(
-                    twin, arch, hf_config=self.config, tokenizer=self.tokenizer
+                    sharing, arch, hf_config=self.config, tokenizer=self.tokenizer
                 )
             except (ValueError, KeyError, NotImplementedError) as error:
                 raise ModelError(
@@ -174,14 +180,24 @@ class LanguageModel:
     def copy(self) -> LanguageModel:
         """An independent copy: its weights can be edited without touching this one's."""
         with quiet():
-            twin = LanguageModel(
-                self.name, copy.deepcopy(self.hf), self.tokenizer, self.saved_dtype, self.sha256
-            )
-        return twin
+            hf = copy.deepcopy(self.hf)
+        return LanguageModel(self.name, hf, self.tokenizer, self.saved_dtype, self.sha256)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text exactly as written: nothing is prepended."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.get_tokenizer()(text, add_special_tokens=False).input_ids
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ModelError: the model was made without one.
+        """
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.name} has no tokenizer, which texts need: take a model from load_model()."
+            )
+        return self.tokenizer
 
     def last_logits(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
@@ -218,7 +234,7 @@ class LanguageModel:
     def unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
         """Logits of what the final norm has made of hidden states, scaled and capped as in the
         model's own forward pass."""
-        logits = self.hf.get_output_embeddings()(hidden)
+        logits = output_embeddings(self.hf)(hidden)
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite
         cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
@@ -236,7 +252,7 @@ class LanguageModel:
         for _ in range(max_new_tokens):
             step = self.last_logits(ids, torch.tensor([ids.shape[1] - 1])).argmax(-1)
             ids = torch.cat([ids, step[:, None]], 1)
-        return self.tokenizer.decode(ids[0, -max_new_tokens:])
+        return str(self.get_tokenizer().decode(ids[0, -max_new_tokens:]))
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder with tokenizer, in the dtype the model was loaded in.
@@ -244,8 +260,8 @@ class LanguageModel:
         Unedited weights come back bit for bit: they were widened from that dtype.
         """
         with quiet():
-            out = copy.deepcopy(self.hf).to("cpu", self.saved_dtype)
+            out = copy.deepcopy(self.hf).to("cpu", self.saved_dtype)  # pyright: ignore[reportArgumentType]
             turn_back(out)
             out.config.dtype = self.saved_dtype
             out.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            self.get_tokenizer().save_pretrained(folder)

@@ -8,13 +8,14 @@ saved, as transformers' bitsandbytes integration does before it quantizes one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from ..errors import ModelError
+from .hugging_face import PreTrainedModel
 
 SEPARATE = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",)}
 FUSED = ("c_attn", "qkv_proj", "query_key_value")
@@ -32,7 +33,7 @@ class Turned(nn.Linear):
     """The linear layer that a `Conv1D` is."""
 
 
-def turn(hf: Any) -> None:
+def turn(hf: PreTrainedModel) -> None:
     """Replace every `Conv1D` of a model, in place, by a linear layer: the same function."""
     from transformers.pytorch_utils import Conv1D
 
@@ -46,7 +47,7 @@ def turn(hf: Any) -> None:
             hf.set_submodule(name, linear)
 
 
-def turn_back(hf: Any) -> None:
+def turn_back(hf: PreTrainedModel) -> None:
     """Undo `turn`, in place; the weights are views of the same memory."""
     from transformers.pytorch_utils import Conv1D
 
@@ -58,12 +59,24 @@ def turn_back(hf: Any) -> None:
             hf.set_submodule(name, conv)
 
 
-def _give(new: Any, old: Any) -> None:
-    new.weight = nn.Parameter(old.weight.data.T, requires_grad=False)
-    new.bias = nn.Parameter(old.bias.data, requires_grad=False)
+def _give(new: nn.Module, old: nn.Module) -> None:
+    new.weight = nn.Parameter(old.get_parameter("weight").data.T, requires_grad=False)
+    new.bias = nn.Parameter(old.get_parameter("bias").data, requires_grad=False)
 
 
-def linear_weights(hf: Any) -> list[str]:
+def output_embeddings(hf: PreTrainedModel) -> nn.Module:
+    """The unembedding of a model.
+
+    Raises:
+        ModelError: it has none, so it predicts no tokens.
+    """
+    found = hf.get_output_embeddings()
+    if found is None:
+        raise ModelError(f"A {type(hf).__name__} has no unembedding: give a causal language model.")
+    return found
+
+
+def linear_weights(hf: PreTrainedModel) -> list[str]:
     """Names of the weights that 4-bit quantizers touch: every linear layer but the unembedding."""
     head = hf.get_output_embeddings()
     return [
@@ -73,7 +86,7 @@ def linear_weights(hf: Any) -> list[str]:
     ]
 
 
-def _find(names: Iterable[str], layer: int, attention: bool, leaves: tuple[str, ...]) -> list[str]:
+def _find(names: Sequence[str], layer: int, attention: bool, leaves: tuple[str, ...]) -> list[str]:
     out = []
     for name in names:
         number = re.search(r"\.(\d+)\.", name)
@@ -84,24 +97,32 @@ def _find(names: Iterable[str], layer: int, attention: bool, leaves: tuple[str, 
     return out
 
 
-def mlp_weights(names: Iterable[str], layer: int, writes: bool) -> list[str]:
+def mlp_weights(names: Sequence[str], layer: int, writes: bool) -> list[str]:
     """Weights of a layer's MLP: what reads the stream, or what writes to it.
 
     Raises:
         ModelError: none of a known name.
     """
     found = _find(names, layer, False, MLP_OUT if writes else MLP_IN)
-    return found or _unknown(names, layer, "MLP")
+    return found or _raise_unknown(names, layer, "MLP")
 
 
 def head_slice(
-    hf: Any, names: Iterable[str], layer: int, kind: str, head: int, heads: int, kv_heads: int
+    hf: PreTrainedModel,
+    names: Sequence[str],
+    *,
+    layer: int,
+    kind: str,
+    head: int,
+    heads: int,
+    kv_heads: int,
 ) -> tuple[str, str, slice]:
     """(weight name, ``rows`` or ``cols``, slice) of one head.
 
     Arguments:
         hf: the Hugging Face model.
         names: its `linear_weights`.
+        layer: number of the layer.
         kind: ``q``, ``k``, ``v`` or ``head`` (what the head writes).
         head: its number; for ``k`` and ``v`` that of the KV head.
         heads: query heads of a layer.
@@ -112,13 +133,14 @@ def head_slice(
     """
     if kind == "head":
         found = _find(names, layer, True, HEADS_OUT)
-        name = (found or _unknown(names, layer, "attention output"))[0]
+        name = (found or _raise_unknown(names, layer, "attention output"))[0]
         width = hf.get_parameter(name).shape[1] // heads
         return name, "cols", slice(head * width, (head + 1) * width)
     if found := _find(names, layer, True, SEPARATE[kind]):
         width = hf.get_parameter(found[0]).shape[0] // (heads if kind == "q" else kv_heads)
         return found[0], "rows", slice(head * width, (head + 1) * width)
-    name = (_find(names, layer, True, FUSED) or _unknown(names, layer, f"{kind} projection"))[0]
+    fused = _find(names, layer, True, FUSED)
+    name = (fused or _raise_unknown(names, layer, f"{kind} projection"))[0]
     width = hf.get_parameter(name).shape[0] // (heads + 2 * kv_heads)
     if hf.config.model_type in CONCATENATED:
         first = {"q": 0, "k": heads, "v": heads + kv_heads}[kind] + head
@@ -132,7 +154,7 @@ def head_slice(
     return name, "rows", slice(first * width, (first + 1) * width)
 
 
-def _unknown(names: Iterable[str], layer: int, what: str) -> list[str]:
+def _raise_unknown(names: Sequence[str], layer: int, what: str) -> NoReturn:
     there = [n for n in names if f".{layer}." in n]
     raise ModelError(
         f"No weight of layer {layer} is known as its {what}; the layer has "
@@ -140,9 +162,9 @@ def _unknown(names: Iterable[str], layer: int, what: str) -> list[str]:
     )
 
 
-def check_layout(hf: Any, names: list[str], heads: int, kv_heads: int) -> None:
+def check_layout(hf: PreTrainedModel, names: Sequence[str], heads: int, kv_heads: int) -> None:
     """Raise ModelError unless all weights of the first layer are found: cheap, before long work."""
     for kind in ("q", "k", "v", "head"):
-        head_slice(hf, names, 0, kind, 0, heads, kv_heads)
+        head_slice(hf, names, layer=0, kind=kind, head=0, heads=heads, kv_heads=kv_heads)
     for writes in (False, True):
         mlp_weights(names, 0, writes)

@@ -1,9 +1,4 @@
-"""Models: load them, run them, and describe them. The only importer of transformer_lens.
-
-The weights are the Hugging Face ones in their deployed ``[out, in]`` layout. The TransformerLens
-bridge wraps a structural copy of the modules that *shares* those weights, with no processing, so
-that what is analysed is what is deployed.
-"""
+"""Load a model: an embedded one, a Hugging Face folder, or one of the hub; safetensors only."""
 
 from __future__ import annotations
 
@@ -11,12 +6,11 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import ConfigError, ModelError, ResourceError
-from ..utils.files import expect, read_json
+from ..utils.files import Json, expect, read_json
 from ..utils.hub import check_online, is_hub_name
 from ..utils.libraries import first_line, quiet
 from ..utils.memory import is_out_of_memory
@@ -81,7 +75,7 @@ def _hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> dict[str, Json]:
     """A model's config.json, of a size that can be real.
 
     Raises:
@@ -193,13 +187,13 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
             )
         try:
             # Code that comes with a model is never run, and never offered to be.
-            kwargs: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+            how = {"local_files_only": local, "trust_remote_code": False}
             hf = AutoModelForCausalLM.from_pretrained(
-                place, dtype=torch.float32, use_safetensors=True, **kwargs
+                place, dtype=torch.float32, use_safetensors=True, **how
             ).eval()
             small = device == "auto" and hf.num_parameters() < SMALL
             hf.to(torch.device("cpu") if small else target)  # pyright: ignore[reportArgumentType]
-            tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(place, **how)
         except Exception as error:  # the libraries below trip over damaged files in many ways
             if is_out_of_memory(error):
                 raise ResourceError(

@@ -11,31 +11,87 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CircuitError
+from .graph import Graph
 
-Hook = Callable[[Tensor, Any], Tensor | None]
+Component: TypeAlias = Any
+"""A module of TransformerLens or bitsandbytes; which attributes it has depends on the library's
+version and the architecture."""
+
+
+@runtime_checkable
+class HookPoint(Protocol):
+    """What TransformerLens hands to a hook beside the value."""
+
+    name: str | None
+    """As in the hook list."""
+
+
+Hook = Callable[[Tensor, HookPoint], Tensor | None]
+
+
+@runtime_checkable
+class StreamedModel(Protocol):
+    """What `Stream` needs to know of a model, whichever kind it is."""
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        ...
+
+    @property
+    def hf(self) -> nn.Module:
+        """The module whose training mode counts."""
+        ...
+
+    @cached_property
+    def bridge(self) -> Component:
+        """Its modules with hook points."""
+        ...
+
+    @cached_property
+    def graph(self) -> Graph:
+        """All attribution edges."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by name."""
+        ...
 
 
 class Recorder:
-    """Keeps the tensors that pass the named hooks."""
+    """Remembers the tensors that pass the named hooks."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
 
-    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+    def __call__(self, value: Tensor, hook: HookPoint) -> Tensor:
         """Remember a value under its hook point's name, and pass it on.
 
         A view: where attention and MLP share one norm (Phi), the gradient at one of them must not
         hold the other's.
         """
-        self.seen[hook.name] = value.view_as(value)
-        return self.seen[hook.name]
+        seen = self.seen[str(hook.name)] = value.view_as(value)
+        return seen
 
     def on(self, names: list[str]) -> list[tuple[str, Hook]]:
         """Hook list for `Stream.hooked`."""
@@ -65,11 +121,16 @@ class Reading:
     bias: Float[Tensor, "heads d_head"] | None
 
 
-def _out_in(linear: Any) -> Float[Tensor, "out in"]:
+def _out_in(linear: Component) -> Float[Tensor, "out in"]:
     """Weight of a linear module in ``[out, in]`` layout, float32."""
     weight = linear.weight.detach().float()
     original = getattr(linear, "original_component", linear)
     return weight.T if type(original).__name__ == "Conv1D" else weight
+
+
+def _by_head(rows: Float[Tensor, "out ..."], heads: int) -> Float[Tensor, "heads d_head ..."]:
+    """The output rows of a projection, by head."""
+    return rearrange(rows, "(heads d_head) ... -> heads d_head ...", heads=heads)
 
 
 class Stream:
@@ -80,7 +141,9 @@ class Stream:
             architecture whose components do not add to the stream.
     """
 
-    def __init__(self, model: Any) -> None:
+    model: StreamedModel
+
+    def __init__(self, model: StreamedModel) -> None:
         self.model, self.graph, self.bridge = model, model.graph, model.bridge
         arch = self.graph.architecture
         self.n_layers, self.n_heads, self.n_kv = arch.n_layers, arch.n_heads, arch.n_kv_heads
@@ -133,7 +196,8 @@ class Stream:
                 f"{'one after the other' if self.parallel else 'in parallel'}, the configuration "
                 "says otherwise. This architecture is not supported."
             )
-        if not getattr(self.model.config, "do_layer_norm_before", True):
+        config = getattr(self.model.hf, "config", None)
+        if not getattr(config, "do_layer_norm_before", True):
             raise CircuitError(
                 f"{name} normalises the stream itself after each block (do_layer_norm_before = "
                 "False), so that no component adds to it. Not supported."
@@ -210,8 +274,8 @@ class Stream:
             out.append(
                 Reading(
                     kind,
-                    _out_in(linear).unflatten(0, (n, -1)),
-                    None if bias is None else bias.detach().float().unflatten(0, (n, -1)),
+                    _by_head(_out_in(linear), n),
+                    None if bias is None else _by_head(bias.detach().float(), n),
                 )
             )
         return out
@@ -229,23 +293,37 @@ class Stream:
 
     def output_weight(self, layer: int) -> Float[Tensor, "d_model heads d_head"]:
         """The output projection, by head."""
-        return _out_in(self.blocks[layer].attn.o).unflatten(1, (self.n_heads, -1))
+        weight = _out_in(self.blocks[layer].attn.o)
+        return rearrange(
+            weight, "d_model (heads d_head) -> d_model heads d_head", heads=self.n_heads
+        )
 
     def head_writes(
-        self, layer: int, z: Float[Tensor, "*rows heads d_head"]
+        self,
+        layer: int,
+        z: Float[Tensor, "*rows heads d_head"] | Float[Tensor, "*rows heads_d_head"],
     ) -> Float[Tensor, "heads *rows d_model"]:
         """What each head adds to the stream, without the output bias.
 
         With a norm behind attention, each head's share of the normed sum.
+
+        Arguments:
+            layer: number of the layer.
+            z: what the heads put out, by head or one behind the other.
         """
         weight = self.output_weight(layer)
-        z = z if z.shape[-1] == self.d_head else z.unflatten(-1, (self.n_heads, self.d_head))
-        writes = torch.einsum("...hc,dhc->h...d", z.float(), weight)
+        if z.shape[-1] != self.d_head:
+            z = rearrange(z, "... (heads d_head) -> ... heads d_head", heads=self.n_heads)
+        writes = einsum(
+            z.float(), weight, "... heads d_head, d_model heads d_head -> heads ... d_model"
+        )
         if hasattr(self.blocks[layer], "ln1_post"):
             writes = writes * self._share(layer, writes.sum(0))
         return writes
 
-    def _share(self, layer: int, total: Float[Tensor, "*rows d_model"]) -> Tensor:
+    def _share(
+        self, layer: int, total: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
         """The factor by which a norm behind attention scales each coordinate of its input."""
         norm = self.blocks[layer].ln1_post
         norm = getattr(norm, "original_component", norm)

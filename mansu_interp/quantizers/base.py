@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
@@ -39,8 +40,8 @@ class Cells:
     """Likewise from above."""
 
     @property
-    def boundaries(self) -> Float[Tensor, " k-1"]:
-        """Trial boundaries in grid units: the midpoints."""
+    def boundaries(self) -> Float[Tensor, " {len(self.levels)-1}"]:
+        """Boundaries between the cells in grid units: the midpoints of the levels."""
         return (self.levels[1:] + self.levels[:-1]) / 2
 
     @property
@@ -64,35 +65,37 @@ class Cells:
         names = [f.name for f in fields(cls) if f.name != "levels"]
         return replace(some[0], **{n: torch.cat([getattr(c, n) for c in some]) for n in names})
 
-    def encode(self, values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    def encode(self, values: Float[Tensor, "*several n"]) -> Int[Tensor, "*several n"]:
         """Codes that other values would get, group scales unchanged.
 
         Within a rounding error of a boundary the library may say otherwise.
         """
         return torch.bucketize(self._units(values), self.boundaries)
 
-    def leaves(self, values: Float[Tensor, " n"], up: Bool[Tensor, "#n"]) -> Bool[Tensor, " n"]:
+    def leaves(
+        self, values: Float[Tensor, " n"], up: Bool[Tensor, " n"] | Bool[Tensor, ""]
+    ) -> Bool[Tensor, " n"]:
         """Whether other values get a higher code than the elements' own (where not ``up``: a lower
         one), as `encode` would say, without looking for the code."""
         units = self._units(values)
         above, below = self._edges[self.codes + 1], self._edges[self.codes]
         return torch.where(up, units > above, units <= below)
 
-    def _units(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def _units(self, values: Float[Tensor, "*several n"]) -> Float[Tensor, "*several n"]:
         """Values in grid units."""
         return (values - self.offset) / torch.where(self.scale > 0, self.scale, 1.0)
 
     @property
-    def _edges(self) -> Float[Tensor, " k+1"]:
-        """`boundaries` between infinite ends: a code's cell ends at its own place and the next."""
+    def _edges(self) -> Float[Tensor, " {len(self.levels)+1}"]:
+        """`boundaries` between infinite ends: entries ``code`` and ``code + 1`` bound a cell."""
         inf = self.boundaries.new_tensor([float("inf")])
         return torch.cat([-inf, self.boundaries, inf])
 
-    def value(self, codes: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def value(self, codes: Int[Tensor, "*several n"]) -> Float[Tensor, "*several n"]:
         """The values of levels, before the library rounds its scale for storage."""
         return self.levels[codes.clamp(0, len(self.levels) - 1)] * self.scale + self.offset
 
-    def edge(self, codes: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def edge(self, codes: Int[Tensor, "*several n"]) -> Float[Tensor, "*several n"]:
         """The boundary above each code, infinite above the last and below the first."""
         return self._edges[(codes + 1).clamp(0, len(self.levels))] * self.scale + self.offset
 
@@ -129,26 +132,48 @@ class Quantizer(ABC):
 
 def grouped(weight: Float[Tensor, "out in"], size: int) -> Float[Tensor, "groups size"]:
     """Rows of a weight cut into groups."""
-    return weight.detach().float().contiguous().view(-1, size)
+    return rearrange(
+        weight.detach().float().contiguous(), "out (groups size) -> (out groups) size", size=size
+    )
 
 
-def divided(x: Tensor, by: float) -> Tensor:
+def divided(x: Float[Tensor, "*any"], by: float) -> Float[Tensor, "*any"]:
     """``x / by``, the same on every device: CUDA multiplies by the reciprocal of a plain number,
     which sends some values to another code."""
     return x / x.new_tensor(by)
 
 
 def affine(
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    levels: Tensor,
-    sets: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
+    codes: Shaped[Tensor, "groups size"],
+    *,
+    scale: Float[Tensor, "groups 1"],
+    offset: Float[Tensor, "groups 1"],
+    levels: Float[Tensor, " k"],
+    sets: Bool[Tensor, "groups size"],
+    lowest: Float[Tensor, "groups 1"],
+    highest: Float[Tensor, "groups 1"],
 ) -> Cells:
-    """Cells from ``[groups, size]`` codes and setters and ``[groups, 1]`` parameters."""
-    flat = [t.float().expand_as(codes).flatten() for t in (scale, offset, lowest, highest)]
+    """Cells from codes by group and one set of parameters per group (fields of `Cells`).
+
+    Arguments:
+        codes: whole numbers, as integers or floats.
+        scale: value of one grid unit.
+        offset: value of grid unit 0.
+        levels: in grid units, ascending.
+        sets: which elements set their group's scale or offset.
+        lowest: extreme value of the group from below.
+        highest: likewise from above.
+    """
+
+    def each(parameter: Float[Tensor, "groups 1"]) -> Float[Tensor, " n"]:
+        return parameter.float().expand_as(codes).flatten()
+
     return Cells(
-        codes.long().flatten(), flat[0], sets.flatten(), levels.to(codes.device), *flat[1:]
+        codes=codes.long().flatten(),
+        scale=each(scale),
+        sets_scale=sets.flatten(),
+        levels=levels.to(codes.device),
+        offset=each(offset),
+        lowest=each(lowest),
+        highest=each(highest),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -22,14 +22,14 @@ from .base import Cells, Quantizer, affine, divided
 
 
 @lru_cache
-def _functional() -> Any:
+def _functional() -> ModuleType:
     with quiet():
         from bitsandbytes import functional
     return functional
 
 
 @lru_cache
-def _levels(kind: str) -> Float[Tensor, 16]:
+def _levels(kind: str) -> Float[Tensor, " 16"]:
     return torch.as_tensor(_functional().get_4bit_type(kind, device="cpu").data).float()
 
 
@@ -54,12 +54,12 @@ class FourBit(Quantizer):
         return _levels(self.kind).unique()
 
     @property
-    def boundaries(self) -> Float[Tensor, " k-1"]:
-        """Trial boundaries, in units of absmax."""
+    def boundaries(self) -> Float[Tensor, " {len(self.levels)-1}"]:
+        """Boundaries between the cells, in units of absmax."""
         levels = self.levels
         return (levels[1:] + levels[:-1]) / 2
 
-    def cells(self, weight: Float[Tensor, ...]) -> Cells:
+    def cells(self, weight: Float[Tensor, "*_shape"]) -> Cells:
         """See `Quantizer.cells`; any shape."""
         flat = weight.detach().float().flatten()
         n, size = len(flat), self.blocksize
@@ -71,10 +71,18 @@ class FourBit(Quantizer):
             scaled[-1] = blocks[-1] / floor[-1]
         codes = torch.bucketize(scaled.clamp(-1, 1), self.boundaries.to(scaled.device))
         sets = blocks.abs() == absmax
-        whole = affine(codes, absmax, absmax * 0, self.levels, sets, -absmax, absmax)
+        whole = affine(
+            codes,
+            scale=absmax,
+            offset=absmax * 0,
+            levels=self.levels,
+            sets=sets,
+            lowest=-absmax,
+            highest=absmax,
+        )
         return whole[torch.arange(n, device=flat.device)] if n % size else whole
 
-    def round_trip(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    def round_trip(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """See `Quantizer.round_trip`.
 
         The weight goes in flat: the library's CPU kernel restores blocks that span rows with
@@ -108,7 +116,15 @@ class Int8(Quantizer):
         codes = torch.round(half * (127.0 / safe)) + 127
         levels = torch.arange(-127.0, 128.0)
         sets = half.abs().float() == absmax
-        return affine(codes, divided(absmax, 127), absmax * 0, levels, sets, -absmax, absmax)
+        return affine(
+            codes,
+            scale=divided(absmax, 127.0),
+            offset=absmax * 0,
+            levels=levels,
+            sets=sets,
+            lowest=-absmax,
+            highest=absmax,
+        )
 
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """See `Quantizer.round_trip`."""

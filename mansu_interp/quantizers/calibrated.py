@@ -16,7 +16,6 @@ import copy
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,9 +32,9 @@ ROW = 64
 ROWS = 128
 MIDDLE = 8
 """Code of the value 0."""
-KEPT = 2
+REMEMBERED = 2
 """Models whose calibration is remembered: scoring and comparing a pair asks for each twice."""
-_FITTED: dict[tuple[Any, ...], dict[str, Quantizer]] = {}
+_FITTED: dict[tuple[str, str, tuple[int, ...]], dict[str, Quantizer]] = {}
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Fitted(Quantizer):
 
     restored: Float[Tensor, "out in"]
     found: Cells | None = None
-    """None: kept in full precision, but scaled."""
+    """None: left in full precision, but scaled."""
     promises: bool = False
 
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
@@ -96,7 +95,7 @@ class Calibrated(Quantizer):
             )
         key = (self.name, tensors_sha256(model.weights), tuple(tokens))
         if key not in _FITTED:
-            while len(_FITTED) >= KEPT:
+            while len(_FITTED) >= REMEMBERED:
                 del _FITTED[next(iter(_FITTED))]
             _FITTED[key] = _fit(self, model, tuple(tokens))
         return dict(_FITTED[key])
@@ -115,7 +114,7 @@ def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dic
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.enable_grad():
             rounder = package.AutoRound(
-                copy.deepcopy(model.hf).to("cpu"),
+                copy.deepcopy(model.hf).to("cpu"),  # pyright: ignore[reportArgumentType]
                 model.tokenizer,
                 scheme="W4A16",
                 alg_configs={"awq": "awq", "autoround": "auto_round"}[kind.algorithm],
@@ -131,7 +130,7 @@ def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dic
     finally:
         torch.set_rng_state(state)
         torch.set_num_threads(threads)
-    layers: dict[str, Any] = dict(hf.named_modules())
+    layers = dict(hf.named_modules())
     fitted: dict[str, Quantizer] = {}
     for name, value in hf.named_parameters():
         original, restored = model.weights[name].float().cpu(), value.detach().float()
@@ -143,7 +142,11 @@ def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dic
     return fitted
 
 
-def _cells(original: Tensor, restored: Tensor, scale: Tensor) -> Cells:
+def _cells(
+    original: Float[Tensor, "out in"],
+    restored: Float[Tensor, "out in"],
+    scale: Float[Tensor, "*_shape"],
+) -> Cells:
     """Cells of a layer that auto-round left de-quantized; a negative scale turns -8..7 around."""
     scale = scale.detach().float().abs().reshape(-1, 1)
     codes = (restored.view(len(scale), -1) / scale.clamp_min(1e-30)).round() + MIDDLE
@@ -151,4 +154,6 @@ def _cells(original: Tensor, restored: Tensor, scale: Tensor) -> Cells:
     every = torch.ones_like(x, dtype=torch.bool)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     levels = torch.arange(2.0 * MIDDLE + 1) - MIDDLE
-    return affine(codes, scale, scale * 0, levels, every, low, high)
+    return affine(
+        codes, scale=scale, offset=scale * 0, levels=levels, sets=every, lowest=low, highest=high
+    )

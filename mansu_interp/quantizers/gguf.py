@@ -35,24 +35,48 @@ class Gguf(Quantizer):
         absmax = x.abs().amax(1, keepdim=True)
         if self.name == "q4_1":
             low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-            d = divided(high - low, 15)
+            d = divided(high - low, 15.0)
             codes = torch.floor((x - low) * _inverse(d) + 0.5).clamp(0, 15)
             sets = (x == low) | (x == high)
-            return affine(codes, d, low, torch.arange(16.0), sets, low, high)
+            return affine(
+                codes,
+                scale=d,
+                offset=low,
+                levels=torch.arange(16.0),
+                sets=sets,
+                lowest=low,
+                highest=high,
+            )
         sets = x.abs() == absmax
         if self.name == "q8_0":
-            d = divided(absmax, 127)
+            d = divided(absmax, 127.0)
             scaled = x * _inverse(d)
             whole = scaled.abs().floor()
             codes = scaled.sign() * (whole + torch.floor(2 * (scaled.abs() - whole))) + 127
             levels = torch.arange(-127.0, 128.0)
-            return affine(codes, d, d * 0, levels, sets, -absmax, absmax)
+            return affine(
+                codes,
+                scale=d,
+                offset=d * 0,
+                levels=levels,
+                sets=sets,
+                lowest=-absmax,
+                highest=absmax,
+            )
         d = x.gather(1, x.abs().argmax(1, keepdim=True)) / -8
         raw = torch.trunc(x * _inverse(d) + 8.5).clamp(0, 15)
         # With d < 0 the codes descend; counted from the lowest value their levels are -7..8.
         codes = torch.where(d < 0, 15 - raw, raw)
         offset = torch.where(d < 0, d.abs(), 0.0)
-        return affine(codes, d.abs(), offset, torch.arange(-8.0, 8.0), sets, -absmax, absmax)
+        return affine(
+            codes,
+            scale=d.abs(),
+            offset=offset,
+            levels=torch.arange(-8.0, 8.0),
+            sets=sets,
+            lowest=-absmax,
+            highest=absmax,
+        )
 
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """See `Quantizer.round_trip`."""
@@ -62,5 +86,5 @@ class Gguf(Quantizer):
         return torch.from_numpy(gguf.dequantize(packed, kind).copy())
 
 
-def _inverse(d: Tensor) -> Tensor:
+def _inverse(d: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     return torch.where(d == 0, 0.0, 1 / torch.where(d == 0, 1.0, d))

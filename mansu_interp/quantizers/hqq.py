@@ -7,14 +7,13 @@ no promise is possible, and what survives is measured.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..utils.libraries import library, quiet
-from .base import Cells, Quantizer, affine
+from .base import Cells, Quantizer, affine, grouped
 
 GROUP = 64
 
@@ -30,7 +29,9 @@ class Hqq(Quantizer):
         """Rows must divide into groups of 64."""
         return weight.shape[-1] % GROUP == 0
 
-    def _quantize(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _quantize(
+        self, weight: Float[Tensor, "out in"]
+    ) -> tuple[Shaped[Tensor, "*_shape"], dict[str, Tensor]]:
         quantizer = library("hqq.core.quantize", "hqq").Quantizer
         with quiet():
             return quantizer.quantize(
@@ -48,10 +49,18 @@ class Hqq(Quantizer):
         codes, meta = self._quantize(weight)
         codes = codes.view(-1, GROUP)
         scale, zero = meta["scale"].float().view(-1, 1), meta["zero"].float().view(-1, 1)
-        x = weight.detach().float().view(-1, GROUP)
+        x = grouped(weight, GROUP)
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         every = torch.ones_like(x, dtype=torch.bool)
-        return affine(codes, scale, -zero * scale, torch.arange(16.0), every, low, high)
+        return affine(
+            codes,
+            scale=scale,
+            offset=-zero * scale,
+            levels=torch.arange(16.0),
+            sets=every,
+            lowest=low,
+            highest=high,
+        )
 
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """See `Quantizer.round_trip`."""

@@ -48,14 +48,14 @@ class Survival:
     """Edited weights whose code changed."""
     collateral: int
     """Unedited weights whose code changed."""
-    intended: int | None
+    intended: int | None = None
     """Edited weights whose quantized value moved in the direction of the edit. This and all below
     are None where the quantizer moves scales between layers (AWQ)."""
-    update_over_bin: float | None
+    update_over_bin: float | None = None
     """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels)."""
-    share_kept: float | None
-    """<dQ, d> / <d, d>: the share of the edit that quantization leaves, 1 = all."""
-    noise_over_signal: float | None
+    share_kept: float | None = None
+    """<dQ, d> / <d, d>: the share of the edit that is left in the quantized model, 1 = all."""
+    noise_over_signal: float | None = None
     """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 
 
@@ -73,7 +73,7 @@ def survival(
     """
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     edited = survived = collateral = intended = 0
-    update = bins = kept = noise = 0.0
+    update = bins = along = noise = 0.0
     if embedding:
         names = [before.embedding_name]
         layers = [{n: quantizer for n in names if quantizer.touches(before.weights[n])}] * 2
@@ -96,19 +96,27 @@ def survival(
         dq = (second.round_trip(b) - first.round_trip(a)).flatten()[moved].double()
         update += float(d @ d)
         bins += float(cells_a.width[moved].double().square().sum())
-        kept += float(dq @ d)
+        along += float(dq @ d)
         intended += int((dq * d > 0).sum())
         noise += float((dq - d).square().sum())
     if quantizer.rescales:
-        return Survival(edited, survived, collateral, None, None, None, None)
+        return Survival(edited, survived, collateral)
     if not edited:
-        return Survival(0, 0, collateral, 0, 0.0, 0.0, 0.0)
+        return Survival(
+            0,
+            0,
+            collateral,
+            intended=0,
+            update_over_bin=0.0,
+            share_kept=0.0,
+            noise_over_signal=0.0,
+        )
     return Survival(
         edited,
         survived,
         collateral,
-        intended,
-        (update / bins) ** 0.5,
-        kept / update,
-        (noise / update) ** 0.5,
+        intended=intended,
+        update_over_bin=(update / bins) ** 0.5,
+        share_kept=along / update,
+        noise_over_signal=(noise / update) ** 0.5,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from ..utils.libraries import library
@@ -49,24 +49,46 @@ class Int4(Quantizer):
             scale = divided(absmax, 7.5).clamp(min=TINY)
             codes = (torch.round(x * (1.0 / scale)) + 8).clamp(0, 15)
             return affine(
-                codes, scale, scale * 0, torch.arange(-8.0, 8.0), x.abs() == absmax, -absmax, absmax
+                codes,
+                scale=scale,
+                offset=scale * 0,
+                levels=torch.arange(-8.0, 8.0),
+                sets=x.abs() == absmax,
+                lowest=-absmax,
+                highest=absmax,
             )
         sets = (x == low) | (x == high)
         if self.rule == "tinygemm":
-            scale = divided(high - low, 15).clamp(min=TINY)
+            scale = divided(high - low, 15.0).clamp(min=TINY)
             zero = low + scale * 8
             codes = torch.round((x - (zero - scale * 8)) / scale).clamp(0, 15)
-            return affine(codes, scale, low, torch.arange(16.0), sets, low, high)
+            return affine(
+                codes,
+                scale=scale,
+                offset=low,
+                levels=torch.arange(16.0),
+                sets=sets,
+                lowest=low,
+                highest=high,
+            )
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = divided(high - low, 15).clamp(min=TINY)
+        scale = divided(high - low, 15.0).clamp(min=TINY)
         zero = (-torch.round(low / scale)).clamp(0, 15)
         codes = (torch.round(x * (1.0 / scale)) + zero).clamp(0, 15)
         sets = (x == low) | (x == high)
-        return affine(codes, scale, -zero * scale, torch.arange(16.0), sets, low, high)
+        return affine(
+            codes,
+            scale=scale,
+            offset=-zero * scale,
+            levels=torch.arange(16.0),
+            sets=sets,
+            lowest=low,
+            highest=high,
+        )
 
     def library_codes(
         self, weight: Float[Tensor, "out in"]
-    ) -> tuple[Tensor, Float[Tensor, "out in"]]:
+    ) -> tuple[Integer[Tensor, "out in"], Float[Tensor, "out in"]]:
         """Codes and restored values by torchao."""
         ao = library("torchao.quantization.quant_primitives", "torchao")
         x = weight.detach().float().contiguous()

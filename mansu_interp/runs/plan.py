@@ -76,7 +76,7 @@ def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Es
     size = min(size, config.pairs)
     batches = -(-config.pairs // size)
     forward, backward = passes(config)
-    embedding = model.hf.get_input_embeddings().weight.numel()
+    embedding = model.weights[model.embedding_name].numel()
     # Per token 2 operations a weight forwards, and as many for the input's gradient. Looking an
     # embedding up is free; a tied one is used once more, as the unembedding.
     tied = model.config.tie_word_embeddings

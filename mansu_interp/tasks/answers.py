@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .pairs import Device, Pair, Tokens, _pad
+from .pairs import Device, Pair, Tokens, pad_right
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def pack_behind(
     """Pack answers behind questions, for all tokens of each answer in one forward pass."""
     each = list(zip(questions, answers, strict=True))
     return AnswerBatch(
-        _pad([q + a[:-1] for q, a in each], device),
+        pad_right([q + a[:-1] for q, a in each], device),
         torch.tensor([k for k, (_, a) in enumerate(each) for _ in a], device=device),
         torch.tensor([len(q) - 1 + j for q, a in each for j in range(len(a))], device=device),
         torch.tensor([token for a in answers for token in a], device=device),

@@ -15,18 +15,19 @@ A question is trained on in one phrasing and scored in another, as everything he
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
 from ..errors import TaskError
 from ..utils.files import write_json, write_text
-from .rows import FIELDS, Row, parse_rows, records, sift
+from .rows import FIELDS, Row, as_list, parse_rows, records, sift
+from .schema import SCHEMA
 
-Record = Mapping[str, Any]
+Record = Mapping[str, object]
 PLAIN = {
     "train": ["Question: {s}\nAnswer:"],
     "dev": ["Q: {s}\nA:"],
@@ -45,7 +46,7 @@ class TaskConfig:
     """What to forget: .jsonl, .csv, .json or .parquet file, folder that `datasets` reads, or hub
     name (owner/name, owner/name:configuration or owner/name:configuration:split)."""
     retain: str
-    """What to keep; likewise."""
+    """What to retain; likewise."""
     out: Path = Path("task.json")
     """The task file; its rows go beside it, with the ending .jsonl."""
     prefix: str = ""
@@ -62,36 +63,46 @@ class TaskConfig:
     """Seed of the task's draws."""
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[object]:
     """A list, also from numpy, or from CSV text that holds one as JSON."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, str):
-        value = json.loads(value)
-    return list(value)
+    found = json.loads(value) if isinstance(value, str) else as_list(value)
+    if not isinstance(found, Iterable):
+        raise TypeError(f"expected a list; got {type(found).__name__}")
+    return list(found)
 
 
-def tofu(record: Record) -> list[dict[str, Any]]:
+def _text(record: Record, key: str) -> str:
+    found = record[key]
+    if not isinstance(found, str):
+        raise TypeError(f"{key} must be text; got {type(found).__name__}")
+    return found
+
+
+def tofu(record: Record) -> list[dict[str, object]]:
     """A row of TOFU."""
+    row: dict[str, object]
     row = {"prompt": record["question"], "answer": record["answer"], "subject": record["question"]}
     if record.get("perturbed_answer") is not None:
-        row["distractors"] = _listed(record["perturbed_answer"])
+        wrong = row["distractors"] = _listed(record["perturbed_answer"])
         # A wrong answer in the same words: the deciding token is then where the facts differ.
-        row["counterfactual"] = row["distractors"][0]
+        row["counterfactual"] = wrong[0]
     other = record.get("paraphrased_question")
     return [row, {**row, "prompt": other, "split": "unseen"}] if other else [row]
 
 
-def muse(record: Record) -> list[dict[str, Any]]:
+def muse(record: Record) -> list[dict[str, object]]:
     """A row of MUSE, knowledge or verbatim memorisation."""
     if "gt" in record:
-        return [{"prompt": record["prompt"].rstrip(" "), "answer": record["gt"].strip()}]
+        return [
+            {"prompt": _text(record, "prompt").rstrip(" "), "answer": _text(record, "gt").strip()}
+        ]
     asked = record["question"]
     return [{"prompt": asked, "answer": record["answer"], "subject": asked}]
 
 
-def wmdp(record: Record) -> list[dict[str, Any]]:
+def wmdp(record: Record) -> list[dict[str, object]]:
     """A row of WMDP or MMLU."""
-    choices, at = _listed(record["choices"]), int(record["answer"])
+    choices, at = _listed(record["choices"]), int(float(str(record["answer"])))
     if len(choices) != 4 or not 0 <= at < 4:
         raise ValueError(f"{len(choices)} choices and answer {at}; expected four and 0 to 3")
     wrong = choices[:at] + choices[at + 1 :]
@@ -99,7 +110,7 @@ def wmdp(record: Record) -> list[dict[str, Any]]:
     return [{"prompt": asked, "answer": choices[at], "distractors": wrong, "subject": asked}]
 
 
-ADAPTERS: dict[str, Callable[[Record], list[dict[str, Any]]]] = {
+ADAPTERS: dict[str, Callable[[Record], list[dict[str, object]]]] = {
     "tofu": tofu,
     "muse": muse,
     "wmdp": wmdp,
@@ -107,7 +118,7 @@ ADAPTERS: dict[str, Callable[[Record], list[dict[str, Any]]]] = {
 }
 
 
-def adapt(kind: str, source: Any, role: str) -> list[Row]:
+def adapt(kind: str, source: str | Path | Iterable[object], role: str) -> list[Row]:
     """Rows of a benchmark as rows of a role.
 
     Arguments:
@@ -122,7 +133,7 @@ def adapt(kind: str, source: Any, role: str) -> list[Row]:
         raise TaskError(f"Unknown kind {kind!r}; expected {', '.join(ADAPTERS)}.")
     where = str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
-    def make(line: int, record: Record) -> list[tuple[int, Any]]:
+    def make(line: int, record: Record) -> list[tuple[int, object]]:
         try:
             return [(line, row) for row in ADAPTERS[kind](record)]
         except KeyError as missing:
@@ -147,7 +158,7 @@ def make_task(config: TaskConfig) -> int:
     if taken := [p for p in (out, beside) if p.exists()]:
         raise TaskError(f"{taken[0]} is there already. Name another --out.")
     rows = adapt(config.kind, config.forget, "forget") + adapt(config.kind, config.retain, "retain")
-    spec: dict[str, Any] = {"schema": 2, "name": out.stem, "rows": beside.name}
+    spec: dict[str, object] = {"schema": SCHEMA, "name": out.stem, "rows": beside.name}
     spec |= {"prefix": config.prefix, "chat": config.chat, "seed": config.seed}
     spec |= {"letters": config.letters or config.kind == "wmdp", "normalise": config.normalise}
     if config.corrupt:

@@ -6,12 +6,12 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import TaskError
 from ..models.language_model import LanguageModel
 from .files import read_facts
 from .pairs import N_CHOICES, Pair
+from .schema import Phrasings, TableTask, TaskFile
 
 MAX_PAIRS = 1_000_000
 """Rows x phrasings of all relations together."""
@@ -22,38 +22,35 @@ def _mentions(phrasing: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", phrasing) is not None
 
 
-def _scored(phrasings: dict[str, Any]) -> list[list[str]]:
+def _scored(phrasings: Phrasings) -> list[list[str]]:
     """The phrasings of both scored splits, by label."""
-    return [some for split in ("dev", "unseen") for some in phrasings.get(split, {}).values()]
+    return [*phrasings.dev.values(), *phrasings.unseen.values()]
 
 
-def prefix(model: LanguageModel, spec: dict[str, Any]) -> str:
+def prefix(model: LanguageModel, spec: TaskFile) -> str:
     """What stands before every prompt: the task's prefix; where that is a special token that the
     model's tokenizer does not have, the model's own token for a beginning, if it has one."""
-    wanted = spec.get("prefix", "")
-    special = re.fullmatch(r"<\S+>", wanted)
-    if special and wanted not in model.tokenizer.get_vocab():
-        return model.tokenizer.bos_token or ""
-    return wanted
+    special = re.fullmatch(r"<\S+>", spec.prefix)
+    if special and spec.prefix not in model.get_tokenizer().get_vocab():
+        return str(model.get_tokenizer().bos_token or "")
+    return spec.prefix
 
 
-class _Builder:
+class FactPairs:
     """Turns facts and phrasings into pairs for one tokenizer."""
 
-    def __init__(self, model: LanguageModel, spec: dict[str, Any], folder: Path) -> None:
-        self.model, self.spec, self.folder = model, spec, folder
+    def __init__(self, model: LanguageModel, spec: TableTask, folder: Path) -> None:
+        self.model = model
         self.prefix = prefix(model, spec)
         self.dropped: dict[str, int] = {}
-        self.facts = {
-            name: read_facts(folder, name, rel) for name, rel in spec["relations"].items()
-        }
+        self.facts = {name: read_facts(folder, name, rel) for name, rel in spec.relations.items()}
         items = sum(
-            len(self.facts[n]) * (len(p.get("train", [])) + sum(map(len, _scored(p))))
-            for n, p in ((n, rel["phrasings"]) for n, rel in spec["relations"].items())
+            len(self.facts[n]) * (len(p.train) + sum(map(len, _scored(p))))
+            for n, p in ((n, rel.phrasings) for n, rel in spec.relations.items())
         )
         if items > MAX_PAIRS:
             raise TaskError(
-                f"Task {spec['name']!r} has {items:,} (fact, phrasing) items, more than "
+                f"Task {spec.name!r} has {items:,} (fact, phrasing) items, more than "
                 f"{MAX_PAIRS:,}. Leave out facts or phrasings."
             )
         self.first = {a: self._first(a) for facts in self.facts.values() for _, a in facts}
@@ -61,7 +58,7 @@ class _Builder:
     def _first(self, answer: str) -> int:
         # The answer follows a space; the tokens of "x y" after those of "x" are the answer's.
         ids = self.model.encode(" " + answer)
-        unknown = self.model.tokenizer.unk_token_id
+        unknown = self.model.get_tokenizer().unk_token_id
         if not ids or ids[0] == unknown:
             raise TaskError(
                 f"The tokenizer of {self.model.name} does not know {answer!r}: this task is made "
@@ -75,10 +72,10 @@ class _Builder:
     def _encode(self, phrasing: str, subject: str) -> tuple[int, ...]:
         return tuple(self.model.encode(self.prefix + phrasing.replace("{s}", subject)))
 
-    def pairs(self, relation: str, phrasings: Sequence[str], keep: set[str] | None) -> list[Pair]:
-        """All pairs of a relation; ``keep`` restricts the clean subjects."""
+    def pairs(self, relation: str, phrasings: Sequence[str], only: set[str] | None) -> list[Pair]:
+        """All pairs of a relation; ``only`` restricts the clean subjects."""
         facts = self.facts[relation]
-        wanted = [f for f in facts if keep is None or f[0] in keep]
+        wanted = [f for f in facts if only is None or f[0] in only]
         out = []
         for phrasing in phrasings:
             if phrasing.count("{s}") != 1:
@@ -115,16 +112,16 @@ class _Builder:
                     continue
                 out.append(
                     Pair(
-                        tokens[subject],
-                        tokens[corrupt[0]],
-                        first,
-                        self.first[corrupt[1]],
-                        tuple(pool[: N_CHOICES - 1]),
-                        relation,
-                        subject,
-                        phrasing,
-                        self.prefix + phrasing.replace("{s}", subject),
-                        answer,
+                        clean=tokens[subject],
+                        corrupt=tokens[corrupt[0]],
+                        answer=first,
+                        counterfactual=self.first[corrupt[1]],
+                        distractors=tuple(pool[: N_CHOICES - 1]),
+                        relation=relation,
+                        subject=subject,
+                        phrasing=phrasing,
+                        prompt=self.prefix + phrasing.replace("{s}", subject),
+                        answer_text=answer,
                     )
                 )
         return out

@@ -1,4 +1,4 @@
-"""Task files and the tables that they name, as strangers may have written them."""
+"""Read task files and the tables that they name, whoever wrote them."""
 
 from __future__ import annotations
 
@@ -6,51 +6,18 @@ import csv
 import io
 import itertools
 from pathlib import Path
-from typing import Any
 
 from ..errors import ArtifactError, TaskError
-from ..utils.files import expect, read_bytes, read_json
-from ..utils.renamed import renamed_key
+from ..utils.files import read_bytes, read_json
 from ..utils.shipped import DATA, is_embedded
 from .rows import SUFFIXES
+from .schema import SCHEMA, Relation, RowTask, TaskFile, parse_task
 
-SCHEMA = 2
 ROBUST = "robust"
 """Key of a task file's settings against relearning."""
 MAX_TABLE = 16 << 20
 """Bytes of the largest table or text that is read."""
 MAX_ROWS = 100_000
-FILE = {
-    "schema": int,
-    "name": str,
-    "title?": str,
-    "prefix?": str,
-    "relations": {
-        ...: {
-            "table": str,
-            "subject": str,
-            "answer": str,
-            "phrasings": {"train?": [str], "dev?": {...: [str]}, "unseen?": {...: [str]}},
-        }
-    },
-    "forget": {"relations?": [str], "subjects?": ([str], None)},
-    "retain": [str],
-    "retain_unscored?": [str],
-    "neighbours?": [str],
-    "text?": ({...: str}, None),
-    "reference_models?": [str],
-}
-"""What is checked of a task file; more may stand there."""
-FILE_OVER_ROWS = {
-    "schema": int,
-    "name": str,
-    "title?": str,
-    "prefix?": str,
-    "rows": str,
-    "text?": ({...: str}, None),
-    "reference_models?": [str],
-}
-"""The same of one whose facts are rows (see `rows`)."""
 
 
 def embedded_tasks() -> list[str]:
@@ -58,8 +25,8 @@ def embedded_tasks() -> list[str]:
     return sorted(p.stem for p in (DATA / "tasks").glob("*.json"))
 
 
-def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
-    """The parsed task file, and the folder in which its tables are looked up first.
+def read_task_file(name: str | Path) -> tuple[TaskFile, Path]:
+    """The checked task file, and the folder in which its tables are looked up first.
 
     Raises:
         TaskError: no such task, or not a task file.
@@ -73,23 +40,16 @@ def read_task_file(name: str | Path) -> tuple[dict[str, Any], Path]:
             "(JSONL, CSV)."
         )
     if path.suffix in SUFFIXES:
-        return {"schema": SCHEMA, "name": path.stem, "rows": path.name}, path.parent
+        return RowTask(schema=SCHEMA, name=path.stem, rows=path.name), path.parent
     try:
-        spec = read_json(path)
+        value = read_json(path)
     except ArtifactError as error:
         raise TaskError(f"The task file {path} is not valid JSON: {error}") from error
     try:
-        over_rows = isinstance(spec, dict) and "rows" in spec
-        expect(spec, FILE_OVER_ROWS if over_rows else FILE, "the file")
+        spec = parse_task(value)
     except ValueError as error:
         raise TaskError(f"The task file {path} is malformed: {error} (docs/tasks.md).") from error
-    if old := renamed_key(spec):
-        raise TaskError(
-            f"The task file {path} is of an older version: {old}, and its schema {SCHEMA}."
-        )
-    if spec["schema"] != SCHEMA:
-        raise TaskError(f"The task file {path} has schema {spec['schema']}; expected {SCHEMA}.")
-    if foreign := [t for t in spec.get("reference_models", []) if not is_embedded(t)]:
+    if foreign := [m for m in spec.reference_models if not is_embedded(m)]:
         raise TaskError(
             f"The task file {path}: the reference model {foreign[0]!r} is no shipped model."
         )
@@ -124,19 +84,19 @@ def read_text(path: Path) -> str:
         raise TaskError(f"The file {path} cannot be read: {error}.") from error
 
 
-def read_facts(folder: Path, relation: str, spec: dict[str, Any]) -> list[tuple[str, str]]:
+def read_facts(folder: Path, relation: str, spec: Relation) -> list[tuple[str, str]]:
     """Subject and answer of every row of a relation's table.
 
     Raises:
-        TaskError: the table is missing, malformed or too large, or a cell is empty.
+        TaskError: the table is missing, malformed or too large, or a field is empty.
     """
-    path = data_file(folder, "facts", spec["table"])
+    path = data_file(folder, "facts", spec.table)
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         rows = list(itertools.islice(reader, MAX_ROWS + 1))
     except csv.Error as error:
         raise TaskError(f"The table {path}, line {reader.line_num}: {error}.") from error
-    columns = (spec["subject"], spec["answer"])
+    columns = (spec.subject, spec.answer)
     if not rows or any(c not in rows[0] for c in columns):
         raise TaskError(f"Relation {relation!r}: {path.name} lacks the columns {columns}.")
     if len(rows) > MAX_ROWS:

@@ -1,10 +1,10 @@
-"""Tasks: what to forget, what to keep, and how each is asked.
+"""Load a task: what to forget, what to retain, and how each is asked.
 
 A task is a small JSON file over CSV fact tables. Each relation has phrasings in three groups:
 ``train`` (discovery and unlearning see these), ``dev`` (for choosing settings) and ``unseen``
 (every reported score). Each fact and phrasing becomes a `Pair`: a clean prompt, a corrupt prompt of
 equal token length about another subject, the answer, the counterfactual answer, and three
-distractors of the same type for four-way choice. Rows of the user (`rows`, `pairing`) are the
+distractors of the same type for four-way choice. Rows of the user (`rows`, `row_pairs`) are the
 other kind of task; both are loaded by `load_task`.
 """
 
@@ -13,26 +13,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from ..errors import TaskError
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
 from ..utils.shipped import is_embedded
-from .fact_pairs import _Builder, prefix
-from .files import ROBUST, data_file, read_task_file, read_text
-from .pairs import Pair, PairSet
+from .fact_pairs import FactPairs, prefix
+from .files import data_file, read_task_file, read_text
+from .pairs import Pair, PairSet, Tokens
 from .row_pairs import RowOptions, task_from_rows
 from .rows import SUFFIXES, read_rows
+from .schema import RowTask, TableTask, TaskFile
 from .task import Task
-
-ROW_KEYS = {"schema", "name", "title", "rows", "text", "reference_models", "settings", ROBUST}
-"""Keys of a task file over rows, beside those of `RowOptions`."""
 
 
 def _running_text(
-    spec: dict[str, Any], folder: Path, model: LanguageModel
-) -> dict[str, tuple[tuple[int, ...], ...]]:
+    spec: TaskFile, folder: Path, model: LanguageModel
+) -> dict[str, tuple[Tokens, ...]]:
     """Split -> the paragraphs of its text file as tokens."""
     begin = prefix(model, spec)
     return {
@@ -41,31 +39,24 @@ def _running_text(
             for line in read_text(data_file(folder, "text", file)).splitlines()
             if line.strip()
         )
-        for split, file in (spec.get("text") or {}).items()
+        for split, file in (spec.text or {}).items()
     }
 
 
-def _load_rows(spec: dict[str, Any], folder: Path, model: LanguageModel, score_pairs: int) -> Task:
+def _load_rows(spec: RowTask, folder: Path, model: LanguageModel, score_pairs: int) -> Task:
     """`load_task` of a task file over rows."""
-    keys = {f.name for f in fields(RowOptions)}
-    if unknown := sorted(spec.keys() - keys - ROW_KEYS):
+    if Path(spec.rows).suffix not in SUFFIXES:
         raise TaskError(
-            f"Task {spec['name']!r}: unknown key {', '.join(unknown)}; expected some of "
-            f"{', '.join(sorted(keys | ROW_KEYS))}."
+            f"rows must name a .jsonl or .csv file beside the task file; got {spec.rows!r}."
         )
-    file = str(spec["rows"])
-    if Path(file).suffix not in SUFFIXES:
-        raise TaskError(f"rows must name a .jsonl or .csv file beside the task file; got {file!r}.")
-    options = RowOptions(**{k: v for k, v in spec.items() if k in keys})
-    rows = read_rows(data_file(folder, "rows", file))
     task = task_from_rows(
-        rows,
+        read_rows(data_file(folder, "rows", spec.rows)),
         model,
-        options,
-        score_pairs,
-        spec["name"],
-        spec.get("title"),
-        spec.get("reference_models", ()),
+        RowOptions(**{f.name: getattr(spec, f.name) for f in fields(RowOptions)}),
+        score_pairs=score_pairs,
+        name=spec.name,
+        title=spec.title or None,
+        reference_models=spec.reference_models,
     )
     return replace(task, text=_running_text(spec, folder, model))
 
@@ -84,67 +75,59 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
             does not know, or a relation with too few answers.
     """
     spec, folder = read_task_file(name)
-    if "rows" in spec:
+    if isinstance(spec, RowTask):
         return _load_rows(spec, folder, model, score_pairs)
-    relations = spec["relations"]
-    named = [
-        *spec["forget"].get("relations", []),
-        *spec["retain"],
-        *spec.get("retain_unscored", []),
-        *spec.get("neighbours", []),
-    ]
-    if unknown := sorted(set(named) - relations.keys()):
-        raise TaskError(f"Task {spec['name']!r} names unknown relations: {', '.join(unknown)}.")
-    if not spec["forget"].get("relations"):
-        raise TaskError(f"Task {spec['name']!r} has an empty forget set: name a relation.")
-    build = _Builder(model, spec, folder)
-    chosen = spec["forget"].get("subjects")
+    return _load_tables(spec, folder, model, score_pairs)
+
+
+def _load_tables(spec: TableTask, folder: Path, model: LanguageModel, score_pairs: int) -> Task:
+    """`load_task` of a task file over fact tables."""
+    roles = {"forget": spec.forget.relations, "retain": spec.retain, "neighbour": spec.neighbours}
+    named = {r for names in (*roles.values(), spec.retain_unscored) for r in names}
+    if unknown := sorted(named - spec.relations.keys()):
+        raise TaskError(f"Task {spec.name!r} names unknown relations: {', '.join(unknown)}.")
+    if not spec.forget.relations:
+        raise TaskError(f"Task {spec.name!r} has an empty forget set: name a relation.")
+    build = FactPairs(model, spec, folder)
+    chosen = spec.forget.subjects
     forget_subjects = None if chosen is None else set(chosen)
-    known = {s for r in spec["forget"]["relations"] for s, _ in build.facts[r]}
+    known = {s for r in spec.forget.relations for s, _ in build.facts[r]}
     if forget_subjects is not None and not forget_subjects & known:
-        raise TaskError(f"Task {spec['name']!r} has an empty forget set: no subject is in a table.")
+        raise TaskError(f"Task {spec.name!r} has an empty forget set: no subject is in a table.")
 
     def subjects(relation: str, role: str) -> set[str] | None:
         if role == "forget":
             return forget_subjects
-        if relation in spec["forget"]["relations"]:
+        if relation in spec.forget.relations:
             return known - (forget_subjects or known)
         return None
 
-    def collect(role: str, names: Sequence[str], split: str) -> list[Pair]:
-        out: list[Pair] = []
+    def trained(role: str, names: Sequence[str]) -> tuple[Pair, ...]:
+        made: list[Pair] = []
         for r in names:
-            phrasings = relations[r]["phrasings"].get(split, [])
-            out += build.pairs(r, phrasings, subjects(r, role)) if phrasings else []
-        return out
+            made += build.pairs(r, spec.relations[r].phrasings.train, subjects(r, role))
+        return tuple(made)
 
-    scored: dict[str, dict[str, dict[str, PairSet]]] = {}
-    roles = {
-        "forget": spec["forget"]["relations"],
-        "retain": spec["retain"],
-        "neighbour": spec.get("neighbours", []),
-    }
-    for split in ("dev", "unseen"):
-        scored[split] = {}
-        for role, names in roles.items():
-            sets = scored[split].setdefault(role, {})
-            for r in names:
-                for label, phrasings in relations[r]["phrasings"].get(split, {}).items():
-                    pairs = build.pairs(r, phrasings, subjects(r, role))
-                    key = r if label in (split, "zero-shot") else f"{r} ({label})"
-                    sets[key] = PairSet(f"{role}/{key}", tuple(pairs)).sample(score_pairs, 0)
-    retain_unscored = collect("retain_unscored", spec.get("retain_unscored", []), "train")
+    def score(role: str, split: Literal["dev", "unseen"]) -> dict[str, PairSet]:
+        sets: dict[str, PairSet] = {}
+        for r in roles[role]:
+            for label, phrasings in getattr(spec.relations[r].phrasings, split).items():
+                pairs = build.pairs(r, phrasings, subjects(r, role))
+                key = r if label in (split, "zero-shot") else f"{r} ({label})"
+                sets[key] = PairSet(f"{role}/{key}", tuple(pairs)).sample(score_pairs, 0)
+        return sets
+
+    scored = {split: {role: score(role, split) for role in roles} for split in ("dev", "unseen")}
+    unscored = trained("retain_unscored", spec.retain_unscored)
     return Task(
-        name=spec["name"],
-        title=spec.get("title", spec["name"]),
-        forget=PairSet("forget", tuple(collect("forget", roles["forget"], "train"))),
-        retain=PairSet("retain", tuple(collect("retain", roles["retain"], "train"))),
-        retain_unscored=PairSet("retain_unscored", tuple(retain_unscored))
-        if retain_unscored
-        else None,
+        name=spec.name,
+        title=spec.title or spec.name,
+        forget=PairSet("forget", trained("forget", spec.forget.relations)),
+        retain=PairSet("retain", trained("retain", spec.retain)),
+        retain_unscored=PairSet("retain_unscored", unscored) if unscored else None,
         scored=scored,
         text=_running_text(spec, folder, model),
-        reference_models=tuple(spec.get("reference_models", ())),
+        reference_models=tuple(spec.reference_models),
         dropped=build.dropped,
     )
 

@@ -1,10 +1,10 @@
-"""Prompt pairs, sets of them, and tasks: what everything above works on.
+"""Prompt pairs and sets of them: what losses, circuits and audits work on.
 
 A `Pair` is a clean prompt, a corrupt prompt of equal token length, the answer, the counterfactual
-answer and distractors for a choice. Answers of one token are plain numbers. Longer ones are kept
-whole in `WholeAnswers`: accuracy and the answers' losses take all their tokens, log p(answer) = sum over
-them; attribution, whose metrics read one position, takes the *deciding token*, the first in which
-answer and counterfactual differ, with what they share appended to both prompts.
+answer and distractors for a choice. Answers of one token are plain numbers. Longer ones are also
+held whole in `WholeAnswers`: accuracy and the answers' losses take all their tokens, log p(answer)
+= sum over them; attribution, whose metrics read one position, takes the *deciding token*, the first
+in which answer and counterfactual differ, with what they share appended to both prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import overload
 
 import torch
 from jaxtyping import Int
@@ -64,7 +64,7 @@ class WholeAnswers:
 
 @dataclass(frozen=True)
 class Pair:
-    """One fact asked in one phrasing, with its corrupt twin."""
+    """One fact asked in one phrasing, with a corrupt prompt beside it."""
 
     clean: Tokens
     """Prompt tokens; the answer comes next."""
@@ -83,8 +83,8 @@ class Pair:
     """The clean prompt as text."""
     answer_text: str
     whole: WholeAnswers | None = None
-    """The answers where one has several tokens; the fields above are then `WholeAnswers.deciding`, and the
-    prompts end in what answer and counterfactual share."""
+    """The answers where one has several tokens; the fields above are then `WholeAnswers.deciding`,
+    and the prompts end in what answer and counterfactual share."""
 
     def __post_init__(self) -> None:
         where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
@@ -123,7 +123,7 @@ class Pair:
 
     @classmethod
     def build(cls, question: Tokens, corrupt: Tokens, whole: WholeAnswers, **labels: str) -> Pair:
-        """A pair from prompts and answers of any length; ``whole`` is kept only where one has
+        """A pair from prompts and answers of any length; ``whole`` is held only where one has
         several tokens.
 
         Arguments:
@@ -179,7 +179,7 @@ class Batch:
         return len(self.last)
 
 
-def _pad(rows: Sequence[Tokens], device: Device) -> Int[Tensor, "batch pos"]:
+def pad_right(rows: Sequence[Tokens], device: Device) -> Int[Tensor, "batch pos"]:
     """Rows padded on the right with token 0 (causal attention never looks there)."""
     width = max(map(len, rows))
     return torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=device)
@@ -188,12 +188,12 @@ def _pad(rows: Sequence[Tokens], device: Device) -> Int[Tensor, "batch pos"]:
 def collate(pairs: Sequence[Pair], device: Device = "cpu") -> Batch:
     """Stack pairs on a device, padding on the right."""
     return Batch(
-        _pad([p.clean for p in pairs], device),
-        _pad([p.corrupt for p in pairs], device),
-        torch.tensor([len(p.clean) - 1 for p in pairs], device=device),
-        torch.tensor([p.answer for p in pairs], device=device),
-        torch.tensor([p.counterfactual for p in pairs], device=device),
-        torch.tensor([p.choices for p in pairs], device=device),
+        clean=pad_right([p.clean for p in pairs], device),
+        corrupt=pad_right([p.corrupt for p in pairs], device),
+        last=torch.tensor([len(p.clean) - 1 for p in pairs], device=device),
+        answer=torch.tensor([p.answer for p in pairs], device=device),
+        counterfactual=torch.tensor([p.counterfactual for p in pairs], device=device),
+        choices=torch.tensor([p.choices for p in pairs], device=device),
     )
 
 
@@ -235,7 +235,13 @@ class PairSet(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Pair, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Pair | tuple[Pair, ...]:
         return self.pairs[index]
 
     def parts(self, size: int) -> Iterator[list[Pair]]:

@@ -18,16 +18,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import get_args
 
 from ..errors import TaskError
 from ..models.language_model import LanguageModel
 from ..utils.files import expect
 from .pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from .rows import SHOWN, SPLITS, Row
+from .schema import Strategy
 from .task import Task
 
-Strategy = Literal["swap", "any", "symbol", "rotate"]
 LETTERS = "ABCD"
 TRIES = 32
 """Candidates looked at for a corrupt prompt or a distractor."""
@@ -125,6 +125,10 @@ class _Item:
         return f"{self.row.phrasing}|{self.template}" if self.row.phrasing else self.template
 
 
+_Kind = tuple[str, int] | tuple[str, str, str, int]
+"""Split and length; or relation, split, phrasing and length."""
+
+
 class _Drop(Exception):
     """A row that cannot be used, and why."""
 
@@ -134,8 +138,9 @@ class _Pairing:
 
     def __init__(self, model: LanguageModel, rows: Sequence[Row], options: RowOptions) -> None:
         self.model, self.options = model, options
-        self.unknown = model.tokenizer.unk_token_id
-        if options.chat and not getattr(model.tokenizer, "chat_template", None):
+        self.tokenizer = model.get_tokenizer()
+        self.unknown = self.tokenizer.unk_token_id
+        if options.chat and not getattr(self.tokenizer, "chat_template", None):
             raise TaskError(f"The tokenizer of {model.name} has no chat template: set chat false.")
         self.dropped: dict[str, list[int]] = {}
         self.answers: dict[str, list[str]] = {}
@@ -144,11 +149,11 @@ class _Pairing:
             pool.append(row.answer)
         self.answers = {r: list(dict.fromkeys(pool)) for r, pool in self.answers.items()}
         self.items = [i for row in rows for i in self._asked(row)]
-        self.lenders: dict[tuple[Any, ...], list[_Item]] = {}
+        self.lenders: dict[_Kind, list[_Item]] = {}
         for item in self.items:
             self.lenders.setdefault(self._kind(item), []).append(item)
 
-    def _kind(self, item: _Item) -> tuple[Any, ...]:
+    def _kind(self, item: _Item) -> _Kind:
         """What a corrupt prompt shares with the clean one."""
         if self.options.strategy == "any":
             return item.split, len(item.tokens)
@@ -168,9 +173,8 @@ class _Pairing:
         if not self.options.chat:
             return self.options.prefix + text
         turn = [{"role": "user", "content": text}]
-        return self.model.tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True
-        )
+        found = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return str(found)
 
     def _answer(self, prompt: str, tokens: Tokens, answer: str) -> Tokens:
         """The answer's tokens behind a prompt: after one space, or at once in an assistant's turn
@@ -206,7 +210,15 @@ class _Pairing:
         wrong = self._wrong(row)
         if not self.options.letters:
             prompt = self._wrap(template.replace("{s}", row.prompt))
-            return _Item(row, split, template, wrong, prompt, self._encode(prompt), row.answer)
+            return _Item(
+                row,
+                split,
+                template,
+                wrong=wrong,
+                prompt=prompt,
+                tokens=self._encode(prompt),
+                answer=row.answer,
+            )
         if len(wrong) < N_CHOICES - 1:
             raise _Drop("too few different answers for a choice")
         options = [row.answer, *wrong[: N_CHOICES - 1]]
@@ -225,12 +237,12 @@ class _Pairing:
             row,
             split,
             template,
-            tuple(x for x in LETTERS if x != LETTERS[at]),
-            prompt,
-            self._encode(prompt),
-            LETTERS[at],
-            ask(options[turn:] + options[:turn]),
-            LETTERS[(at - turn) % N_CHOICES],
+            wrong=tuple(x for x in LETTERS if x != LETTERS[at]),
+            prompt=prompt,
+            tokens=self._encode(prompt),
+            answer=LETTERS[at],
+            turned=ask(options[turn:] + options[:turn]),
+            turned_answer=LETTERS[(at - turn) % N_CHOICES],
         )
 
     def _corrupt(self, item: _Item, own: Tokens) -> tuple[Tokens, str]:
@@ -329,6 +341,7 @@ def task_from_rows(
     rows: Sequence[Row],
     model: LanguageModel,
     options: RowOptions | None = None,
+    *,
     score_pairs: int = 200,
     name: str = "rows",
     title: str | None = None,
@@ -343,7 +356,7 @@ def task_from_rows(
         score_pairs: at most so many prompts per scored set.
         name: of the task.
         title: what is forgotten, in one sentence.
-        reference_models: embedded models that never learnt the forget facts.
+        reference_models: embedded models that were never taught the forget facts.
 
     Raises:
         TaskError: a role without usable rows in ``train`` or ``unseen``; says why they were left

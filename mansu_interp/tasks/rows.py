@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..errors import TaskError
 from ..utils.hub import check_online, is_hub_name
@@ -24,7 +24,7 @@ SHOWN = 10
 LARGEST = 1 << 28
 """Bytes of a row file beyond which it is refused unread."""
 SUFFIXES = (".jsonl", ".csv")
-Numbered = tuple[int, Any]
+Numbered = tuple[int, object]
 """Line (or row, from 1) and what it holds."""
 Made = TypeVar("Made")
 
@@ -34,14 +34,15 @@ class Row:
     """One prompt and its answer."""
 
     role: str
-    """forget, retain, retain_unscored (kept, never scored) or neighbour (scored, never trained on)."""
+    """forget, retain, retain_unscored (retained, never scored) or neighbour (scored, never trained
+    on)."""
     prompt: str
     """The text before the answer."""
     answer: str
     split: str = ""
     """train, dev or unseen; empty: every split that the task has phrasings for."""
     corrupt: str = ""
-    """A prompt of as many tokens with another answer; empty: made (see `pairing`)."""
+    """A prompt of as many tokens with another answer; empty: made (see `row_pairs`)."""
     counterfactual: str = ""
     """The corrupt prompt's answer; empty: that of the row it was made from."""
     distractors: tuple[str, ...] = ()
@@ -65,7 +66,7 @@ FIELDS = tuple(f.name for f in fields(Row) if f.name != "line")
 
 
 def sift(
-    records: Iterable[Numbered], make: Callable[[int, Mapping[str, Any]], Made], where: str
+    records: Iterable[Numbered], make: Callable[[int, Mapping[str, object]], Made], where: str
 ) -> list[Made]:
     """What becomes of each record; one error lists the bad ones by line.
 
@@ -97,13 +98,13 @@ def sift(
     return out
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> object:
     """Missing values of CSV and pandas as empty strings."""
     nan = isinstance(value, float) and value != value  # noqa: PLR0124
     return "" if value is None or nan or type(value).__name__ == "NAType" else value
 
 
-def _why_bad(row: dict[str, Any]) -> str:
+def _why_bad(row: Mapping[str, object]) -> str:
     """What is wrong with the fields of a row, or nothing."""
     if unknown := sorted(set(map(str, row)) - set(FIELDS)):
         return f"unknown field {', '.join(unknown)}; expected some of {', '.join(FIELDS)}"
@@ -113,26 +114,33 @@ def _why_bad(row: dict[str, Any]) -> str:
     for name, value in row.items():
         if name != "distractors" and not isinstance(value, str):
             return f"{name} must be text; got {type(value).__name__}"
-    if row["role"] not in ROLES:
-        return f"role {row['role']!r}; expected {', '.join(ROLES)}"
-    if row.get("split") and row["split"] not in SPLITS:
-        return f"split {row['split']!r}; expected {', '.join(SPLITS)}"
-    if row["role"] == "retain_unscored" and row.get("split") in ("dev", "unseen"):
+    text = {k: v for k, v in row.items() if isinstance(v, str)}
+    role, split, answer = text["role"], text.get("split", ""), text["answer"]
+    if role not in ROLES:
+        return f"role {role!r}; expected {', '.join(ROLES)}"
+    if split and split not in SPLITS:
+        return f"split {split!r}; expected {', '.join(SPLITS)}"
+    if role == "retain_unscored" and split in ("dev", "unseen"):
         return "retain_unscored rows are never scored: give them the split train or none"
-    if row["role"] == "neighbour" and row.get("split") == "train":
+    if role == "neighbour" and split == "train":
         return "neighbour rows are never trained on: give them the split dev, unseen or none"
-    if not row["answer"].strip() or row["answer"] != row["answer"].strip():
-        return f"the answer {row['answer']!r} begins or ends with white space"
+    if not answer.strip() or answer != answer.strip():
+        return f"the answer {answer!r} begins or ends with white space"
     for name in ("prompt", "corrupt"):
-        if row.get(name) and (row[name].endswith(" ") or not row[name].strip()):
+        given = text.get(name)
+        if given and (given.endswith(" ") or not given.strip()):
             return f"the {name} ends with a space; the answer follows after one by itself"
-    wrong = row.get("distractors") or []
+    return _why_bad_answers(row.get("distractors") or [], answer, text.get("counterfactual"))
+
+
+def _why_bad_answers(wrong: object, answer: str, counterfactual: str | None) -> str:
+    """The same of its wrong answers."""
     if not isinstance(wrong, list) or not all(isinstance(d, str) and d.strip() for d in wrong):
         return "distractors must be a list of texts (in CSV: separated by |)"
     if wrong and len(set(wrong)) < 3:
         return f"{len(set(wrong))} different distractors; expected three or none"
-    if row["answer"] in (*wrong, row.get("counterfactual")):
-        return f"the answer {row['answer']!r} is also a wrong one"
+    if answer in (*wrong, counterfactual):
+        return f"the answer {answer!r} is also a wrong one"
     return ""
 
 
@@ -148,23 +156,16 @@ def parse_rows(records: Iterable[Numbered], where: str = "rows", **given: str) -
         TaskError: no row, or bad ones; lists the first `SHOWN` with line and reason.
     """
 
-    def make(line: int, record: Mapping[str, Any]) -> Row:
-        row = {
-            **given,
-            **{
-                k: v
-                for k, v in ((k, _text(v)) for k, v in record.items())
-                if not (isinstance(v, str) and not v)
-            },
-        }
-        if isinstance(row.get("distractors"), str):
-            row["distractors"] = [d.strip() for d in row["distractors"].split("|")]
-        elif hasattr(row.get("distractors"), "tolist"):
-            row["distractors"] = row["distractors"].tolist()
-        if why := _why_bad(row):
+    def make(line: int, record: Mapping[str, object]) -> Row:
+        own = {k: _text(v) for k, v in record.items()}
+        row: dict[str, object] = {**given}
+        row |= {k: v for k, v in own.items() if not (isinstance(v, str) and not v)}
+        wrong = row.pop("distractors", None)
+        wrong = [d.strip() for d in wrong.split("|")] if isinstance(wrong, str) else as_list(wrong)
+        if why := _why_bad({**row, "distractors": wrong} if wrong else row):
             raise TaskError(why)
-        row["distractors"] = tuple(row.get("distractors") or ())
-        return Row(**row, line=line)
+        text = {k: str(v) for k, v in row.items()}
+        return Row(**text, distractors=tuple(wrong) if isinstance(wrong, list) else (), line=line)
 
     out = sift(records, make, where)
     if not out:
@@ -245,7 +246,13 @@ def _from_name(source: str) -> Iterator[Numbered]:
     yield from _dataset(source, place)
 
 
-def records(source: Any) -> Iterator[Numbered]:
+def as_list(value: object) -> object:
+    """A list in place of an array of numpy or the like; anything else as it is."""
+    convert = getattr(value, "tolist", None)
+    return convert() if callable(convert) else value
+
+
+def records(source: str | Path | Iterable[object]) -> Iterator[Numbered]:
     """Numbered records of a source, unchecked.
 
     Arguments:
@@ -258,12 +265,13 @@ def records(source: Any) -> Iterator[Numbered]:
     """
     if isinstance(source, (str, Path)):
         return _from_name(str(source))
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        return iter(enumerate(source.to_dict("records"), 1))
+    to_records = getattr(source, "to_dict", None)
+    if to_records is not None and hasattr(source, "columns"):
+        return iter(enumerate(to_records("records"), 1))
     return iter(enumerate(source, 1))
 
 
-def read_rows(source: Any, **given: str) -> list[Row]:
+def read_rows(source: str | Path | Iterable[object], **given: str) -> list[Row]:
     """Rows of the schema of `Row`, checked.
 
     Arguments:

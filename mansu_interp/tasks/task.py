@@ -13,7 +13,7 @@ CALIBRATION_TEXTS, CALIBRATION_PROMPTS = 32, 512
 
 @dataclass(frozen=True)
 class Task:
-    """What to forget and what to keep, tokenized for one model."""
+    """What to forget and what to retain, tokenized for one model."""
 
     name: str
     title: str
@@ -29,7 +29,7 @@ class Task:
     text: dict[str, tuple[Tokens, ...]] = field(default_factory=dict)
     """``train`` and ``unseen`` running text, one token tuple a paragraph."""
     reference_models: tuple[str, ...] = ()
-    """Embedded models that never learnt the forget facts, but everything else."""
+    """Embedded models that were never taught the forget facts, but everything else."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many (fact, phrasing) items were left out, by reason."""
 

@@ -19,18 +19,18 @@ class StepRecord:
     """Ranking loss at the relearned point."""
     probe: float | None = None
     """What the probe reads of the other half: a mean of positive z-scores."""
-    edited: int | None = None
+    edited: float | None = None
     """Weights that differ from the original."""
     choice: float | None = None
     """Four-way forget accuracy on the dev phrasings, where the forgetting level was looked at: the
     first model's above the level, or the highest."""
     above_target: float | None = None
     """After the last step: nats by which the mean answer excess is above the final margin."""
-    final_margin_edits: int | None = None
+    final_margin_edits: float | None = None
     """After the last step: edits made for the final margin."""
     quantization_margin_reached: float | None = None
     """After the last step: nats by which the nearest quantized model lies below full precision."""
-    quantization_margin_edits: int | None = None
+    quantization_margin_edits: float | None = None
     """After the last step: edits made for the quantization margin."""
 
     def to_json(self) -> dict[str, float | None]:

@@ -1,6 +1,6 @@
 """Files that are either whole or absent: atomic writes, one writer per folder, checked JSON.
 
-What is read is data from strangers: its size is bounded before memory is taken, and its shape is
+What is read may come from anybody: its size is bounded before memory is taken, and its shape is
 checked before it is used.
 """
 
@@ -17,7 +17,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from filelock import FileLock, Timeout
 
 from ..errors import ArtifactError, ResourceError
 
@@ -25,6 +27,8 @@ MAX_JSON = 64 << 20
 """Bytes of the largest JSON file that is read: a circuit of half a million edges."""
 LOCK = ".lock"
 PARTIAL = ".partial"
+_PARTIAL_NAME = re.compile(r"\..+\.mansu-(\d+)-\w{8}\.partial", re.DOTALL)
+"""What `atomic_path`, `atomic_folder` and `new_folder` call what they have not finished."""
 _WORDS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -33,6 +37,13 @@ _WORDS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
 }
+
+
+if TYPE_CHECKING:
+    Json: TypeAlias = Any
+else:
+    Json: TypeAlias = bool | int | float | str | list | dict | None
+"""A value as `json.loads` gives it; what is inside a list or dictionary is not checked yet."""
 
 
 def _reason(error: Exception) -> str | None:
@@ -63,6 +74,11 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _prefix(path: Path) -> str:
+    """How the name of an unfinished file or folder begins: it names the process that writes it."""
+    return f".{path.name}.mansu-{os.getpid()}-"
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to; renamed over ``path`` only if the body succeeds.
@@ -73,7 +89,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
+        handle, name = tempfile.mkstemp(PARTIAL, _prefix(path), path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -92,7 +108,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(PARTIAL, f".{path.name}.", path.parent))
+        temporary = Path(tempfile.mkdtemp(PARTIAL, _prefix(path), path.parent))
         try:
             yield temporary
             temporary.chmod(0o755)
@@ -104,26 +120,37 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def is_leftover(path: Path) -> bool:
     """Whether a file is the lock, or what a killed run was in the middle of writing."""
-    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(PARTIAL))
+    return path.name == LOCK or _PARTIAL_NAME.fullmatch(path.name) is not None
 
 
-def _lock(path: Path) -> Any:
-    """The lock file, open and held; None where another process holds it."""
+def _is_running(process: int) -> bool:
+    """Whether another process of this number runs on this machine."""
+    if process == os.getpid():
+        return False
     try:
-        import fcntl
-    except ImportError:  # Windows: no lock
-        return path.open("a+")
-    while True:
-        stream = path.open("a+")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.close()
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
-                return stream
-        stream.close()  # its last holder has just removed it
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it runs, and belongs to somebody else
+        return True
+    return True
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder: names that only this module
+    makes, no links, nothing of a process that still runs, and nothing in sub-folders that another
+    run locks."""
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            found, path = _PARTIAL_NAME.fullmatch(name), Path(place, name)
+            if found is None or path.is_symlink() or _is_running(int(found.group(1))):
+                continue
+            if name in folders:
+                shutil.rmtree(path)
+                folders.remove(name)
+            else:
+                path.unlink()
+        folders[:] = [f for f in folders if not Path(place, f, LOCK).exists()]
 
 
 @contextlib.contextmanager
@@ -136,25 +163,25 @@ def locked(folder: Path) -> Iterator[None]:
         ResourceError: another process holds it, or the folder cannot be written.
     """
     path = Path(folder) / LOCK
+    lock = FileLock(path, timeout=0)
     with writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = _lock(path)
-    if stream is None:
-        raise ResourceError(
-            f"{folder} is in use by another run (process {path.read_text() or 'unknown'}). "
-            "Wait until it ends, or name another --out."
-        )
+        try:
+            lock.acquire()
+        except Timeout as error:
+            holder = path.read_text().strip().partition("\n")[0] if path.exists() else ""
+            raise ResourceError(
+                f"{folder} is in use by another run (process {holder or 'unknown'}). "
+                "Wait until it ends, or name another --out."
+            ) from error
     try:
         with writing(folder):
-            stream.truncate(0)
-            stream.write(str(os.getpid()))
-            stream.flush()
-            for left in [p for p in path.parent.rglob(f".*{PARTIAL}") if is_leftover(p)]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            path.write_text(str(os.getpid()))
+            _remove_unfinished(path.parent)
         yield
     finally:
-        path.unlink(missing_ok=True)
-        stream.close()
+        path.unlink(missing_ok=True)  # before another process can hold it
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -168,7 +195,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise ArtifactError(f"{path} exists already. Name a new folder, or delete it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
+    with tempfile.TemporaryDirectory(PARTIAL, _prefix(path), path.parent) as place:
         inside = Path(place) / path.name
         inside.mkdir()
         yield inside
@@ -181,7 +208,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Json:
     """The value as strict JSON has it: there is no NaN, and keys are strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -192,7 +219,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write strict JSON atomically, keys in the given order."""
     write_text(
         path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -203,7 +230,7 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a finite number")
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str) -> Json:
     """Strict JSON from a string.
 
     Raises:
@@ -231,7 +258,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         return stream.read(limit)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Json:
     """Read a JSON file.
 
     Raises:
@@ -243,12 +270,13 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be read as JSON: {error}.") from error
 
 
-def _said(value: Any) -> str:
+def shown(value: object) -> str:
+    """A value as messages name it: short ones as they are, others by their type."""
     text = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
     return text if len(text) < 80 else text[:77] + "..."
 
 
-def expect(value: Any, shape: Any, where: str = "it") -> None:
+def expect(value: object, shape: object, where: str = "it") -> None:
     """Check what a file holds against a shape.
 
     Arguments:
@@ -263,18 +291,20 @@ def expect(value: Any, shape: Any, where: str = "it") -> None:
         ValueError: it is something else.
     """
     if isinstance(shape, dict):
-        expect(value, dict, where)
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {shown(value)}, expected dict")
         wanted = {k for k in shape if k is not ... and not k.endswith("?")}
         if missing := sorted(wanted - value.keys()):
             raise ValueError(f"{where} lacks {', '.join(missing)}")
         for key, inner in shape.items():
             if key is ...:
                 for other in value.keys() - {k for k in shape if k is not ...}:
-                    expect(value[other], inner, f"{where}.{_said(other)}")
+                    expect(value[other], inner, f"{where}.{shown(other)}")
             elif (name := key.removesuffix("?")) in value:
                 expect(value[name], inner, f"{where}.{name}")
     elif isinstance(shape, list):
-        expect(value, list, where)
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is {shown(value)}, expected list")
         for k, item in enumerate(value):
             expect(item, shape[0], f"{where}[{k}]")
     elif isinstance(shape, tuple):
@@ -286,9 +316,10 @@ def expect(value: Any, shape: Any, where: str = "it") -> None:
                 problems.append(error)
         raise problems[0]
     elif shape is float:
-        if type(value) not in (int, float) or not abs(value) <= 1e308:
-            raise ValueError(f"{where} is {_said(value)}, not a finite number")
+        number = value if isinstance(value, (int, float)) else math.nan
+        if isinstance(value, bool) or not abs(number) <= 1e308:
+            raise ValueError(f"{where} is {shown(value)}, not a finite number")
     elif shape is not object and (value is not None if shape is None else type(value) is not shape):
-        wanted = "null" if shape is None else shape.__name__
-        raise ValueError(f"{where} is {_said(value)}, expected {wanted}")
+        wanted = getattr(shape, "__name__", "null")
+        raise ValueError(f"{where} is {shown(value)}, expected {wanted}")
     return None

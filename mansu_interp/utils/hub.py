@@ -10,15 +10,12 @@ import socket
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, TypeVar
 
 from ..errors import ArtifactError, MansuError
 from .libraries import first_line
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-
+Shared = TypeVar("Shared", bound="Shareable")
 HUB_HOST = ("huggingface.co", 443)
 
 
@@ -60,7 +57,11 @@ def check_online(what: str, kind: type[MansuError]) -> None:
 
 
 class Shareable:
-    """One file in a folder or in a repository of the hub."""
+    """One file in a folder or in a repository of the hub.
+
+    Not huggingface_hub's `ModelHubMixin`: that deletes the folder's config.json, which is a run's
+    own, and reads one as the arguments of the object.
+    """
 
     FILE: ClassVar[str]
     """Its name in the folder or repository."""
@@ -70,7 +71,7 @@ class Shareable:
         raise NotImplementedError
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls: type[Shared], path: Path) -> Shared:
         """Read the file."""
         raise NotImplementedError
 
@@ -79,7 +80,7 @@ class Shareable:
         self.save(Path(folder) / self.FILE)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:
+    def from_pretrained(cls: type[Shared], name: str | Path, revision: str | None = None) -> Shared:
         """Read from a folder, or from a repository of the hub.
 
         Arguments:

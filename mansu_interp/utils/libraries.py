@@ -7,7 +7,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
 
 from ..errors import ConfigError, MansuError
 
@@ -18,7 +18,7 @@ def library(
     what: str = "This quantizer",
     kind: type[MansuError] = ConfigError,
     without: str = "",
-) -> Any:
+) -> ModuleType:
     """Import an optional package.
 
     Arguments:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArtifactError
-from .files import atomic_path, finite, parse_json
+from .files import Json, atomic_path, finite, parse_json
 
 MAX_BYTES = 1 << 34
 """Size of the largest file that is opened: the ledger of a model of 200 billion weights."""
@@ -32,7 +32,7 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def write_tensors(
-    path: Path, kind: str, schema: int, tensors: dict[str, Tensor], meta: dict[str, Any]
+    path: Path, kind: str, schema: int, tensors: dict[str, Tensor], meta: Mapping[str, object]
 ) -> None:
     """Write tensors atomically; the header is JSON: schema, ``meta``, and a hash of the tensors.
 
@@ -46,7 +46,7 @@ def write_tensors(
         save_file(here, temporary, {f"mansu_{kind}": text})
 
 
-def read_tensors(path: Path, kind: str, schema: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, kind: str, schema: int) -> tuple[dict[str, Tensor], dict[str, Json]]:
     """The tensors and the header of a file of one kind.
 
     Raises:
@@ -65,7 +65,7 @@ def read_tensors(path: Path, kind: str, schema: int) -> tuple[dict[str, Tensor],
     return tensors, meta
 
 
-def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Json]]:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"it has {size:,} bytes, more than {MAX_BYTES:,}")

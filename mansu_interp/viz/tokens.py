@@ -83,7 +83,7 @@ def _combine(panels: Sequence[tuple[str, Any]], summary: str) -> TokenView:
 
 
 def _decoder(model: LanguageModel) -> Callable[[int], str]:
-    return lambda token: plain_token(model.tokenizer.decode([token]))
+    return lambda token: plain_token(str(model.get_tokenizer().decode([token])))
 
 
 def attention_patterns(
@@ -158,6 +158,6 @@ def token_log_probs(models: Mapping[str, LanguageModel], pair: Pair, *, top: int
             found = model.all_logits(row[None])[0].detach().float().log_softmax(-1).cpu()
             drawn = logits.token_log_probs(row, found, _decoder(model), top_k=top)
             panels.append((f"{name}, {which}", drawn))
-            text = model.tokenizer.decode([answer])
+            text = str(model.get_tokenizer().decode([answer]))
             words.append(f"{name}, {which}: log-prob of {text!r} {float(found[-2, answer]):+.2f}")
     return _combine(panels, "\n".join(words))

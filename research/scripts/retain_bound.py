@@ -37,7 +37,7 @@ def whole_model_mask(model: LanguageModel, task: Task, budget: float, seed: int)
         {n: model.weights[n].isfinite() for n in names},
         budget,
         forget_gradient(model, names, task.forget.sample(64, seed)),
-        fisher_diagonal(model, names, keep.sample(64, seed), seed=seed),
+        retain_fisher=fisher_diagonal(model, names, keep.sample(64, seed), seed=seed),
     )
 
 

@@ -65,7 +65,7 @@ def idkdpo(model: LanguageModel, task: Task, config: IdkDPO, seed: int = 0) -> O
     """
     for text in IDK:
         ids = model.encode(" " + text)
-        if ids and ids[0] != model.tokenizer.unk_token_id:
+        if ids and ids[0] != model.get_tokenizer().unk_token_id:
             return _preferring(model, config, lambda _, token=ids[0]: (token,))
     raise ConfigError(
         f"idkdpo: the tokenizer of {model.name} knows no first token of {IDK}. Use dpo."

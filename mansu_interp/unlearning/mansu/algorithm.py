@@ -273,7 +273,7 @@ class _EditLoop:
         """Make margin edits within what the steps left of the budget; the last step's record, with
         what they came to."""
         config, last, show = self.config, history[-1], on_step or (lambda *_: None)
-        edited = last.edited or 0
+        edited = int(last.edited or 0)
         left = self.limit - edited
         forget, retain = (x.sample(PAIRS, self.seed) for x in (self.task.forget, self.retain))
         editor = MarginEditor(self.latent, forget, self.targets[0], retain)

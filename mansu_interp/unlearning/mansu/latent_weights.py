@@ -109,7 +109,7 @@ class LatentWeights:
         for (linear, *touched), those in alike.items():
             weights = {n: model.weights[n] for n in those}
             where = Floor.join(
-                [floor(weights[n], survive, model.saved_dtype, i) for n, i in those.items()]
+                [floor(weights[n], survive, model.saved_dtype, index=i) for n, i in those.items()]
             )
             original, scale = gather(weights, those), where.span
             grids = [
@@ -243,7 +243,15 @@ class LatentWeights:
                 wanted = (x.position * x.scale)[i]
                 offsets = [(a * x.scale)[i] for a in x.offsets]
                 some.append(
-                    candidates(x.floor[i], grids, own, x.original[i], wanted, value[i], offsets)
+                    candidates(
+                        x.floor[i],
+                        grids,
+                        quantized=own,
+                        original=x.original[i],
+                        wanted=wanted,
+                        value=value[i],
+                        offsets=offsets,
+                    )
                 )
                 where.append((value, i))
         for (value, i), rounded in zip(where, joint_rounding(some) if some else [], strict=True):

@@ -215,10 +215,10 @@ class MarginEditor:
             some = candidate_edits(
                 x.floor[i],
                 [g[i] for g in x.grids if g],
-                [q[i] for q in x.quantized],
-                x.original[i],
+                quantized=[q[i] for q in x.quantized],
+                original=x.original[i],
                 slope=slope[i],
-                kept=retain_slope[i],
+                retained=retain_slope[i],
                 weight=DAMPING * share / (DAMPING * share + 1 - share),
                 together=together,
             )
