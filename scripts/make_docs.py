@@ -76,13 +76,19 @@ def cli_page() -> str:
     env.pop("FORCE_COLOR", None)
     intro = "The same settings are the dataclasses of the API and a run's `config.json`."
     lines = ["# Command line", "", intro, ""]
-    for words in ([], ["run"], ["plan"], ["list"]):
-        command = [sys.executable, "-m", "mansu_interp", *words, "--help"]
+    helps = ([], "--help"), (["run"], "--help"), (["run"], "--help-all")
+    for words, option in (
+        *helps,
+        (["bench"], "--help-all"),
+        (["plan"], "--help"),
+        (["list"], "--help"),
+    ):
+        command = [sys.executable, "-m", "mansu_interp", *words, option]
         done = subprocess.run(
             command, env=env, cwd=ROOT, check=True, capture_output=True, text=True
         )
         text = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
-        lines += [f"## {' '.join(['mansu', *words])}", "", "```text", text, "```", ""]
+        lines += [f"## {' '.join(['mansu', *words, option])}", "", "```text", text, "```", ""]
     return MADE + "\n".join(lines).rstrip() + "\n"
 
 

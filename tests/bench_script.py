@@ -18,7 +18,7 @@ import torch
 from mansu_interp.bench import trial as trials
 from mansu_interp.bench.config import BenchConfig
 from mansu_interp.bench.run import run_bench
-from mansu_interp.circuits.compare import CAD, Divergence
+from mansu_interp.circuits.compare import Divergence, GraphComparison
 from mansu_interp.unlearning.training import Unlearned
 
 NAME = "model.layers.2.mlp.down_proj.weight"
@@ -39,8 +39,8 @@ def fake_unlearn(
 trials.unlearn = fake_unlearn  # type: ignore[assignment]
 find_circuit = trials._circuit
 trials._circuit = lambda *_: None  # type: ignore[assignment]
-trials.compare = lambda *_, **__: CAD(  # type: ignore[assignment]
-    "undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)}
+trials.compare = lambda *_, **__: GraphComparison(  # type: ignore[assignment]
+    {"unlearned": Divergence(0, 0, 0.5, 0, 0)}
 )
 
 

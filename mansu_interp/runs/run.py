@@ -26,7 +26,7 @@ from ..circuits.discover import discover
 from ..errors import ArtifactError, ConfigError, TaskError
 from ..evaluation.properties import properties, verdict
 from ..evaluation.scores import EDITED, ORIGINAL, QUANTIZER, Flips, Scores, evaluate
-from ..export.ledger import Ledger
+from ..export.ledger import Ledger, changed_elements
 from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
 from ..masks.select import circuit_mask, random_mask
@@ -111,7 +111,8 @@ class RunResult:
 
     report: dict[str, Any]
     circuit: Circuit
-    mask: Mask
+    mask: Mask | None
+    """None: the method needs none."""
     model: LanguageModel
     folder: Path
     seconds: dict[str, float]
@@ -150,7 +151,7 @@ def quantizer_row(
     """What one quantizer makes of a run's edit: survival, and forget accuracy on unseen phrasings.
 
     ``gap`` is the change of an accuracy from the edited model to the same after the quantizer,
-    ``flips`` the prompts behind it (`Flips`). ``scores`` holds the unlearned model, and may retain_gradient_weight
+    ``flips`` the prompts behind it (`Flips`). ``scores`` holds the unlearned model, and may hold
     both quantized ones.
     """
     before, after = (f"{m} {quantizer.name}" for m in (ORIGINAL, EDITED))
@@ -272,7 +273,7 @@ def _edit(
     made_from: dict[str, Any],
     note: OnProgress,
     clock: Clock,
-) -> tuple[Circuit, Mask, LanguageModel]:
+) -> tuple[Circuit, Mask | None, LanguageModel]:
     """Circuit, mask and edited model, each as read back from its file: what was made in this go
     and what was found there are then the same. The first process writes; the others wait."""
     out, writes = config.out, rank() == 0
@@ -302,7 +303,8 @@ def _edit(
     clock.lap("discover")
 
     file = out / "mask.safetensors"
-    if missing(file):
+    needs_mask = "mask" in config.unlearn.needs
+    if needs_mask and missing(file):
         note("choosing parameters", 0, 1)
         torch.manual_seed(config.seed)
         less = "Take a smaller model or a larger machine."
@@ -314,8 +316,9 @@ def _edit(
             replace(made, meta={**made.meta, "provenance": made_from}).save(file)
         first_says(True)
         note("choosing parameters", 1, 1)
-    mask = Mask.load(file)
-    mask.check_fits(model)
+    mask = Mask.load(file) if needs_mask else None
+    if mask:
+        mask.check_fits(model)
     clock.lap("mask")
 
     folder, place = out / "model", out / "unlearning.safetensors"
@@ -369,7 +372,7 @@ def _measure(
     task: Task,
     made_from: dict[str, Any],
     circuit: Circuit,
-    mask: Mask,
+    mask: Mask | None,
     edited: LanguageModel,
     note: OnProgress,
     clock: Clock,
@@ -437,9 +440,10 @@ def _measure(
         clock.lap("relearn")
 
     rows = properties(scores, deployed, attacked.get(EDITED))
-    edits = {
-        name: int((model.weights[name] != edited.weights[name]).sum()) for name in mask.indices
-    }
+    edits = changed_elements(model, edited)
+    if mask:
+        edits = {name: edits[name] for name in mask.indices}
+    about = mask.meta if mask else {}
     ranked = sorted(circuit.to_networkx().edges(data=True), key=lambda e: -abs(e[2]["score"]))
     return {
         "schema": 1,
@@ -468,8 +472,8 @@ def _measure(
             "embedding": edits.get(model.embedding_name, 0),
             "share": sum(edits.values()) / model.n_parameters,
             "budget": config.budget,
-            "refused": mask.meta.get("refused"),
-            "candidates": mask.meta.get("candidates"),
+            "refused": about.get("refused"),
+            "candidates": about.get("candidates"),
             **{k: v for k, v in last.items() if k in MARGINS},
             **{k: lives[0][k] for k in ("survived", "collateral", "update_over_bin", "projection")},
             "by_weight": [
