@@ -141,9 +141,9 @@ def test_shell_completion(shell: str):
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]):
-    from mansu_interp.cli.progress import Progress, _time
+    from mansu_interp.cli.progress import Progress, duration
 
-    assert [_time(s) for s in (3.4, 65, 7440)] == ["3 s", "1 min 05 s", "2 h 04 min"]
+    assert [duration(s) for s in (3.4, 65, 7440)] == ["3 s", "1 min 05 s", "2 h 04 min"]
     quiet, plain = Progress(quiet=True), Progress()
     quiet("scores", 1, 2)
     assert capsys.readouterr().err == ""

@@ -7,7 +7,7 @@ import sys
 import time
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """12 s, 3 min 05 s or 2 h 04 min."""
     s = round(seconds)
     if s < 60:
@@ -39,9 +39,9 @@ class Progress:
             if not self.live:
                 print(f"{stage} ...", file=sys.stderr, flush=True)
         spent = now - self.start
-        left = f", {_time(spent / done * (total - done))} left" if total and done else ""
+        left = f", {duration(spent / done * (total - done))} left" if total and done else ""
         count = f"{done}/{total}" if total else f"{done}"
-        line = f"{stage}  {count}  {_time(spent)}{left}"
+        line = f"{stage}  {count}  {duration(spent)}{left}"
         if not self.live and now - self.said >= self.EVERY:
             self.said = now
             print(line, file=sys.stderr, flush=True)
