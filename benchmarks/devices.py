@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from attribution import make_pairs, seconds
-from mansu_interp.unlearning.config import UnlearnConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,6 +29,7 @@ from mansu_interp.masks.select import random_mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model, pick_device
 from mansu_interp.tasks.load import load_task
+from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.unlearning.unlearn import unlearn
 
 TOKENS = 30
@@ -99,7 +99,7 @@ def operations(survive: tuple[str, ...], steps: int = 10) -> float:
     found = []
     for n in (5, 5 + steps):
         with Count() as count:
-            unlearn(model, task, mask, UnlearnConfig(steps=n, survive=survive))
+            unlearn(model, task, mask, Mansu(steps=n, survive=survive))
         found.append(count.asked)
     return (found[1] - found[0]) / steps
 

@@ -262,7 +262,9 @@ def test_what_a_task_says_of_mansu_is_not_for_baselines():
 
 
 def test_a_variant_has_no_setting_for_what_it_lacks():
-    with pytest.raises(ConfigError, match="projection is always 0 in mansu-no-projection; got 1.0"):
+    with pytest.raises(
+        ConfigError, match=r"projection is always 0 in mansu-no-projection; got 1\.0"
+    ):
         parse(["run", "--method", "mansu-no-projection", "--unlearn.projection", "1"])
 
 

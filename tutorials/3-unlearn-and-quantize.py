@@ -8,7 +8,7 @@
 from mansu_interp import (
     circuit_mask,
     CircuitConfig,
-    UnlearnConfig,
+    Mansu,
     discover,
     evaluate,
     load_model,
@@ -26,7 +26,7 @@ circuit = discover(model, task.forget, config=settings, retain=task.retain)
 mask = circuit_mask(circuit, model, budget=0.005, retain=task.retain_sets)
 
 # %%
-edited = unlearn(model, task, mask, UnlearnConfig(steps=40)).model
+edited = unlearn(model, task, mask, Mansu(steps=40)).model
 print(survival(model, edited, NF4()))
 
 # %% [markdown]

@@ -8,7 +8,7 @@
 from mansu_interp import (
     circuit_mask,
     CircuitConfig,
-    UnlearnConfig,
+    Mansu,
     attribute,
     compare,
     discover,
@@ -25,7 +25,7 @@ task = load_task("capitals", model)
 settings = CircuitConfig(pairs=24, faithfulness_pairs=12)
 circuit = discover(model, task.forget, config=settings, retain=task.retain)
 mask = circuit_mask(circuit, model, budget=0.005, retain=task.retain_sets)
-edited = unlearn(model, task, mask, UnlearnConfig(steps=40)).model
+edited = unlearn(model, task, mask, Mansu(steps=40)).model
 nf4 = quantize(edited)
 
 # %% [markdown]

@@ -44,7 +44,8 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def _run(config: RunConfig, output: Output) -> int:
+def do_run(config: RunConfig, output: Output) -> int:
+    """Run the whole job, and summarise its report."""
     from ..report.terminal import console_summary
     from ..runs.plan import Plan
     from ..runs.run import run
@@ -75,7 +76,8 @@ def _run(config: RunConfig, output: Output) -> int:
     return 0
 
 
-def _bench(config: BenchConfig, output: Output) -> int:
+def do_bench(config: BenchConfig, output: Output) -> int:
+    """Run what is missing of a benchmark."""
     from ..bench.run import run_bench
 
     progress = Progress(output.quiet)
@@ -87,7 +89,8 @@ def _bench(config: BenchConfig, output: Output) -> int:
     return 0
 
 
-def _plan(config: PlanConfig, output: Output) -> int:
+def do_plan(config: PlanConfig, output: Output) -> int:
+    """Say what scoring a model's edges takes."""
     from ..runs.plan import plan_lines
 
     if output.json:
@@ -100,7 +103,8 @@ def _plan(config: PlanConfig, output: Output) -> int:
     return 0
 
 
-def _verify(config: VerifyConfig, _: Output) -> int:
+def do_verify(config: VerifyConfig, _: Output) -> int:
+    """Verify an edit from two checkpoints; returns the verdict as exit status."""
     from ..export.ledger import Ledger
     from ..export.verify import verify
     from ..masks.mask import Mask
@@ -125,7 +129,8 @@ def _verify(config: VerifyConfig, _: Output) -> int:
     return found.status
 
 
-def _delta(config: DeltaConfig, _: Output) -> int:
+def do_delta(config: DeltaConfig, _: Output) -> int:
+    """Write an edit alone."""
     from ..export.ledger import delta
     from ..models.load import load_model
 
@@ -135,7 +140,8 @@ def _delta(config: DeltaConfig, _: Output) -> int:
     return 0
 
 
-def _apply(config: ApplyConfig, _: Output) -> int:
+def do_apply(config: ApplyConfig, _: Output) -> int:
+    """Make an edited checkpoint from its delta."""
     from ..export.ledger import Ledger, apply
     from ..models.load import load_model
     from ..utils.files import new_folder
@@ -147,7 +153,8 @@ def _apply(config: ApplyConfig, _: Output) -> int:
     return 0
 
 
-def _export(config: ExportConfig, _: Output) -> int:
+def do_export(config: ExportConfig, _: Output) -> int:
+    """Write a GGUF file."""
     from pathlib import Path
 
     from ..export.gguf import export_gguf
@@ -160,7 +167,8 @@ def _export(config: ExportConfig, _: Output) -> int:
     return 0
 
 
-def _relearn(config: RelearnRun, output: Output) -> int:
+def do_relearn(config: RelearnRun, output: Output) -> int:
+    """Attack models by relearning."""
     from ..audit.relearning import relearn, relearning_lines
     from ..models.load import load_model
     from ..tasks.load import load_task
@@ -192,7 +200,8 @@ def _relearn(config: RelearnRun, output: Output) -> int:
     return 0
 
 
-def _cad(config: CadConfig, output: Output) -> int:
+def do_cad(config: CadConfig, output: Output) -> int:
+    """Judge an edited checkpoint."""
     from ..audit.cad import judge_erasure
     from ..models.load import load_model
     from ..quantizers.survival import quantize
@@ -213,7 +222,8 @@ def _cad(config: CadConfig, output: Output) -> int:
     return 0
 
 
-def _task(config: TaskConfig, _: Output) -> int:
+def do_task(config: TaskConfig, _: Output) -> int:
+    """Make a task file."""
     from ..tasks.benchmarks import make_task
 
     n = make_task(config)
@@ -221,7 +231,8 @@ def _task(config: TaskConfig, _: Output) -> int:
     return 0
 
 
-def _list(_: ListConfig, output: Output) -> int:
+def do_list(_: ListConfig, output: Output) -> int:
+    """Name what ships."""
     from ..models.load import embedded_models
     from ..quantizers.registry import QUANTIZERS
     from ..tasks.files import embedded_tasks, read_task_file

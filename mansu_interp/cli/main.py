@@ -22,17 +22,17 @@ from ..tasks.files import ROBUST
 from ..utils.renamed import renamed_option
 from .commands import (
     Output,
-    _apply,
-    _bench,
-    _cad,
-    _delta,
-    _export,
-    _list,
-    _plan,
-    _relearn,
-    _run,
-    _task,
-    _verify,
+    do_apply,
+    do_bench,
+    do_cad,
+    do_delta,
+    do_export,
+    do_list,
+    do_plan,
+    do_relearn,
+    do_run,
+    do_task,
+    do_verify,
 )
 from .help import BENCH, HELP_ALL, shortened, shown_of_run
 from .settings import (
@@ -82,7 +82,7 @@ COMMANDS = (
     Command(
         "run",
         RunCommand,
-        _run,
+        do_run,
         "Discover, mask, unlearn, quantize, compare and report.\n\n"
         "Example: mansu run --model facts --task capitals --out runs/first\n\n"
         "--help-all shows every setting.",
@@ -90,7 +90,7 @@ COMMANDS = (
     Command(
         "bench",
         BenchConfig,
-        _bench,
+        do_bench,
         "Compare methods at the same forgetting, before and after quantizers. A killed "
         "benchmark goes on where it was.\n\n"
         "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench"
@@ -99,7 +99,7 @@ COMMANDS = (
     Command(
         "plan",
         PlanConfig,
-        _plan,
+        do_plan,
         "Say what scoring every edge of a model takes, from its config alone.\n\n"
         "Example: mansu plan --model Llama-3.1-8B/config.json --tokens 32 "
         "--attribution.batch-size 8",
@@ -107,7 +107,7 @@ COMMANDS = (
     Command(
         "verify",
         VerifyConfig,
-        _verify,
+        do_verify,
         "Recompute from two checkpoints what an edit's promise says.\n\n"
         "Exit status: 0 it holds; 1 a file is missing, damaged or changed; 3 an edit is lost or "
         "another code changed; 4 the ledger or mask does not belong to these checkpoints.\n\n"
@@ -116,46 +116,46 @@ COMMANDS = (
     Command(
         "relearn",
         RelearnRun,
-        _relearn,
+        do_relearn,
         "Fine-tune a copy on half of the forget facts; ask for the other half.\n\n"
         "Example: mansu relearn runs/latest/model --task capitals --original facts",
     ),
     Command(
         "cad",
         CadConfig,
-        _cad,
+        do_cad,
         "Say whether an edited checkpoint erased what a task forgets, or hides it.\n\n"
         "Example: mansu cad facts runs/latest/model --task capitals",
     ),
     Command(
         "delta",
         DeltaConfig,
-        _delta,
+        do_delta,
         "Write the edit alone, a few kilobytes.\n\n"
         "Example: mansu delta facts runs/latest/model --out capitals.safetensors",
     ),
     Command(
         "apply",
         ApplyConfig,
-        _apply,
+        do_apply,
         "Make the edited checkpoint, bit for bit, from the original and its delta or "
         "ledger.\n\nExample: mansu apply facts capitals.safetensors --out edited",
     ),
     Command(
         "export",
         ExportConfig,
-        _export,
+        do_export,
         "Write one GGUF file (Llama, Mistral, Qwen2 and Qwen3).\n\n"
         "Example: mansu export runs/smollm2 --type q4_0 --out smollm2.gguf",
     ),
     Command(
         "task",
         TaskConfig,
-        _task,
+        do_task,
         "Make a task file from your own rows or those of TOFU, MUSE, WMDP and MMLU.\n\n"
         "Example: mansu task tofu --forget forget10.jsonl --retain retain90.jsonl --out tofu.json",
     ),
-    Command("list", ListConfig, _list),
+    Command("list", ListConfig, do_list),
 )
 """What the command line knows, in the order of its help."""
 

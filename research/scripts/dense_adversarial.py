@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import torch
 from make_zoo import redrawn
-from mansu_interp.unlearning.config import UnlearnConfig
 from torch import Tensor
 
 from mansu_interp.audit.config import RelearnConfig
@@ -23,12 +22,13 @@ from mansu_interp.audit.relearning import relearn
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
 from mansu_interp.losses.gradients import gradient
-from mansu_interp.masks.select import subject_tokens
+from mansu_interp.masks.components import subject_tokens
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair
 from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning
+from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.unlearning.training import Sampler, retain_loss, text_kl
 
 MARKS = (5, 10, 20, 40)
@@ -67,9 +67,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = load_model("facts")
     task = load_task(args.task, model)
-    config = UnlearnConfig(
-        steps=args.steps, adversarial_steps=20, adversarial_lr=2e-3, seed=args.seed
-    )
+    config = Mansu(steps=args.steps, adversarial_steps=20, adversarial_lr=2e-3)
     student = redrawn(model, task, args.seed) if args.redraw else model.copy()
     table = model.embedding_name
     mask = torch.zeros_like(model.weights[table])
@@ -80,14 +78,15 @@ def main() -> None:
     groups = [{"params": [w], "lr": lr} for w, lr in zip(weights, rates, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
     targets = CounterfactualTargets(model, task.forget, args.seed)
-    sampler, attacker = Sampler(task, config), AdversarialRelearning(task, config)
+    sampler = Sampler(task, config.batch_size, args.seed)
+    adversary = AdversarialRelearning(task, config, args.seed)
     for step in range(args.steps):
         left = (args.steps - step) / (0.4 * args.steps)
         for group, lr in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = lr * min(1.0, 0.95 * left + 0.05)
         parts = losses(student, model, targets, *sampler.batch(step, 1))
         grads = gradient(student, names, parts)
-        extra, _ = attacker.gradient(student, names, targets)
+        extra, _ = adversary.gradient(student, names, targets)
         for name, w, g, more in zip(names, weights, grads, extra, strict=True):
             w.grad = g.add_(more, alpha=config.adversarial_weight)
             if name == table:

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from mansu_interp.unlearning.config import UnlearnConfig
 from torch import Tensor
 from zoo_table import read_zoo, write_zoo
 
@@ -36,7 +35,7 @@ from mansu_interp.circuits.discover import discover
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.answers import nll
 from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
-from mansu_interp.masks.select import subject_tokens
+from mansu_interp.masks.components import subject_tokens
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
@@ -46,6 +45,7 @@ from mansu_interp.runs.plan import CAD_PAIRS
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair, collate
 from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.methods import Mansu, get_method
 from mansu_interp.unlearning.training import Sampler, retain_loss
 from mansu_interp.unlearning.unlearn import unlearn
 
@@ -69,7 +69,7 @@ def tune(
     addition to them."""
     student, targets = model.copy(), CounterfactualTargets(model, task.forget, seed)
     loss = forget or (lambda m, p: counterfactual_loss(m, p, targets, 1.0))
-    sampler = Sampler(task, UnlearnConfig(batch_size=32, seed=seed))
+    sampler = Sampler(task, 32, seed)
     weights = [student.weights[n] for n in only]
     start = [w.clone() for w in weights]
     optimiser = torch.optim.Adam(weights, lr=lr)
@@ -198,41 +198,33 @@ def mansu(
 ) -> LanguageModel:
     """MANSU with the task's settings but for the embedding, which only ``rows`` edits, and without
     a quantization margin; ``hard``: with the mask of the robust preset, and these settings of
-    `UnlearnConfig`."""
+    `Mansu`."""
     config = replace(default_config("facts", task.name), seed=seed, subject_rows=rows)
     if hard:
         best = default_config("facts", task.name, robust=True)
         config = replace(
-            config, budget=best.budget, damage_damping=best.damping, circuit=best.circuit
+            config, budget=best.budget, damage_damping=best.damage_damping, circuit=best.circuit
         )
-    own = replace(config.unlearn, seed=seed, quantization_margin=0.0, **hard)  # type: ignore[arg-type]
-    circuit = discover(
-        model, task.forget, config=replace(config.circuit, seed=seed), retain=task.retain
-    )
+    own = replace(config.unlearn, quantization_margin=0.0, **hard)  # type: ignore[arg-type]
+    circuit = discover(model, task.forget, config=config.circuit, retain=task.retain, seed=seed)
     mask = make_mask(replace(config, unlearn=own), model, task, circuit)
-    return unlearn(model, task, mask, own).model
+    return unlearn(model, task, mask, own, seed=seed).model
 
 
 def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[[], LanguageModel]]:
     """Every way of the zoo, by ``family: variant``."""
 
     def dense(method: str, stop: float | None, steps: int = 300, keep: float = 1.0):
-        config = UnlearnConfig(
-            method=method,  # type: ignore[arg-type]
-            lr=1e-4,
-            steps=steps,
-            stop_at=stop,
-            retain_weight=keep,
-            seed=seed,
-        )
-        return lambda: unlearn(model, task, None, config).model
+        config = get_method(method)(steps=steps, stop_at=stop, retain_weight=keep)
+        return lambda: unlearn(model, task, config=config, seed=seed).model
 
     def adversarial(rows: bool, **settings: float):
         return lambda: mansu(model, task, seed, rows, **settings)
 
     best = default_config("facts", task.name, robust=True).unlearn
+    assert isinstance(best, Mansu)
     slow = {"ranking_weight": best.ranking_weight, "lr": best.lr}
-    attack = {"attack": best.attack, "adversarial_lr": best.adversarial_lr}
+    attack = {"adversarial_steps": best.adversarial_steps, "adversarial_lr": best.adversarial_lr}
     known = {**slow, **attack, "retain_weight": best.retain_weight, "steps": best.steps}
 
     def part(name: str, steps: int = 80, lr: float = 3e-3):

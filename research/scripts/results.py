@@ -41,6 +41,7 @@ from mansu_interp.runs.defaults import default_config
 from mansu_interp.runs.run import run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.methods import get_method
 from mansu_interp.unlearning.training import dev_choice
 from mansu_interp.unlearning.unlearn import unlearn
 from mansu_interp.utils.files import write_json
@@ -110,16 +111,13 @@ def measure(
 
     def baseline(method: str, stop_at: float) -> dict[str, Any]:
         started = time.monotonic()
-        config = replace(
-            settings.unlearn,
-            seed=seed,
-            method=method,
+        config = get_method(method)(
+            batch_size=settings.unlearn.batch_size,
             lr=rates[method],
             stop_at=stop_at,
-            retain_weight=1.0,
             steps=dense_steps,
         )
-        result = unlearn(model, task, None, config)
+        result = unlearn(model, task, config=config, seed=seed)
         with tempfile.TemporaryDirectory() as out:
             result.model.save(Path(out))
             made = scored(model, load_model(out), task, started)

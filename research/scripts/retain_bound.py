@@ -58,16 +58,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for seed in args.seeds:
         config = replace(default_config(args.model, args.task), seed=seed)
-        circuit = discover(
-            model, task.forget, config=replace(config.circuit, seed=seed), retain=task.retain
-        )
+        circuit = discover(model, task.forget, config=config.circuit, retain=task.retain, seed=seed)
         masks = {
             "circuit": make_mask(config, model, task, circuit),
             "whole model": whole_model_mask(model, task, config.budget, seed),
         }
         for name, mask in masks.items():
-            settings = replace(config.unlearn, seed=seed, steps=args.steps, quantization_margin=0.0)
-            edited = unlearn(model, task, mask, settings).model
+            settings = replace(config.unlearn, steps=args.steps, quantization_margin=0.0)  # type: ignore[call-arg]
+            edited = unlearn(model, task, mask, settings, seed=seed).model
             b = retain_bound(model, edited, retained, seed)
             forget = dev_choice(edited, task)
             cells = [b.first, b.second, b.bound, b.measured, b.remainder]

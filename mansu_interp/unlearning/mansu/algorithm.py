@@ -249,7 +249,14 @@ class _EditLoop:
         self.latent.step(gradients, rate, done + 1, side)
         edited = self.latent.write()
         choice = forgetting_level(lambda: self.latent.models, self.task, config.stop_at, done)
-        return StepRecord(**losses, edited=edited, choice=choice)
+        return StepRecord(
+            losses["forget"],
+            losses["retain"],
+            adversarial=losses.get("adversarial"),
+            probe=losses.get("probe"),
+            edited=edited,
+            choice=choice,
+        )
 
     def _gradients(self, side: int, batch: Batch) -> tuple[list[Tensor], dict[str, float]]:
         """The gradient of one student's losses with respect to the mask's weights, and those."""
