@@ -20,6 +20,7 @@ from ..tasks.task import Task
 from ..unlearning.mansu import margins
 from ..unlearning.training import CHUNK
 from .config import PlanConfig, RunConfig
+from .context import needs
 
 CAD_PAIRS = 48
 """Pairs on which attribution graphs are compared."""
@@ -181,20 +182,18 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
         if asked
     )
     precisions = 1 + len({QUANTIZER, *u.survive})
-    total = (
-        2 * attribution
-        + search
-        + mask
-        + u.steps * step
-        + finishing
-        + 2 * precisions * (_tokens(scored) * len(scored) + texts)
-        + 3 * CAD_PAIRS * per_pair
-    )
+    needed = needs(u.method)
+    total = u.steps * step + finishing
+    total += 2 * precisions * (_tokens(scored) * len(scored) + texts)
+    if "circuit" in needed:
+        total += 2 * attribution + search + 3 * CAD_PAIRS * per_pair
+    if "mask" in needed:
+        total += mask
     # Every further quantizer to survive adds a teacher and a student.
     copies = COPIES + 2 * (len(u.survive) - 1)
     memory = model.n_parameters * 4 * copies / 1e9 + 0.6
     seconds = OVERHEAD * total * forward
-    edits = int(config.budget * model.n_parameters)
+    edits = f"at most {int(config.budget * model.n_parameters):,} parameters ({config.budget:.2%})"
     threads = torch.get_num_threads()
     on_cores = f"{threads} CPU thread{'s' * (threads > 1)}"
     where = on_cores if model.device.type == "cpu" else str(model.device)
@@ -204,8 +203,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
         f"forget   {len({(p.relation, p.subject) for p in task.forget})} facts in "
         f"{len({(p.relation, p.phrasing) for p in task.forget})} phrasings; "
         f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",
-        f"edit     at most {edits:,} parameters ({config.budget:.2%}), "
-        f"{u.steps} steps of {u.method}",
+        f"edit     {edits if 'mask' in needed else 'all parameters'}, {u.steps} steps of {u.method}",
         f"cost     about {max(1, round(seconds / 60))} min and {memory:.1f} GB on {where}",
         f"output   {config.out}",
     ]
