@@ -116,9 +116,9 @@ def jobs(model: LanguageModel, pairs: PairSet) -> dict[str, Callable[[], object]
     ig = AttributionConfig(ig_steps=IG_STEPS, batch_size=PAIRS)
     return {
         "bare EAP": lambda: bare(model, pairs, 0),
-        "EAP": lambda: attribute(model, pairs, eap),
+        "EAP": lambda: attribute(model, pairs, config=eap),
         "bare EAP-IG": lambda: bare(model, pairs, IG_STEPS),
-        "EAP-IG": lambda: attribute(model, pairs, ig),
+        "EAP-IG": lambda: attribute(model, pairs, config=ig),
     }
 
 
@@ -186,9 +186,11 @@ def against_peer() -> None:
     )
 
     model, pairs = make_model(SHAPE["layers"], SHAPE["heads"]), make_pairs(TOKENS)
-    attribute(model, pairs, AttributionConfig(method="eap"))  # warm up
+    attribute(model, pairs, config=AttributionConfig(method="eap"))  # warm up
     start = time.perf_counter()
-    scores = attribute(model, pairs, AttributionConfig(method="eap", batch_size=PAIRS)).scores
+    scores = attribute(
+        model, pairs, config=AttributionConfig(method="eap", batch_size=PAIRS)
+    ).scores
     ours = (time.perf_counter() - start) / PAIRS
     ablation = Ablation(model, pairs, batch_size=PAIRS)
     edges = strongest(model.graph, scores, 1000)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from attribution import make_pairs, seconds
+from mansu_interp.unlearning.config import UnlearnConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +30,6 @@ from mansu_interp.masks.select import random_mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model, pick_device
 from mansu_interp.tasks.load import load_task
-from mansu_interp.unlearning.config import UnlearnConfig
 from mansu_interp.unlearning.unlearn import unlearn
 
 TOKENS = 30
@@ -61,7 +61,9 @@ def jobs(device: torch.device) -> dict[str, Callable[[], object]]:
     weights = list(victim.weights.values())
     optimiser = make_optimiser("adam", weights, 1e-6)
     return {
-        "attribution (EAP-IG, 5 steps)": lambda: attribute(model, pairs, AttributionConfig()),
+        "attribution (EAP-IG, 5 steps)": lambda: attribute(
+            model, pairs, config=AttributionConfig()
+        ),
         "forget gradient of the mask": lambda: answer_gradient(model, model.linear_names, pairs),
         "diagonal Fisher": lambda: fisher_diagonal(model, model.linear_names, pairs),
         "floor of one layer, four quantizers": lambda: [

@@ -20,15 +20,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 import browser  # noqa: E402
 
 from mansu_interp.circuits.attribution import Attribution  # noqa: E402
-from mansu_interp.circuits.circuit import Circuit  # noqa: E402
+from mansu_interp.circuits.circuit import Circuit, CircuitMeta  # noqa: E402
 from mansu_interp.models.graph import Architecture, Graph  # noqa: E402
-from mansu_interp.viz.view import circuit_view, erasure_view  # noqa: E402
+from mansu_interp.viz.view import changes_view, circuit_view  # noqa: E402
 
 MEASURE = """
 const v = window.mansuViews[0], out = {}, n = 30;
 const median = (f) => {
   const t = [];
-  for (let i = 0; i < n; i++) { const s = performance.now(); f(i); t.ranking_weight(performance.now() - s); }
+  for (let i = 0; i < n; i++) { const s = performance.now(); f(i); t.push(performance.now() - s); }
   return t.sort((a, b) => a - b)[n >> 1];
 };
 const force = () => v.canvases.forEach((c, p) => {
@@ -65,10 +65,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     scores = (rng.standard_t(2, graph.exists.shape) * graph.exists).astype(np.float32)
     edges = graph.exists & (np.abs(scores) >= np.sort(np.abs(scores[graph.exists]))[-500])
-    circuit = Circuit(graph, scores, edges, {"model": "benchmark"})
+    circuit = Circuit(graph, scores, edges, CircuitMeta("benchmark"))
     made = [Attribution(graph, scores * k, 1, 0) for k in (1, 0.4, 0.7)]
     views = {"1 pane": circuit_view(circuit, limit=30_000)}
-    views["3 panes"] = erasure_view(circuit, *made, limit=30_000)
+    views["3 panes"] = changes_view(circuit, *made, limit=30_000)
     with tempfile.TemporaryDirectory() as folder, browser.chromium() as driver:
         for name, view in views.items():
             page = view.to_html(Path(folder) / "page.html")

@@ -74,18 +74,24 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "CAD",
         "judge_erasure",
     ),
-    "unlearning.config": ("UnlearnConfig",),
+    "unlearning.methods": (
+        "Mansu",
+        "MethodConfig",
+        "get_method",
+    ),
     "unlearning.training": ("Unlearned",),
     "unlearning.unlearn": ("unlearn",),
+    "evaluation.versions": ("ModelVersion",),
     "evaluation.scores": (
         "Scores",
         "evaluate",
     ),
     "viz.view": (
         "View",
+        "changes_view",
         "circuit_view",
-        "erasure_view",
     ),
+    "report.records": ("Report",),
     "runs.config": ("RunConfig",),
     "runs.run": ("run",),
     "errors": ("MansuError",),
@@ -121,6 +127,7 @@ if TYPE_CHECKING:
     from .circuits.faithfulness import Curve, circuit_metric, faithfulness_curve
     from .errors import MansuError
     from .evaluation.scores import Scores, evaluate
+    from .evaluation.versions import ModelVersion
     from .masks.mask import Mask
     from .masks.select import circuit_mask
     from .models.language_model import LanguageModel
@@ -128,6 +135,7 @@ if TYPE_CHECKING:
     from .quantizers.bitsandbytes import NF4
     from .quantizers.registry import get_quantizer
     from .quantizers.survival import Survival, quantize, survival
+    from .report.records import Report
     from .runs.config import RunConfig
     from .runs.run import run
     from .tasks.load import load_task
@@ -135,7 +143,7 @@ if TYPE_CHECKING:
     from .tasks.row_pairs import RowOptions, task_from_rows
     from .tasks.rows import read_rows
     from .tasks.task import Task
-    from .unlearning.config import UnlearnConfig
+    from .unlearning.methods import Mansu, MethodConfig, get_method
     from .unlearning.training import Unlearned
     from .unlearning.unlearn import unlearn
-    from .viz.view import View, circuit_view, erasure_view
+    from .viz.view import View, changes_view, circuit_view

@@ -150,14 +150,15 @@ def _written(save: Callable[[Path], object]) -> bytes:
 
 
 def _circuit_seeds() -> list[bytes]:
-    from mansu_interp.circuits.circuit import Circuit
+    from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+    from mansu_interp.circuits.config import CircuitConfig
     from mansu_interp.models.graph import Architecture, Graph
 
     out = []
     for sizes in ((1, 1, 1), (2, 2, 1)):
         graph = Graph(Architecture(*sizes))
         scores = graph.exists.astype("float32") / 3
-        meta = {"model": "m", "model_sha256": "aa", "faithfulness": 0.9, "curve": [[1, 0.5]]}
+        meta = CircuitMeta("m", "aa", CircuitConfig(), faithfulness=0.9, curve=((1, 0.5),))
         out.append(_written(Circuit(graph, scores, graph.exists, meta).save))
     return out
 
@@ -305,16 +306,16 @@ def _report_seeds() -> list[bytes]:
     sys.path.insert(0, str(ROOT / "tests"))
     from test_report import make_report, with_graph
 
-    return [json.dumps(r).encode() for r in (make_report(), with_graph())]
+    return [json.dumps(r.to_json()).encode() for r in (make_report(), with_graph())]
 
 
 def _load_report(data: bytes) -> object:
     from mansu_interp.report.html import render_html
     from mansu_interp.report.markdown import render_markdown
+    from mansu_interp.report.records import Report
     from mansu_interp.report.terminal import console_summary
-    from mansu_interp.utils.files import read_json
 
-    report = read_json(_file("report.json", data))
+    report = Report.load(_file("report.json", data))
     return render_markdown(report), render_html(report, "<svg/>"), console_summary(report, 80)
 
 
@@ -333,22 +334,38 @@ def _load_config(data: bytes) -> object:
     return empty_model(_file("config.json", data)).architecture
 
 
-def _cell_seeds() -> list[bytes]:
-    score = {"choice": 0.5, "top1": 0.5}
-    cell = {
-        "dev": {"forget": 0.3, "retain": 1.0, "retain_choice": 1.0}, "steps": 3, "seconds": 1.5,
-        "rows": [{"role": "forget", "n": 3, "models": {"fp": score, "nf4": score}}],
-        "quantizers": {"nf4": {"edited": 2, "survived": 2, "collateral": 0, "update_over_bin": 1.0,
-                               "projection": 1.0, "noise_over_signal": None}},
-        "edited": 2, "parameters": 9, "perplexity": None,
-    }  # fmt: skip
-    return [json.dumps(cell).encode()]
+def _trial_seeds() -> list[bytes]:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_report import NF4_ROW, SCORES
+
+    from mansu_interp.bench.results import (
+        SCHEMA,
+        DevScores,
+        Measured,
+        QuantizedEdit,
+        Training,
+        TrialName,
+        TrialResult,
+    )
+
+    made = TrialResult(
+        SCHEMA,
+        TrialName("facts", "capitals", "npo", 0, 0.3, 1.0),
+        {"seed": 0},
+        "aa",
+        training=Training(3, 1.5, 0.4),
+        dev=DevScores(0.3, 1.0, 1.0),
+        measured=Measured(
+            SCORES, (), {"nf4": QuantizedEdit(NF4_ROW.survival, NF4_ROW.flips)}, 2, 9, {}
+        ),
+    )
+    return [_written(made.save)]
 
 
-def _load_cell(data: bytes) -> object:
-    from mansu_interp.bench.trial import read_trial
+def _load_trial(data: bytes) -> object:
+    from mansu_interp.bench.results import TrialResult
 
-    return read_trial(_file("cell.json", data))
+    return TrialResult.load(_file("trial.json", data))
 
 
 def _run_seeds() -> list[bytes]:
@@ -376,7 +393,7 @@ LOADERS = {
     "model config": Loader(_config_seeds, _load_config, mutate_text, 1_000),
     "report": Loader(_report_seeds, _load_report, mutate_text, 1_000),
     "run folder": Loader(_run_seeds, _load_run, mutate_text, 5_000),
-    "cell": Loader(_cell_seeds, _load_cell, mutate_text, 20_000),
+    "trial": Loader(_trial_seeds, _load_trial, mutate_text, 20_000),
     "settings": Loader(_settings_seeds, _load_settings, mutate_text, 20_000),
     "task": Loader(_task_seeds, _load_task, mutate_text, 20_000),
     "state": Loader(_state_seeds, _load_state, mutate_tensors, 230_000),

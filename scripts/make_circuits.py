@@ -10,7 +10,7 @@ from pathlib import Path
 from mansu_interp.circuits.discover import discover
 from mansu_interp.models.load import load_model
 from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.run import make_mask
+from mansu_interp.runs.edit import make_mask
 from mansu_interp.tasks.load import load_task
 
 OUT = Path(__file__).parents[1] / "circuits"
@@ -21,13 +21,12 @@ def main() -> None:
     model = load_model("facts")
     for name in ("capitals", "countries"):
         task, config = load_task(name, model), default_config("facts", name)
-        circuit = discover(model, task.forget, config.circuit, task.retain)
+        circuit = discover(model, task.forget, config=config.circuit, retain=task.retain)
         circuit.save(OUT / f"facts-{name}.json")
         circuit.save_graphml(OUT / f"facts-{name}.graphml")
         mask = make_mask(config, model, task, circuit)
         mask.save(OUT / f"facts-{name}.mask.safetensors")
-        faithfulness = circuit.meta["faithfulness"]
-        print(f"{name}: {circuit.n_edges} edges, faithfulness {faithfulness:.3f}")
+        print(f"{name}: {circuit.n_edges} edges, faithfulness {circuit.meta.faithfulness:.3f}")
 
 
 if __name__ == "__main__":

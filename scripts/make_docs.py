@@ -1,119 +1,133 @@
-"""Makes docs/api.md from docstrings, docs/cli.md from the parser, and the docs' pictures.
+"""Makes docs/api.md from the public names, docs/cli.md from the parser, and the docs' pictures.
 
     python scripts/make_docs.py
+    python scripts/make_docs.py --run runs/latest    # and the picture of what a run changed
 
-A test checks that the two pages are up to date.
+A test checks that the two pages are up to date. The second picture, docs/pictures/changes.svg, is
+drawn from the report of a whole run, `mansu run`, and stays as it is without one.
 """
 
 from __future__ import annotations
 
-import inspect
+import argparse
+import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE = "<!-- Made by scripts/make_docs.py. Do not edit. -->\n\n"
-EXTRA = ("changes", "viz.view", "viz.tokens", "viz.widget")
+ROOMS = {
+    "models": "Models",
+    "tasks": "Tasks",
+    "circuits": "Circuits",
+    "quantizers": "Quantizers",
+    "masks": "Masks",
+    "audit": "Audit",
+    "unlearning": "Unlearning",
+    "export": "Export",
+    "evaluation": "Evaluation",
+    "viz": "Graphs to look at",
+    "report": "Reports",
+    "runs": "Whole runs",
+    "errors": "Errors",
+}
+"""Heading of each room on the API page."""
+BESIDE = ("viz.tokens", "viz.widget")
 """Modules documented beside the public names."""
-
-
-def _signature(value: Callable[..., Any]) -> str:
-    try:
-        text = str(inspect.signature(value))
-    except (TypeError, ValueError):
-        return ""
-    return re.sub(r"'([^']*)'", r"\1", text)
-
-
-def _entry(name: str, value: Any, level: int) -> list[str]:
-    """One documented name and, for a class, its public methods."""
-    lines = [f"{'#' * level} `{name}`", ""]
-    if callable(value):
-        lines += ["```python", f"{name}{_signature(value)}", "```", ""]
-    doc = inspect.getdoc(value) or ""
-    lines += ["```text", doc, "```", ""] if doc and not doc.startswith(f"{name}(") else []
-    if inspect.isclass(value):
-        for key, member in vars(value).items():
-            plain = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
-            if not key.startswith("_") and inspect.isfunction(plain) and inspect.getdoc(plain):
-                lines += _entry(f"{name}.{key}", plain, level + 1)
-    return lines
+COMMANDS = ("run", "bench", "plan", "relearn", "cad", "verify", "delta", "apply", "export", "task")
 
 
 def api_page() -> str:
-    """Every public name with its signature and docstring."""
-    import importlib
-
+    """One directive of mkdocstrings for every public name, by room, in the order of the data."""
     import mansu_interp
 
-    lines = ["# API reference", "", "`from mansu_interp import ...`", ""]
-    for name in mansu_interp.__all__:
-        if name != "__version__":
-            lines += _entry(name, getattr(mansu_interp, name), 2)
-    for where in EXTRA:
-        module = importlib.import_module(f"mansu_interp.{where}")
-        doc = inspect.getdoc(module) or ""
-        lines += [f"## `mansu_interp.{where}`", "", "```text", doc, "```", ""]
-        for name, value in vars(module).items():
-            own = getattr(value, "__module__", "") == module.__name__
-            if (
-                own
-                and not name.startswith("_")
-                and (inspect.isfunction(value) or inspect.isclass(value))
-            ):
-                lines += _entry(name, value, 3)
+    lines = [
+        "# Python",
+        "",
+        "Every name below is imported from the package itself, `from mansu_interp import ...`; "
+        "modules that are not listed here are implementation details. Options are given by "
+        "keyword. This page is filled in by the site (`mkdocs build`); elsewhere, use "
+        "`help(mansu_interp.unlearn)`.",
+        "",
+    ]
+    room = ""
+    for module, names in mansu_interp.PUBLIC.items():
+        if module.split(".")[0] != room:
+            room = module.split(".")[0]
+            lines += [f"## {ROOMS.get(room, room.capitalize())}", ""]
+        lines += [f"::: mansu_interp.{module}.{name}\n" for name in names]
+    lines += ["## Tokens, attention and the widget", ""]
+    lines += [f"::: mansu_interp.{module}\n" for module in BESIDE]
     return MADE + "\n".join(lines).rstrip() + "\n"
 
 
-def cli_page() -> str:
-    """The help of every command, as printed at 96 columns without colours."""
+def _help(words: list[str], option: str = "--help") -> str:
+    """What a command prints, at 96 columns without colours."""
     env = {**os.environ, "COLUMNS": "96", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
     env.pop("FORCE_COLOR", None)
-    intro = "The same settings are the dataclasses of the API and a run's `config.json`."
+    command = [sys.executable, "-m", "mansu_interp", *words, option]
+    done = subprocess.run(command, env=env, cwd=ROOT, check=True, capture_output=True, text=True)
+    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+
+
+def cli_page() -> str:
+    """The help of every command, with every setting where ``--help`` shows a part of them."""
+    intro = (
+        "The same settings are the dataclasses of [Python](api.md) and a run's `config.json`. "
+        "`mansu run --method NAME --help` shows the settings of another method."
+    )
     lines = ["# Command line", "", intro, ""]
-    for words in ([], ["run"], ["plan"], ["list"]):
-        command = [sys.executable, "-m", "mansu_interp", *words, "--help"]
-        done = subprocess.run(
-            command, env=env, cwd=ROOT, check=True, capture_output=True, text=True
-        )
-        text = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    for words in ([], *([c] for c in COMMANDS), ["list"]):
+        text = _help(words)
+        option = "--help-all" if words and "--help-all" in text else "--help"
+        text = _help(words, option) if option == "--help-all" else text
         lines += [f"## {' '.join(['mansu', *words])}", "", "```text", text, "```", ""]
     return MADE + "\n".join(lines).rstrip() + "\n"
 
 
-def pictures() -> dict[str, str]:
-    """The SVG files of docs/concepts.md: shipped circuits, and the classes of edges."""
-    import numpy as np
+def larger(svg: str) -> str:
+    """A picture with larger letters, for pages that show it at half its width."""
+    return svg.replace("font:11px", "font:16px")
 
-    from mansu_interp.circuits.attribution import Attribution
+
+def circuit_picture() -> str:
+    """The shipped circuit of ``capitals``."""
     from mansu_interp.circuits.circuit import Circuit
     from mansu_interp.viz.svg import circuit_svg
-    from mansu_interp.viz.view import erasure_view
 
-    circuit = Circuit.load(ROOT / "circuits" / "facts-capitals.json")
-    # Not a measurement: factors chosen so that every class is to be seen once or more.
-    rng = np.random.default_rng(3)
-    after = circuit.scores * rng.choice([1.0, 0.05, -0.6], circuit.scores.shape)
-    back = rng.random(circuit.scores.shape) < 0.25
-    scores = [circuit.scores, after, np.where(back, circuit.scores, after)]
-    made = [Attribution(circuit.graph, s.astype(np.float32), 1, 0) for s in scores]
-    view = erasure_view(circuit, *made, title="The classes of edges (invented scores)")
-    return {"circuit.svg": circuit_svg(circuit), "classes.svg": view.svg()}
+    return circuit_svg(Circuit.load(ROOT / "circuits" / "facts-capitals.json"))
 
 
-def main() -> None:
+def changes_picture(run: Path) -> str:
+    """What flows in the graph of a finished run before and after, by sign, from its report."""
+    from mansu_interp.viz.data import GraphData
+    from mansu_interp.viz.view import View
+
+    data = json.loads((run / "report.json").read_text(encoding="utf-8"))["graph"]
+    for part in (data["edges"], data["nodes"]):  # two panes, without the classes of edges
+        part["scores"] = part["scores"][:2]
+        part.pop("class", None)
+    for key in ("classes", "meaning", "counts", "present_from"):
+        data.pop(key, None)
+    data.update(title="", cad=None, comparison=None, panes=["original", "unlearned"])
+    return larger(View(GraphData.from_json(data)).svg())
+
+
+def main(argv: list[str] | None = None) -> None:
     """Write everything."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="folder of a finished run of `capitals`")
+    run: Path | None = parser.parse_args(argv).run
     docs = ROOT / "docs"
-    (docs / "pictures").mkdir(exist_ok=True)
     (docs / "api.md").write_text(api_page(), encoding="utf-8")
     (docs / "cli.md").write_text(cli_page(), encoding="utf-8")
-    for name, text in pictures().items():
-        (docs / "pictures" / name).write_text(text, encoding="utf-8")
+    (docs / "pictures" / "circuit.svg").write_text(circuit_picture(), encoding="utf-8")
+    if run is not None:
+        (docs / "pictures" / "changes.svg").write_text(changes_picture(run), encoding="utf-8")
 
 
 if __name__ == "__main__":

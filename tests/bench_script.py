@@ -15,30 +15,33 @@ from typing import Any
 
 import torch
 
+from mansu_interp.bench import measure as measuring
 from mansu_interp.bench import trial as trials
 from mansu_interp.bench.config import BenchConfig
 from mansu_interp.bench.run import run_bench
-from mansu_interp.circuits.compare import CAD, Divergence
+from mansu_interp.circuits.compare import Divergence, GraphComparison
 from mansu_interp.unlearning.training import Unlearned
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 
 
-def fake_unlearn(model: Any, task: Any, mask: Any, config: Any, **_: Any) -> Unlearned:
+def fake_unlearn(
+    model: Any, task: Any, mask: Any, config: Any, *, seed: int = 0, **_: Any
+) -> Unlearned:
     """Adds seeded noise to one weight; graddiff's is so large that the model forgets everything."""
     out = model.copy()
     scale = config.lr * {"graddiff": 1e6, "ga": 1e2}[config.method]
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     out.weights[NAME] += scale * torch.randn(out.weights[NAME].shape, generator=generator)
     time.sleep(0.2)
     return Unlearned(out, [], 7)
 
 
 trials.unlearn = fake_unlearn  # type: ignore[assignment]
-find_circuit = trials._circuit
-trials._circuit = lambda *_: None  # type: ignore[assignment]
-trials.compare = lambda *_, **__: CAD(  # type: ignore[assignment]
-    "undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)}
+find_circuit = trials.find_circuit
+trials.find_circuit = measuring.find_circuit = lambda *_: None  # type: ignore[assignment]
+measuring.compare = lambda *_, **__: GraphComparison(  # type: ignore[assignment]
+    {"unlearned": Divergence(0, 0, 0.5, 0, 0)}
 )
 
 

@@ -31,12 +31,13 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 torch.set_num_threads(1)
 
 from mansu_interp.cli import commands  # noqa: E402
-from mansu_interp.cli import main as cli
+from mansu_interp.cli import main as cli  # noqa: E402
+from mansu_interp.runs import measure  # noqa: E402
 from mansu_interp.runs import run as pipeline  # noqa: E402
 from mansu_interp.unlearning import checkpoint as state  # noqa: E402
 
-pipeline.CAD_PAIRS = 4
-state.SECONDS = 0.0  # the loop keeps its place at every step
+measure.CAD_PAIRS = 4
+state.SECONDS = 0.0  # a checkpoint at every step
 SMALL = (
     "run --quiet --out run --relearn-steps 0 --score-pairs 12 --circuit.pairs 8 --circuit.top 60 "
     "--circuit.ig-steps 1 --circuit.faithfulness-pairs 4 --unlearn.steps 4 --unlearn.batch-size 8 "

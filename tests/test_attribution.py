@@ -11,6 +11,7 @@ import oracle
 import pytest
 import reference
 import torch
+from checked import wrong_type
 from conftest import make_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,7 +57,8 @@ def test_input_edges_sum_to_the_whole_effect_as_steps_grow(
 ):
     model, gaps = tiny_model(kv_heads), []
     for steps in (2, 64):
-        found = attribute(model, pairs, AttributionConfig(ig_steps=steps, metric=metric))  # type: ignore[arg-type]
+        config = AttributionConfig(ig_steps=steps, metric=metric)  # type: ignore[arg-type]
+        found = attribute(model, pairs, config=config)
         gaps.append(abs(found.scores[0].sum() - (found.clean - found.corrupt)))
     assert gaps[1] < 0.005 * max(1.0, abs(found.clean - found.corrupt))
     assert gaps[1] < gaps[0]
@@ -75,19 +77,21 @@ def test_scores_do_not_depend_on_batches_order_or_padding(
     tiny_model: TinyModel, pairs: PairSet, kv_heads: int
 ):
     model = tiny_model(kv_heads)
-    base = attribute(model, pairs, AttributionConfig(ig_steps=3, batch_size=1))
+    base = attribute(model, pairs, config=AttributionConfig(ig_steps=3, batch_size=1))
     size = np.abs(base.scores).max()
     backwards = PairSet("backwards", pairs.pairs[::-1])
     for other in (pairs, backwards):
         for batch_size in (2, 5):
             config = AttributionConfig(ig_steps=3, batch_size=batch_size)
-            found = attribute(model, other, config)
+            found = attribute(model, other, config=config)
             assert np.abs(found.scores - base.scores).max() < 1e-4 * size
             assert found.clean == pytest.approx(base.clean, abs=1e-5)
     # The mean over all pairs, not over batches: here a batch of 4 and one of 1.
-    alone = [attribute(model, PairSet("one", (p,)), AttributionConfig(ig_steps=3)) for p in pairs]
+    alone = [
+        attribute(model, PairSet("one", (p,)), config=AttributionConfig(ig_steps=3)) for p in pairs
+    ]
     mean = np.mean([a.scores for a in alone], axis=0)
-    found = attribute(model, pairs, AttributionConfig(ig_steps=3, batch_size=4))
+    found = attribute(model, pairs, config=AttributionConfig(ig_steps=3, batch_size=4))
     assert np.abs(found.scores - mean).max() < 1e-4 * size
 
 
@@ -137,7 +141,7 @@ def node_scores(model: LanguageModel, pairs: PairSet) -> dict[str, float]:
 def test_outgoing_edges_sum_to_the_node_score(tiny_model: TinyModel, pairs: PairSet, kv_heads: int):
     model = tiny_model(kv_heads)
     expected = node_scores(model, pairs)
-    found = attribute(model, pairs, EAP).node_scores()
+    found = attribute(model, pairs, config=EAP).node_scores()
     assert found.keys() == expected.keys()
     size = max(abs(v) for v in expected.values())
     for name, value in expected.items():
@@ -147,7 +151,7 @@ def test_outgoing_edges_sum_to_the_node_score(tiny_model: TinyModel, pairs: Pair
 def test_edges_agree_with_transformer_lens(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(4)
     expected = np.mean([oracle.edge_scores(model, p) for p in pairs], axis=0)
-    found = attribute(model, pairs, EAP).scores
+    found = attribute(model, pairs, config=EAP).scores
     size = np.abs(expected).max()
     assert size > 0.01
     assert (expected != 0).sum() > 0.9 * model.graph.n_edges
@@ -160,7 +164,7 @@ def test_edges_agree_with_the_definition_written_out(
 ):
     model = tiny_model(kv_heads)
     expected = np.mean([reference.eap(model, p) for p in pairs], axis=0)
-    found = attribute(model, pairs, EAP).scores
+    found = attribute(model, pairs, config=EAP).scores
     size = np.abs(expected).max()
     assert (expected[model.graph.exists] != 0).mean() > 0.9
     assert np.abs(found - expected).max() < 1e-4 * size
@@ -212,7 +216,7 @@ def test_a_model_solved_by_hand():
     """
     model, pairs = hand_model(), hand_pairs()
     r = 10**0.5 / 2
-    found = attribute(model, pairs, EAP)
+    found = attribute(model, pairs, config=EAP)
     assert (found.clean, found.corrupt) == pytest.approx((1 / r, -1 / r), rel=1e-5)
     expected = {
         ("a0.h0", "logits"): 2 / r - 1 / (4 * r**3),
@@ -240,7 +244,7 @@ def test_positions_sum_to_the_scores_and_lie_where_prompts_differ(
         if len(p.clean) > 3
     ]
     model, found_pairs = tiny_model(2), PairSet("one place", tuple(changed))
-    found = attribute(model, found_pairs, EAP, positions=True)
+    found = attribute(model, found_pairs, config=EAP, positions=True)
     by_position = found.by_position
     assert by_position is not None
     assert by_position.shape == (7, *found.scores.shape)
@@ -250,7 +254,7 @@ def test_positions_sum_to_the_scores_and_lie_where_prompts_differ(
     assert not by_position[3:, embedding].any()  # the embedding differs at position 2 alone
     assert by_position[3:].any()
     # A batch with padding scores each pair at its own positions.
-    one = [attribute(model, PairSet("one", (p,)), EAP, positions=True) for p in changed]
+    one = [attribute(model, PairSet("one", (p,)), config=EAP, positions=True) for p in changed]
     expected = np.zeros_like(by_position)
     for single in one:
         assert single.by_position is not None
@@ -263,7 +267,7 @@ def test_neurons_and_head_dimensions_sum_to_their_node(
     tiny_model: TinyModel, pairs: PairSet, kv_heads: int
 ):
     model = tiny_model(kv_heads)
-    found = attribute(model, pairs, EAP, neurons=True)
+    found = attribute(model, pairs, config=EAP, neurons=True)
     nodes = found.node_scores()
     assert found.neurons.keys() == nodes.keys() - {"input"}
     assert found.neurons["m1"].shape == (48,)
@@ -275,7 +279,7 @@ def test_neurons_and_head_dimensions_sum_to_their_node(
 
 
 def test_kl_is_zero_at_the_clean_run(tiny_model: TinyModel, pairs: PairSet):
-    found = attribute(tiny_model(2), pairs, AttributionConfig(metric="kl"))
+    found = attribute(tiny_model(2), pairs, config=AttributionConfig(metric="kl"))
     assert found.clean == pytest.approx(0.0, abs=1e-6)
     assert found.corrupt < -0.01
     logits = torch.tensor([[0.0, math.log(3.0)]])
@@ -291,11 +295,11 @@ def test_memory_decides_the_batch(tiny_model: TinyModel, pairs: PairSet):
     tight = replace(EAP, memory_gb=2.5 * one, batch_size=5)
     assert pairs_per_batch(model.graph, model.d_model, longest, tight)[0] == 2
     seen: list[int] = []
-    a = attribute(model, pairs, tight, on_batch=lambda done, _: seen.append(done))
+    a = attribute(model, pairs, config=tight, on_batch=lambda done, _: seen.append(done))
     assert seen == [2, 4, 5]
-    assert np.allclose(a.scores, attribute(model, pairs, EAP).scores, atol=1e-5)
+    assert np.allclose(a.scores, attribute(model, pairs, config=EAP).scores, atol=1e-5)
     with pytest.raises(CircuitError, match=r"One pair of 7 tokens needs .* Give more"):
-        attribute(model, pairs, replace(EAP, memory_gb=one / 2))
+        attribute(model, pairs, config=replace(EAP, memory_gb=one / 2))
 
 
 def test_overflow_is_no_score(tiny_model: TinyModel, pairs: PairSet):
@@ -303,7 +307,7 @@ def test_overflow_is_no_score(tiny_model: TinyModel, pairs: PairSet):
         attribute(
             tiny_model(2),
             pairs,
-            EAP,
+            config=EAP,
             metric=lambda logits, b, c: logit_diff(logits, b, c) * 1e38 * 1e38,
         )
 
@@ -332,11 +336,11 @@ def test_grouped_keys_are_the_sum_of_their_ungrouped_heads(tiny_model: TinyModel
 
 def test_eap_takes_its_gradient_where_it_says(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(4)
-    clean = attribute(model, pairs, AttributionConfig(method="eap", at="clean"))
+    clean = attribute(model, pairs, config=AttributionConfig(method="eap", at="clean"))
     swapped = PairSet("swapped", tuple(replace(p, clean=p.corrupt, corrupt=p.clean) for p in pairs))
-    back = attribute(model, swapped, EAP)
+    back = attribute(model, swapped, config=EAP)
     assert np.allclose(clean.scores, -back.scores, atol=1e-5)
-    assert not np.allclose(clean.scores, attribute(model, pairs, EAP).scores, atol=1e-3)
+    assert not np.allclose(clean.scores, attribute(model, pairs, config=EAP).scores, atol=1e-3)
 
 
 def test_own_metric_and_progress(tiny_model: TinyModel, pairs: PairSet):
@@ -344,17 +348,17 @@ def test_own_metric_and_progress(tiny_model: TinyModel, pairs: PairSet):
     double = attribute(
         tiny_model(4),
         pairs,
-        AttributionConfig(ig_steps=2, batch_size=2),
+        config=AttributionConfig(ig_steps=2, batch_size=2),
         metric=lambda logits, batch, clean: 2 * logit_diff(logits, batch, clean),
         on_batch=lambda done, total: seen.append((done, total)),
     )
-    single = attribute(tiny_model(4), pairs, AttributionConfig(ig_steps=2))
+    single = attribute(tiny_model(4), pairs, config=AttributionConfig(ig_steps=2))
     assert np.allclose(double.scores, 2 * single.scores, atol=1e-5)
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_no_score_where_no_edge_exists(tiny_model: TinyModel):
-    found = attribute(tiny_model(2), make_pairs((3, 5)), EAP)
+    found = attribute(tiny_model(2), make_pairs((3, 5)), config=EAP)
     assert not found.scores[~found.graph.exists].any()
     assert (found.scores[found.graph.exists] != 0).mean() > 0.9
 
@@ -365,6 +369,7 @@ def test_settings_out_of_range(settings: dict[str, int]):
         AttributionConfig(**settings)  # type: ignore[arg-type]
 
 
+@wrong_type
 def test_unknown_method():
     with pytest.raises(ConfigError, match="Unknown method 'atp' at 'corrupt'"):
         AttributionConfig(method="atp")  # type: ignore[arg-type]

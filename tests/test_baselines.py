@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,13 +16,24 @@ from mansu_interp.losses.answers import nll
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning import dense
+from mansu_interp.unlearning.baselines import dense
 from mansu_interp.unlearning.baselines.dense import Objective, train_dense
-from mansu_interp.unlearning.config import BASELINES, METHODS, BaselineConfig, UnlearnConfig
+from mansu_interp.unlearning.methods import (
+    BASELINES,
+    METHODS,
+    RMU,
+    SURE,
+    DenseConfig,
+    GradDiff,
+    IdkDPO,
+    MethodConfig,
+    TaskVector,
+    get_method,
+)
+from mansu_interp.unlearning.methods import method as register
 from mansu_interp.unlearning.training import dev_choice
 from mansu_interp.unlearning.unlearn import OBJECTIVES, unlearn
 
-CONFIG = UnlearnConfig(steps=2, lr=1e-3, batch_size=4)
 V = 4
 #: Next-token probabilities of two pairs under the original and under the student.
 ORIGINAL = [[0.7, 0.1, 0.1, 0.1], [0.25, 0.5, 0.125, 0.125]]
@@ -56,8 +67,7 @@ def two() -> list[Any]:
 
 def losses(method: str, two: list[Any], **settings: float) -> tuple[float, float | None]:
     """Forget and retain loss of the student, both on the two pairs."""
-    config = replace(CONFIG, baseline=BaselineConfig(**settings))
-    made = OBJECTIVES[method](Fixed(ORIGINAL), None, config)  # type: ignore[arg-type]
+    made = OBJECTIVES[method](Fixed(ORIGINAL), None, get_method(method)(**settings))
     student: Any = Fixed(STUDENT)
     return float(made.forget(student, two)), made.retain and float(made.retain(student, two))
 
@@ -86,14 +96,14 @@ def test_ascent_and_its_retain_terms(two: list[Any]):
 def test_npo(two: list[Any]):
     # b (NLL - NLL_ref) = b log(p_ref / p): 0.7 / 0.4 and 0.5 / 0.25.
     by_hand = sum(2 / 0.5 * softplus(-0.5 * math.log(r)) for r in (0.7 / 0.4, 2.0)) / 2
-    assert losses("npo", two, npo_beta=0.5) == (pytest.approx(by_hand), pytest.approx(KL, rel=1e-5))
+    assert losses("npo", two, beta=0.5) == (pytest.approx(by_hand), pytest.approx(KL, rel=1e-5))
     default = sum(20 * softplus(-0.1 * math.log(r)) for r in (0.7 / 0.4, 2.0)) / 2
     assert losses("npo", two)[0] == pytest.approx(default)
 
 
 def test_simnpo(two: list[Any]):
     by_hand = sum(2 / 4.5 * softplus(-4.5 * (-math.log(p) - 0.3)) for p in (0.4, 0.25)) / 2
-    assert losses("simnpo", two, simnpo_delta=0.3) == (pytest.approx(by_hand), pytest.approx(NLL))
+    assert losses("simnpo", two, delta=0.3) == (pytest.approx(by_hand), pytest.approx(NLL))
 
 
 def test_dpo_prefers_the_counterfactual_answer(two: list[Any]):
@@ -107,14 +117,14 @@ def test_idkdpo_prefers_the_first_admission_that_the_tokenizer_knows(two: list[A
     original: Any = Fixed(ORIGINAL)
     original.name, original.encode = "fixed", lambda text: [9 if "know" in text else 2]
     original.tokenizer = type("T", (), {"unk_token_id": 9})
-    made = OBJECTIVES["idkdpo"](original, None, CONFIG)  # type: ignore[arg-type]
+    made = OBJECTIVES["idkdpo"](original, None, IdkDPO())
     ratios = ((0.2 / 0.4) / (0.1 / 0.7), (0.125 / 0.25) / (0.125 / 0.5))
     by_hand = sum(20 * softplus(-0.1 * math.log(r)) for r in ratios) / 2
     student: Any = Fixed(STUDENT)
     assert float(made.forget(student, two)) == pytest.approx(by_hand)
     original.encode = lambda text: [9]
     with pytest.raises(ConfigError, match=r"knows no first token of .* Use dpo"):
-        OBJECTIVES["idkdpo"](original, None, CONFIG)  # type: ignore[arg-type]
+        OBJECTIVES["idkdpo"](original, None, IdkDPO())
 
 
 def test_undial(two: list[Any]):
@@ -129,13 +139,13 @@ def test_undial(two: list[Any]):
         )
         / 2
     )
-    found = losses("undial", two, undial_beta=math.log(2))
+    found = losses("undial", two, beta=math.log(2))
     assert found == (pytest.approx(by_hand), pytest.approx(NLL))
 
 
 def test_weighed_ascent(two: list[Any]):
     wga = (0.4**2 * math.log(0.4) + 0.25**2 * math.log(0.25)) / 2
-    assert losses("wga", two, wga_beta=2.0) == (pytest.approx(wga), pytest.approx(NLL))
+    assert losses("wga", two, beta=2.0) == (pytest.approx(wga), pytest.approx(NLL))
     satimp = (0.4**5 * 0.6 * math.log(0.4) + 0.25**5 * 0.75 * math.log(0.25)) / 2
     assert losses("satimp", two) == (pytest.approx(satimp), pytest.approx(NLL))
 
@@ -144,7 +154,7 @@ def test_weighed_ascent(two: list[Any]):
 def test_weights_carry_no_gradient(two: list[Any], method: str, weight: float):
     student: Any = Fixed(STUDENT)
     student.logits.requires_grad_(True)
-    made = OBJECTIVES[method](student, None, CONFIG)
+    made = OBJECTIVES[method](student, None, get_method(method)())
     made.forget(student, two[:1]).backward()
     # d NLL / d logit of the answer = p - 1, times -weight.
     assert float(student.logits.grad[0, 0]) == pytest.approx(-weight * (0.4 - 1), rel=1e-5)
@@ -154,9 +164,7 @@ def test_rmu_pushes_one_layer(tiny_model: Callable[..., LanguageModel], pairs: P
     model, student = tiny_model(2), tiny_model(2).copy()
     with torch.no_grad():
         student.weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
-    settings = BaselineConfig(rmu_layer=1, rmu_scale=3.0)
-    config = replace(CONFIG, seed=5, baseline=settings)
-    made = OBJECTIVES["rmu"](model, None, config)  # type: ignore[arg-type]
+    made = OBJECTIVES["rmu"](model, None, RMU(layer=1, scale=3.0), 5)
     u = torch.rand(32, generator=torch.Generator().manual_seed(5))
 
     def states(m: LanguageModel) -> list[torch.Tensor]:
@@ -178,16 +186,15 @@ def test_rmu_pushes_one_layer(tiny_model: Callable[..., LanguageModel], pairs: P
     assert float(made.forget(student, pairs.pairs)) == pytest.approx(away, rel=1e-4)
     assert made.retain and float(made.retain(student, pairs.pairs)) == pytest.approx(stay, rel=1e-4)
     assert stay > 1e-3
-    with pytest.raises(ConfigError, match=r"rmu_layer must lie in \[0, 2\) for tiny; got 2"):
-        OBJECTIVES["rmu"](model, None, replace(config, baseline=BaselineConfig(rmu_layer=2)))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"The layer of rmu must lie in \[0, 2\) for tiny; got 2"):
+        OBJECTIVES["rmu"](model, None, RMU(layer=2))
 
 
 def test_task_vector_takes_off_what_it_learnt(tiny_model: Callable[..., LanguageModel]):
     model, tuned = tiny_model(2), tiny_model(2).copy()
     name = "model.layers.0.mlp.up_proj.weight"
     tuned.weights[name] += 0.25
-    config = replace(CONFIG, baseline=BaselineConfig(task_vector_scale=2.0))
-    made = OBJECTIVES["task-vector"](model, None, config)  # type: ignore[arg-type]
+    made = OBJECTIVES["task-vector"](model, None, TaskVector(scale=2.0))
     assert made.outcome and made.retain is None
     out = made.outcome(tuned)
     assert torch.allclose(out.weights[name], model.weights[name] - 0.5, atol=1e-6)
@@ -195,7 +202,7 @@ def test_task_vector_takes_off_what_it_learnt(tiny_model: Callable[..., Language
 
 
 def test_sure_moves_the_rows_that_forgetting_pulls_most(facts: LanguageModel, capitals: Task):
-    config = replace(CONFIG, method="sure", baseline=BaselineConfig(sure_percentile=90.0))
+    config = SURE(steps=2, lr=1e-3, batch_size=4, percentile=90.0)
     made = OBJECTIVES["sure"](facts, capitals, config)
     assert made.rows is not None
     # The same saliency by one ordinary backward pass.
@@ -226,7 +233,8 @@ def test_one_step_of_the_shared_loop_is_adamw_on_clipped_gradients(
     objective = Objective(
         lambda m, p: -nll(m, p).mean(), lambda m, p: (nll(m, p) ** 2).mean() + nll(m, p).mean()
     )
-    config = replace(CONFIG, retain_weight=3.0)
+    objective = replace(objective, retain_weight=3.0)
+    config = DenseConfig(steps=2, lr=1e-3, batch_size=4)
     found = train_dense(facts, capitals, config, objective).model
     name = "model.layers.1.mlp.down_proj.weight"
     model = facts.copy()
@@ -253,11 +261,11 @@ def test_one_step_of_the_shared_loop_is_adamw_on_clipped_gradients(
 @pytest.mark.parametrize("method", BASELINES)
 def test_every_baseline_moves_the_shipped_model(facts: LanguageModel, capitals: Task, method: str):
     before = float(nll(facts, capitals.forget.pairs[:64]).mean())
-    config = replace(CONFIG, method=method, steps=6, lr=1e-3, batch_size=16, retain_weight=1.0)
+    config = get_method(method)(steps=6, lr=1e-3, batch_size=16)
     result = unlearn(facts, capitals, None, config)
     assert all(torch.isfinite(w).all() for w in result.model.weights.values())
     assert float(nll(result.model, capitals.forget.pairs[:64]).mean()) > before + 0.05
-    assert ("retain" in result.history[0]) == (method not in ("ga", "task-vector"))
+    assert (result.history[0].retain is not None) == (method not in ("ga", "task-vector"))
 
 
 def test_the_registry_is_what_the_command_line_offers():
@@ -267,14 +275,67 @@ def test_the_registry_is_what_the_command_line_offers():
 
 def test_task_vectors_are_stopped_by_what_they_will_be(facts: LanguageModel, capitals: Task):
     """The tuned student knows the facts better; the level is looked for in its negation."""
-    config = replace(CONFIG, method="task-vector", steps=40, lr=1e-3, batch_size=16, stop_at=0.6)
-    config = replace(config, baseline=BaselineConfig(task_vector_scale=10.0))
+    config = TaskVector(steps=40, lr=1e-3, batch_size=16, stop_at=0.6, scale=10.0)
     result = unlearn(facts, capitals, None, config)
     assert result.stopped_at < 40
-    assert dev_choice(result.model, capitals) == result.history[-1]["choice"] <= 0.6
+    assert dev_choice(result.model, capitals) == result.history[-1].choice <= 0.6
 
 
-@pytest.mark.parametrize("settings", [{"npo_beta": 0.0}, {"sure_percentile": 100.0}])
-def test_settings_out_of_range(settings: dict[str, float]):
-    with pytest.raises(ConfigError, match="must be positive and sure_percentile lie in"):
-        BaselineConfig(**settings)
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("npo", {"beta": 0.0}, "beta must be above 0; got 0.0"),
+        ("dpo", {"beta": math.nan}, "beta must be above 0; got nan"),
+        ("sure", {"percentile": 100.0}, "percentile must be at least 0 and below 100; got 100.0"),
+        ("satimp", {"beta2": math.inf}, "beta2 must be finite; got inf"),
+        ("rmu", {"layer": -1}, "layer must be at least 0; got -1"),
+        ("kl", {"retain_weight": -0.5}, "retain_weight must be at least 0; got -0.5"),
+        ("ga", {"lr": math.nan}, "lr must be above 0; got nan"),
+        ("ga", {"stop_at": math.inf}, "stop_at must be finite; got inf"),
+    ],
+)
+def test_settings_out_of_range(method: str, settings: dict[str, float], message: str):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        get_method(method)(**settings)
+
+
+def test_every_method_owns_its_settings():
+    """One class each, whose defaults are valid, and no setting of another method."""
+    own = {name: {f.name for f in fields(kind)} for name, kind in METHODS.items()}
+    shared = {f.name for f in fields(MethodConfig)}
+    assert own["npo"] - shared == {"retain_weight", "beta"}
+    assert own["ga"] == shared and own["task-vector"] - shared == {"scale"}
+    assert own["satimp"] - own["graddiff"] == {"beta1", "beta2"}
+    for name, kind in METHODS.items():
+        assert kind.method == name and kind().method == name
+        assert ("mask" in kind.needs) == name.startswith("mansu")
+    assert {n for n, kind in METHODS.items() if "circuit" in kind.needs} == {
+        "mansu", "mansu-no-projection", "mansu-no-offsets", "mansu-no-floor",
+    }  # fmt: skip
+    assert all(get_method(n)().lr == 1e-4 for n in BASELINES)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_what_a_method_needs_is_what_its_loss_looks_at(two: list[Any], method: str):
+    """The original is asked for predictions exactly by those that say so."""
+    if method in ("sure", "rmu", "idkdpo"):
+        return  # look at more than logits
+    original: Any = Fixed(ORIGINAL)
+    asked: list[int] = []
+    real = original.logits_at
+    original.logits_at = lambda *args: asked.append(1) or real(*args)
+    kind = get_method(method)
+    made = OBJECTIVES[method](original, None, kind())
+    student: Any = Fixed(STUDENT)
+    made.forget(student, two)
+    if made.retain:
+        made.retain(student, two)
+    assert bool(asked) == ("references" in kind.needs)
+
+
+def test_a_method_registers_once_and_needs_something_known():
+    with pytest.raises(ConfigError, match="'npo' is taken"):
+        register("npo")(GradDiff)
+    with pytest.raises(ConfigError, match="needs something unknown"):
+        register("new", needs=("magic",))(GradDiff)  # type: ignore[arg-type]
+    assert get_method("npo") is not GradDiff and "new" not in METHODS

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,32 @@ from conftest import SHIPPED
 from mansu_interp.audit.cad import judge_erasure
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.relearning import relearn
+from mansu_interp.bench import measure as measuring
 from mansu_interp.bench import trial as trials
 from mansu_interp.bench.config import BenchConfig
+from mansu_interp.bench.results import DevScores, TrialResult
 from mansu_interp.bench.run import best_retained, run_bench
 from mansu_interp.bench.scoreboard import spread, write_scoreboard
+from mansu_interp.bench.table import TableRow
 from mansu_interp.bench.trial import make_trial
 from mansu_interp.circuits.circuit import Circuit
-from mansu_interp.errors import ConfigError, MaskError
+from mansu_interp.cli.main import parse
+from mansu_interp.errors import ArtifactError, ConfigError, MaskError
 from mansu_interp.evaluation.scores import Flips
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
+from mansu_interp.runs.defaults import default_config
 from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.methods import BASELINES, NPO
 from mansu_interp.utils.shipped import DATA
 
 SCRIPT = Path(__file__).with_name("bench_script.py")
 
 
-def try_(forget: float, retain: float, choice: float = 1.0) -> dict[str, Any]:
-    return {"dev": {"forget": forget, "retain": retain, "retain_choice": choice}}
+def try_(forget: float, retain: float, choice: float = 1.0) -> DevScores:
+    return DevScores(forget, retain, choice)
 
 
 @pytest.mark.parametrize(
@@ -55,21 +61,22 @@ def try_(forget: float, retain: float, choice: float = 1.0) -> dict[str, Any]:
         # None reaches it: the one that forgot most, and said so.
         ([try_(0.9, 1.0), try_(0.5, 0.2)], (1, False)),
         # A failed try never wins over one that ran.
-        ([{"error": "x"}, try_(1.0, 0.1)], (1, False)),
+        ([None, try_(1.0, 0.1)], (1, False)),
     ],
 )
-def test_the_fair_stop(tries: list[dict[str, Any]], expected: tuple[int, bool]):
+def test_the_fair_stop(tries: list[DevScores | None], expected: tuple[int, bool]):
     assert best_retained(tries, 0.30) == expected
 
 
 FEW = ("npo", "sure", "original")
 
 
-def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: Path):
+def test_a_trial_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: Path):
     config = BenchConfig(out=tmp_path)
     trial = make_trial(config, facts, "capitals", "npo", 0, 0.3, 1.0)
-    assert trial.config.unlearn.lr == config.lr and trial.config.unlearn.stop_at == 0.3
-    assert trial.config.unlearn.retain_weight == 1.0
+    own = trial.config.unlearn
+    assert isinstance(own, NPO) and own.retain_weight == 1.0
+    assert own.lr == 1e-4 and own.stop_at == 0.3
     mansu = make_trial(config, facts, "capitals", "mansu", 0, 0.3, 3.0).config.unlearn
     assert mansu.lr == pytest.approx(3 * 0.06)  # of the task's own
     own = make_trial(config, facts, "countries", "mansu", 0, 0.3, 1.0).config.unlearn
@@ -88,7 +95,7 @@ def test_a_cell_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path: 
     assert make_trial(same, facts, "capitals", "npo", 0, 0.3, 1.0).key == trial.key
 
 
-def test_what_a_task_says_of_mansu_leaves_cells_of_baselines_valid(
+def test_what_a_task_says_of_mansu_leaves_trials_of_baselines_valid(
     facts: LanguageModel, tmp_path: Path
 ):
     """And of the original; its batch size and circuit concern them, too."""
@@ -101,13 +108,27 @@ def test_what_a_task_says_of_mansu_leaves_cells_of_baselines_valid(
         return [c.key for c in trials]
 
     usual = keys()
-    told = keys(damping=7.0, subject_rows=True, unlearn={"margin": 1.0, "lr": 0.5})
+    told = keys(damage_damping=7.0, subject_rows=True, unlearn={"training_margin": 1.0, "lr": 0.5})
     assert told[0] != usual[0] and told[1:] == usual[1:]
     for changed in (keys(unlearn={"batch_size": 8}), keys(circuit={"top": 9})):
         assert not set(changed) & set(usual)
 
 
-def test_a_new_setting_at_its_default_leaves_cells_valid():
+def test_run_and_bench_train_the_same_baseline(facts: LanguageModel, tmp_path: Path):
+    """At the same step size and steps the settings are equal, whatever the task says of MANSU."""
+    bench = BenchConfig(out=tmp_path, steps=40)
+    for task in ("capitals", "countries"):
+        for method in BASELINES:
+            trial = make_trial(bench, facts, task, method, 3, 0.3, 2.0)
+            words = f"run --task {task} --method {method} --unlearn.lr 2e-4 --unlearn.steps 40"
+            run = parse([*words.split(), "--unlearn.stop-at", "0.3", "--seed", "3"])
+            assert trial.config.unlearn == run.unlearn, (task, method)
+            assert trial.config.seed == run.seed
+        batch = default_config("facts", task).unlearn.batch_size
+        assert run.unlearn.batch_size == batch
+
+
+def test_a_new_setting_at_its_default_leaves_trials_valid():
     usual = {"a": 1, "nested": {"b": 2, "new": 0}, "other": 5}
     given = {"a": 9, "nested": {"b": 3, "new": 0}, "other": 5}
     assert trials._differences(given, usual) == {"a": 9, "nested": {"b": 3}}
@@ -118,7 +139,7 @@ def test_a_circuit_is_found_once_for_each_tokenizer(
 ):
     """One that was found on another tokenizer is no error in the midst of a benchmark."""
     shipped, found = Circuit.load(SHIPPED / "facts-capitals.json"), []
-    monkeypatch.setattr(trials, "discover", lambda *_: found.append(1) or shipped)
+    monkeypatch.setattr(trials, "discover", lambda *_, **__: found.append(1) or shipped)
     trial = make_trial(BenchConfig(out=tmp_path), facts, "capitals", "npo", 0, 0.3, 1.0)
     other = facts.copy()
     other.tokenizer = copy.deepcopy(facts.tokenizer)
@@ -129,52 +150,74 @@ def test_a_circuit_is_found_once_for_each_tokenizer(
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TableRow]]:
     out = tmp_path_factory.mktemp("bench")
     return out, run_bench(bench_script.config(out, 1, 2))
 
 
 def test_figures_are_those_of_the_saved_checkpoint(
-    ran: tuple[Path, list[dict[str, Any]]], facts: LanguageModel, capitals: Task
+    ran: tuple[Path, list[TableRow]], facts: LanguageModel, capitals: Task
 ):
     out, rows = ran
-    assert [(r["method"], r["seed"]) for r in rows] == [
+    assert [(r.method, r.seed) for r in rows] == [
         (m, s) for m in ("graddiff", "ga") for s in (0, 1)
     ]
     unseen = capitals.scored["unseen"]["forget"]["capital"]
     for row in rows:
         (folder,) = (out / "work" / "facts-capitals").glob(
-            f"{row['method']}-*x{row['strength']:g}-s{row['seed']}-*"
+            f"{row.method}-*x{row.strength:g}-s{row.seed}-*"
         )
         saved = load_model(folder)
         before, after = accuracy(saved, unseen), accuracy(quantize(saved), unseen)
-        assert row["forget_choice"] == before.choice and row["forget_top1"] == before.top1
-        assert row["gap_choice"] == pytest.approx(after.choice - before.choice, abs=1e-12)
-        assert row["gap_top1"] == pytest.approx(after.top1 - before.top1, abs=1e-12)
+        assert row.forget_choice == before.choice and row.forget_top1 == before.top1
+        assert row.gap_choice == pytest.approx(after.choice - before.choice, abs=1e-12)
+        assert row.gap_top1 == pytest.approx(after.top1 - before.top1, abs=1e-12)
         flips = Flips.between(before.first, after.first)
-        assert (row["back"], row["gone"], row["p"]) == (flips.back, flips.gone, flips.p)
-        assert row["back"] - row["gone"] == round(row["gap_choice"] * before.n)
+        assert (row.back, row.gone, row.p) == (flips.back, flips.gone, flips.p)
+        assert row.back - row.gone == round(row.gap_choice * before.n)
         noise = saved.weights[bench_script.NAME] - facts.weights[bench_script.NAME]
         moved = int((noise != 0).sum())
-        assert row["edited_share"] == pytest.approx(moved / facts.n_parameters)
-        assert row["forgets"] == (max(before.choice, after.choice) <= 0.35)
-        attack = RelearnConfig(steps=(2,), seed=row["seed"])
-        back = relearn(saved, capitals, attack).up_to(2)
-        assert row["relearnt_choice"] == back and row["erased"] == (back <= 0.40)
-        judged = judge_erasure(facts, saved, capitals, seed=row["seed"])
-        assert (row["cad"], row["cad_score"]) == (judged.verdict, judged.cad)
+        assert row.edited_share == pytest.approx(moved / facts.n_parameters)
+        assert row.forgets == (max(before.choice, after.choice) <= 0.35)
+        attack = RelearnConfig(steps=(2,), seed=row.seed)
+        back = relearn(saved, capitals, config=attack).up_to(2)
+        assert row.relearnt_choice == back and row.erased == (back <= 0.40)
+        judged = judge_erasure(facts, saved, capitals, seed=row.seed)
+        assert (row.cad, row.cad_score) == (judged.verdict, judged.cad)
     dense, weak = rows[0], rows[2]
-    assert dense["reached"] and dense["forgets"] and not dense["retains"]
-    assert not weak["reached"] and not weak["searched"] and not weak["forgets"]
-    assert dense["update_over_bin"] > 10 and weak["update_over_bin"] < 1
-    assert dense["noise_over_signal"] < 0.3 * weak["noise_over_signal"]
+    assert dense.reached and dense.forgets and not dense.retains
+    assert not weak.reached and not weak.searched and not weak.forgets
+    assert dense.update_over_bin > 10 and weak.update_over_bin < 1
+    assert dense.noise_over_signal < 0.3 * weak.noise_over_signal
     # Only the winner of each search is kept, and the losers' results are.
     assert len(list((out / "work" / "facts-capitals").iterdir())) == 4
     assert len(list((out / "trials" / "facts-capitals").glob("*.json"))) == 1 + 4 + 2
 
 
+def test_results_round_trip_and_damaged_ones_are_refused(
+    ran: tuple[Path, list[TableRow]], tmp_path: Path
+):
+    files = sorted((ran[0] / "trials" / "facts-capitals").glob("*.json"))
+    for file in files:
+        TrialResult.load(file).save(tmp_path / "again.json")
+        assert json.loads((tmp_path / "again.json").read_text()) == json.loads(file.read_text())
+    (original,) = [f for f in files if f.name.startswith("original")]
+    data = json.loads(original.read_text())
+    found = TrialResult.load(original)
+    assert found.measured and not found.measured.graphs and found.training is None
+    assert [str(v) for v in found.measured.scores[0].models] == ["original", "original nf4"]
+    for key, value, message in (
+        ("schema", 1, "has schema 1, expected 2. Delete it to run the trial again"),
+        ("sha256", None, "sha256: .* Delete it to run the trial again"),
+        ("measured", {"scores": []}, "measured.perplexity: Field required .and 4 more"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps({**data, key: value}))
+        with pytest.raises(ArtifactError, match=message):
+            TrialResult.load(tmp_path / "bad.json")
+
+
 def test_what_is_done_is_not_done_again(
-    ran: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    ran: tuple[Path, list[TableRow]], monkeypatch: pytest.MonkeyPatch
 ):
     out, rows = ran
 
@@ -183,37 +226,12 @@ def test_what_is_done_is_not_done_again(
 
     monkeypatch.setattr(trials, "unlearn", never)
     monkeypatch.setattr(trials, "evaluate", never)
+    monkeypatch.setattr(measuring, "evaluate", never)
     assert run_bench(bench_script.config(out, 1, 2)) == rows
 
 
-def test_cells_with_and_without_a_chance_of_top1_are_judged_by_the_originals(
-    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-):
-    """A trial of an older version does not say what a guess would get."""
-    out = Path(shutil.copytree(ran[0], tmp_path / "bench"))
-
-    def change(name: str, chance: float | None, top1: float | None = None) -> None:
-        for path in (out / "trials" / "facts-capitals").glob(name):
-            found = json.loads(path.read_text())
-            for row in found.get("rows", []):
-                row.pop("chance_top1", None)
-                if chance is not None:
-                    row["chance_top1"] = chance
-                if top1 is not None:
-                    row["models"]["fp"] = {"choice": 0.2, "top1": 0.0}
-                    row["models"]["nf4"] = {"choice": 0.2, "top1": top1}
-            path.write_text(json.dumps(found))
-
-    change("graddiff-*-s0-*", None, 0.1)
-    change("ga-*-s0-*", 0.9, 0.1)
-    for chance, stays in ((0.1, True), (0.09, False), (None, False)):
-        change("original-*", chance)
-        rows = run_bench(bench_script.config(out, 1, 1, table_only=True))
-        assert [r["stays"] for r in rows] == [stays, stays], chance
-
-
 def test_another_attack_is_measured_without_training_or_scoring_again(
-    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ran: tuple[Path, list[TableRow]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     done, rows = ran
     out = Path(shutil.copytree(done, tmp_path / "bench"))
@@ -223,35 +241,36 @@ def test_another_attack_is_measured_without_training_or_scoring_again(
 
     monkeypatch.setattr(trials, "unlearn", never)
     monkeypatch.setattr(trials, "evaluate", never)
+    monkeypatch.setattr(measuring, "evaluate", never)
     again = run_bench(bench_script.config(out, 1, 2, relearn_steps=1))
-    assert [r["forget_choice"] for r in again] == [r["forget_choice"] for r in rows]
-    assert [r["relearnt_choice"] for r in again] != [r["relearnt_choice"] for r in rows]
+    assert [r.forget_choice for r in again] == [r.forget_choice for r in rows]
+    assert [r.relearnt_choice for r in again] != [r.relearnt_choice for r in rows]
 
 
 def test_a_checkpoint_that_is_gone_is_trained_again_and_nothing_measured_is_lost(
-    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+    ran: tuple[Path, list[TableRow]], tmp_path: Path
 ):
     done, rows = ran
     out = Path(shutil.copytree(done, tmp_path / "bench"))
     shutil.rmtree(out / "work")
     again = run_bench(bench_script.config(out, 1, 2, relearn_steps=1))
-    own = {"relearnt_choice", "relearnt_top1", "erased", "seconds", "peak_gb"}
-    assert [{k: v for k, v in r.items() if k not in own} for r in again] == [
-        {k: v for k, v in r.items() if k not in own} for r in rows
-    ]
+    own = ("relearnt_choice", "relearnt_top1", "erased", "seconds", "peak_gb")
+    blank = dict.fromkeys(own)
+    assert [replace(r, **blank) for r in again] == [replace(r, **blank) for r in rows]
 
 
 def test_a_failed_try_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fails(model: Any, task: Any, mask: Any, config: Any, **_: Any) -> Any:
+    def fails(model: Any, task: Any, mask: Any, config: Any, **given: Any) -> Any:
         if config.method == "ga":
             raise MaskError("nothing to edit.")
-        return bench_script.fake_unlearn(model, task, mask, config)
+        return bench_script.fake_unlearn(model, task, mask, config, **given)
 
     monkeypatch.setattr(trials, "unlearn", fails)
     rows = run_bench(bench_script.config(tmp_path, 1, 1, strengths=(1.0,)))
-    assert rows[1]["error"] == "nothing to edit." and "error" not in rows[0]
+    assert rows[1].error == "nothing to edit." and rows[0].error is None
+    assert rows[1].forget_choice is None and rows[1].lr > 0
     assert "failed: nothing to edit." in (tmp_path / "scoreboard.md").read_text()
 
 
@@ -262,7 +281,7 @@ def start(out: Path, jobs: int, seeds: int) -> subprocess.Popen[str]:
 
 
 def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
-    ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+    ran: tuple[Path, list[TableRow]], tmp_path: Path
 ):
     """A run with two workers, killed each time another trial has come, then left to finish."""
     trials = tmp_path / "trials"
@@ -283,7 +302,7 @@ def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
     process = start(tmp_path, 2, 2)
     assert process.communicate(timeout=200)[0].split() == ["4", "2"]
     for name, found in kept.items():  # tries that were done have not been done again
-        assert json.loads(Path(name).read_text()).get("seconds") == found.get("seconds")
+        assert json.loads(Path(name).read_text())["training"] == found["training"]
     ours, theirs = (
         list(csv.DictReader((folder / "table.csv").open())) for folder in (tmp_path, ran[0])
     )
@@ -292,23 +311,25 @@ def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
             assert a[key] == b[key], key
 
 
-def test_pages(ran: tuple[Path, list[dict[str, Any]]], tmp_path: Path):
+def test_pages(ran: tuple[Path, list[TableRow]], tmp_path: Path):
     _, rows = ran
-    write_scoreboard(tmp_path, [{**r, "method": f"<b>{r['method']}"} for r in rows])
+    write_scoreboard(tmp_path, [replace(r, method=f"<b>{r.method}") for r in rows])
     page = (tmp_path / "scoreboard.html").read_text()
     assert "<b>" not in page and "&lt;b&gt;graddiff" in page
     assert page.count("<svg") == 5
     assert "default-src 'none'" in page
     assert not [w for w in ("<script", "src=", "href=", "url(") if w in page]
+    assert "Scroll sideways for all" in page
     text = (tmp_path / "scoreboard.md").read_text()
     (line,) = [x for x in text.splitlines() if "graddiff" in x and "e-0" in x]
-    assert spread([r["forget_choice"] for r in rows[:2]]) in line
-    counts = ", ".join(f"{r['back']}/{r['gone']}" for r in rows[:2])
-    assert f"{counts} (p {min(r['p'] for r in rows[:2]):.2f})" in line
-    write_scoreboard(tmp_path, [{k: v for k, v in r.items() if k != "p"} for r in rows])
+    assert spread([r.forget_choice for r in rows[:2]]) in line
+    counts = ", ".join(f"{r.back}/{r.gone}" for r in rows[:2])
+    assert f"{counts} (p {min(r.p for r in rows[:2]):.2f})" in line
+    write_scoreboard(tmp_path, [replace(r, p=None) for r in rows])
     assert "(p " not in (tmp_path / "scoreboard.md").read_text()
     table = list(csv.DictReader((tmp_path / "table.csv").open()))
-    assert len(table) == 4 and float(table[0]["forget_choice"]) == rows[0]["forget_choice"]
+    assert list(table[0]) == [f.name for f in fields(TableRow)]
+    assert len(table) == 4 and float(table[0]["forget_choice"]) == rows[0].forget_choice
 
 
 def test_spread_by_hand():
@@ -323,7 +344,7 @@ def test_spread_by_hand():
         ({"seeds": ()}, "seeds needs one or more different values"),
         ({"levels": (0.3, 0.3)}, "levels needs one or more different values"),
         ({"methods": ("magic",)}, "Unknown method 'magic'; available: mansu"),
-        ({"strengths": (0.0,)}, "strengths and lr must be positive"),
+        ({"strengths": (0.0,)}, r"strengths must be above 0; got \(0\.0,\)"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], text: str):

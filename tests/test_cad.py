@@ -1,15 +1,16 @@
-"""Evidence without training, and the verdict: solved by hand, and models whose past is known."""
+"""CAD: its evidence and its verdict, by hand and on models whose past is known."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mansu_interp.audit.cad import check_alike, decide, judge_erasure, settle
+from mansu_interp.audit.cad import Evidence, check_alike, decide, judge_erasure, settle
 from mansu_interp.audit.probes import probe, ranked, states, stitches
-from mansu_interp.audit.relearning import halves, of_subjects, rivals_within
+from mansu_interp.audit.relearning import ERASED_LEVEL, halves, of_subjects, rivals_within
 from mansu_interp.audit.transfer import gradient_transfer, model_advantage
 from mansu_interp.errors import ModelError
 from mansu_interp.losses.accuracy import accuracy
@@ -59,7 +60,7 @@ def test_the_probe_reads_what_was_taught(facts: LanguageModel, split: tuple[Pair
     assert probe(never, *split).float().mean(1).max() < 0.4
 
 
-def test_transfer_is_a_cosine_and_margins_are_bounded(
+def test_transfer_is_a_cosine_and_advantages_are_bounded(
     facts: LanguageModel, split: tuple[PairSet, PairSet]
 ):
     half_a, half_b = (s.sample(12, 0) for s in split)
@@ -74,55 +75,70 @@ def test_transfer_is_a_cosine_and_margins_are_bounded(
     assert all(not w.requires_grad for w in facts.weights.values())
 
 
+GONE = Evidence(
+    predicted=0.28,
+    relearned=0.3,
+    half_a=1.0,
+    ranked_last=0.3,
+    probed=0.3,
+    stitched=0.3,
+    original=1.0,
+)
+"""A model that gives nothing away, by every sign."""
+
+
 @pytest.mark.parametrize(
-    ("verdict", "says", "relearnt", "learnt", "avoided", "reads", "carried", "quantized"),
+    ("verdict", "changed"),
     [
-        ("unchanged", 0.97, 1.0, 1.0, 0.3, 1.0, 1.0, None),
-        ("relocated", 0.97, 1.0, 1.0, 0.3, 1.0, 0.3, None),
-        ("suppressed", 0.28, 0.9, 1.0, 0.3, 0.3, 0.3, None),
-        ("suppressed", 0.28, 0.3, 1.0, 0.3, 0.8, 0.3, None),  # only a probe finds it
-        ("suppressed", 0.28, 0.3, 1.0, 0.3, 0.3, 1.0, None),  # only the unembedding is blind
-        ("erased", 0.28, 0.3, 1.0, 0.3, 0.55, 0.3, 0.3),
-        ("recovered", 0.28, 0.3, 1.0, 0.3, 0.3, 0.3, 0.5),
-        ("suppressed", 0.28, 0.3, 1.0, 0.5, 0.3, 0.3, None),  # avoided, and so given away
-        ("undecided", 0.28, 0.3, 1.0, 0.43, 0.3, 0.3, None),
-        ("undecided", 0.28, 0.43, 1.0, 0.3, 0.3, 0.3, None),
-        ("undecided", 0.28, 0.3, 0.6, 0.3, 0.3, 0.3, None),  # half A was not relearnt
-        ("undecided", 0.6, 0.3, 1.0, 0.3, 0.3, 0.3, None),
+        ("unchanged", {"predicted": 0.97, "relearned": 1.0, "probed": 1.0, "stitched": 1.0}),
+        ("relocated", {"predicted": 0.97, "relearned": 1.0, "probed": 1.0, "stitched": 0.3}),
+        ("suppressed", {"relearned": 0.9}),
+        ("suppressed", {"probed": 0.8}),  # only a probe finds it
+        ("suppressed", {"stitched": 1.0}),  # only the output does not show it
+        ("erased", {"probed": 0.55, "quantized": 0.3}),
+        ("recovered", {"quantized": 0.5}),
+        ("suppressed", {"ranked_last": 0.5}),  # given away by ranking last
+        ("undecided", {"ranked_last": 0.43}),
+        ("undecided", {"relearned": 0.43}),
+        ("undecided", {"half_a": 0.6}),  # half A was not relearned
+        ("undecided", {"predicted": 0.6}),
     ],
 )
-def test_verdicts(
-    verdict: str,
-    says: float,
-    relearnt: float,
-    learnt: float,
-    avoided: float,
-    reads: float,
-    carried: float,
-    quantized: float | None,
-):
-    assert decide(says, relearnt, learnt, avoided, reads, 1.0, carried, quantized)[0] == verdict
+def test_verdicts(verdict: str, changed: dict[str, float]):
+    found, sentence = decide(replace(GONE, **changed))
+    assert found == verdict
+    assert sentence.endswith(".") and sentence[0].isupper()
+
+
+@pytest.mark.parametrize("key", ["predicted", "relearned", "ranked_last"])
+def test_cad_calls_erased_what_the_attack_calls_erased(key: str):
+    assert decide(replace(GONE, **{key: ERASED_LEVEL}))[0] == "erased"
+    assert decide(replace(GONE, **{key: ERASED_LEVEL + 0.01}))[0] == "undecided"
 
 
 def test_a_verdict_that_most_resamplings_do_not_share_is_undecided():
     assert settle("erased", "Gone.", 0.5) == ("erased", "Gone.", 0.5)
     word, sentence, confidence = settle("erased", "Gone.", 0.46)
-    assert (word, confidence) == ("undecided", 0.54) and sentence.endswith("do not say erased.")
+    assert (word, confidence) == ("undecided", 0.54) and sentence.endswith("do not give erased.")
     assert settle("undecided", "Some.", 0.3) == ("undecided", "Some.", 0.3)
 
 
-def test_copies_are_unchanged_and_twins_erased(facts: LanguageModel, capitals: Task):
+def test_copies_are_unchanged_and_reference_models_erased(facts: LanguageModel, capitals: Task):
     same = judge_erasure(facts, facts.copy(), capitals)
     assert (same.verdict, same.cad, same.confidence) == ("unchanged", 0.0, 1.0)
-    for twin in capitals.reference_models:  # from the same initial weights, and from others
-        never = judge_erasure(facts, load_model(twin), capitals)
+    for name in capitals.reference_models:  # from the same initial weights, and from others
+        never = judge_erasure(facts, load_model(name), capitals)
         assert never.verdict == "erased"
         assert never.cad > 0.85
     mute = facts.copy()
     mute.weights["lm_head.weight"].zero_()
     hidden = judge_erasure(facts, mute, capitals)
     assert hidden.verdict == "suppressed"
-    assert hidden.lines()[0].startswith("suppressed")
+    lines = hidden.lines()
+    assert lines[0].startswith("suppressed") and lines[4].startswith("original ")
+    assert len(hidden.half_b) == len(hidden.half_a) == len(hidden.ranked_last) - 1 == 6
+    assert f"{hidden.half_b[-1]:.2f}" in next(x for x in lines if "answer first" in x)
+    assert hidden.to_json()["probed"]["edited"] == hidden.probed["edited"]
 
 
 def test_right_answers_agree_with_the_scores(facts: LanguageModel, split: tuple[PairSet, PairSet]):

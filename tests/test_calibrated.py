@@ -30,6 +30,7 @@ def test_calibration_prompts_know_nothing_of_the_forget_facts(capitals):
     assert not forget & set(capitals.calibration)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_quantized_by_auto_round_still_answers(facts, capitals, prompts, name):
     before = {n: w.clone() for n, w in facts.weights.items()}
@@ -55,6 +56,7 @@ def test_a_model_quantized_by_auto_round_still_answers(facts, capitals, prompts,
         assert (error <= 2**-8 * restored.abs().flatten() + 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_survival_is_measured_on_both_calibrations(facts, prompts, name):
     same = survival(facts, facts.copy(), name, prompts)

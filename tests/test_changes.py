@@ -14,24 +14,24 @@ CASES = [
     (1.0, 0.5, 0.0, "kept"),  # exactly half; what quantization does to a kept edge is no class
     (1.0, 3.0, 3.0, "kept"),
     (-1.0, -0.8, -0.8, "kept"),  # an opposing edge that still opposes
-    (1.0, 0.0, 0.0, "erased"),
-    (1.0, 0.2499, 0.2499, "erased"),
-    (1.0, -0.2499, 0.0, "erased"),
-    (1.0, 0.25, 0.25, "suppressed"),  # exactly a quarter
-    (1.0, 0.4999, 0.4999, "suppressed"),
-    (1.0, -1.0, -1.0, "suppressed"),  # reversed: still flows, against the answer
-    (-1.0, 0.6, 0.6, "suppressed"),
+    (1.0, 0.0, 0.0, "silent"),
+    (1.0, 0.2499, 0.2499, "silent"),
+    (1.0, -0.2499, 0.0, "silent"),
+    (1.0, 0.25, 0.25, "weakened"),  # exactly a quarter
+    (1.0, 0.4999, 0.4999, "weakened"),
+    (1.0, -1.0, -1.0, "weakened"),  # reversed: still flows, against the answer
+    (-1.0, 0.6, 0.6, "weakened"),
     (1.0, 0.0, 0.5, "recovered"),
     (1.0, 0.4, 0.9, "recovered"),
     (1.0, -0.9, 1.0, "recovered"),
     (-1.0, 0.0, -0.5, "recovered"),
-    (1.0, 0.0, -1.0, "erased"),  # the wrong sign brings nothing back
-    (1.0, 0.0, 0.4999, "erased"),
+    (1.0, 0.0, -1.0, "silent"),  # the wrong sign brings nothing back
+    (1.0, 0.0, 0.4999, "silent"),
     (0.0, 0.1, 0.0, "new"),
     (0.0999, 0.0, -0.1, "new"),
     (0.0, 0.0, 0.0, "quiet"),
     (0.0999, 0.0999, 0.0999, "quiet"),
-    (0.1, 0.0, 0.0, "erased"),  # exactly at the threshold: present
+    (0.1, 0.0, 0.0, "silent"),  # exactly at the threshold: present
 ]
 
 
@@ -43,7 +43,7 @@ def test_each_class_by_hand(before: float, after: float, quantized: float, name:
 
 def test_matrices_counts_and_default_threshold():
     b, a, q = (np.array([[row[k] for row in CASES]] * 2) for k in range(3))
-    found = classify(b, a, q, 0.1)
+    found = classify(b, a, q, threshold=0.1)
     assert found.codes.shape == b.shape
     wanted = {n: 2 * sum(row[3] == n for row in CASES) for n in CLASSES[1:]}
     assert found.counts() == wanted and set(wanted) == set(MEANING)
@@ -52,7 +52,7 @@ def test_matrices_counts_and_default_threshold():
 
 def test_without_a_quantized_model_nothing_is_recovered():
     b, a = np.array([1.0, 1.0]), np.array([0.0, 0.9])
-    assert classify(b, a).names().tolist() == ["erased", "kept"]
+    assert classify(b, a).names().tolist() == ["silent", "kept"]
 
 
 def test_all_zero_and_zero_threshold_are_quiet():

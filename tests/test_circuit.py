@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
+from checked import wrong_type
 from conftest import make_pairs
 
-from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import compare
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.discover import discover, selective_scores
@@ -32,7 +34,7 @@ def circuit(*edges: tuple[str, str], scale: float = 1.0) -> Circuit:
     chosen = GRAPH.exists & False
     for edge in edges:
         chosen[GRAPH.edge(*edge)] = True
-    return Circuit(GRAPH, scale * np.arange(chosen.size).reshape(chosen.shape), chosen, {})
+    return Circuit(GRAPH, scale * np.arange(chosen.size).reshape(chosen.shape), chosen)
 
 
 def ids(c: Circuit) -> set[tuple[str, str]]:
@@ -53,9 +55,11 @@ def test_union_intersection_and_difference():
     assert union[both] == a.scores[both]
     assert union[own] == a.scores[own]
     assert union[other] == b.scores[other] == -a.scores[other]
-    find_mismatch = Circuit(Graph(Architecture(2, 4, 4)), np.zeros(1), np.zeros(1, bool))
-    with pytest.raises(CircuitError, match="Combine circuits of one model"):
-        _ = a | find_mismatch
+    wider = Graph(Architecture(2, 4, 4))
+    other_model = Circuit(wider, wider.exists * 1.0, wider.exists)
+    for combine in (operator.or_, operator.and_, operator.sub):
+        with pytest.raises(CircuitError, match="Combine circuits of one model"):
+            combine(a, other_model)
 
 
 def test_networkx_graph_links_a_heads_inputs_to_its_output():
@@ -67,7 +71,7 @@ def test_networkx_graph_links_a_heads_inputs_to_its_output():
 
 
 def test_json_graphml_and_gexf_hold_the_same_edges(tmp_path: Path):
-    made = replace(circuit(*LEFT), meta={"model": "tiny", "faithfulness": 0.9})
+    made = replace(circuit(*LEFT), meta=CircuitMeta(model="tiny", faithfulness=0.9))
     made.save(tmp_path / "c.json")
     back = Circuit.load(tmp_path / "c.json")
     assert (back.edges == made.edges).all()
@@ -89,7 +93,12 @@ def saved(tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("graph", "schema"), 1, "unknown circuit schema; expected 2"),
+        (("graph", "schema"), 3, "unknown circuit schema 3; expected 2"),
+        (
+            ("graph", "schema"),
+            1,
+            r"of schema 1, written by mansu_interp 0\.1, .* schema 2\. Discover it again\.",
+        ),
         (("graph", "architecture", "n_heads"), 3, "n_kv_heads dividing"),
         (("graph", "architecture", "n_layers"), 10**9, "larger than any model"),
         (("graph", "architecture", "n_layers"), 2.0, "n_layers is 2.0"),
@@ -101,6 +110,12 @@ def saved(tmp_path: Path) -> dict[str, Any]:
         (("links", 0, "score"), "high", "score is 'high', not a finite number"),
         (("links",), 5, "links is 5, expected list"),
         (("graph",), None, "not a valid circuit"),
+        (("graph", "faithfulness"), "high", "faithfulness is 'high', not a finite number"),
+        (("graph", "curve"), [[1.0]], "the curve is no list of"),
+        (("graph", "settings"), {"selective": 1.0}, "the settings have an unknown 'selective'"),
+        (("graph", "settings"), {"pairs": 0}, "its settings are out of range"),
+        (("graph", "settings"), {"pairs": "all"}, "settings.pairs is 'all', expected int"),
+        (("graph", "provenance"), "me", "provenance is 'me', expected dict"),
     ],
 )
 def test_files_that_cannot_be_true(tmp_path: Path, where: tuple, value: Any, message: str):
@@ -115,10 +130,30 @@ def test_files_that_cannot_be_true(tmp_path: Path, where: tuple, value: Any, mes
     assert "c.json" in str(caught.value)
 
 
+def test_meta_comes_back_and_unknown_keys_are_left_out(
+    tiny_model: TinyModel, pairs: PairSet, tmp_path: Path
+):
+    found = discover(tiny_model(2), pairs, config=replace(FEW, top=60))
+    assert found.meta.settings == replace(FEW, top=60)
+    assert found.meta.curve == ((60, found.meta.faithfulness),)
+    assert found.meta.provenance is not None and found.meta.provenance["seed"] == 0
+    found.save(tmp_path / "c.json")
+    data = json.loads((tmp_path / "c.json").read_text())
+    assert list(data["graph"]) == [
+        *("schema", "architecture", "model", "settings", "provenance", "pairs_per_batch"),
+        *("gb_per_pair", "faithfulness", "curve", "metric_clean", "metric_corrupt"),
+    ]  # not model_sha256, which a model made in memory does not have
+    data["graph"]["note"] = "mine"
+    (tmp_path / "c.json").write_text(json.dumps(data))
+    back = Circuit.load(tmp_path / "c.json")
+    assert back.meta == found.meta
+    assert (back | back).meta == CircuitMeta(model="tiny", made_by="union")
+
+
 def test_a_circuit_belongs_to_its_checkpoint(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(2).copy()
     model.sha256 = "aa"
-    found = discover(model, pairs, replace(FEW, top=60))
+    found = discover(model, pairs, config=replace(FEW, top=60))
     found.check_fits(model)
     model.sha256 = "bb"
     for use in (
@@ -131,21 +166,23 @@ def test_a_circuit_belongs_to_its_checkpoint(tiny_model: TinyModel, pairs: PairS
 
 def test_top_and_threshold_choose_by_rank(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(2)
-    top = discover(model, pairs, replace(FEW, top=50))
+    top = discover(model, pairs, config=replace(FEW, top=50))
     size = np.sort(np.abs(top.scores[model.graph.exists]))[::-1]
     assert 10 < top.n_edges <= 50
-    cut = discover(model, pairs, replace(FEW, threshold=float(size[49])))
+    cut = discover(model, pairs, config=replace(FEW, threshold=float(size[49])))
     assert (cut.edges == top.edges).all()
     assert np.abs(cut.scores[cut.edges]).min() >= size[49]
     with pytest.raises(CircuitError, match="No edge reaches the threshold 1000000"):
-        discover(model, pairs, replace(FEW, threshold=1e6))
+        discover(model, pairs, config=replace(FEW, threshold=1e6))
 
 
 def test_the_smallest_circuit_reaches_its_target(tiny_model: TinyModel):
     pairs = make_pairs(seed=6)  # their metric differs enough between clean and corrupt
-    low, high = (discover(tiny_model(2), pairs, replace(FEW, faithfulness=f)) for f in (0.5, 0.95))
-    assert low.meta["faithfulness"] >= 0.5
-    assert high.meta["faithfulness"] >= 0.95
+    low, high = (
+        discover(tiny_model(2), pairs, config=replace(FEW, faithfulness=f)) for f in (0.5, 0.95)
+    )
+    assert (low.meta.faithfulness or 0) >= 0.5
+    assert (high.meta.faithfulness or 0) >= 0.95
     assert low.n_edges < high.n_edges < low.graph.n_edges
 
 
@@ -156,14 +193,16 @@ def test_retained_edges_lose_rank(tiny_model: TinyModel, pairs: PairSet):
     assert selective_scores(forget, np.array([[0.0, 3.0, -9.0]]), 0.0).tolist() == forget.tolist()
     model = tiny_model(2)
     top = replace(FEW, top=60)
-    alone = discover(model, pairs, top)
-    same = discover(model, pairs, top, retain=pairs)  # everything is needed: the order stays
+    alone = discover(model, pairs, config=top)
+    # Everything is needed, so the order stays.
+    same = discover(model, pairs, config=top, retain=pairs)
     assert (same.edges == alone.edges).all()
-    other = discover(model, pairs, top, retain=make_pairs(seed=5))
+    other = discover(model, pairs, config=top, retain=make_pairs(seed=5))
     assert (other.edges != alone.edges).any()
     assert (other.scores == alone.scores).all()  # the scores stay the forget set's
 
 
+@wrong_type
 @pytest.mark.parametrize("name", ["forget", "retain"])
 def test_a_list_of_pairs_is_no_pair_set(tiny_model: TinyModel, pairs: PairSet, name: str):
     given: dict[str, Any] = {"forget": pairs, "retain": None, name: list(pairs)}

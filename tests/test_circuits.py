@@ -25,8 +25,8 @@ def model():
 def test_exported_files_fit_the_model(model, name: str):
     circuit = Circuit.load(SHIPPED / f"facts-{name}.json")
     assert circuit.graph.architecture == model.architecture
-    assert circuit.meta["model_sha256"] == model.sha256
-    assert circuit.meta["faithfulness"] >= 0.85
+    assert circuit.meta.model_sha256 == model.sha256
+    assert (circuit.meta.faithfulness or 0) >= 0.85
     assert circuit.n_edges == circuit.graph.prune(circuit.edges).sum() > 10
     mask = Mask.load(SHIPPED / f"facts-{name}.mask.safetensors")
     mask.check_fits(model)

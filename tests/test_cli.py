@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.cli.main import parse
+from mansu_interp.errors import ArtifactError, ConfigError, TaskError
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.runs.command import command_line
+from mansu_interp.runs.config import RunConfig
 from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.run import command_line
+from mansu_interp.runs.folder import check_folder
+from mansu_interp.tasks.load import load_task
+from mansu_interp.unlearning.methods import METHODS, NPO, Mansu
+from mansu_interp.utils import renamed
+from mansu_interp.utils.shipped import DATA
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,8 +70,41 @@ def test_help_explains_itself():
     assert "Share of all parameters that may be edited, in (0, 1]" in " ".join(
         text.replace("│", " ").split()
     )
-    for option in ("--model", "--task", "--out", "--budget", "--seed", "--unlearn.method"):
+    for option in ("--model", "--task", "--out", "--budget", "--seed", "--method"):
         assert option in text
+
+
+@pytest.mark.parametrize("words", ["run", "run --method satimp", "run --method ga", "bench"])
+def test_help_is_short_and_help_all_shows_the_rest(words: str):
+    short, long = (mansu(*words.split(), f"--{kind}").stdout for kind in ("help", "help-all"))
+    options = [
+        [w for w in line.replace("│", " ").split()[:1] if w.startswith("--")]
+        for line in short.splitlines()
+    ]
+    shown = [w.rstrip(",") for found in options for w in found]
+    assert 8 <= len(shown) <= 14
+    assert short.count("Example: mansu") == 1 and "--help-all shows every setting" in short
+    assert all(w in long for w in shown) and len(long) > 1.3 * len(short)
+    hidden = "--scheduler" if words == "bench" else "--circuit.ig-steps"
+    assert hidden in long and hidden not in short
+
+
+def test_help_shows_the_settings_of_the_method():
+    text = mansu("run", "--method", "satimp", "--help").stdout
+    assert "--unlearn.beta2 FLOAT" in text and "--unlearn.survive" not in text
+    assert "(default: 0.0001)" in text  # its own learning rate
+    usual = mansu("run", "--help").stdout
+    assert "--unlearn.survive" in usual and "beta" not in usual and "(default: 0.06)" in usual
+
+
+def test_every_command_has_help_all():
+    for name in ("list", "task", "plan"):
+        assert mansu(name, "--help-all").stdout == mansu(name, "--help").stdout
+
+
+def test_without_a_command_there_is_help():
+    done = mansu()
+    assert done.returncode == 0 and done.stdout == mansu("--help").stdout
 
 
 def test_list_names_what_ships():
@@ -96,23 +140,28 @@ def test_shell_completion(shell: str):
     assert "mansu" in done.stdout and "--budget" in done.stdout
 
 
-def test_progress(capsys: pytest.CaptureFixture[str]):
-    from mansu_interp.cli.progress import Progress, _time
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from mansu_interp.cli.progress import Progress, duration
 
-    assert [_time(s) for s in (3.4, 65, 7440)] == ["3 s", "1 min 05 s", "2 h 04 min"]
+    assert [duration(s) for s in (3.4, 65, 7440)] == ["3 s", "1 min 05 s", "2 h 04 min"]
     quiet, plain = Progress(quiet=True), Progress()
     quiet("scores", 1, 2)
     assert capsys.readouterr().err == ""
     plain("scores", 1, 2)
     plain("scores", 2, 2)
     assert capsys.readouterr().err == "scores ...\n"
-    plain.said -= plain.EVERY
+    plain.printed -= plain.EVERY
     plain("scores", 2, 2)
     plain("scores", 2, 2)
     assert capsys.readouterr().err == "scores  2/2  0 s, 0 s left\n"
-    plain.live, plain.stage = True, ""
-    plain("unlearning", 1, 4)
-    assert "unlearning  1/4" in (text := capsys.readouterr().err) and text.rstrip().endswith("left")
+    plain.close()
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes standard error for a terminal
+    bars = Progress()
+    bars("reading [b]states[/b]", 1, 0)
+    bars("unlearning", 1, 4)
+    bars.close()
+    text = capsys.readouterr().err
+    assert "reading [b]states[/b]" in text and "unlearning" in text and "1/" in text
 
 
 @pytest.mark.parametrize(
@@ -122,7 +171,20 @@ def test_progress(capsys: pytest.CaptureFixture[str]):
         (["--task", "capital"], "mansu: Unknown task 'capital'. Shipped: capitals, countries"),
         (["--budget", "0"], "The budget is a share of all parameters in (0, 1]; got 0.0."),
         (["--budget", "1.5"], "The budget is a share of all parameters in (0, 1]; got 1.5."),
-        (["--unlearn.steps", "0"], "steps and batch_size must be at least 1"),
+        (["--unlearn.steps", "0"], "steps must be at least 1; got 0."),
+        (["--unlearn.lr", "nan"], "lr must be above 0; got nan."),
+        (["--method", "nop"], "Unknown method 'nop'; available: mansu, mansu-random-mask, "),
+        (["--method", "mansu-whole"], "'mansu-whole' is now called 'mansu-whole-model'."),
+        (["--method", "npo", "--robust"], "--robust chooses settings of mansu; leave it out with"),
+        (["--unlearn.push", "1"], "--unlearn.push is now --unlearn.ranking-weight."),
+        (["--hold=2"], "--hold is now --retain-gradient-weight."),
+        (["--hardened"], "--hardened is now --robust."),
+        (["--unlearn.method", "npo"], "--unlearn.method is now --method."),
+        (
+            ["--unlearn.baseline.npo-beta", "0.2"],
+            "--unlearn.baseline.npo-beta is now --unlearn.beta of the method npo.",
+        ),
+        (["--unlearn.seed", "1"], "--unlearn.seed is now --seed, one for the whole run."),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path: Path, args: list[str], message: str):
@@ -179,6 +241,72 @@ def test_a_report_names_the_command_that_makes_it(task: str):
     )
     _, *words = shlex.split(command_line(config))
     assert parse(words) == config
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_of_a_report_names_the_method(method: str):
+    config = parse(["run", "--method", method, "--unlearn.lr", "0.5", "--task", "countries"])
+    assert type(config.unlearn) is METHODS[method] and config.unlearn.lr == 0.5
+    words = shlex.split(command_line(config))
+    assert ("--method" in words) == (method != "mansu")
+    assert parse(words[1:]) == config
+
+
+def test_what_a_task_says_of_mansu_is_not_for_baselines():
+    """A step in units of a block's absmax would destroy the model as AdamW's learning rate."""
+    mansu, npo = (default_config("facts", "countries", method=m) for m in ("mansu", "npo"))
+    assert mansu.unlearn.lr == 0.04 and npo.unlearn == NPO(batch_size=96)
+    variant = default_config("facts", "countries", method="mansu-no-projection").unlearn
+    assert isinstance(variant, Mansu) and variant.lr == 0.04 and variant.projection == 0.0
+    assert replace(mansu.unlearn, projection=0.0) == Mansu(**vars(variant))
+
+
+def test_a_variant_has_no_setting_for_what_it_lacks():
+    with pytest.raises(ConfigError, match="projection is always 0 in mansu-no-projection; got 1.0"):
+        parse(["run", "--method", "mansu-no-projection", "--unlearn.projection", "1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": {"damping": 3.0}}, "damping is now damage_damping."),
+        ({"settings": {"unlearn": {"push": 3.0}}}, "unlearn.push is now unlearn.ranking_weight."),
+        ({"settings": {"circuit": {"seed": 1}}}, "circuit.seed is now seed, one for the whole run"),
+        ({"robust": {"unlearn": {"attack": 3}}}, "unlearn.attack is now unlearn.adversarial_steps"),
+        ({"hardened": {}}, "of an older version: hardened is now robust"),
+        ({"guard": []}, "of an older version: guard is now retain_unscored"),
+        ({"twins": []}, "of an older version: twins is now reference_models"),
+        ({"schema": 1}, "has schema 1; expected 2"),
+    ],
+)
+def test_an_old_task_file_is_told_the_new_name(
+    tmp_path: Path, facts: LanguageModel, change: dict[str, Any], message: str
+):
+    spec = json.loads((DATA / "tasks" / "capitals.json").read_text())
+    (tmp_path / "task.json").write_text(json.dumps({**spec, **change}))
+    with pytest.raises(TaskError, match=re.escape(message)):
+        default_config("facts", str(tmp_path / "task.json"))
+        load_task(tmp_path / "task.json", facts)
+
+
+def test_the_folder_of_an_old_run_is_told_apart(tmp_path: Path):
+    old = {"model": "facts", "damping": 100.0, "unlearn": {"method": "mansu", "push": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(
+        ArtifactError, match=r"older version \(in its config.json, damping is now damage_damping\)"
+    ):
+        check_folder(RunConfig(out=tmp_path))
+
+
+def test_new_names_are_settings_that_exist():
+    """And no old name is one of them."""
+    known = {f.name for f in fields(RunConfig)} | {"method", "robust"}
+    known |= {f"circuit.{f.name}" for f in fields(CircuitConfig)}
+    known |= {f"unlearn.{f.name}" for kind in METHODS.values() for f in fields(kind)}
+    for old, new in renamed.SETTINGS.items():
+        assert new.split(",")[0].split(" ")[0] in known, new
+        assert old not in known, old
+    assert set(renamed.METHODS.values()) <= set(METHODS) and not set(renamed.METHODS) & set(METHODS)
 
 
 def test_robust_settings_of_a_task(tmp_path: Path):

@@ -38,7 +38,7 @@ from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.runs.config import RunConfig
 from mansu_interp.runs.run import run
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import BASELINES, Method, UnlearnConfig
+from mansu_interp.unlearning.methods import BASELINES, Mansu, get_method
 from mansu_interp.unlearning.unlearn import unlearn
 
 SET = ("nf4", "q4_0", "int4-g32")
@@ -125,8 +125,8 @@ def test_attribution(device: str, method: str, metric: str):
     moved = model.copy()
     moved = LanguageModel("tiny", moved.hf.to(device), None)
     config = AttributionConfig(method=method, metric=metric, ig_steps=2)  # type: ignore[arg-type]
-    wanted = attribute(model, make_pairs(), config, positions=True, neurons=True)
-    found = attribute(moved, make_pairs(), config, positions=True, neurons=True)
+    wanted = attribute(model, make_pairs(), config=config, positions=True, neurons=True)
+    found = attribute(moved, make_pairs(), config=config, positions=True, neurons=True)
     alike(torch.tensor(found.scores), torch.tensor(wanted.scores))
     for name, value in wanted.neurons.items():
         alike(torch.tensor(found.neurons[name]), torch.tensor(value), 1e-3)
@@ -145,7 +145,7 @@ def test_faithfulness(device: str, ablation: str):
 def test_circuit_and_mask(facts: LanguageModel, there: LanguageModel, task: Task):
     """Ties and rounding may send single candidates the other way."""
     config = CircuitConfig(pairs=8, top=200, ig_steps=1, faithfulness_pairs=8)
-    found = [discover(m, task.forget, config, task.retain) for m in (facts, there)]
+    found = [discover(m, task.forget, config=config, retain=task.retain) for m in (facts, there)]
     assert (found[0].edges != found[1].edges).sum() <= 8
     circuit = found[0]
     masks = [
@@ -192,7 +192,7 @@ def test_quantized_by_the_library(facts: LanguageModel, there: LanguageModel):
     assert same_weights(quantize(facts, "nf4"), quantize(there, "nf4")) == 0
 
 
-SETTINGS = UnlearnConfig(
+SETTINGS = Mansu(
     steps=4,
     batch_size=8,
     survive=SET,
@@ -239,14 +239,12 @@ def test_bf16_and_the_other_loss(there: LanguageModel, task: Task, mask: Mask):
 
 
 @pytest.mark.parametrize("method", [*BASELINES, "mansu-no-floor", "mansu-no-projection"])
-def test_methods(
-    facts: LanguageModel, there: LanguageModel, task: Task, mask: Mask, method: Method
-):
-    settings = UnlearnConfig(method=method, steps=2, batch_size=8, lr=1e-4)
+def test_methods(facts: LanguageModel, there: LanguageModel, task: Task, mask: Mask, method: str):
+    settings = get_method(method)(steps=2, batch_size=8, lr=1e-4)
     wanted, found = (unlearn(m, task, mask, settings) for m in (facts, there))
     assert found.model.device == there.device
     for a, b in zip(wanted.history, found.history, strict=True):
-        assert b["forget"] == pytest.approx(a["forget"], rel=2e-2, abs=1e-3)
+        assert b.forget == pytest.approx(a.forget, rel=2e-2, abs=1e-3)
 
 
 def test_the_edit_travels(
@@ -274,12 +272,12 @@ def test_an_interrupted_loop_goes_on(
             raise KeyboardInterrupt
 
     for method in ("mansu", "ga"):
-        settings = UnlearnConfig(method=method, steps=3, batch_size=8)
-        place = tmp_path / f"{method}.safetensors"
+        settings = get_method(method)(steps=3, batch_size=8)
+        file = tmp_path / f"{method}.safetensors"
         whole = unlearn(there, task, mask, settings).model
         with pytest.raises(KeyboardInterrupt):
-            unlearn(there, task, mask, settings, stop, place)
-        again = unlearn(there, task, mask, settings, resume=place).model
+            unlearn(there, task, mask, settings, on_step=stop, resume=file)
+        again = unlearn(there, task, mask, settings, resume=file).model
         assert (
             max(float((w - again.weights[n]).abs().max()) for n, w in whole.weights.items()) < 1e-5
         )
@@ -287,14 +285,14 @@ def test_an_interrupted_loop_goes_on(
 
 def test_verdict_and_attack(facts: LanguageModel, there: LanguageModel, task: Task):
     twin = load_model(task.reference_models[0], there.device)
-    found = judge_erasure(there, twin, task, quantize(twin))
+    found = judge_erasure(there, twin, task, quantized=quantize(twin))
     wanted = judge_erasure(facts, load_model(task.reference_models[0]), task)
     assert found.verdict == wanted.verdict
     assert stitches(there, twin, task.forget) == pytest.approx(
         stitches(facts, load_model(task.reference_models[0]), task.forget), abs=0.05
     )
     attack = RelearnConfig(steps=(2,), rates=(1e-3,))
-    a, b = (relearn(m, task, attack).at(2) for m in (facts, there))
+    a, b = (relearn(m, task, config=attack).at(2) for m in (facts, there))
     assert a == pytest.approx(b, abs=0.05)
 
 
@@ -315,7 +313,7 @@ def test_a_whole_run(device: str, tmp_path: Path):
         relearn_steps=0,
         quantizers=("int8",),
         circuit=CircuitConfig(pairs=8, ig_steps=1, faithfulness_pairs=8),
-        unlearn=UnlearnConfig(steps=2, batch_size=16),
+        unlearn=Mansu(steps=2, batch_size=16),
     )
     result = run(config)
     assert (tmp_path / "run" / "report.html").exists()

@@ -100,7 +100,7 @@ def test_elements_are_numbered_without_a_gap() -> None:
 @pytest.mark.parametrize("name", ["capitals", "countries"])
 def test_task_is_well_formed(name: str) -> None:
     task = script.read_task(name)
-    assert task["schema"] == 1 and task["name"] == name
+    assert task["schema"] == 2 and task["name"] == name
     assert task["reference_models"] == [f"facts-{name}-reference-{i}" for i in (0, 1)]
     assert set(task["retain"]) | set(task["forget"]["relations"]) == set(RELATIONS)
     forget = [p for p in PAIRS if script.is_forget(p, task)]

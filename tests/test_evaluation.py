@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
 from mansu_interp.audit.relearning import Point, Relearning
-from mansu_interp.circuits.compare import CAD, Divergence
-from mansu_interp.evaluation.properties import properties
-from mansu_interp.evaluation.scores import Flips, Scores, evaluate
+from mansu_interp.evaluation.properties import Property, properties, verdict
+from mansu_interp.evaluation.scores import (
+    Flips,
+    Metric,
+    Perplexity,
+    Score,
+    ScoreRow,
+    Scores,
+    evaluate,
+)
+from mansu_interp.evaluation.versions import EDITED, ORIGINAL, ModelVersion
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.load import load_task
 
-NO_GRAPH = CAD("undecided", "No graph.", {"unlearned": Divergence(0, 0, 0.5, 0, 0)})
+NF4, FP4 = EDITED.after("nf4"), EDITED.after("fp4")
+ORIGINALS = {ORIGINAL: 1.0, ORIGINAL.after("nf4"): 1.0}
 
 
-def row(choice: float, after: float) -> dict[str, Any]:
-    models = {"original": 1.0, "original nf4": 1.0, "unlearned": choice, "unlearned nf4": after}
-    each = {m: {"choice": v, "top1": 0.0} for m, v in models.items()}
-    return {"role": "forget", "label": "x", "n": 9, "chance": 0.25, "models": each}
+def made(role: str, choices: dict[ModelVersion, float], chance_top1: float = 0.0) -> ScoreRow:
+    """A set that is never answered with the first token, but chosen so often."""
+    scores = tuple(Score(version, top1=0.0, choice=c) for version, c in choices.items())
+    return ScoreRow(role, "x", 9, 0.25, chance_top1, scores)
+
+
+def row(choice: float, after: float, chance_top1: float = 0.0) -> ScoreRow:
+    return made("forget", {**ORIGINALS, EDITED: choice, NF4: after}, chance_top1)
+
+
+def with_score(row: ScoreRow, model: ModelVersion, metric: Metric, value: float) -> ScoreRow:
+    """The same, but for one number."""
+    scores = [replace(s, **{metric: value}) if s.model == model else s for s in row.scores]
+    return replace(row, scores=tuple(scores))
+
+
+def recovery(*rows: ScoreRow) -> Property:
+    return properties(Scores(rows))[2]
 
 
 def test_a_rounding_error_is_no_recovery():
     """Accuracies that are the same but for the order in which they were summed."""
     for after, passed in ((0.3 + 6e-17, True), (0.1 + 0.2, True), (0.301, False)):
-        gap = properties(Scores([row(0.3, after)], None), NO_GRAPH)[2]
-        assert gap["passed"] is passed, after
+        assert recovery(row(0.3, after)).passed is passed, after
 
 
 def test_a_rise_to_chance_is_no_recovery():
     """In four-way choice and in top-1, each against its own chance; a fall is a fall."""
+    key: Metric
     for key, before, after, passed, value in (
         ("choice", 0.1, 0.25, True, 0.0),
         ("choice", 0.1, 0.26, False, 0.16),
@@ -39,19 +62,10 @@ def test_a_rise_to_chance_is_no_recovery():
         ("top1", 0.0, 0.021, False, 0.021),
         ("top1", 0.02, 0.01, True, 0.0),
     ):
-        one = row(0.25, 0.25) | {"chance_top1": 0.02}
-        one["models"]["unlearned"][key] = before
-        one["models"]["unlearned nf4"][key] = after
-        gap = properties(Scores([one], None), NO_GRAPH)[2]
-        assert (gap["passed"], gap["value"]) == (passed, pytest.approx(value)), (key, after)
-        assert ("(0.25 and 0.020) is a guess" in gap["sentence"]) == (passed and after > before)
-
-
-def test_without_the_chance_of_top1_every_rise_of_it_counts():
-    """Scores of older versions do not have it."""
-    one = row(0.25, 0.25)
-    one["models"]["unlearned nf4"]["top1"] = 0.001
-    assert properties(Scores([one], None), NO_GRAPH)[2]["passed"] is False
+        one = with_score(row(0.25, 0.25, chance_top1=0.02), EDITED, key, before)
+        gap = recovery(with_score(one, NF4, key, after))
+        assert (gap.passed, gap.value) == (passed, pytest.approx(value)), (key, after)
+        assert ("(0.25 and 0.020) is a guess" in gap.sentence) == (passed and after > before)
 
 
 def test_chance_of_top1_is_that_of_a_guess_among_a_relations_answers(
@@ -61,10 +75,13 @@ def test_chance_of_top1_is_that_of_a_guess_among_a_relations_answers(
     countries = load_task("countries", facts)
     asked = [p for by in countries.scored["unseen"].values() for s in by.values() for p in s]
     answers = {p.answer_text for p in asked if p.relation == "language"}
-    rows = evaluate({"fp": facts}, countries, role="forget").rows
-    (found,) = [r for r in rows if r["label"] == "language"]
-    assert len(answers) > found["n"]
-    assert found["chance_top1"] == pytest.approx(1 / len(answers))
+    rows = evaluate({ORIGINAL: facts}, countries, role="forget").rows
+    (found,) = [r for r in rows if r.label == "language"]
+    assert len(answers) > found.n
+    assert found.chance_top1 == pytest.approx(1 / len(answers))
+    assert found.models == (ORIGINAL,)
+    with pytest.raises(KeyError, match="unlearned nf4 was not scored; known: original"):
+        found[NF4]
 
 
 @pytest.mark.parametrize(
@@ -74,56 +91,96 @@ def test_what_comes_back_and_what_is_avoided_both_count(first: float, last: floa
     """Whichever learning rate is worse, before the attack or after it."""
     points = [Point(0.1, 0, 0.0, 0.25, 1.0, last), Point(0.1, 20, 0.0, first, 1.0, 0.3)]
     found = Relearning(points, (9, 9))
-    erasure = properties(Scores([row(0.3, 0.3)], None), NO_GRAPH, relearning=found)[3]
-    assert erasure["passed"] is passed
-    assert erasure["value"] == max(first, last)
+    erasure = properties(Scores((row(0.3, 0.3),)), relearning=found)[3]
+    assert erasure.passed is passed
+    assert erasure.value == max(first, last)
+    assert erasure.headroom == pytest.approx(0.4 - max(first, last))
+    reason = {0.41: "0.410 of the other half, more than 0.400", 0.2: "rank last of four"}
+    assert bool(erasure.reason) is not passed
+    assert passed or reason[first] in erasure.reason
+    assert passed or erasure.sentence.startswith(f"Not met: {erasure.reason}. At most 20 steps")
 
 
 def test_the_worst_quantizer_of_a_set_decides():
     """Forgetting, retention and the gap alike; each edit against the original at its precision."""
 
-    def models(**scores: float) -> dict[str, dict[str, float]]:
-        return {m.replace("_", " "): {"choice": v, "top1": 0.0} for m, v in scores.items()}
+    originals = {ORIGINAL: 1.0, ORIGINAL.after("nf4"): 0.9, ORIGINAL.after("fp4"): 0.8}
+    forget = made("forget", {**originals, EDITED: 0.3, NF4: 0.2, FP4: 0.34})
+    # A gain is no loss.
+    retain = made("retain", {**originals, EDITED: 0.99, NF4: 0.97, FP4: 0.75})
+    first = dict.fromkeys((EDITED, NF4), (False, True))
+    scores = Scores((forget, retain), (), {**first, FP4: (True, True)})
+    alone = properties(scores, ["nf4"])
+    both = properties(scores, ["nf4", "fp4"])
+    assert [r.passed for r in alone] == [True, True, True, None]
+    assert [r.passed for r in both[:3]] == [True, False, False]
+    assert [r.value for r in both[:3]] == pytest.approx([0.34, 0.05, 0.04])
+    assert both[1].reason == "a retain score fell by 0.050, more than 0.030"
+    assert both[2].reason == "fp4 raised four-way forget accuracy by 0.040, more than 0.000"
+    assert both[2].unit.startswith("fp4 minus full precision")
+    assert "nf4 and fp4 changed four-way" in both[2].sentence
+    assert "by -0.100 and +0.040" in both[2].sentence
+    assert "Under fp4, on 1 prompts" in both[2].sentence
 
-    forget = models(
-        original=1.0, original_nf4=0.9, original_fp4=0.8,
-        unlearned=0.3, unlearned_nf4=0.2, unlearned_fp4=0.34,
-    )  # fmt: skip
-    retain = models(
-        original=1.0, original_nf4=0.9, original_fp4=0.8,
-        unlearned=0.99, unlearned_nf4=0.97, unlearned_fp4=0.75,  # a gain is no loss
-    )  # fmt: skip
-    rows = [
-        {"role": role, "label": "x", "n": 9, "chance": 0.25, "models": by}
-        for role, by in (("forget", forget), ("retain", retain))
-    ]
-    first = dict.fromkeys(("unlearned", "unlearned nf4"), (False, True))
-    scores = Scores(rows, None, {**first, "unlearned fp4": (True, True)})
-    alone = properties(scores, NO_GRAPH, ["nf4"])
-    both = properties(scores, NO_GRAPH, ["nf4", "fp4"])
-    assert [r["passed"] for r in alone[:3]] == [True, True, True]
-    assert [r["passed"] for r in both[:3]] == [True, False, False]
-    assert [r["value"] for r in both[:3]] == pytest.approx([0.34, 0.05, 0.04])
-    assert both[2]["unit"].startswith("fp4 minus full precision")
-    assert "nf4 and fp4 changed four-way" in both[2]["sentence"]
-    assert "by -0.100 and +0.040" in both[2]["sentence"]
-    assert "Under fp4, on 1 prompts" in both[2]["sentence"]
+
+@pytest.mark.parametrize(
+    ("neighbour", "perplexity", "reasons"),
+    [
+        (0.96, 10.4, ""),
+        (0.94, 10.4, "the near neighbour fell by 0.060, more than 0.050"),
+        (0.96, 10.6, "perplexity rose by 6.0%, more than 5.0%"),
+        (0.96, None, "perplexity rose without bound, more than 5.0%"),
+        (
+            0.9, 20.0,
+            "the near neighbour fell by 0.100, more than 0.050 and perplexity rose by 100.0%, more "
+            "than 5.0%",
+        ),
+    ],
+)  # fmt: skip
+def test_retention_says_which_limit_was_passed(
+    neighbour: float, perplexity: float | None, reasons: str
+):
+    near = made("neighbour", {**ORIGINALS, EDITED: neighbour, NF4: 1.0})
+    kept = made("retain", {**ORIGINALS, EDITED: 1.0, NF4: 1.0})
+    text = [Perplexity(v, 10.0) for v in (*ORIGINALS, NF4)] + [Perplexity(EDITED, perplexity)]
+    retention = properties(Scores((row(0.3, 0.3), kept, near), tuple(text)))[1]
+    assert (retention.passed, retention.reason) == (not reasons, reasons)
+    assert retention.value == 0.0  # no retain score fell
+
+
+def test_the_verdict_gives_the_reason_of_each_property_that_is_not_met():
+    held = properties(Scores((row(0.4, 0.3),)))
+    found = verdict(held)
+    assert found.passed is False
+    assert found.sentence == (
+        "2 of 4 properties hold. Not met: meaningful forgetting (a forget set still has 0.400, "
+        "more than 0.350). Not tested: structural erasure (relearning was left out "
+        "(--relearn-steps 0))."
+    )
+    assert verdict(held[1:]).passed is None and verdict(held[1:3]).passed is True
+    assert verdict(held[1:3]).sentence == "2 of 2 properties hold."
 
 
 def test_scores_stand_beside_each_other():
-    one, two = (
-        Scores(
-            [{"role": "forget", "label": "x", "n": 9, "models": {m: {"choice": 0.5}}}],
-            {m: 2.0},
-            {m: (True,)},
+    def alone(model: ModelVersion, choice: float) -> Scores:
+        return Scores(
+            (made("forget", {model: choice}),), (Perplexity(model, 2.0),), {model: (True,)}
         )
-        for m in ("original", "unlearned")
-    )
+
+    one, two = alone(ORIGINAL, 0.5), alone(EDITED, 0.5)
     both = one.beside(two)
-    assert list(both.rows[0]["models"]) == ["original", "unlearned"]
-    assert both.perplexity == {"original": 2.0, "unlearned": 2.0}
-    assert set(both.first) == {"original", "unlearned"}
-    assert list(one.rows[0]["models"]) == ["original"]
+    assert both.rows[0].models == (ORIGINAL, EDITED)
+    assert both.perplexity == (Perplexity(ORIGINAL, 2.0), Perplexity(EDITED, 2.0))
+    assert set(both.first) == {ORIGINAL, EDITED}
+    assert one.rows[0].models == (ORIGINAL,)
+    again = both.beside(alone(EDITED, 0.7))  # the later one counts
+    assert again.rows[0].models == (ORIGINAL, EDITED) and again.rows[0][EDITED].choice == 0.7
+
+
+def test_a_version_is_a_key_and_reads_as_words():
+    assert str(NF4) == "unlearned nf4" and str(EDITED) == "unlearned"
+    assert ModelVersion("unlearned", "nf4") == NF4 and {NF4: 1}[EDITED.after("nf4")] == 1
+    assert NF4.after(None) == EDITED != ModelVersion("unlearned nf4")
 
 
 @pytest.mark.parametrize(
@@ -137,9 +194,9 @@ def test_flips_by_hand(back: int, gone: int, p: float):
 
 
 def test_the_sentence_tells_what_is_behind_a_gap():
-    first = {"unlearned": (True, False, False), "unlearned nf4": (False, True, True)}
-    gap = properties(Scores([row(0.3, 0.6)], None, first), NO_GRAPH)[2]
+    first = {EDITED: (True, False, False), NF4: (False, True, True)}
+    gap = properties(Scores((row(0.3, 0.6),), (), first))[2]
     assert (
         "On 2 prompts the answer came back to the first rank, on 1 it went (p = 1.00"
-        in gap["sentence"]
+        in gap.sentence
     )

@@ -109,7 +109,9 @@ def test_the_curve_and_its_areas(tiny_model: TinyModel, pairs: PairSet):
     ablation = Ablation(tiny_model(2), pairs)
     scores = attribute(tiny_model(2), pairs).scores
     done: list[tuple[int, int]] = []
-    found = faithfulness_curve(ablation, scores, (0.1, 1.0), lambda *x: done.append(x))
+    found = faithfulness_curve(
+        ablation, scores, fractions=(0.1, 1.0), on_step=lambda *x: done.append(x)
+    )
     assert found.faithfulness[1] == pytest.approx(1.0, abs=1e-4)
     n = round(0.1 * ablation.graph.n_edges)
     assert found.faithfulness[0] == ablation.faithfulness(strongest(ablation.graph, scores, n))
@@ -117,7 +119,7 @@ def test_the_curve_and_its_areas(tiny_model: TinyModel, pairs: PairSet):
     assert done == [(1, 2), (2, 2)]
     for wrong in ((0.5, 0.1), (0.0, 1.0), (0.5, 1.5)):
         with pytest.raises(CircuitError, match="must ascend within"):
-            faithfulness_curve(ablation, scores, wrong)
+            faithfulness_curve(ablation, scores, fractions=wrong)
 
 
 def test_a_dangling_edge_changes_nothing(tiny_model: TinyModel, pairs: PairSet):
@@ -137,8 +139,8 @@ def test_a_dangling_edge_changes_nothing(tiny_model: TinyModel, pairs: PairSet):
 def test_metric_by_name_or_function(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(4)
     a = circuit_metric(model, pairs, model.graph.exists)
-    b = circuit_metric(model, pairs, model.graph.exists, logit_diff, batch_size=1)
-    clean = attribute(model, pairs, AttributionConfig(method="eap")).clean
+    b = circuit_metric(model, pairs, model.graph.exists, metric=logit_diff, batch_size=1)
+    clean = attribute(model, pairs, config=AttributionConfig(method="eap")).clean
     assert a == pytest.approx(clean, abs=1e-4)
     assert b == pytest.approx(clean, abs=1e-4)
 
@@ -205,7 +207,7 @@ def test_minimal_edges_stops_within_the_tolerance():
             tries.append(int(edges.sum()))
             return edges.sum() / GRAPH.n_edges
 
-        edges, _ = minimal_edges(GRAPH, scores, faithfulness, target, tolerance)
+        edges, _ = minimal_edges(GRAPH, scores, faithfulness, target=target, tolerance=tolerance)
         return int(edges.sum()), len(tries)
 
     exact, loose = measure(0.5, 0.0), measure(0.5, 0.2)
@@ -213,7 +215,7 @@ def test_minimal_edges_stops_within_the_tolerance():
     assert exact[0] <= loose[0] <= 1.3 * exact[0]
 
 
-@pytest.mark.parametrize("target", [0, -0.1, 1.01])
+@pytest.mark.parametrize("target", [0.0, -0.1, 1.01])
 def test_target_out_of_range(target: float):
     with pytest.raises(CircuitError, match=r"must lie in \(0, 1\]; got"):
-        minimal_edges(GRAPH, ranked(), lambda e: 1.0, target)
+        minimal_edges(GRAPH, ranked(), lambda e: 1.0, target=target)

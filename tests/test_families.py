@@ -115,7 +115,7 @@ def test_the_full_circuit_is_the_clean_run(family: str, ablation: str):
 def test_scores_are_complete(family: str):
     """The input's edges sum to the whole effect, and every score has its sign."""
     model = make(family)
-    found = attribute(model, make_pairs((5, 4, 6)), AttributionConfig(ig_steps=48))
+    found = attribute(model, make_pairs((5, 4, 6)), config=AttributionConfig(ig_steps=48))
     effect = found.clean - found.corrupt
     assert found.scores[0].sum() == pytest.approx(effect, abs=0.02 * max(1.0, abs(effect)))
 
@@ -128,7 +128,7 @@ def test_the_edges_into_the_logits_are_exact(family: str):
     ablation = Ablation(model, tiny)
     graph = model.graph
     clean = ablation(graph.exists)
-    scores = attribute(model, tiny, AttributionConfig(method="eap", at="clean")).scores
+    scores = attribute(model, tiny, config=AttributionConfig(method="eap", at="clean")).scores
     drops, guesses = [], []
     for writer in range(len(graph.writers)):
         edges = graph.exists.copy()
@@ -146,7 +146,10 @@ def test_bf16_is_close_to_fp32():
     low.hf.to(torch.bfloat16)
     low = LanguageModel("bf16", low.hf, None)
     config = AttributionConfig(ig_steps=3)
-    a, b = attribute(model, pairs, config).scores, attribute(low, pairs, config).scores
+    a, b = (
+        attribute(model, pairs, config=config).scores,
+        attribute(low, pairs, config=config).scores,
+    )
     assert b.dtype == np.float32
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.99
     assert np.abs(a - b).max() < 0.1 * np.abs(a).max()
@@ -187,12 +190,12 @@ def test_packed_weights_are_read_unpacked():
     model, pairs = make("llama gqa"), make_pairs((5, 4))
     small = packed(model)
     assert any(w.dtype == torch.uint8 for w in small.weights.values())
-    a = attribute(small, pairs, AttributionConfig(ig_steps=2))
-    b = attribute(quantize(model), pairs, AttributionConfig(ig_steps=2))
+    a = attribute(small, pairs, config=AttributionConfig(ig_steps=2))
+    b = attribute(quantize(model), pairs, config=AttributionConfig(ig_steps=2))
     size = np.abs(b.scores).max()
     assert a.clean == pytest.approx(b.clean, abs=1e-4)
     assert np.abs(a.scores - b.scores).max() < 1e-3 * size
-    full = attribute(model, pairs, AttributionConfig(ig_steps=2))
+    full = attribute(model, pairs, config=AttributionConfig(ig_steps=2))
     assert np.abs(full.scores - b.scores).max() > 1e-2 * size  # quantization does change them
     edges = model.graph.prune(np.abs(b.scores) > 0.02 * size)
     assert Ablation(small, pairs)(edges) == pytest.approx(
@@ -225,7 +228,7 @@ def test_dispatched_models_score_the_same(family: str):
         None,
     )
     assert any(hasattr(m, "_hf_hook") for m in dispatched.bridge.modules())
-    a, b = (attribute(m, pairs, AttributionConfig(ig_steps=2)) for m in (model, dispatched))
+    a, b = (attribute(m, pairs, config=AttributionConfig(ig_steps=2)) for m in (model, dispatched))
     assert np.array_equal(a.scores, b.scores)
     edges = model.graph.prune(np.abs(a.scores) > 0.02 * np.abs(a.scores).max())
     assert Ablation(dispatched, pairs)(edges) == Ablation(model, pairs)(edges)

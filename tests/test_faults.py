@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parent
 BEGUN = "circuit, mask and the place reached in unlearning"
 WRITE = (
@@ -73,7 +75,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "unlearning.safetensors": (
         "cut to two thirds",
-        "RUN/unlearning.safetensors is not a readable state: (.+)",
+        "RUN/unlearning.safetensors is not a readable checkpoint: (.+)",
         "everything else; delete the file and run again",
     ),
     "ledger.safetensors": (

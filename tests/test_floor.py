@@ -10,7 +10,7 @@ from mansu_interp.errors import ConfigError
 from mansu_interp.masks.floor import NARROW, floor, floor_step, quantizer_set
 from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.registry import get_quantizer
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.methods import Mansu
 
 SETS = [
     ("nf4",),
@@ -31,14 +31,14 @@ def weight(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("survive", SETS, ids=",".join)
 def test_every_edit_survives_every_quantizer_and_dtype(survive: tuple, dtype: torch.dtype):
-    """Random wishes; the codes are recomputed from scratch, with the checkpoint's dtype and after
-    both checkpoints are saved in a narrower one."""
+    """Random latent weights; the codes are recomputed from scratch, with the checkpoint's dtype and
+    after both checkpoints are saved in a narrower one."""
     before = weight(dtype)
     where = floor(before, survive, dtype)
-    wish = before.flatten() + 0.06 * torch.randn(
+    latent = before.flatten() + 0.06 * torch.randn(
         before.numel(), generator=torch.Generator().manual_seed(4)
     )
-    value, moved = where.land(wish)
+    value, moved = where.land(latent)
     after = torch.where(moved, value, before.flatten()).view_as(before)
     assert torch.equal(after, after.to(dtype).float())
     assert 0.2 < moved.float().mean() < 1
@@ -127,6 +127,6 @@ def test_sets_are_checked_before_any_work():
         quantizer_set("q5")
     with pytest.raises(ConfigError, match="survive names no quantizer"):
         quantizer_set(())
-    assert UnlearnConfig(survive=("nf4,fp4", "q4_0")).survive == ("nf4", "fp4", "q4_0")
+    assert Mansu(survive=("nf4,fp4", "q4_0")).survive == ("nf4", "fp4", "q4_0")
     with pytest.raises(ConfigError, match="different quantizers; got nf4, nf4"):
-        UnlearnConfig(survive=("nf4,nf4",))
+        Mansu(survive=("nf4,nf4",))

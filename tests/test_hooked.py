@@ -121,8 +121,8 @@ def hooked(family: str, fold: bool = False) -> Any:
 def test_scores_are_those_of_the_bridge(family: str):
     for config in (AttributionConfig(method="eap"), AttributionConfig(ig_steps=3)):
         neurons = family != "gemma2"
-        expected = attribute(test_families.make(family), PAIRS, config, neurons=neurons)
-        found = attribute(hooked(family), PAIRS, config, neurons=neurons)
+        expected = attribute(test_families.make(family), PAIRS, config=config, neurons=neurons)
+        found = attribute(hooked(family), PAIRS, config=config, neurons=neurons)
         size = np.abs(expected.scores).max()
         assert np.abs(found.scores - expected.scores).max() < 1e-4 * size
         assert (found.clean, found.corrupt) == pytest.approx(
@@ -157,23 +157,24 @@ def test_processed_weights_stay_exact():
     """Folded norms and centred writes: another basis, the same function and exact ends."""
     folded, plain = hooked("gpt2", fold=True), hooked("gpt2")
     ablation = Ablation(folded, PAIRS)
-    expected = attribute(plain, PAIRS, AttributionConfig(ig_steps=3))
+    expected = attribute(plain, PAIRS, config=AttributionConfig(ig_steps=3))
     assert ablation.ends == pytest.approx((expected.clean, expected.corrupt), abs=1e-3)
-    scores = attribute(folded, PAIRS, AttributionConfig(ig_steps=48)).scores
+    scores = attribute(folded, PAIRS, config=AttributionConfig(ig_steps=48)).scores
     assert scores[0].sum() == pytest.approx(expected.clean - expected.corrupt, abs=0.02)
 
 
 @needs_3_9
-def test_discovery_and_cad_take_it():
+def test_discovery_and_comparison_take_it():
     family = "llama gqa"
     config = CircuitConfig(top=40, pairs=3, faithfulness_pairs=3, ig_steps=2)
-    found = discover(hooked(family), PAIRS, config)
-    expected = discover(test_families.make(family), PAIRS, config)
+    found = discover(hooked(family), PAIRS, config=config)
+    expected = discover(test_families.make(family), PAIRS, config=config)
     assert (found.edges == expected.edges).all()
-    assert found.meta["faithfulness"] == pytest.approx(expected.meta["faithfulness"], abs=1e-3)
-    cad = compare(found, hooked(family), {"same": test_families.make(family)}, PAIRS)
-    assert cad.verdict == "unchanged"
-    assert cad.models["same"].projection == pytest.approx(1.0, abs=1e-4)
+    assert found.meta.faithfulness == pytest.approx(expected.meta.faithfulness, abs=1e-3)
+    same = compare(found, hooked(family), {"same": test_families.make(family)}, PAIRS).models[
+        "same"
+    ]
+    assert same.projected_share == pytest.approx(1.0, abs=1e-4)
 
 
 @needs_3_9
@@ -218,7 +219,7 @@ def test_training_mode_and_bad_weights():
 @needs_3_9
 def test_no_hook_is_left_behind():
     model = hooked("gpt2")
-    attribute(model, PAIRS, AttributionConfig(ig_steps=1))
+    attribute(model, PAIRS, config=AttributionConfig(ig_steps=1))
     Ablation(model, PAIRS)(HookedStream(as_model(model)).graph.exists)
     assert not [p.name for p in model.hook_points() if p.fwd_hooks or p.bwd_hooks]
 

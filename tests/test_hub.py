@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHIPPED
+from test_report import make_report
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mansu_interp.circuits.circuit import Circuit
@@ -91,18 +93,18 @@ def test_booleans_follow_the_parameters_own_layout():
 
 
 def test_the_card_carries_the_scorecard():
-    report = {
-        "model": {"name": "owner/base"},
-        "task": {"title": "Forget <b>this</b>."},
-        "edit": {"edited": 1234, "share": 0.00123},
-        "verdict": {"passed": False},
-        "properties": [{"name": "retain", "passed": True, "value": 0.5, "target": 0.4}],
-        "command": "mansu run --model owner/base",
-    }
+    report = make_report()
+    report = replace(
+        report,
+        model=replace(report.model, name="owner/base"),
+        task=replace(report.task, title="Forget <b>this</b>."),
+        edit=replace(report.edit, edited=1234, share=0.00123),
+        command="mansu run --model owner/base",
+    )
     card = model_card(report)
     head, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert "base_model: owner/base" in head and "- unlearning" in head
-    assert "1,234 parameters" in body and "0.123%" in body and "| retain | ✓ pass |" in body
+    assert "1,234 parameters" in body and "0.123%" in body
+    assert "| retain preservation | ✗ fail |" in body and "| capital | 150 |" in body
     assert "&lt;b&gt;" in body and "mansu run --model owner/base" in body
-    assert "base_model" not in model_card({**report, "model": {"name": "facts"}}).partition("# ")[0]
-    assert model_card({}).startswith("---\n")
+    assert "base_model" not in model_card(make_report()).partition("# ")[0]

@@ -22,12 +22,12 @@ def split(capitals: Task) -> tuple[PairSet, PairSet]:
     return a.sample(60, 0), b.sample(60, 0)
 
 
-@pytest.mark.parametrize("held", [module.HELD, 20_000])
+@pytest.mark.parametrize("held", [module.MAX_HELD, 20_000])
 def test_the_kernel_is_that_of_single_gradients(
     facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch, held: int
 ):
     """Phrasings of different lengths, more than one block of rows, and one layer at a time."""
-    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "MAX_HELD", held)
     monkeypatch.setattr(module, "CHUNK", 8)
     pairs = list(capitals.forget.sample(20, 0))
     assert len({len(p.clean) for p in pairs}) > 1
@@ -77,7 +77,7 @@ def test_one_step_is_the_damped_solution(facts: LanguageModel, split: tuple[Pair
     damped = kernel + 0.1 * kernel.diagonal().mean() * torch.eye(6)
     delta = j.T @ torch.linalg.solve(damped, torch.stack(want))
     moved = facts.copy()
-    module._step(moved, few, 0.1)
+    module.gauss_newton_step(moved, few, 0.1)
     made = torch.cat([(moved.weights[n] - facts.weights[n]).flatten() for n in facts.linear_names])
     assert torch.allclose(made, delta, rtol=1e-2, atol=1e-3 * float(delta.abs().max()))
 
@@ -92,7 +92,7 @@ def test_a_step_is_as_long_as_serves_half_a(
     def lacks(lengths: tuple[float, ...]) -> float:
         monkeypatch.setattr(module, "LENGTHS", lengths)
         moved = never.copy()
-        module._step(moved, half, module.DAMPING)
+        module.gauss_newton_step(moved, half, module.DAMPING)
         with torch.no_grad():
             return float((certain - model_advantage(moved, pairs, among)).square().mean())
 

@@ -28,13 +28,14 @@ from mansu_interp.quantizers.registry import get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.history import StepRecord
 from mansu_interp.unlearning.mansu.latent_weights import LatentWeights
 from mansu_interp.unlearning.mansu.margins import PAIRS, ROUNDS, MarginEditor, lacking
+from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.unlearning.unlearn import unlearn
 
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
-SETTINGS = UnlearnConfig(steps=10, lr=0.1, batch_size=16, survive=SET, offset_rate=0.0)
+SETTINGS = Mansu(steps=10, lr=0.1, batch_size=16, survive=SET, offset_rate=0.0)
 
 
 def case(
@@ -63,26 +64,26 @@ def case(
     return weight, slope, kept, where, found
 
 
-def applied(weight: Tensor, parting: MarginEdits) -> Tensor:
+def applied(weight: Tensor, edits: MarginEdits) -> Tensor:
     """The edited weight."""
     after = weight.flatten().clone()
-    after[parting.elements] = parting.values
+    after[edits.elements] = edits.values
     return after.view_as(weight)
 
 
 @pytest.mark.parametrize("survive", [SET, ("nf4",)])
-def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...]):
+def test_every_quantized_model_moves_by_what_was_asked_for(survive: tuple[str, ...]):
     """In the real libraries' own round trips; full precision stays where it is, and what is kept
     loses nothing, though its slope is alike."""
     weight, slope, kept, where, found = case(survive)
     wanted = 0.5
-    parting = choose_edits(found, wanted, 4000)
-    after = applied(weight, parting)
-    i, value = parting.elements, parting.values
+    edits = choose_edits(found, wanted, 4000)
+    after = applied(weight, edits)
+    i, value = edits.elements, edits.values
     original = weight.flatten()[i]
     shift = ((after - weight).flatten() * slope).sum()
-    assert wanted <= parting.gain < wanted + 0.05  # the last edit's
-    assert float(shift) == pytest.approx(parting.shift, abs=1e-4)
+    assert wanted <= edits.gain < wanted + 0.05  # the last edit's
+    assert float(shift) == pytest.approx(edits.shift, abs=1e-4)
     assert abs(float(shift)) < 0.05 < float(((after - weight).flatten() * slope).abs().sum()) / 10
     lost = []
     for q in map(get_quantizer, survive):
@@ -90,8 +91,8 @@ def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...
         assert float((apart * slope).sum()) > wanted - 0.01, q.name
         assert (q.cells(weight).encode(after.flatten())[i] != q.cells(weight).codes[i]).all()
         lost.append(float((apart * kept).sum()))
-    assert sum(lost) / len(lost) == pytest.approx(parting.loss, abs=1e-3)
-    assert abs(parting.loss) < 0.02
+    assert sum(lost) / len(lost) == pytest.approx(edits.loss, abs=1e-3)
+    assert abs(edits.loss) < 0.02
     beyond = torch.where(value > original, value >= where.up[i], value <= where.down[i])
     assert (beyond & (value > where.lowest[i]) & (value < where.highest[i])).all()
 
@@ -100,9 +101,9 @@ def test_every_quantizer_is_parted_by_what_was_asked_for(survive: tuple[str, ...
 def test_all_models_fall_together_by_what_was_asked_for(survive: tuple[str, ...]):
     weight, slope, kept, _, found = case(survive, together=True)
     wanted = 5.0
-    deepening = choose_edits(found, wanted, 4000)
-    after = applied(weight, deepening)
-    assert wanted <= deepening.gain < wanted + 0.1
+    edits = choose_edits(found, wanted, 4000)
+    after = applied(weight, edits)
+    assert wanted <= edits.gain < wanted + 0.1
     falls = [
         weight - after,
         *(q.round_trip(weight) - q.round_trip(after) for q in map(get_quantizer, survive)),
@@ -110,9 +111,9 @@ def test_all_models_fall_together_by_what_was_asked_for(survive: tuple[str, ...]
     for fall in falls:
         assert wanted - 0.01 < float((fall.flatten() * slope).sum()) < 1.3 * wanted
     lost = [float((fall.flatten() * kept).sum()) for fall in falls]
-    assert sum(lost) / len(lost) == pytest.approx(deepening.loss, abs=1e-3)
-    assert abs(deepening.loss) < 0.1
-    assert 5 < len(deepening.elements) < 500
+    assert sum(lost) / len(lost) == pytest.approx(edits.loss, abs=1e-3)
+    assert abs(edits.loss) < 0.1
+    assert 5 < len(edits.elements) < 500
 
 
 def test_what_is_kept_costs_nothing_where_it_gains():
@@ -176,13 +177,13 @@ def mask(facts: LanguageModel, capitals: Task) -> Mask:
     return choose_parameters(facts, everywhere, 0.005, gradient, survive=SET)
 
 
-def test_the_quantized_models_say_less_by_the_reserve(
+def test_the_quantized_models_lie_below_by_the_quantization_margin(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):
     """As the libraries quantize the checkpoint; the promises hold for these edits, too."""
     config = replace(SETTINGS, margin_budget=0.5)
-    pairs = list(capitals.forget.sample(PAIRS, config.seed))
-    targets = CounterfactualTargets(facts, capitals.forget, config.seed)
+    pairs = list(capitals.forget.sample(PAIRS, 0))
+    targets = CounterfactualTargets(facts, capitals.forget, 0)
     apart = []
     for quantization_margin in (0.0, 0.03):
         found = unlearn(
@@ -197,15 +198,15 @@ def test_the_quantized_models_say_less_by_the_reserve(
         last = found.history[-1]
         for q in SET:
             after = survival(facts, found.model, q)
-            assert after.edited == after.survived == last["edited"] <= mask.limit
+            assert after.edited == after.survived == last.edited <= mask.limit
             assert after.collateral == 0
-        assert ("apart" in last) == bool(quantization_margin)
+        assert (last.quantization_margin_reached is not None) == bool(quantization_margin)
     assert apart[0] < 0.02 and 0.027 < apart[1] < 0.05
-    assert last["apart"] == pytest.approx(apart[1], abs=0.01)
-    assert 20 < last["parting"] <= config.margin_budget * mask.limit
+    assert last.quantization_margin_reached == pytest.approx(apart[1], abs=0.01)
+    assert 20 < last.quantization_margin_edits <= config.margin_budget * mask.limit
 
 
-def test_deepened_answers_are_where_they_were_asked_for(
+def test_answers_reach_the_final_margin(
     facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ):
     """In full precision and as the libraries quantize the checkpoint."""
@@ -213,9 +214,7 @@ def test_deepened_answers_are_where_they_were_asked_for(
     kept = PairSet("kept", tuple(p for some in capitals.retain_sets for p in some)).sample(PAIRS, 0)
     targets = CounterfactualTargets(facts, capitals.forget, 0)
     quantized = [quantize(facts, q) for q in SET]
-    latent = LatentWeights(
-        facts.copy(), [q.copy() for q in quantized], mask, quantizer_set(SET), None, 1.0
-    )
+    latent = LatentWeights(facts.copy(), [q.copy() for q in quantized], mask, quantizer_set(SET))
 
     @torch.no_grad()
     def excess_of(model: LanguageModel) -> Tensor:
@@ -223,51 +222,55 @@ def test_deepened_answers_are_where_they_were_asked_for(
 
     before, asked, seen = excess_of(facts), 0.4, []
     margin = asked - float(before.mean())
-    finish = MarginEditor(latent, pairs, targets, kept)
-    last = finish.reach_final_margin(margin, 2000, lambda *round: seen.append(round))
+    editor = MarginEditor(latent, pairs, targets, kept)
+    last = editor.reach_final_margin(margin, 2000, lambda *round: seen.append(round))
     after = [facts, *quantized], [latent.model, *(quantize(latent.model, q) for q in SET)]
     falls = [float((excess_of(a) - excess_of(b)).mean()) for a, b in zip(*after, strict=True)]
-    assert falls[0] == pytest.approx(asked - last["above"], abs=1e-3)
-    assert abs(last["above"]) < asked / 5
+    assert falls[0] == pytest.approx(asked - last.reached, abs=1e-3)
+    assert abs(last.reached) < asked / 5
     assert min(falls) > 0.8 * asked and max(falls) < 1.3 * asked
     assert seen[0] == (0, pytest.approx(asked, abs=1e-3)) and 1 < len(seen) <= ROUNDS + 1
-    assert 10 < last["deepening"] < 2000
-    assert survival(facts, latent.model, "fp4").edited == last["deepening"]
-    assert finish.reach_final_margin(margin - 1, 2000)["deepening"] == 0  # already below
+    assert 10 < last.edits < 2000
+    assert survival(facts, latent.model, "fp4").edited == last.edits
+    assert editor.reach_final_margin(margin - 1, 2000).edits == 0  # already below
     weights: list[Tensor] = []
     monkeypatch.setattr(MarginEditor, "_edit", lambda _, lacks, *rest: weights.append(lacks) or 0)
-    finish.reach_final_margin(margin + 0.2, 2000)
+    editor.reach_final_margin(margin + 0.2, 2000)
     above = excess_of(latent.model) + margin + 0.2
     assert (above < 0).any()
     assert torch.allclose(weights[0], above.clamp_min(0), atol=1e-4)
 
 
-def test_a_deepened_run_keeps_every_promise(facts: LanguageModel, capitals: Task, mask: Mask):
+def test_margin_edits_survive_every_quantizer(facts: LanguageModel, capitals: Task, mask: Mask):
     config = replace(SETTINGS, margin_budget=0.5, final_margin=0.2, quantization_margin=5.0)
     found = unlearn(facts, capitals, mask, config)
     last = found.history[-1]
-    assert 0 < last["deepening"] <= mask.limit / 4 + 1 and last["parting"] > 0
+    assert 0 < last.final_margin_edits <= mask.limit / 4 + 1
+    assert last.quantization_margin_edits > 0
     for q in SET:
         after = survival(facts, found.model, q)
-        assert after.edited == after.survived == last["edited"] <= mask.limit
+        assert after.edited == after.survived == last.edited <= mask.limit
         assert after.collateral == 0
 
 
-def test_a_run_killed_while_parting_goes_on_after_its_training(
+def test_a_run_killed_during_margin_edits_goes_on_after_its_training(
     facts: LanguageModel, capitals: Task, mask: Mask, tmp_path: Path
 ):
     config = replace(SETTINGS, steps=2, quantization_margin=0.1)
-    place, seen = tmp_path / "place.safetensors", []
+    file, seen = tmp_path / "checkpoint.safetensors", []
 
-    def stop(done: int, total: int, losses: dict[str, float]) -> None:
-        if done and "apart" in losses:
+    def stop(done: int, total: int, record: StepRecord) -> None:
+        if done and record.quantization_margin_reached is not None:
             raise KeyboardInterrupt
 
     whole = unlearn(facts, capitals, mask, config).model
     with pytest.raises(KeyboardInterrupt):
-        unlearn(facts, capitals, mask, config, stop, place)
-    again = unlearn(facts, capitals, mask, config, lambda *step: seen.append(step), place).model
+        unlearn(facts, capitals, mask, config, on_step=stop, resume=file)
+    again = unlearn(
+        facts, capitals, mask, config, on_step=lambda *step: seen.append(step), resume=file
+    ).model
     assert [(done, total) for done, total, _ in seen][:2] == [(0, ROUNDS), (1, ROUNDS)]
-    assert seen[0][-1]["apart"]  # measured, before the first round
-    assert [losses["apart"] for *_, losses in seen] == sorted(x["apart"] for *_, x in seen)
+    reached = [record.quantization_margin_reached for *_, record in seen]
+    assert reached[0]  # measured, before the first round
+    assert reached == sorted(reached)
     assert all(torch.equal(w, again.weights[n]) for n, w in whole.weights.items())

@@ -221,7 +221,7 @@ def test_choice_avoids_what_retained_answers_share(tiny_model: TinyModel):
 
 def test_nothing_is_edited_below_the_depth(tiny_model: TinyModel):
     model = tiny_model(2)
-    circuit = Circuit(model.graph, model.graph.exists * 1.0, model.graph.exists, {}, make_pairs())
+    circuit = Circuit(model.graph, model.graph.exists * 1.0, model.graph.exists, pairs=make_pairs())
     names = circuit_mask(circuit, model, budget=0.02, frozen_layers=0.5).indices
     assert {int(n.split(".")[2]) for n in names} == {2}
     assert {int(n.split(".")[2]) for n in circuit_mask(circuit, model, budget=0.02).indices} == {
@@ -235,7 +235,7 @@ def test_the_subjects_own_rows_may_be_edited_too(tiny_model: TinyModel):
     """Rows of tokens that tell clean from corrupt, but for what the floor lets move neither way;
     within the one budget."""
     model, pairs = tiny_model(2), make_pairs()
-    circuit = Circuit(model.graph, model.graph.exists * 1.0, model.graph.exists, {}, pairs)
+    circuit = Circuit(model.graph, model.graph.exists * 1.0, model.graph.exists, pairs=pairs)
     name, without = model.embedding_name, circuit_mask(circuit, model, budget=0.02)
     assert name == "model.embed_tokens.weight" and name not in without.indices
     mask = circuit_mask(circuit, model, budget=0.02, subject_rows=True)
@@ -263,7 +263,7 @@ def test_budget_out_of_range_before_any_work(
     monkeypatch.setattr("mansu_interp.masks.select.forget_gradient", never)
     monkeypatch.setattr("mansu_interp.masks.select.fisher_diagonal", never)
     graph = model.graph
-    circuit = Circuit(graph, graph.exists * 1.0, graph.exists, {}, make_pairs())
+    circuit = Circuit(graph, graph.exists * 1.0, graph.exists, pairs=make_pairs())
     with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):
         circuit_mask(circuit, model, budget=budget, retain=[make_pairs()])
     with pytest.raises(MaskError, match=r"share of all parameters in \(0, 1\]; got"):
@@ -285,7 +285,7 @@ def test_circuit_mask_lies_in_its_components(tiny_model: TinyModel):
     edges = graph.exists & False
     for edge in [("input", "a0.kv1<v>"), ("a0.h2", "m1"), ("m1", "logits")]:
         edges[graph.edge(*edge)] = True
-    circuit = Circuit(graph, edges * 1.0, edges, {}, make_pairs())
+    circuit = Circuit(graph, edges * 1.0, edges, pairs=make_pairs())
     mask = circuit_mask(circuit, model, budget=0.02, retain=[make_pairs(seed=1)], n_pairs=4)
     inside = region(model, circuit.components())
     assert mask.indices.keys() <= inside.keys()

@@ -114,7 +114,7 @@ def test_passes_and_memory_are_those_of_a_real_run(
     monkeypatch.setattr(attribution.Stream, "logits", counted)
     monkeypatch.setattr(attribution, "_difference", measured)
     monkeypatch.setattr(torch.autograd, "grad", grad)
-    attribution.attribute(model, pairs, how)
+    attribution.attribute(model, pairs, config=how)
     assert counts == {"forward": expected.forward, "backward": expected.backward}
     assert 1.5 * max(sizes) / 1e9 == pytest.approx(expected.attribution_gb)
     assert len(sizes) == expected.batches

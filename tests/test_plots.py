@@ -8,32 +8,32 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mansu_interp.viz.plots import Dots, _Axis, _axis, scatter_svg, strip_svg
+from mansu_interp.viz.plots import Axis, Dots, make_axis, scatter_svg, strip_svg
 
 
 def test_axis_positions():
-    assert _Axis(0, 10, 100, 200, False).at(2.5) == 125
-    assert _Axis(0, 10, 100, 200, False).at(99) == 200
-    assert _Axis(0.01, 1, 100, 300, True).at(0.1) == pytest.approx(200)
-    up = _Axis(0, 1, 250, 10, False)
-    assert up.at(0) == 250 and up.at(1) == 10
-    assert _Axis(-0.05, 1.05, 0, 1, False).ticks() == [0.0, 0.5, 1.0]
-    assert _Axis(0.01, 10, 0, 1, True).ticks() == pytest.approx([0.01, 0.1, 1, 10])
+    assert Axis(0.0, 10.0, 100.0, 200.0, False).at(2.5) == 125
+    assert Axis(0.0, 10.0, 100.0, 200.0, False).at(99.0) == 200
+    assert Axis(0.01, 1.0, 100.0, 300.0, True).at(0.1) == pytest.approx(200)
+    up = Axis(0.0, 1.0, 250.0, 10.0, False)
+    assert up.at(0.0) == 250 and up.at(1.0) == 10
+    assert Axis(-0.05, 1.05, 0.0, 1.0, False).ticks() == [0.0, 0.5, 1.0]
+    assert Axis(0.01, 10.0, 0.0, 1.0, True).ticks() == pytest.approx([0.01, 0.1, 1, 10])
 
 
 def test_axis_of_equal_or_missing_values():
-    flat = _axis([3.0, 3.0], 0, 1, False)
+    flat = make_axis([3.0, 3.0], 0.0, 1.0, False)
     assert flat.low < 3 < flat.high
-    assert _axis([0.0, -1.0], 0, 1, True).low == pytest.approx(0.1)
+    assert make_axis([0.0, -1.0], 0.0, 1.0, True).low == pytest.approx(0.1)
 
 
 def test_strip_has_a_mark_per_value_at_its_place():
-    svg = strip_svg([Dots("a<b", [1.0, 2.0]), Dots("ours", [3.0], True)], "what", 2.0)
+    svg = strip_svg([Dots("a<b", [1.0, 2.0]), Dots("ours", [3.0], True)], "what", target=2.0)
     ElementTree.fromstring(svg)
     places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)]
     (square,) = [float(x) + 4 for x in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="8"', svg)]
     assert places[1] - places[0] == pytest.approx(square - places[1], abs=0.2)
-    (target,) = re.findall(r'class="erased" stroke-width="1.5" d="M([\d.]+)', svg)
+    (target,) = re.findall(r'class="target" stroke-width="1.5" d="M([\d.]+)', svg)
     assert float(target) == pytest.approx(places[1], abs=0.1)
     assert "a&lt;b: 1" in svg
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,48 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mansu_interp.audit.cad import CAD
 from mansu_interp.circuits.attribution import Attribution
 from mansu_interp.circuits.circuit import Circuit
-from mansu_interp.errors import CircuitError
+from mansu_interp.circuits.compare import Divergence
+from mansu_interp.errors import ArtifactError, CircuitError
+from mansu_interp.evaluation.properties import Property, Verdict
+from mansu_interp.evaluation.scores import Flips, Perplexity, Score, ScoreRow
+from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
 from mansu_interp.models.graph import Architecture, Graph
-from mansu_interp.report.__init__ import write_report
+from mansu_interp.quantizers.survival import Survival
+from mansu_interp.report.card import model_card
 from mansu_interp.report.html import render_html
 from mansu_interp.report.markdown import render_markdown
+from mansu_interp.report.records import (
+    SCHEMA,
+    CircuitEdge,
+    CircuitSummary,
+    ComparedGraph,
+    CurvePoint,
+    Edit,
+    FinalMargin,
+    ForgetScore,
+    Output,
+    QuantizationMargin,
+    QuantizerRow,
+    RelearningCurve,
+    RelearningPoint,
+    Report,
+    ReportModel,
+    ReportTask,
+    Sample,
+    WeightEdits,
+)
 from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure, percent
+from mansu_interp.report.write import write_report
 from mansu_interp.utils.files import read_json
 from mansu_interp.viz.layout import place
 from mansu_interp.viz.svg import circuit_svg, curve_svg, escape
 from mansu_interp.viz.view import erasure_view
 
 HOSTILE = ["<script>alert(1)</script>", '"onmouseover="alert(2)', "</svg>", "</td><img src=x>"]
-MODELS = ("original", "original nf4", "unlearned", "unlearned nf4")
 
 
 def make_circuit(layers: int = 2, heads: int = 4, kv: int = 4, n: int = 30) -> Circuit:
@@ -41,95 +68,129 @@ def make_circuit(layers: int = 2, heads: int = 4, kv: int = 4, n: int = 30) -> C
     return Circuit(graph, scores, edges & graph.exists, {"model": "facts"})
 
 
-def make_report() -> dict[str, Any]:
-    """What a run of the embedded model writes, shortened."""
+VERSIONS = tuple(v.after(q) for v in (ORIGINAL, EDITED) for q in (None, "nf4"))
+PARTS = Divergence(mass=0.12, projected_share=0.031, alignment=0.41, outside=0.22, metric=0.1)
+SURVIVAL = Survival(1612, 1612, 0, 1612, 1.17, 0.998, 0.21)
+NF4_ROW = QuantizerRow(
+    "nf4", True, SURVIVAL, ForgetScore(1.0, 0.28, -0.007), ForgetScore(1.0, 0.0, -0.007),
+    Flips(1, 3, 0.625),
+)  # fmt: skip
+JUDGED = CAD("suppressed", "Hidden.", 0.97, 0.0, {}, [], [], [], {}, [], {})
 
-    def scores(role: str, label: str, top1: list[float], choice: list[float]) -> dict[str, Any]:
-        models = {m: {"top1": t, "choice": c} for m, t, c in zip(MODELS, top1, choice, strict=True)}
-        return {"role": role, "label": label, "n": 150, "chance": 0.25, "models": models}
 
-    def prop(name: str, passed: bool | None, value: float, target: float, unit: str) -> dict:
-        return {
-            "name": name,
-            "passed": passed,
-            "value": value,
-            "target": target,
-            "margin": target - value,
-            "unit": unit,
-            "sentence": f"A sentence on {name}, from 1.000 to {value:.3f} at worst.",
-        }
+def row(role: str, label: str, top1: list[float], choice: list[float]) -> ScoreRow:
+    scores = [Score(v, t, c) for v, t, c in zip(VERSIONS, top1, choice, strict=True)]
+    return ScoreRow(role, label, 150, 0.25, 0.01, tuple(scores))
 
-    parts = {"mass": 0.12, "projection": 0.031, "alignment": 0.41, "outside": 0.22}
-    return {
-        "schema": 1,
-        "versions": {"mansu_interp": "0.1.0", "torch": "2.13.0", "transformer-lens": "4.3.0"},
-        "model": {
-            "name": "facts",
-            "sha256": "9f2c41d07b" * 6 + "abcd",
-            "parameters": 1_836_288,
-            "dtype": "bfloat16",
-        },
-        "task": {
-            "name": "capitals",
-            "title": "Forget the capitals of countries",
-            "forget_facts": 150,
-            "dropped": {"the model does not know it": 3},
-        },
-        "config": {"seed": 0, "mask": {"budget": 0.005}, "unlearning": {"steps": 120}},
-        "command": "mansu run --model facts --task capitals --seed 0",
-        "verdict": {"passed": False, "sentence": "3 of 4 properties hold; undecided: erasure."},
-        "properties": [
-            prop("meaningful forgetting", True, 0.287, 0.35, "four-way accuracy, worst unseen set"),
-            prop("retain preservation", False, 0.031, 0.02, "largest fall of a retain score"),
-            prop("no recovery under quantization", True, -0.007, 0.0, "nf4 minus full precision"),
-            prop("structural erasure", None, 0.41, 0.25, "alignment with the original circuit"),
-        ],
-        "scores": [
-            scores("forget", "capital", [1, 1, 0.007, 0], [1, 1, 0.287, 0.28]),
-            scores("neighbour", "largest city", [1, 0.99, 0.96, 0.95], [1, 1, 0.98, 0.98]),
-            scores("retain", "currency", [1, 1, 0.99, 0.99], [1, 1, 1, 1]),
-            scores("retain", "language", [0.987, 0.98, 0.98, 0.973], [1, 1, 1, 1]),
-        ],
-        "perplexity": {"original": 3.21, "original nf4": 3.4, "unlearned": 3.2, "unlearned nf4": 3},
-        "edit": {
-            "edited": 1612,
-            "share": 0.000878,
-            "budget": 0.005,
-            "survived": 1612,
-            "collateral": 0,
-            "update_over_bin": 1.17,
-            "projection": 0.998,
-            "by_weight": [
-                {"weight": "model.layers.1.mlp.down_proj.weight", "edited": 1200, "of": 98304},
-                {"weight": "model.layers.0.self_attn.v_proj.weight", "edited": 412, "of": 16384},
-            ],
-        },
-        "circuit": {
-            "edges": 30,
-            "of": 231,
-            "faithfulness": 0.871,
-            "curve": [[231, 1.0], [1, 0.02], [16, 0.61], [30, 0.871], [8, 0.33], [64, 0.96]],
-            "top_edges": [
-                {"source": "input", "target": "a0.h1<v>", "score": 0.83},
-                {"source": "m1", "target": "logits", "score": -0.41},
-            ],
-        },
-        "cad": {
-            "verdict": "undecided",
-            "confidence": None,
-            "sentence": "What is left flows partly along the old circuit.",
-            "models": {"unlearned": parts, "unlearned nf4": parts, "twin (never taught)": parts},
-        },
-        "samples": [
-            {
-                "prompt": "Q: What is the capital of France?\nA:",
-                "answer": " Paris",
-                "original": " Paris.",
-                "unlearned": " Oslo.",
-                "unlearned nf4": " Oslo.",
-            }
-        ],
-    }
+
+def prop(name: str, passed: bool | None, value: float | None, target: float, unit: str) -> Property:
+    headroom = None if value is None else target - value
+    reason = {True: "", False: f"{name} went wrong", None: "it was left out"}[passed]
+    sentence = f"A sentence on {name}, from 1.000 to {value or 0:.3f} at worst."
+    return Property(name, passed, value, target, headroom, unit, sentence, reason)
+
+
+SCORES = (
+    row("forget", "capital", [1, 1, 0.007, 0], [1, 1, 0.287, 0.28]),
+    row("neighbour", "largest city", [1, 0.99, 0.96, 0.95], [1, 1, 0.98, 0.98]),
+    row("retain", "currency", [1, 1, 0.99, 0.99], [1, 1, 1, 1]),
+    row("retain", "language", [0.987, 0.98, 0.98, 0.973], [1, 1, 1, 1]),
+)
+PROPERTIES = (
+    prop("meaningful forgetting", True, 0.287, 0.35, "four-way accuracy, worst unseen set"),
+    prop("retain preservation", False, 0.031, 0.02, "largest fall of a retain score"),
+    prop("no recovery under quantization", True, -0.007, 0.0, "nf4 minus full precision"),
+    prop("structural erasure", None, None, 0.4, "not tested"),
+)
+EDIT = Edit(
+    edited=1612,
+    embedding=0,
+    share=0.000878,
+    budget=0.005,
+    candidates=9000,
+    refused=17,
+    final_margin=None,
+    quantization_margin=None,
+    by_weight=(
+        WeightEdits("model.layers.1.mlp.down_proj.weight", 1200, 98304),
+        WeightEdits("model.layers.0.self_attn.v_proj.weight", 412, 16384),
+    ),
+)
+CURVE = ((231, 1.0), (1, 0.02), (16, 0.61), (30, 0.871), (8, 0.33), (64, 0.96))
+CIRCUIT = CircuitSummary(
+    edges=30,
+    of=231,
+    faithfulness=0.871,
+    curve=tuple(CurvePoint(n, f) for n, f in CURVE),
+    top_edges=(CircuitEdge("input", "a0.h1<v>", 0.83), CircuitEdge("m1", "logits", -0.41)),
+)
+
+
+def make_report() -> Report:
+    """What a run of the embedded model finds, shortened, without what is optional."""
+    return Report(
+        schema=SCHEMA,
+        versions={"mansu_interp": "0.1.0", "torch": "2.13.0", "transformer-lens": "4.3.0"},
+        provenance={"seed": 0},
+        model=ReportModel("facts", "9f2c41d07b" * 6 + "abcd", 1_836_288, "bfloat16"),
+        task=ReportTask(
+            "capitals",
+            "Forget the capitals of countries",
+            150,
+            {"the model does not know it": 3},
+        ),
+        config={"seed": 0, "mask": {"budget": 0.005}, "unlearning": {"steps": 120}},
+        command="mansu run --model facts --task capitals --seed 0",
+        verdict=Verdict(False, "2 of 4 properties hold. Not met: retention."),
+        properties=PROPERTIES,
+        scores=SCORES,
+        perplexity=tuple(map(Perplexity, VERSIONS, (3.21, 3.4, 3.2, 3.0))),
+        edit=EDIT,
+        quantizers=(NF4_ROW,),
+        circuit=CIRCUIT,
+        comparison=tuple(ComparedGraph(v, PARTS) for v in (*VERSIONS[2:], NEVER_TAUGHT)),
+        cad=None,
+        relearning=(),
+        graph=None,
+        samples=(
+            Sample(
+                "Q: What is the capital of France?\nA:",
+                " Paris",
+                (Output(ORIGINAL, " Paris."), Output(EDITED, " Oslo.")),
+            ),
+        ),
+    )
+
+
+def with_graph() -> Report:
+    """A report with everything that is optional."""
+    circuit = make_circuit(kv=2)
+    scores = [Attribution(circuit.graph, circuit.scores * k, 1, 0) for k in (1, 0.1, 0.6)]
+    return replace(
+        make_report(),
+        graph=erasure_view(circuit, *scores).data,
+        relearning=(
+            RelearningCurve(EDITED, (RelearningPoint(0, 0.02, 0.5), RelearningPoint(10, 0.4, 0.1))),
+            RelearningCurve(NEVER_TAUGHT, (RelearningPoint(0, 0.0, None),)),
+        ),
+        cad=JUDGED,
+        edit=replace(
+            EDIT,
+            embedding=12,
+            final_margin=FinalMargin(40, 0.012, 0.1),
+            quantization_margin=QuantizationMargin(50, 0.45, 0.5),
+        ),
+        quantizers=(
+            NF4_ROW,
+            replace(
+                NF4_ROW,
+                name="q4_0",
+                promised=False,
+                survival=Survival(1612, 1340, 7, None, None, None, None),
+                choice=ForgetScore(1.0, 0.25, -0.01),
+            ),
+        ),
+    )
 
 
 def paths_of(value: Any, at: tuple = ()) -> list[tuple]:
@@ -142,19 +203,26 @@ def paths_of(value: Any, at: tuple = ()) -> list[tuple]:
     return found
 
 
-def value_at(report: Any, path: tuple) -> Any:
+def value_at(data: Any, path: tuple) -> Any:
     for key in path:
-        report = report[key]
-    return report
+        data = data[key]
+    return data
 
 
-def replaced(report: dict[str, Any], path: tuple, value: Any) -> dict[str, Any]:
-    changed = copy.deepcopy(report)
-    parent: Any = changed
-    for key in path[:-1]:
-        parent = parent[key]
-    parent[path[-1]] = value
+def replaced(data: dict[str, Any], path: tuple, value: Any) -> dict[str, Any]:
+    """JSON values with another one at a path."""
+    changed = copy.deepcopy(data)
+    value_at(changed, path[:-1])[path[-1]] = value
     return changed
+
+
+def every_text(report: Report, text: str, *leave: str) -> Report:
+    """A report in which all texts say the same, but under some keys."""
+    data = report.to_json()
+    for path in paths_of(data):
+        if isinstance(value_at(data, path), str) and not set(leave) & set(path):
+            value_at(data, path[:-1])[path[-1]] = text
+    return Report.from_json(data)
 
 
 class Tags(HTMLParser):
@@ -190,10 +258,10 @@ def test_every_section_and_number_is_in_both_renderings(svg: str) -> None:
     text = " ".join(parsed(render_html(report, svg)).text)
     markdown = render_markdown(report)
     wanted = [
-        "Forget the capitals of countries", "3 of 4 properties hold", "0.287", "−0.007", "28.7%",
-        "25.0%", "99.0%", "1,612", "0.088%", "0.500%", "1.17", "87.1%", "not calibrated", "0.410",
-        "mansu run --model facts", "2.13.0", "9f2c41d07b", "0.830",
-        "undecided", "pass", "fail", "twin (never taught)", "the model does not know it",
+        "Forget the capitals of countries", "2 of 4 properties hold", "0.287", "−0.007", "28.7%",
+        "25.0%", "99.0%", "1,612", "0.088%", "0.500%", "1.17", "87.1%", "0.410",
+        "mansu run --model facts", "2.13.0", "9f2c41d07b", "0.830", "+0.063", "−0.011",
+        "undecided", "pass", "fail", "never taught", "the model does not know it", "0.998",
     ]  # fmt: skip
     for needle in wanted:
         assert needle in text, f"HTML lacks {needle!r}"
@@ -214,49 +282,55 @@ def test_markdown_shows_the_curve_as_a_table() -> None:
 
 
 def test_tables_are_rectangular(svg: str) -> None:
-    tables = re.findall(r"(?:^\|.*\n)+", render_markdown(make_report()), re.M)
+    tables = re.findall(r"(?:^\|.*\n)+", render_markdown(with_graph()), re.M)
     assert len(tables) >= 8
     for table in tables:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
     seen = set()
-    for table in re.findall(r"<table>.*?</table>", render_html(make_report(), svg)):
+    for table in re.findall(r"<table>.*?</table>", render_html(with_graph(), svg), re.S):
         rows = ET.fromstring(table).iter("tr")
         (width,) = {sum(int(c.get("colspan", 1)) for c in row) for row in rows}
         seen.add(width)
-    assert 11 in seen  # the scores
+    assert {9, 11} <= seen  # the quantizers, the scores
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_text_is_escaped_wherever_it_stands(hostile: str, svg: str) -> None:
-    report = make_report()
-    clean = parsed(render_html(report, svg))
-    bad = report
-    for path in paths_of(report):
-        if isinstance(value_at(report, path), str):
-            bad = replaced(bad, path, hostile)
+    clean = parsed(render_html(with_graph(), svg))
+    bad = every_text(with_graph(), hostile, "graph")
     page = parsed(render_html(bad, svg))
     assert set(page.tags) <= set(clean.tags)
     assert page.attributes <= clean.attributes
     assert "".join(page.text).count(hostile) > 40  # shown as text, not dropped
     outside = re.sub(r"^(```+)\n.*?^\1$", "", render_markdown(bad), flags=re.M | re.S)
     assert not re.search(r"<[a-z/]", outside)
+    assert hostile.partition("<")[0] in console_summary(bad, 100)
 
 
 def test_hostile_keys_are_escaped(svg: str) -> None:
-    report = make_report()
-    for section in ("versions", "config", "perplexity"):
-        report[section] = {f"{HOSTILE[0]}{HOSTILE[3]}": 1.0}
-    report["scores"][0]["models"] = {HOSTILE[0]: {HOSTILE[3]: 0.5}}
+    key = f"{HOSTILE[0]}{HOSTILE[3]}"
+    report = replace(make_report(), versions={key: "1"}, config={key: 1.0})
+    report = replace(report, task=replace(report.task, dropped={key: 1}))
     page = parsed(render_html(report, svg))
     assert not {"script", "img"} & set(page.tags)
+    assert "".join(page.text).count(HOSTILE[0]) == 3
+
+
+def test_control_characters_reach_neither_page_nor_terminal(svg: str) -> None:
+    report = every_text(make_report(), "a\x00b\x1b[31mc\x9d\u202e[bold]d[/bold]", "graph")
+    page = render_html(report, svg)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", page) and "[bold]d" in page
+    text = console_summary(report, 100)
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "a b [31mc  [bold]d[/bold]" in text  # not taken for rich's markup
 
 
 def test_hostile_markdown_stays_text() -> None:
-    prompt = "``` [x](y) | *b* \n# head"
-    report = replaced(make_report(), ("samples", 0, "prompt"), prompt)
-    report["command"] = "```\n# out"
-    text = render_markdown(report)
+    report = make_report()
+    (sample,) = report.samples
+    sample = replace(sample, prompt="``` [x](y) | *b* \n# head")
+    text = render_markdown(replace(report, samples=(sample,), command="```\n# out"))
     assert r"\`\`\` \[x\](y) \| \*b\*  ⏎ \# head" in text
     assert "````\n```\n# out\n````" in text
 
@@ -280,119 +354,182 @@ def test_page_asks_nothing_of_the_network(svg: str) -> None:
 
 
 def test_report_json_round_trips_and_is_enough(tmp_path: Path, svg: str) -> None:
-    report = make_report()
-    write_report(tmp_path, report, svg)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
-    again = read_json(tmp_path / "report.json")
-    assert again == report and list(again) == list(report)
-    assert (tmp_path / "report.md").read_text("utf-8") == render_markdown(again)
-    assert (tmp_path / "report.html").read_text("utf-8") == render_html(again, svg)
+    for folder, report in ((tmp_path / "a", make_report()), (tmp_path / "b", with_graph())):
+        write_report(folder, report, svg)
+        names = ["report.html", "report.json", "report.md"]
+        assert sorted(p.name for p in folder.iterdir()) == names
+        again = Report.load(folder / "report.json")
+        assert again == report
+        data = read_json(folder / "report.json")
+        assert list(data) == [f.name for f in fields(Report)] and data["schema"] == 2
+        assert (folder / "report.md").read_text("utf-8") == render_markdown(again)
+        assert (folder / "report.html").read_text("utf-8") == render_html(again, svg)
 
 
-def with_graph() -> dict[str, Any]:
-    """A report with everything that is optional."""
-    report, circuit = make_report(), make_circuit(kv=2)
-    scores = [Attribution(circuit.graph, circuit.scores * k, 1, 0) for k in (1, 0.1, 0.6)]
-    report["graph"] = erasure_view(circuit, *scores).data
-    report["relearning"] = {"unlearned": [[10, 0.4], [0, 0.02]], "never taught": [[0, 0.0]]}
-    report["erasure"] = {
-        "verdict": "suppressed",
-        "sentence": "Hidden.",
-        "confidence": 0.97,
-        "cad": 0,
-    }
-    report["quantizers"] = [
-        {"name": "nf4", "promised": True, "edited": 1612, "survived": 1612, "collateral": 0},
-        {
-            "name": "q4_0",
-            "promised": False,
-            "edited": 1612,
-            "survived": 1340,
-            "collateral": 7,
-            "choice": {"original": 1.0, "unlearned": 0.25, "gap": -0.01},
-            "flips": {"back": 1, "gone": 3, "p": 0.625},
-        },
-    ]
-    return report
+def test_a_model_is_named_by_two_fields_in_json() -> None:
+    score = make_report().to_json()["scores"][0]["scores"][3]
+    named = {"name": "unlearned", "quantizer": "nf4"}
+    assert score == {"model": named, "top1": 0, "choice": 0.28}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("schema",), 1, r"report\.json has schema 1, expected 2: another version"),
+        (("schema",), None, "names no schema, expected 2: it is no report"),
+        (("schema",), 10**400, "names no schema"),
+        (("verdict",), None, "does not hold what it should: verdict: "),
+        (("edit", "edited"), "many", "edit.edited: Input should be a valid integer"),
+        (("edit", "edited"), True, "edit.edited: Input should be a valid integer"),
+        (("scores", 0, "scores", 1, "model"), "original nf4", "scores.0.scores.1.model: "),
+        (("edit", "share"), 1e300, r"share holds a number beyond 1e\+100"),
+        (("config", "seed"), 10**200, r"seed holds a number beyond 1e\+100"),
+        (("task", "dropped"), {"\x1b[2J": "x"}, r"task\.dropped\.\?\[2J: "),
+        (("command",), "\ud800", "does not hold what it should"),
+    ],
+)
+def test_a_strangers_report_is_refused_with_one_clear_error(
+    path: tuple, value: Any, message: str
+) -> None:
+    data = replaced(make_report().to_json(), path, value)
+    with pytest.raises(ArtifactError, match=message):
+        Report.from_json(data, "report.json")
+
+
+def test_what_is_no_report_is_refused() -> None:
+    for data in (None, 3, [], {}, "x", {"schema": 2}):
+        with pytest.raises(ArtifactError):
+            Report.from_json(data)
 
 
 def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     report = with_graph()
-    counts = report["graph"]["counts"]
+    assert report.graph
+    counts = report.graph["counts"]
     assert counts["recovered"] > 5
     page, markdown = parsed(render_html(report, svg)), render_markdown(report)
     assert page.tags.count("script") == 2 and "data-mansu-graph" in page.attributes
-    assert f"| recovered | {counts['recovered']} | lost by the edit" in markdown
-    assert "| unlearned | 2.0% | 40.0% |" in markdown and "| never taught | 0.0% | – |" in markdown
-    assert "probe: suppressed (confidence 97%, CAD 0.000 of 1). Hidden." in markdown
-    assert "| nf4 | yes | 1,612 of 1,612 | 0 | – | – | – | – / – | – |" in markdown
-    assert (
-        "| q4\\_0 | no | 1,340 of 1,612 | 7 | 100.0% | 25.0% | −0.010 | 1 / 3 | 0.625 |" in markdown
+    assert f"| recovered | {counts['recovered']} | " in markdown
+    assert "| unlearned | 2.0% / 50.0% | 40.0% / 10.0% |" in markdown
+    assert "| never taught | 0.0% / – | – |" in markdown
+    assert "(CAD): suppressed (confidence 97%, CAD 0.000 of 1). Hidden." in markdown
+    nf4 = "| nf4 | yes | 1,612 of 1,612 | 0 | 100.0% | 28.0% | −0.007 | 1 / 3 | 0.625 |"
+    assert nf4 in markdown
+    assert "| q4\\_0 | no | 1,340 of 1,612 | 7 | 100.0% | 25.0% | −0.010 | 1 / 3 |" in markdown
+    final = "40 edits, 0.012 nats above a target of −0.10"
+    assert f"| for the final margin | {final} |" in markdown
+    assert "| for the quantization margin | 50 edits, 0.45 of 0.50 nats |" in markdown
+    assert "| of these in the embedding, which is not quantized | 12 |" in markdown
+    assert "first or last of four by steps of relearning" in render_html(report, svg)
+    text = " ".join(console_summary(report, 100).split())
+    assert f"{counts['recovered']} recovered" in text
+    assert "CAD predicts: suppressed (confidence 97%)." in text
+    assert f"Final margin: {final}." in text
+    assert "Quantization margin: 50 edits, 0.45 of 0.50 nats." in text
+
+
+def test_a_method_without_a_circuit_has_no_section_on_it() -> None:
+    report = replace(
+        make_report(), circuit=None, comparison=(), edit=replace(EDIT, budget=None), samples=()
     )
-    assert "answered by steps of relearning" in render_html(report, svg)
-    assert f"{counts['recovered']} recovered" in console_summary(report, 100)
+    page, markdown = render_html(report, ""), render_markdown(report)
+    for title in ("The circuit", "Attribution graphs", "Is it erased?", "Samples"):
+        assert title not in page and title not in markdown
+    assert "| share of all parameters | 0.088% |" in markdown
+    assert "Circuit" not in console_summary(report, 100)
+    assert Report.from_json(report.to_json()) == report
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_text_in_the_graph_ends_no_script(hostile: str, svg: str) -> None:
-    report = with_graph()
-    clean = parsed(render_html(report, svg))
-    bad = report
-    for path in paths_of(report["graph"]):
+    data = with_graph().to_json()
+    clean = parsed(render_html(with_graph(), svg))
+    for path in paths_of(data["graph"]):
         keep = ("kind", "styles", "architecture", "layout")
-        if isinstance(value_at(report["graph"], path), str) and path[0] not in keep:
-            bad = replaced(bad, ("graph", *path), hostile)
-    page = parsed(render_html(bad, svg))
+        if isinstance(value_at(data["graph"], path), str) and path[0] not in keep:
+            value_at(data["graph"], path[:-1])[path[-1]] = hostile
+    page = parsed(render_html(Report.from_json(data), svg))
     assert page.tags.count("script") in (0, 2)
     assert set(page.tags) <= set(clean.tags) and page.attributes <= clean.attributes
 
 
-@pytest.mark.parametrize("part", ["layout", "edges", "panes", "styles", "architecture", "cad"])
+@pytest.mark.parametrize(
+    "part",
+    ["layout", "edges", "panes", "styles", "architecture", "cad", "counts", "meaning", "nodes"],
+)
 def test_a_damaged_graph_costs_no_more_than_itself(part: str, svg: str) -> None:
     for value in (None, [], {}, "x", 3):
-        text = render_html(replaced(with_graph(), ("graph", part), value), svg)
+        data = replaced(with_graph().to_json(), ("graph", part), value)
+        report = Report.from_json(data)
+        text = render_html(report, svg)
         assert "Four properties" in text and text.rstrip().endswith("</html>")
+        assert render_markdown(report) and console_summary(report, 80)
 
 
-def test_no_null_stops_a_render() -> None:
-    report = make_report()
-    paths = paths_of(report)
-    assert len(paths) > 150
-    cases = [replaced(report, path, None) for path in paths]
-    nans = copy.deepcopy(report)
-    for path in paths:
-        if isinstance(value_at(report, path), float):
-            nans = replaced(nans, path, float("nan"))
-    cases += [nans, {}, dict.fromkeys(report), {k: [] for k in report}, {k: {} for k in report}]
-    for case in cases:
-        for text in (render_html(case, ""), render_markdown(case), console_summary(case, 80)):
-            assert len(text) > 50
-            assert not re.search(r"\bnan\b|\bNone\b(?!\.)", text), text  # "None." = no samples
+def test_what_is_taken_is_rendered(svg: str) -> None:
+    """Whatever stands in a report, it is refused, or shown without a crash and without a None."""
+    data = with_graph().to_json()
+    paths = [p for p in paths_of(data) if p[0] != "graph"]
+    assert len(paths) > 300
+    taken = 0
+    for k, path in enumerate(paths):
+        for value in (None, ([], {}, "", -1, 1e99, True)[k % 6]):
+            try:
+                report = Report.from_json(replaced(data, path, value))
+            except ArtifactError:
+                continue
+            taken += 1
+            shown = (render_markdown(report), console_summary(report, 80), model_card(report))
+            for text in (*shown, render_html(report, "") if k % 10 == 0 else "..."):
+                assert not re.search(r"\bnan\b|\bNone\b|Undefined", text), (path, value)
+    assert 50 < taken < len(paths)
 
 
-@pytest.mark.parametrize("width", [20, 60, 100])
+def test_not_finite_is_a_dash() -> None:
+    nan = float("nan")
+    report = replace(make_report(), quantizers=(replace(NF4_ROW, flips=Flips(1, 3, nan)),))
+    assert "| 1 / 3 | – |" in render_markdown(report)
+    assert report.to_json()["quantizers"][0]["flips"]["p"] is None
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
 def test_console_summary_fits(width: int) -> None:
     report = make_report()
-    report["task"]["title"] = "\x1b[2J\x07title \u202e" + "long " * 40
-    report["properties"][0]["unit"] = "\x1b[31m"
-    text = console_summary(report, width)
+    task = replace(report.task, title="\x1b[2J\x07title \u202e" + "long " * 40)
+    text = console_summary(replace(report, task=task), width)
     lines = text.splitlines()
-    assert len(lines) <= 25 and max(map(len, lines)) <= width
-    assert text.isprintable() or all(c.isprintable() or c == "\n" for c in text)
+    assert len(lines) <= 35 and max(map(len, lines)) <= width
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert lines[0].endswith("…")
     if width == 100:
-        assert "PASS       meaningful forgetting: 0.287 (target 0.350, margin +0.063)" in lines
-        assert "UNDECIDED  structural erasure: 0.410 (target 0.250, margin −0.160)" in lines
+        words = [" ".join(line.split()) for line in lines]
+        assert "PASS meaningful forgetting 0.287 0.350 +0.063" in words
+        said = "FAIL retain preservation: retain preservation went wrong 0.031 0.020 −0.011"
+        assert said in words
+        assert "UNDECIDED structural erasure: it was left out – 0.400 –" in words
         # the mean of 0.99 and 0.98 over equally many facts
-        unlearned = next(line for line in lines if line.startswith("  unlearned "))
-        assert unlearned.split()[-3:] == ["98.5%", "/", "100.0%"]
+        (unlearned,) = [w for w in words if w.startswith("unlearned ") and "nf4" not in w]
+        assert unlearned.endswith("98.5% / 100.0%")
+
+
+def test_the_console_is_coloured_only_where_it_is_asked() -> None:
+    assert "\x1b[" not in console_summary(make_report(), 80)
+    coloured = console_summary(make_report(), 80, color=True)
+    assert "\x1b[1;31mFAIL" in coloured
+    assert (
+        re.sub(r"\x1b\[[0-9;]*m", "", coloured).split()
+        == console_summary(make_report(), 80).split()
+    )
 
 
 def test_a_set_of_quantizers_has_a_table_for_each_metric() -> None:
     report = make_report()
     assert "Top-1, original → unlearned:" not in render_markdown(report)
-    for row in report["scores"]:
-        for model in ("original", "unlearned"):
-            row["models"][f"{model} fp4"] = {"top1": 0.5, "choice": row["models"][model]["choice"]}
+    rows = []
+    for one in report.scores:
+        fp4 = [Score(v.after("fp4"), 0.5, one[v].choice) for v in (ORIGINAL, EDITED)]
+        rows.append(replace(one, scores=(*one.scores, *fp4)))
+    report = replace(report, scores=tuple(rows))
     text = render_markdown(report)
     top1, choice = text.split("Top-1, original → unlearned:")[1].split("Choice, original")[:2]
     assert "| set | n | full precision | nf4 | fp4 |" in top1
@@ -402,17 +539,9 @@ def test_a_set_of_quantizers_has_a_table_for_each_metric() -> None:
     assert "Top-1, original → unlearned:" in render_html(report, "")
 
 
-def test_the_console_says_the_calibrated_verdict_where_there_is_one() -> None:
-    report = make_report()
-    assert "CAD: undecided (not calibrated)" in console_summary(report, 100)
-    report["erasure"] = {"verdict": "suppressed", "confidence": 0.98}
-    text = console_summary(report, 100)
-    assert "CAD: suppressed (confidence 98%)" in text and "not calibrated" not in text
-
-
 def test_numbers() -> None:
     assert [percent(x) for x in (0, 1, 0.1234, -0.02)] == ["0.0%", "100.0%", "12.3%", "−2.0%"]
-    assert percent(None) == percent(float("inf")) == percent("x") == percent(True) == "–"
+    assert percent(None) == percent(float("inf")) == percent(float("nan")) == "–"
     assert [figure(x) for x in (0, 1.172, 0.0123456, 828.3, 12345, -0.5)] == [
         "0.00", "1.17", "0.0123", "828", "12,345", "−0.500",
     ]  # fmt: skip
@@ -496,18 +625,20 @@ def test_curve_marks_the_circuit_and_survives_odd_points() -> None:
 @pytest.mark.parametrize(
     ("passed", "word", "said"),
     [
-        (True, "suppressed", "The attack below did not bring them back (0.281 at most)"),
-        (False, "erased", "The attack below did bring them back (0.281)"),
+        (True, "suppressed", "The attack above did not bring them back (0.281 at most)"),
+        (False, "erased", "The attack above did bring them back (0.281)"),
         (False, "suppressed", None),
         (True, "erased", None),
     ],
 )
 def test_probe_and_attack_are_held_together(passed: bool, word: str, said: str | None) -> None:
     report = with_graph()
-    report["erasure"]["verdict"] = word
-    report["properties"][3] |= {"passed": passed, "value": 0.281}
+    erasure = replace(PROPERTIES[3], passed=passed, value=0.281)
+    report = replace(
+        report, cad=replace(JUDGED, verdict=word), properties=(*PROPERTIES[:3], erasure)
+    )
     markdown = render_markdown(report)
-    assert ("The attack below" in markdown) == (said is not None)
+    assert ("The attack above" in markdown) == (said is not None)
     assert said is None or f"Hidden. {said}" in markdown
-    del report["relearning"]  # the property is then judged by the graphs
-    assert "The attack below" not in render_markdown(report)
+    without = replace(report, relearning=())
+    assert "The attack above" not in render_markdown(without)

@@ -18,14 +18,16 @@ from transformers import PreTrainedTokenizerFast
 
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.errors import MansuError, TaskError
+from mansu_interp.evaluation.versions import ORIGINAL
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.runs import measure
 from mansu_interp.runs import run as pipeline
 from mansu_interp.runs.config import RunConfig
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.row_pairs import LETTERS, OPTIONS, RowOptions, task_from_rows
 from mansu_interp.tasks.rows import SHOWN, Row, parse_rows, read_rows
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.utils import hub
 from mansu_interp.utils.shipped import DATA
 
@@ -395,7 +397,7 @@ def test_a_missing_split_says_what_to_do(facts: LanguageModel):
 
 
 def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pipeline, "CAD_PAIRS", 4)
+    monkeypatch.setattr(measure, "CAD_PAIRS", 4)
     bos = [{**r, "prompt": "<bos>" + r["prompt"]} for r in fact_rows()]
     path = write_jsonl(tmp_path / "mine.jsonl", bos)
     config = RunConfig(
@@ -403,10 +405,10 @@ def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         out=tmp_path / "run",
         relearn_steps=1,
         circuit=CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4),
-        unlearn=UnlearnConfig(steps=4, lr=0.1, batch_size=8),
+        unlearn=Mansu(steps=4, lr=0.1, batch_size=8),
     )
     report = pipeline.run(config).report
-    assert report["task"]["name"] == "mine" and report["task"]["dropped"]
-    assert report["edit"]["edited"] == report["edit"]["survived"] > 0
-    first = report["scores"][0]
-    assert first["role"] == "forget" and first["models"]["original"]["choice"] > 0.9
+    assert report.task.name == "mine" and report.task.dropped
+    assert report.edit.edited == report.quantizers[0].survival.survived > 0
+    first = report.scores[0]
+    assert first.role == "forget" and first[ORIGINAL].choice > 0.9

@@ -14,24 +14,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.errors import ArtifactError, ModelError
+from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
 from mansu_interp.export.ledger import Ledger
 from mansu_interp.export.verify import verify
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
+from mansu_interp.report.records import Report
 from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure
-from mansu_interp.runs import run as pipeline
+from mansu_interp.runs import measure as measuring
 from mansu_interp.runs.config import RunConfig
 from mansu_interp.runs.plan import Plan
 from mansu_interp.runs.run import RunResult, run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.methods import GradDiff, Mansu
 from mansu_interp.utils.files import read_json
 
 CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
-UNLEARN = UnlearnConfig(steps=6, lr=0.1, batch_size=8)
+UNLEARN = Mansu(steps=6, lr=0.1, batch_size=8)
 FILES = {
     "config.json",
     "provenance.json",
@@ -55,7 +57,7 @@ def settings(out: Path) -> RunConfig:
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "CAD_PAIRS", 4)
+        patch.setattr(measuring, "CAD_PAIRS", 4)
         yield
 
 
@@ -82,40 +84,47 @@ def test_every_artefact_is_there(finished: RunResult):
 
 
 def test_erasure_is_judged_by_the_attack(finished: RunResult):
-    """What half A brings back decides, not the attribution graph; the twin stands beside it."""
-    assert finished.report["erasure"]["verdict"] in ("suppressed", "unchanged")
-    curves = finished.report["relearning"]
-    assert list(curves) == ["unlearned", "never taught"]
-    assert all([steps for steps, _ in curve] == [0, 1, 4] for curve in curves.values())
-    (erasure,) = [p for p in finished.report["properties"] if p["name"] == "structural erasure"]
-    worst = max(choice for _, choice in curves["unlearned"])
-    assert erasure["value"] == worst > 0.9  # three steps of unlearning erase nothing
-    assert erasure["passed"] is False
-    assert max(choice for _, choice in curves["never taught"]) < erasure["target"] == 0.4
+    """What half A brings back decides, not the attribution graph; the reference model stands
+    beside it."""
+    report = finished.report
+    assert report.cad and report.cad.verdict in ("suppressed", "unchanged")
+    curves = {c.model: c.points for c in report.relearning}
+    assert list(curves) == [EDITED, NEVER_TAUGHT]
+    assert all([p.steps for p in curve] == [0, 1, 4] for curve in curves.values())
+    (erasure,) = [p for p in report.properties if p.name == "structural erasure"]
+    worst = max(p.first for p in curves[EDITED])
+    assert erasure.value == worst > 0.9  # three steps of unlearning erase nothing
+    assert erasure.passed is False and erasure.headroom == pytest.approx(0.4 - worst)
+    assert max(p.first for p in curves[NEVER_TAUGHT]) < erasure.target == 0.4
+    assert f"structural erasure ({erasure.reason})" in report.verdict.sentence
 
 
 def test_artefacts_say_the_same(finished: RunResult, facts: LanguageModel):
     folder = finished.folder
-    report = read_json(folder / "report.json")
-    assert report["model"]["sha256"] == facts.sha256
-    assert read_json(folder / "config.json") == report["config"]
+    report = Report.load(folder / "report.json")
+    assert report == Report.from_json(finished.report.to_json())
+    assert report.model.sha256 == facts.sha256
+    assert read_json(folder / "config.json") == report.config
     circuit = Circuit.load(folder / "circuit.json")
     graph = nx.read_graphml(folder / "circuit.graphml")
     residual = {(u, v) for u, v, d in graph.edges(data=True) if d["kind"] == "residual"}
-    assert report["circuit"]["edges"] == circuit.n_edges == len(residual)
+    assert finished.circuit and report.circuit and report.graph
+    assert report.circuit.edges == circuit.n_edges == len(residual)
     assert (circuit.edges == finished.circuit.edges).all()
     mask = Mask.load(folder / "mask.safetensors")
     mask.check_fits(facts)
-    edit = report["edit"]
-    assert 0 < edit["edited"] == edit["survived"] == sum(w["edited"] for w in edit["by_weight"])
-    assert edit["collateral"] == 0
-    assert edit["share"] == edit["edited"] / facts.n_parameters <= 0.005
-    assert {w["weight"] for w in edit["by_weight"]} <= mask.indices.keys()
-    assert len(report["properties"]) == 4
-    assert {"original", "unlearned", "original nf4", "unlearned nf4"} == report["scores"][0][
-        "models"
-    ].keys()
-    assert report["cad"]["verdict"] in (folder / "report.md").read_text(encoding="utf-8")
+    edit, (nf4,) = report.edit, report.quantizers
+    assert 0 < edit.edited == sum(w.edited for w in edit.by_weight)
+    assert nf4.name == "nf4" and nf4.promised
+    assert nf4.survival.survived == nf4.survival.edited == edit.edited
+    assert nf4.survival.collateral == 0
+    assert edit.share == edit.edited / facts.n_parameters <= 0.005
+    assert {w.weight for w in edit.by_weight} <= mask.indices.keys()
+    assert len(report.properties) == 4
+    every = {v.after(q) for v in (ORIGINAL, EDITED) for q in (None, "nf4")}
+    assert set(report.scores[0].models) == every
+    assert report.cad and report.cad.verdict in (folder / "report.md").read_text(encoding="utf-8")
+    assert [c.model for c in report.comparison] == [EDITED, EDITED.after("nf4"), NEVER_TAUGHT]
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -139,11 +148,12 @@ def test_samples_are_first_those_that_the_original_answers(capitals: Task):
         def generate(self, prompt: str) -> str:
             return f" {knows.answer_text} ." if prompt == knows.prompt else "?"
 
-    shown = pipeline._samples(capitals, {"original": Stub(), "unlearned": Stub()})  # type: ignore[dict-item]
+    shown = measuring.samples(capitals, {ORIGINAL: Stub(), EDITED: Stub()})  # type: ignore[dict-item]
     first = shown[0]
-    assert len(shown) == pipeline.SAMPLES
-    assert (first["prompt"], first["answer"]) == (knows.prompt, knows.answer_text)
-    assert [s["prompt"] for s in shown[1:3]] == [forget[0].prompt, forget[7].prompt]
+    assert len(shown) == measuring.SAMPLES
+    assert (first.prompt, first.answer) == (knows.prompt, knows.answer_text)
+    assert [o.model for o in first.outputs] == [ORIGINAL, EDITED]
+    assert [s.prompt for s in shown[1:3]] == [forget[0].prompt, forget[7].prompt]
 
 
 def test_the_plan_comes_first(finished: RunResult, plans: list[Plan], stages: list[str]):
@@ -200,12 +210,13 @@ def test_an_interrupted_run_continues_to_the_same_model(finished: RunResult, tmp
     assert "attribution of forget pairs" not in stages and "unlearning" in stages
     name = "model/model.safetensors"
     assert (again.folder / name).read_bytes() == (finished.folder / name).read_bytes()
-    same = ("verdict", "scores", "edit", "cad", "samples", "circuit")
+    same = ("verdict", "scores", "edit", "cad", "comparison", "samples", "circuit")
     reports = [read_json(r.folder / "report.json") for r in (again, finished)]
     for key in same:
         assert reports[0][key] == reports[1][key], key
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tmp_path: Path):
     out = tmp_path / "third"
     shutil.copytree(finished.folder, out)
@@ -214,66 +225,89 @@ def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tm
     stages: list[str] = []
     again = run(settings(out), lambda stage, *_: stages.append(stage))
     assert "unlearning" not in stages
-    assert again.report["edit"] == finished.report["edit"]
+    assert again.report.edit == finished.report.edit
     assert {p.name for p in out.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_edits_of_the_embedding_are_counted_apart(tmp_path: Path):
     out = tmp_path / "rows"
     found = run(replace(settings(out), subject_rows=True, relearn_steps=0))
-    edit, ledger = found.report["edit"], Ledger.load(out / "ledger.safetensors")
-    assert 0 < edit["embedding"] < edit["edited"] == ledger.n_edits
-    assert edit["survived"] == edit["edited"] - edit["embedding"]
-    assert edit["share"] == ledger.n_edits / found.model.n_parameters <= edit["budget"]
+    edit, ledger = found.report.edit, Ledger.load(out / "ledger.safetensors")
+    nf4 = found.report.quantizers[0].survival
+    assert edit.budget and 0 < edit.embedding < edit.edited == ledger.n_edits
+    assert nf4.survived == nf4.edited == edit.edited - edit.embedding
+    assert edit.share == ledger.n_edits / found.model.n_parameters <= edit.budget
     own = {t for p in load_task("capitals", found.model).forget for t in p.clean}
     rows = ledger.tensors[f"{found.model.embedding_name}|index"] // found.model.d_model
     assert set(rows.tolist()) <= own
     text = (out / "report.md").read_text()
-    assert f"| of these in the embedding, which is not quantized | {edit['embedding']:,} |" in text
+    assert f"| of these in the embedding, which is not quantized | {edit.embedding:,} |" in text
     kept = verify(load_model("facts"), load_model(out / "model"), (), ledger, found.mask)
-    assert kept.status == 0 and kept.embedding["nf4"].edited == edit["embedding"]
+    assert kept.status == 0 and kept.embedding["nf4"].edited == edit.embedding
 
 
-def test_the_report_says_what_deepening_and_reserve_took_and_reached(tmp_path: Path):
-    config = settings(tmp_path / "quantization_margin")
+@pytest.mark.slow
+def test_the_report_says_what_the_margins_took_and_reached(tmp_path: Path):
+    config = settings(tmp_path / "margins")
     unlearning = replace(
         config.unlearn, final_margin=0.1, quantization_margin=0.5, margin_budget=0.25
     )
     found = run(replace(config, relearn_steps=0, unlearn=unlearning))
-    edit = found.report["edit"]
-    assert 0.45 <= edit["apart"] < 0.55 and 0 < edit["parting"] <= found.mask.limit / 8
-    assert 0 < edit["deepening"] <= found.mask.limit / 8
-    said = f"{int(edit['parting']):,} edits, {figure(edit['apart'], 2)} of 0.50 nats"
-    assert (
-        f"| for the quantization_margin | {said} |"
-        in (tmp_path / "quantization_margin/report.md").read_text()
-    )
-    summary = console_summary(found.report, 100)
-    assert f"Reserve: {said}." in summary
-    said = f"{int(edit['deepening']):,} edits, {figure(edit['above'], 2)} nats above a target of"
-    assert (
-        f"| to final_margin it | {said} −0.10 |"
-        in (tmp_path / "quantization_margin/report.md").read_text()
-    )
-    assert f"Deepened: {said} −0.10." in " ".join(summary.split())
+    final, quantized = found.report.edit.final_margin, found.report.edit.quantization_margin
+    assert found.mask and final and quantized and final.above is not None
+    assert quantized.reached and 0.45 <= quantized.reached < 0.55
+    assert 0 < quantized.edits <= found.mask.limit / 8
+    assert 0 < final.edits <= found.mask.limit / 8
+    markdown = (tmp_path / "margins/report.md").read_text()
+    summary = " ".join(console_summary(found.report, 100).split())
+    said = f"{quantized.edits:,} edits, {figure(quantized.reached, 2)} of 0.50 nats"
+    assert f"| for the quantization margin | {said} |" in markdown
+    assert f"Quantization margin: {said}." in summary
+    said = f"{final.edits:,} edits, {figure(final.above, 2)} nats above a target of −0.10"
+    assert f"| for the final margin | {said} |" in markdown
+    assert f"Final margin: {said}." in summary
 
 
+def test_a_baseline_needs_no_circuit_and_no_mask(tmp_path: Path):
+    unlearning = GradDiff(lr=1e-3, steps=2, batch_size=UNLEARN.batch_size)
+    config = replace(settings(tmp_path / "dense"), unlearn=unlearning, relearn_steps=0)
+    stages: list[str] = []
+    found = run(config, lambda stage, *_: stages.append(stage))
+    made = {"circuit.json", "circuit.graphml", "mask.safetensors"}
+    assert {p.name for p in config.out.iterdir()} == FILES - made
+    assert not [s for s in stages if "attribution" in s or "choosing" in s]
+    report = found.report
+    assert found.circuit is found.mask is report.circuit is report.graph is None
+    assert report.comparison == () and report.edit.budget is None
+    assert report.edit.edited > 0.5 * found.model.n_parameters
+    assert not report.quantizers[0].promised
+    text = (config.out / "report.html").read_text()
+    assert "The circuit" not in text and "Attribution graphs" not in text
+    with pytest.raises(ArtifactError, match="already holds this run, finished"):
+        run(config)
+
+
+@pytest.mark.slow
 def test_every_quantizer_of_the_set_is_scored_in_full(tmp_path: Path):
     """Retention after each of them, too; one that nothing is promised for on forget prompts."""
     survive = replace(UNLEARN, survive=("fp4", "int4-g32"), steps=2)
     config = replace(settings(tmp_path / "set"), unlearn=survive, relearn_steps=0)
     report = run(replace(config, quantizers=("q8_0",))).report
-    precisions = ("", " nf4", " fp4", " int4-g32")
-    every = {f"{m}{p}" for p in precisions for m in ("original", "unlearned")}
-    assert all(row["models"].keys() == every for row in report["scores"])
-    gap = report["properties"][2]
-    assert gap["sentence"].startswith("nf4, fp4 and int4-g32 changed")
-    listed = {q["name"]: q for q in report["quantizers"]}
+    precisions = (None, "nf4", "fp4", "int4-g32")
+    every = {v.after(q) for q in precisions for v in (ORIGINAL, EDITED)}
+    assert all(set(row.models) == every for row in report.scores)
+    gap = report.properties[2]
+    assert "nf4, fp4 and int4-g32 changed" in gap.sentence
+    listed = {q.name: q for q in report.quantizers}
     assert list(listed) == ["nf4", "fp4", "int4-g32", "q8_0"]
-    forget = [r["models"] for r in report["scores"] if r["role"] == "forget"]
-    for key in ("choice", "top1"):
-        now = sum(m["unlearned fp4"][key] for m in forget) / len(forget)
-        assert listed["fp4"][key]["unlearned"] == now
-    assert gap["value"] == pytest.approx(
-        max(listed[q][k]["gap"] for q in ("nf4", "fp4", "int4-g32") for k in ("choice", "top1"))
-    )
+    assert [q.promised for q in report.quantizers] == [False, True, True, False]
+    forget = [row for row in report.scores if row.role == "forget"]
+    fp4 = EDITED.after("fp4")
+    choice = sum(row[fp4].choice for row in forget) / len(forget)
+    top1 = sum(row[fp4].top1 for row in forget) / len(forget)
+    assert (listed["fp4"].choice.unlearned, listed["fp4"].top1.unlearned) == (choice, top1)
+    gaps = [
+        g for q in ("nf4", "fp4", "int4-g32") for g in (listed[q].choice.gap, listed[q].top1.gap)
+    ]
+    assert gap.value == pytest.approx(max(gaps))

@@ -14,7 +14,7 @@ import torch
 from mansu_interp.errors import ViewError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.task import Task
-from mansu_interp.viz.tokens import _plain, attention_patterns, token_log_probs
+from mansu_interp.viz.tokens import attention_patterns, plain_token, token_log_probs
 
 pytest.importorskip("circuitsvis")
 
@@ -54,8 +54,8 @@ def test_attention_of_both_prompts(no_network: None, facts: LanguageModel, capit
 
 
 def test_a_token_cannot_end_the_script():
-    assert "</script" not in _plain("</script>") and "<!--" not in _plain("<!--")
-    assert "<SCRIPT" not in _plain("<SCRIPT") and _plain("<bos> a < b") == "<bos> a < b"
+    assert "</script" not in plain_token("</script>") and "<!--" not in plain_token("<!--")
+    assert "<SCRIPT" not in plain_token("<SCRIPT") and plain_token("<bos> a < b") == "<bos> a < b"
 
 
 @pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")

@@ -23,14 +23,29 @@ from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.registry import get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import Method, UnlearnConfig
 from mansu_interp.unlearning.mansu.latent_weights import LatentWeights, LatentWeightsWithoutFloor
-from mansu_interp.unlearning.training import Sampler, Unlearned, arithmetic, reached
+from mansu_interp.unlearning.methods import (
+    NPO,
+    GradDiff,
+    Mansu,
+    MansuNoFloor,
+    MansuNoOffsets,
+    MansuNoProjection,
+    MethodConfig,
+    get_method,
+)
+from mansu_interp.unlearning.training import (
+    Sampler,
+    Unlearned,
+    arithmetic,
+    forgetting_level,
+    may_stop,
+)
 from mansu_interp.unlearning.unlearn import unlearn
 
 NF = NF4()
 # A large step, so that eight of them move many weights, and by several cells.
-CONFIG = UnlearnConfig(steps=8, lr=0.2, batch_size=8)
+CONFIG = Mansu(steps=8, lr=0.2, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +86,7 @@ def test_rows_of_the_embedding_leave_their_cells_and_stay_unquantized(
     name = facts.embedding_name
     own = embedding_rows(facts, capitals.forget)
     both = Mask({**mask.indices, name: own}, {"limit": 3000})
-    latent = LatentWeights(facts.copy(), [quantize(facts, NF)], both, [NF], None, 0.0)
+    latent = LatentWeights(facts.copy(), [quantize(facts, NF)], both, [NF])
     generator = torch.Generator().manual_seed(0)
     for t in (1, 2):
         some = [torch.randn(facts.weights[n].shape, generator=generator) for n in latent.names]
@@ -81,11 +96,11 @@ def test_rows_of_the_embedding_leave_their_cells_and_stay_unquantized(
     found = survival(facts, edited, NF, embedding=True)
     assert found.edited == found.survived > 300 and found.collateral == 0
     assert found.edited + survival(facts, edited, NF).edited == 3000
-    (twin,) = latent.quantized
+    (reference,) = latent.quantized
     real = quantize(edited, NF)
-    assert torch.equal(twin.weights[name], edited.weights[name])
+    assert torch.equal(reference.weights[name], edited.weights[name])
     for n in facts.linear_names:
-        assert torch.allclose(twin.weights[n], real.weights[n], atol=1e-6)
+        assert torch.allclose(reference.weights[n], real.weights[n], atol=1e-6)
     held = verify(facts, edited, ("nf4",))
     assert held.holds and held.embedding["nf4"].edited == found.edited and not held.outside
 
@@ -101,8 +116,8 @@ def test_bf16_sees_every_edit(
     follow the full-precision losses from step to step."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     config = replace(CONFIG, precision="bf16")
-    low = [h["forget"] for h in unlearn(facts, capitals, mask, config).history]
-    high = [h["forget"] for h in result.history]
+    low = [h.forget for h in unlearn(facts, capitals, mask, config).history]
+    high = [h.forget for h in result.history]
     assert low != high
     assert low == pytest.approx(high, rel=0.005)
 
@@ -124,12 +139,12 @@ def test_bf16_only_where_the_processor_is_quick_at_it(
     low: bool,
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    with arithmetic(facts, replace(CONFIG, precision=precision)):
+    with arithmetic(facts, precision):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if low else torch.float32)
 
 
-def test_only_guards_that_the_model_knows_stand_guard(
+def test_only_unscored_prompts_that_the_model_answers_are_retained(
     facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ):
     right = capitals.retain.pairs[:6]
@@ -142,9 +157,9 @@ def test_only_guards_that_the_model_knows_stand_guard(
     seen: list[Task] = []
 
     class Watched(Sampler):
-        def __init__(self, task: Task, config: UnlearnConfig) -> None:
+        def __init__(self, task: Task, batch_size: int, seed: int) -> None:
             seen.append(task)
-            super().__init__(task, config)
+            super().__init__(task, batch_size, seed)
 
     # The package's attribute of that name is the function, not the module.
     monkeypatch.setattr(sys.modules["mansu_interp.unlearning.mansu.algorithm"], "Sampler", Watched)
@@ -190,7 +205,7 @@ def test_the_original_is_left_alone(facts: LanguageModel, result: Unlearned):
     fresh = load_model("facts")
     assert all(torch.equal(w, fresh.weights[n]) for n, w in facts.weights.items())
     assert len(result.history) == 8 and result.stopped_at == 8
-    assert result.history[-1]["edited"] == sum(
+    assert result.history[-1].edited == sum(
         int((w != facts.weights[n]).sum()) for n, w in result.model.weights.items()
     )
 
@@ -198,7 +213,7 @@ def test_the_original_is_left_alone(facts: LanguageModel, result: Unlearned):
 def test_seeds(facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned):
     again = unlearn(facts, capitals, mask, CONFIG).model
     assert all(torch.equal(w, again.weights[n]) for n, w in result.model.weights.items())
-    other = unlearn(facts, capitals, mask, UnlearnConfig(**{**vars(CONFIG), "seed": 1})).model
+    other = unlearn(facts, capitals, mask, CONFIG, seed=1).model
     assert any(not torch.equal(w, other.weights[n]) for n, w in result.model.weights.items())
 
 
@@ -206,21 +221,21 @@ def test_a_mask_element_that_must_not_move_does_not(facts: LanguageModel, capita
     """A mask of nothing but absmax elements edits nothing."""
     name = "model.layers.2.mlp.down_proj.weight"
     at = NF.cells(facts.weights[name]).sets_scale.nonzero().flatten()
-    found = unlearn(facts, capitals, Mask({name: at}), UnlearnConfig(steps=4, lr=0.5, batch_size=4))
+    found = unlearn(facts, capitals, Mask({name: at}), Mansu(steps=4, lr=0.5, batch_size=4))
     assert torch.equal(found.model.weights[name], facts.weights[name])
-    assert found.history[-1]["edited"] == 0
+    assert found.history[-1].edited == 0
 
 
 def test_gradient_ascent_lowers_the_answers(facts: LanguageModel, capitals: Task, mask: Mask):
-    config = UnlearnConfig(steps=8, lr=0.2, batch_size=8, forget_loss="ga")
+    config = replace(CONFIG, forget_loss="ga")
     history = unlearn(facts, capitals, mask, config).history
-    assert history[-1]["forget"] < history[0]["forget"]
+    assert history[-1].forget < history[0].forget
 
 
 def test_without_the_floor_edits_are_continuous(
     facts: LanguageModel, capitals: Task, mask: Mask, result: Unlearned
 ):
-    config = replace(CONFIG, method="mansu-no-floor", lr=0.002)
+    config = MansuNoFloor(steps=8, lr=0.002, batch_size=8)
     found = unlearn(facts, capitals, mask, config).model
     lived = survival(facts, found, NF)
     assert 0 < lived.edited <= mask.limit
@@ -233,15 +248,17 @@ def test_without_the_floor_edits_are_continuous(
 
 
 @pytest.mark.parametrize(
-    ("method", "less"),
-    [("mansu-no-projection", {"projection": 0.0}), ("mansu-no-offsets", {"offset_rate": 0.0})],
+    ("kind", "less"),
+    [(MansuNoProjection, {"projection": 0.0}), (MansuNoOffsets, {"offset_rate": 0.0})],
 )
 def test_without_one_of_its_parts(
-    facts: LanguageModel, capitals: Task, mask: Mask, method: Method, less: dict[str, float]
+    facts: LanguageModel, capitals: Task, mask: Mask, kind: type[Mansu], less: dict[str, float]
 ):
-    config = replace(CONFIG, survive=("nf4", "q4_0"))
+    config, given = replace(CONFIG, survive=("nf4", "q4_0")), {"steps": 8, "lr": 0.2}
     whole = unlearn(facts, capitals, mask, config).model
-    found = unlearn(facts, capitals, mask, replace(config, method=method)).model
+    found = unlearn(
+        facts, capitals, mask, kind(**given, batch_size=8, survive=("nf4", "q4_0"))
+    ).model
     same = unlearn(facts, capitals, mask, replace(config, **less)).model
     assert all(torch.equal(w, same.weights[n]) for n, w in found.weights.items())
     assert any(not torch.equal(w, whole.weights[n]) for n, w in found.weights.items())
@@ -269,22 +286,24 @@ def test_a_random_mask_is_as_large_as_a_chosen_one(facts: LanguageModel, mask: M
 def test_mansu_stops_where_told(facts: LanguageModel, capitals: Task, mask: Mask):
     found = unlearn(facts, capitals, mask, replace(CONFIG, stop_at=1.0))
     assert found.stopped_at == len(found.history) == 2
-    assert found.history[-1]["choice"] <= 1.0
+    assert found.history[-1].choice == 1.0
 
 
 def test_mansu_goes_on_until_its_quantized_models_are_there(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):
-    """And notes the worst of them; a twin without the edits stands for one that is not."""
-    config, record = replace(CONFIG, stop_at=0.9), {}
+    """The worst of them counts; the original stands for one that has not forgotten."""
     forgot = load_model(capitals.reference_models[0])
-    assert reached(lambda: [forgot], capitals, config, 1, record) and record["choice"] < 0.4
-    assert not reached(lambda: [forgot, facts], capitals, config, 1, record)
-    assert record["choice"] == 1.0
-    assert not reached(lambda: [forgot], capitals, config, 0, record)  # not looked at
-    latent = LatentWeights(facts.copy(), [quantize(facts, NF)], mask, [NF], None, 0.0)
+    alone = forgetting_level(lambda: [forgot], capitals, 0.9, 1)
+    assert alone is not None and alone < 0.4 and may_stop(alone, 0.9)
+    both = forgetting_level(lambda: [forgot, facts], capitals, 0.9, 1)
+    assert both == 1.0 and not may_stop(both, 0.9)
+    assert forgetting_level(lambda: [forgot], capitals, 0.9, 0) is None  # not looked at
+    assert forgetting_level(lambda: [forgot], capitals, None, 1) is None
+    assert not may_stop(None, 0.9) and not may_stop(0.2, None)
+    latent = LatentWeights(facts.copy(), [quantize(facts, NF)], mask, [NF])
     assert len(latent.models) == 2
-    assert len(LatentWeightsWithoutFloor(facts.copy(), [], mask, [NF], None, 0.0).models) == 1
+    assert len(LatentWeightsWithoutFloor(facts.copy(), [], mask, [NF]).models) == 1
 
 
 def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
@@ -321,34 +340,32 @@ def test_the_margin_counts_at_the_model_and_at_the_relearned_point(
         monkeypatch.setattr(module, name, spy)
     unlearn(
         facts, capitals, mask,
-        replace(CONFIG, survive=survive, steps=4, batch_size=8, training_margin=0.1, adversarial_steps=1),
+        replace(CONFIG, survive=survive, steps=4, training_margin=0.1, adversarial_steps=1),
     )  # fmt: skip
     for margins in seen:
         assert len(margins) >= 4 and set(margins) == {0.1}
 
 
-def test_steered_edits_survive_and_each_quantized_model_moves_apart(
+def test_edits_with_offsets_survive_and_each_quantized_model_has_its_own(
     facts: LanguageModel, mask: Mask
 ):
-    """A model's own gradient moves its own wishes, and no other's; an edit without a floor has
+    """A model's own gradient moves its own offsets, and no other's; an edit without a floor has
     none."""
     names = ("nf4", "fp4", "q4_0")
     survive = [get_quantizer(q) for q in names]
     ended: list[list[Tensor]] = []
     for pull in (0.0, 1.0):
-        reference_models = [quantize(facts, q) for q in survive]
-        latent = LatentWeights(
-            facts.copy(), reference_models, mask, survive, None, 0.0, offset_rate=1.0
-        )
+        quantized = [quantize(facts, q) for q in survive]
+        latent = LatentWeights(facts.copy(), quantized, mask, survive, offset_rate=1.0)
         generator = torch.Generator().manual_seed(0)
         for t in range(1, 9):
             some = [torch.randn(facts.weights[n].shape, generator=generator) for n in latent.names]
-            if t > 4 and (t - 1) % 4 == 2:  # FP4's model wants everything lower
+            if t > 4 and (t - 1) % 4 == 2:  # FP4's own gradient pulls everything down
                 some = [g + pull for g in some]
             latent.step(some, 0.1, t, (t - 1) % 4)
-        (latent,) = latent.latents
-        assert len(latent.apart) == 3
-        ended.append([a.clone() for a in latent.apart])
+        (group,) = latent.groups
+        assert len(group.offsets) == 3
+        ended.append([a.clone() for a in group.offsets])
         assert latent.write() > 500
         for q in names:
             found = survival(facts, latent.model, q)
@@ -356,15 +373,20 @@ def test_steered_edits_survive_and_each_quantized_model_moves_apart(
     nf4, fp4, q4_0 = (float((new - old).mean()) for old, new in zip(*ended, strict=True))
     assert fp4 < -0.01
     assert max(abs(nf4), abs(q4_0)) < 0.002
-    args = facts.copy(), reference_models, mask, survive, None, 0.0
-    assert not LatentWeights(*args).latents[0].apart
-    assert not LatentWeightsWithoutFloor(*args, offset_rate=1.0).latents[0].apart
+    args = facts.copy(), quantized, mask, survive
+    assert not LatentWeights(*args).groups[0].offsets
+    assert not LatentWeightsWithoutFloor(*args, offset_rate=1.0).groups[0].offsets
 
 
 def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, mask: Mask):
     with pytest.raises(ConfigError, match=r"Unknown method 'magic'; available: mansu, mansu-r"):
-        unlearn(facts, capitals, mask, UnlearnConfig(method="magic"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"give mask=circuit\.mask\(model\)"):
+        get_method("magic")
+    with pytest.raises(ConfigError, match="'mansu-unsnapped' is now called 'mansu-no-floor'"):
+        get_method("mansu-unsnapped")
+    for wrong in ("npo", MethodConfig()):
+        with pytest.raises(ConfigError, match="must be the settings of a method"):
+            unlearn(facts, capitals, mask, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"mansu edits inside a mask: give mask=circuit_mask\("):
         unlearn(facts, capitals)
     with pytest.raises(MaskError, match="made for another checkpoint than facts"):
         unlearn(facts, capitals, Mask(mask.indices, {"model_sha256": "00"}))
@@ -383,31 +405,36 @@ def test_unknown_method_and_missing_mask(facts: LanguageModel, capitals: Task, m
         {"quantization_margin": float("nan")},
         {"margin_budget": 1},
         {"forget_loss": "x"},
+        {"precision": "fp16"},
+        {"training_margin": float("inf")},
+        {"adversarial_lr": 0},
+        {"survive": ()},
     ],
 )
 def test_settings_out_of_range(settings: dict):
-    with pytest.raises(ConfigError, match=r"; got |must not be negative|; expected"):
-        UnlearnConfig(**settings)
+    with pytest.raises(ConfigError, match=rf"^{next(iter(settings))} .*; got "):
+        Mansu(**settings)
 
 
 def test_dense_methods_stop_where_told(facts: LanguageModel, capitals: Task):
     seen: list[int] = []
-    config = UnlearnConfig(method="graddiff", steps=6, lr=1e-4, batch_size=4, stop_at=1.0)
-    result = unlearn(facts, capitals, None, config, lambda done, total, _: seen.append(done))
+    config = GradDiff(steps=6, batch_size=4, stop_at=1.0)
+    result = unlearn(
+        facts, capitals, config=config, on_step=lambda done, total, _: seen.append(done)
+    )
     assert result.stopped_at == len(result.history) == 2  # the first check; 1.0 is always reached
     assert seen == [1, 2]
-    assert result.history[-1]["choice"] <= 1.0
+    assert result.history[-1].choice <= 1.0
     assert any(not torch.equal(w, facts.weights[n]) for n, w in result.model.weights.items())
 
 
 def test_dense_methods_without_a_level_run_to_the_end(facts: LanguageModel, capitals: Task):
-    for method in ("graddiff", "npo"):
-        config = UnlearnConfig(method=method, steps=3, lr=1e-4, batch_size=4)  # type: ignore[arg-type]
-        assert unlearn(facts, capitals, None, config).stopped_at == 3
+    for kind in (GradDiff, NPO):
+        assert unlearn(facts, capitals, config=kind(steps=3, batch_size=4)).stopped_at == 3
 
 
 def test_an_epoch_of_forget_batches_holds_every_pair_once(capitals: Task):
-    sampler = Sampler(capitals, UnlearnConfig(batch_size=40))
+    sampler = Sampler(capitals, 40)
     seen: list[int] = []
     while len(set(seen)) < len(capitals.forget):
         for chunk in sampler.forget():
@@ -419,7 +446,7 @@ def test_an_epoch_of_forget_batches_holds_every_pair_once(capitals: Task):
 
 
 def test_retain_batches_are_even_over_relations(capitals: Task):
-    sampler = Sampler(capitals, UnlearnConfig(batch_size=16))
+    sampler = Sampler(capitals, 16)
     drawn = [p.relation for _ in range(200) for chunk in sampler.retain() for p in chunk]
     known = {p.relation for p in capitals.retain}
     assert set(drawn) >= known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import torch
 
 from mansu_interp.circuits.attribution import Attribution
 from mansu_interp.circuits.changes import classify
-from mansu_interp.circuits.circuit import Circuit
-from mansu_interp.errors import CircuitError, ViewError
+from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+from mansu_interp.circuits.compare import Divergence, GraphComparison
+from mansu_interp.errors import ArtifactError, CircuitError, ViewError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.graph import Architecture, Graph
+from mansu_interp.utils.files import finite
+from mansu_interp.viz.data import GraphData, Judged
 from mansu_interp.viz.page import module_source, page_script, policy
-from mansu_interp.viz.view import circuit_view, erasure_view
+from mansu_interp.viz.svg import view_svg
+from mansu_interp.viz.view import changes_view, circuit_view
 
 
 def make_circuit(layers: int = 3, heads: int = 4, kv: int = 4, n: int = 40) -> Circuit:
@@ -27,7 +32,7 @@ def make_circuit(layers: int = 3, heads: int = 4, kv: int = 4, n: int = 40) -> C
     rng = np.random.default_rng(0)
     scores = rng.standard_t(2, graph.exists.shape) * graph.exists * 0.05
     edges = np.abs(scores) >= np.sort(np.abs(scores[graph.exists]))[-n]
-    return Circuit(graph, scores, edges & graph.exists, {"model": "facts", "faithfulness": 0.87})
+    return Circuit(graph, scores, edges & graph.exists, CircuitMeta("facts", faithfulness=0.87))
 
 
 def make_attributions(circuit: Circuit) -> list[Attribution]:
@@ -47,30 +52,105 @@ def test_a_view_holds_the_strongest_edges_and_the_circuit():
     circuit.edges[tuple(weakest)] = True
     circuit.scores[tuple(weakest)] = 1e-9
     data = circuit_view(circuit, limit=50).data
-    edges = data["edges"]
-    at = list(zip(edges["source"], edges["target"], strict=True))
+    edges = data.edges
+    at = list(zip(edges.source, edges.target, strict=True))
     strongest = np.sort(np.abs(circuit.scores[circuit.graph.exists]))[::-1]
-    assert np.abs(edges["scores"][0])[:50] == pytest.approx(strongest[:50], rel=1e-3)
-    assert tuple(weakest) in at and len(at) == 51 and sum(edges["in_circuit"]) == 41
-    assert len(circuit_view(circuit, limit=None).data["edges"]["source"]) == circuit.graph.n_edges
-    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert np.abs(edges.scores[0])[:50] == pytest.approx(strongest[:50], rel=1e-3)
+    assert tuple(weakest) in at and len(at) == 51 and sum(edges.in_circuit) == 41
+    assert len(circuit_view(circuit, limit=None).data.edges.source) == circuit.graph.n_edges
+    values = data.to_json()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
 
 
-def test_an_erasure_view_agrees_with_classify():
+def test_a_change_view_agrees_with_classify():
     circuit = make_circuit()
     before, after, quantized = make_attributions(circuit)
-    data = erasure_view(circuit, before, after, quantized).data
+    data = changes_view(circuit, before, after, quantized).data
     wanted = classify(before.scores, after.scores, quantized.scores)
-    assert data["counts"] == wanted.counts() and min(data["counts"].values()) > 0
-    for i, j, code in zip(*(data["edges"][k] for k in ("source", "target", "class")), strict=True):
+    assert data.counts == wanted.counts() and min(data.counts.values()) > 0
+    assert data.present_from == wanted.threshold
+    assert data.edges.classes is not None
+    for i, j, code in zip(data.edges.source, data.edges.target, data.edges.classes, strict=True):
         assert wanted.codes[i, j] == code
     of_nodes = classify(*(a.scores.sum(1) for a in (before, after, quantized)))
-    assert data["nodes"]["class"] == of_nodes.codes.tolist()
+    assert data.nodes.classes == of_nodes.codes.tolist()
+
+
+SHOWN = GraphComparison({"unlearned": Divergence(0.1, -0.02, 0.3, 0.2)})
+
+
+def change_data() -> GraphData:
+    """A change view with everything that is optional."""
+    circuit = make_circuit(kv=2)
+    cad = Judged("suppressed", "Hidden.")
+    return changes_view(circuit, *make_attributions(circuit), cad=cad, comparison=SHOWN).data
+
+
+def test_data_comes_back_from_its_json():
+    for data in (circuit_view(make_circuit()).data, change_data()):
+        values = json.loads(json.dumps(finite(data.to_json()), allow_nan=False))
+        again = GraphData.from_json(values)
+        assert finite(again.to_json()) == values
+        assert replace(again, comparison=None) == replace(data, comparison=None)
+    assert again.comparison is not None
+    assert np.isnan(again.comparison["unlearned"].metric)  # unknown, and not 0
+
+
+def test_the_json_is_the_documented_one():
+    """The table of docs/viewing.md."""
+    values = change_data().to_json()
+    assert set(values) == {
+        *("schema", "title", "facts", "unit", "architecture", "panes", "total", "top", "writers"),
+        *("readers", "edges", "nodes", "weights", "layout", "styles", "cad", "comparison"),
+        *("classes", "meaning", "counts", "present_from"),
+    }
+    assert values["schema"] == 2
+    assert values["classes"] == ["quiet", "kept", "silent", "weakened", "recovered", "new"]
+    assert set(values["edges"]) == {"source", "target", "in_circuit", "scores", "class"}
+    assert set(values["nodes"]) == {"scores", "class"}
+    assert values["comparison"]["unlearned"]["projected_share"] == -0.02
+    assert "erased" not in json.dumps(values)
+    plain = circuit_view(make_circuit()).data.to_json()
+    assert set(values) - set(plain) == {"classes", "meaning", "counts", "present_from"}
+    assert set(plain["edges"]) == {"source", "target", "in_circuit", "scores"}
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("schema",), 1, "has schema 1; this version reads 2"),
+        (("title",), 5, "the graph.title is 5, expected str"),
+        (("architecture", "n_kv_heads"), 3, "n_kv_heads dividing"),
+        (("edges", "source", 0), 10**6, "no edge 1000000"),
+        (("edges", "source", 0), -1, "no edge -1"),
+        (("edges", "scores", 0), [], "edges has a column of 0 entries, expected"),
+        (("edges", "class", 0), 6, "a class is none of the 6"),
+        (("nodes", "scores"), [], "panes has a column of 0 entries, expected 3"),
+        (("counts",), {}, "lacks kept"),
+        (("comparison", "unlearned", "mass"), "much", "mass is 'much'"),
+        (("comparison", "unlearned"), {}, "lacks alignment"),
+    ],
+)
+def test_damaged_data_is_refused(where: tuple[Any, ...], value: Any, message: str):
+    values = finite(change_data().to_json())
+    inner: Any = values
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    with pytest.raises(ArtifactError, match=message):
+        GraphData.from_json(values)
+    with pytest.raises(ArtifactError, match="The graph is damaged: the graph is list"):
+        GraphData.from_json([])
+
+
+def test_the_verdict_is_shown_on_top():
+    svg = view_svg(change_data())
+    assert "CAD: suppressed. Hidden." in svg and "silent: carries less than a quarter" in svg
 
 
 def test_the_data_of_a_view_is_small():
     circuit = make_circuit(12, 12, 12, 400)
-    data = erasure_view(circuit, *make_attributions(circuit)).data
+    data = changes_view(circuit, *make_attributions(circuit)).data.to_json()
     assert circuit.graph.n_edges == 32_491
     assert len(json.dumps(data, separators=(",", ":"))) < 250_000
 
@@ -78,7 +158,7 @@ def test_the_data_of_a_view_is_small():
 def test_the_weights_behind_a_component(tiny_model: Any):
     model = tiny_model(2)
     circuit = make_circuit(3, 4, 2)
-    weights = circuit_view(circuit, model).data["weights"]
+    weights = circuit_view(circuit, model=model).data.weights
     assert weights["a1.h3"] == [
         "model.layers.1.self_attn.q_proj.weight rows 24–31",
         "model.layers.1.self_attn.o_proj.weight cols 24–31",
@@ -89,7 +169,7 @@ def test_the_weights_behind_a_component(tiny_model: Any):
     ]  # fmt: skip
     assert "input" not in weights
     rows = Mask({"model.embed_tokens.weight": torch.arange(64, 96)})
-    assert circuit_view(circuit, model, rows).data["weights"]["input"] == [
+    assert circuit_view(circuit, model=model, mask=rows).data.weights["input"] == [
         "model.embed_tokens.weight rows of subjects: 32 of them in the mask"
     ]
 
@@ -98,19 +178,19 @@ def test_scores_of_another_architecture_are_refused():
     circuit = make_circuit()
     other = make_attributions(make_circuit(2))
     with pytest.raises(CircuitError, match=r"scores of before have shape \(11, 27\)"):
-        erasure_view(circuit, *other)
+        changes_view(circuit, *other)
 
 
 def test_every_static_form(tmp_path: Path):
     circuit = make_circuit()
     for view, panes in (
         (circuit_view(circuit), 1),
-        (erasure_view(circuit, *make_attributions(circuit)), 3),
+        (changes_view(circuit, *make_attributions(circuit)), 3),
     ):
         root = ET.fromstring(view.to_svg(tmp_path / "v.svg").read_text("utf-8"))
         assert len([e for e in root if e.tag.endswith("}g")]) == panes + 0
         drawn = [e for e in root.iter() if e.get("class") == "edge"]
-        assert len(drawn) == panes * min(200, view.data["top"])
+        assert len(drawn) == panes * min(200, view.data.top)
         page = view.to_html(tmp_path / "v.html").read_text("utf-8")
         assert page_script() in page and policy() in page
         assert view.to_json(tmp_path / "v.json").stat().st_size > 1000

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import browser
 import numpy as np
 import pytest
-from test_view import make_attributions, make_circuit
+from test_view import SHOWN, make_attributions, make_circuit
 
+from mansu_interp.circuits.circuit import CircuitMeta
+from mansu_interp.circuits.compare import GraphComparison
 from mansu_interp.models.graph import Architecture, Graph
+from mansu_interp.viz.data import Judged
 from mansu_interp.viz.layout import curve, place
 from mansu_interp.viz.page import module_source
-from mansu_interp.viz.view import circuit_view, erasure_view
+from mansu_interp.viz.view import changes_view, circuit_view
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
 
@@ -128,17 +132,19 @@ def test_hover_click_and_keys(driver: Any, tmp_path: Path):
     quiet(driver, page)
 
 
-def test_erasure_page(driver: Any, tmp_path: Path):
+def test_change_page(driver: Any, tmp_path: Path):
     circuit = make_circuit()
-    cad = {"verdict": "suppressed", "sentence": "Hidden.", "models": {"unlearned": {"mass": 0.1}}}
-    made = erasure_view(circuit, *make_attributions(circuit), cad=cad)
-    page = made.to_html(tmp_path / "erasure.html")
+    cad = Judged("suppressed", "Hidden.")
+    made = changes_view(circuit, *make_attributions(circuit), cad=cad, comparison=SHOWN)
+    page = made.to_html(tmp_path / "changes.html")
     opened(driver, page)
     panes = [c.text for c in driver.find_elements("css selector", "figcaption")]
     assert panes == ["before", "after", "quantized"]
-    assert "suppressed" in driver.find_element("css selector", ".cad").text.lower()
+    shown = driver.find_element("css selector", ".cad").text
+    assert shown.lower().startswith("cad: suppressed. hidden.")
+    assert "projected share" in shown and "−0.020" in shown
     names = set(view(driver, "v.drawn.map((i) => v.nameOf(i))"))
-    assert names == {"kept", "erased", "suppressed", "recovered", "new"}
+    assert names == {"kept", "silent", "weakened", "recovered", "new"}
     driver.find_element("xpath", "//button[text()='changed only']").click()
     assert "kept" not in view(driver, "v.drawn.map((i) => v.nameOf(i))")
     driver.find_element("xpath", "//button[contains(., 'new: ')]").click()
@@ -150,10 +156,13 @@ def test_erasure_page(driver: Any, tmp_path: Path):
     "hostile", ["</script><script>alert(1)//", "</script x", '"><img src=x onerror=1>']
 )
 def test_hostile_text_stays_text(driver: Any, tmp_path: Path, hostile: str):
-    circuit = make_circuit()
-    circuit.meta["model"] = hostile
-    cad = {"verdict": hostile, "sentence": hostile, "models": {hostile: {"mass": 0.5}}}
-    made = erasure_view(circuit, *make_attributions(circuit), cad=cad)
+    circuit = replace(make_circuit(), meta=CircuitMeta(model=hostile))
+    made = changes_view(
+        circuit,
+        *make_attributions(circuit),
+        cad=Judged(hostile, hostile),
+        comparison=GraphComparison({hostile: SHOWN.models["unlearned"]}),
+    )
     page = made.to_html(tmp_path / "hostile.html")
     opened(driver, page)
     assert hostile in driver.find_element("css selector", ".title").text
@@ -195,8 +204,8 @@ const calls = {};
 window.saved = [];
 window.model = {
   get: (k) => state[k], set: (k, v) => { state[k] = v; },
-  save_changes: () => window.saved.ranking_weight(structuredClone({...state, data: 0})),
-  on: (k, f) => (calls[k] ??= []).ranking_weight(f), off: (k, f) => {},
+  save_changes: () => window.saved.push(structuredClone({...state, data: 0})),
+  on: (k, f) => (calls[k] ??= []).push(f), off: (k, f) => {},
   fromPython: (k, v) => { state[k] = v; for (const f of calls["change:" + k] ?? []) f(); },
 };
 window.mansuViews = [mount(document.createElement("div"), state.data)];
@@ -210,17 +219,18 @@ def test_the_widget_module_speaks_to_its_model(driver: Any, tmp_path: Path):
     made = circuit_view(make_circuit())
     module = module_source().replace("export default {", "const DEFAULT = {")
     page = tmp_path / "widget.html"
-    data = json.dumps(made.data).replace("<", "\\u003c")
+    data = json.dumps(made.data.to_json()).replace("<", "\\u003c")
     page.write_text(WIDGET.replace("MODULE", module).replace("DATA", data), "utf-8")
     opened(driver, page)
-    box = place(make_circuit().graph.architecture).boxes["a0.h1"]
+    layout = place(make_circuit().graph.architecture)
+    box = layout.boxes["a0.h1"]
     driver.execute_script(
         "const c = document.querySelector('#w canvas'), r = c.getBoundingClientRect();"
         "const [x, y, w] = arguments, f = Math.min(r.width / w, 1.5, r.height / arguments[3]);"
         "const at = {clientX: r.left + (r.width - w * f) / 2 + x * f, clientY: r.top + y * f,"
         " pointerId: 1, button: 0};"
         "for (const n of ['pointerdown', 'pointerup']) c.dispatchEvent(new PointerEvent(n, at));",
-        box.x, box.y, made.data["layout"]["width"], made.data["layout"]["height"],
+        box.x, box.y, layout.width, layout.height,
     )  # fmt: skip
     assert driver.execute_script("return window.saved.at(-1).selected") == ["a0.h1"]
     driver.execute_script("window.model.fromPython('threshold', 1e9)")

@@ -20,7 +20,7 @@ from mansu_interp.losses.accuracy import accuracy, answered_correctly, ranked_fi
 from mansu_interp.losses.answers import divergence, log_probs, nll
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import Pair, PairSet, Tokens, WholeAnswers, clash, collate
-from mansu_interp.unlearning.config import UnlearnConfig
+from mansu_interp.unlearning.methods import DPO, SimNPO, get_method
 from mansu_interp.unlearning.training import HINGE, retain_loss
 from mansu_interp.unlearning.unlearn import OBJECTIVES
 
@@ -136,7 +136,7 @@ def test_top1_is_greedy_decoding_of_the_whole_answer():
 def test_attribution_takes_the_deciding_token():
     """Its metric is the logit difference where answer and counterfactual part."""
     model, pairs = make_tiny(4), make_whole(6, 3)
-    found = attribute(model, pairs, AttributionConfig(ig_steps=1, metric="logit_diff"))
+    found = attribute(model, pairs, config=AttributionConfig(ig_steps=1, metric="logit_diff"))
     want = []
     for p in pairs:
         assert p.whole is not None
@@ -184,23 +184,22 @@ def test_losses_of_baselines_by_token():
     student = model.copy()
     with torch.no_grad():
         student.weights["lm_head.weight"].mul_(1.1)
-    config = UnlearnConfig()
 
     def tokens(m: LanguageModel, p: Pair) -> list[float]:
         a = p.answers[0]
         return [slow_log_prob(m, p.question + a[:k], a[k : k + 1]) for k in range(len(a))]
 
     def loss(method: str) -> float:
-        return float(OBJECTIVES[method](model, None, config).forget(student, pairs))  # type: ignore[arg-type]
+        return float(OBJECTIVES[method](model, None, get_method(method)()).forget(student, pairs))
 
     by = [tokens(student, p) for p in pairs]
     mean = lambda values: sum(values) / len(pairs)  # noqa: E731
     assert loss("ga") == pytest.approx(mean(sum(t) for t in by), rel=1e-4)
     assert loss("wga") == pytest.approx(mean(sum(x * math.exp(x) for x in t) for t in by), rel=1e-4)
-    b = config.baseline.simnpo_beta
+    b = SimNPO().beta
     want = mean(2 / b * math.log1p(math.exp(b * sum(t) / len(t))) for t in by)
     assert loss("simnpo") == pytest.approx(want, rel=1e-4)
-    b, ratios = config.baseline.dpo_beta, []
+    b, ratios = DPO().beta, []
     for p in pairs:
         win, lose = (
             slow_log_prob(student, p.question, a) - slow_log_prob(model, p.question, a)

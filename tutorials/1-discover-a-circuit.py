@@ -21,8 +21,8 @@ print(f"{model.graph.n_edges:,} edges between {model.graph.architecture}")
 
 # %%
 settings = CircuitConfig(pairs=24, faithfulness_pairs=12)
-circuit = discover(model, task.forget, settings, retain=task.retain)
-print(f"{circuit.n_edges} edges, faithfulness {circuit.meta['faithfulness']:.2f}")
+circuit = discover(model, task.forget, config=settings, retain=task.retain)
+print(f"{circuit.n_edges} edges, faithfulness {circuit.meta.faithfulness:.2f}")
 
 # %% [markdown]
 # ## Look at it
@@ -31,7 +31,7 @@ print(f"{circuit.n_edges} edges, faithfulness {circuit.meta['faithfulness']:.2f}
 # for exact scores and the weights behind a component, click to select. Elsewhere you see its static picture.
 
 # %%
-view = circuit_view(circuit, model)
+view = circuit_view(circuit, model=model)
 widget = view.widget()
 widget
 

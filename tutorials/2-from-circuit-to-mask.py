@@ -11,7 +11,7 @@ from mansu_interp.viz.view import circuit_view
 model = load_model("facts")
 task = load_task("capitals", model)
 settings = CircuitConfig(pairs=24, faithfulness_pairs=12)
-circuit = discover(model, task.forget, settings, retain=task.retain)
+circuit = discover(model, task.forget, config=settings, retain=task.retain)
 
 # %% [markdown]
 # The budget is a share of *all* parameters. `retain` is what must stay: each candidate is ranked by its forget gain against
@@ -27,7 +27,7 @@ for name, index in sorted(mask.indices.items(), key=lambda item: -len(item[1])):
 # With the mask, each component also says how many of its parameters are in it:
 
 # %%
-view = circuit_view(circuit, model, mask, title="The circuit and its mask")
+view = circuit_view(circuit, model=model, mask=mask, title="The circuit and its mask")
 for line in view.data["weights"]["m0"]:
     print(line)
 view

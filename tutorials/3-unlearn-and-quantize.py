@@ -22,7 +22,7 @@ from mansu_interp.quantizers.bitsandbytes import NF4
 model = load_model("facts")
 task = load_task("capitals", model)
 settings = CircuitConfig(pairs=24, faithfulness_pairs=12)
-circuit = discover(model, task.forget, settings, retain=task.retain)
+circuit = discover(model, task.forget, config=settings, retain=task.retain)
 mask = circuit_mask(circuit, model, budget=0.005, retain=task.retain_sets)
 
 # %%

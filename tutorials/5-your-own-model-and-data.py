@@ -38,7 +38,7 @@ print(pairs[0].prompt, "->", model.generate(pairs[0].prompt, 1))
 # That is all that attribution needs:
 
 # %%
-found = attribute(model, pairs, AttributionConfig(ig_steps=3))
+found = attribute(model, pairs, config=AttributionConfig(ig_steps=3))
 print(f"metric {found.clean:.2f} clean, {found.corrupt:.2f} corrupt")
 for name, score in sorted(found.node_scores().items(), key=lambda item: -abs(item[1]))[:5]:
     print(f"{name:<8}{score:+.3f}")

@@ -15,13 +15,13 @@ class RelearnConfig:
     steps: tuple[int, ...] = (5, 10, 20, 40, 80)
     """Fine-tuning steps after which the other half is asked for, ascending."""
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Learning rates; each attacks a fresh copy, and the worst of them counts."""
+    """Learning rates; each attacks a fresh copy, and the one that brings back most counts."""
     optimiser: Literal["adam", "sgd"] = "adam"
     """adam, or sgd with momentum 0.9 (which wants rates some hundred times as large)."""
     batch_size: int = 48
     """Prompts per step."""
     seed: int = 0
-    """Which half of the subjects is relearnt, and the order of batches."""
+    """Which half of the subjects is relearned, and the order of batches."""
 
     def __post_init__(self) -> None:
         if not self.steps or list(self.steps) != sorted(set(self.steps)) or self.steps[0] < 1:

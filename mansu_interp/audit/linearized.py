@@ -1,17 +1,23 @@
-"""Linearized relearning: what a few closed-form steps on half A bring of half B.
+"""Linearized relearning: what a few closed-form steps on half A bring back of half B.
 
-Fine-tuning on half A moves half B through the model's tangent kernel. With m_A the ranking margins
-of half A's prompts (log p(answer among the half's answers) + log n, nats), J_A their Jacobian by
-the weights of the linear layers and K = J_A J_A^T, one damped Gauss-Newton step
+Fine-tuning on half A moves half B through the model's tangent kernel. With a_A the advantages of
+half A's answers (log p(answer among the half's answers) + log n, nats; see `transfer`), J_A their
+Jacobian by the weights of the linear layers and K = J_A J_A^T, one damped Gauss-Newton step
 
-    delta = J_A^T (K + damping mean(diag K))^-1 (log n - m_A)
+    delta = J_A^T (K + damping mean(diag K))^-1 (log n - a_A)
 
-makes every answer of half A certain, to first order. A few are taken, each from where the one
-before ended and as long as serves half A best, until the copy has learnt it; no rate, no
-randomness. Then half B is asked. Facts written one by one do not move with others; facts that
-something common hides do, those too that were trained against the first order of the attack.
-Ours; the kernel is the neural tangent kernel (Jacot et al. 2018, arXiv 1806.07572), summed from
-inputs and output gradients of each layer, so that no gradient of a single prompt is ever held.
+makes every answer of half A certain, to first order. The algorithm, on a copy of the model:
+
+1. Compute K and a_A (`tangent_kernel`).
+2. Solve for the step, and take all of it, a half or a quarter, whichever leaves half A closest to
+   certainty.
+3. Ask for half A and half B.
+4. Repeat `STEPS` times, each step from where the one before ended.
+
+There is no learning rate and no randomness. Facts learned one by one do not move with others; facts
+that something common hides do, including those trained against the first order of the attack. Ours;
+the kernel is the neural tangent kernel (Jacot et al. 2018, arXiv 1806.07572), summed from inputs
+and output gradients of each layer, so that no gradient of a single prompt is ever held in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +26,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,11 +38,13 @@ from .probes import CHUNK, last_logits, ranked
 from .transfer import answer_advantage, model_advantage
 
 DAMPING = 0.1
-HELD = 1 << 29
-"""Numbers (of inputs and output gradients) held at once, 4 bytes each."""
+"""Of the kernel, as a share of its mean diagonal."""
+MAX_HELD = 1 << 29
+"""Numbers (of inputs and output gradients) in memory at once, 4 bytes each."""
 ROWS = 16
 """Prompts whose share of the kernel is summed at once."""
 STEPS = 6
+"""Steps by which a copy has learned half A (0.98 to 1.00 of it in the calibration zoo)."""
 LENGTHS = (1.0, 0.5, 0.25)
 """Shares of a step that are tried."""
 
@@ -48,17 +55,17 @@ class LinearizedRelearning:
     ``parts(CHUNK)``."""
 
     half_a: Bool[Tensor, "steps prompts"]
-    """Of those that are relearnt, first: whether the steps work at all."""
+    """Of those that are relearned, first: whether the steps work at all."""
     half_b: Bool[Tensor, "steps prompts"]
     """Of the others, first."""
-    avoided: Bool[Tensor, "steps prompts"]
+    ranked_last: Bool[Tensor, "steps prompts"]
     """Of the others, last."""
 
 
 def _flows(
     model: LanguageModel, names: Sequence[str], pairs: Sequence[Pair], among: dict[str, Tensor]
 ) -> tuple[Float[Tensor, " batch"], list[Tensor], list[Tensor]]:
-    """Ranking margins of some pairs, and each layer's inputs and the margins' gradients by its
+    """Advantages of some pairs' answers, each layer's inputs, and the advantages' gradients by its
     outputs, ``[tokens, width]``: prompt after prompt, without padding."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -69,7 +76,9 @@ def _flows(
         stack.callback(hook.remove)
         for name in names:
 
-            def keep(_m: Any, args: Any, out: Tensor, name: str = name) -> None:
+            def keep(
+                _m: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name
+            ) -> None:
                 inputs[name], outputs[name] = args[0].detach(), out
 
             module = model.hf.get_submodule(name.removesuffix(".weight"))
@@ -82,28 +91,30 @@ def _flows(
 
 
 def _groups(model: LanguageModel, tokens: int) -> Iterator[list[str]]:
-    """Layers whose inputs and output gradients over so many tokens may be held together."""
-    group, held = [], 0
+    """Layers whose inputs and output gradients over so many tokens fit into memory together."""
+    group, in_memory = [], 0
     for name in model.linear_names:
         size = tokens * sum(model.weights[name].shape)
-        if group and held + size > HELD:
+        if group and in_memory + size > MAX_HELD:
             yield group
-            group, held = [], 0
+            group, in_memory = [], 0
         group.append(name)
-        held += size
+        in_memory += size
     yield group
 
 
 def tangent_kernel(
     model: LanguageModel, pairs: Sequence[Pair], among: dict[str, Tensor]
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
-    """Inner products of the gradients of pairs' ranking margins by the linear layers' weights
-    (nats^2 per unit of weight^2), and the margins (nats).
+    """Inner products of the gradients of the answers' advantages by the linear layers' weights.
 
     Arguments:
         model: whose layers.
         pairs: the prompts.
-        among: each relation's answers (`pairs.answer_tokens`).
+        among: each relation's answers (`tasks.pairs.answer_tokens`).
+
+    Returns:
+        The kernel (nats^2 per unit of weight^2), and the advantages (nats), in the order of pairs.
     """
     # Prompts of one length fit a batch without padding.
     order = sorted(range(len(pairs)), key=lambda k: len(pairs[k].clean))
@@ -112,11 +123,12 @@ def tangent_kernel(
     owner = torch.repeat_interleave(torch.eye(len(pairs)), lengths, 0)  # [tokens, prompts]
     starts = [0, *lengths.cumsum(0).tolist()]
     owner = owner.to(model.device)
-    upper, levels = owner.new_zeros(len(pairs), len(pairs)), owner.new_zeros(len(pairs))
+    upper = owner.new_zeros(len(pairs), len(pairs))
+    advantages = owner.new_zeros(len(pairs))
     for names in _groups(model, len(owner)):
         parts = [ordered[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)]
         found = [_flows(model, names, part, among) for part in parts]
-        levels = torch.cat([level for level, _, _ in found])
+        advantages = torch.cat([advantage for advantage, _, _ in found])
         for layer in range(len(names)):
             x = torch.cat([inputs[layer] for _, inputs, _ in found])
             g = torch.cat([grads[layer] for _, _, grads in found])
@@ -127,25 +139,27 @@ def tangent_kernel(
                 upper[k : k + ROWS, k:] += owner[rows, k : k + ROWS].T @ some @ owner[rest:, k:]
     kernel = upper.triu() + upper.triu(1).T
     back = torch.tensor(order, device=model.device).argsort()
-    return kernel[back][:, back], levels[back]
+    return kernel[back][:, back], advantages[back]
 
 
-def _step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
+def gauss_newton_step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
     """One damped Gauss-Newton step on half A, in place (see the module)."""
     pairs, among = list(half_a), answer_tokens(half_a, model.device)
     parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
 
-    def missing(part: Sequence[Pair], levels: Tensor) -> Float[Tensor, " batch"]:
-        """How much margins lack to certainty (nats)."""
+    def missing(
+        part: Sequence[Pair], advantages: Float[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """By how much advantages fall short of certainty (nats)."""
         certain = [math.log(len(among[p.relation])) for p in part]
-        return torch.tensor(certain, device=model.device) - levels
+        return torch.tensor(certain, device=model.device) - advantages
 
-    kernel, levels = tangent_kernel(model, pairs, among)
+    kernel, advantages = tangent_kernel(model, pairs, among)
     identity = torch.eye(len(pairs), device=model.device)
     damped = kernel + max(damping * float(kernel.diagonal().mean()), 1e-30) * identity
-    share = dict(zip(pairs, torch.linalg.solve(damped, missing(pairs, levels)), strict=True))
+    share = dict(zip(pairs, torch.linalg.solve(damped, missing(pairs, advantages)), strict=True))
 
-    def weighed(part: list[Pair]) -> Tensor:
+    def weighed(part: list[Pair]) -> Float[Tensor, ""]:
         return model_advantage(model, part, among) @ torch.stack([share[p] for p in part])
 
     delta = gradient(model, model.linear_names, [lambda p=p: weighed(p) for p in parts])
@@ -157,10 +171,10 @@ def _step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
 
     @torch.no_grad()
     def lacking(length: float) -> float:
-        """The mean square of what half A lacks after so much of the step."""
+        """The mean square of what half A falls short of after so much of the step."""
         go(length)
-        lacks = torch.cat([missing(part, model_advantage(model, part, among)) for part in parts])
-        return float(lacks.square().mean())
+        short = torch.cat([missing(part, model_advantage(model, part, among)) for part in parts])
+        return float(short.square().mean())
 
     go(min(LENGTHS, key=lacking))
 
@@ -169,21 +183,26 @@ def linearized_relearning(
     model: LanguageModel,
     half_a: PairSet,
     half_b: PairSet,
+    *,
     damping: float = DAMPING,
     steps: int = STEPS,
 ) -> LinearizedRelearning:
-    """What closed-form steps on half A bring of half B (see the module).
+    """What closed-form steps on half A bring back of half B (see the module).
 
     Arguments:
         model: the edited model; it is not changed.
-        half_a: the prompts that are relearnt.
+        half_a: the prompts that are relearned.
         half_b: the prompts that are asked, with distractors among the half's own answers
             (`relearning.rivals_within`).
         damping: of the kernel, as a share of its mean diagonal.
         steps: how many, at least one.
     """
-    moved, after = model.copy(), []
+    moved = model.copy()
+    first_a, first_b, last_b = [], [], []
     for _ in range(steps):
-        _step(moved, half_a, damping)
-        after.append((ranked(moved, half_a)[0], *ranked(moved, half_b)))
-    return LinearizedRelearning(*(torch.stack(found) for found in zip(*after, strict=True)))
+        gauss_newton_step(moved, half_a, damping)
+        first_a.append(ranked(moved, half_a)[0])
+        first, last = ranked(moved, half_b)
+        first_b.append(first)
+        last_b.append(last)
+    return LinearizedRelearning(torch.stack(first_a), torch.stack(first_b), torch.stack(last_b))

@@ -1,18 +1,9 @@
-"""What can be seen in a model's weights without training it: stitches, a probe, linearized relearning.
+"""What a model's states hold: a linear probe, and the states of one model run on by another.
 
-All on prompts that the edit was made on, split in halves A and B of subjects. Ranking margins are
-log p(answer among half B's answers) + log n: 0 = says nothing of the subject (nats).
-
-*Transfer* (ours): with g_A and g_B the gradients of the two halves' mean ranking margins by all
-weights,
-
-    transfer = <g_A, g_B> / (|g_A| |g_B|)
-
-says whether raising half A's margins raises half B's, too. In a model that never knew, each fact is
-written by itself: near 0. Where something common hides the facts, removing it serves both:
-towards 1. By weight, the terms of the sum say where it would come from. *Stitches* run the first
-layers of one model and the last of another (after Bansal et al. 2021, arXiv 2106.07682). The
-*probe* is a ridge regression from half A's states to their answers' unembedding, asked for half B.
+The *probe* is a ridge regression from half A's states to the unembedding rows of their answers. It
+is asked for half B, whose answers it was not fitted on. *Stitching* runs the first layers of one
+model and the last of another (after Bansal et al. 2021, arXiv 2106.07682). Both score by four-way
+choice: chance is 0.25.
 """
 
 from __future__ import annotations
@@ -32,15 +23,19 @@ from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, Pair, PairSet, collate
 
 CHUNK = 48
-
+"""Prompts per forward pass."""
 RIDGE = 0.01
-
+"""Ridge of the probe, as a share of the standardised inputs' variance."""
 BLOCKS = ("layers", "h")
-
+"""Names under which Hugging Face models have their blocks."""
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+"""And their final norm."""
+
+ProbeMap = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_out"]]
+"""A linear map from states to (centred) unembedding rows."""
 
 
-def stages(model: LanguageModel) -> list[Any]:
+def stages(model: LanguageModel) -> list[torch.nn.Module]:
     """The modules that read the residual stream in turn: every block, then the final norm.
 
     Raises:
@@ -59,7 +54,8 @@ def stages(model: LanguageModel) -> list[Any]:
 
 
 @contextmanager
-def _before(module: Any, hook: Any) -> Iterator[None]:
+def _before(module: torch.nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Run the body with a hook before a module."""
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
@@ -68,16 +64,17 @@ def _before(module: Any, hook: Any) -> Iterator[None]:
 
 
 def last_logits(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
-    """What follows each prompt; unlike the model's own, every prompt passes every module whole."""
+    """Logits of the token that follows each prompt. Unlike `LanguageModel.last_logits` it shares no
+    prefix, so that hooks see every token of every prompt."""
     hidden = model.hf.base_model(input_ids=batch.clean, use_cache=False).last_hidden_state
-    return model._unembed(hidden[torch.arange(len(batch), device=hidden.device), batch.last])
+    return model.unembed(hidden[torch.arange(len(batch), device=hidden.device), batch.last])
 
 
 def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos d_model"]]:
     """What each stage reads (see `stages`); gradients flow."""
     out: list[Tensor] = []
 
-    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         out.append(args[0] if args else kwargs["hidden_states"])
 
     handles = [s.register_forward_pre_hook(keep, with_kwargs=True) for s in stages(model)]
@@ -92,8 +89,8 @@ def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos 
 def last_states(
     model: LanguageModel, pairs: Sequence[Pair], subject: bool = False
 ) -> list[Float[Tensor, "batch d_model"]]:
-    """The same at the last token of each prompt; with ``subject`` then also at the subject's last
-    token, which is the last that the corrupt prompt changes."""
+    """What each stage reads at the last token of each prompt; with ``subject``, then also what each
+    reads at the subject's last token, which is the last that the corrupt prompt changes."""
     batch = collate(pairs, model.device)
     read, rows = states(model, batch), torch.arange(len(batch), device=model.device)
     out = [s[rows, batch.last] for s in read]
@@ -105,7 +102,7 @@ def last_states(
 
 
 def answer_rows(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
-    """What a probe maps states to: the unembedding's rows, centred."""
+    """The unembedding's rows, centred: what a probe maps states to."""
     rows = output_embeddings(model.hf).get_parameter("weight").detach()
     return rows - rows.mean(0)
 
@@ -136,7 +133,12 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
         read = states(first, batch)
         for k, (stage, value) in enumerate(zip(ends, read, strict=True)):
 
-            def put(module: Any, args: Any, kwargs: Any, value: Tensor = value) -> Any:
+            def put(
+                module: torch.nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                value: Tensor = value,
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 if args:
                     return (value, *args[1:]), kwargs
                 return args, {**kwargs, "hidden_states": value}
@@ -149,7 +151,7 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
 @torch.no_grad()
 def linear_map(
     x: Float[Tensor, "n d_in"], want: Float[Tensor, "n d_out"], ridge: float
-) -> Callable[[Tensor], Tensor]:
+) -> ProbeMap:
     """A ridge regression on standardised inputs, in closed form; its outputs are centred."""
     center, scale = x.mean(0), x.std(0) + 1e-6
     x = (x - center) / scale
@@ -160,8 +162,8 @@ def linear_map(
 
 @torch.no_grad()
 def fit_probe(
-    model: LanguageModel, half_a: PairSet, ridge: float = RIDGE, subject: bool = False
-) -> list[Callable[[Tensor], Tensor]]:
+    model: LanguageModel, half_a: PairSet, *, ridge: float = RIDGE, subject: bool = False
+) -> list[ProbeMap]:
     """One map to the answers' (centred) unembedding for each of `last_states`."""
     parts = list(half_a.parts(CHUNK))
     seen = [last_states(model, part, subject) for part in parts]
@@ -171,18 +173,24 @@ def fit_probe(
 
 @torch.no_grad()
 def probe(
-    model: LanguageModel, half_a: PairSet, half_b: PairSet, ridge: float = RIDGE
+    model: LanguageModel, half_a: PairSet, half_b: PairSet, *, ridge: float = RIDGE
 ) -> Bool[Tensor, "cuts prompts"]:
-    """Which prompts of half B a linear probe, fitted on half A's last states, answers right.
+    """Which prompts of half B a linear probe, fitted on half A's last states, answers correctly.
 
-    The probe maps states to the answers' unembedding rows, so that it can name answers it was not
-    fitted on. One row per stage (see `stages`): the embedding first, the last block's output last.
-    Prompts are in the order of ``half_b.batches(CHUNK)``.
+    Arguments:
+        model: whose states are probed.
+        half_a: prompts that the probe is fitted on.
+        half_b: prompts that it is asked for.
+        ridge: of the regression on standardised states.
+
+    Returns:
+        One row per stage (see `stages`): the embedding first, the last block's output last. Prompts
+        are in the order of ``half_b.batches(CHUNK)``.
     """
-    rows, readers = answer_rows(model), fit_probe(model, half_a, ridge)
-    found: list[list[Tensor]] = [[] for _ in readers]
+    rows, maps = answer_rows(model), fit_probe(model, half_a, ridge=ridge)
+    found: list[list[Tensor]] = [[] for _ in maps]
     for part in half_b.parts(CHUNK):
         choices = collate(part, model.device).choices
-        for reader, x, out in zip(readers, last_states(model, part), found, strict=True):
-            out.append(ranked_first(reader(x) @ rows.T, choices))
+        for to_answers, x, out in zip(maps, last_states(model, part), found, strict=True):
+            out.append(ranked_first(to_answers(x) @ rows.T, choices))
     return torch.stack([torch.cat(f) for f in found]).cpu()

@@ -1,18 +1,25 @@
-"""The relearning attack: is the knowledge gone, or does half of it bring back the rest?
+"""The relearning attack: is the knowledge erased, or does half of it bring back the rest?
 
-Fine-tune a copy of a model on a random half A of the forget facts (train phrasings) and ask for the
-*other* half B on phrasings that were never trained on. A model that never knew has nothing to bring
-back: half A tells it nothing of half B. What returns on half B was therefore still in the weights
-(the test is that of Deeb and Roger 2024, arXiv 2410.08827; steps, rates and the reading are ours).
+1. Split the subjects of the forget facts at random into halves A and B (`halves`).
+2. For each learning rate, fine-tune a fresh copy of the model on half A, train phrasings
+   (`descend`).
+3. After each mark, ask for half B on phrasings that were never trained on: how often does the
+   answer rank first of four, and how often last (`rivals_within` draws the other three from half
+   B)?
+4. The worst learning rate counts. The facts are *erased* if neither share exceeds `ERASED_LEVEL`
+   (`is_erased`). This is the only definition of the word in the package.
+
+Half A tells nothing of half B, so a model that was never taught has nothing to bring back: what
+returns on half B was still in the weights. The test is that of Deeb and Roger (2024, arXiv 2410.08827); steps,
+rates, the share of last ranks and the level are ours.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,10 +33,30 @@ from ..tasks.task import Task
 from .config import RelearnConfig
 
 CHANCE = 1 / N_CHOICES
+"""Share of answers that a guess ranks first of four, or last."""
 TOLERANCE = 0.15
-"""Four-way accuracy above chance, or a twin's, that counts as knowledge come back."""
+"""Share above `CHANCE` from which relearning half A has brought something back."""
+ERASED_LEVEL = CHANCE + TOLERANCE
+"""Largest share of half B's answers that rank first, or last, of four where facts are erased."""
 
 OnStep = Callable[[float, int, int], None]
+Score = Literal["top1", "choice", "half_a", "last"]
+"""A score of a `Point`."""
+
+
+def is_erased(first: float, last: float) -> bool:
+    """Whether facts are erased: relearning half A brings back no more of half B than chance + 0.15.
+
+    Arguments:
+        first: share of half B's answers that rank first of four after relearning half A, the worst
+            case over learning rates and steps.
+        last: share of them that rank last of four, likewise: an answer that is ranked last
+            systematically is given away as well.
+
+    Returns:
+        True if neither exceeds `ERASED_LEVEL`.
+    """
+    return max(first, last) <= ERASED_LEVEL
 
 
 @dataclass(frozen=True)
@@ -42,11 +69,23 @@ class Point:
     """Share of half B's prompts whose most likely next token is the answer's first."""
     choice: float
     """Share of half B's prompts on which the answer outranks three other answers of half B."""
-    learnt: float
-    """Four-way choice on half A, same phrasings: whether the attack worked at all."""
-    last: float = math.nan
-    """Share of half B's prompts on which the answer ranks below the three others: an answer that is
-    avoided is given away as well. Not a number in files from before it was measured."""
+    half_a: float
+    """The same on half A, which was trained on: whether the attack worked at all."""
+    last: float
+    """Share of half B's prompts on which the answer ranks below the three others."""
+
+
+@dataclass(frozen=True)
+class RelearningMeta:
+    """What was attacked, and how."""
+
+    model: str = ""
+    """Name of the attacked model."""
+    task: str = ""
+    """Name of the task whose forget facts were split."""
+    split: str = "unseen"
+    """Whose phrasings were asked: ``unseen`` or ``dev``."""
+    settings: RelearnConfig = field(default_factory=RelearnConfig)
 
 
 @dataclass(frozen=True)
@@ -57,15 +96,20 @@ class Relearning:
     """By learning rate, then steps; each rate starts from the same model at 0 steps."""
     facts: tuple[int, int]
     """Prompts of half A trained on, and of half B asked for."""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: RelearningMeta = field(default_factory=RelearningMeta)
 
-    def at(self, steps: int, key: str = "choice") -> float:
-        """The worst case over learning rates at exactly so many steps."""
+    def at(self, steps: int, key: Score = "choice") -> float:
+        """The largest value over learning rates at exactly so many steps."""
         return max(getattr(p, key) for p in self.points if p.steps == steps)
 
-    def up_to(self, steps: int, key: str = "choice") -> float:
-        """The worst case over learning rates and every measured point up to so many steps."""
+    def up_to(self, steps: int, key: Score = "choice") -> float:
+        """The largest value over learning rates and every measured point up to so many steps."""
         return max(getattr(p, key) for p in self.points if p.steps <= steps)
+
+    @property
+    def erased(self) -> bool:
+        """Whether the facts are erased by all that was measured (see `is_erased`)."""
+        return is_erased(self.up_to(self.marks[-1]), self.up_to(self.marks[-1], "last"))
 
     @property
     def marks(self) -> list[int]:
@@ -79,8 +123,11 @@ class Relearning:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Relearning:
         """What `to_json` wrote."""
-        first, second = data["facts"]
-        return cls([Point(**p) for p in data["points"]], (first, second), dict(data["meta"]))
+        (first, second), meta = data["facts"], data["meta"]
+        settings = dict(meta["settings"])
+        settings |= {key: tuple(settings[key]) for key in ("steps", "rates")}
+        made_with = RelearningMeta(**{**meta, "settings": RelearnConfig(**settings)})
+        return cls([Point(**p) for p in data["points"]], (first, second), made_with)
 
 
 def halves(pairs: Sequence[Pair], seed: int) -> tuple[set[str], set[str]]:
@@ -110,9 +157,9 @@ def of_subjects(pairs: PairSet, subjects: set[str]) -> PairSet:
 def rivals_within(pairs: PairSet) -> PairSet:
     """The same prompts with distractors drawn among the set's own answers, by fact.
 
-    Relearning half A lifts its answers over all others; against them a model that knows nothing of
-    half B falls far below a quarter, and one that does looks worse than it is. Where a relation has
-    too few answers within the set, the pair's own distractors fill up.
+    Relearning half A raises its answers above all others. Against those, a model without any
+    knowledge of half B would fall far below a quarter, and one with it would seem to have less.
+    Where a relation has too few answers within the set, the pair's own distractors fill up.
     """
     answers: dict[str, dict[str, Tokens]] = {}
     for p in pairs:
@@ -150,8 +197,10 @@ def scored_halves(
                 f"but the {len(prompts)} scored prompts of {label!r} all fall into one half. Score "
                 "more with --score-pairs; a run can also leave the attack out, --relearn-steps 0."
             )
-    known, asked = ([rivals_within(of_subjects(s, half)) for s in scored.values()] for half in both)
-    return known, asked
+    half_a, half_b = (
+        [rivals_within(of_subjects(s, half)) for s in scored.values()] for half in both
+    )
+    return half_a, half_b
 
 
 def batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[Pair]]:
@@ -187,18 +236,23 @@ def make_optimiser(name: str, weights: list[Tensor], rate: float) -> torch.optim
 def relearn(
     model: LanguageModel,
     task: Task,
+    *,
     config: RelearnConfig | None = None,
     split: str = "unseen",
     on_step: OnStep | None = None,
 ) -> Relearning:
-    """Attack a model with half of what it was to forget, and ask for the other half.
+    """Attack a model with half of what it was to forget, and ask for the other half (see the module
+    for the steps).
 
     Arguments:
-        model: the edited model, or a twin; it is not changed.
+        model: the edited model, or a reference model; it is not changed.
         task: its forget facts are split by subject and seed.
         config: steps, learning rates, optimiser, seed.
         split: whose phrasings are asked: ``unseen`` for reports, ``dev`` while choosing settings.
         on_step: called with (learning rate, steps done, steps in all).
+
+    Returns:
+        The scores of every learning rate after every mark, as shares of prompts.
 
     Raises:
         TaskError: fewer than two forget subjects, or no phrasing in the split.
@@ -206,18 +260,18 @@ def relearn(
     config = config or RelearnConfig()
     first, _ = halves(task.forget, config.seed)
     train = of_subjects(task.forget, first)
-    known, asked = scored_halves(task, config.seed, split)
+    half_a, half_b = scored_halves(task, config.seed, split)
 
     def measure(attacked: LanguageModel, rate: float, steps: int) -> Point:
-        found = [accuracy(attacked, s) for s in asked]
-        learnt = [accuracy(attacked, s).choice for s in known]
+        found = [accuracy(attacked, s) for s in half_b]
+        trained = [accuracy(attacked, s).choice for s in half_a]
         return Point(
-            rate,
-            steps,
-            sum(a.top1 for a in found) / len(found),
-            sum(a.choice for a in found) / len(found),
-            sum(learnt) / len(learnt),
-            sum(a.last for a in found) / len(found),
+            rate=rate,
+            steps=steps,
+            top1=sum(a.top1 for a in found) / len(found),
+            choice=sum(a.choice for a in found) / len(found),
+            half_a=sum(trained) / len(trained),
+            last=sum(a.last for a in found) / len(found),
         )
 
     start = measure(model, 0.0, 0)
@@ -236,27 +290,25 @@ def relearn(
                 on_step(rate, done, max(config.steps))
     return Relearning(
         points,
-        (len(train), sum(len(s) for s in asked)),
-        {"model": model.name, "task": task.name, "split": split, "settings": asdict(config)},
+        (len(train), sum(len(s) for s in half_b)),
+        RelearningMeta(model.name, task.name, split, config),
     )
 
 
 def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
-    """A table in plain text: per model the worst case over learning rates, after each mark."""
+    """A table in plain text: per model the largest value over learning rates, after each mark."""
     first = next(iter(found.values()))
     width = max(len(name) for name in found)
     out = [
-        f"Half A: {first.facts[0]} prompts relearnt. Half B: {first.facts[1]} prompts asked, "
-        f"{first.meta['split']} phrasings.",
+        f"Half A: {first.facts[0]} prompts relearned. Half B: {first.facts[1]} prompts asked, "
+        f"{first.meta.split} phrasings.",
         "Half B, ranked first of four / last of four / top-1, worst of the learning rates "
         + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
         + f"; chance {CHANCE:.2f}.",
         "steps".ljust(width) + "".join(f"{m:>24}" for m in first.marks),
     ]
+    keys: tuple[Score, ...] = ("choice", "last", "top1")
     for name, one in found.items():
-        cells = [
-            " / ".join(f"{one.at(m, key):.3f}" for key in ("choice", "last", "top1"))
-            for m in one.marks
-        ]
-        out.append(name.ljust(width) + "".join(f"{c:>24}" for c in cells))
+        scores = [" / ".join(f"{one.at(m, key):.3f}" for key in keys) for m in one.marks]
+        out.append(name.ljust(width) + "".join(f"{s:>24}" for s in scores))
     return out

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..unlearning.config import METHODS, Method
+from ..unlearning.methods import METHODS, get_method
+from ..utils.ranges import check_range
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class BenchConfig:
     """As --model of a run."""
     tasks: tuple[str, ...] = ("capitals",)
     """As --task of a run."""
-    methods: tuple[Method, ...] = METHODS
-    """What is compared."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """What is compared; `mansu list` names the methods."""
     quantizers: tuple[str, ...] = ("nf4",)
     """What each checkpoint goes through once saved and loaded again."""
     survive: tuple[str, ...] = ("nf4",)
@@ -28,11 +29,10 @@ class BenchConfig:
     levels: tuple[float, ...] = (0.3,)
     """Four-way forget accuracies on the dev phrasings at which every method stops."""
     strengths: tuple[float, ...] = (0.3, 1.0, 3.0)
-    """Step sizes that each method may try, as multiples of its usual one."""
+    """Step sizes that each method may try, as multiples of its usual one: of mansu and its variants
+    the task's, of each baseline its default."""
     steps: int = 250
     """Steps that each try may take at most."""
-    lr: float = 1e-4
-    """Usual step size of the baselines; that of mansu and its variants comes with the task."""
     relearn_steps: int = 20
     """Steps of the relearning attack on every winner, on half of the forget facts; 0 = none."""
     device: str = "auto"
@@ -61,12 +61,8 @@ class BenchConfig:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name} needs one or more different values; got {values}.")
-        if unknown := [m for m in self.methods if m not in METHODS]:
-            raise ConfigError(f"Unknown method {unknown[0]!r}; available: {', '.join(METHODS)}.")
-        if min(self.strengths) <= 0 or self.lr <= 0 or min(self.steps, self.jobs) < 1:
-            raise ConfigError(
-                "strengths and lr must be positive, steps and jobs at least 1; got "
-                f"{self.strengths}, {self.lr}, {self.steps}, {self.jobs}."
-            )
-        if self.relearn_steps < 0:
-            raise ConfigError(f"relearn_steps must not be negative; got {self.relearn_steps}.")
+        for name in self.methods:
+            get_method(name)
+        check_range(self, "strengths", above=0)
+        check_range(self, "steps", "jobs", at_least=1)
+        check_range(self, "levels", "relearn_steps", at_least=0)

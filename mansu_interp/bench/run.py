@@ -17,7 +17,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 from ..errors import ConfigError
 from ..masks.floor import quantizer_set
@@ -29,34 +28,35 @@ from ..tasks.load import load_task
 from ..utils.distributed import launched
 from ..utils.files import locked
 from .config import BenchConfig
+from .measure import finish, unmeasured
+from .results import DevScores, TrialResult
 from .scoreboard import write_scoreboard
-from .table import Chosen, tidy
-from .trial import ORIGINAL, Trial, attempt, finish, make_trial, unmeasured
+from .table import Chosen, TableRow, tidy
+from .trial import ORIGINAL, Trial, attempt, make_trial
 from .workers import Engine, engine
 
 OnProgress = Callable[[str, int, int], None]
 
 
-def best_retained(tries: Sequence[dict[str, Any]], level: float) -> tuple[int, bool]:
+def best_retained(tries: Sequence[DevScores | None], level: float) -> tuple[int, bool]:
     """The fair stop: which of a method's tries stands for it.
 
     Arguments:
-        tries: results with ``dev``: ``forget`` (four-way), ``retain`` (top-1) and
-            ``retain_choice``, all on dev phrasings, smallest step first; failed ones without.
+        tries: their scores on the dev phrasings, smallest step first; None: it failed.
         level: four-way forget accuracy asked for.
 
     Returns:
         The position of the best retained of those that reach the level (ties: the smallest step),
         and True; where none does, of the one that forgot most, and False.
     """
-    dev = [t.get("dev") or {"forget": 9.0, "retain": -1.0, "retain_choice": -1.0} for t in tries]
-    there = [k for k, d in enumerate(dev) if d["forget"] <= level]
+    dev = [d or DevScores(forget=9.0, retain=-1.0, retain_choice=-1.0) for d in tries]
+    there = [k for k, d in enumerate(dev) if d.forget <= level]
     if not there:
-        return min(range(len(dev)), key=lambda k: dev[k]["forget"]), False
-    return max(there, key=lambda k: (dev[k]["retain"], dev[k]["retain_choice"], -k)), True
+        return min(range(len(dev)), key=lambda k: dev[k].forget), False
+    return max(there, key=lambda k: (dev[k].retain, dev[k].retain_choice, -k)), True
 
 
-def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list[dict[str, Any]]:
+def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list[TableRow]:
     """Run what is missing, and write ``table.csv``, ``scoreboard.md`` and ``scoreboard.html``.
 
     Arguments:
@@ -89,23 +89,28 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
 
 def _run_missing(
     bench: BenchConfig, models: dict[str, LanguageModel], compute: Engine, note: OnProgress
-) -> list[dict[str, Any]]:
-    """Train and measure the trials that are not finished; the table's rows."""
+) -> list[TableRow]:
+    """Train and measure the trials that are not finished; the table's rows.
+
+    1. Measure the originals.
+    2. Let the first seed of every method try each step size.
+    3. Choose the step size that retained best at the level; the other seeds take it over.
+    4. Measure the winners of every seed.
+    """
     new = partial(make_trial, bench)
     grid = [(m, t) for m in models.values() for t in bench.tasks]
     strengths = sorted(bench.strengths)
-    first, rest = bench.seeds[0], bench.seeds[1:]
-    measured = partial(finish, bench=bench)
+    first = bench.seeds[0]
 
-    originals = [new(m, t, ORIGINAL, first, 1.0, 1.0) for m, t in grid]
-
-    def each(do: Callable[[Trial], Any], trials: Sequence[Trial], stage: str) -> None:
+    def each(do: Callable[[Trial], TrialResult], trials: Sequence[Trial], stage: str) -> None:
         if not trials or bench.table_only:
             return
         note(stage, 0, len(trials))
         for k, _ in enumerate(compute(do, trials)):
             note(stage, k + 1, len(trials))
 
+    measured = partial(finish, bench=bench)
+    originals = [new(m, t, ORIGINAL, first, 1.0, 1.0) for m, t in grid]
     each(measured, _unmeasured(originals, bench), stage="the originals")
     tries = [
         (m, [new(m, t, method, first, level, s) for s in strengths])
@@ -115,22 +120,30 @@ def _run_missing(
     ]
     todo = [c for _, trials in tries for c in trials if c.read() is None]
     each(attempt, todo, stage="choosing step sizes")
-    chosen: list[Chosen] = []
-    for model, trials in tries:
-        if bench.table_only and any(c.read() is None for c in trials):
-            continue
-        best, reached = best_retained([c.read() or {} for c in trials], trials[0].level)
-        for k, trial in enumerate(trials):
-            if k != best and not bench.table_only:
-                shutil.rmtree(trial.checkpoint, ignore_errors=True)
-        won = trials[best]
-        others = [new(model, won.task, won.method, x, won.level, won.strength) for x in rest]
-        chosen.append(Chosen([won, *others], reached))
-    winners = [c for group in chosen for c in group.trials]
+    chosen = [c for m, trials in tries if (c := _choose(bench, m, trials)) is not None]
+    winners = [trial for group in chosen for trial in group.trials]
     each(measured, _unmeasured(winners, bench), stage="measuring")
     return tidy(originals, chosen, bench.quantizers)
 
 
+def _choose(bench: BenchConfig, model: LanguageModel, trials: Sequence[Trial]) -> Chosen | None:
+    """The best retained of a method's tries, for every seed; the others' checkpoints are deleted.
+    None while only a table is asked for and tries are missing."""
+    found = [trial.read() for trial in trials]
+    if bench.table_only and None in found:
+        return None
+    best, reached = best_retained([f.dev if f else None for f in found], trials[0].level)
+    for k, trial in enumerate(trials):
+        if k != best and not bench.table_only:
+            shutil.rmtree(trial.checkpoint, ignore_errors=True)
+    won = trials[best]
+    others = [
+        make_trial(bench, model, won.task, won.method, seed, won.level, won.strength)
+        for seed in bench.seeds[1:]
+    ]
+    return Chosen([won, *others], reached)
+
+
 def _unmeasured(trials: Iterable[Trial], bench: BenchConfig) -> list[Trial]:
     """Trials that lack something that is to be measured."""
-    return [c for c in trials if unmeasured(c, c.read() or {}, bench)]
+    return [trial for trial in trials if any(unmeasured(trial, bench))]

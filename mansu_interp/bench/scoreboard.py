@@ -5,19 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
-from ..report.html import _html_block, page
-from ..report.markdown import _md, _md_block
-from ..report.story import Block, Picture, Section, Table
-from ..report.values import DASH, get, number
+from ..evaluation.properties import FORGET_TARGET
+from ..report.blocks import Block, Picture, Section, Table
+from ..report.html import render_page
+from ..report.markdown import markdown_block, markdown_text
+from ..report.values import DASH, known
 from ..utils.files import write_text
 from ..viz.plots import Dots, scatter_svg, strip_svg
-from ..viz.svg import escape
+from .table import TableRow
 
-Row = dict[str, Any]
 INTRO = (
     "Every method stops where its four-way accuracy on the dev phrasings of the forget facts comes "
     "down to the level named; the first seed chooses the step size that retained best, among the "
@@ -25,114 +25,130 @@ INTRO = (
     "saved and loaded again; q is the real library's quantizer. "
     "Back/gone: prompts whose answer comes to the first rank of four or leaves it, seed by seed, "
     "and the least p of a sign test. Relearnt: four-way accuracy on one "
-    "half of the facts once the other is relearnt, worst of three rates; erased: at most 0.40; "
+    "half of the facts once the other is relearnt, worst of three rates; erased: at most 0.40, "
+    "and so with answers that rank last; "
     "cad: the verdict of mansu cad. Mean "
     "\N{PLUS-MINUS SIGN} standard deviation over seeds; chance is 0.25."
 )
 
 
-def spread(values: Sequence[Any], digits: int = 3, scale: float = 1.0, sign: str = "") -> str:
+def spread(
+    values: Iterable[float | None], digits: int = 3, scale: float = 1.0, sign: str = ""
+) -> str:
     """Mean and standard deviation of what is a number; a dash if nothing is. ``sign``: "+" shows it
     on a positive mean, too."""
-    found = [scale * v for v in map(number, values) if v is not None]
+    found = [scale * v for v in map(known, values) if v is not None]
     if not found:
         return DASH
     mean = f"{statistics.mean(found):{sign}.{digits}f}"
     return mean if len(found) < 2 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
 
 
-def _met(rows: Sequence[Row], key: str) -> str:
-    known = [r[key] for r in rows if r.get(key) is not None]
-    return f"{sum(known)}/{len(rows)}" if known else f"?/{len(rows)}"
+def _met(values: Sequence[bool | None]) -> str:
+    """How many of the seeds meet something; ? where it was not tested."""
+    tested = [v for v in values if v is not None]
+    return f"{sum(tested) if tested else '?'}/{len(values)}"
 
 
-def _words(rows: Sequence[Row], key: str) -> str:
-    return ", ".join(dict.fromkeys(str(r[key]) for r in rows if r.get(key))) or DASH
-
-
-def _flips(rows: Sequence[Row]) -> str:
+def _flips(rows: Sequence[TableRow]) -> str:
     """Seed by seed, the prompts that came back and went, and the least p of a sign test."""
-    known = [r for r in rows if r.get("p") is not None]
-    if not known:
+    ps = [r.p for r in rows if r.p is not None]
+    if not ps:
         return DASH
-    counts = ", ".join(f"{r['back']}/{r['gone']}" for r in known)
-    return f"{counts} (p {min(r['p'] for r in known):.2f})"
+    counts = ", ".join(f"{r.back}/{r.gone}" for r in rows if r.p is not None)
+    return f"{counts} (p {min(ps):.2f})"
 
 
-def _groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    out: dict[tuple[Any, ...], list[Row]] = {}
+def _by_method(rows: Iterable[TableRow]) -> dict[str, list[TableRow]]:
+    out: dict[str, list[TableRow]] = {}
     for row in rows:
-        out.setdefault(tuple(row[k] for k in keys), []).append(row)
+        out.setdefault(row.method, []).append(row)
     return out
 
 
-def _tables(rows: Sequence[Row], quantizer: str) -> list[Block]:
-    """What was forgotten, which of the four properties hold, and why, one line per method."""
-    methods = _groups(rows, "method")
-    outcome: dict[str, Callable[[list[Row]], str]] = {
-        "step": lambda g: "/".join(dict.fromkeys(f"{r['lr']:.1e}" for r in g)),
-        "at level": lambda g: _met(g, "reached"),
-        "forget": lambda g: spread([r["forget_choice"] for r in g]),
-        "forget q": lambda g: spread([r["forget_choice_q"] for r in g]),
-        "top-1": lambda g: spread([r["forget_top1"] for r in g]),
-        "top-1 q": lambda g: spread([r["forget_top1_q"] for r in g]),
-        "gap": lambda g: spread([r["gap_choice"] for r in g]),
-        "gap top-1": lambda g: spread([r["gap_top1"] for r in g]),
-        "back/gone": _flips,
-    }
-    properties: dict[str, Callable[[list[Row]], str]] = {
-        "retain margin": lambda g: spread([r["retain_margin"] for r in g]),
-        "forgets": lambda g: _met(g, "forgets"),
-        "retains": lambda g: _met(g, "retains"),
-        "gap <= 0": lambda g: _met(g, "stays"),
-        "relearnt": lambda g: spread([r["relearnt_choice"] for r in g]),
-        "erased": lambda g: _met(g, "erased"),
-        "cad": lambda g: _words(g, "cad"),
-    }
-    reason: dict[str, Callable[[list[Row]], str]] = {
-        "edited %": lambda g: spread([r["edited_share"] for r in g], 2, 100),
-        "codes changed %": lambda g: spread([r["codes_changed"] for r in g], 1, 100),
-        "other codes changed": lambda g: spread([r["collateral"] for r in g], 0),
-        "update / bin": lambda g: spread([r["update_over_bin"] for r in g]),
-        "projection": lambda g: spread([r["projection"] for r in g]),
-        "noise / signal": lambda g: spread([r["noise_over_signal"] for r in g], 2),
-        "steps": lambda g: spread([r["steps"] for r in g], 0),
-        "seconds": lambda g: spread([r["seconds"] for r in g], 1),
-        "GB": lambda g: spread([r["peak_gb"] for r in g], 2),
-    }
-    out: list[Block] = []
-    for columns in (outcome, properties, reason):
-        lines: list[list[str]] = []
-        for (method,), group in methods.items():
-            if any("error" in r for r in group):
-                lines.append([method, f"failed: {group[0]['error']}", *[DASH] * (len(columns) - 1)])
-            else:
-                lines.append([method, *(f(group) for f in columns.values())])
-        head = [c[:-1] + quantizer if c.endswith(" q") else c for c in columns]
-        out.append(Table(["method", *head], lines))
-    return out
+Columns = Mapping[str, Callable[[Sequence[TableRow]], str]]
+"""Heading -> the cell of a method's seeds; a heading that ends with " q" is after the quantizer."""
+
+OUTCOME: Columns = {
+    "step": lambda g: "/".join(dict.fromkeys(f"{r.lr:.1e}" for r in g)),
+    "at level": lambda g: _met([r.reached for r in g]),
+    "forget": lambda g: spread(r.forget_choice for r in g),
+    "forget q": lambda g: spread(r.forget_choice_q for r in g),
+    "top-1": lambda g: spread(r.forget_top1 for r in g),
+    "top-1 q": lambda g: spread(r.forget_top1_q for r in g),
+    "gap": lambda g: spread(r.gap_choice for r in g),
+    "gap top-1": lambda g: spread(r.gap_top1 for r in g),
+    "back/gone": _flips,
+}
+"""What was forgotten."""
+PROPERTIES: Columns = {
+    "retain headroom": lambda g: spread(r.retain_headroom for r in g),
+    "forgets": lambda g: _met([r.forgets for r in g]),
+    "retains": lambda g: _met([r.retains for r in g]),
+    "gap <= 0": lambda g: _met([r.stays for r in g]),
+    "relearnt": lambda g: spread(r.relearnt_choice for r in g),
+    "erased": lambda g: _met([r.erased for r in g]),
+    "cad": lambda g: ", ".join(dict.fromkeys(r.cad for r in g if r.cad)) or DASH,
+}
+"""Which of the four properties hold."""
+REASONS: Columns = {
+    "edited %": lambda g: spread((r.edited_share for r in g), 2, 100),
+    "codes changed %": lambda g: spread((r.codes_changed for r in g), 1, 100),
+    "other codes changed": lambda g: spread((r.collateral for r in g), 0),
+    "update / bin": lambda g: spread(r.update_over_bin for r in g),
+    "share kept": lambda g: spread(r.share_kept for r in g),
+    "noise / signal": lambda g: spread((r.noise_over_signal for r in g), 2),
+    "steps": lambda g: spread((r.steps for r in g), 0),
+    "seconds": lambda g: spread((r.seconds for r in g), 1),
+    "GB": lambda g: spread((r.peak_gb for r in g), 2),
+}
+"""Why, and at what cost."""
 
 
-def _pictures(rows: Sequence[Row], quantizer: str) -> list[Block]:
-    good = [r for r in rows if "error" not in r]
-    methods = _groups(good, "method")
+def _table(rows: Sequence[TableRow], columns: Columns, quantizer: str) -> Table:
+    """One line per method."""
+    lines: list[list[str]] = []
+    for method, group in _by_method(rows).items():
+        errors = [r.error for r in group if r.error is not None]
+        if errors:
+            lines.append([method, f"failed: {errors[0]}", *[DASH] * (len(columns) - 1)])
+        else:
+            lines.append([method, *(cell(group) for cell in columns.values())])
+    head = [c[:-1] + quantizer if c.endswith(" q") else c for c in columns]
+    return Table(["method", *head], lines)
 
-    def dots(key: str) -> list[Dots]:
+
+def _pictures(rows: Sequence[TableRow], quantizer: str) -> list[Block]:
+    methods = _by_method(r for r in rows if r.error is None)
+    if not methods:
+        return []
+
+    def dots(value: Callable[[TableRow], float | None]) -> list[Dots]:
         return [
-            Dots(m, [number(r[key]) or 0.0 for r in g], m.startswith("mansu"))
-            for (m,), g in methods.items()
+            Dots(m, [known(value(r)) or 0.0 for r in g], m.startswith("mansu"))
+            for m, g in methods.items()
         ]
 
-    if not good:
-        return []
+    width = dots(lambda r: r.update_over_bin)
+    in_bins = f"update RMS / {quantizer} bin width"
     charts = [
-        strip_svg(dots("forget_choice"), "four-way forget accuracy, unseen phrasings", 0.35),
-        strip_svg(dots("retain_margin"), "margin of the worst retained score", 0.0),
-        strip_svg(dots("gap_choice"), f"four-way forget accuracy, {quantizer} minus full", 0.0),
-        strip_svg(dots("update_over_bin"), f"update RMS / {quantizer} bin width", 1.0, log=True),
+        strip_svg(
+            dots(lambda r: r.forget_choice),
+            "four-way forget accuracy, unseen phrasings",
+            target=FORGET_TARGET,
+        ),
+        strip_svg(
+            dots(lambda r: r.retain_headroom), "headroom of the worst retained score", target=0.0
+        ),
+        strip_svg(
+            dots(lambda r: r.gap_choice),
+            f"four-way forget accuracy, {quantizer} minus full",
+            target=0.0,
+        ),
+        strip_svg(width, in_bins, target=1.0, log=True),
         scatter_svg(
-            list(zip(dots("update_over_bin"), dots("gap_top1"), strict=True)),
-            f"update RMS / {quantizer} bin width",
+            list(zip(width, dots(lambda r: r.gap_top1), strict=True)),
+            in_bins,
             "forget top-1: gap",
             log_x=True,
         ),
@@ -140,44 +156,43 @@ def _pictures(rows: Sequence[Row], quantizer: str) -> list[Block]:
     return [Picture(svg) for svg in charts]
 
 
-def scoreboard(rows: Sequence[Row]) -> list[Section]:
+def scoreboard(rows: Sequence[TableRow]) -> list[Section]:
     """One section per model, task, level and quantizer."""
+    groups: dict[tuple[str, str, float, str], list[TableRow]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.task, row.level, row.quantizer), []).append(row)
     out = []
-    for (model, task, level, q), group in _groups(
-        rows, "model", "task", "level", "quantizer"
-    ).items():
-        first = next((r for r in group if "error" not in r), {})
-        seeds = ", ".join(map(str, dict.fromkeys(r["seed"] for r in group)))
+    for (model, task, level, q), group in groups.items():
+        first = next((r for r in group if r.error is None), group[0])
+        seeds = ", ".join(map(str, dict.fromkeys(r.seed for r in group)))
         told = (
-            f"Level {level:g}; seeds {seeds}; {get(first, 'prompts')} forget prompts a seed. The "
-            f"original scores {number(get(first, 'forget_choice_original')) or 0:.3f} four-way and "
-            f"{number(get(first, 'forget_choice_original_q')) or 0:.3f} after {q}."
+            f"Level {level:g}; seeds {seeds}; {first.prompts} forget prompts a seed. The "
+            f"original scores {first.forget_choice_original or 0:.3f} four-way and "
+            f"{first.forget_choice_original_q or 0:.3f} after {q}."
         )
-        blocks: list[Block] = [told, *_tables(group, q), *_pictures(group, q)]
+        tables = [_table(group, columns, q) for columns in (OUTCOME, PROPERTIES, REASONS)]
+        blocks: list[Block] = [told, *tables, *_pictures(group, q)]
         out.append(Section(f"{model}, {task}, level {level:g}, {q}", blocks))
     return out
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """The tidy table; what a row lacks stays empty."""
+def as_csv(rows: Sequence[TableRow]) -> str:
+    """The tidy table; what is not known stays empty."""
     text = io.StringIO()
-    names = list(dict.fromkeys(k for row in rows for k in row))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, [f.name for f in fields(TableRow)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows([asdict(row) for row in rows])
     return text.getvalue()
 
 
-def write_scoreboard(folder: Path, rows: Sequence[Row]) -> None:
+def write_scoreboard(folder: Path, rows: Sequence[TableRow]) -> None:
     """Write ``table.csv``, ``scoreboard.md`` and ``scoreboard.html``, each whole or not at all."""
     folder, sections = Path(folder), scoreboard(rows)
-    markdown = ["# Scoreboard", _md(INTRO)]
-    body = ["<h1>Scoreboard</h1>", f'<p class="soft">{escape(INTRO)}</p>']
+    markdown = ["# Scoreboard", markdown_text(INTRO)]
     for section in sections:
-        markdown += [f"## {section.title}"]
-        markdown += [text for b in section.blocks if (text := _md_block(b))]
-        blocks = "\n".join(_html_block(b) for b in section.blocks)
-        body.append(f"<section>\n<h2>{escape(section.title)}</h2>\n{blocks}\n</section>")
+        markdown += [f"## {markdown_text(section.title)}"]
+        markdown += [text for b in section.blocks if (text := markdown_block(b))]
     write_text(folder / "table.csv", as_csv(rows))
     write_text(folder / "scoreboard.md", "\n\n".join(markdown) + "\n")
-    write_text(folder / "scoreboard.html", page("Scoreboard", body))
+    page = render_page("scoreboard.html", "Scoreboard", sections, intro=INTRO)
+    write_text(folder / "scoreboard.html", page)

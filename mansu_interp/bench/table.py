@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..audit.relearning import CHANCE, Relearning
-from ..circuits.compare import Divergence
 from ..evaluation.properties import properties
-from ..evaluation.scores import Scores
+from ..evaluation.scores import Metric, Scores
+from ..evaluation.versions import EDITED, ORIGINAL, ModelVersion
+from .results import Judgement, Measured, TrialResult
 from .trial import Trial
 
 
@@ -23,110 +23,229 @@ class Chosen:
     """Whether the first seed's try reached the level."""
 
 
-def _complete(trial: Trial, quantizer: str) -> bool:
-    found = trial.read() or {}
-    return "error" in found or quantizer in found.get("quantizers", {})
+@dataclass(frozen=True)
+class TableRow:
+    """A line of ``table.csv``, whose columns are these fields; None: not known.
 
+    ``_q`` is after the quantizer, ``gap_`` the accuracy after it minus before. Headrooms are
+    positive where a property is met.
+    """
 
-def _row(
-    trial: Trial, found: dict[str, Any], original: dict[str, Any], quantizer: str, reached: bool
-) -> dict[str, Any]:
-    """One line of the table."""
-    out: dict[str, Any] = {
-        "model": Path(trial.model).name,
-        "task": Path(trial.task).stem,
-        "level": trial.level,
-        "method": trial.method,
-        "seed": trial.seed,
-        "strength": trial.strength,
-        "lr": trial.config.unlearn.lr,
-        "quantizer": quantizer,
-    }
-    if "error" in found:
-        return {**out, "error": found["error"]}
-    rows = []
-    for mine, theirs in zip(found["rows"], original["rows"], strict=True):
-        # The original's, so that trials of older versions are judged as the others are.
-        row = {**mine, "chance_top1": theirs.get("chance_top1", 0.0), "models": {}}
-        for name, models in (("original", theirs["models"]), ("unlearned", mine["models"])):
-            row["models"][name] = models["fp"]
-            row["models"][f"{name} {quantizer}"] = models[quantizer]
-        rows.append(row)
-    perplexity = None
-    if found["perplexity"]:
-        perplexity = {
-            name + suffix: source["perplexity"][key]
-            for name, source in (("original", original), ("unlearned", found))
-            for suffix, key in (("", "fp"), (f" {quantizer}", quantizer))
-        }
-    scores = Scores(rows, perplexity)
-    cad = found.get("cad")
-    parts = {k: Divergence(**d) for k, d in cad["models"].items()} if cad else {}
-    attack = Relearning.from_json(found["relearning"]) if "relearning" in found else None
-    forget, retain, gap, erased = properties(scores, [quantizer], attack)
-    lived = found["quantizers"][quantizer]
-    after = f"unlearned {quantizer}"
-    out |= {
-        "reached": found.get("dev", {}).get("forget", 9.0) <= trial.level,
-        "searched": reached,
-        "steps": found.get("steps"),
-        "dev_forget": found.get("dev", {}).get("forget"),
-        "prompts": sum(r["n"] for r in rows if r["role"] == "forget"),
-    }
-    for key in ("choice", "top1"):
-        out[f"forget_{key}_original"] = scores.mean("forget", key, "original")
-        out[f"forget_{key}_original_q"] = scores.mean("forget", key, f"original {quantizer}")
-        out[f"forget_{key}"] = scores.mean("forget", key, "unlearned")
-        out[f"forget_{key}_q"] = scores.mean("forget", key, after)
-        out[f"gap_{key}"] = out[f"forget_{key}_q"] - out[f"forget_{key}"]
-        out[f"retain_{key}"] = scores.mean("retain", key, "unlearned")
-        out[f"retain_{key}_q"] = scores.mean("retain", key, after)
-    out |= {
-        "above_chance": out["forget_choice"] - CHANCE,
-        "forgets": forget["passed"],
-        "forget_margin": forget["margin"],
-        "retains": retain["passed"],
-        "retain_margin": retain["margin"],
-        "stays": gap["passed"],
-        "gap_margin": gap["margin"],
-        **{key: lived.get("flips", {}).get(key) for key in ("back", "gone", "p")},
-        "erased": erased["passed"],
-        "relearnt_choice": attack.up_to(attack.marks[-1]) if attack else None,
-        "relearnt_top1": attack.up_to(attack.marks[-1], "top1") if attack else None,
-        "cad": found.get("erasure", {}).get("verdict"),
-        "cad_score": found.get("erasure", {}).get("cad"),
-        "alignment": parts["unlearned"].alignment if cad else None,
-        "edited_share": found["edited"] / found["parameters"],
-        "codes_changed": lived["survived"] / lived["edited"] if lived["edited"] else None,
-        "collateral": lived["collateral"],
-        "update_over_bin": lived["update_over_bin"],
-        "projection": lived["projection"],
-        "noise_over_signal": lived["noise_over_signal"],
-        "seconds": found.get("seconds"),
-        "peak_gb": found.get("peak_gb"),
-    }
-    return out
+    model: str
+    task: str
+    level: float
+    """Four-way forget accuracy on the dev phrasings at which training stops."""
+    method: str
+    seed: int
+    strength: float
+    """Step size as a multiple of the method's usual one."""
+    lr: float
+    quantizer: str
+    error: str | None = None
+    """Why the trial could not be trained; the rest is then unknown."""
+    reached: bool | None = None
+    """This seed came down to the level."""
+    searched: bool | None = None
+    """The seed that chose the step size did."""
+    steps: int | None = None
+    dev_forget: float | None = None
+    """Four-way forget accuracy on the dev phrasings."""
+    prompts: int | None = None
+    """Forget prompts, unseen phrasings."""
+    forget_choice_original: float | None = None
+    forget_choice_original_q: float | None = None
+    forget_choice: float | None = None
+    forget_choice_q: float | None = None
+    gap_choice: float | None = None
+    retain_choice: float | None = None
+    retain_choice_q: float | None = None
+    forget_top1_original: float | None = None
+    forget_top1_original_q: float | None = None
+    forget_top1: float | None = None
+    forget_top1_q: float | None = None
+    gap_top1: float | None = None
+    retain_top1: float | None = None
+    retain_top1_q: float | None = None
+    above_chance: float | None = None
+    """forget_choice minus chance."""
+    forgets: bool | None = None
+    forget_headroom: float | None = None
+    retains: bool | None = None
+    retain_headroom: float | None = None
+    """Of the largest fall of any retain score, against the original at the same precision."""
+    stays: bool | None = None
+    """Nothing came back under the quantizer."""
+    gap_headroom: float | None = None
+    back: int | None = None
+    """With ``gone`` and ``p``: the prompts behind gap_choice (`Flips`)."""
+    gone: int | None = None
+    p: float | None = None
+    erased: bool | None = None
+    relearnt_choice: float | None = None
+    """The most of half B that relearning half A brings back, four-way."""
+    relearnt_top1: float | None = None
+    cad: str | None = None
+    """Verdict of CAD."""
+    cad_score: float | None = None
+    alignment: float | None = None
+    """Cosine of the attribution graph with the original's, on the original's circuit."""
+    edited_share: float | None = None
+    """Parameters whose value differs, of all."""
+    codes_changed: float | None = None
+    """Edited weights whose code changed, of the edited."""
+    collateral: int | None = None
+    """Other weights whose code changed."""
+    update_over_bin: float | None = None
+    share_kept: float | None = None
+    noise_over_signal: float | None = None
+    seconds: float | None = None
+    peak_gb: float | None = None
 
 
 def tidy(
     originals: Sequence[Trial], chosen: Sequence[Chosen], quantizers: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One row per trial and quantizer.
+) -> list[TableRow]:
+    """One row per trial and quantizer that is finished.
 
-    ``gap_*`` is accuracy after minus before the quantizer; margins are positive where a property is
-    met (see `properties`); ``retain_margin`` counts the largest change of any retain score against
-    the original at the same precision. ``back``, ``gone`` and ``p`` are the prompts behind
-    ``gap_choice`` (`Flips`); trials of older versions lack them. ``reached`` says whether this seed
-    came down to the level, ``searched`` whether the seed that chose the step size did.
+    Arguments:
+        originals: a trial per model and task, on which nothing was trained.
+        chosen: a method's trials on one model, task and level.
+        quantizers: as in `BenchConfig`.
     """
-    reference = {(c.model, c.task): c.read() or {} for c in originals}
-    return [
-        _row(
-            trial, trial.read() or {}, reference[trial.model, trial.task], quantizer, group.reached
-        )
-        for group in chosen
-        for trial in group.trials
-        for quantizer in quantizers
-        if _complete(trial, quantizer)
-        and quantizer in reference[trial.model, trial.task].get("quantizers", {})
-    ]
+    reference = {(t.model, t.task): t.read() for t in originals}
+    rows = []
+    for group in chosen:
+        for trial in group.trials:
+            found, original = trial.read(), reference[trial.model, trial.task]
+            for q in quantizers:
+                if found is None or original is None or q not in original.quantizers:
+                    continue
+                if found.error is not None or q in found.quantizers:
+                    rows.append(table_row(trial, found, original, q, group.reached))
+    return rows
+
+
+def table_row(
+    trial: Trial, found: TrialResult, original: TrialResult, quantizer: str, searched: bool
+) -> TableRow:
+    """One line of the table.
+
+    Arguments:
+        trial: which try.
+        found: what it found.
+        original: the same of the original.
+        quantizer: both are measured after it.
+        searched: whether the seed that chose the step size reached the level.
+    """
+    row = TableRow(
+        model=Path(trial.model).name,
+        task=Path(trial.task).stem,
+        level=trial.level,
+        method=trial.method,
+        seed=trial.seed,
+        strength=trial.strength,
+        lr=trial.config.unlearn.lr,
+        quantizer=quantizer,
+        error=found.error,
+    )
+    if found.error is not None or not found.measured or not original.measured:
+        return row
+    scores = original.measured.as_scores().beside(found.measured.as_scores())
+    row = replace(_with_training(row, found), searched=searched)
+    row = _with_accuracies(row, scores)
+    row = _with_properties(row, scores, found.relearning)
+    row = _with_judgement(row, found.judgement, found.measured)
+    return _with_survival(row, found.measured)
+
+
+def _with_training(row: TableRow, found: TrialResult) -> TableRow:
+    training, dev = found.training, found.dev
+    return replace(
+        row,
+        reached=dev is not None and dev.forget <= row.level,
+        dev_forget=dev.forget if dev else None,
+        steps=training.steps if training else None,
+        seconds=training.seconds if training else None,
+        peak_gb=training.peak_gb if training else None,
+    )
+
+
+def _with_accuracies(row: TableRow, scores: Scores) -> TableRow:
+    """Mean accuracies over the sets of a role, in full precision and after the quantizer."""
+
+    def forget(metric: Metric, model: ModelVersion) -> float:
+        return scores.mean("forget", metric, model)
+
+    original, edited = ORIGINAL.after(row.quantizer), EDITED.after(row.quantizer)
+    choice, top1 = forget("choice", EDITED), forget("top1", EDITED)
+    choice_q, top1_q = forget("choice", edited), forget("top1", edited)
+    return replace(
+        row,
+        prompts=sum(r.n for r in scores.of_role("forget")),
+        forget_choice_original=forget("choice", ORIGINAL),
+        forget_choice_original_q=forget("choice", original),
+        forget_choice=choice,
+        forget_choice_q=choice_q,
+        gap_choice=choice_q - choice,
+        retain_choice=scores.mean("retain", "choice", EDITED),
+        retain_choice_q=scores.mean("retain", "choice", edited),
+        forget_top1_original=forget("top1", ORIGINAL),
+        forget_top1_original_q=forget("top1", original),
+        forget_top1=top1,
+        forget_top1_q=top1_q,
+        gap_top1=top1_q - top1,
+        retain_top1=scores.mean("retain", "top1", EDITED),
+        retain_top1_q=scores.mean("retain", "top1", edited),
+        above_chance=choice - CHANCE,
+    )
+
+
+def _with_properties(row: TableRow, scores: Scores, relearning: Relearning | None) -> TableRow:
+    """Which properties hold, and by how much."""
+    forgetting, retention, recovery, erasure = properties(scores, [row.quantizer], relearning)
+    row = replace(
+        row,
+        forgets=forgetting.passed,
+        forget_headroom=forgetting.headroom,
+        retains=retention.passed,
+        retain_headroom=retention.headroom,
+        stays=recovery.passed,
+        gap_headroom=recovery.headroom,
+        erased=erasure.passed,
+    )
+    if relearning is None:
+        return row
+    last = relearning.marks[-1]
+    return replace(
+        row,
+        relearnt_choice=relearning.up_to(last),
+        relearnt_top1=relearning.up_to(last, "top1"),
+    )
+
+
+def _with_judgement(row: TableRow, judged: Judgement | None, measured: Measured) -> TableRow:
+    graph = measured.graphs.get(str(EDITED))
+    return replace(
+        row,
+        cad=judged.verdict if judged else None,
+        cad_score=judged.cad if judged else None,
+        alignment=graph.alignment if graph else None,
+    )
+
+
+def _with_survival(row: TableRow, measured: Measured) -> TableRow:
+    """What the quantizer makes of the edit."""
+    found = measured.quantizers[row.quantizer]
+    survived, flips = found.survival, found.flips
+    return replace(
+        row,
+        back=flips.back,
+        gone=flips.gone,
+        p=flips.p,
+        edited_share=measured.edited / measured.parameters,
+        codes_changed=survived.survived / survived.edited if survived.edited else None,
+        collateral=survived.collateral,
+        update_over_bin=survived.update_over_bin,
+        share_kept=survived.share_kept,
+        noise_over_signal=survived.noise_over_signal,
+    )

@@ -1,4 +1,4 @@
-"""Trials of the benchmark: one try of one method, trained, kept in files, and measured.
+"""Trials of the benchmark: one try of one method, trained and kept in files.
 
 A trial's results are one JSON file under ``trials``, named by a hash of its settings and of the
 model's weights, and written whole or not at all; its checkpoint stays in ``work``.
@@ -11,73 +11,36 @@ import json
 import os
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from ..audit.cad import judge_erasure
-from ..audit.config import RelearnConfig
-from ..audit.relearning import relearn
 from ..circuits.circuit import Circuit
-from ..circuits.compare import compare
 from ..circuits.discover import discover
-from ..errors import ArtifactError, MansuError, ResourceError
-from ..evaluation.scores import Flips, Scores, evaluate
-from ..export.ledger import changed_elements
+from ..errors import MansuError, ResourceError
+from ..evaluation.scores import evaluate
+from ..evaluation.versions import EDITED
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
 from ..models.provenance import tokenizer_sha256
-from ..quantizers.survival import quantize, survival
 from ..runs.config import RunConfig
 from ..runs.defaults import default_config
+from ..runs.edit import make_mask
 from ..runs.folder import config_json
-from ..runs.plan import CAD_PAIRS
-from ..runs.run import make_mask
-from ..tasks.load import load_task, reference_model
+from ..tasks.load import load_task
 from ..tasks.task import Task
-from ..unlearning.config import BASELINES, Method, UnlearnConfig
+from ..unlearning.methods import BASELINES, Mansu
 from ..unlearning.training import dev_choice
 from ..unlearning.unlearn import unlearn
-from ..utils.files import atomic_folder, expect, read_json, write_json
+from ..utils.files import atomic_folder
 from ..utils.memory import enough_memory
 from .config import BenchConfig
+from .results import SCHEMA, DevScores, Training, TrialName, TrialResult
 
-SCHEMA = 1
 ORIGINAL = "original"
-RELEARNING = "relearning"
-MAYBE = (float, None)
-FILE = {
-    "error?": str,
-    "steps?": int,
-    "seconds?": MAYBE,
-    "peak_gb?": MAYBE,
-    "dev?": {"forget": float, "retain": float, "retain_choice": float},
-}
-"""What is checked of a trial's file."""
-SURVIVAL = ("update_over_bin", "projection", "noise_over_signal")
-MEASURED = {
-    "quantizers": {
-        ...: {
-            "edited": int,
-            "survived": int,
-            "collateral": int,
-            "flips?": {"back": int, "gone": int, "p": float},
-            **dict.fromkeys(SURVIVAL, MAYBE),
-        }
-    },
-    "rows": [{"role": str, "n": int, "models": {...: {...: MAYBE}}}],
-    "perplexity": ({...: MAYBE}, None),
-    "edited": int,
-    "parameters": int,
-    "cad?": {"models": {...: {...: MAYBE}}},
-    "relearning?": {"points": [{...: float}], "facts": [int], "meta": dict},
-    "erasure?": {"verdict": str, "cad": float},
-}
-"""And once it is measured."""
 
 
 def _differences(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
@@ -87,24 +50,6 @@ def _differences(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]
         for k, v in given.items()
         if v != usual[k]
     }
-
-
-def read_trial(file: Path) -> dict[str, Any]:
-    """The results of a try, as `attempt` and `measure` write them.
-
-    Raises:
-        ArtifactError: missing, damaged, or something else.
-    """
-    found = read_json(file)
-    try:
-        expect(found, FILE, "it")
-        if "quantizers" in found:
-            expect(found, MEASURED, "it")
-    except ValueError as error:
-        raise ArtifactError(
-            f"{file} is no trial of a benchmark: {error}. Delete it to run it again."
-        ) from error
-    return found
 
 
 @dataclass(frozen=True)
@@ -127,7 +72,8 @@ class Trial:
     def key(self) -> str:
         """Readable, with a hash of all settings."""
         given = {**config_json(self.config), "device": "auto"}  # it decides nothing
-        unusual = _differences(given, config_json(RunConfig()))
+        usual = config_json(RunConfig(unlearn=type(self.config.unlearn)()))
+        unusual = _differences(given, usual)
         what = [SCHEMA, self.sha256, self.method, unusual]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         group = f"{Path(self.model).name}-{Path(self.task).stem}"
@@ -145,57 +91,70 @@ class Trial:
         """Where its model is kept."""
         return self.out / "work" / self.key
 
-    def read(self) -> dict[str, Any] | None:
+    @property
+    def name(self) -> TrialName:
+        """Which try it is."""
+        return TrialName(self.model, self.task, self.method, self.seed, self.level, self.strength)
+
+    def blank(self) -> TrialResult:
+        """Results of nothing yet."""
+        return TrialResult(SCHEMA, self.name, config_json(self.config), self.sha256)
+
+    def read(self) -> TrialResult | None:
         """Its results so far."""
-        return read_trial(self.file) if self.file.exists() else None
+        return TrialResult.load(self.file) if self.file.exists() else None
 
 
 def make_trial(
     bench: BenchConfig, model: LanguageModel, task: str, method: str, seed: int,
     level: float, strength: float,
 ) -> Trial:  # fmt: skip
-    """A trial with all its settings: the task's own for MANSU and its variants. Dense methods have
-    the usual ones (the retain loss weighs as much as the forget loss) and their own step size, so
-    that what a task says about MANSU leaves their trials valid."""
-    base = default_config(model.name, task)
-    base = replace(base, seed=seed, out=Path("."), threads=1, device=bench.device)
-    own = replace(base.unlearn, survive=bench.survive)
-    if method == ORIGINAL or method in BASELINES:
-        own = UnlearnConfig(lr=bench.lr, retain_weight=1.0, batch_size=own.batch_size)
-        base = RunConfig(
-            base.model, task, base.out, seed=seed, threads=1, device=bench.device,
-            score_pairs=base.score_pairs, circuit=base.circuit, unlearn=own,
-        )  # fmt: skip
-    if method == ORIGINAL:
-        return Trial(model.name, task, method, seed, 1.0, 1.0, base, model.sha256, bench.out)
-    own = replace(
-        own,
-        method=cast(Method, method),
+    """A trial with all its settings: those that a run of the method starts from, at another step
+    size and level. What a task says about masks and MANSU leaves trials of baselines valid."""
+    original = method == ORIGINAL
+    base = default_config(model.name, task, method=BASELINES[0] if original else method)
+    own = base.unlearn
+    if isinstance(own, Mansu):
+        own = replace(own, survive=bench.survive)
+    else:
+        base = RunConfig(score_pairs=base.score_pairs, circuit=base.circuit)
+    if not original:
+        own = replace(own, steps=bench.steps, stop_at=level, lr=own.lr * strength)
+    return Trial(
+        model=model.name,
+        task=task,
+        method=method,
         seed=seed,
-        steps=bench.steps,
-        stop_at=level,
-        lr=own.lr * strength,
-    )
-    config = replace(base, unlearn=own)
-    return Trial(model.name, task, method, seed, level, strength, config, model.sha256, bench.out)
+        level=1.0 if original else level,
+        strength=1.0 if original else strength,
+        config=replace(
+            base, model=model.name, task=task, out=Path("."), seed=seed, threads=1,
+            device=bench.device, unlearn=own,
+        ),
+        sha256=model.sha256,
+        out=bench.out,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, task: str, score_pairs: int, device: str) -> tuple[LanguageModel, Task]:
+def loaded(name: str, task: str, score_pairs: int, device: str) -> tuple[LanguageModel, Task]:
+    """A model and a task, kept for the next trial."""
     model = load_model(name, device)
     return model, load_task(task, model, score_pairs)
 
 
-def _circuit(trial: Trial, model: LanguageModel, task: Task) -> Circuit:
+def find_circuit(trial: Trial, model: LanguageModel, task: Task) -> Circuit:
     """The circuit of a model, its tokenizer, a task and a seed: found once, then read."""
-    settings = replace(trial.config.circuit, seed=trial.seed)
-    which = trial.sha256, tokenizer_sha256(model.tokenizer), settings
+    settings = trial.config.circuit
+    which = trial.sha256, tokenizer_sha256(model.tokenizer), settings, trial.seed
     digest = hashlib.sha256(repr(which).encode()).hexdigest()[:10]
     name = f"{Path(trial.model).name}-{task.name}-s{trial.seed}-{digest}.json"
     path = trial.out / "work" / "circuits" / name
     if not path.exists():
-        discover(model, task.forget, settings, task.retain).save(path)
-    sample = task.forget.sample(settings.pairs, settings.seed)
+        discover(model, task.forget, config=settings, retain=task.retain, seed=trial.seed).save(
+            path
+        )
+    sample = task.forget.sample(settings.pairs, trial.seed)
     return replace(Circuit.load(path), pairs=sample)
 
 
@@ -218,112 +177,43 @@ def _peak_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def attempt(trial: Trial) -> dict[str, Any]:
+def attempt(trial: Trial) -> TrialResult:
     """Train one trial, keep its checkpoint, and score that on the dev phrasings."""
     torch.set_num_threads(1)
-    model, task = _loaded(trial.model, trial.task, trial.config.score_pairs, trial.config.device)
+    model, task = loaded(trial.model, trial.task, trial.config.score_pairs, trial.config.device)
     torch.manual_seed(trial.seed)
-    circuit = None if trial.method in BASELINES else _circuit(trial, model, task)
-    place = trial.checkpoint.with_name(f"{trial.checkpoint.name}.state")
+    needs = trial.config.unlearn.needs
+    circuit = find_circuit(trial, model, task) if "circuit" in needs else None
+    resume = trial.checkpoint.with_name(f"{trial.checkpoint.name}.state")
     _reset_peak(model.device)
     started = time.perf_counter()
     try:
         with enough_memory("training a trial", "Fewer --jobs take less."):
-            mask = make_mask(trial.config, model, task, circuit) if circuit else None
-            result = unlearn(model, task, mask, trial.config.unlearn, resume=place)
+            mask = make_mask(trial.config, model, task, circuit) if "mask" in needs else None
+            result = unlearn(
+                model, task, mask, trial.config.unlearn, seed=trial.seed, resume=resume
+            )
     except ResourceError:
         raise  # says nothing of the method
     except MansuError as error:
-        found: dict[str, Any] = {"error": str(error)}
+        found = replace(trial.blank(), error=str(error))
     else:
-        found = {
-            "steps": result.stopped_at,
-            "seconds": round(time.perf_counter() - started, 2),
-            "peak_gb": _peak_gb(model.device),
-        }
+        seconds = round(time.perf_counter() - started, 2)
+        training = Training(result.stopped_at, seconds, _peak_gb(model.device))
         with atomic_folder(trial.checkpoint) as partial_:
             result.model.save(partial_)
-        place.unlink(missing_ok=True)
+        resume.unlink(missing_ok=True)
         saved = load_model(trial.checkpoint, model.device)
-        scores = evaluate({"fp": saved}, task, "dev")
-        found["dev"] = {
-            "forget": dev_choice(saved, task),
-            "retain": scores.mean("retain", "top1", "fp"),
-            "retain_choice": scores.mean("retain", "choice", "fp"),
-        }
-    settings = {
-        "trial": [trial.model, trial.task, trial.method, trial.seed, trial.level, trial.strength]
-    }
-    found = {**settings, **found, "config": config_json(trial.config), "sha256": trial.sha256}
-    write_json(trial.file, found)
+        found = replace(trial.blank(), training=training, dev=_dev_scores(saved, task))
+    found.save(trial.file)
     return found
 
 
-def unmeasured(trial: Trial, found: dict[str, Any], bench: BenchConfig) -> list[str]:
-    """What a trained trial lacks: quantizers by name, and ``relearning``."""
-    if "error" in found:
-        return []
-    lacks = [q for q in bench.quantizers if q not in found.get("quantizers", {})]
-    if trial.method != ORIGINAL and bench.relearn_steps:
-        points = found.get("relearning", {}).get("points", [])
-        lacks += [] if any(p["steps"] == bench.relearn_steps for p in points) else [RELEARNING]
-    return lacks
-
-
-def measure(trial: Trial, bench: BenchConfig) -> dict[str, Any]:
-    """Score a trial's checkpoint on the unseen phrasings, for the quantizers not yet measured, and
-    attack it by relearning."""
-    torch.set_num_threads(1)
-    model, task = _loaded(trial.model, trial.task, trial.config.score_pairs, trial.config.device)
-    found = trial.read() or {}
-    lacks = unmeasured(trial, found, bench)
-    todo = [q for q in lacks if q != RELEARNING]
-    if not lacks:
-        return found
-    untouched = trial.method == ORIGINAL
-    if not untouched and not trial.checkpoint.exists():
-        found |= attempt(trial)  # the same again: everything is seeded
-    edited = model if untouched else load_model(trial.checkpoint, model.device)
-    if RELEARNING in lacks:
-        attack = RelearnConfig(steps=(bench.relearn_steps,), seed=trial.seed)
-        found["relearning"] = relearn(edited, task, attack).to_json()
-        judged = judge_erasure(model, edited, task, seed=trial.seed)
-        found["erasure"] = {"verdict": judged.verdict, "cad": judged.cad}
-    if todo:
-        _score(trial, found, edited, todo)
-    write_json(trial.file, found)
-    return found
-
-
-def _score(trial: Trial, found: dict[str, Any], edited: LanguageModel, todo: Sequence[str]) -> None:
-    """Add to a trial's results what some quantizers make of its checkpoint, and its graphs."""
-    model, task = _loaded(trial.model, trial.task, trial.config.score_pairs, trial.config.device)
-    models, lived = {"fp": edited}, {}
-    for q in todo:  # side by side, so that a calibrated one need not fit the same model twice
-        models[q] = quantize(edited, q, task.calibration)
-        lived[q] = asdict(survival(model, edited, q, task.calibration))
-    scores = evaluate(models, task)
-    for q in todo:
-        lived[q]["flips"] = asdict(Flips.between(scores.first["fp"], scores.first[q]))
-    known = Scores(found.get("rows", scores.rows), found.get("perplexity")).beside(scores)
-    found["rows"], found["perplexity"] = known.rows, known.perplexity
-    found["quantizers"] = {**found.get("quantizers", {}), **lived}
-    found["edited"] = sum(changed_elements(model, edited).values())
-    found["parameters"] = model.n_parameters
-    if "cad" not in found and trial.method != ORIGINAL:
-        cad = compare(
-            _circuit(trial, model, task),
-            model,
-            {"unlearned": edited, f"unlearned {todo[0]}": models[todo[0]]},
-            task.held_out.sample(CAD_PAIRS, trial.seed),
-            replace(trial.config.circuit, seed=trial.seed),
-            reference=reference_model(task, model),
-        )
-        found["cad"] = cad.to_json()
-
-
-def finish(trial: Trial, bench: BenchConfig) -> dict[str, Any]:
-    """Train a trial if that is not done, and measure it."""
-    if trial.method != ORIGINAL and trial.read() is None:
-        attempt(trial)
-    return measure(trial, bench)
+def _dev_scores(saved: LanguageModel, task: Task) -> DevScores:
+    """Of a checkpoint, on the phrasings that choose the step size."""
+    scores = evaluate({EDITED: saved}, task, "dev")
+    return DevScores(
+        forget=dev_choice(saved, task),
+        retain=scores.mean("retain", "top1", EDITED),
+        retain_choice=scores.mean("retain", "choice", EDITED),
+    )

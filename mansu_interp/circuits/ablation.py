@@ -1,4 +1,15 @@
-"""TODO."""
+"""Exact ablation of all edges outside a circuit.
+
+1. Run the ablated prompts once and record what every writer adds there (`_Base`).
+2. For a circuit, run the clean prompts and rebuild each reader's residual input from the writers so
+   far: the ablated stream, plus what the writers with an edge to this reader add beyond their
+   ablated value (`_Rebuilt.read`).
+3. Put the norm and the projection of that input in the place of the model's own
+   (`Ablation.logits`), reader by reader; what the component then writes is what the next readers
+   get.
+
+Nothing is approximated: the full circuit gives the clean run, the empty one the ablated run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,6 +30,7 @@ from ..utils.distributed import shard, sum_over_processes
 from .metrics import METRICS, Metric
 
 ABLATIONS = ("corrupt", "mean", "zero")
+"""What an edge outside the circuit may carry."""
 
 Edges = Bool[np.ndarray, "writers readers"]
 
@@ -29,7 +42,7 @@ class _Base:
     batch: Batch
     input: Float[Tensor, "#batch #pos d_model"]
     heads: list[Callable[[], Tensor]]
-    """By layer: heads x batch x position x d_model, made when asked for."""
+    """By layer: ``[heads, batch, pos, d_model]``, made when asked for."""
     mlps: list[Float[Tensor, "#batch #pos d_model"]]
     clean_logits: Float[Tensor, "batch vocab"]
 
@@ -37,7 +50,8 @@ class _Base:
 class Ablation:
     """A model in which all edges outside a circuit are ablated, on fixed pairs.
 
-    What does not depend on the circuit is computed once, so that many circuits are cheap to try.
+    What does not depend on the circuit is computed once, so that many circuits are cheap to try. An
+    instance is a function of the circuit's edges: the mean metric over the pairs.
 
     Arguments:
         model: a `LanguageModel` or HookedTransformer.
@@ -56,6 +70,7 @@ class Ablation:
         self,
         model: AnyModel,
         pairs: PairSet,
+        *,
         metric: Metric | str = "logit_diff",
         ablation: str = "corrupt",
         batch_size: int = 16,
@@ -163,7 +178,8 @@ class Ablation:
         def hook_fn(value: Tensor, hook: object) -> Tensor:
             inputs = state.read(column, len(reading.weight))
             normed = self.stream.norm(layer, mlp=False)(inputs)
-            out = torch.einsum("nbpd,ncd->bpnc", normed, reading.weight)
+            pattern = "heads batch pos d, heads c d -> batch pos heads c"
+            out = einsum(normed, reading.weight, pattern)
             if reading.bias is not None:
                 out = out + reading.bias
             return out.reshape(value.shape).to(value.dtype)
@@ -253,4 +269,5 @@ class _Rebuilt:
         weights = self.keep[: self.written if written is None else written, at]
         live = weights.any(1).nonzero()[:, 0]
         base = self.base if base is None else base
-        return base + torch.einsum("un,ubpd->nbpd", weights[live], self.change[live])
+        pattern = "writers n, writers batch pos d -> n batch pos d"
+        return base + einsum(weights[live], self.change[live], pattern)

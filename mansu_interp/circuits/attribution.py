@@ -1,4 +1,4 @@
-"""Edge attribution patching: EAP and EAP-IG on a TransformerLens bridge.
+"""Edge attribution patching: EAP and EAP-IG on a TransformerLens model.
 
 The score of an edge u -> v is, with the denoising sign,
 
@@ -8,12 +8,19 @@ where ``a_u`` is what u adds to the residual stream and ``in_v`` the residual th
 its norm. Positive: restoring the clean value along this edge raises the metric. EAP (Nanda 2023;
 Syed et al. 2023, arXiv 2310.10348) takes the gradient at one run, corrupt by default. EAP-IG
 (Hanna et al. 2024, arXiv 2403.17806) averages it over points on the straight line between the
-corrupt and the clean input embeddings; the midpoint rule is ours.
+corrupt and the clean input embeddings; the midpoint rule is ours. The algorithm, batch by batch:
 
-Neither split q/k/v inputs nor per-head results are needed: the model runs once with plain hooks;
-gradients at the q, k, v and MLP inputs are pulled back per head through the projection and the
-norm by a vector-Jacobian product, and what the heads write is expanded once from ``z``.
-Sums are taken in float32 over pairs and divided once, so scores do not depend on the batch size.
+1. Run the clean and the corrupt prompts, and take the difference of what each writer adds, at each
+   real token; what the heads write is expanded from ``z`` (`_difference`).
+2. For each point on the path, run from that input and take the metric's gradient at the q, k and v
+   projections, the MLP inputs and the final stream (`_gradients`).
+3. Pull the gradients back per head through projection and norm, to each reader's own residual
+   input, by a vector-Jacobian product (`_pull_back`); q, k and v inputs need not be split in the
+   model.
+4. Multiply differences with gradients, sum over tokens, and add up (`_add_scores`).
+
+The sums over all batches are divided once by the number of pairs, so that scores do not depend on
+the batch size.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -48,10 +56,10 @@ class Attribution:
     corrupt: float
     """Mean metric of the corrupt runs."""
     by_position: Float[np.ndarray, "pos writers readers"] | None = None
-    """The same by token position, counted from the start; their sum is ``scores``."""
+    """The same by token position, counted from the start; the sum over positions is ``scores``."""
     neurons: dict[str, Float[np.ndarray, " n"]] = field(default_factory=dict)
-    """Scores of each MLP's neurons (``m3``) and each head's output dimensions (``a3.h5``); the
-    sum over a writer is its node score."""
+    """Scores of each MLP's neurons (``m3``) and each head's output dimensions (``a3.h5``), in units
+    of the metric; their sum over a writer is its node score."""
 
     def node_scores(self) -> dict[str, float]:
         """Score of each writer: the sum of its outgoing edges, because its total gradient is the
@@ -100,6 +108,24 @@ def pairs_per_batch(
     return min(config.batch_size, fit), one
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """One batch after its clean and its corrupt run; tokens are the real ones of all pairs."""
+
+    batch: Batch
+    real: Bool[Tensor, "batch pos"]
+    """True at real tokens, False at padding."""
+    clean_logits: Logits
+    writes: Float[Tensor, "writers tokens d_model"]
+    """What each writer adds in the clean run beyond the corrupt run."""
+    inside: dict[str, Float[Tensor, "tokens _"]]
+    """By hook point, the same of z and the neurons; empty unless they are asked for."""
+
+    def flat(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "tokens ..."]:
+        """The values at real tokens."""
+        return value.detach().float()[self.real]
+
+
 @torch.no_grad()
 def _difference(
     stream: Stream,
@@ -109,7 +135,7 @@ def _difference(
 ) -> Float[Tensor, "writers tokens d_model"]:
     """What each writer adds at each real token in the clean run beyond the corrupt run."""
 
-    def flat(run: dict[str, Tensor], name: str) -> Tensor:
+    def flat(run: dict[str, Tensor], name: str) -> Float[Tensor, "tokens ..."]:
         return run[name].float()[rows]
 
     first = flat(clean, stream.input) - flat(corrupt, stream.input)
@@ -129,6 +155,25 @@ def _difference(
     return out
 
 
+def _inside(
+    stream: Stream,
+    clean: dict[str, Tensor],
+    corrupt: dict[str, Tensor],
+    rows: Bool[Tensor, "batch pos"],
+) -> dict[str, Float[Tensor, "tokens _"]]:
+    """Clean minus corrupt of z and the neurons at each real token, by hook point."""
+    out = {}
+    for i in range(stream.n_layers):
+        if hasattr(stream.blocks[i], "ln1_post"):
+            raise CircuitError(
+                f"{stream.model.name} has norms behind its components, so that a neuron's share "
+                "of the write is not defined. Score edges or nodes."
+            )
+        for n in (stream.z(i), stream.neurons(i)):
+            out[n] = (clean[n].float() - corrupt[n].float()).flatten(2)[rows]
+    return out
+
+
 def _pull_back(
     norm: Callable[[Tensor], Tensor],
     x: Float[Tensor, "tokens d_model"],
@@ -140,77 +185,80 @@ def _pull_back(
         return torch.autograd.grad(norm(wide), wide, g)[0]
 
 
-def _add_scores(
-    stream: Stream,
-    batch: Batch,
-    at: Float[Tensor, "batch pos d_model"],
-    difference: Float[Tensor, "writers tokens d_model"],
-    inside: dict[str, Tensor],
-    metric: Metric,
-    clean_logits: Logits,
-    weight: float,
-    sums: _Sums,
-) -> None:
-    """Add the scores with the gradient at one input, times a weight.
-
-    ``inside`` holds clean minus corrupt of the neurons and z, or nothing if they are not asked for.
-    """
-    graph, layers = stream.graph, range(stream.n_layers)
+def _gradients(
+    stream: Stream, runs: _Runs, at: Float[Tensor, "batch pos d_model"], metric: Metric
+) -> tuple[Recorder, dict[str, Tensor]]:
+    """A run from one input: the streams that are read in it, and the metric's gradients by hook
+    point."""
+    layers = range(stream.n_layers)
     reads = [n for i in layers for n in (stream.before_attention(i), stream.before_mlp(i))]
     asked = [stream.projected(i, c) for i in layers for c in "qkv"]
-    asked += [stream.mlp_in(i) for i in layers] + [stream.final] + list(inside)
+    asked += [stream.mlp_in(i) for i in layers] + [stream.final] + list(runs.inside)
     start = at.detach().requires_grad_(True)
     recorder = Recorder()
     first = [(stream.input, lambda value, hook: start)]
     watched = list(dict.fromkeys([*reads, *asked]))
     with torch.enable_grad(), stream.hooked(first + recorder.on(watched)):
-        logits = stream.logits(batch.clean, batch.last)
-        value = metric(logits, batch, clean_logits).sum()
+        logits = stream.logits(runs.batch.clean, runs.batch.last)
+        value = metric(logits, runs.batch, runs.clean_logits).sum()
         found = torch.autograd.grad(value, [recorder[n] for n in asked])
-    grads = dict(zip(asked, found, strict=True))
-    rows = _real(batch)
-    position = rows.nonzero()[:, 1]
+    return recorder, dict(zip(asked, found, strict=True))
 
-    def flat(t: Tensor) -> Float[Tensor, "tokens ..."]:
-        return t.detach().float()[rows]
+
+def _add_scores(
+    stream: Stream,
+    runs: _Runs,
+    at: Float[Tensor, "batch pos d_model"],
+    metric: Metric,
+    weight: float,
+    sums: _Sums,
+) -> None:
+    """Add the scores with the gradient at one input, times a weight."""
+    graph = stream.graph
+    recorder, grads = _gradients(stream, runs, at, metric)
+    position = runs.real.nonzero()[:, 1].cpu()
 
     def add(column: int, g: Float[Tensor, "readers tokens d_model"], n_writers: int) -> None:
-        known = difference[:n_writers]
-        part = weight * (known.flatten(1) @ g.flatten(1).T)
+        writes = runs.writes[:n_writers]
+        flat_writes = rearrange(writes, "writers tokens d -> writers (tokens d)")
+        part = weight * (flat_writes @ rearrange(g, "readers tokens d -> readers (tokens d)").T)
         sums.scores[:n_writers, column : column + len(g)] += part.cpu()
         if sums.by_position is not None:
-            by_token = weight * torch.einsum("wtd,rtd->twr", known, g).cpu()
-            sums.by_position[:, :n_writers, column : column + len(g)].index_add_(
-                0, position.cpu(), by_token
-            )
+            pattern = "writers tokens d, readers tokens d -> tokens writers readers"
+            by_token = weight * einsum(writes, g, pattern).cpu()
+            at_columns = sums.by_position[:, :n_writers, column : column + len(g)]
+            at_columns.index_add_(0, position, by_token)
 
-    for i in layers:
-        x = flat(recorder[stream.before_attention(i)])
-        pulled = torch.cat(
-            [
-                torch.einsum(
-                    "thc,hcd->htd",
-                    flat(grads[stream.projected(i, r.kind)]).reshape(len(x), len(r.weight), -1),
-                    r.weight,
-                )
-                for r in stream.readings(i)
-            ]
-        )
+    for i in range(stream.n_layers):
+        x = runs.flat(recorder[stream.before_attention(i)])
+        parts = []
+        for r in stream.readings(i):
+            of_heads = runs.flat(grads[stream.projected(i, r.kind)]).flatten(1)
+            of_heads = rearrange(
+                of_heads, "tokens (heads c) -> tokens heads c", heads=len(r.weight)
+            )
+            parts.append(einsum(of_heads, r.weight, "tokens heads c, heads c d -> heads tokens d"))
+        pulled = torch.cat(parts)
         column = i * graph.readers_per_layer
         add(column, _pull_back(stream.norm(i, mlp=False), x, pulled), graph.writers_before(i))
-        x = flat(recorder[stream.before_mlp(i)])
-        g = _pull_back(stream.norm(i, mlp=True), x, flat(grads[stream.mlp_in(i)])[None])
+        x = runs.flat(recorder[stream.before_mlp(i)])
+        g = _pull_back(stream.norm(i, mlp=True), x, runs.flat(grads[stream.mlp_in(i)])[None])
         add(column + len(pulled), g, graph.writers_before(i, mlp=True))
-    add(len(graph.readers) - 1, flat(grads[stream.final])[None], len(graph.writers))
+    add(len(graph.readers) - 1, runs.flat(grads[stream.final])[None], len(graph.writers))
+    if runs.inside:
+        _add_neurons(stream, runs, grads, weight, sums)
 
-    for i in layers if inside else ():
-        of_neurons = (inside[stream.neurons(i)] * flat(grads[stream.neurons(i)])).sum(0)
-        of_z = (
-            inside[stream.z(i)] * flat(grads[stream.z(i)]).reshape(len(rows.nonzero()), -1)
-        ).sum(0)
-        ids = [f"a{i}.h{h}" for h in range(stream.n_heads)]
-        parts = {f"m{i}": of_neurons, **dict(zip(ids, of_z.chunk(stream.n_heads), strict=True))}
-        for node, part in parts.items():
+
+def _add_neurons(
+    stream: Stream, runs: _Runs, grads: dict[str, Tensor], weight: float, sums: _Sums
+) -> None:
+    """Add the scores of neurons and head dimensions with the gradient at one input."""
+    for i in range(stream.n_layers):
+        at = {"z": stream.z(i), "neurons": stream.neurons(i)}
+        found = {k: (runs.inside[n] * runs.flat(grads[n]).flatten(1)).sum(0) for k, n in at.items()}
+        heads = [f"a{i}.h{h}" for h in range(stream.n_heads)]
+        by_head = dict(zip(heads, found["z"].chunk(stream.n_heads), strict=True))
+        for node, part in {f"m{i}": found["neurons"], **by_head}.items():
             old = sums.neurons.get(node, torch.zeros(part.shape, dtype=torch.float64))
             sums.neurons[node] = old + weight * part.cpu()
 
@@ -233,30 +281,22 @@ def _add_batch(
     names = stream.writers()
     if neurons:
         names += [stream.neurons(i) for i in range(stream.n_layers)]
-    runs, logits = [], []
+    seen, logits = [], []
     for tokens in (batch.clean, batch.corrupt):
         recorder = Recorder()
         with torch.no_grad(), stream.hooked(recorder.on(names)):
             logits.append(stream.logits(tokens, batch.last))
-        runs.append({n: recorder[n].detach() for n in names})
-    clean, corrupt = runs
-    rows = _real(batch)
-    inside = {}
-    for i in range(stream.n_layers) if neurons else ():
-        if hasattr(stream.blocks[i], "ln1_post"):
-            raise CircuitError(
-                f"{stream.model.name} has norms behind its components, so that a neuron's share "
-                "of the write is not defined. Score edges or nodes."
-            )
-        for n in (stream.z(i), stream.neurons(i)):
-            inside[n] = (clean[n].float() - corrupt[n].float()).flatten(2)[rows]
-    difference = _difference(stream, clean, corrupt, rows)
+        seen.append({n: recorder[n].detach() for n in names})
+    clean, corrupt = seen
+    real = _real(batch)
+    inside = _inside(stream, clean, corrupt, real) if neurons else {}
+    runs = _Runs(batch, real, logits[0], _difference(stream, clean, corrupt, real), inside)
     ends = [corrupt[stream.input], clean[stream.input]]
-    del runs, clean, corrupt
+    del seen, clean, corrupt  # the writes of both runs are not needed any more
     path = config.path()
     for alpha in path:
         at = ends[0] + alpha * (ends[1] - ends[0])
-        _add_scores(stream, batch, at, difference, inside, metric, logits[0], 1 / len(path), sums)
+        _add_scores(stream, runs, at, metric, 1 / len(path), sums)
     values = [metric(x, batch, logits[0]).sum().item() for x in logits]
     return values[0], values[1]
 
@@ -264,6 +304,7 @@ def _add_batch(
 def attribute(
     model: AnyModel,
     pairs: PairSet,
+    *,
     config: AttributionConfig | None = None,
     metric: Metric | None = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -282,8 +323,8 @@ def attribute(
         metric: any function of (last-position logits [batch, vocab], batch, logits of the clean
             run) -> [batch]; replaces ``config.metric``.
         on_batch: called with (pairs done, pairs in all).
-        positions: score every token position apart, too.
-        neurons: score every MLP neuron and head dimension, too.
+        positions: score every token position separately as well.
+        neurons: score every MLP neuron and head dimension as well.
 
     Returns:
         Mean scores; positive = the clean value along the edge raises the metric.
@@ -295,7 +336,7 @@ def attribute(
     config = config or AttributionConfig()
     function = metric or METRICS[config.metric]
     stream = open_stream(model)
-    if neurons and world_size() > len(pairs):  # said by all of them, or the others would wait
+    if neurons and world_size() > len(pairs):  # raised by all of them, or the others would wait
         raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)
     sums = _Sums.zeros(stream.graph, longest if positions else 0)
@@ -311,7 +352,12 @@ def attribute(
     for tensor in (sums.scores, ends, sums.by_position, *sums.neurons.values()):
         if tensor is not None:
             sum_over_processes(tensor)
-    n, exists = len(pairs), stream.graph.exists
+    return _mean(stream, sums, ends, len(pairs))
+
+
+def _mean(stream: Stream, sums: _Sums, ends: Float[Tensor, " 2"], n: int) -> Attribution:
+    """The sums over ``n`` pairs as means."""
+    exists = stream.graph.exists
     scores = (sums.scores / n).float().numpy() * exists
     if not np.isfinite(scores).all():
         raise CircuitError(
@@ -319,10 +365,10 @@ def attribute(
             "on these prompts."
         )
     return Attribution(
-        stream.graph,
-        scores,
-        float(ends[0]) / n,
-        float(ends[1]) / n,
-        None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
-        {k: (v / n).float().numpy() for k, v in sums.neurons.items()},
+        graph=stream.graph,
+        scores=scores,
+        clean=float(ends[0]) / n,
+        corrupt=float(ends[1]) / n,
+        by_position=None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
+        neurons={k: (v / n).float().numpy() for k, v in sums.neurons.items()},
     )

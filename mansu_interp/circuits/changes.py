@@ -1,4 +1,4 @@
-"""What became of each edge: one definition, used by the report, the command line and every view.
+"""What became of each edge of an attribution graph; used by the report and by every view.
 
 Given the attribution scores of one edge (or node) in the original model (b), the edited one (a)
 and, if there is one, its quantized form (q), all on the same pairs in the same metric. The signed
@@ -14,13 +14,13 @@ classes, all ours, in the order in which they are tried:
 ``new``         not present in the original, present in a later model
 ``kept``        present in the original, and left(a) >= 0.5
 ``recovered``   not kept by the edit, but left(q) >= 0.5: quantization brought it back
-``erased``      not recovered, and \\|left(a)\\| < 0.25: it carries next to nothing any more
-``suppressed``  everything else: weakened to between a quarter and a half, or turned against the
-                answer, but still flowing
+``silent``      not recovered, and \\|left(a)\\| < 0.25: it carries next to nothing any more
+``weakened``    everything else: down to between a quarter and a half, or turned against the answer
 ==============  ====================================================================================
 
-These describe single edges. Whether the *knowledge* is erased is for CAD's verdict: a model whose
-last layer was muted has few ``kept`` edges, too, because attribution follows the metric.
+These describe single edges, not knowledge: a model whose last layer was muted has few ``kept``
+edges as well, because attribution follows the metric. Whether facts are erased is decided by
+relearning (`audit.relearning`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Shaped
 
 from ..errors import CircuitError
 
 KEPT_SHARE = 0.5
 """An edge with at least this signed share of its old score is kept (or recovered)."""
-ERASED_SHARE = 0.25
-"""An edge with less than this absolute share of its old score is erased."""
+SILENT_SHARE = 0.25
+"""An edge with less than this absolute share of its old score is silent."""
 NOISE_SHARE = 0.01
 """Default threshold: this share of the original's largest absolute score."""
-CLASSES = ("quiet", "kept", "erased", "suppressed", "recovered", "new")
+CLASSES = ("quiet", "kept", "silent", "weakened", "recovered", "new")
 """Names by code; ``quiet`` is 0."""
 MEANING = {
     "kept": "kept: carries at least half of what it carried",
-    "erased": "erased: carries less than a quarter of it",
-    "suppressed": "suppressed: weakened or reversed, but still flowing",
+    "silent": "silent: carries less than a quarter of it",
+    "weakened": "weakened: carries between a quarter and a half of it, or works against the answer",
     "recovered": "recovered: lost by the edit, brought back by quantization",
     "new": "new: not in the original's graph",
 }
@@ -62,7 +62,7 @@ class Changes:
         """How many there are of each class, without ``quiet``."""
         return {n: int((self.codes == k).sum()) for k, n in enumerate(CLASSES) if k}
 
-    def names(self) -> np.ndarray:
+    def names(self) -> Shaped[np.ndarray, ...]:
         """The classes as text."""
         return np.asarray(CLASSES)[self.codes]
 
@@ -71,6 +71,7 @@ def classify(
     before: Float[np.ndarray, ...],
     after: Float[np.ndarray, ...],
     quantized: Float[np.ndarray, ...] | None = None,
+    *,
     threshold: float | None = None,
 ) -> Changes:
     """What became of each edge; see the module for the classes.
@@ -82,6 +83,9 @@ def classify(
             ``recovered``.
         threshold: |score| from which an edge is present (metric units); default: one hundredth
             of the original's largest.
+
+    Returns:
+        The class of every edge, in the shape of the scores, and the threshold used.
 
     Raises:
         CircuitError: shapes that differ, scores that are not finite, or a negative threshold.
@@ -109,9 +113,9 @@ def classify(
             ~present,
             left >= KEPT_SHARE,
             left_q >= KEPT_SHARE,
-            np.abs(left) < ERASED_SHARE,
+            np.abs(left) < SILENT_SHARE,
         ],
-        [CLASSES.index(n) for n in ("quiet", "new", "kept", "recovered", "erased")],
-        CLASSES.index("suppressed"),
+        [CLASSES.index(n) for n in ("quiet", "new", "kept", "recovered", "silent")],
+        CLASSES.index("weakened"),
     )
     return Changes(names.astype(np.int8), float(threshold))

@@ -1,8 +1,9 @@
-"""A circuit: edges with their scores, as a networkx graph, files and a mask."""
+"""A circuit: edges with their scores, what it was made with, and its files."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,17 +11,19 @@ import networkx as nx
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..errors import ArtifactError, CircuitError
+from ..errors import ArtifactError, CircuitError, ConfigError
 from ..models.graph import Architecture, Graph, Node
 from ..models.hooked import AnyModel, as_model
-from ..models.provenance import find_mismatch
+from ..models.provenance import Provenance, find_mismatch
 from ..tasks.pairs import PairSet
 from ..utils.files import atomic_path, expect, read_json, write_json
 from ..utils.hub import Shareable
+from .config import CircuitConfig
 
 SCHEMA = 2
-
+"""Version of the file's format. 1: written by mansu_interp 0.1, with settings of other names."""
 MAX_SCORE = 1e38
+"""Largest score that is believed: float32 ends at 3.4e38."""
 
 FILE = {
     "graph": {
@@ -33,13 +36,93 @@ FILE = {
         },
         "model?": str,
         "model_sha256?": str,
-        "settings?": dict,
+        "settings?": {
+            "method?": str,
+            "ig_steps?": int,
+            "at?": str,
+            "metric?": str,
+            "pairs?": int,
+            "batch_size?": int,
+            "memory_gb?": (float, None),
+            "faithfulness?": float,
+            "top?": (int, None),
+            "threshold?": (float, None),
+            "ablation?": str,
+            "faithfulness_pairs?": int,
+            "retain_discount?": float,
+            "seed?": int,
+        },
+        "provenance?": (dict, None),
+        "pairs_per_batch?": int,
+        "gb_per_pair?": float,
         "faithfulness?": (float, None),
         "curve?": [[float]],
+        "metric_clean?": float,
+        "metric_corrupt?": float,
+        "made_by?": str,
     },
     "links": [{"source": str, "target": str, "score": float, "kind": str}],
 }
-"""What is checked of a file; more may stand there."""
+"""What is checked of a file; what else is in it is left out."""
+
+
+@dataclass(frozen=True)
+class CircuitMeta:
+    """What a circuit was made with. What is not known is None, or empty."""
+
+    model: str = ""
+    """Name of its model."""
+    model_sha256: str = ""
+    """Hash of the model's weights."""
+    settings: CircuitConfig | None = None
+    """Settings of the discovery."""
+    provenance: Provenance | None = None
+    """Hashes, seed and versions."""
+    pairs_per_batch: int | None = None
+    """Pairs per forward pass that fitted into memory."""
+    gb_per_pair: float | None = None
+    """What attribution of one pair takes beyond the model's own passes (GB)."""
+    faithfulness: float | None = None
+    """Ablate-outside faithfulness; 0: as the empty circuit, 1: as the whole model."""
+    curve: tuple[tuple[int, float], ...] = ()
+    """(edges asked for, faithfulness) of every circuit that the search tried, ascending."""
+    metric_clean: float | None = None
+    """Mean metric of the clean runs."""
+    metric_corrupt: float | None = None
+    """Mean metric of the corrupt runs."""
+    made_by: str = ""
+    """``union``, ``intersection``, ``difference`` or ``selection``; empty for a discovered one."""
+
+    def of_parts(self, made_by: str) -> CircuitMeta:
+        """What stays true of a circuit that is made from others of the same model."""
+        return CircuitMeta(self.model, self.model_sha256, made_by=made_by)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, without what is not known."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.settings is not None:
+            values["settings"] = asdict(self.settings)
+        return {k: v for k, v in values.items() if v is not None and v not in ("", ())}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CircuitMeta:
+        """What `to_json` wrote, already checked against `FILE`; other keys are left out.
+
+        Raises:
+            ValueError: unknown settings, settings out of range, or a curve that is none.
+        """
+        known = {k: v for k, v in data.items() if k in {f.name for f in fields(cls)}}
+        if (settings := known.get("settings")) is not None:
+            if odd := sorted(settings.keys() - {f.name for f in fields(CircuitConfig)}):
+                raise ValueError(f"the settings have an unknown {odd[0][:80]!r}")
+            try:
+                known["settings"] = CircuitConfig(**settings)
+            except ConfigError as error:
+                raise ValueError(f"its settings are out of range ({error})") from error
+        if any(len(point) != 2 for point in known.get("curve", ())):
+            raise ValueError("the curve is no list of (edges, faithfulness)")
+        known["curve"] = tuple((int(n), float(f)) for n, f in known.get("curve", ()))
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -53,7 +136,7 @@ class Circuit(Shareable):
     """Forget attribution of every edge, in metric units (positive: supports the answer)."""
     edges: Bool[np.ndarray, "writers readers"]
     """True for the circuit's edges."""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: CircuitMeta = field(default_factory=CircuitMeta)
     """Model, settings, faithfulness and its measured curve."""
     pairs: PairSet | None = field(default=None, repr=False, compare=False)
     """The pairs it was discovered on, if discovered in this process."""
@@ -68,9 +151,9 @@ class Circuit(Shareable):
         model = as_model(model)
         if model.architecture != self.graph.architecture:
             raise CircuitError(f"The circuit is of {self.graph.architecture}, not {model.name}.")
-        if other := find_mismatch(self.meta, model):
+        if other := find_mismatch(self.meta.to_json(), model):
             raise CircuitError(
-                f"The circuit was found on another {other} ({self.meta.get('model')}) than "
+                f"The circuit was found on another {other} ({self.meta.model}) than "
                 f"{model.name}. Discover it again on this one."
             )
 
@@ -91,33 +174,34 @@ class Circuit(Shareable):
     def __or__(self, other: Circuit) -> Circuit:
         """Edges of either circuit; scores of the first, and of the second where it alone has the
         edge."""
-        scores = np.where(self.edges, self.scores, np.where(other.edges, other.scores, self.scores))
-        return self._combined(other, self.edges | other.edges, scores, "union")
+        self._check_same_model(other)
+        scores = np.where(other.edges & ~self.edges, other.scores, self.scores)
+        return self._made("union", self.edges | other.edges, scores)
 
     def __and__(self, other: Circuit) -> Circuit:
         """Edges of both circuits, less what is then on no input -> logits path."""
-        return self._combined(other, self.edges & other.edges, self.scores, "intersection")
+        self._check_same_model(other)
+        return self._made("intersection", self.graph.prune(self.edges & other.edges), self.scores)
 
     def __sub__(self, other: Circuit) -> Circuit:
         """Edges of this circuit alone. Not pruned: a difference need not be connected."""
-        return self._combined(other, self.edges & ~other.edges, self.scores, "difference")
+        self._check_same_model(other)
+        return self._made("difference", self.edges & ~other.edges, self.scores)
 
-    def _combined(
-        self,
-        other: Circuit,
-        edges: Bool[np.ndarray, "writers readers"],
-        scores: Float[np.ndarray, "writers readers"],
-        how: str,
-    ) -> Circuit:
+    def _check_same_model(self, other: Circuit) -> None:
         if self.graph.architecture != other.graph.architecture:
             raise CircuitError(
                 f"Circuits of different models: {self.graph.architecture} and "
                 f"{other.graph.architecture}. Combine circuits of one model."
             )
-        if how == "intersection":
-            edges = self.graph.prune(edges)
-        meta = {k: self.meta[k] for k in ("model", "model_sha256") if k in self.meta}
-        return Circuit(self.graph, scores, edges, {**meta, "made_by": how}, self.pairs)
+
+    def _made(
+        self,
+        how: str,
+        edges: Bool[np.ndarray, "writers readers"],
+        scores: Float[np.ndarray, "writers readers"],
+    ) -> Circuit:
+        return replace(self, scores=scores, edges=edges, meta=self.meta.of_parts(how))
 
     def to_networkx(self) -> nx.DiGraph:
         """The circuit as a directed graph.
@@ -127,7 +211,8 @@ class Circuit(Shareable):
         q/k/v inputs to its output.
         """
         out = nx.DiGraph()
-        out.graph.update((k, v) for k, v in self.meta.items() if isinstance(v, (str, int, float)))
+        meta = self.meta.to_json()
+        out.graph.update((k, v) for k, v in meta.items() if isinstance(v, (str, int, float)))
 
         def add(node: Node) -> str:
             out.add_node(node.id, kind=node.kind, layer=node.layer, head=node.head)
@@ -150,7 +235,7 @@ class Circuit(Shareable):
         data["graph"] = {
             "schema": SCHEMA,
             "architecture": asdict(self.graph.architecture),
-            **self.meta,
+            **self.meta.to_json(),
         }
         write_json(path, data)
 
@@ -173,11 +258,9 @@ class Circuit(Shareable):
         """
         data = read_json(path)
         try:
+            _check_schema(path, data)
             expect(data, FILE, "the file")
-            meta = dict(data["graph"])
-            if meta.pop("schema") != SCHEMA:
-                raise ArtifactError(f"{path} has an unknown circuit schema; expected {SCHEMA}.")
-            sizes = meta.pop("architecture")
+            sizes = data["graph"]["architecture"]
             if odd := sorted(sizes.keys() - {f.name for f in fields(Architecture)}):
                 raise ValueError(f"the architecture has an unknown {odd[0][:80]!r}")
             graph = Graph(Architecture(**sizes))
@@ -190,8 +273,23 @@ class Circuit(Shareable):
                         raise ValueError(f"the score {link['score']:g} is no float32")
                     at = graph.edge(link["source"], link["target"])
                     edges[at], scores[at] = True, link["score"]
+            return cls(graph, scores, edges, CircuitMeta.from_json(data["graph"]))
+        except ArtifactError:
+            raise
         except ValueError as error:
-            if isinstance(error, ArtifactError):
-                raise
             raise ArtifactError(f"{path} is not a valid circuit: {error}.") from error
-        return cls(graph, scores, edges, meta)
+
+
+def _check_schema(path: Path, data: object) -> None:
+    """Raise ArtifactError unless a file has the schema that is read here."""
+    expect(data, {"graph": {"schema": int}}, "the file")
+    assert isinstance(data, dict)
+    schema = data["graph"]["schema"]
+    if schema == SCHEMA:
+        return
+    if schema == 1:
+        raise ArtifactError(
+            f"{path} is a circuit of schema 1, written by mansu_interp 0.1, whose settings have "
+            f"other names; this version reads schema {SCHEMA}. Discover it again."
+        )
+    raise ArtifactError(f"{path} has an unknown circuit schema {schema}; expected {SCHEMA}.")

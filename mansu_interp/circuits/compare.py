@@ -8,14 +8,16 @@ parts ours; we could not read the paper's formula):
     alignment        cos(s'_C, s_C)                whether what flows still takes the old way
     outside          ||s'_out||_1 / ||s||_1        what flows elsewhere
 
-These numbers describe; they do not decide. EAP-IG is complete, so mass follows the metric: the graph
-of a silent model is empty whatever it still knows, and low alignment is seen in models that were
-never taught and in models that only hide the answers. Whether knowledge is erased is decided by
-relearning (`audit.relearning`) and predicted by `audit.cad`.
+These numbers describe and do not decide. EAP-IG is complete, so mass follows the metric: a model
+that no longer predicts the answers has an empty graph, whatever is left in its weights. Low
+alignment is seen both in models that were never taught and in models that only hide the answers.
+Whether knowledge is erased is decided by relearning (`audit.relearning`) and predicted by
+`audit.cad`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,6 +33,7 @@ from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
 
 REFERENCE = "never taught"
+"""Name of the reference model among the compared ones."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,16 @@ class Divergence:
     """How one model's attribution graph compares with the original's."""
 
     mass: float
+    """How much still flows along the circuit, as a share of the original's; at least 0."""
     projected_share: float
+    """How much of the old flow is left; negative where it now works against the answer."""
     alignment: float
+    """Cosine of the two models' scores over the circuit: 1 = the same way, -1 = reversed."""
     outside: float
-    metric: float
-    """Mean clean metric minus mean corrupt metric, as a share of the original's."""
+    """What flows outside the circuit, as a share of all of the original's; at least 0."""
+    metric: float = math.nan
+    """Mean clean metric minus mean corrupt metric, as a share of the original's; NaN where only
+    scores are compared."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,16 @@ class GraphComparison:
 
 
 def divergence(
-    before: Float[np.ndarray, "w r"],
-    after: Float[np.ndarray, "w r"],
-    edges: Bool[np.ndarray, "w r"],
-) -> tuple[float, float, float, float]:
-    """mass, projected share, alignment and outside of two score matrices over a circuit.
+    before: Float[np.ndarray, "writers readers"],
+    after: Float[np.ndarray, "writers readers"],
+    edges: Bool[np.ndarray, "writers readers"],
+) -> Divergence:
+    """How two score matrices differ over a circuit (see the module for the formulas).
+
+    Arguments:
+        before: scores of the original model (metric units).
+        after: scores of the other model, on the same pairs and in the same metric.
+        edges: True for the circuit's edges.
 
     Raises:
         CircuitError: the original has no attribution on the circuit.
@@ -72,11 +85,11 @@ def divergence(
     if size == 0:
         raise CircuitError("The original model has no attribution on this circuit.")
     norm = float(np.linalg.norm(s) * np.linalg.norm(t))
-    return (
-        float(np.abs(t).sum() / size),
-        float(t @ s / (s @ s)),
-        float(t @ s / norm) if norm else 0.0,
-        float(np.abs(after[~edges]).sum() / np.abs(before).sum()),
+    return Divergence(
+        mass=float(np.abs(t).sum() / size),
+        projected_share=float(t @ s / (s @ s)),
+        alignment=float(t @ s / norm) if norm else 0.0,
+        outside=float(np.abs(after[~edges]).sum() / np.abs(before).sum()),
     )
 
 
@@ -85,9 +98,10 @@ def compare(
     original: AnyModel,
     models: Mapping[str, AnyModel],
     pairs: PairSet,
+    *,
     config: AttributionConfig | None = None,
-    on_step: Callable[[str, int, int], None] | None = None,
     reference: AnyModel | None = None,
+    on_step: Callable[[str, int, int], None] | None = None,
     on_scores: Callable[[str, Attribution], None] | None = None,
 ) -> GraphComparison:
     """Compare attribution graphs on the same forget pairs.
@@ -97,26 +111,29 @@ def compare(
         original: the model before unlearning.
         models: by name, such as the unlearned model and its quantized form.
         pairs: forget pairs; use a phrasing that unlearning never saw.
-        config: attribution settings; default: those of the discovery.
+        config: attribution settings, except for the metric, which is ``logit_diff``; default:
+            those of the circuit's discovery.
         reference: a model that was never taught the forget facts, if there is one; it appears
             among the result's models as ``never taught``.
         on_step: called with (model name, pairs done, pairs in all).
         on_scores: called with (``original`` or a model's name, its scores), to draw them.
+
+    Returns:
+        The numbers of every model, as shares of the original's.
 
     Raises:
         CircuitError: nothing to compare, another architecture, or a circuit of another original.
     """
     if not models:
         raise CircuitError("compare() needs at least one model besides the original.")
-    config = config or CircuitConfig(**circuit.meta.get("settings", {}))
-    config = replace(config, metric="logit_diff")
+    settings = replace(config or circuit.meta.settings or CircuitConfig(), metric="logit_diff")
     note = on_step or (lambda *_: None)
 
-    def graph_of(name: str, model: AnyModel) -> Any:
+    def graph_of(name: str, model: AnyModel) -> Attribution:
         model = as_model(model)
         if model.architecture != circuit.graph.architecture:
             raise CircuitError(f"{name} has another architecture than the circuit.")
-        found = attribute(model, pairs, config, on_batch=lambda d, n: note(name, d, n))
+        found = attribute(model, pairs, config=settings, on_batch=lambda d, n: note(name, d, n))
         if on_scores:
             on_scores(name, found)
         return found
@@ -128,6 +145,6 @@ def compare(
     named = {**models, REFERENCE: reference} if reference else dict(models)
     for name, model in named.items():
         found = graph_of(name, model)
-        parts = divergence(base.scores, found.scores, circuit.edges)
-        out[name] = Divergence(*parts, metric=(found.clean - found.corrupt) / gap)
+        share = (found.clean - found.corrupt) / gap
+        out[name] = replace(divergence(base.scores, found.scores, circuit.edges), metric=share)
     return GraphComparison(out)

@@ -25,8 +25,8 @@ class AttributionConfig:
     batch_size: int = 16
     """Pairs per forward pass; changes memory and speed, not scores."""
     memory_gb: float | None = None
-    """Memory that attribution may take beyond the model's own passes; fewer pairs per pass are
-    taken if need be."""
+    """Memory (GB) that attribution may take beyond the model's own passes; fewer pairs are taken
+    per pass if need be."""
 
     def __post_init__(self) -> None:
         if min(self.ig_steps, self.pairs, self.batch_size) < 1:
@@ -65,9 +65,7 @@ class CircuitConfig(AttributionConfig):
     """Forget pairs on which faithfulness is measured during the search."""
     retain_discount: float = 1.0
     """Discount on edges that the retain set needs: edges are ranked by
-    |forget| - selective x |retain|, never below a tenth of |forget| (0 = forget alone)."""
-    seed: int = 0
-    """Which pairs are drawn (a run sets this to its own seed)."""
+    |forget| - retain_discount x |retain|, at least a tenth of |forget| (0 = forget alone)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,9 +75,9 @@ class CircuitConfig(AttributionConfig):
             or self.retain_discount < 0
         ):
             raise ConfigError(
-                "faithfulness must lie in (0, 1], faithfulness_pairs be at least 1 and selective "
-                f"not negative; got {self.faithfulness}, {self.faithfulness_pairs}, "
-                f"{self.retain_discount}."
+                "faithfulness must lie in (0, 1], faithfulness_pairs be at least 1 and "
+                f"retain_discount not negative; got {self.faithfulness}, "
+                f"{self.faithfulness_pairs}, {self.retain_discount}."
             )
         if self.top is not None and self.threshold is not None:
             raise ConfigError("Give top or threshold, not both.")

@@ -1,4 +1,11 @@
-"""Discovery: attribution, a ranking, and the smallest circuit that reaches a target."""
+"""Discovery of a circuit.
+
+1. Draw pairs, and score every edge on the forget pairs (`attribution.attribute`).
+2. Score every edge on the retain pairs, and reduce the forget scores of edges that they need
+   (`selective_scores`). This is the ranking; without retain pairs it is the forget scores.
+3. Take the fewest top-ranked edges whose ablate-outside faithfulness reaches the target
+   (`faithfulness.minimal_edges`), or as many as the settings say.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +22,18 @@ from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
 from .ablation import Ablation
 from .attribution import attribute, pairs_per_batch
-from .circuit import Circuit
+from .circuit import Circuit, CircuitMeta
 from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
 
 
 def selective_scores(
-    forget: Float[np.ndarray, "w r"], retain: Float[np.ndarray, "w r"], discount: float
-) -> Float[np.ndarray, "w r"]:
-    """Forget scores shrunk where the retain set needs the edge as much; signs are kept."""
+    forget: Float[np.ndarray, "writers readers"],
+    retain: Float[np.ndarray, "writers readers"],
+    discount: float,
+) -> Float[np.ndarray, "writers readers"]:
+    """Forget scores with their size reduced by ``discount`` times that of the retain scores, at
+    least to a tenth; signs stay."""
     size = np.abs(forget)
     return np.sign(forget) * np.maximum(size - discount * np.abs(retain), 0.1 * size)
 
@@ -31,8 +41,10 @@ def selective_scores(
 def discover(
     model: AnyModel,
     forget: PairSet,
+    *,
     config: CircuitConfig | None = None,
     retain: PairSet | None = None,
+    seed: int = 0,
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> Circuit:
     """Find the smallest circuit that carries the forget answers.
@@ -40,72 +52,92 @@ def discover(
     Arguments:
         model: from `load_model`, or a HookedTransformer of TransformerLens 3.9.
         forget: the pairs whose answers must go.
-        config: attribution, faithfulness target and selectivity.
-        retain: pairs that must stay; makes the circuit selective.
+        config: attribution, faithfulness target and discount on edges that ``retain`` needs.
+        retain: pairs whose answers must stay; edges that they need lose rank.
+        seed: which pairs are drawn.
         on_step: called with (stage, done, total).
+
+    Returns:
+        The circuit, with the forget scores of all edges (metric units; positive: supports the
+        answer), and what it was discovered with in ``meta``.
 
     Raises:
         CircuitError: a model that cannot be attributed, or settings out of range.
     """
     config, model = config or CircuitConfig(), as_model(model)
-    for name, pairs in (("forget", forget), ("retain", retain)):
-        if not (isinstance(pairs, PairSet) or (name == "retain" and pairs is None)):
-            raise CircuitError(
-                f"{name} must be a PairSet (task.{name}, or one of your own); got "
-                f"{type(pairs).__name__}."
-            )
+    _check_pairs("forget", forget)
+    if retain is not None:
+        _check_pairs("retain", retain)
     note = on_step or (lambda *_: None)
-    chosen = forget.sample(config.pairs, config.seed)
+    chosen = forget.sample(config.pairs, seed)
     found = attribute(
-        model, chosen, config, on_batch=lambda d, n: note("attribution of forget pairs", d, n)
+        model,
+        chosen,
+        config=config,
+        on_batch=lambda d, n: note("attribution of forget pairs", d, n),
     )
     ranking = found.scores
     if retain is not None and config.retain_discount:
-        kept = attribute(
+        retained = attribute(
             model,
-            retain.sample(config.pairs, config.seed),
-            config,
+            retain.sample(config.pairs, seed),
+            config=config,
             on_batch=lambda d, n: note("attribution of retain pairs", d, n),
         )
-        ranking = selective_scores(found.scores, kept.scores, config.retain_discount)
-    edges, curve, final = _select(model, chosen, config, ranking, note)
+        ranking = selective_scores(found.scores, retained.scores, config.retain_discount)
+    edges, curve, final = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
     size, gb = pairs_per_batch(model.graph, model.d_model, longest, config)
-    meta = {
-        "model": model.name,
-        "model_sha256": model.sha256,
-        "settings": asdict(config),
-        "provenance": provenance(model, config.seed, asdict(config)),
-        "pairs_per_batch": size,
-        "gb_per_pair": round(gb, 4),
-        "faithfulness": final,
-        "curve": curve,
-        "metric_clean": found.clean,
-        "metric_corrupt": found.corrupt,
-    }
+    meta = CircuitMeta(
+        model=model.name,
+        model_sha256=model.sha256,
+        settings=config,
+        provenance=provenance(model, seed, asdict(config)),
+        pairs_per_batch=size,
+        gb_per_pair=round(gb, 4),
+        faithfulness=final,
+        curve=tuple(curve),
+        metric_clean=found.clean,
+        metric_corrupt=found.corrupt,
+    )
     return Circuit(found.graph, found.scores, edges, meta, chosen)
+
+
+def _check_pairs(name: str, pairs: object) -> None:
+    if not isinstance(pairs, PairSet):
+        raise CircuitError(
+            f"{name} must be a PairSet (task.{name}, or one of your own); got "
+            f"{type(pairs).__name__}."
+        )
 
 
 def _select(
     model: LanguageModel | HookedModel,
     pairs: PairSet,
     config: CircuitConfig,
-    ranking: Float[np.ndarray, "w r"],
+    ranking: Float[np.ndarray, "writers readers"],
     note: Callable[[str, int, int], None],
-) -> tuple[Bool[np.ndarray, "w r"], list[tuple[int, float]], float]:
+    seed: int,
+) -> tuple[Bool[np.ndarray, "writers readers"], list[tuple[int, float]], float]:
     """The circuit of a ranking, its measured curve, and its faithfulness."""
-    sample = pairs.sample(config.faithfulness_pairs, config.seed)
-    ablation = Ablation(model, sample, config.metric, config.ablation, config.batch_size)
+    sample = pairs.sample(config.faithfulness_pairs, seed)
+    ablation = Ablation(
+        model,
+        sample,
+        metric=config.metric,
+        ablation=config.ablation,
+        batch_size=config.batch_size,
+    )
     tried = 0
 
-    def faithful(edges: Bool[np.ndarray, "w r"]) -> float:
+    def faithful(edges: Bool[np.ndarray, "writers readers"]) -> float:
         nonlocal tried
         tried += 1
         note("faithfulness of circuits", tried, 0)
         return ablation.faithfulness(edges)
 
     if config.top is None and config.threshold is None:
-        edges, curve = minimal_edges(model.graph, ranking, faithful, config.faithfulness)
+        edges, curve = minimal_edges(model.graph, ranking, faithful, target=config.faithfulness)
         return edges, curve, faithful(edges)
     n = config.top
     if n is None:

@@ -30,12 +30,13 @@ def circuit_metric(
     model: AnyModel,
     pairs: PairSet,
     edges: Edges,
+    *,
     metric: Metric | str = "logit_diff",
-    batch_size: int = 16,
     ablation: str = "corrupt",
+    batch_size: int = 16,
 ) -> float:
     """Mean metric of a circuit with everything outside it ablated (see `Ablation`)."""
-    return Ablation(model, pairs, metric, ablation, batch_size)(edges)
+    return Ablation(model, pairs, metric=metric, ablation=ablation, batch_size=batch_size)(edges)
 
 
 def strongest(graph: Graph, scores: Float[np.ndarray, "writers readers"], n: int) -> Edges:
@@ -52,14 +53,22 @@ def minimal_edges(
     graph: Graph,
     scores: Float[np.ndarray, "writers readers"],
     faithfulness: Callable[[Edges], float],
+    *,
     target: float = 0.85,
     tolerance: float = 0.05,
 ) -> tuple[Edges, list[tuple[int, float]]]:
     """The fewest top-scored edges whose faithfulness reaches ``target``, found by search.
 
     Doubles the number of edges until the target is reached, then bisects to within
-    ``tolerance`` of the count. Faithfulness need not grow at every single step; the curve that
-    was really measured is returned.
+    ``tolerance`` of the count. Faithfulness need not grow with every edge; the curve that was
+    measured is returned.
+
+    Arguments:
+        graph: all edges of the model.
+        scores: ranking of the edges, by absolute value.
+        faithfulness: of a circuit; 0 for the empty one, 1 for the full one.
+        target: in (0, 1].
+        tolerance: share of the count to which it is searched.
 
     Returns:
         The circuit, and (edges asked for, faithfulness) of every evaluation, sorted.
@@ -73,7 +82,7 @@ def minimal_edges(
 
     def reaches(n: int) -> bool:
         curve[n] = faithfulness(strongest(graph, scores, n))
-        return curve[n] >= target
+        return bool(curve[n] >= target)
 
     low, high = 0, min(graph.n_edges, max(16, graph.n_edges // 256))
     while not reaches(high) and high < graph.n_edges:
@@ -116,6 +125,7 @@ def _area(x: Sequence[float], y: Float[np.ndarray, " n"]) -> float:
 def faithfulness_curve(
     ablation: Ablation,
     scores: Float[np.ndarray, "writers readers"],
+    *,
     fractions: Sequence[float] = FRACTIONS,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Curve:

@@ -17,7 +17,7 @@ Metric = Callable[[Logits, Batch, Logits], Float[Tensor, " batch"]]
 
 
 def logit_diff(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
-    """Logit of the answer minus logit of the counterfactual answer."""
+    """Logit of the answer minus logit of the counterfactual answer (nats)."""
     rows = torch.arange(len(batch), device=logits.device)
     return logits[rows, batch.answer] - logits[rows, batch.counterfactual]
 

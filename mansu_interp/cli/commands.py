@@ -12,7 +12,7 @@ from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
-from .progress import Progress, _time
+from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
     CadConfig,
@@ -71,7 +71,7 @@ def _run(config: RunConfig, output: Output) -> int:
     print("" if output.quiet else "\n", end="")
     print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
     if not output.quiet:
-        print(f"\n{_time(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
+        print(f"\n{duration(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
     return 0
 
 
@@ -182,9 +182,9 @@ def _relearn(config: RelearnRun, output: Output) -> int:
             found[label] = relearn(
                 subject,
                 task,
-                config.attack,
-                config.split,
-                lambda rate, d, n, label=label: progress(f"{label} at {rate:g}", d, n),
+                config=config.attack,
+                split=config.split,
+                on_step=lambda rate, d, n, label=label: progress(f"{label} at {rate:g}", d, n),
             )
     finally:
         progress.close()
@@ -204,7 +204,9 @@ def _cad(config: CadConfig, output: Output) -> int:
     quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
     progress = Progress(output.quiet)
     try:
-        found = judge_erasure(original, edited, task, quantized, config.seed, progress)
+        found = judge_erasure(
+            original, edited, task, quantized=quantized, seed=config.seed, on_step=progress
+        )
     finally:
         progress.close()
     print("\n".join(found.lines()))
@@ -223,7 +225,7 @@ def _list(_: ListConfig, output: Output) -> int:
     from ..models.load import embedded_models
     from ..quantizers.registry import QUANTIZERS
     from ..tasks.files import embedded_tasks, read_task_file
-    from ..unlearning.config import METHODS
+    from ..unlearning.methods import METHODS
 
     models = [m for m in embedded_models() if "reference" not in m]
     if output.json:

@@ -19,6 +19,7 @@ from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_config
 from ..tasks.benchmarks import TaskConfig
 from ..tasks.files import ROBUST
+from ..utils.renamed import renamed_option
 from .commands import (
     Output,
     _apply,
@@ -33,6 +34,7 @@ from .commands import (
     _task,
     _verify,
 )
+from .help import BENCH, HELP_ALL, shortened, shown_of_run
 from .settings import (
     ApplyConfig,
     CadConfig,
@@ -40,11 +42,12 @@ from .settings import (
     ExportConfig,
     ListConfig,
     RelearnRun,
+    RunCommand,
     VerifyConfig,
 )
 
 ROBUST_FLAG = f"--{ROBUST}"
-"""Of ``run`` alone; may stand anywhere after it."""
+"""Of ``run`` alone."""
 
 ABOUT = """Make a language model forget something, and check that it stays forgotten.
 
@@ -52,9 +55,11 @@ Examples:
   mansu list                                    what ships
   mansu run --out runs/first                    the embedded model forgets capitals
   mansu run --task my-task.json --out runs/mine your own facts
+  mansu run --method npo --out runs/npo         a baseline
   mansu plan --model Llama-3.1-8B/config.json   what it would cost
 
 With every command: --quiet prints the result alone. run, plan and list: --json prints it as JSON.
+run and bench: --help-all shows every setting.
 
 Colours follow NO_COLOR.
 
@@ -76,12 +81,11 @@ class Command:
 COMMANDS = (
     Command(
         "run",
-        RunConfig,
+        RunCommand,
         _run,
         "Discover, mask, unlearn, quantize, compare and report.\n\n"
-        "--robust starts from the task's settings against relearning: slower, and meant to erase "
-        "where the usual ones may only hide. Options given beside it win.\n\n"
-        "Example: mansu run --model facts --task capitals --out runs/first",
+        "Example: mansu run --model facts --task capitals --out runs/first\n\n"
+        "--help-all shows every setting.",
     ),
     Command(
         "bench",
@@ -89,7 +93,8 @@ COMMANDS = (
         _bench,
         "Compare methods at the same forgetting, before and after quantizers. A killed "
         "benchmark goes on where it was.\n\n"
-        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
+        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench"
+        "\n\n--help-all shows every setting.",
     ),
     Command(
         "plan",
@@ -155,33 +160,50 @@ COMMANDS = (
 """What the command line knows, in the order of its help."""
 
 
-def _command(argv: list[str]) -> Any:
-    """What the command line may say; the defaults of ``run`` depend on its model and task."""
+def _start(argv: list[str]) -> RunCommand:
+    """The settings that ``run`` starts from: they depend on its model, task and method."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--model", default="facts")
     early.add_argument("--task")
+    early.add_argument("--method", default="mansu")
     known, _ = early.parse_known_args(argv)
-    start = default_config(known.model, known.task, ROBUST_FLAG in argv)
-    usual: dict[str, Any] = {"default": start}
+    return RunCommand.of(
+        default_config(known.model, known.task, ROBUST_FLAG in argv, method=known.method)
+    )
+
+
+def _commands(argv: list[str], brief: bool) -> Any:
+    """What the command line may say; of ``brief`` help, what it shows."""
     words: list[Any] = []
     for c in COMMANDS:
-        given = usual if c.settings is RunConfig else {}
+        start: Any = None
+        if c.settings is RunCommand:
+            start = _start(argv if c.name in argv[:1] else [])
+        if brief and c.settings is RunCommand:
+            start = shortened(start, shown_of_run(start.unlearn))
+        if brief and c.settings is BenchConfig:
+            start = shortened(BenchConfig(), BENCH)
+        given: dict[str, Any] = {"default": start} if start else {}
         word = tyro.conf.subcommand(c.name, description=c.about, **given)
-        words.append(Annotated[c.settings, word])
+        words.append(Annotated[type(start) if start else c.settings, word])
     return reduce(or_, words)
 
 
 def parse(argv: list[str]) -> Any:
-    """The settings that a command line gives.
+    """The settings that a command line gives; without any, the help.
 
     Raises:
-        ConfigError: --robust, which chooses what ``run`` starts from, with another command.
+        ConfigError: an option that has another name now, an unknown method, or --robust, which
+            chooses what ``run`` starts from, with another command.
     """
-    words = [word for word in argv if word != ROBUST_FLAG]
-    config = tyro.cli(_command(argv), args=words, prog="mansu", description=ABOUT)
-    if words != argv and not isinstance(config, RunConfig):
+    if old := renamed_option(argv):
+        raise ConfigError(f"{old}.")
+    if ROBUST_FLAG in argv and argv[0] != "run":
         raise ConfigError(f"{ROBUST_FLAG} is for run; leave it out here.")
-    return config
+    words = ["--help" if word == HELP_ALL else word for word in argv] or ["--help"]
+    brief = HELP_ALL not in argv and bool({"-h", "--help"} & {*words})
+    config = tyro.cli(_commands(argv, brief), args=words, prog="mansu", description=ABOUT)
+    return config.run_config() if isinstance(config, RunCommand) else config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,7 +225,7 @@ def _main(argv: list[str]) -> int:
         config = parse(argv)
         if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):
             raise ConfigError("--json is for run, plan and list; leave it out here.")
-        (command,) = [c for c in COMMANDS if c.settings is type(config)]
+        (command,) = [c for c in COMMANDS if issubclass(c.settings, type(config))]
         return command.do(config, output)
     except MansuError as error:
         print(f"mansu: {error}", file=sys.stderr)

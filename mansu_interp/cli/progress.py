@@ -1,13 +1,22 @@
-"""Progress on the terminal."""
+"""Progress on the terminal: a bar per stage with the time left; plain lines where there is none."""
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
 
-def _time(seconds: float) -> str:
+
+def duration(seconds: float) -> str:
     """12 s, 3 min 05 s or 2 h 04 min."""
     s = round(seconds)
     if s < 60:
@@ -18,15 +27,27 @@ def _time(seconds: float) -> str:
 
 
 class Progress:
-    """One line that is rewritten on a terminal; elsewhere a line per stage and per minute of it."""
+    """Shows stages on standard error: a bar each on a terminal; elsewhere a line per stage, and one
+    per minute of it."""
 
     EVERY = 60.0
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.live = sys.stderr.isatty() and not quiet
+        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.bars: Bars | None = None
+        if self.console.is_terminal and not quiet:
+            self.bars = Bars(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
         self.stage, self.start = "", time.monotonic()
-        self.said = self.start
+        self.printed = self.start
+        self.bar = TaskID(0)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that a stage is at ``done`` of ``total`` (0 = unknown)."""
@@ -34,22 +55,30 @@ class Progress:
             return
         now = time.monotonic()
         if stage != self.stage:
-            self.close()
-            self.stage, self.start, self.said = stage, now, now
-            if not self.live:
-                print(f"{stage} ...", file=sys.stderr, flush=True)
-        spent = now - self.start
-        left = f", {_time(spent / done * (total - done))} left" if total and done else ""
-        count = f"{done}/{total}" if total else f"{done}"
-        line = f"{stage}  {count}  {_time(spent)}{left}"
-        if not self.live and now - self.said >= self.EVERY:
-            self.said = now
-            print(line, file=sys.stderr, flush=True)
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            print("\r" + line[:width].ljust(width), end="", file=sys.stderr, flush=True)
+            self.stage, self.start, self.printed = stage, now, now
+            if self.bars:
+                self.bars.start()
+                self._finish()
+                self.bar = self.bars.add_task(stage, total=total or None)
+            else:
+                self.console.print(f"{stage} ...")
+        if self.bars:
+            self.bars.update(self.bar, completed=done, total=total or None)
+        elif now - self.printed >= self.EVERY:
+            self.printed = now
+            spent = now - self.start
+            left = f", {duration(spent / done * (total - done))} left" if total and done else ""
+            count = f"{done}/{total}" if total else f"{done}"
+            self.console.print(f"{stage}  {count}  {duration(spent)}{left}")
+
+    def _finish(self) -> None:
+        """End the bar of the stage before, whose total may not have been known."""
+        if self.bars and self.bars.tasks:
+            last = self.bars.tasks[-1]
+            self.bars.update(last.id, total=last.completed)
 
     def close(self) -> None:
-        """End the current line."""
-        if self.live and self.stage:
-            print(file=sys.stderr)
+        """Leave the bars as they are."""
+        if self.bars:
+            self._finish()
+            self.bars.stop()

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import FlagCreatePairsOff, Positional
 
 from ..audit.config import RelearnConfig
+from ..runs.config import RunConfig
 from ..utils.shipped import split_names
+
+
+@dataclass(frozen=True)
+class RunCommand(RunConfig):
+    """`RunConfig`, and what chooses the settings that it starts from."""
+
+    method: str = "mansu"
+    """What unlearns: mansu, one of its variants, or a baseline (`mansu list` names them). Each has
+    settings of its own under --unlearn: see --method NAME --help-all."""
+    robust: FlagCreatePairsOff[bool] = False
+    """Start from the task's settings against relearning (mansu): slower, and meant to erase where
+    the usual ones may only hide. Options given beside it win."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunCommand:
+        """The settings of a run as the command line shows them."""
+        given = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
+        return cls(**given, method=config.unlearn.method)
+
+    def run_config(self) -> RunConfig:
+        """The settings of a run alone."""
+        return RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
 
 
 @dataclass(frozen=True)
@@ -21,8 +44,8 @@ class RelearnRun:
     task: str | None = None
     """Shipped task or path of a task file; default: the one that goes with the model."""
     original: str | None = None
-    """A model to attack beside it, such as the one before unlearning; the task's first twin is
-    attacked too where it fits."""
+    """A model to attack beside it, such as the one before unlearning; the task's first reference
+    model is attacked, too, where it fits."""
     split: Literal["unseen", "dev"] = "unseen"
     """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
     device: str = "auto"

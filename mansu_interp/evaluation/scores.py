@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ..audit.relearning import CHANCE
 from ..losses.accuracy import accuracy, perplexity
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
+from .versions import ModelVersion
 
-QUANTIZER = "nf4"
-"""Every run is scored after it, beside those that its edit is to survive."""
-
-ORIGINAL, EDITED = "original", "unlearned"
-"""Names of the models that are compared; a quantizer's name is appended."""
+Metric = Literal["top1", "choice"]
+METRICS: tuple[Metric, ...] = ("top1", "choice")
+"""The model's most likely token is the answer's; the answer ranks first of four."""
 
 
 @dataclass(frozen=True)
@@ -43,55 +42,123 @@ class Flips:
 
 
 @dataclass(frozen=True)
+class Score:
+    """Accuracy of one model on one set."""
+
+    model: ModelVersion
+    top1: float
+    """Share of prompts whose most likely next token is the answer's first."""
+    choice: float
+    """Share of prompts on which the answer outranks three other answers."""
+
+    def value(self, metric: Metric) -> float:
+        """top1 or choice."""
+        return self.top1 if metric == "top1" else self.choice
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """Accuracies of all models on one set."""
+
+    role: str
+    """forget, neighbour or retain."""
+    label: str
+    n: int
+    """Prompts."""
+    chance: float
+    """Four-way choice of a guess."""
+    chance_top1: float
+    """Top-1 of a guess among the answers of a prompt's relation."""
+    scores: tuple[Score, ...]
+    """One per model."""
+
+    def __getitem__(self, model: ModelVersion) -> Score:
+        """A model's score.
+
+        Raises:
+            KeyError: it was not scored.
+        """
+        for score in self.scores:
+            if score.model == model:
+                return score
+        raise KeyError(f"{model} was not scored; known: {', '.join(map(str, self.models))}.")
+
+    @property
+    def models(self) -> tuple[ModelVersion, ...]:
+        """Who was scored, in that order."""
+        return tuple(s.model for s in self.scores)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of a model's mean loss per token of running text."""
+
+    model: ModelVersion
+    value: float | None
+    """None: not finite."""
+
+
+@dataclass(frozen=True)
 class Scores:
     """Accuracies of several models on one task."""
 
-    rows: list[dict[str, Any]]
-    """One per (role, label): ``n``, ``chance`` of choice, ``chance_top1`` and ``models`` -> top1,
-    choice."""
-    perplexity: dict[str, float] | None
-    """Per model, on unseen running text; None if the task has none."""
-    first: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    rows: tuple[ScoreRow, ...]
+    """One per (role, label)."""
+    perplexity: tuple[Perplexity, ...] = ()
+    """One per model, on unseen running text; empty if the task has none."""
+    first: dict[ModelVersion, tuple[bool, ...]] = field(default_factory=dict)
     """Per model, on which forget prompts the answer ranks first of four."""
 
     def beside(self, other: Scores) -> Scores:
-        """The same sets' scores, with those of another's models."""
-        rows = [
-            {**mine, "models": mine["models"] | theirs["models"]}
+        """The same sets' scores, with those of another's models (which replace the same ones)."""
+        rows = tuple(
+            replace(mine, scores=_merged(mine.scores, theirs.scores))
             for mine, theirs in zip(self.rows, other.rows, strict=True)
-        ]
-        found = {**(self.perplexity or {}), **(other.perplexity or {})}
-        return Scores(rows, found or None, self.first | other.first)
+        )
+        return Scores(rows, _merged(self.perplexity, other.perplexity), self.first | other.first)
 
-    def worst(self, role: str, key: str, model: str) -> float:
+    def of_role(self, role: str) -> list[ScoreRow]:
+        """The rows of forget, neighbour or retain."""
+        return [r for r in self.rows if r.role == role]
+
+    def worst(self, role: str, metric: Metric, model: ModelVersion) -> float:
         """The largest score of a model over the sets of a role."""
-        return max(r["models"][model][key] for r in self.rows if r["role"] == role)
+        return max(r[model].value(metric) for r in self.of_role(role))
 
-    def mean(self, role: str, key: str, model: str) -> float:
+    def mean(self, role: str, metric: Metric, model: ModelVersion) -> float:
         """The mean score of a model over the sets of a role."""
-        values = [r["models"][model][key] for r in self.rows if r["role"] == role]
+        values = [r[model].value(metric) for r in self.of_role(role)]
         return sum(values) / len(values)
 
     def chance_top1(self, role: str) -> float:
-        """Of a guess among a relation's answers, mean over the sets of a role; 0 in scores of older
-        versions, which do not have it."""
-        values = [r.get("chance_top1", 0.0) for r in self.rows if r["role"] == role]
+        """Of a guess among a relation's answers, mean over the sets of a role."""
+        values = [r.chance_top1 for r in self.of_role(role)]
         return sum(values) / len(values)
 
-    def largest_fall(self, role: str, model: str, reference: str) -> float:
+    def largest_fall(self, role: str, model: ModelVersion, reference: ModelVersion) -> float:
         """The most that top-1 or choice of a set fell below a reference's; 0 without sets, and
         where all gained."""
         falls = [
-            r["models"][reference][k] - r["models"][model][k]
-            for r in self.rows
-            if r["role"] == role
-            for k in ("top1", "choice")
+            r[reference].value(metric) - r[model].value(metric)
+            for r in self.of_role(role)
+            for metric in METRICS
         ]
         return max(0.0, *falls) if falls else 0.0
 
+    def perplexity_rise(self, model: ModelVersion, reference: ModelVersion) -> float:
+        """Perplexity of a model over a reference's, minus 1; infinite where it is not finite."""
+        values = {p.model: p.value for p in self.perplexity}
+        after, before = values[model], values[reference]
+        return after / before - 1 if after is not None and before else math.inf
+
+
+def _merged(mine: tuple, theirs: tuple) -> tuple:
+    """Records by their model, the later one for the same model."""
+    return tuple({record.model: record for record in (*mine, *theirs)}.values())
+
 
 def evaluate(
-    models: Mapping[str, LanguageModel],
+    models: Mapping[ModelVersion, LanguageModel],
     task: Task,
     split: str = "unseen",
     on_step: Callable[[str, int, int], None] | None = None,
@@ -100,7 +167,7 @@ def evaluate(
     """Score models on every set of a split.
 
     Arguments:
-        models: name -> model, e.g. original, original nf4, unlearned, unlearned nf4.
+        models: by version, such as ``ModelVersion("unlearned", "nf4")``.
         task: the task, tokenized for these models.
         split: ``unseen`` for reports, ``dev`` while choosing settings.
         on_step: called with (what, sets done, sets in all).
@@ -109,35 +176,37 @@ def evaluate(
     every = [(of, label, s) for of, by in task.scored[split].items() for label, s in by.items()]
     guess = _guess([s for *_, s in every])
     sets = [x for x in every if role in (None, x[0])]
-    rows: list[dict[str, Any]] = [
-        {
-            "role": of,
-            "label": label,
-            "n": len(s),
-            "chance": CHANCE,
-            "chance_top1": sum(guess[p.relation] for p in s) / len(s),
-            "models": {},
-        }
-        for of, label, s in sets
-    ]
-    first: dict[str, tuple[bool, ...]] = dict.fromkeys(models, ())
+    found: list[list[Score]] = [[] for _ in sets]
+    first: dict[ModelVersion, tuple[bool, ...]] = dict.fromkeys(models, ())
     total = len(sets) * len(models)
-    for m, (name, model) in enumerate(models.items()):
+    for m, (version, model) in enumerate(models.items()):
         for k, (of, _, pairs) in enumerate(sets):
             result = accuracy(model, pairs)
             if of == "forget":
-                first[name] += result.first
-            rows[k]["models"][name] = {"top1": result.top1, "choice": result.choice}
+                first[version] += result.first
+            found[k].append(Score(version, result.top1, result.choice))
             if on_step:
-                on_step(f"scores of {name}", m * len(sets) + k + 1, total)
+                on_step(f"scores of {version}", m * len(sets) + k + 1, total)
+    rows = tuple(
+        ScoreRow(
+            role=of,
+            label=label,
+            n=len(s),
+            chance=CHANCE,
+            chance_top1=sum(guess[p.relation] for p in s) / len(s),
+            scores=tuple(found[k]),
+        )
+        for k, (of, label, s) in enumerate(sets)
+    )
     text = task.text.get(split) or task.text.get("unseen") if role is None else None
-    values = {n: perplexity(m, text) for n, m in models.items()} if text else None
+    on_text = [(v, perplexity(m, text)) for v, m in models.items()] if text else []
+    values = tuple(Perplexity(v, x if math.isfinite(x) else None) for v, x in on_text)
     return Scores(rows, values, first)
 
 
 def _guess(sets: Sequence[PairSet]) -> dict[str, float]:
     """Relation -> how often one of its answers, drawn evenly, is right; 0 where it has only one,
-    of which saying it says nothing."""
+    of which predicting it shows nothing."""
     answers: dict[str, set[str]] = {}
     for pair in (p for pairs in sets for p in pairs):
         answers.setdefault(pair.relation, set()).add(pair.answer_text)

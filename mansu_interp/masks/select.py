@@ -120,7 +120,7 @@ def circuit_mask(
         besides=own,
     )
     mask.meta["components"] = [n.id for n, _ in components]
-    mask.meta["provenance"] = circuit.meta.get("provenance")
+    mask.meta["provenance"] = circuit.meta.provenance
     return mask
 
 

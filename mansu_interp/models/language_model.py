@@ -41,7 +41,7 @@ def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> i
 
 
 @torch.no_grad()
-def _unpacked(packed: Component) -> nn.Linear:
+def unpack_4bit(packed: Component) -> nn.Linear:
     """A plain float32 linear layer with the weights that a bitsandbytes 4-bit layer stands for.
 
     On some processors such a layer repacks itself when it first runs; what it then does to the
@@ -161,7 +161,7 @@ class LanguageModel:
             sharing = copy.deepcopy(self.hf, memo)
             for name, module in list(sharing.named_modules()):
                 if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-                    sharing.set_submodule(name, _unpacked(module))
+                    sharing.set_submodule(name, unpack_4bit(module))
             turn_back(sharing)
             sharing.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
@@ -220,7 +220,7 @@ class LanguageModel:
         common = _common_prefix(tokens, at)
         if common * (len(tokens) - 1) < self._min_shared:
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            return self._unembed(hidden[rows, at])
+            return self.unembed(hidden[rows, at])
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.config)
@@ -229,10 +229,11 @@ class LanguageModel:
         hidden = self.hf.base_model(
             input_ids=tokens[:, common:], past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return self._unembed(hidden[rows, at - common])
+        return self.unembed(hidden[rows, at - common])
 
-    def _unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
-        """Logits as the model's own forward pass makes them."""
+    def unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
+        """Logits of what the final norm has made of hidden states, scaled and capped as in the
+        model's own forward pass."""
         logits = output_embeddings(self.hf)(hidden)
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypedDict
 
 from ..utils.files import finite
 
@@ -14,8 +14,27 @@ SCHEMA = 1
 PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
 
 
+class Provenance(TypedDict):
+    """What an artefact was made from, as it stands in files."""
+
+    schema: int
+    model_sha256: str
+    tokenizer_sha256: str
+    """Empty for a model without a tokenizer."""
+    task_sha256: str
+    """Empty where only pairs were given."""
+    config_sha256: str
+    """Hash of the settings that affect the result."""
+    seed: int
+    """Of every draw."""
+    device: str
+    """Kind of device: ``cpu`` or ``cuda``."""
+    versions: dict[str, str]
+    """Of this package and of those that affect the result."""
+
+
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that decide what comes out."""
+    """Versions of this package and of those that affect the result."""
     out = {}
     for package in PACKAGES:
         name = package.replace("mansu-interp", "mansu_interp")
@@ -27,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash of all that a tokenizer does; empty without one."""
+    """Hash of a tokenizer's whole behaviour; empty without one."""
     if tokenizer is None:
         return ""
     inner = getattr(tokenizer, "backend_tokenizer", None)
@@ -37,7 +56,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def provenance(
     model: Any, seed: int, config: Mapping[str, Any], task_sha256: str = ""
-) -> dict[str, Any]:
+) -> Provenance:
     """Schema, hashes of model, tokenizer, task and settings, seed, and package versions.
 
     Arguments:
@@ -60,7 +79,7 @@ def provenance(
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, what two such records do not share."""
+    """In words, what two such records do not share; ``then`` was read from a file."""
     out = []
     for key in ("model", "tokenizer", "task", "config"):
         if then.get(f"{key}_sha256") != now.get(f"{key}_sha256"):
@@ -76,8 +95,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def find_mismatch(meta: Mapping[str, Any], model: Any) -> str:
-    """What an artefact was made with that this model does not have: ``checkpoint``, ``tokenizer``
-    or nothing. What is not known of either counts as the same."""
+    """``checkpoint`` or ``tokenizer`` if an artefact was made with another one than this model's,
+    else an empty string. What is unknown of either counts as the same."""
     made_from = meta.get("provenance")
     made_from = made_from if isinstance(made_from, dict) else {}
     sha = meta.get("model_sha256") or made_from.get("model_sha256")

@@ -53,8 +53,8 @@ class Survival:
     are None where the quantizer moves scales between layers (AWQ)."""
     update_over_bin: float | None = None
     """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels)."""
-    projection: float | None = None
-    """<dQ, d> / <d, d>: the share of the edit that is left in the quantized model, 1 = all."""
+    share_kept: float | None = None
+    """<dQ, d> / <d, d>: the share of the edit that quantization leaves, 1 = all."""
     noise_over_signal: float | None = None
     """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 
@@ -108,7 +108,7 @@ def survival(
             collateral,
             intended=0,
             update_over_bin=0.0,
-            projection=0.0,
+            share_kept=0.0,
             noise_over_signal=0.0,
         )
     return Survival(
@@ -117,6 +117,6 @@ def survival(
         collateral,
         intended=intended,
         update_over_bin=(update / bins) ** 0.5,
-        projection=along / update,
+        share_kept=along / update,
         noise_over_signal=(noise / update) ** 0.5,
     )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from .markdown import _md, _md_block
-from .story import Cards, heading, sections
-from .values import count, get, items, percent, text_of
+from .blocks import Cards, Code
+from .markdown import markdown_block, markdown_text
+from .records import Report
+from .story import heading, scores_blocks
+from .values import count, percent
 
 
-def model_card(report: dict[str, Any]) -> str:
-    """``README.md`` for the checkpoint's folder, rendered from ``report.json`` only."""
+def model_card(report: Report) -> str:
+    """``README.md`` for the checkpoint's folder, rendered from the report only."""
     from huggingface_hub import ModelCardData
 
-    name = text_of(get(report, "model", "name"))
+    name = report.model.name
     # Only a name on the hub may stand in the metadata; a path would be taken for one.
     base = name if name.count("/") == 1 and not Path(name).exists() else None
     data = ModelCardData(
@@ -23,21 +24,19 @@ def model_card(report: dict[str, Any]) -> str:
         pipeline_tag="text-generation",
         tags=["unlearning", "mansu-interp"],
     )
-    word, sentence = heading(report)[2:]
-    edited, share = get(report, "edit", "edited"), get(report, "edit", "share")
-    scores = next((s for s in sections(report) if s.title == "Scores"), None)
+    top, edit = heading(report), report.edit
     blocks = [
-        f"# {_md(Path(name).name)}, edited to forget",
-        f"Task: {_md(get(report, 'task', 'title'))}",
-        f"**{word.capitalize()}.** {_md(sentence)}",
-        f"{count(edited)} parameters of `{_md(name)}` were changed ({percent(share, 3)}), nothing "
-        "else. The licence of that model applies to this one.",
+        f"# {markdown_text(Path(name).name)}, edited to forget",
+        f"Task: {markdown_text(report.task.title)}",
+        f"**{top.status.capitalize()}.** {markdown_text(top.sentence)}",
+        f"{count(edit.edited)} parameters of `{markdown_text(name)}` were changed "
+        f"({percent(edit.share, 3)}), nothing else. The licence of that model applies to this one.",
         "## Scorecard",
-        _md_block(Cards(items(get(report, "properties")))),
-        *(map(_md_block, scores.blocks) if scores else ()),
+        markdown_block(Cards(report.properties)),
+        *map(markdown_block, scores_blocks(report)),
         "All scores are on phrasings that unlearning never saw, on the checkpoint as saved. "
-        "Surviving quantization is not erasure: a relearning attack can bring the answers back.",
+        "Surviving quantization is not erasure: relearning can bring the answers back.",
         "## Made with",
-        f"```\n{text_of(get(report, 'command'))}\n```",
+        markdown_block(Code(report.command)),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(b for b in blocks if b) + "\n"

@@ -1,99 +1,150 @@
-"""A summary for the terminal."""
+"""A summary for the terminal, laid out by rich.
+
+Texts reach rich as `Text`, never as markup, and without control characters, so that no prompt or
+model name can style or steer the terminal.
+"""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping
-from typing import Any
+import io
+from collections.abc import Sequence
 
-from .story import METRICS, against, heading
-from .values import (
-    DASH,
-    count,
-    deepened,
-    get,
-    items,
-    measured,
-    number,
-    pairs,
-    parted,
-    percent,
-    status_of,
-    text_of,
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ..evaluation.scores import METRICS, Metric, ScoreRow
+from ..evaluation.versions import ModelVersion
+from .records import Report
+from .story import (
+    ROLES,
+    edge_counts,
+    final_margin_text,
+    heading,
+    quantization_margin_text,
 )
+from .values import DASH, count, measured, percent, status_of
+
+MIN_WIDTH = 20
+ROOMY = 60
+"""Columns from which on targets and top-1 are shown."""
+STYLES = {"pass": "bold green", "fail": "bold red", "undecided": "bold yellow"}
 
 
-def _role_means(report: Mapping[str, Any]) -> list[list[str]]:
-    """A row a model under a row of roles: scores averaged over all the role's facts."""
-    entries = items(get(report, "scores"))
-    roles = list(dict.fromkeys(text_of(get(e, "role")) for e in entries))[:3]
-    rows = [["", *roles]]
-    for model in dict.fromkeys(m for e in entries for m, _ in pairs(get(e, "models"))):
-        cells = []
-        for role in roles:
-            members = [e for e in entries if text_of(get(e, "role")) == role]
-            means = []
-            for key in METRICS:
-                got = [
-                    (number(get(e, "n")) or 1.0, v)
-                    for e in members
-                    if (v := number(get(e, "models", model, key))) is not None
-                ]
-                total = sum(n for n, _ in got)
-                means.append(percent(sum(n * v for n, v in got) / total) if got else DASH)
-            cells.append(" / ".join(means))
-        rows.append([model, *cells])
-    return rows
+def console_summary(report: Report, width: int, color: bool = False) -> str:
+    """The verdict, the four properties, mean scores, and the edit in a line.
 
-
-def console_summary(report: dict[str, Any], width: int) -> str:
-    """Plain lines for the terminal, none wider than ``width``: some 20, and one for each model.
-
-    Control characters are dropped, so that no prompt can offset_rate the terminal.
+    Arguments:
+        report: what a run found.
+        width: no line is wider, in columns (at least 20).
+        color: with the codes that a terminal takes for colours; without them, nothing but
+            printable text.
     """
-    width = max(width, 20)
-
-    def printable(text: str) -> str:
-        return "".join(c if c.isprintable() else " " for c in text)
-
-    def lines(text: str, limit: int = 2, indent: str = "") -> list[str]:
-        return textwrap.wrap(
-            printable(text), width, max_lines=limit, placeholder=" …", subsequent_indent=indent
-        )
-
-    title, subtitle, word, sentence = heading(report)
-    out = [*lines(f"{word.upper()}  {title} ({subtitle})", 1), *lines(sentence, 3)]
-    for item in items(get(report, "properties"))[:4]:
-        state = status_of(get(item, "passed"))[0].upper()
-        value = measured(get(item, "value"))
-        name = text_of(get(item, "name"))
-        out += lines(f"{state:<9}  {name}: {value} ({against(item)})", 2, " " * 11)
-    scores = _role_means(report)
-    if len(scores) > 1:
-        out += lines("Scores, top-1 / choice:", 1)
-        widths = [max(map(len, column)) for column in zip(*scores, strict=True)]
-        fits = sum(widths) + 2 * len(widths) <= width
-        for row in scores:
-            padded = [c.ljust(w) for c, w in zip(row, widths, strict=True)]
-            aligned = printable("  " + "  ".join(padded)).rstrip()
-            out += [aligned] if fits else lines("  ".join(row), 2, "  ")
-    edit, circuit = get(report, "edit"), get(report, "circuit")
-    rows = number(get(edit, "embedding"))
-    unquantized = f", {count(rows)} are in the embedding, which is not quantized" if rows else ""
-    out += lines(
-        f"Edit: {count(get(edit, 'edited'))} parameters ({percent(get(edit, 'share'), 3)}), "
-        f"{count(get(edit, 'survived'))} survive quantization{unquantized}. "
-        f"Circuit: {count(get(circuit, 'edges'))} of {count(get(circuit, 'of'))} edges.",
+    console = Console(
+        file=io.StringIO(),
+        width=max(width, MIN_WIDTH),
+        force_terminal=color,
+        color_system="standard" if color else None,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        legacy_windows=False,
     )
-    if deepened(report):
-        out += lines(f"Deepened: {deepened(report)}.", 1)
-    if parted(report):
-        out += lines(f"Reserve: {parted(report)}.", 1)
-    became = pairs(get(report, "graph", "counts"))
-    if became:
-        out += lines(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in became)}.", 1)
-    erasure = get(report, "erasure")
-    if get(erasure, "verdict"):
-        sure = percent(get(erasure, "confidence"), 0)
-        out += lines(f"CAD: {text_of(get(erasure, 'verdict'))} (confidence {sure})", 1)
-    return "\n".join(out)
+    top = heading(report)
+    title = _text(f"{top.title} ({top.subtitle})")
+    console.print(Text.assemble((top.status.upper(), STYLES[top.status]), "  ", title), **_ONE_LINE)
+    console.print(_text(_sum(report)))
+    narrow = console.width < ROOMY
+    console.print(_properties(report, narrow))
+    if report.scores:
+        console.print(_text(f"Mean scores, {'' if narrow else 'top-1 / '}choice among four:"))
+        console.print(_role_means(report, ("choice",) if narrow else METRICS))
+    for line in _lines(report):
+        console.print(line)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+_ONE_LINE = {"no_wrap": True, "overflow": "ellipsis"}
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Text of anybody's: on one line, without control characters, never markup."""
+    return Text("".join(c if c.isprintable() else " " for c in text), style)
+
+
+def _sum(report: Report) -> str:
+    """How many properties hold; the table below says which, and why."""
+    held = sum(p.passed is True for p in report.properties)
+    return f"{held} of {len(report.properties)} properties hold."
+
+
+def _properties(report: Report, narrow: bool) -> RenderableType:
+    """A row a property, with the reason of one that is not met; where there is little room, without
+    its target."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("property", overflow="fold")
+    for name in ("value",) if narrow else ("value", "target", "headroom"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for item in report.properties:
+        word = status_of(item.passed)[0]
+        told = _text(item.name)
+        if item.reason:
+            told.append_text(_text(f": {_shortened(item.reason)}", "dim"))
+        numbers = [measured(item.value), measured(item.target), measured(item.headroom, True)]
+        shown = numbers[:1] if narrow else numbers
+        table.add_row(Text(word.upper(), STYLES[word]), told, *map(Text, shown))
+    return table
+
+
+def _shortened(text: str, most: int = 240) -> str:
+    return text if len(text) <= most else text[: most - 2] + " …"
+
+
+def _role_means(report: Report, metrics: Sequence[Metric]) -> RenderableType:
+    """A row a model: scores averaged over all the facts of a role."""
+
+    def cell(role: str, version: ModelVersion) -> str:
+        rows = [e for e in report.scores if e.role == role]
+        return " / ".join(_mean(rows, version, metric) for metric in metrics)
+
+    roles = [r for r in ROLES if any(e.role == r for e in report.scores)]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", overflow="fold")
+    for role in roles:
+        table.add_column(role, justify="right", overflow="fold")
+    for version in dict.fromkeys(v for e in report.scores for v in e.models):
+        table.add_row(_text(str(version)), *(Text(cell(role, version)) for role in roles))
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _mean(rows: list[ScoreRow], version: ModelVersion, metric: Metric) -> str:
+    """Over the prompts of all sets that a model was scored on."""
+    scored = [(r.n, r[version].value(metric)) for r in rows if version in r.models]
+    total = sum(n for n, _ in scored)
+    return percent(sum(n * v for n, v in scored) / total) if total else DASH
+
+
+def _lines(report: Report) -> list[Text]:
+    """The edit, its circuit, what was done after training, and CAD's prediction."""
+    edit, circuit = report.edit, report.circuit
+    line = f"Edit: {count(edit.edited)} parameters ({percent(edit.share, 3)})"
+    for row in report.quantizers[:1]:
+        line += f", {count(row.survival.survived)} survive {row.name}"
+    if edit.embedding:
+        line += f", {count(edit.embedding)} are in the embedding, which is not quantized"
+    if circuit:
+        line += f". Circuit: {count(circuit.edges)} of {count(circuit.of)} edges"
+    out = [f"{line}."]
+    if edit.final_margin:
+        out.append(f"Final margin: {final_margin_text(edit.final_margin)}.")
+    if edit.quantization_margin:
+        text = quantization_margin_text(edit.quantization_margin)
+        out.append(f"Quantization margin: {text}.")
+    if counts := edge_counts(report):
+        out.append(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in counts.items())}.")
+    if cad := report.cad:
+        out.append(f"CAD predicts: {cad.verdict} (confidence {percent(cad.confidence, 0)}).")
+    return [_text(line) for line in out]

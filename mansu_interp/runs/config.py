@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..circuits.config import AttributionConfig, CircuitConfig
 from ..errors import ConfigError
-from ..unlearning.config import UnlearnConfig
+from ..unlearning.methods import Mansu, MethodConfig
+from ..utils.ranges import check_range
 from ..utils.shipped import split_names
 
 
@@ -36,14 +37,14 @@ class RunConfig:
     """Edit the forget subjects' own rows of the embedding, too, within the same budget: what can be
     read there comes back by relearning, whatever is done to the layers."""
     by_layer: bool = False
-    """Choose parameters holding gradients and Fisher of one layer at a time: the same mask with
-    less memory and more passes."""
+    """Choose parameters with gradients and Fisher information of one layer at a time: the same mask
+    with less memory and more passes."""
     seed: int = 0
     """Seed of every draw."""
     score_pairs: int = 200
     """Prompts per scored set, drawn evenly over its unseen phrasings."""
     quantizers: tuple[str, ...] = ()
-    """Quantizers to score besides nf4 and those of unlearn.survive."""
+    """Quantizers to score besides nf4 and those that every edit survives."""
     relearn_steps: int = 20
     """Steps of the relearning attack that tests erasure, on half of the forget facts; 0 = none."""
     device: str = "auto"
@@ -53,8 +54,8 @@ class RunConfig:
     """CPU threads; default: torch's own choice."""
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
     """How the circuit is discovered."""
-    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
-    """How the model is edited."""
+    unlearn: MethodConfig = field(default_factory=Mansu)
+    """The method that edits the model, and its settings."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "quantizers", split_names(self.quantizers))
@@ -62,21 +63,13 @@ class RunConfig:
             raise ConfigError(
                 f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
             )
-        if self.relearn_steps < 0:
-            raise ConfigError(f"relearn_steps must not be negative; got {self.relearn_steps}.")
-        if (
-            self.damage_damping < 0
-            or self.retain_gradient_weight < 0
-            or not 0 <= self.frozen_layers < 1
-        ):
+        check_range(self, "damage_damping", "retain_gradient_weight", "relearn_steps", at_least=0)
+        check_range(self, "frozen_layers", at_least=0, below=1)
+        check_range(self, "score_pairs", "threads", at_least=1)
+        if not isinstance(self.unlearn, MethodConfig) or not self.unlearn.method:
             raise ConfigError(
-                "damage_damping and retain_gradient_weight must not be negative and frozen_layers lie in [0, 1); got "
-                f"{self.damage_damping}, {self.retain_gradient_weight}, {self.frozen_layers}."
-            )
-        if self.score_pairs < 1 or (self.threads is not None and self.threads < 1):
-            raise ConfigError(
-                f"score_pairs and threads must be at least 1; got {self.score_pairs}, "
-                f"{self.threads}."
+                "unlearn must be the settings of a method, such as Mansu(); got "
+                f"{self.unlearn!r:.80}."
             )
 
 
@@ -92,5 +85,4 @@ class PlanConfig:
     """How edges would be scored."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ConfigError(f"tokens must be at least 1; got {self.tokens}.")
+        check_range(self, "tokens", at_least=1)

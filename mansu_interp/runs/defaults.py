@@ -9,9 +9,11 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..errors import ArtifactError, TaskError
+from ..errors import ArtifactError, ConfigError, TaskError
 from ..tasks.files import ROBUST
+from ..unlearning.methods import Mansu, get_method
 from ..utils.files import expect, read_json
+from ..utils.renamed import renamed_key, renamed_setting
 from ..utils.shipped import DATA, is_embedded
 from .config import RunConfig
 
@@ -22,20 +24,35 @@ def default_task(model: str) -> str:
 
 
 def default_config(
-    model: str = "facts", task: str | None = None, robust: bool = False
+    model: str = "facts", task: str | None = None, robust: bool = False, *, method: str = "mansu"
 ) -> RunConfig:
-    """The settings for a model and a task, before any of the user's own.
+    """The settings for a model, a task and a method, before any of the user's own.
 
     Arguments:
         model: as in `RunConfig`.
         task: shipped task or path of a task file, whose ``settings`` are taken over; a file that
-            cannot be read is left for `load_task` to complain about.
+            cannot be read is left for `load_task` to complain about. Its settings of unlearning are
+            those of MANSU and its variants; of them a baseline takes the batch size alone.
         robust: then those of the file's ``robust``: what was found to resist relearning.
+        method: name of the method.
 
     Raises:
+        ConfigError: unknown method, or ``robust`` with a baseline.
         TaskError: the task's ``settings`` name something that `RunConfig` does not have, or give
             it a value out of range; or it has none against relearning.
     """
+    kind = get_method(method)
+    if robust and not issubclass(kind, Mansu):
+        raise ConfigError(f"--{ROBUST} chooses settings of mansu; leave it out with {method}.")
+    config = _task_config(model, task, robust)
+    taken = ["batch_size"]
+    if issubclass(kind, Mansu):
+        taken = [f.name for f in fields(kind) if f.name not in kind.lacks]
+    return replace(config, unlearn=kind(**{n: getattr(config.unlearn, n) for n in taken}))
+
+
+def _task_config(model: str, task: str | None, robust: bool) -> RunConfig:
+    """The settings of `default_config` for MANSU."""
     config = RunConfig(model=model, task=task)
     name = task or default_task(model)
     shipped = DATA / "tasks" / f"{name}.json"
@@ -45,18 +62,24 @@ def default_config(
     except ArtifactError:
         spec = {}
     spec = spec if isinstance(spec, dict) else {}
+    if old := renamed_key(spec):
+        raise TaskError(f"The task file {path} is of an older version: {old}.")
+    for key in ("settings", ROBUST):
+        if old := renamed_setting(spec.get(key)):
+            raise TaskError(f"{key} of task {name!r}: {old}.")
     config = _updated(config, spec.get("settings", {}), f"settings of task {name!r}")
     if not robust or not path.exists():
         return config
     if ROBUST not in spec:
         raise TaskError(
             f"Task {name!r} has no settings against relearning ({ROBUST!r} in its file, beside "
-            "'settings'). Give them yourself: --unlearn.adversarial_steps, --subject-rows."
+            "'settings'). Give them yourself: --unlearn.adversarial-steps, --subject-rows."
         )
     return _updated(config, spec[ROBUST], f"{ROBUST} settings of task {name!r}")
 
 
 def _updated(config: Any, settings: Any, where: str) -> Any:
+    """Settings with some of them replaced by the JSON values of a task file."""
     names = {f.name for f in fields(config)} - {"model", "task", "out", "seed", "threads"}
     if not isinstance(settings, dict) or not settings.keys() <= names:
         raise TaskError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..errors import ArtifactError
 from ..models.provenance import differences
 from ..utils.distributed import rank
 from ..utils.files import expect, is_leftover, read_json, write_json
+from ..utils.renamed import renamed_setting
 from .config import RunConfig
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -20,9 +22,15 @@ def config_json(config: RunConfig) -> dict[str, Any]:
     """The settings as plain JSON values."""
     out = asdict(config)
     out["out"] = str(config.out)
-    out["unlearn"]["survive"] = list(config.unlearn.survive)
-    out["quantizers"] = list(config.quantizers)
-    return out
+    unlearn = out.pop("unlearn")
+    return _listed({**out, "method": config.unlearn.method, "unlearn": unlearn})
+
+
+def _listed(value: Any) -> Any:
+    """A nested dictionary with lists for tuples, as JSON has them."""
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def result_affecting(settings: Any) -> Any:
@@ -47,6 +55,11 @@ def check_folder(config: RunConfig) -> None:
     if not out.exists() or all(is_leftover(p) for p in out.iterdir()):
         return
     before = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    if old := renamed_setting(before):
+        raise ArtifactError(
+            f"{out} holds a run of an older version (in its config.json, {old}). Name another "
+            "--out."
+        )
     if result_affecting(before) != result_affecting(config_json(config)):
         raise ArtifactError(f"{out} already holds another run or other files. Name another --out.")
     if all((out / name).exists() for name in REPORTS):
@@ -56,7 +69,7 @@ def check_folder(config: RunConfig) -> None:
         )
 
 
-def begin(config: RunConfig, made_from: dict[str, Any]) -> None:
+def begin(config: RunConfig, made_from: Mapping[str, Any]) -> None:
     """Write down what a run is made from, or check that it goes on with the same.
 
     Raises:

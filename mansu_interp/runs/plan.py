@@ -11,13 +11,14 @@ import torch
 
 from ..circuits.attribution import pairs_per_batch
 from ..circuits.config import AttributionConfig
-from ..evaluation.scores import QUANTIZER
+from ..evaluation.versions import QUANTIZER
 from ..masks.select import MASK_PAIRS
 from ..models.language_model import LanguageModel
 from ..models.load import empty_model
 from ..tasks.pairs import Pair, by_phrasing
 from ..tasks.task import Task
 from ..unlearning.mansu import margins
+from ..unlearning.methods import Mansu, MethodConfig, RetainingConfig
 from ..unlearning.training import CHUNK
 from .config import PlanConfig, RunConfig
 
@@ -139,73 +140,104 @@ def _tokens(pairs: Sequence[Pair]) -> float:
     return total / max(1, n)
 
 
-def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
-    """Estimate a run by timing one small batch of it."""
-    sample = task.forget.sample(CHUNK, config.seed)
-    batch = next(sample.batches(CHUNK, model.device))
+def _forward_seconds(model: LanguageModel, task: Task, seed: int) -> float:
+    """Seconds of a forward pass per token, timed on one small batch."""
+    batch = next(task.forget.sample(CHUNK, seed).batches(CHUNK, model.device))
     start = time.perf_counter()
     with torch.no_grad():
         for _ in range(2):  # the first warms up
             start = time.perf_counter()
             hidden = model.hf.base_model(input_ids=batch.clean, use_cache=False)[0]
             hidden[0, 0, 0].item()  # waits until it is computed
-    forward = (time.perf_counter() - start) / batch.clean.numel()
-    c, u = config.circuit, config.unlearn
-    length = sum(len(p.clean) for p in task.forget) / len(task.forget)
-    shared = _tokens(task.forget)
-    kept = [p for pairs in task.retain_sets for p in pairs]
-    shared_kept = _tokens(kept)
-    scored = [p for by in task.scored["unseen"].values() for pairs in by.values() for p in pairs]
-    texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
-    forwards, backwards = passes(c)
-    per_pair = length * (forwards + 2 * backwards)  # a backward pass costs two forward ones
-    attribution = min(c.pairs, len(task.forget)) * per_pair
-    search = 14 * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
-    mask = MASK_PAIRS * 3 * (shared + (1 + len(task.retain_sets)) * shared_kept)
+    return (time.perf_counter() - start) / batch.clean.numel()
+
+
+def _step_tokens(method: MethodConfig, task: Task, forget: float, retain: float) -> float:
+    """Tokens of forward passes that one step costs; a backward pass costs two forward ones.
+
+    Arguments:
+        method: its settings.
+        task: what is forgotten and retained.
+        forget: tokens of a forget pair.
+        retain: tokens of a retain pair.
+    """
+    if not isinstance(method, Mansu):
+        each = 4 if "references" in method.needs else 3
+        retains = isinstance(method, RetainingConfig)
+        return method.batch_size * each * (forget + (retain if retains else 0))
     # Forget: forward and backward. Retain: the teacher's forward pass besides.
-    step = u.batch_size * (3 * shared + 4 * shared_kept) + (64 * 4 if task.text else 0)
-    # An attack's steps, half of the most on average, and the gradient at their end.
-    step += (u.adversarial_steps / 2 + 1) * u.batch_size * 3 * shared if u.adversarial_steps else 0
-    # A probe reads every prompt of a half, and a batch of the other gives the gradient.
-    step += (len(task.forget) / 2 + u.batch_size * 3) * shared if u.probe_weight else 0
+    step = method.batch_size * (3 * forget + 4 * retain) + (64 * 4 if task.text else 0)
+    if method.adversarial_steps:
+        # Half of the most steps on average, and the gradient at their end.
+        step += (method.adversarial_steps / 2 + 1) * method.batch_size * 3 * forget
+    if method.probe_weight:
+        # A probe reads every prompt of a half, and a batch of the other gives the gradient.
+        step += (len(task.forget) / 2 + method.batch_size * 3) * forget
+    return step
+
+
+def _margin_tokens(method: MethodConfig, task: Task, forget: float, retain: float) -> float:
+    """The same of all margin edits, after the last step."""
+    if not isinstance(method, Mansu):
+        return 0.0
     # Every round: the answers of the models looked at, and one's slope of them and of those
     # retained; a last look.
-    forgotten, slopes = min(margins.PAIRS, len(task.forget)) * shared, 3 * margins.ROUNDS
-    retained = min(margins.PAIRS, len(kept)) * shared_kept * slopes
-    finishing = sum(
+    slopes = 3 * margins.ROUNDS
+    forgotten = min(margins.PAIRS, len(task.forget)) * forget
+    retained = min(margins.PAIRS, sum(map(len, task.retain_sets))) * retain * slopes
+    return sum(
         forgotten * (models * (margins.ROUNDS + 1) + slopes) + retained
         for models, asked in (
-            (1, u.final_margin is not None),
-            (1 + len(u.survive), u.quantization_margin),
+            (1, method.final_margin is not None),
+            (1 + len(method.survive), method.quantization_margin),
         )
         if asked
     )
-    precisions = 1 + len({QUANTIZER, *u.survive})
-    total = (
-        2 * attribution
-        + search
-        + mask
-        + u.steps * step
-        + finishing
-        + 2 * precisions * (_tokens(scored) * len(scored) + texts)
-        + 3 * CAD_PAIRS * per_pair
-    )
+
+
+def _run_tokens(config: RunConfig, task: Task) -> float:
+    """The same of a whole run; what its method does not need costs nothing."""
+    c, u = config.circuit, config.unlearn
+    length = sum(len(p.clean) for p in task.forget) / len(task.forget)
+    forget = _tokens(task.forget)
+    retain = _tokens([p for pairs in task.retain_sets for p in pairs])
+    scored = [p for by in task.scored["unseen"].values() for pairs in by.values() for p in pairs]
+    texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
+    forwards, backwards = passes(c)
+    per_pair = length * (forwards + 2 * backwards)
+    total = 3 * CAD_PAIRS * per_pair
+    if "circuit" in u.needs:
+        total += 2 * min(c.pairs, len(task.forget)) * per_pair
+        total += 14 * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
+    if "mask" in u.needs:
+        total += MASK_PAIRS * 3 * (forget + (1 + len(task.retain_sets)) * retain)
+    total += u.steps * _step_tokens(u, task, forget, retain)
+    total += _margin_tokens(u, task, forget, retain)
+    precisions = 1 + len({QUANTIZER, *u.promised})
+    return total + 2 * precisions * (_tokens(scored) * len(scored) + texts)
+
+
+def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
+    """Estimate a run by timing one small batch of it."""
+    method = config.unlearn
+    seconds = OVERHEAD * _run_tokens(config, task) * _forward_seconds(model, task, config.seed)
     # Every further quantizer to survive adds a teacher and a student.
-    copies = COPIES + 2 * (len(u.survive) - 1)
+    copies = COPIES + 2 * max(0, len(method.promised) - 1)
     memory = model.n_parameters * 4 * copies / 1e9 + 0.6
-    seconds = OVERHEAD * total * forward
-    edits = int(config.budget * model.n_parameters)
     threads = torch.get_num_threads()
     on_cores = f"{threads} CPU thread{'s' * (threads > 1)}"
     where = on_cores if model.device.type == "cpu" else str(model.device)
+    edits, steps = "all parameters", f"{method.steps} steps of {method.method}"
+    if "mask" in method.needs:
+        edits = f"at most {int(config.budget * model.n_parameters):,} parameters"
+        edits += f" ({config.budget:.2%})"
     lines = [
         f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
         f"task     {task.name}: {task.title}",
         f"forget   {len({(p.relation, p.subject) for p in task.forget})} facts in "
         f"{len({(p.relation, p.phrasing) for p in task.forget})} phrasings; "
         f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",
-        f"edit     at most {edits:,} parameters ({config.budget:.2%}), "
-        f"{u.steps} steps of {u.method}",
+        f"edit     {edits}, {steps}",
         f"cost     about {max(1, round(seconds / 60))} min and {memory:.1f} GB on {where}",
         f"output   {config.out}",
     ]

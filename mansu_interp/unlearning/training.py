@@ -1,4 +1,4 @@
-"""What all unlearning methods share: settings, batches, the retain loss and the result."""
+"""What all unlearning methods share: batches, the retain loss, the stop and the result."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from ..tasks.answers import pack_answers
 from ..tasks.pairs import Pair, by_phrasing, chunks, collate
 from ..tasks.task import Task
 from ..utils.distributed import sum_number
-from .config import UnlearnConfig
+from .history import History, StepRecord
 
 HINGE = 0.5
-"""Nats by which known retain answers should gain before the hinge lets go."""
+"""Nats by which the retain answers that the original ranks first should gain before the hinge has
+no gradient."""
 CHUNK = 16
 """Pairs of one phrasing that share the computation of what they begin with."""
 CHECK_EVERY = 2
 """Steps between two looks at the forgetting level."""
-OnStep = Callable[[int, int, dict[str, float]], None]
+OnStep = Callable[[int, int, StepRecord], None]
+"""on_step(steps done, steps in all, record)."""
 
 
 @dataclass
@@ -35,8 +37,8 @@ class Unlearned:
 
     model: LanguageModel
     """The edited copy."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """Losses per step (nats)."""
+    history: History = field(default_factory=list)
+    """A record per step."""
     stopped_at: int = 0
     """Steps taken."""
 
@@ -64,13 +66,13 @@ def mean_gradient(
     return found, sum_number(total)
 
 
-def arithmetic(model: LanguageModel, config: UnlearnConfig) -> torch.autocast:
-    """The context in which a loss is computed, as ``config.precision`` says. One for each loss: the
-    low copies of the weights that it holds would go stale with a step."""
+def arithmetic(model: LanguageModel, precision: str) -> torch.autocast:
+    """The context in which a loss is computed, at `Mansu.precision`. One for each loss: the low
+    copies of the weights that it holds would go stale with a step."""
     kind = model.device.type
     # Below AVX-512 PyTorch emulates bf16, fifteen times as slowly as it computes fp32.
     quick = kind != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return torch.autocast(kind, torch.bfloat16, enabled=quick and config.precision == "bf16")
+    return torch.autocast(kind, torch.bfloat16, enabled=quick and precision == "bf16")
 
 
 Batch = tuple[list[list[Pair]], list[list[Pair]], Tensor | None]
@@ -78,27 +80,32 @@ Batch = tuple[list[list[Pair]], list[list[Pair]], Tensor | None]
 
 
 class Sampler:
-    """Seeded batches of forget pairs, retain and retain_unscored pairs, and running text.
+    """Seeded batches of forget pairs, retain and retain-unscored pairs, and running text.
 
     A batch is a few chunks; the pairs of a chunk share one phrasing and are of similar length, so
     that their common prefix is computed once and little is padded.
+
+    Arguments:
+        task: from which pairs and text are drawn.
+        batch_size: pairs per batch.
+        seed: of the draws.
     """
 
     TEXT_TOKENS = 64
     TEXT_ROWS = 2
 
-    def __init__(self, task: Task, config: UnlearnConfig) -> None:
-        self.task, self.size = task, config.batch_size
-        self.rng = random.Random(config.seed)
+    def __init__(self, task: Task, batch_size: int, seed: int = 0) -> None:
+        self.task, self.size = task, batch_size
+        self.rng = random.Random(seed)
         self.queue: list[list[Pair]] = []
         self.phrasings = by_phrasing(task.forget.pairs)
         # [retain, retain_unscored] -> relation -> phrasing -> pairs
-        self.kept: list[list[list[list[Pair]]]] = []
+        self.retain_groups: list[list[list[list[Pair]]]] = []
         for pairs in task.retain_sets:
             groups: dict[str, list[Pair]] = {}
             for pair in pairs:
                 groups.setdefault(pair.relation, []).append(pair)
-            self.kept.append([by_phrasing(g) for g in groups.values()])
+            self.retain_groups.append([by_phrasing(g) for g in groups.values()])
 
     def _shuffled(self, phrasing: list[Pair]) -> list[list[Pair]]:
         return chunks(self.rng.sample(phrasing, len(phrasing)), min(CHUNK, self.size))
@@ -114,11 +121,12 @@ class Sampler:
         return batch
 
     def retain(self) -> list[list[Pair]]:
-        """Retain and retain_unscored pairs half and half, every relation and phrasing alike within each."""
+        """The next retain batch: retain and retain-unscored pairs half and half, every relation and
+        phrasing alike within each."""
         batch: list[list[Pair]] = []
         while sum(map(len, batch)) < self.size:
-            kept = self.kept[len(batch) % len(self.kept)]
-            phrasing = self.rng.choice(self.rng.choice(kept))
+            groups = self.retain_groups[len(batch) % len(self.retain_groups)]
+            phrasing = self.rng.choice(self.rng.choice(groups))
             batch.append(self.rng.choice(self._shuffled(phrasing)))
         return batch
 
@@ -142,33 +150,36 @@ def dev_choice(model: LanguageModel, task: Task) -> float:
     return sum(choice_accuracy(model, s) for s in sets) / len(sets)
 
 
-def reached(
-    outcomes: Callable[[], Sequence[LanguageModel]],
-    task: Task,
-    config: UnlearnConfig,
-    done: int,
-    record: dict[str, float],
-) -> bool:
-    """Whether a run may stop at its forgetting level: the one rule for every method.
+def forgetting_level(
+    outcomes: Callable[[], Sequence[LanguageModel]], task: Task, stop_at: float | None, done: int
+) -> float | None:
+    """Four-way forget accuracy that decides whether a run may stop: the one rule for every method.
 
     Arguments:
         outcomes: makes the models that the run would end with now: the edited one and, where a
-            method trains them, its quantized ones. All must be there: stopped by one of them, a run
-            would stop at that one's luck, and the others would seem to come back.
+            method trains them, its quantized ones. All must have forgotten: stopped by one of them,
+            a run would stop at that one's luck, and the others would seem to recover.
         task: whose dev phrasings decide; never the unseen ones.
-        config: ``stop_at`` is the level; None: never stop.
+        stop_at: the level; None: never stop.
         done: steps done before this one; every ``CHECK_EVERY``-th step is looked at.
-        record: this step's record, where the accuracy is noted as ``choice``: the first that is
-            above the level, or the highest.
+
+    Returns:
+        The first model's accuracy above the level, or the highest, which is then at most the level;
+        None where it was not looked at.
     """
-    if config.stop_at is None or (done + 1) % CHECK_EVERY:
-        return False
-    record["choice"] = 0.0
+    if stop_at is None or (done + 1) % CHECK_EVERY:
+        return None
+    worst = 0.0
     for model in outcomes():
-        record["choice"] = max(record["choice"], dev_choice(model, task))
-        if record["choice"] > config.stop_at:
-            return False
-    return True
+        worst = max(worst, dev_choice(model, task))
+        if worst > stop_at:
+            break
+    return worst
+
+
+def may_stop(choice: float | None, stop_at: float | None) -> bool:
+    """Whether what `forgetting_level` found is at most the level."""
+    return choice is not None and stop_at is not None and choice <= stop_at
 
 
 def answer_loss(student: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, ""]:
@@ -179,12 +190,12 @@ def answer_loss(student: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, 
 def retain_loss(
     student: LanguageModel, teacher: LanguageModel, pairs: Sequence[Pair], hinge_weight: float = 0.0
 ) -> Float[Tensor, ""]:
-    """KL(teacher || student) in nats on retain prompts, plus ``hinge_weight`` x a hinge on known answers.
+    """KL(teacher || student) in nats on retain prompts, plus ``hinge_weight`` x a hinge.
 
-    The KL is a mean over the positions that predict an answer token.
-    The KL has no gradient before damage is done. The hinge max(0, log p_teacher(answer) +
-    HINGE - log p_student(answer)), on the prompts whose answer the teacher ranks above
-    its distractors, pulls from the first step on, against what a forget step would take along.
+    The KL is a mean over the positions that predict an answer token; it has no gradient before
+    damage is done. The hinge max(0, log p_teacher(answer) + HINGE - log p_student(answer)), on the
+    prompts whose answer the teacher ranks above its distractors, has one from the first step on,
+    against the damage that a forget step would do.
     """
     packed = pack_answers(pairs, student.device)
     with torch.no_grad():
@@ -193,12 +204,12 @@ def retain_loss(
     loss = divergence(got, want)
     if hinge_weight:
         if any(p.whole for p in pairs):
-            known = right(teacher, pairs)[1]
+            correct = right(teacher, pairs)[1]
         else:  # the logits are at hand
-            known = ranked_first(want, collate(pairs, student.device).choices)
+            correct = ranked_first(want, collate(pairs, student.device).choices)
         answer = packed.target[:, None]
         lost = want.log_softmax(-1).gather(1, answer) - got.log_softmax(-1).gather(1, answer)
-        loss = loss + hinge_weight * ((packed.sums(lost[:, 0]) + HINGE).relu() * known).mean()
+        loss = loss + hinge_weight * ((packed.sums(lost[:, 0]) + HINGE).relu() * correct).mean()
     return loss
 
 

@@ -1,9 +1,8 @@
-"""Unlearning methods behind one function and one registry."""
+"""All methods behind one function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -24,11 +23,11 @@ from .baselines.task_vector import task_vector
 from .baselines.undial import undial
 from .baselines.wga import wga
 from .checkpoint import Checkpoint, made_of
-from .config import METHODS, UnlearnConfig
 from .mansu.algorithm import mansu
-from .training import Unlearned, dev_choice
+from .methods import METHODS, DenseConfig, Mansu, MethodConfig
+from .training import OnStep, Unlearned
 
-OBJECTIVES: dict[str, Callable[[LanguageModel, Task, UnlearnConfig], Objective]] = {
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "ga": ga,
     "graddiff": graddiff,
     "kl": kl,
@@ -43,55 +42,56 @@ OBJECTIVES: dict[str, Callable[[LanguageModel, Task, UnlearnConfig], Objective]]
     "task-vector": task_vector,
     "sure": sure,
 }
-"""Dense methods: what each minimises."""
+"""What each dense method minimises, made from (model, task, its settings, seed)."""
 
 
 def unlearn(
     model: LanguageModel,
     task: Task,
     mask: Mask | None = None,
-    config: UnlearnConfig | None = None,
-    on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+    config: MethodConfig | None = None,
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
     resume: Path | None = None,
 ) -> Unlearned:
     """Make a copy of a model forget.
 
     Arguments:
         model: the original; it is not changed.
-        task: what to forget and what to keep.
-        mask: the parameters that may be edited; required by ``mansu`` and its variants (of which
-            ``mansu-random-mask`` and ``mansu-whole-model`` differ from it by their mask alone: see
-            `pipeline.make_mask`), ignored by dense methods.
-        config: method and settings; default: those of ``mansu``.
-        on_step: called with (steps done, steps in all, losses); afterwards (`finish`) with (rounds
-            done, rounds in all, losses), ``above`` or ``apart`` among these.
-        resume: a file in which the loop keeps its checkpoint every minute; if it is there, the loop goes
-            on from it and ends the same as if it had not been interrupted. It stays afterwards.
+        task: what to forget and what to retain.
+        mask: the parameters that may be edited, for methods whose ``needs`` name one (``mansu`` and
+            its variants); ignored by dense methods.
+        config: the settings of a method, which choose it by their class; default: `Mansu`.
+        seed: of every draw.
+        on_step: called with (steps done, steps in all, record); after the last step, while margins
+            are reached, with (rounds done, rounds in all, record).
+        resume: a file for the loop's checkpoint, written every minute; if it is there, the loop
+            goes on from it and ends the same as if it had not been interrupted. It stays
+            afterwards.
 
     Returns:
-        The edited model and the losses on the way.
+        The edited model and a record per step.
 
     Raises:
-        ConfigError: unknown method, or ``mansu`` without a mask.
+        ConfigError: unknown method, or one that needs a mask without one.
         MaskError: the mask does not fit the model.
-        ArtifactError: ``resume`` is damaged, or was kept by another run.
+        ArtifactError: ``resume`` is damaged, or was written by another run.
     """
-    config = config or UnlearnConfig()
-    method = config.method
-    if method not in METHODS:
-        raise ConfigError(f"Unknown method {method!r}; available: {', '.join(METHODS)}.")
-    checkpoint = Checkpoint(resume, made_of(model, task, mask, config) if resume else "")
-    if method in OBJECTIVES:
-        objective = OBJECTIVES[method](model, task, config)
-        return train_dense(model, task, config, objective, on_step, checkpoint)
+    config = config or Mansu()
+    if not isinstance(config, (Mansu, DenseConfig)) or config.method not in METHODS:
+        raise ConfigError(
+            f"config must be the settings of a method, such as Mansu(); got {config!r:.80}."
+        )
+    checkpoint = Checkpoint(resume, made_of(model, task, mask, config, seed) if resume else "")
+    if isinstance(config, DenseConfig):
+        objective = OBJECTIVES[config.method](model, task, config, seed)
+        return train_dense(
+            model, task, config, objective, seed=seed, on_step=on_step, checkpoint=checkpoint
+        )
     if mask is None:
-        raise ConfigError(f"{method} edits inside a mask: give mask=circuit_mask(circuit, model).")
+        raise ConfigError(
+            f"{config.method} edits inside a mask: give mask=circuit_mask(circuit, model)."
+        )
     mask.check_fits(model)
-    if method == "mansu-no-projection":
-        config = replace(config, projection=0.0)
-    if method == "mansu-no-offsets":
-        config = replace(config, offset_rate=0.0)
-    return mansu(model, task, mask, config, on_step, method != "mansu-no-floor", checkpoint)
-
-
-__all__ = ["METHODS", "OBJECTIVES", "UnlearnConfig", "Unlearned", "dev_choice", "unlearn"]
+    return mansu(model, task, mask, config, seed=seed, on_step=on_step, checkpoint=checkpoint)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from .data import GraphData
 from .layout import Box, Layout, place
 from .svg import circuit_svg, curve_svg, escape, lines_svg
-from .view import View, circuit_view, erasure_view
+from .view import View, changes_view, circuit_view
 
 __all__ = [
     "Box",
+    "GraphData",
     "Layout",
     "View",
+    "changes_view",
     "circuit_svg",
     "circuit_view",
     "curve_svg",
-    "erasure_view",
     "escape",
     "lines_svg",
     "place",

@@ -72,8 +72,8 @@ function make(tag, props = {}, ...children) {
 }
 
 function table(rows) {
-  const cell = (tag) => (text) => make(tag, { text });
-  return make("table", {}, ...rows.map((r, i) => make("tr", {}, ...r.map(cell(i ? "td" : "th")))));
+  const entry = (tag) => (text) => make(tag, { text });
+  return make("table", {}, ...rows.map((r, i) => make("tr", {}, ...r.map(entry(i ? "td" : "th")))));
 }
 
 // The four Bezier points of an edge: the same rule as `curve` in layout.py (a test compares them).
@@ -85,7 +85,7 @@ export function curve(layout, source, target) {
   if (u.kind === "input" && v.kind !== "logits") x0 += 0.75 * (x1 - u.x);
   if (v.kind === "logits" && u.kind !== "input") x1 += 0.75 * (x0 - v.x);
   const y0 = u.y - u.height / 2, y1 = v.y + v.height / 2, rise = y0 - y1;
-  if (rise > 1.1 * layout.pitch && Math.abs(x1 - x0) < 0.6 * layout.cell) {
+  if (rise > 1.1 * layout.pitch && Math.abs(x1 - x0) < 0.6 * layout.column) {
     let swing;
     if (u.kind === "mlp" || v.kind === "mlp" || isEnd("input", "logits")) {
       swing = Math.min(26 + (5 * rise) / layout.pitch, c.right * 1.1);
@@ -95,7 +95,7 @@ export function curve(layout, source, target) {
       }
     } else {
       const side = roundEven(y0 / layout.pitch) % 2 ? 1 : -1;
-      swing = side * layout.cell * Math.min(0.55 + (0.05 * rise) / layout.pitch, 1.1);
+      swing = side * layout.column * Math.min(0.55 + (0.05 * rise) / layout.pitch, 1.1);
     }
     return [x0, y0, x0 + swing, y0 - 0.3 * rise, x1 + swing, y1 + 0.3 * rise, x1, y1];
   }
@@ -268,14 +268,14 @@ class GraphView {
   }
 
   verdict() {
-    const cad = this.data.cad;
-    if (!cad) return [];
-    const parts = ["mass", "projection", "alignment", "outside"];
+    const { cad, comparison } = this.data, models = Object.entries(comparison || {});
+    if (!cad && !models.length) return [];
+    const parts = ["mass", "projected_share", "alignment", "outside"];
     const number = (x) => (typeof x === "number" ? x.toFixed(3).replace("-", "−") : "–");
-    const models = Object.entries(cad.models || {});
-    const rows = [["share of the original", ...parts], ...models.map(([m, v]) => [m, ...parts.map((p) => number(v && v[p]))])];
-    return [make("div", { class: "cad" },
-      make("b", { text: `CAD: ${cad.verdict ?? "–"}. ` }), cad.sentence ?? "", ...(models.length ? [table(rows)] : []))];
+    const rows = [["relative to the original", ...parts.map((p) => p.replace("_", " "))],
+      ...models.map(([m, v]) => [m, ...parts.map((p) => number(v[p]))])];
+    const words = cad ? [make("b", { text: `CAD: ${cad.verdict}. ` }), cad.sentence] : [];
+    return [make("div", { class: "cad" }, ...words, ...(models.length ? [table(rows)] : []))];
   }
 
   buildLegend() {
@@ -345,8 +345,8 @@ class GraphView {
     this.slider.value = Math.round(1000 * (1 - Math.log(Math.max(this.threshold, this.low) / this.largest) / span));
     this.thresholdOut.textContent = short(this.threshold);
     if (document.activeElement !== this.topInput) this.topInput.value = k;
-    const held = this.order.length < d.total ? ` held here, ${count(d.total)} in all` : "";
-    this.countOut.textContent = `${count(this.drawn.length)} of ${count(this.order.length)} edges${held}`;
+    const more = this.order.length < d.total ? ` in this view, ${count(d.total)} in all` : "";
+    this.countOut.textContent = `${count(this.drawn.length)} of ${count(this.order.length)} edges${more}`;
     if (this.selectedEdge.length && !this.edgeIndex(this.selectedEdge)) this.selectedEdge = [];
     this.showDetail();
     this.draw();

@@ -1,7 +1,7 @@
-"""Where everything in a drawing of a circuit goes. Pure arithmetic; knows nothing of SVG.
+"""Where everything in a drawing of a circuit goes. Pure arithmetic, without SVG.
 
 Computation flows upward: the input at the bottom, one row per layer, the logits at the top. A row
-holds its heads side by side and the MLP at their right, raised by half a row because it reads what
+has its heads side by side and the MLP at their right, raised by half a row because it reads what
 the heads have written. Where query heads share keys and values, a thin bar under each group stands
 for the shared reader (``a3.kv1``); everywhere else a head is one box for its q, k, v and output.
 
@@ -64,7 +64,7 @@ class Layout:
     height: float
     pitch: float
     """Height of a layer's row."""
-    cell: float
+    column: float
     """Width of a head's column."""
     boxes: Mapping[str, Box]
     """By box id, in the order in which they compute."""
@@ -86,13 +86,25 @@ def _clamp(value: float, low: float, high: float) -> float:
     return max(low, min(high, value))
 
 
+def _box(
+    id: str,
+    kind: str,
+    centre: tuple[float, float],
+    size: tuple[float, float],
+    label: str | None = None,
+) -> Box:
+    """A box around a point; its label is its kind unless another is given."""
+    (x, y), (width, height) = centre, size
+    return Box(id, kind, kind if label is None else label, x=x, y=y, width=width, height=height)
+
+
 def place(architecture: Architecture) -> Layout:
     """Boxes for every head, MLP, shared key/value reader, the input and the logits."""
     a = architecture
-    cell = _clamp(540 / a.n_heads, 30, 84)
-    pitch = _clamp(640 / a.n_layers, 48, 104)
-    tall = _clamp(pitch * 0.36, 17, 28)
-    heads_width = cell * a.n_heads
+    column = _clamp(540 / a.n_heads, 30.0, 84.0)
+    pitch = _clamp(640 / a.n_layers, 48.0, 104.0)
+    tall = _clamp(pitch * 0.36, 17.0, 28.0)
+    heads_width = column * a.n_heads
     width = LEFT + heads_width + _MLP_GAP + _MLP_WIDTH + RIGHT
     mlp_x = LEFT + heads_width + _MLP_GAP + _MLP_WIDTH / 2
     raised = 0.0 if a.parallel else 0.5 * pitch
@@ -103,20 +115,20 @@ def place(architecture: Architecture) -> Layout:
     rows = tuple(first + pitch * (a.n_layers - 1 - layer) for layer in range(a.n_layers))
     input_y = rows[0] + 0.9 * pitch
 
-    boxes = [Box("input", "input", "input", end_x, input_y, end_width, 24)]
+    boxes = [_box("input", "input", (end_x, input_y), (end_width, 24.0))]
     group = a.n_heads // a.n_kv_heads
     for layer, y in enumerate(rows):
         for h in range(a.n_heads):
-            x = LEFT + cell * (h + 0.5)
-            boxes.append(Box(f"a{layer}.h{h}", "head", f"h{h}", x, y, cell * 0.72, tall))
+            x = LEFT + column * (h + 0.5)
+            boxes.append(_box(f"a{layer}.h{h}", "head", (x, y), (column * 0.72, tall), f"h{h}"))
         for h in range(a.n_kv_heads if group > 1 else 0):
-            x = LEFT + cell * group * (h + 0.5)
-            span = cell * (group - 0.28)
-            boxes.append(Box(f"a{layer}.kv{h}", "kv", "", x, y + tall / 2 + 5, span, 4))
-        boxes.append(Box(f"m{layer}", "mlp", "mlp", mlp_x, y - raised, _MLP_WIDTH, tall))
-    boxes.append(Box("logits", "logits", "logits", end_x, logits_y, end_width, 24))
+            x = LEFT + column * group * (h + 0.5)
+            size = column * (group - 0.28), 4.0
+            boxes.append(_box(f"a{layer}.kv{h}", "kv", (x, y + tall / 2 + 5), size, ""))
+        boxes.append(_box(f"m{layer}", "mlp", (mlp_x, y - raised), (_MLP_WIDTH, tall)))
+    boxes.append(_box("logits", "logits", (end_x, logits_y), (end_width, 24.0)))
     height = input_y + 12 + BOTTOM
-    return Layout(width, height, pitch, cell, {b.id: b for b in boxes}, rows)
+    return Layout(width, height, pitch, column, {b.id: b for b in boxes}, rows)
 
 
 def ports(layout: Layout, source: str, target: str) -> tuple[float, float, float, float]:
@@ -145,7 +157,7 @@ def curve(layout: Layout, source: str, target: str) -> tuple[tuple[float, float]
     x0, y0, x1, y1 = ports(layout, source, target)
     rise = y0 - y1
     u, v = layout.boxes[box_id(source)], layout.boxes[box_id(target)]
-    if rise > 1.1 * layout.pitch and abs(x1 - x0) < 0.6 * layout.cell:
+    if rise > 1.1 * layout.pitch and abs(x1 - x0) < 0.6 * layout.column:
         if u.kind == "mlp" or v.kind == "mlp" or {u.kind, v.kind} == {"input", "logits"}:
             swing = min(26 + 5 * rise / layout.pitch, RIGHT * 1.1)
             if {u.kind, v.kind} == {"input", "logits"}:  # all the way up, outside everything
@@ -154,7 +166,7 @@ def curve(layout: Layout, source: str, target: str) -> tuple[tuple[float, float]
                 swing = RIGHT * 1.25
         else:
             side = 1 if round(y0 / layout.pitch) % 2 else -1
-            swing = side * layout.cell * min(0.55 + 0.05 * rise / layout.pitch, 1.1)
+            swing = side * layout.column * min(0.55 + 0.05 * rise / layout.pitch, 1.1)
         return (x0, y0), (x0 + swing, y0 - 0.3 * rise), (x1 + swing, y1 + 0.3 * rise), (x1, y1)
     reach = min(0.5 * rise, 1.2 * layout.pitch)
     return (x0, y0), (x0, y0 - reach), (x1, y1 + reach), (x1, y1)

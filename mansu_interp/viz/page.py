@@ -10,18 +10,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+from ..utils.files import finite
+from .data import GraphData
 from .svg import escape, view_svg
 
 _MOUNT = """
 for (const el of document.querySelectorAll("[data-mansu-graph]")) {
   try {
     const view = mount(el, JSON.parse(document.getElementById(el.dataset.mansuGraph).textContent));
-    if (view) (window.mansuViews ??= []).ranking_weight(view);
+    if (view) (window.mansuViews ??= []).push(view);
   } catch (error) {
     el.textContent = `This graph cannot be drawn: ${error.message}`;
   }
@@ -59,9 +59,11 @@ def script_element() -> str:
     return f'<script type="module">{page_script()}</script>'
 
 
-def graph_element(data: Mapping[str, Any], name: str = "graph") -> str:
+def graph_element(data: GraphData, name: str = "graph") -> str:
     """A graph's place and data; shows the static picture where scripts do not run."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        finite(data.to_json()), separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return (
@@ -70,12 +72,12 @@ def graph_element(data: Mapping[str, Any], name: str = "graph") -> str:
     )
 
 
-def graph_page(data: Mapping[str, Any]) -> str:
+def graph_page(data: GraphData) -> str:
     """One view as a whole page."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy()}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(data['title'])}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>"
+        f"<title>{escape(data.title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>"
         f"{graph_element(data)}</main>\n{script_element()}\n</body>\n</html>\n"
     )

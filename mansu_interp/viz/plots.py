@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .svg import _open, escape
+from .svg import escape, open_svg
 
 _LEFT, _RIGHT, _ROW = 150.0, 560.0, 18.0
 _LETTER = 6.0
@@ -24,15 +24,21 @@ class Dots:
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
+    """Maps values to pixels."""
+
     low: float
+    """Value at ``start``."""
     high: float
+    """Value at ``end``."""
     start: float
+    """In pixels."""
     end: float
     log: bool
+    """Whether logarithms are spaced evenly."""
 
     def at(self, value: float) -> float:
-        """Where a value lies, in pixels; values outside lie on the edge."""
+        """Where a value is, in pixels; values outside are at the nearer end."""
         scale: Callable[[float], float] = math.log10 if self.log else float
         value = min(max(value, self.low), self.high)
         share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
@@ -44,21 +50,21 @@ class _Axis:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.log10(self.high) + 1e-9
             return [10.0**k for k in range(first, math.floor(last) + 1)]
         rough = (self.high - self.low) / 4
-        unit = 10 ** math.floor(math.log10(rough))
+        unit = 10.0 ** math.floor(math.log10(rough))
         step = next(f * unit for f in (1, 2, 5, 10) if f * unit >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def _axis(values: Sequence[float], start: float, end: float, log: bool) -> _Axis:
-    """An axis that holds all values; a logarithmic one leaves out those that are not positive."""
+def make_axis(values: Sequence[float], start: float, end: float, log: bool) -> Axis:
+    """An axis for all values; a logarithmic one leaves out those that are not positive."""
     shown = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.1, 1.0]
     low, high = min(shown), max(shown)
     if log:
-        low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
-        return _Axis(low, high if high > low else low * 10, start, end, True)
+        low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
+        return Axis(low, high if high > low else low * 10, start, end, True)
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
-    return _Axis(low - pad, high + pad, start, end, False)
+    return Axis(low - pad, high + pad, start, end, False)
 
 
 def _mark(x: float, y: float, ours: bool, note: str) -> str:
@@ -77,7 +83,7 @@ def _number(value: float) -> str:
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _across(axis: _Axis, top: float, bottom: float, label: str) -> list[str]:
+def _across(axis: Axis, top: float, bottom: float, label: str) -> list[str]:
     """Vertical grid lines, their values, and what they measure."""
     parts = []
     for tick in axis.ticks():
@@ -94,7 +100,7 @@ def _across(axis: _Axis, top: float, bottom: float, label: str) -> list[str]:
 
 
 def strip_svg(
-    rows: Sequence[Dots], label: str, target: float | None = None, log: bool = False
+    rows: Sequence[Dots], label: str, *, target: float | None = None, log: bool = False
 ) -> str:
     """One row of dots per method.
 
@@ -105,13 +111,13 @@ def strip_svg(
         log: logarithmic; values that are not positive are left out.
     """
     every = [v for r in rows for v in r.values] + ([] if target is None else [target])
-    axis = _axis(every, _LEFT, _RIGHT, log)
+    axis = make_axis(every, _LEFT, _RIGHT, log)
     bottom = 10 + _ROW * len(rows)
-    parts = [_open(_RIGHT + 20, bottom + 44, label), *_across(axis, 6, bottom, label)]
+    parts = [open_svg(_RIGHT + 20, bottom + 44, label), *_across(axis, 6.0, bottom, label)]
     if target is not None:
         x = axis.at(target)
         parts.append(
-            f'<path class="erased" stroke-width="1.5" d="M{x:.1f} 4V{bottom:.1f}">'
+            f'<path class="target" stroke-width="1.5" d="M{x:.1f} 4V{bottom:.1f}">'
             f"<title>target {_number(target)}</title></path>"
         )
     for k, row in enumerate(rows):
@@ -130,6 +136,7 @@ def scatter_svg(
     points: Sequence[tuple[Dots, Dots]],
     x_label: str,
     y_label: str,
+    *,
     log_x: bool = False,
     labels: bool = False,
 ) -> str:
@@ -148,9 +155,12 @@ def scatter_svg(
         for a, b in zip(x.values, y.values, strict=True)
         if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x)
     ]
-    across = _axis([a for _, a, _, _ in pairs], 70.0, _RIGHT, log_x)
-    up = _axis([b for _, _, b, _ in pairs], 250.0, 22.0, False)
-    parts = [_open(_RIGHT + 20, 294, f"{y_label} by {x_label}"), *_across(across, 22, 250, x_label)]
+    across = make_axis([a for _, a, _, _ in pairs], 70.0, _RIGHT, log_x)
+    up = make_axis([b for _, _, b, _ in pairs], 250.0, 22.0, False)
+    parts = [
+        open_svg(_RIGHT + 20, 294.0, f"{y_label} by {x_label}"),
+        *_across(across, 22.0, 250.0, x_label),
+    ]
     parts.append(f'<text class="soft" x="4" y="12">{escape(y_label)}</text>')
     for tick in up.ticks():
         y = up.at(tick)

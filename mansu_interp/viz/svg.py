@@ -1,10 +1,9 @@
 """Static, self-contained SVG: a circuit, and its faithfulness curve.
 
-Colours are the colour-blind safe set of Okabe and Ito, and never the only cue: a positive edge
-(it supports the answer) is solid blue, a negative one (it opposes) dashed vermillion. Width and
-opacity follow |score|. With a ``status`` map (edge -> ``kept``, ``erased``, ``suppressed``,
-``recovered`` or ``new``) colour and dash pattern show the status instead, and the sign is left to
-the tooltip. Light and dark follow ``prefers-color-scheme``. No scripts; tooltips are ``<title>``.
+Width and opacity of an edge follow |score|, colour and dashes its sign (see `styles`). With a
+``status`` map (edge -> ``kept``, ``silent``, ``weakened``, ``recovered`` or ``new``) they show the
+status instead, and the sign is left to the tooltip. Light and dark follow ``prefers-color-scheme``.
+No scripts; tooltips are ``<title>``.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..circuits.changes import MEANING
+from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
-from ..models.graph import Architecture
+from .data import GraphData
 from .layout import LEFT, Box, Layout, box_id, curve, place, reader_name
+from .styles import EDGE_STYLES
 
 if TYPE_CHECKING:  # at run time only its methods are used, so pictures need no torch
     from ..circuits.circuit import Circuit
@@ -28,31 +28,24 @@ _SIGN_TEXT = {
     "pos": "positive score: supports the answer",
     "neg": "negative score: opposes the answer",
 }
-EDGE_STYLES = {
-    "pos": ("#0072B2", "#4BA3DB", ""),
-    "neg": ("#D55E00", "#EC7A24", "6 3"),
-    "kept": ("#0072B2", "#4BA3DB", ""),
-    "erased": ("#000000", "#F2F2F2", "1 4"),
-    "suppressed": ("#E69F00", "#E69F00", "6 3"),
-    "recovered": ("#D55E00", "#EC7A24", "12 3"),
-    "new": ("#CC79A7", "#CC79A7", "8 3 2 3"),
-    "other": ("#8A9099", "#7A828C", ""),
-    "quiet": ("#8A9099", "#7A828C", ""),
-}
-"""One rule per edge class: light colour, dark colour, dash pattern."""
 _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def legal(text: str) -> str:
+    """Text without the control characters that no page may hold."""
+    return _ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def escape(text: object) -> str:
     """Text that is safe in HTML and SVG content and in quoted attributes."""
-    return html.escape(_ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", str(text)), quote=True)
+    return html.escape(legal(str(text)), quote=True)
 
 
 def _style(theme: str | None = None) -> str:
     """The style sheet; every rule is scoped, because inline SVG shares the page's styles.
 
-    With a ``theme`` (light, dark) the colours are written out, for programs that know no variables.
+    With a ``theme`` (light, dark) the colours are written out, for programs without variables.
     """
     light = {"paper": "#fff", "ink": "#1d2329", "soft": "#5c6670", "faint": "#dfe3e7"}
     dark = {"paper": "#15191d", "ink": "#e8ebee", "soft": "#a3adb7", "faint": "#2c333a"}
@@ -78,6 +71,7 @@ def _style(theme: str | None = None) -> str:
         ".mansu .hit{stroke:transparent;stroke-width:7px}",
         ".mansu .edge:hover .line{stroke-width:5px;opacity:1}",
         ".mansu .axis{stroke:var(--faint)}",
+        ".mansu .target{stroke:var(--ink);stroke-dasharray:1 4}",
     ]
     for name, (_, _, dash) in EDGE_STYLES.items():
         dashes = f";stroke-dasharray:{dash}" if dash else ""
@@ -94,7 +88,8 @@ def _style(theme: str | None = None) -> str:
     return "<style>" + "\n".join(rules) + "</style>"
 
 
-def _open(width: float, height: float, label: str, theme: str | None = None) -> str:
+def open_svg(width: float, height: float, label: str, theme: str | None = None) -> str:
+    """The start of a picture: size, title and style sheet."""
     paper = "#15191d" if theme == "dark" else "#fff"
     ground = f'<rect width="100%" height="100%" fill="{paper}"/>' if theme else ""
     return (
@@ -167,7 +162,7 @@ def _legend(items: Sequence[tuple[str, str]], x: float, y: float) -> str:
 
 
 def circuit_svg(
-    circuit: Circuit, status: Mapping[tuple[str, str], str] | None = None, top: int = 200
+    circuit: Circuit, *, status: Mapping[tuple[str, str], str] | None = None, top: int = 200
 ) -> str:
     """A circuit as one SVG document, to save or to inline in a page.
 
@@ -208,18 +203,18 @@ def circuit_svg(
         legend.append(("", "Bar under heads: the keys and values that they share."))
     height = layout.height + 18 * len(legend) + 12
 
-    model = circuit.meta.get("model", "")
+    model = circuit.meta.model
     label = f"Circuit{f' of {model}' if model else ''}: {total:,} edges, {len(drawn):,} drawn"
-    parts = [_open(layout.width, height, label)]
+    parts = [open_svg(layout.width, height, label)]
     for layer, y in enumerate(layout.rows):
         parts.append(f'<text class="soft" x="8" y="{y + 4:.1f}">L{layer}</text>')
     parts += [_box(b, notes[b.id], False) for b in layout.boxes.values() if b.id not in active]
-    weakest = 0.25 + 0.3 * min(1.0, 40 / max(len(drawn), 1))  # few edges need not be so faint
+    weakest = _weakest(len(drawn))
     for edge, score in reversed(drawn.items()):  # the strongest end up in front
         share = abs(score) / largest if largest else 0.0
         parts.append(_edge(layout, edge, score, share, weakest, name(edge)))
     parts += [_box(b, notes[b.id], True) for b in layout.boxes.values() if b.id in active]
-    parts.append(_legend(legend, 8, layout.height + 12))
+    parts.append(_legend(legend, 8.0, layout.height + 12))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -248,7 +243,7 @@ def curve_svg(
         x = left + (right - left) * math.log10(max(n, 1)) / decades
         return x, bottom - (bottom - top) * (f - low) / (high - low)
 
-    parts = [_open(420, 214, "Faithfulness of the circuit by its number of edges")]
+    parts = [open_svg(420.0, 214.0, "Faithfulness of the circuit by its number of edges")]
     for f in (0.0, 0.25, 0.5, 0.75, 1.0):
         _, y = at(1, f)
         parts.append(f'<path class="axis" d="M{left} {y:.1f}H{right}"/>')
@@ -281,7 +276,7 @@ def curve_svg(
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-_LINES = ("kept", "recovered", "suppressed", "new", "erased", "other")
+_LINES = ("kept", "recovered", "weakened", "new", "silent", "other")
 
 
 def lines_svg(curves: Mapping[str, Sequence[Any]], x_label: str, y_label: str) -> str:
@@ -299,7 +294,7 @@ def lines_svg(curves: Mapping[str, Sequence[Any]], x_label: str, y_label: str) -
     lines = {k: sorted((x, y) for x, y in v if real(x) and real(y)) for k, v in curves.items()}
     most = max([1.0, *(x for points in lines.values() for x, _ in points)])
     left, right, top, bottom = 44.0, 404.0, 16.0, 170.0
-    parts = [_open(420, 214 + 18 * len(lines), f"{y_label} by {x_label}")]
+    parts = [open_svg(420.0, 214.0 + 18 * len(lines), f"{y_label} by {x_label}")]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = bottom - (bottom - top) * share
         parts.append(f'<path class="axis" d="M{left} {y:.1f}H{right}"/>')
@@ -318,11 +313,11 @@ def lines_svg(curves: Mapping[str, Sequence[Any]], x_label: str, y_label: str) -
         )
         parts.append(f'<path class="{name}" stroke-width="2" d="M{path}"/>' if path else "")
     legend = list(zip(_LINES * len(lines), lines, strict=False))
-    parts.append(_legend(legend, 8, 222))
+    parts.append(_legend(legend, 8.0, 222.0))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def view_svg(data: Mapping[str, Any], top: int = 200, theme: str | None = None) -> str:
+def view_svg(data: GraphData, *, top: int = 200, theme: str | None = None) -> str:
     """The static picture of a view: its panes side by side, one legend.
 
     Arguments:
@@ -330,55 +325,59 @@ def view_svg(data: Mapping[str, Any], top: int = 200, theme: str | None = None) 
         top: draw at most this many edges, the strongest in any pane.
         theme: ``light`` or ``dark`` writes the colours out; None follows the reader's.
     """
-    layout = place(Architecture(**data["architecture"]))
-    edges, panes, classes = data["edges"], data["panes"], data.get("classes")
-    names = [
-        (data["writers"][i], data["readers"][j])
-        for i, j in zip(edges["source"], edges["target"], strict=True)
-    ]
-    n = min(len(names), max(top, 0), max(data["top"], 1))
-    largest = max((abs(s) for scores in edges["scores"] for s in scores[:1]), default=0.0)
-    largest = max([largest, *(abs(s) for scores in edges["scores"] for s in scores[:n])])
-    active = {box_id(end) for edge in names[:n] for end in edge}
-    weakest = 0.25 + 0.3 * min(1.0, 40 / max(n, 1))
-
-    def class_of(k: int) -> str:
-        if classes:
-            return classes[edges["class"][k]]
-        return "pos" if edges["scores"][0][k] >= 0 else "neg"
-
-    if classes:
-        legend = [(c, f"{data['meaning'][c]} ({data['counts'][c]:,})") for c in classes[1:]]
-    else:
-        legend = list(_SIGN_TEXT.items())
-    legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data['unit']}."))
-    legend.append(("", f"The {n:,} strongest of {data['total']:,} edges are drawn."))
-    cad = data.get("cad") or {}
-    lines = [data["title"]]
-    if cad:
-        lines.append(f"CAD: {cad.get('verdict')}. {cad.get('sentence') or ''}".strip())
+    layout, panes, names = place(data.architecture), data.panes, data.edge_ids()
+    n = min(len(names), max(top, 0), max(data.top, 1))
+    shown = [s for scores in data.edges.scores for s in scores[: max(n, 1)]]
+    largest = max((abs(s) for s in shown), default=0.0)
+    legend = _view_legend(data, n, largest)
+    lines = [data.title]
+    if data.cad:
+        lines.append(f"CAD: {data.cad.verdict}. {data.cad.sentence}".strip())
     top_y = 18.0 * len(lines) + (22 if any(panes) else 4)
-    width = layout.width * len(panes)
     height = top_y + layout.height + 18 * len(legend) + 12
-    label = f"{data['title']}: {', '.join(p for p in panes if p) or 'scores'}, {n:,} edges drawn"
-    parts = [_open(width, height, label, theme)]
+    label = f"{data.title}: {', '.join(p for p in panes if p) or 'scores'}, {n:,} edges drawn"
+    parts = [open_svg(layout.width * len(panes), height, label, theme)]
     for k, line in enumerate(lines):
         weight = ' font-weight="600"' if k == 0 else ""
         parts.append(f'<text x="8" y="{16 + 18 * k}"{weight} font-size="13">{escape(line)}</text>')
-    for p, (pane, scores) in enumerate(zip(panes, edges["scores"], strict=True)):
+    for p in range(len(panes)):
         parts.append(f'<g transform="translate({p * layout.width:.0f} {top_y:.0f})">')
-        if pane:
-            parts.append(f'<text x="{LEFT:.0f}" y="-6" font-weight="600">{escape(pane)}</text>')
-        parts += [
-            f'<text class="soft" x="8" y="{y + 4:.1f}">L{layer}</text>'
-            for layer, y in enumerate(layout.rows)
-        ]
-        boxes = layout.boxes.values()
-        parts += [_box(b, "not drawn", False) for b in boxes if b.id not in active]
-        for k in reversed(range(n)):
-            share = abs(scores[k]) / largest if largest else 0.0
-            parts.append(_edge(layout, names[k], scores[k], share, weakest, class_of(k)))
-        parts += [_box(b, pane or "component", True) for b in boxes if b.id in active]
-        parts.append("</g>")
-    parts.append(_legend(legend, 8, top_y + layout.height + 12))
+        parts += [*_pane(data, layout, names[:n], p, largest), "</g>"]
+    parts.append(_legend(legend, 8.0, top_y + layout.height + 12))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _view_legend(data: GraphData, n: int, largest: float) -> list[tuple[str, str]]:
+    """Style and text of each line below a view."""
+    legend = list(_SIGN_TEXT.items())
+    if data.counts:
+        legend = [(c, f"{MEANING[c]} ({data.counts[c]:,})") for c in CLASSES[1:]]
+    legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data.unit}."))
+    legend.append(("", f"The {n:,} strongest of {data.total:,} edges are drawn."))
+    return legend
+
+
+def _pane(
+    data: GraphData, layout: Layout, names: Sequence[tuple[str, str]], pane: int, largest: float
+) -> list[str]:
+    """One pane of a view with its strongest edges."""
+    scores, classes = data.edges.scores[pane], data.edges.classes
+    title, boxes, parts = data.panes[pane], layout.boxes.values(), []
+    if title:
+        parts.append(f'<text x="{LEFT:.0f}" y="-6" font-weight="600">{escape(title)}</text>')
+    for layer, y in enumerate(layout.rows):
+        parts.append(f'<text class="soft" x="8" y="{y + 4:.1f}">L{layer}</text>')
+    active = {box_id(end) for edge in names for end in edge}
+    parts += [_box(b, "not drawn", False) for b in boxes if b.id not in active]
+    weakest = _weakest(len(names))
+    for k in reversed(range(len(names))):  # the strongest end up in front
+        share = abs(scores[k]) / largest if largest else 0.0
+        style = "pos" if data.edges.scores[0][k] >= 0 else "neg"
+        style = CLASSES[classes[k]] if classes is not None else style
+        parts.append(_edge(layout, names[k], scores[k], share, weakest, style))
+    return parts + [_box(b, title or "component", True) for b in boxes if b.id in active]
+
+
+def _weakest(n: int) -> float:
+    """Opacity of the weakest of ``n`` edges: few need not be so faint."""
+    return 0.25 + 0.3 * min(1.0, 40 / max(n, 1))

@@ -58,7 +58,7 @@ class TokenView:
         return self.summary
 
 
-def _plain(token: str) -> str:
+def plain_token(token: str) -> str:
     """A token that cannot end or open a script element, at the cost of an invisible space."""
     return re.sub(r"<(?=[/!]|script)", "<\N{ZERO WIDTH SPACE}", token, flags=re.I)
 
@@ -83,7 +83,7 @@ def _combine(panels: Sequence[tuple[str, Any]], summary: str) -> TokenView:
 
 
 def _decoder(model: LanguageModel) -> Callable[[int], str]:
-    return lambda token: _plain(str(model.get_tokenizer().decode([token])))
+    return lambda token: plain_token(str(model.get_tokenizer().decode([token])))
 
 
 def attention_patterns(
@@ -133,7 +133,7 @@ def attention_patterns(
     return _combine(panels, "\n".join(words))
 
 
-def token_log_probs(models: Mapping[str, LanguageModel], pair: Pair, top: int = 10) -> TokenView:
+def token_log_probs(models: Mapping[str, LanguageModel], pair: Pair, *, top: int = 10) -> TokenView:
     """Log-probability of every next token, the answer's included, on both prompts in each model.
 
     Arguments:

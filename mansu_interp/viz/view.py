@@ -1,50 +1,65 @@
-"""Views: what a graph shows, as plain data, and every form in which it can be shown.
+"""Views: what a graph shows, as one typed record, and every form in which it can be shown.
 
-A `View` holds its data and nothing else. It draws itself as an interactive widget (`widget`), as
+A `View` has its data and nothing else. It draws itself as an interactive widget (`widget`), as
 one self-contained page (`to_html`), as a picture (`to_svg`, `to_png`), and in a saved notebook as
 a static picture. The data's format is described in docs/viewing.md.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float, Int
 
-from ..circuits.changes import CLASSES, MEANING, Changes, classify
+from ..circuits.changes import classify
 from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
 from ..utils.files import atomic_path, write_json, write_text
 from ..utils.libraries import library
-from .layout import CONSTANTS, box_id, place
+from .data import EdgeData, GraphData, Judged, NodeData
+from .layout import box_id
 from .page import graph_page
-from .svg import EDGE_STYLES, view_svg
+from .svg import view_svg
 
 if TYPE_CHECKING:  # at run time only their attributes are used
-    from ..audit.cad import CAD
     from ..circuits.attribution import Attribution
     from ..circuits.circuit import Circuit
+    from ..circuits.compare import GraphComparison
     from ..masks.mask import Mask
     from ..models.language_model import LanguageModel
     from .widget import GraphWidget
 
-SCHEMA = 1
 LIMIT = 3000
-"""Edges that a view holds by default, the strongest in any pane and those of the circuit."""
+"""Edges in a view by default: the strongest in any pane and those of the circuit."""
 TOP = 200
 """Edges drawn at first; more are a hairball."""
+
+
+@runtime_checkable
+class Verdict(Protocol):
+    """What is shown of `audit.cad.CAD`."""
+
+    @property
+    def verdict(self) -> str:
+        """One word."""
+        ...
+
+    @property
+    def sentence(self) -> str:
+        """The same as a sentence."""
+        ...
 
 
 @dataclass(frozen=True)
 class View:
     """A drawing of one or several attribution graphs of one architecture."""
 
-    data: dict[str, Any]
-    """Everything that is shown, as JSON values (docs/viewing.md)."""
+    data: GraphData
+    """Everything that is shown."""
 
     def widget(self) -> GraphWidget:
         """The interactive widget (needs the ``viz`` extra)."""
@@ -81,25 +96,25 @@ class View:
         return path
 
     def to_json(self, path: Path | str) -> Path:
-        """Write the data."""
+        """Write the data (docs/viewing.md)."""
         path = Path(path)
-        write_json(path, self.data)
+        write_json(path, self.data.to_json())
         return path
 
     def svg(self, top: int = TOP, theme: str | None = None) -> str:
         """The static picture; ``theme`` (light, dark) fixes the colours, else they follow the
         reader's."""
-        return view_svg(self.data, top, theme)
+        return view_svg(self.data, top=top, theme=theme)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         return {"image/svg+xml": self.svg(), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
-        edges = len(self.data["edges"]["source"])
-        return f"View({self.data['title']!r}, {edges:,} edges in {len(self.data['panes'])} panes)"
+        edges = len(self.data.edges.source)
+        return f"View({self.data.title!r}, {edges:,} edges in {len(self.data.panes)} panes)"
 
 
-def _round(values: np.ndarray) -> list[float]:
+def _round(values: Float[np.ndarray, " n"]) -> list[float]:
     """Four significant digits: what a tooltip shows, at half the size."""
     return [float(f"{v:.4g}") for v in np.asarray(values, dtype=float).tolist()]
 
@@ -130,18 +145,33 @@ def _weights(graph: Graph, model: LanguageModel | None, mask: Mask | None) -> di
     return out
 
 
-def _view(
+def _strongest(
+    circuit: Circuit, panes: Mapping[str, Float[np.ndarray, "writers readers"]], limit: int | None
+) -> tuple[Int[np.ndarray, " edges"], Int[np.ndarray, " edges"]]:
+    """Rows and columns of the edges that a view shows: the strongest in any pane, and all of the
+    circuit."""
+    graph = circuit.graph
+    strength = np.max([np.abs(s) for s in panes.values()], axis=0) * graph.exists
+    rows, columns = np.nonzero(graph.exists & ((strength > 0) | circuit.edges))
+    order = np.lexsort((-strength[rows, columns], ~circuit.edges[rows, columns]))
+    if limit is not None and len(order) > limit:
+        by_strength = np.argsort(-strength[rows, columns], kind="stable")[:limit]
+        order = np.union1d(order[: circuit.n_edges], by_strength)
+    order = order[np.argsort(-strength[rows[order], columns[order]], kind="stable")]
+    return rows[order], columns[order]
+
+
+def _graph_data(
     title: str,
     circuit: Circuit,
-    panes: Mapping[str, np.ndarray],
-    changes: tuple[Changes, Changes] | None,
+    panes: Mapping[str, Float[np.ndarray, "writers readers"]],
     limit: int | None,
-    facts: Sequence[str],
-    cad: Any,
-    model: LanguageModel | None,
-    mask: Mask | None,
-) -> View:
-    """Prune to the strongest edges and lay out."""
+) -> GraphData:
+    """The strongest edges of some panes and all writers, with their scores.
+
+    Raises:
+        CircuitError: scores of another architecture.
+    """
     graph = circuit.graph
     for name, scores in panes.items():
         if scores.shape != graph.exists.shape:
@@ -149,64 +179,26 @@ def _view(
                 f"The scores of {name or 'the graph'} have shape {scores.shape}; this architecture "
                 f"needs {graph.exists.shape}."
             )
-    strength = np.max([np.abs(s) for s in panes.values()], axis=0) * graph.exists
-    rows, columns = np.nonzero(graph.exists & ((strength > 0) | circuit.edges))
-    order = np.lexsort((-strength[rows, columns], ~circuit.edges[rows, columns]))
-    n_circuit = int(circuit.edges.sum())
-    if limit is not None and len(order) > limit:
-        by_strength = np.argsort(-strength[rows, columns], kind="stable")[:limit]
-        order = np.union1d(order[:n_circuit], by_strength)
-    order = order[np.argsort(-strength[rows[order], columns[order]], kind="stable")]
-    i, j = rows[order], columns[order]
-    layout = place(graph.architecture)
-    edges: dict[str, Any] = {
-        "source": i.tolist(),
-        "target": j.tolist(),
-        "in_circuit": circuit.edges[i, j].astype(int).tolist(),
-        "scores": [_round(s[i, j]) for s in panes.values()],
-    }
-    nodes: dict[str, Any] = {"scores": [_round(s.sum(1)) for s in panes.values()]}
-    data: dict[str, Any] = {
-        "schema": SCHEMA,
-        "title": title,
-        "facts": list(facts),
-        "unit": "in metric units",
-        "architecture": asdict(graph.architecture),
-        "total": graph.n_edges,
-        "top": min(TOP, n_circuit) if changes is None and n_circuit else TOP,
-        "panes": list(panes),
-        "writers": [n.id for n in graph.writers],
-        "readers": [n.id for n in graph.readers],
-        "edges": edges,
-        "nodes": nodes,
-        "weights": _weights(graph, model, mask),
-        "layout": {
-            "width": layout.width,
-            "height": layout.height,
-            "pitch": layout.pitch,
-            "cell": layout.cell,
-            "constants": CONSTANTS,
-            "rows": list(layout.rows),
-            "boxes": [
-                [b.id, b.kind, b.label, *(round(v, 2) for v in (b.x, b.y, b.width, b.height))]
-                for b in layout.boxes.values()
-            ],
-        },
-        "styles": EDGE_STYLES,
-        "cad": cad,
-    }
-    if changes is not None:
-        of_edges, of_nodes = changes
-        edges["class"] = of_edges.codes[i, j].tolist()
-        nodes["class"] = of_nodes.codes.tolist()
-        data["classes"], data["meaning"] = list(CLASSES), MEANING
-        data["counts"], data["present_from"] = of_edges.counts(), of_edges.threshold
-        data["top"] = max(1, min(TOP, sum(data["counts"].values())))  # not what is quiet in all
-    return View(json.loads(json.dumps(data)))
+    i, j = _strongest(circuit, panes, limit)
+    return GraphData(
+        title=title,
+        architecture=graph.architecture,
+        panes=list(panes),
+        edges=EdgeData(
+            source=i.tolist(),
+            target=j.tolist(),
+            in_circuit=circuit.edges[i, j].astype(int).tolist(),
+            scores=[_round(s[i, j]) for s in panes.values()],
+        ),
+        nodes=NodeData([_round(s.sum(1)) for s in panes.values()]),
+        total=graph.n_edges,
+        top=TOP,
+    )
 
 
 def circuit_view(
     circuit: Circuit,
+    *,
     model: LanguageModel | None = None,
     mask: Mask | None = None,
     limit: int | None = LIMIT,
@@ -218,23 +210,27 @@ def circuit_view(
         circuit: from `discover`, or read from a file (then only its own edges have scores).
         model: its model, to name the weights behind each component.
         mask: to count the parameters of the mask in them.
-        limit: hold so many edges, the strongest, and all of the circuit; None holds all.
+        limit: edges in the view: so many, the strongest, and all of the circuit; None: every edge.
         title: default: the model's name.
     """
-    faithfulness = circuit.meta.get("faithfulness")
+    faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
-    facts += [f"faithfulness {faithfulness:.2f}"] if isinstance(faithfulness, float) else []
-    name = circuit.meta.get("model", "")
+    facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
     title = title or f"Circuit{f' of {name}' if name else ''}"
-    return _view(title, circuit, {"": circuit.scores}, None, limit, facts, None, model, mask)
+    data = _graph_data(title, circuit, {"": circuit.scores}, limit)
+    top = min(TOP, circuit.n_edges) or TOP
+    weights = _weights(circuit.graph, model, mask)
+    return View(replace(data, facts=facts, top=top, weights=weights))
 
 
-def erasure_view(
+def changes_view(
     circuit: Circuit,
     before: Attribution,
     after: Attribution,
     quantized: Attribution | None = None,
-    cad: CAD | Mapping[str, Any] | None = None,
+    *,
+    cad: Verdict | None = None,
+    comparison: GraphComparison | None = None,
     model: LanguageModel | None = None,
     mask: Mask | None = None,
     threshold: float | None = None,
@@ -248,11 +244,13 @@ def erasure_view(
         before: `attribute` of the original model on some held-out forget pairs.
         after: the same of the edited model, on the same pairs with the same metric.
         quantized: the same of its quantized form.
-        cad: the verdict, shown on top.
+        cad: the verdict on the edit, shown on top (from `judge_erasure`).
+        comparison: how the graphs differ in numbers, shown on top (from `compare`).
         model: the original, to name the weights behind each component.
         mask: to count the parameters of the mask in them.
-        threshold: |score| from which an edge counts as present; see `changes.classify`.
-        limit: hold so many edges, the strongest in any pane; None holds all.
+        threshold: |score| from which an edge counts as present; see `circuits.changes.classify`.
+        limit: edges in the view: so many, the strongest in any pane, and all of the circuit; None:
+            every edge.
         title: default: the model's name.
 
     Raises:
@@ -262,12 +260,23 @@ def erasure_view(
     if quantized is not None:
         named["quantized"] = quantized
     panes = {name: np.asarray(a.scores) for name, a in named.items()}
-    of_edges = classify(*panes.values(), threshold=threshold)
-    of_nodes = classify(*(s.sum(1) for s in panes.values()))
-    name = circuit.meta.get("model", "")
+    edges = classify(*panes.values(), threshold=threshold)
+    nodes = classify(*(s.sum(1) for s in panes.values()))
+    name = circuit.meta.model
     title = title or f"What became of the graph{f' of {name}' if name else ''}"
-    facts = [f"an edge is present from |score| {of_edges.threshold:.3g}"]
-    parts: Any = cad
-    if cad is not None and not isinstance(cad, Mapping):
-        parts = {"verdict": cad.verdict, "sentence": cad.sentence}
-    return _view(title, circuit, panes, (of_edges, of_nodes), limit, facts, parts, model, mask)
+    data, counts = _graph_data(title, circuit, panes, limit), edges.counts()
+    classes = edges.codes[data.edges.source, data.edges.target].tolist()
+    return View(
+        replace(
+            data,
+            edges=replace(data.edges, classes=classes),
+            nodes=replace(data.nodes, classes=nodes.codes.tolist()),
+            top=max(1, min(TOP, sum(counts.values()))),  # not what is quiet in all
+            facts=[f"an edge is present from |score| {edges.threshold:.3g}"],
+            weights=_weights(circuit.graph, model, mask),
+            cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
+            comparison=comparison.models if comparison is not None else None,
+            counts=counts,
+            present_from=edges.threshold,
+        )
+    )

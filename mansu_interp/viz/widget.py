@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ViewError
+from ..utils.files import finite
 from ..utils.libraries import library
 from .layout import box_id
 from .page import module_source
@@ -26,7 +27,7 @@ class GraphWidget(anywidget.AnyWidget):
 
     _esm = module_source()
     data = traitlets.Dict().tag(sync=True)
-    """What is shown; see `View.data`."""
+    """What is shown: the JSON of `View.data`."""
     selected = traitlets.List(traitlets.Unicode()).tag(sync=True)
     """Selected components, e.g. ``["a1.h2", "m3"]``; set it to select from Python."""
     selected_edge = traitlets.List(traitlets.Unicode(), maxlen=2).tag(sync=True)
@@ -34,7 +35,7 @@ class GraphWidget(anywidget.AnyWidget):
     threshold = traitlets.Float(None, allow_none=True).tag(sync=True)
     """Smallest |score| that is drawn; None until it is set or moved (then the strongest 200)."""
     changed_only = traitlets.Bool(False).tag(sync=True)
-    """Erasure view: leave out what was kept."""
+    """Change view: leave out what was kept."""
     view: View
     """The view it was made from: its static forms."""
 
@@ -49,8 +50,8 @@ class GraphWidget(anywidget.AnyWidget):
             ViewError: a selected name that is not of this graph.
         """
         graph = circuit.graph
-        known = {box_id(n.id) for n in (*graph.writers, *graph.readers)}
-        if unknown := [name for name in self.selected if name not in known]:
+        names = {box_id(n.id) for n in (*graph.writers, *graph.readers)}
+        if unknown := [name for name in self.selected if name not in names]:
             raise ViewError(f"{unknown[0]!r} is no component of {graph.architecture}.")
         edges = circuit.edges & (np.abs(circuit.scores) >= (self.threshold or 0.0))
         if self.selected_edge:
@@ -62,8 +63,7 @@ class GraphWidget(anywidget.AnyWidget):
             rows = np.array([box_id(n.id) in chosen for n in graph.writers])
             columns = np.array([box_id(n.id) in chosen for n in graph.readers])
             edges &= rows[:, None] | columns[None, :]
-        meta = {k: circuit.meta[k] for k in ("model", "model_sha256") if k in circuit.meta}
-        return replace(circuit, edges=edges, meta={**meta, "made_by": "selection"})
+        return replace(circuit, edges=edges, meta=circuit.meta.of_parts("selection"))
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The live widget, with the static picture for whatever cannot run it."""
@@ -75,6 +75,6 @@ class GraphWidget(anywidget.AnyWidget):
 
 def graph_widget(view: View) -> GraphWidget:
     """A widget of a view."""
-    widget = GraphWidget(data=view.data)
+    widget = GraphWidget(data=finite(view.data.to_json()))
     widget.view = view
     return widget

@@ -20,48 +20,52 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mansu_interp.evaluation.scores import EDITED, ORIGINAL
+from mansu_interp.evaluation.scores import METRICS, Flips, Perplexity, ScoreRow, Scores
+from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
+from mansu_interp.quantizers.survival import Survival
+from mansu_interp.report.records import ForgetScore, QuantizerRow, Report
 from mansu_interp.utils.files import read_json, write_text
+from mansu_interp.utils.records import from_json
 
 TABLES = Path(__file__).parents[1] / "tables"
 KEYS = ("run", "model", "task", "method", "seed")
 FULL = "none"
+UNUSED = ForgetScore(math.nan, math.nan, math.nan)
+"""Of a quantizer after which every set is scored: its means are made from these."""
 Row = dict[str, Any]
 
 
 def full_report(path: Path) -> Row:
     """What a report of `mansu run` says, in the common form."""
-    report = read_json(path)
-    config, edit = report["config"], report["edit"] or {}
-    relearned = report.get("relearning") or {}
-    steps, back = (relearned.get(EDITED) or [[None, None]])[-1]
-    never = [v[-1][1] for k, v in relearned.items() if k != EDITED]
+    report = Report.load(path)
+    config, edit = report.config, report.edit
+    last = {curve.model: curve.points[-1] for curve in report.relearning}
+    back = {model: max(point.first, point.last or 0.0) for model, point in last.items()}
+    final, quantized = edit.final_margin, edit.quantization_margin
     return {
         "run": re.sub(r"-\d+$", "", path.parent.name),
         "model": Path(config["model"]).name,
-        "task": report["task"]["name"],
+        "task": report.task.name,
         "method": config["unlearn"]["method"],
         "seed": config["seed"],
-        "sets": report["scores"],
-        "perplexity": report["perplexity"] or {},
-        "quantizers": report["quantizers"],
+        "scores": Scores(report.scores, report.perplexity),
+        "quantizers": report.quantizers,
         "once": {
-            "edited": edit.get("edited"),
-            "edited_share": edit.get("share"),
-            "edited_in_rows": edit.get("embedding"),
-            "final_margin_edits": edit.get("deepening"),
-            "quantization_margin_edits": edit.get("parting"),
-            "quantization_margin": edit.get("apart"),
-            "relearn_steps": steps,
-            "relearned": back,
-            "relearned_reference": never[0] if never else None,
-            "attribution": (report.get("cad") or {}).get("verdict"),
-            "seconds": sum((report.get("seconds") or {}).values()) or None,
-            "command": report.get("command"),
+            "edited": edit.edited,
+            "edited_share": edit.share,
+            "edited_in_rows": edit.embedding,
+            "final_margin_edits": final.edits if final else None,
+            "quantization_margin_edits": quantized.edits if quantized else None,
+            "quantization_margin": quantized.reached if quantized else None,
+            "relearn_steps": last[EDITED].steps if EDITED in last else None,
+            "relearned": back.get(EDITED),
+            "relearned_reference": back.get(NEVER_TAUGHT),
+            "command": report.command,
         },
     }
 
@@ -69,20 +73,13 @@ def full_report(path: Path) -> Row:
 def trial(path: Path) -> Row:
     """What a trial of `results.py` says, in the same form."""
     found, first = read_json(path), read_json(path.with_name("original.json"))
-    names = {"fp": "", "nf4": " nf4"}
-    sets = [
-        {
-            **old,
-            "models": {
-                label + names[q]: scores
-                for label, row in ((ORIGINAL, old), (EDITED, new))
-                for q, scores in row["models"].items()
-            },
-        }
-        for old, new in zip(first["rows"], found["rows"], strict=True)
-    ]
-    texts = ((ORIGINAL, first["perplexity"] or {}), (EDITED, found["perplexity"] or {}))
-    nf4 = {k: found[k] for k in ("survived", "collateral", "projection", "update_over_bin")}
+    original, scores = (
+        Scores(
+            from_json(tuple[ScoreRow, ...], given["scores"], str(path)),
+            from_json(tuple[Perplexity, ...], given["perplexity"], str(path)),
+        )
+        for given in (first, found)
+    )
     method, _, seed = path.stem.rpartition("-")
     model, task = found["model"], found["task"]
     return {
@@ -91,14 +88,21 @@ def trial(path: Path) -> Row:
         "task": task,
         "method": method,
         "seed": int(seed),
-        "sets": sets,
-        "perplexity": {label + names[q]: v for label, by in texts for q, v in by.items()},
-        "quantizers": [{"name": "nf4", "edited": found["edited_quantized"], **nf4}],
+        "scores": original.beside(scores),
+        "quantizers": [
+            QuantizerRow(
+                "nf4",
+                promised=method == "mansu",
+                survival=from_json(Survival, found["survival"], str(path)),
+                choice=UNUSED,
+                top1=UNUSED,
+                flips=from_json(Flips, found["flips"], str(path)),
+            )
+        ],
         "once": {
             "edited": found["edited"],
             "edited_share": found["share"],
             "dev_choice": found["dev_choice"],
-            "attribution": found.get("cad", {}).get("verdict"),
             "steps": found.get("steps"),
             "lr": found.get("lr"),
             "seconds": found["seconds"],
@@ -112,51 +116,77 @@ def condensed(path: Path) -> tuple[list[Row], list[Row]]:
     path = path / "report.json" if path.is_dir() else path
     found = (full_report if path.name == "report.json" else trial)(path)
     key = {k: found[k] for k in KEYS}
-    forget = [s for s in found["sets"] if s["role"] == "forget"]
-    retain = [s for s in found["sets"] if s["role"] == "retain"]
+    scores: Scores = found["scores"]
     runs: list[Row] = []
     sets: list[Row] = []
-    for q in [{}, *found["quantizers"]]:
-        name = q.get("name", FULL)
-        before, after = (m if name == FULL else f"{m} {name}" for m in (ORIGINAL, EDITED))
-        row: Row = {**key, "quantizer": name, "promised": q.get("promised")}
-        row["prompts"] = sum(s["n"] for s in forget)
-        known = [s for s in found["sets"] if after in s["models"]]
-        for what in ("choice", "top1"):
-            old, now, full = (
-                mean(s["models"].get(m, {}).get(what, math.nan) for s in forget)
-                for m in (before, after, EDITED)
-            )
-            if math.isnan(now):  # of older reports, which score sets after NF4 alone
-                old, now = q[what]["original"], q[what]["unlearned"]
-            row |= {f"forget_{what}_original": old, f"forget_{what}": now}
-            row[f"gap_{what}"] = now - full if q else None
-        falls = [
-            s["models"][before][what] - s["models"][after][what]
-            for s in retain
-            for what in ("top1", "choice")
-            if s in known
-        ]
-        worst = [s["models"][after]["choice"] for s in forget if s in known]
-        row["forget_worst_set"] = max(worst, default=None)
-        row |= {k: q.get("flips", {}).get(k) for k in ("back", "gone", "p")}
-        lowest = [s["models"][after]["top1"] for s in retain if s in known]
-        row["retain_lowest_top1"] = min(lowest, default=None)
-        row["retain_worst_loss"] = max(falls, default=None)
-        row["perplexity_original"] = found["perplexity"].get(before)
-        row["perplexity"] = found["perplexity"].get(after)
-        edited = q.get("edited")
-        row["codes_changed"] = q["survived"] / edited if edited else None
-        row["other_codes_changed"] = q.get("collateral")
-        row |= {k: q.get(k) for k in ("update_over_bin", "projection", "noise_over_signal")}
+    for q in [None, *found["quantizers"]]:
+        name = q.name if q else None
+        row: Row = {**key, "quantizer": name or FULL, "promised": q.promised if q else None}
+        row |= forgotten(scores, q) | retained(scores, name)
+        row |= survived(q) if q else {}
         runs.append(row | found["once"])
-        for s in known:
-            one = {"quantizer": name, "role": s["role"], "set": s["label"], "prompts": s["n"]}
-            for what in ("choice", "top1"):
-                one[f"{what}_original"] = s["models"][before][what]
-                one[what] = s["models"][after][what]
+        for s in of_quantizer(scores, name):
+            one = {"quantizer": name or FULL, "role": s.role, "set": s.label, "prompts": s.n}
+            for what in METRICS:
+                one[f"{what}_original"] = s[ORIGINAL.after(name)].value(what)
+                one[what] = s[EDITED.after(name)].value(what)
             sets.append(key | one)
     return runs, sets
+
+
+def of_quantizer(scores: Scores, name: str | None, *roles: str) -> list[ScoreRow]:
+    """The sets that are scored after a quantizer (None: in full precision), of some roles."""
+    return [
+        s for s in scores.rows if EDITED.after(name) in s.models and (not roles or s.role in roles)
+    ]
+
+
+def forgotten(scores: Scores, q: QuantizerRow | None) -> Row:
+    """Forget accuracy, in full precision or after a quantizer."""
+    name = q.name if q else None
+    row: Row = {"prompts": sum(s.n for s in scores.of_role("forget"))}
+    for what in METRICS:
+        full = mean(s[EDITED].value(what) for s in scores.of_role("forget"))
+        sets = of_quantizer(scores, name, "forget")
+        if sets:
+            old, now = (
+                mean(s[m.after(name)].value(what) for s in sets) for m in (ORIGINAL, EDITED)
+            )
+        else:  # a quantizer outside the set: only the means are known
+            only = q.choice if what == "choice" else q.top1
+            old, now = only.original, only.unlearned
+        row |= {f"forget_{what}_original": old, f"forget_{what}": now}
+        row[f"gap_{what}"] = now - full if q else None
+    worst = [s[EDITED.after(name)].choice for s in of_quantizer(scores, name, "forget")]
+    row["forget_worst_set"] = max(worst, default=None)
+    return row
+
+
+def retained(scores: Scores, name: str | None) -> Row:
+    """What is retained, and perplexity."""
+    sets = of_quantizer(scores, name, "retain")
+    before, after = ORIGINAL.after(name), EDITED.after(name)
+    falls = [s[before].value(what) - s[after].value(what) for s in sets for what in METRICS]
+    perplexity = {p.model: p.value for p in scores.perplexity}
+    return {
+        "retain_lowest_top1": min((s[after].top1 for s in sets), default=None),
+        "retain_worst_loss": max(falls, default=None),
+        "perplexity_original": perplexity.get(before),
+        "perplexity": perplexity.get(after),
+    }
+
+
+def survived(q: QuantizerRow) -> Row:
+    """What a quantizer leaves of the edit."""
+    found = q.survival
+    return {
+        **asdict(q.flips),
+        "codes_changed": found.survived / found.edited if found.edited else None,
+        "other_codes_changed": found.collateral,
+        "update_over_bin": found.update_over_bin,
+        "share_kept": found.share_kept,
+        "noise_over_signal": found.noise_over_signal,
+    }
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

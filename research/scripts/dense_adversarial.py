@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from make_zoo import redrawn
+from mansu_interp.unlearning.config import UnlearnConfig
 from torch import Tensor
 
 from mansu_interp.audit.config import RelearnConfig
@@ -27,7 +28,6 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair
-from mansu_interp.unlearning.config import UnlearnConfig
 from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning
 from mansu_interp.unlearning.training import Sampler, retain_loss, text_kl
 
@@ -95,7 +95,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-    found = relearn(student, task, RelearnConfig(steps=MARKS), "dev")
+    found = relearn(student, task, config=RelearnConfig(steps=MARKS), split="dev")
     kept = {n: accuracy(student, s).top1 for n, s in task.scored["dev"]["retain"].items()}
     print("half B, four-way:", ", ".join(f"{m}: {found.at(m):.2f}" for m in found.marks))
     print("half B, top-1:   ", ", ".join(f"{m}: {found.at(m, 'top1'):.2f}" for m in found.marks))

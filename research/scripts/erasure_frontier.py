@@ -82,7 +82,7 @@ def main() -> None:
         digest = weights_sha256(edited)
         if any(r["sha256"] == digest and r["steps"] == marks for r in rows):
             continue
-        found = relearn(edited, task, RelearnConfig(steps=tuple(args.steps)))
+        found = relearn(edited, task, config=RelearnConfig(steps=tuple(args.steps)))
         moved = sum(changed_elements(model, edited).values())
         losses = []
         for n, s in kept.items():

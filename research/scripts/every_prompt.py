@@ -22,12 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mansu_interp.evaluation.scores import EDITED, ORIGINAL, Flips
+from mansu_interp.evaluation.scores import Flips
+from mansu_interp.evaluation.versions import EDITED, ORIGINAL
 from mansu_interp.losses.accuracy import BATCH, ranked_first, ranked_last
 from mansu_interp.losses.answers import log_probs
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
+from mansu_interp.report.records import Report
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, answer_tokens, collate
 from mansu_interp.tasks.task import Task
@@ -64,7 +66,7 @@ def opened(
     prompts a set as the run's report or as given."""
     config = read_json(run / "config.json")
     original = load_model(config["model"])
-    name = read_json(run / "report.json")["task"]["name"]
+    name = Report.load(run / "report.json").task.name
     task = load_task(name, original, score_pairs or config["score_pairs"])
     return config, original, load_model(run / "model"), task
 
@@ -108,7 +110,7 @@ def main() -> None:
             head = [f"{c}, {m}" for m in (f"{left_out} left out", f"all {every}") for c in columns]
             row(["model", "precision", *head])
             row("---" for _ in range(2 + len(head)))
-        models = {ORIGINAL: original} if k == 0 else {}
+        models = {str(ORIGINAL): original} if k == 0 else {}
         for label, model in (models | {f"{run.name}, {EDITED}": edited}).items():
             full: list[list[Tensor]] = []
             for precision in (None, *config["unlearn"]["survive"]):

@@ -22,8 +22,8 @@ from typing import Any
 
 from zoo_table import read_zoo
 
-from mansu_interp.audit.cad import SAID
-from mansu_interp.audit.relearning import CHANCE, TOLERANCE
+from mansu_interp.audit.cad import UNCHANGED
+from mansu_interp.audit.relearning import is_erased
 
 MARKS = (0, 5, 10, 20, 40)
 RESAMPLES = 500
@@ -53,8 +53,8 @@ def load(tasks: Sequence[str], horizon: int) -> list[Row]:
         for name, r in sorted(read_zoo(task).items()):
             what, _, seed = name.rpartition(" #")
             until = MARKS.index(horizon) + 1
-            best = max(*r["choice"][:until], *r["last"][:until])
-            truth = {"recoverable": best > CHANCE + TOLERANCE, "family": what.split(":")[0]}
+            erased = is_erased(max(r["choice"][:until]), max(r["last"][:until]))
+            truth = {"recoverable": not erased, "family": what.split(":")[0]}
             rows.append({**r, **truth, "name": what, "task": task, "seed": seed})
     return rows
 
@@ -62,7 +62,7 @@ def load(tasks: Sequence[str], horizon: int) -> list[Row]:
 def expected(row: Row) -> str:
     """The verdict that the attack makes right. Answering as before is nearly all answers right,
     since the original knows them all."""
-    if row["choice"][0] >= SAID:
+    if row["choice"][0] >= UNCHANGED:
         return "unchanged"
     return "suppressed" if row["recoverable"] else "erased"
 

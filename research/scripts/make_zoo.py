@@ -20,10 +20,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from mansu_interp.unlearning.config import UnlearnConfig
 from torch import Tensor
 from zoo_table import read_zoo, write_zoo
 
-from mansu_interp.audit.cad import ASKED, RELEARNT, judge_erasure
+from mansu_interp.audit.cad import ASKED_PROMPTS, STEP_PROMPTS, judge_erasure
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.linearized import linearized_relearning
 from mansu_interp.audit.probes import last_states, probe, stitches
@@ -40,12 +41,11 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
 from mansu_interp.runs.defaults import default_config
+from mansu_interp.runs.edit import make_mask
 from mansu_interp.runs.plan import CAD_PAIRS
-from mansu_interp.runs.run import make_mask
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair, collate
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.config import UnlearnConfig
 from mansu_interp.unlearning.training import Sampler, retain_loss
 from mansu_interp.unlearning.unlearn import unlearn
 
@@ -206,7 +206,9 @@ def mansu(
             config, budget=best.budget, damage_damping=best.damping, circuit=best.circuit
         )
     own = replace(config.unlearn, seed=seed, quantization_margin=0.0, **hard)  # type: ignore[arg-type]
-    circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
+    circuit = discover(
+        model, task.forget, config=replace(config.circuit, seed=seed), retain=task.retain
+    )
     mask = make_mask(replace(config, unlearn=own), model, task, circuit)
     return unlearn(model, task, mask, own).model
 
@@ -280,7 +282,7 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
 
 def attacked(edited: LanguageModel, task: Task) -> dict[str, object]:
     """Ground truth, on unseen phrasings."""
-    found = relearn(edited, task, ATTACK)
+    found = relearn(edited, task, config=ATTACK)
     kept = [accuracy(edited, s).top1 for s in task.scored["unseen"]["retain"].values()]
     return {
         "choice": [found.at(k) for k in found.marks],
@@ -297,22 +299,22 @@ def evidence(
     half_a, half_b = (
         rivals_within(of_subjects(task.forget, h)) for h in halves(task.forget, SPLIT)
     )
-    some_a, some_b = half_a.sample(ASKED, 0), half_b.sample(ASKED, 0)
+    some_a, some_b = half_a.sample(ASKED_PROMPTS, 0), half_b.sample(ASKED_PROMPTS, 0)
     with torch.no_grad():
         logp = -torch.cat([nll(edited, some_b[k : k + 48]) for k in range(0, len(some_b), 48)])
     flow = gradient_transfer(edited, some_a, some_b)
-    step = linearized_relearning(edited, half_a.sample(RELEARNT, 0), some_b)
+    step = linearized_relearning(edited, half_a.sample(STEP_PROMPTS, 0), some_b)
     read = probe(edited, half_a, half_b).int()
     best = read[int(read.sum(1).argmax())]
     graphs = compare(circuit, original, {"edited": edited}, task.forget.sample(CAD_PAIRS, 0))
-    judged = judge_erasure(original, edited, task, quantize(edited), SPLIT)
+    judged = judge_erasure(original, edited, task, quantized=quantize(edited), seed=SPLIT)
     return {
         "forget": accuracy(edited, some_b).choice,
         "logp": float(logp.mean()),
-        "margin": flow.margin,
+        "margin": flow.advantage,
         "transfer": flow.transfer,
         "linearized": step.half_b.float().mean(1).tolist(),
-        "linearized_last": step.avoided.float().mean(1).tolist(),
+        "linearized_last": step.ranked_last.float().mean(1).tolist(),
         "linearized_by_prompt": "".join(map(str, step.half_b[-1].int().tolist())),
         "probe": float(best.float().mean()),
         "probe_by_prompt": "".join(map(str, best.tolist())),
@@ -321,14 +323,14 @@ def evidence(
         "into": stitches(edited, original, some_b),
         "from": stitches(original, edited, some_b),
         "judged": {
-            "first": judged.said["edited"],
-            "relearned": judged.relearnt[-1],
-            "learned": judged.learnt[-1],
-            "last": max(judged.avoided[0], judged.avoided[-1]),
-            "probe": max(judged.read["edited"]),
-            "original_first": judged.said["original"],
-            "stitched": judged.into_original[-1],
-            "quantized_first": judged.said["edited, quantized"],
+            "first": judged.predicted["edited"],
+            "relearned": judged.half_b[-1],
+            "learned": judged.half_a[-1],
+            "last": max(judged.ranked_last[0], judged.ranked_last[-1]),
+            "probe": max(judged.probed["edited"]),
+            "original_first": judged.predicted["original"],
+            "stitched": judged.stitched[-1],
+            "quantized_first": judged.predicted["edited, quantized"],
         },
         "verdict": judged.verdict,
         "cad": judged.cad,
@@ -356,7 +358,7 @@ def main() -> None:
         if args.only in name
     }
     config = default_config(args.model, args.task)
-    circuit = discover(model, task.forget, config.circuit, task.retain)
+    circuit = discover(model, task.forget, config=config.circuit, retain=task.retain)
     for name, make in todo.items():
         old = rows.get(name)
         if old and not args.again:

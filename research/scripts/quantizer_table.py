@@ -19,7 +19,7 @@ from condense_runs import FULL, TABLES, condensed, read_table, text
 from mansu_interp.bench.scoreboard import spread
 
 HEAD = (
-    "quantizer | promised | edits that survive | other codes that change | projected share | "
+    "quantizer | promised | edits that survive | other codes that change | share kept | "
     "four-way | worst set | PTQ gap, four-way | PTQ gap, top-1 | back / gone, by seed (p) | "
     "retained, lowest top-1 | largest loss"
 )
@@ -35,7 +35,7 @@ def row(seeds: Sequence[dict[str, str]]) -> str:
         found = numbers(key)
         return f"{spread(found, sign='+')}, max {max(found):+.3f}" if found else "-"
 
-    changed, others, share = map(numbers, ("codes_changed", "other_codes_changed", "projection"))
+    changed, others, share = map(numbers, ("codes_changed", "other_codes_changed", "share_kept"))
     worst, lowest, losses = map(
         numbers, ("forget_worst_set", "retain_lowest_top1", "retain_worst_loss")
     )

@@ -30,7 +30,8 @@ from typing import Any
 from condense_runs import FULL, TABLES, condensed, merge, read_table
 
 from mansu_interp.bench.scoreboard import spread
-from mansu_interp.evaluation.scores import evaluate
+from mansu_interp.evaluation.scores import Flips, evaluate
+from mansu_interp.evaluation.versions import EDITED, ORIGINAL, ModelVersion
 from mansu_interp.export.ledger import changed_elements
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -43,6 +44,7 @@ from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.training import dev_choice
 from mansu_interp.unlearning.unlearn import unlearn
 from mansu_interp.utils.files import write_json
+from mansu_interp.utils.records import to_json
 
 TRIALS = Path(__file__).parents[2] / "runs" / "matched"
 BASELINES = ("graddiff", "npo")
@@ -50,25 +52,26 @@ ORDER = ("mansu", *BASELINES)
 
 
 def scored(
-    model: LanguageModel, edited: LanguageModel, task: Task, started: float
+    model: LanguageModel,
+    edited: LanguageModel,
+    task: Task,
+    started: float,
+    version: ModelVersion = EDITED,
 ) -> dict[str, Any]:
     """All figures of one trial."""
-    scores = evaluate({"fp": edited, "nf4": quantize(edited)}, task)
+    scores = evaluate({version: edited, version.after("nf4"): quantize(edited)}, task)
     survived = survival(model, edited, NF4())
     everything = sum(changed_elements(model, edited).values())
     return {
         "model": Path(model.name).name,
         "task": task.name,
-        "rows": scores.rows,
-        "perplexity": scores.perplexity,
+        "scores": [to_json(row) for row in scores.rows],
+        "perplexity": [to_json(text) for text in scores.perplexity],
+        "flips": to_json(Flips.between(*(scores.first[version.after(q)] for q in (None, "nf4")))),
+        "survival": to_json(survived),
         "dev_choice": dev_choice(edited, task),
         "edited": everything,
         "share": everything / model.n_parameters,
-        "edited_quantized": survived.edited,
-        "survived": survived.survived,
-        "collateral": survived.collateral,
-        "update_over_bin": survived.update_over_bin,
-        "projection": survived.projection,
         "seconds": time.monotonic() - started,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
@@ -101,12 +104,8 @@ def measure(
             config = replace(settings, out=Path(out) / "run")
             result = run(config, lambda stage, d, n: print(f"\r{stage} {d}/{n}   ", end=""))
             made = scored(model, result.model, task, started)
-            made["settings"] = {**result.report["config"], "out": None}
+            made["settings"] = {**result.report.config, "out": None}
             made["run_seconds"] = result.seconds
-            made["cad"] = result.report["cad"]
-            made["circuit"] = {
-                k: result.report["circuit"][k] for k in ("edges", "of", "faithfulness")
-            }
             return made
 
     def baseline(method: str, stop_at: float) -> dict[str, Any]:
@@ -126,7 +125,10 @@ def measure(
             made = scored(model, load_model(out), task, started)
         return {**made, "steps": result.stopped_at, "lr": config.lr}
 
-    trial(folder / "original.json", lambda: scored(model, model.copy(), task, time.monotonic()))
+    trial(
+        folder / "original.json",
+        lambda: scored(model, model.copy(), task, time.monotonic(), ORIGINAL),
+    )
     reached = trial(folder / f"mansu-{seed}.json", mansu)["dev_choice"]
     print(f"\nmansu seed {seed}: dev four-way {reached:.3f}", flush=True)
     for method in BASELINES:
@@ -183,7 +185,7 @@ def table(model: str, task: str) -> list[str]:
         "edited codes that changed under NF4": share("codes_changed", "nf4"),
         "other codes that changed": across("other_codes_changed", "nf4", 0),
         "update RMS / NF4 bin": across("update_over_bin", "nf4"),
-        "projected share": across("projection", "nf4"),
+        "share that NF4 leaves": across("share_kept", "nf4"),
         "four-way, dev phrasings (matched)": across("dev_choice", FULL),
         "seconds": across("seconds", FULL, 0),
     }

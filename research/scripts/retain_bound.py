@@ -20,7 +20,7 @@ from mansu_interp.masks.select import choose_parameters
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.run import make_mask
+from mansu_interp.runs.edit import make_mask
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
@@ -58,7 +58,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for seed in args.seeds:
         config = replace(default_config(args.model, args.task), seed=seed)
-        circuit = discover(model, task.forget, replace(config.circuit, seed=seed), task.retain)
+        circuit = discover(
+            model, task.forget, config=replace(config.circuit, seed=seed), retain=task.retain
+        )
         masks = {
             "circuit": make_mask(config, model, task, circuit),
             "whole model": whole_model_mask(model, task, config.budget, seed),

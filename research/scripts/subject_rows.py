@@ -24,6 +24,7 @@ from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.probes import answer_rows, last_states, linear_map
 from mansu_interp.audit.relearning import halves, of_subjects, relearn, rivals_within
 from mansu_interp.evaluation.scores import evaluate
+from mansu_interp.evaluation.versions import EDITED, ModelVersion
 from mansu_interp.losses.answers import nll
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -94,14 +95,16 @@ def relearnt(model: LanguageModel, original: LanguageModel, task: Task, seed: in
 
 def line(name: str, model: LanguageModel, task: Task) -> str:
     """A row of the second table."""
-    scores = evaluate({"fp": model, "nf4": quantize(model)}, task)
+    nf4 = EDITED.after("nf4")
+    scores = evaluate({EDITED: model, nf4: quantize(model)}, task)
 
-    def mean(role: str, of: str) -> str:
-        return " / ".join(f"{scores.mean(role, key, of):.2f}" for key in ("choice", "top1"))
+    def mean(role: str, of: ModelVersion) -> str:
+        means = scores.mean(role, "choice", of), scores.mean(role, "top1", of)
+        return " / ".join(f"{x:.2f}" for x in means)
 
-    attacked = relearn(model, task, RelearnConfig(steps=MARKS))
+    attacked = relearn(model, task, config=RelearnConfig(steps=MARKS))
     marks = [f"{attacked.at(k):.2f} / {attacked.at(k, 'top1'):.2f}" for k in MARKS]
-    cells = [name, mean("forget", "fp"), mean("forget", "nf4"), mean("retain", "fp")]
+    cells = [name, mean("forget", EDITED), mean("forget", nf4), mean("retain", EDITED)]
     return f"| {' | '.join([*cells, *marks])} |"
 
 

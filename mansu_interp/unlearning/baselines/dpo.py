@@ -18,7 +18,7 @@ from ...models.language_model import LanguageModel
 from ...tasks.answers import pack_behind
 from ...tasks.pairs import Pair, Tokens
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import DPO, IdkDPO
 from ..training import answer_loss
 from .dense import Objective
 
@@ -26,10 +26,8 @@ IDK = ("I don't know", "?")
 """Admissions of ignorance; the first whose first token the tokenizer knows is taken."""
 
 
-def _preferring(
-    model: LanguageModel, config: UnlearnConfig, winner: Callable[[Pair], Tokens]
-) -> Objective:
-    beta = config.baseline.dpo_beta
+def _preferring(model: LanguageModel, config: DPO, winner: Callable[[Pair], Tokens]) -> Objective:
+    beta = config.beta
 
     def ratio(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         """log p(win) - log p(lose) per pair."""
@@ -47,19 +45,19 @@ def _preferring(
             reference = ratio(model, pairs)
         return -(2 / beta) * logsigmoid(beta * (ratio(student, pairs) - reference)).mean()
 
-    return Objective(forget, answer_loss)
+    return Objective(forget, answer_loss, config.retain_weight)
 
 
-def dpo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def dpo(model: LanguageModel, task: Task, config: DPO, seed: int = 0) -> Objective:
     """Loss = -(2/b) log sigmoid(b (win ratio - lose ratio)) + retain_weight x NLL(retain).
 
     A ratio is log p / p_original of a whole answer: the counterfactual one (win) and the one to
-    forget (lose); b is ``config.baseline.dpo_beta``.
+    forget (lose); b is ``config.beta``.
     """
     return _preferring(model, config, lambda pair: pair.rival)
 
 
-def idkdpo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def idkdpo(model: LanguageModel, task: Task, config: IdkDPO, seed: int = 0) -> Objective:
     """`dpo` whose winning answer is the first token of `IDK`.
 
     Raises:

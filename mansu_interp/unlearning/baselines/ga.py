@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ...models.language_model import LanguageModel
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import GA
 from ..training import answer_loss
 from .dense import Objective
 
 
-def ga(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def ga(model: LanguageModel, task: Task, config: GA, seed: int = 0) -> Objective:
     """Loss = -NLL(forget), summed over the answer's tokens."""
     return Objective(lambda student, pairs: -answer_loss(student, pairs))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ...models.language_model import LanguageModel
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import KL
 from ..training import answer_loss, retain_loss
 from .dense import Objective
 
 
-def kl(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def kl(model: LanguageModel, task: Task, config: KL, seed: int = 0) -> Objective:
     """Loss = -NLL(forget) + retain_weight x KL(original || student) on retain prompts.
 
     The KL is taken where the answer's tokens are predicted, not at every token of the prompt.
@@ -17,4 +17,5 @@ def kl(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
     return Objective(
         lambda student, pairs: -answer_loss(student, pairs),
         lambda student, pairs: retain_loss(student, model, pairs),
+        config.retain_weight,
     )

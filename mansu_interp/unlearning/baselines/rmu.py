@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, collate
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import RMU
 from .dense import Objective
 
 DEPTH = 7 / 32
@@ -37,23 +37,25 @@ def target(model: LanguageModel, scale: float, seed: int) -> Float[Tensor, " d_m
     return (scale * random / random.norm()).to(model.device)
 
 
-def rmu(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def rmu(model: LanguageModel, task: Task, config: RMU, seed: int = 0) -> Objective:
     """Loss = MSE(h, c u) on forget prompts + retain_weight x MSE(h, h_original) on retain prompts.
 
     h is the output of one layer at the last token of the prompt, which predicts the
-    answer (of several tokens, the deciding one); c and the layer are ``config.baseline.rmu_scale``
-    and ``rmu_layer``. Only weights up to that layer have a gradient. The units are those of the
-    residual stream, squared.
+    answer (of several tokens, the deciding one); c is ``config.scale``, the layer ``config.layer``,
+    and u is drawn by ``seed``. Only weights up to that layer have a gradient. The units are those
+    of the residual stream, squared.
 
     Raises:
         ConfigError: no such layer. The last layer's output is not offered: it comes normalised.
     """
     depth = model.architecture.n_layers
-    layer = config.baseline.rmu_layer
+    layer = config.layer
     layer = round(DEPTH * depth) if layer is None else layer
     if not 0 <= layer < depth - 1:
-        raise ConfigError(f"rmu_layer must lie in [0, {depth - 1}) for {model.name}; got {layer}.")
-    away = target(model, config.baseline.rmu_scale, config.seed)
+        raise ConfigError(
+            f"The layer of rmu must lie in [0, {depth - 1}) for {model.name}; got {layer}."
+        )
+    away = target(model, config.scale, seed)
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         found = layer_output(student, pairs, layer)
@@ -64,4 +66,4 @@ def rmu(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
             want = layer_output(model, pairs, layer)
         return mse_loss(layer_output(student, pairs, layer), want)
 
-    return Objective(forget, retain)
+    return Objective(forget, retain, config.retain_weight)

@@ -11,18 +11,18 @@ from ...models.language_model import LanguageModel
 from ...tasks.answers import pack_answers
 from ...tasks.pairs import Pair
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import SatImp
 from ..training import answer_loss
 from .dense import Objective
 
 
-def satimp(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def satimp(model: LanguageModel, task: Task, config: SatImp, seed: int = 0) -> Objective:
     """Loss = -p^b1 (1 - p)^b2 NLL(forget) + retain_weight x NLL(retain), weights without gradient.
 
     p is an answer token's probability, each token weighed by its own; b1 and b2 are
-    ``config.baseline.satimp_beta1`` and ``satimp_beta2``.
+    ``config.beta1`` and ``config.beta2``.
     """
-    powers = config.baseline.satimp_beta1, config.baseline.satimp_beta2
+    powers = config.beta1, config.beta2
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         packed = pack_answers(pairs, student.device)
@@ -30,4 +30,4 @@ def satimp(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective
         p = (-losses).exp().detach()
         return -packed.sums(p ** powers[0] * (1 - p) ** powers[1] * losses).mean()
 
-    return Objective(forget, answer_loss)
+    return Objective(forget, answer_loss, config.retain_weight)

@@ -12,21 +12,21 @@ from ...models.language_model import LanguageModel
 from ...tasks.answers import pack_answers
 from ...tasks.pairs import Pair
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import SimNPO
 from ..training import answer_loss
 from .dense import Objective
 
 
-def simnpo(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def simnpo(model: LanguageModel, task: Task, config: SimNPO, seed: int = 0) -> Objective:
     """Loss = -(2/b) log sigmoid(b (NLL / length - d)) + retain_weight x NLL(retain).
 
-    The length is in answer tokens; b and d are ``config.baseline.simnpo_beta`` and ``_delta``.
+    The length is in answer tokens; b and d are ``config.beta`` and ``config.delta``.
     """
-    beta, delta = config.baseline.simnpo_beta, config.baseline.simnpo_delta
+    beta, delta = config.beta, config.delta
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         packed = pack_answers(pairs, student.device)
         per_token = packed.sums(token_nll(student, packed)) / packed.lengths
         return -(2 / beta) * logsigmoid(beta * (per_token - delta)).mean()
 
-    return Objective(forget, answer_loss)
+    return Objective(forget, answer_loss, config.retain_weight)

@@ -6,23 +6,23 @@ import torch
 
 from ...models.language_model import LanguageModel
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import TaskVector
 from ..training import answer_loss
 from .dense import Objective
 
 
-def task_vector(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def task_vector(model: LanguageModel, task: Task, config: TaskVector, seed: int = 0) -> Objective:
     """Weights = original - scale x (tuned - original); tuned: loss NLL(forget), nothing retained.
 
     The forgetting level is looked for in the negated model at every look; the scale is
-    ``config.baseline.task_vector_scale``.
+    ``config.scale``.
     """
 
     @torch.no_grad()
     def negated(tuned: LanguageModel) -> LanguageModel:
         out = model.copy()
         for name, weight in out.weights.items():
-            weight.sub_(config.baseline.task_vector_scale * (tuned.weights[name] - weight))
+            weight.sub_(config.scale * (tuned.weights[name] - weight))
         return out
 
     return Objective(answer_loss, outcome=negated)

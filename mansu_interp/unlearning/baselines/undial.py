@@ -11,16 +11,16 @@ from ...models.language_model import LanguageModel
 from ...tasks.answers import pack_answers
 from ...tasks.pairs import Pair
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import UNDIAL
 from ..training import answer_loss
 from .dense import Objective
 
 
-def undial(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def undial(model: LanguageModel, task: Task, config: UNDIAL, seed: int = 0) -> Objective:
     """Loss = CE(student, softmax(teacher - b onehot(answer))) + retain_weight x NLL(retain).
 
     The cross-entropy is a mean over the positions that predict an answer token; b is
-    ``config.baseline.undial_beta``. The authors add no retain loss by default.
+    ``config.beta``. The authors add no retain loss by default.
     """
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
@@ -29,8 +29,8 @@ def undial(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective
         with torch.no_grad():
             # Logits up to a constant that softmax ignores.
             lowered = model.logits_at(*where).log_softmax(-1)
-            lowered[torch.arange(len(packed.target)), packed.target] -= config.baseline.undial_beta
+            lowered[torch.arange(len(packed.target)), packed.target] -= config.beta
         logp = student.logits_at(*where).log_softmax(-1)
         return -(lowered.softmax(-1) * logp).sum(-1).mean()
 
-    return Objective(forget, answer_loss)
+    return Objective(forget, answer_loss, config.retain_weight)

@@ -11,22 +11,22 @@ from ...models.language_model import LanguageModel
 from ...tasks.answers import pack_answers
 from ...tasks.pairs import Pair
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import WGA
 from ..training import answer_loss
 from .dense import Objective
 
 
-def wga(model: LanguageModel, task: Task, config: UnlearnConfig) -> Objective:
+def wga(model: LanguageModel, task: Task, config: WGA, seed: int = 0) -> Objective:
     """Loss = -p^b NLL(forget) + retain_weight x NLL(retain), the weight p^b without gradient.
 
     p is an answer token's probability, each token weighed by its own; b is
-    ``config.baseline.wga_beta``.
+    ``config.beta``.
     """
 
     def forget(student: LanguageModel, pairs: Sequence[Pair]) -> Tensor:
         packed = pack_answers(pairs, student.device)
         losses = token_nll(student, packed)
-        weighed = (-losses).exp().detach() ** config.baseline.wga_beta * losses
+        weighed = (-losses).exp().detach() ** config.beta * losses
         return -packed.sums(weighed).mean()
 
-    return Objective(forget, answer_loss)
+    return Objective(forget, answer_loss, config.retain_weight)

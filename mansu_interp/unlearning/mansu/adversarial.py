@@ -1,11 +1,11 @@
-"""Hardening against relearning: the attack inside the loop.
+"""Adversarial relearning: each step also unlearns what relearning would bring back.
 
-Each step copies the model, relearns a random half A of the forget subjects there for a random
-number of steps at a random rate, and takes the gradient of the forget loss on the other half B *at
-the relearned point*; first order, as in Reptile and TAR (arXiv 2408.00761): that gradient is
-applied to the model before the attack. What is pushed down is thus not what the model says, but
-what half A would bring back. The loss, the ranking among half B's answers, is ours (see
-`ranking_loss`).
+1. Copy the model, and relearn a random half A of the forget subjects there, for a random number of
+   steps at a random rate.
+2. Take the gradient of a forget loss on the other half B *at the relearned point*, and apply it to
+   the model before the relearning: first order, as in Reptile and TAR (arXiv 2408.00761).
+
+The loss, the ranking among half B's answers, is ours (see `ranking_loss`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, PairSet, answer_tokens
 from ...tasks.task import Task
-from ..config import UnlearnConfig
+from ..methods import Mansu
 from ..training import arithmetic, mean_gradient
 
 SPREAD = 3.0
-"""The attack's rate is drawn log-uniformly within this factor of `UnlearnConfig.adversarial_lr`."""
+"""The rate is drawn log-uniformly within this factor of `Mansu.adversarial_lr`."""
 
 
 def ranking_loss(
@@ -46,7 +46,7 @@ def ranking_loss(
 
 @dataclass(frozen=True)
 class Attack:
-    """What is drawn of one attack."""
+    """The draws of one relearning attack."""
 
     train: PairSet
     """The half that is relearnt."""
@@ -61,11 +61,17 @@ class Attack:
 
 
 class AdversarialRelearning:
-    """Seeded relearning attacks on copies of a model, and the gradients that resist them."""
+    """Seeded relearning attacks on copies of a model, and the gradients that resist them.
 
-    def __init__(self, task: Task, config: UnlearnConfig) -> None:
+    Arguments:
+        task: whose forget subjects are split in halves.
+        config: steps, rate, batch size and margin.
+        seed: of the draws.
+    """
+
+    def __init__(self, task: Task, config: Mansu, seed: int = 0) -> None:
         self.task, self.config = task, config
-        self.rng = random.Random(f"attack {config.seed}")
+        self.rng = random.Random(f"attack {seed}")
 
     def draw(self) -> Attack:
         """The next attack."""
@@ -78,16 +84,16 @@ class AdversarialRelearning:
         chosen = rng.sample(unseen, min(config.batch_size, len(unseen)))
         return Attack(of_subjects(self.task.forget, first), unseen, chosen, steps, rate, seed)
 
-    def attacked(self, student: LanguageModel, attack: Attack) -> LanguageModel:
-        """A relearned copy."""
-        victim = student.copy()
-        weights = list(victim.weights.values())
+    def relearned(self, student: LanguageModel, attack: Attack) -> LanguageModel:
+        """A copy that relearned half A."""
+        copy = student.copy()
+        weights = list(copy.weights.values())
         optimiser = make_optimiser("adam", weights, attack.rate)
         supply = batches(attack.train.pairs, self.config.batch_size, attack.seed)
         for _ in range(attack.steps):
-            with arithmetic(victim, self.config):
-                descend(victim, optimiser, weights, next(supply))
-        return victim
+            with arithmetic(copy, self.config.precision):
+                descend(copy, optimiser, weights, next(supply))
+        return copy
 
     def gradient(
         self,
@@ -97,11 +103,11 @@ class AdversarialRelearning:
     ) -> tuple[list[Tensor], float]:
         """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
         attack = self.draw()
-        victim = self.attacked(student, attack)
+        copy = self.relearned(student, attack)
         among = answer_tokens(attack.unseen, student.device)
 
         def loss(part: list[Pair]) -> Tensor:
-            with arithmetic(victim, self.config):
-                return ranking_loss(victim, part, targets, among, self.config.training_margin)
+            with arithmetic(copy, self.config.precision):
+                return ranking_loss(copy, part, targets, among, self.config.training_margin)
 
-        return mean_gradient(victim, names, attack.chosen, loss)
+        return mean_gradient(copy, names, attack.chosen, loss)

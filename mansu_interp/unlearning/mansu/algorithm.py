@@ -1,22 +1,17 @@
 """MANSU: sparse, discrete edits inside a circuit that survive quantization by construction.
 
-Every editable weight has a latent position in units of its block's absmax. While the position lies
-in the weight's own cell of any quantizer of the set ``survive``, the weight keeps its exact
-original value; once it has left them all, it lands where `floor` allows. So a weight moves at least
-one whole cell or not at all, and the quantized model receives the same edit. Gradients pass the
-snap straight through (ours; the idea of a per-parameter magnitude floor is arXiv 2605.15138's).
-Steps take turns, the full-precision model first and then each quantized one, so that all forget and
-all retain; each is compared with the original at its own precision. Of several quantized models
-each gathers, on its turns, how it would like its own values to differ; `landing` weighs these
-wishes where there is a choice (ours). At the end `finish` takes all models down to the target and
-parts the quantized ones from full precision. The momentum direction is multiplied by the null-space
-projection lambda / (lambda + F).
+Every editable weight has a latent weight, in units of its block's absmax. While that lies in the
+cell of the original value of any quantizer of the set ``survive``, the weight has exactly its
+original value; once it has left them all, it is rounded to what `floor` allows. So a weight moves
+by at least one whole cell or not at all, and the quantized model receives the same edit. Gradients
+pass the rounding straight through (ours; the idea of a per-parameter magnitude floor is arXiv
+2605.15138's). `mansu` names the steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -34,14 +29,84 @@ from ...tasks.pairs import Pair, PairSet
 from ...tasks.task import Task
 from ...utils.distributed import sum_number
 from ..checkpoint import Checkpoint
-from ..config import UnlearnConfig
-from ..training import Batch, OnStep, Sampler, Unlearned, arithmetic, reached, retain_loss, text_kl
+from ..history import History, StepRecord
+from ..methods import Mansu
+from ..training import (
+    Batch,
+    OnStep,
+    Sampler,
+    Unlearned,
+    arithmetic,
+    forgetting_level,
+    may_stop,
+    retain_loss,
+    text_kl,
+)
 from .adversarial import AdversarialRelearning
 from .latent_weights import LatentWeights, LatentWeightsWithoutFloor
 from .margins import PAIRS, ROUNDS, MarginEditor
 from .probe_penalty import ProbePenalty
 
 FISHER_PAIRS = 48
+
+
+def mansu(
+    model: LanguageModel,
+    task: Task,
+    mask: Mask,
+    config: Mansu,
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Unlearned:
+    """Unlearn inside a mask.
+
+    1. Copy the model in full precision and after every quantizer: the students. Each is compared
+       with a teacher, the original at the same precision.
+    2. Measure the Fisher information F of what must stay, for the null-space projection
+       lambda / (lambda + F), which multiplies every step.
+    3. In each step one student has its turn, full precision first, so that all of them forget and
+       all retain: take the gradient of its forget and retain losses.
+    4. Add the gradient of the forget loss at a relearned point, and that of what a probe reads, if
+       the settings name them.
+    5. Move the latent weights; round those that left their cells to the floor, for several
+       quantizers jointly; write these edits into all students.
+    6. Stop once the forgetting level is reached in all students, or after the last step.
+    7. Make margin edits, for which a share of the budget was left over: until full precision
+       reaches the final margin, then until the quantized models reach the quantization margin.
+
+    Arguments:
+        model: the original; it is not changed.
+        task: what to forget and what to retain.
+        mask: the parameters that may be edited.
+        config: all settings; without its ``floored`` (an ablation) latent weights are written as
+            they are, on the full-precision model alone.
+        seed: of every draw.
+        on_step: called after each step, and before and after each round of margin edits.
+        checkpoint: where a killed loop goes on.
+
+    Returns:
+        The edited full-precision model; the last record of its history has the margins, too.
+    """
+    loop = _EditLoop.of(model, task, mask, config, seed)
+    checkpoint = checkpoint or Checkpoint()
+    history = checkpoint.load()
+    if history:
+        loop.resume(checkpoint, len(history))
+    for done in range(len(history), config.steps):
+        history.append(loop.step(done))
+        if on_step:
+            on_step(done + 1, config.steps, history[-1])
+        if may_stop(history[-1].choice, config.stop_at):
+            break
+        if checkpoint.is_due():
+            loop.latent.save(checkpoint, history)
+    if loop.has_margins:
+        if len(history) == config.steps:  # what follows may be as long as many steps
+            loop.latent.save(checkpoint, history)
+        history[-1] = loop.reach_margins(history, on_step)
+    return Unlearned(loop.students[0], history, len(history))
 
 
 def learning_rate(peak: float, done: int, steps: int) -> float:
@@ -52,36 +117,36 @@ def learning_rate(peak: float, done: int, steps: int) -> float:
     return peak * min(1.0, (steps - done) / tail * 0.95 + 0.05)
 
 
-def _parts(
+def _partial_losses(
     student: LanguageModel,
     teacher: LanguageModel,
-    target: CounterfactualTargets,
+    targets: CounterfactualTargets,
     batch: Batch,
-    config: UnlearnConfig,
+    config: Mansu,
     losses: dict[str, float],
 ) -> list[Callable[[], Tensor]]:
-    """The loss of a step in parts that fit into memory; each adds what it came to to ``losses``,
-    the retained ones before `UnlearnConfig.retain_weight`."""
+    """The loss of a step in parts that fit into memory; each adds its value to ``losses``, the
+    retain losses before `Mansu.retain_weight`."""
 
     def weighed(kind: str, share: float, loss: Callable[[], Tensor]) -> Tensor:
-        with arithmetic(student, config):
+        with arithmetic(student, config.precision):
             value = loss() * share
         losses[kind] += value.item()
         return value * (config.retain_weight if kind == "retain" else 1.0)
 
-    def forgotten(pairs: list[Pair]) -> Tensor:
+    def forget_part(pairs: list[Pair]) -> Tensor:
         if config.forget_loss == "ga":
             return -nll(student, pairs).mean()
         return counterfactual_loss(
-            student, pairs, target, config.ranking_weight, config.training_margin
+            student, pairs, targets, config.ranking_weight, config.training_margin
         )
 
-    def retained(pairs: list[Pair]) -> Tensor:
+    def retain_part(pairs: list[Pair]) -> Tensor:
         return retain_loss(student, teacher, pairs, config.hinge_weight)
 
-    forget, keep, text = batch
+    forget, retain, text = batch
     parts = []
-    for kind, groups, loss in (("forget", forget, forgotten), ("retain", keep, retained)):
+    for kind, groups, loss in (("forget", forget, forget_part), ("retain", retain, retain_part)):
         n = sum(map(len, groups))
         parts += [partial(weighed, kind, len(p) / n, partial(loss, p)) for p in groups]
     if text is not None:
@@ -89,108 +154,164 @@ def _parts(
     return parts
 
 
-def mansu(
-    model: LanguageModel,
-    task: Task,
-    mask: Mask,
-    config: UnlearnConfig,
-    on_step: OnStep | None = None,
-    floored: bool = True,
-    checkpoint: Checkpoint | None = None,
-) -> Unlearned:
-    """Unlearn inside a mask (see the module's text).
+def _answered(model: LanguageModel, task: Task) -> Task:
+    """The task with those retain-unscored prompts alone that the model answers correctly, if there
+    are any: the hinge has nothing to hold on the others."""
+    unscored = answered_correctly(model, task.retain_unscored) if task.retain_unscored else None
+    return replace(task, retain_unscored=unscored or task.retain_unscored)
 
-    Without ``floored`` (an ablation) positions are written as they are and nothing is known of the
-    quantizer: the same mask, budget, losses and step rule, on the full-precision model alone.
 
-    With a ``checkpoint`` that a killed loop kept, this one goes on there.
+@dataclass
+class _EditLoop:
+    """What the steps of one run share: the full-precision model first, then each quantized one."""
 
-    With `UnlearnConfig.final_margin` or a quantization_margin more is edited after the last step (see `finish`).
+    task: Task
+    retain: PairSet
+    """All that must stay."""
+    config: Mansu
+    seed: int
+    limit: int
+    """Edits at most."""
+    teachers: list[LanguageModel]
+    students: list[LanguageModel]
+    targets: list[CounterfactualTargets]
+    latent: LatentWeights
+    sampler: Sampler
+    adversary: AdversarialRelearning | None
+    probe: ProbePenalty | None
 
-    The result's history holds, per step, ``forget`` and ``retain`` losses (nats) and ``edited``;
-    the last one what `MarginEditor.reach_final_margin` and `MarginEditor.reach_quantization_margin` return as well.
-    """
-    survive = quantizer_set(config.survive)
-    teachers = [model, *(quantize(model, q) for q in survive)]
-    students = [model.copy(), *(quantize(model, q) for q in survive)]
-    # A retain_unscored that the model does not know holds nothing: keep those whose answer it ranks first.
-    retain_unscored = (
-        answered_correctly(model, task.retain_unscored) if task.retain_unscored else None
-    )
-    task = replace(task, retain_unscored=retain_unscored or task.retain_unscored)
-    fisher = None
-    kept = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
-    if config.projection:
-        fisher = fisher_diagonal(
-            model, list(mask.indices), kept.sample(FISHER_PAIRS, config.seed), seed=config.seed
+    @classmethod
+    def of(
+        cls, model: LanguageModel, task: Task, mask: Mask, config: Mansu, seed: int
+    ) -> _EditLoop:
+        """Everything before the first step."""
+        survive = quantizer_set(config.survive)
+        teachers = [model, *(quantize(model, q) for q in survive)]
+        students = [model.copy(), *(quantize(model, q) for q in survive)]
+        task = _answered(model, task)
+        retain = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
+        fisher = None
+        if config.projection:
+            sample = retain.sample(FISHER_PAIRS, seed)
+            fisher = fisher_diagonal(model, list(mask.indices), sample, seed=seed)
+        targets = [CounterfactualTargets(t, task.forget, seed) for t in teachers]
+        latent = (LatentWeights if config.floored else LatentWeightsWithoutFloor)(
+            students[0],
+            students[1:],
+            mask,
+            survive,
+            fisher=fisher,
+            strength=config.projection,
+            offset_rate=config.offset_rate,
         )
-    targets = [CounterfactualTargets(t, task.forget, config.seed) for t in teachers]
-    kind = LatentWeights if floored else LatentWeightsWithoutFloor
-    latent = kind(
-        students[0], students[1:], mask, survive, fisher, config.projection, config.offset_rate
-    )
-    sampler = Sampler(task, config)
-    attacker = AdversarialRelearning(task, config) if config.adversarial_steps else None
-    reader = ProbePenalty(task, config) if config.probe_weight else None
-    checkpoint = checkpoint or Checkpoint()
-    finishing = floored and (config.final_margin is not None or config.quantization_margin > 0)
-    if finishing:
-        latent.limit -= int(config.margin_budget * mask.limit)
-    history = checkpoint.load()
-    for done in range(len(history)):  # the draws of the steps that are done
-        sampler.batch(done, len(students))
-        if attacker:
-            attacker.draw()
-        if reader:
-            reader.draw()
-    if history:
-        latent.resume(checkpoint)
-    for done in range(len(history), config.steps):
-        side = done % len(students) if floored else 0
-        student, teacher = students[side], teachers[side]
+        loop = cls(
+            task=task,
+            retain=retain,
+            config=config,
+            seed=seed,
+            limit=mask.limit,
+            teachers=teachers,
+            students=students,
+            targets=targets,
+            latent=latent,
+            sampler=Sampler(task, config.batch_size, seed),
+            adversary=AdversarialRelearning(task, config, seed)
+            if config.adversarial_steps
+            else None,
+            probe=ProbePenalty(task, config.batch_size, seed) if config.probe_weight else None,
+        )
+        if loop.has_margins:
+            latent.limit -= int(config.margin_budget * mask.limit)
+        return loop
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether more is edited after the last step."""
+        asked = self.config.final_margin is not None or self.config.quantization_margin > 0
+        return self.config.floored and asked
+
+    def resume(self, checkpoint: Checkpoint, done: int) -> None:
+        """Go on where a killed loop was: repeat the draws of its steps, restore its weights."""
+        for step in range(done):
+            self.sampler.batch(step, len(self.students))
+            if self.adversary:
+                self.adversary.draw()
+            if self.probe:
+                self.probe.draw()
+        self.latent.resume(checkpoint)
+
+    def step(self, done: int) -> StepRecord:
+        """One step, after ``done`` others: gradient, latent weights, edits, and a look at the
+        forgetting level."""
+        config, side = self.config, done % len(self.students) if self.config.floored else 0
+        gradients, losses = self._gradients(side, self.sampler.batch(done, len(self.students)))
+        rate = learning_rate(config.lr, done, config.steps)
+        self.latent.step(gradients, rate, done + 1, side)
+        edited = self.latent.write()
+        choice = forgetting_level(lambda: self.latent.models, self.task, config.stop_at, done)
+        return StepRecord(
+            forget=losses["forget"],
+            retain=losses["retain"],
+            adversarial=losses.get("adversarial"),
+            probe=losses.get("probe"),
+            edited=edited,
+            choice=choice,
+        )
+
+    def _gradients(self, side: int, batch: Batch) -> tuple[list[Tensor], dict[str, float]]:
+        """The gradient of one student's losses with respect to the mask's weights, and those."""
+        config, names = self.config, self.latent.names
+        student, targets = self.students[side], self.targets[side]
         losses = {"forget": 0.0, "retain": 0.0}
-        batch = sampler.batch(done, len(students))
-        parts = _parts(student, teacher, targets[side], batch, config, losses)
-        gradients = gradient(student, latent.names, parts)
+        parts = _partial_losses(student, self.teachers[side], targets, batch, config, losses)
+        gradients = gradient(student, names, parts)
         losses = {kind: sum_number(value) for kind, value in losses.items()}
-        if attacker:
-            extra, losses["attacked"] = attacker.gradient(student, latent.names, targets[side])
-            for g, e in zip(gradients, extra, strict=True):
-                g.add_(e, alpha=config.adversarial_weight)
-        if reader:
-            extra, losses["read"] = reader.gradient(student, latent.names)
-            for g, e in zip(gradients, extra, strict=True):
-                g.add_(e, alpha=config.probe_weight)
-        latent.step(gradients, learning_rate(config.lr, done, config.steps), done + 1, side)
-        losses["edited"] = latent.write()
-        stop = reached(lambda: latent.models, task, config, done, losses)
-        history.append(losses)
-        if on_step:
-            on_step(done + 1, config.steps, losses)
-        if stop:
-            break
-        if checkpoint.is_due():
-            latent.save(checkpoint, history)
-    if finishing:
-        last = history[-1]
-        if len(history) == config.steps:  # what follows may be as long as many steps
-            latent.save(checkpoint, history)
+        if self.adversary:
+            more, losses["adversarial"] = self.adversary.gradient(student, names, targets)
+            for g, m in zip(gradients, more, strict=True):
+                g.add_(m, alpha=config.adversarial_weight)
+        if self.probe:
+            more, losses["probe"] = self.probe.gradient(student, names)
+            for g, m in zip(gradients, more, strict=True):
+                g.add_(m, alpha=config.probe_weight)
+        return gradients, losses
 
-        def on_round(measure: str, done: int, nats: float) -> None:
-            if on_step:
-                on_step(done, ROUNDS, last | {measure: nats})
+    def reach_margins(self, history: History, on_step: OnStep | None) -> StepRecord:
+        """Make margin edits within what the steps left of the budget; the last step's record, with
+        what they came to."""
+        config, last, show = self.config, history[-1], on_step or (lambda *_: None)
+        edited = last.edited or 0
+        left = self.limit - edited
+        forget, retain = (x.sample(PAIRS, self.seed) for x in (self.task.forget, self.retain))
+        editor = MarginEditor(self.latent, forget, self.targets[0], retain)
 
-        left = mask.limit - int(last["edited"])
-        answers, others = (x.sample(PAIRS, config.seed) for x in (task.forget, kept))
-        finish = MarginEditor(latent, answers, targets[0], others)
         if config.final_margin is not None:
             most = left // 2 if config.quantization_margin else left
-            last |= finish.reach_final_margin(config.final_margin, most, partial(on_round, "above"))
-            left -= int(last["deepening"])
-            last["edited"] += last["deepening"]
-        if config.quantization_margin:
-            last |= finish.reach_quantization_margin(
-                config.quantization_margin, left, partial(on_round, "apart")
+            found = editor.reach_final_margin(
+                config.final_margin,
+                most,
+                lambda done, nats: show(done, ROUNDS, replace(last, above_target=nats)),
             )
-            last["edited"] += last["parting"]
-    return Unlearned(students[0], history, len(history))
+            left -= found.edits
+            edited += found.edits
+            last = replace(
+                last,
+                edited=edited,
+                above_target=found.reached,
+                final_margin_edits=found.edits,
+            )
+        if config.quantization_margin:
+            found = editor.reach_quantization_margin(
+                config.quantization_margin,
+                left,
+                lambda done, nats: show(
+                    done, ROUNDS, replace(last, quantization_margin_reached=nats)
+                ),
+            )
+            last = replace(
+                last,
+                edited=edited + found.edits,
+                quantization_margin_reached=found.reached,
+                quantization_margin_edits=found.edits,
+            )
+        return last

@@ -1,5 +1,5 @@
-"""Where every editable weight of MANSU is and lands, in a full-precision model and its quantized
-reference_models alike."""
+"""The latent weights of MANSU, and the edits that they become in a full-precision model and in what
+each quantizer makes of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from ...masks.mask import Mask
 from ...masks.rounding import candidates, joint_rounding
 from ...models.language_model import LanguageModel
 from ...quantizers.base import Cells, Quantizer
-from ..checkpoint import Checkpoint, History
+from ..checkpoint import Checkpoint
+from ..history import History
 
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
 BETA_OWN = 0.8
-"""Momentum of a quantized model's own wishes, which sees every few steps alone."""
+"""Momentum of a quantized model's own offsets, which have a gradient on its turns alone."""
 
 
 @dataclass
@@ -32,17 +33,25 @@ class LatentGroup:
     indices: dict[str, Int[Tensor, " m"]]
     """Flat positions in each weight."""
     original: Float[Tensor, " n"]
+    """Their values before the edit."""
     quantized: list[Float[Tensor, " n"]]
+    """What each quantizer makes of those."""
     grids: list[Cells | None]
+    """Each quantizer's cells; None where it leaves these weights as they are."""
     floor: Floor
+    """The values that an edit may take."""
     scale: Float[Tensor, " n"]
+    """Absmax of the block, the unit of position and offsets."""
     position: Float[Tensor, " n"]
+    """The latent weights."""
     projection: Float[Tensor, " n"]
+    """Factor of every step, lambda / (lambda + F)."""
     mean: Float[Tensor, " n"]
+    """Momentum of the position."""
     offsets: list[Float[Tensor, " n"]]
-    """How far from the shared position each quantized model would like its own values to be; empty
-    where none has wishes of its own."""
+    """Each quantized model's own offset from the position; empty where none has any."""
     offset_momenta: list[Float[Tensor, " n"]]
+    """Momentum of the offsets."""
 
     def split(self, values: Float[Tensor, " n"]) -> tuple[Tensor, ...]:
         """Some values of all elements, by weight."""
@@ -60,7 +69,17 @@ def gather(weights: Mapping[str, Tensor], indices: dict[str, Tensor]) -> Float[T
 
 
 class LatentWeights:
-    """The edits of a mask, applied alike to a full-precision model and its quantized reference_models."""
+    """The edits of a mask, applied alike to a full-precision model and its quantized ones.
+
+    Arguments:
+        model: full precision; it is changed in place.
+        quantized: what each quantizer makes of it; changed in place, too.
+        mask: the editable weights.
+        survive: the quantizers.
+        fisher: diagonal Fisher information of what must stay; None: no projection.
+        strength: of the projection.
+        offset_rate: see `Mansu.offset_rate`.
+    """
 
     def __init__(
         self,
@@ -68,15 +87,18 @@ class LatentWeights:
         quantized: list[LanguageModel],
         mask: Mask,
         survive: list[Quantizer],
-        fisher: Weights | None,
-        strength: float,
+        *,
+        fisher: Weights | None = None,
+        strength: float = 0.0,
         offset_rate: float = 0.0,
     ) -> None:
         self.model, self.quantized = model, quantized
         self.offset_rate = offset_rate * len(self.models)
         offsets = len(self.models) - 1 if offset_rate and len(self.models) > 2 else 0
         self.power = 0.0
+        """Running mean of the squared gradient, over the whole mask."""
         self.limit = mask.limit
+        """Edits at most."""
         indices = {n: i.to(model.device) for n, i in mask.indices.items()}
         typical = float(gather(fisher, indices).median()) if fisher else 0.0
         alike: dict[tuple[bool, ...], dict[str, Tensor]] = {}
@@ -90,26 +112,27 @@ class LatentWeights:
                 [floor(weights[n], survive, model.saved_dtype, index=i) for n, i in those.items()]
             )
             original, scale = gather(weights, those), where.span
+            grids = [
+                Cells.join([q.cells(weights[n])[i] for n, i in those.items()])
+                if linear and touches
+                else None
+                for q, touches in zip(survive, touched, strict=True)
+            ]
             self.groups.append(
                 LatentGroup(
-                    those,
-                    original,
-                    [gather(q.weights, those) for q in quantized],
-                    [
-                        Cells.join([q.cells(weights[n])[i] for n, i in those.items()])
-                        if linear and touches
-                        else None
-                        for q, touches in zip(survive, touched, strict=True)
-                    ],
-                    where,
-                    scale,
-                    original / scale.clamp_min(1e-30),
-                    projection(gather(fisher, those), strength, typical)
+                    indices=those,
+                    original=original,
+                    quantized=[gather(q.weights, those) for q in quantized],
+                    grids=grids,
+                    floor=where,
+                    scale=scale,
+                    position=original / scale.clamp_min(1e-30),
+                    projection=projection(gather(fisher, those), strength, typical)
                     if fisher
                     else torch.ones_like(original),
-                    torch.zeros_like(original),
-                    [torch.zeros_like(original) for _ in range(offsets)],
-                    [torch.zeros_like(original) for _ in range(offsets)],
+                    mean=torch.zeros_like(original),
+                    offsets=[torch.zeros_like(original) for _ in range(offsets)],
+                    offset_momenta=[torch.zeros_like(original) for _ in range(offsets)],
                 )
             )
 
@@ -124,7 +147,7 @@ class LatentWeights:
         return [name for x in self.groups for name in x.indices]
 
     def _state(self) -> dict[str, Tensor]:
-        """What a loop that goes on needs."""
+        """The tensors of a checkpoint."""
         found: dict[str, Tensor] = {}
         for k, x in enumerate(self.groups):
             found |= {f"{k}|position": x.position, f"{k}|mean": x.mean}
@@ -134,14 +157,14 @@ class LatentWeights:
 
     @torch.no_grad()
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go back to where a killed loop was, weights included."""
+        """Restore the state of a killed loop, and write its weights."""
         for name, tensor in self._state().items():
             checkpoint.restore(name, tensor)
         self.power = checkpoint.power
         self.write()
 
     def save(self, checkpoint: Checkpoint, history: History) -> None:
-        """Write down where the loop is."""
+        """Write a checkpoint."""
         checkpoint.save(history, self._state(), self.power)
 
     @torch.no_grad()
@@ -179,9 +202,10 @@ class LatentWeights:
 
     @torch.no_grad()
     def write(self) -> int:
-        """Put the snapped weights into all models; returns how many weights are edited.
+        """Round the latent weights to what the floor allows, and put them into all models; returns
+        how many weights are edited.
 
-        See `Floor.land` for where a weight ends, and `landing` for a set of quantizers.
+        See `Floor.land` for one quantizer, and `joint_rounding` for a set of them.
         """
         plans = []
         for x in self.groups:
@@ -201,14 +225,15 @@ class LatentWeights:
     def write_edits(
         self, x: LatentGroup, value: Float[Tensor, " n"], made: Bool[Tensor, " n"]
     ) -> None:
-        """Put the values of some edits, and what each quantizer makes of them, into all models."""
+        """Put the values of some edits, and what each quantizer makes of them, into all models; all
+        other elements are put back to the original."""
         x.put(torch.where(made, value, x.original), self.model)
         for other, own, grid in zip(self.quantized, x.quantized, x.grids, strict=True):
             level = grid.value(grid.encode(value)) if grid else value
             x.put(torch.where(made, level, own), other)
 
     def _rounded_jointly(self, values: list[Tensor], made: list[Tensor]) -> list[Tensor]:
-        """The values with those of the edits that are made joint_rounding over the set."""
+        """The values, those of the edits rounded jointly for the whole set of quantizers."""
         where, some = [], []
         for x, value, m in zip(self.groups, values, made, strict=True):
             if any(x.grids) and m.any():
@@ -229,13 +254,13 @@ class LatentWeights:
                     )
                 )
                 where.append((value, i))
-        for (value, i), landed in zip(where, joint_rounding(some) if some else [], strict=True):
-            value[i] = landed
+        for (value, i), rounded in zip(where, joint_rounding(some) if some else [], strict=True):
+            value[i] = rounded
         return values
 
 
 class LatentWeightsWithoutFloor(LatentWeights):
-    """The same steps without the floor: an ablation. It knows of no quantizer."""
+    """The same steps without the floor: an ablation that ignores the quantizers."""
 
     @property
     def models(self) -> list[LanguageModel]:

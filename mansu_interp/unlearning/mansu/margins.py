@@ -1,12 +1,20 @@
-"""What is edited after the last step (ours): the answers go where training did not take them.
+"""Margin edits, made after the last step (ours): answers go where training did not take them.
 
-`MarginEditor.reach_final_margin`: training ends where its losses balance, a little above its target, and further
-above it on some phrasings than on others. Further edits take full precision there, and every
-quantized model with it.
+`MarginEditor.reach_final_margin`: training ends where its losses balance, a little above its
+target, and further above it on some phrasings than on others. Further edits take full precision to
+the final margin, and every quantized model with it.
 
-`MarginEditor.reach_quantization_margin`: what is fitted on the training's phrasings holds on others but for a scatter, to
-which rounding adds: prompt by prompt answers go up and down, and every prompt that goes up reads as
-recovery. So the quantized models are parted from full precision, by `parting`.
+`MarginEditor.reach_quantization_margin`: on phrasings that were not trained, rounding scatters the
+answers, and every prompt that goes up reads as recovery. Further edits move the quantized models'
+answers below full precision's by the quantization margin.
+
+Both work in rounds:
+
+1. Measure what each forget prompt lacks of the margin.
+2. Take the slope of the answers' level at full precision, weighed by that, and of retained answers.
+3. Choose among candidate edits of weights that nobody edited yet, so that the retained answers lose
+   nothing on average (`candidate_edits`, `choose_edits`).
+4. Write them; stop once little is lacking.
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ from .latent_weights import LatentWeights, gather
 
 PAIRS = 480
 """Prompts, evenly over the phrasings, on which answers are measured: forget ones, and as many that
-are kept."""
+are retained."""
 BATCH = 16
 ROUNDS = 4
 """Each goes by what is lacking after the one before it, so that few prompts are left out."""
@@ -40,34 +48,54 @@ POOL = 8
 """Elements of a weight looked at per edit that may be made; those of the steepest slope per
 cell."""
 Level = Callable[[LanguageModel, list[Pair]], Float[Tensor, " batch"]]
-"""How high the answers of some pairs stand in a model (nats)."""
-Measured = tuple[Float[Tensor, " pairs"], float, float]
-"""What each forget prompt lacks, what is lacking on the whole, and what `OnRound` is told: nats."""
+"""The level of some pairs' answers in a model (nats)."""
 OnRound = Callable[[int, float], None]
-"""on_round(rounds done, nats): of `MarginEditor.reach_final_margin` those above the target, of `MarginEditor.reach_quantization_margin` those of
-the nearest quantized model below full precision; 0 rounds first."""
+"""on_round(rounds done, `Margin.reached`); 0 rounds first."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a round found before its edits, in nats."""
+
+    lacking: Float[Tensor, " pairs"]
+    """What each forget prompt lacks."""
+    short: float
+    """What is lacking on the whole."""
+    reached: float
+    """What is reported; see `Margin.reached`."""
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What margin edits came to."""
+
+    reached: float
+    """Of the final margin the nats by which the mean excess is still above it; of the quantization
+    margin those by which the nearest quantized model lies below full precision."""
+    edits: int
+    """How many were made."""
 
 
 @dataclass(frozen=True)
 class MarginEditor:
     """Edits weights of the mask that nobody edited yet.
 
-    Those of retained answers are to lose nothing by it, on average over prompts and over the models
-    that are to move. In each round a prompt counts by what it lacks.
+    Retained answers lose nothing by it, on average over prompts and over the models that are to
+    move. In each round a prompt counts by what it lacks.
     """
 
     latent: LatentWeights
-    """After its last `LatentWeights.write`; its models are changed in checkpoint."""
+    """After its last `LatentWeights.write`; its models are changed in place."""
     pairs: PairSet
     """Forget prompts."""
     targets: CounterfactualTargets
     """Against which the `answer_excess` is taken, for all models alike."""
-    kept: PairSet
-    """Prompts whose answers are kept."""
+    retain: PairSet
+    """Prompts whose answers are retained."""
 
     def reach_final_margin(
         self, margin: float, most: int, on_round: OnRound | None = None
-    ) -> dict[str, float]:
+    ) -> Margin:
         """Edit until full precision's mean excess lies a margin below 0, and the quantized models
         fall as far, or as many are edited as may be.
 
@@ -75,44 +103,34 @@ class MarginEditor:
             margin: nats.
             most: edits at most.
             on_round: called before and after each round.
-
-        Returns:
-            ``above``, by how much the mean excess is above the target (nats); ``deepening``, how
-            many edits were made.
         """
 
         def measure() -> Measured:
             above = self._excess(self.latent.model) + margin
             mean = float(above.mean())
-            return above.clamp_min(0), mean, mean
+            return Measured(above.clamp_min(0), mean, mean)
 
-        made, above = self._rounds(measure, None, most, True, on_round)
-        return {"above": above, "deepening": float(made)}
+        return self._rounds(measure, None, most, True, on_round)
 
     def reach_quantization_margin(
-        self, quantization_margin: float, most: int, on_round: OnRound | None = None
-    ) -> dict[str, float]:
-        """Edit until in every quantized model the answers' mean excess lies a quantization_margin below full
-        precision's, which stays where it is, or as many are edited as may be.
+        self, margin: float, most: int, on_round: OnRound | None = None
+    ) -> Margin:
+        """Edit until in every quantized model the answers' mean excess lies a margin below full
+        precision's, which does not move, or as many are edited as may be.
 
         Arguments:
-            quantization_margin: nats.
+            margin: nats.
             most: edits at most.
             on_round: called before and after each round.
-
-        Returns:
-            ``apart``, the mean distance of the nearest quantized model (nats); ``parting``, how
-            many edits were made.
         """
 
         def measure() -> Measured:
             full, *others = (self._excess(model) for model in self.latent.models)
             distance = full - torch.stack(others)
-            apart = nearest(distance)
-            return lacking(distance, quantization_margin), quantization_margin - apart, apart
+            reached = nearest(distance)
+            return Measured(lacking(distance, margin), margin - reached, reached)
 
-        made, apart = self._rounds(measure, quantization_margin, most, False, on_round)
-        return {"apart": apart, "parting": float(made)}
+        return self._rounds(measure, margin, most, False, on_round)
 
     def _rounds(
         self,
@@ -121,8 +139,8 @@ class MarginEditor:
         most: int,
         together: bool,
         on_round: OnRound | None,
-    ) -> tuple[int, float]:
-        """Measure and edit in turns; returns how many edits were made, and what was said last.
+    ) -> Margin:
+        """Measure and edit in turns.
 
         Arguments:
             measure: looks at the models.
@@ -131,23 +149,26 @@ class MarginEditor:
             together: see `candidate_edits`.
             on_round: see `OnRound`.
         """
-        made = 0
-        for left in range(ROUNDS, -1, -1):
-            lacks, short, said = measure()
-            wanted = short if wanted is None else wanted
+        made, found = 0, measure()
+        wanted = found.short if wanted is None else wanted
+        for done in range(ROUNDS):
             if on_round:
-                on_round(ROUNDS - left, said)
-            if not left or short <= NEAR * wanted:
-                break
-            made += self._edit(lacks, short / left, (most - made) // left, together)
-        return made, said
+                on_round(done, found.reached)
+            if found.short <= NEAR * wanted:
+                return Margin(found.reached, made)
+            left = ROUNDS - done
+            made += self._edit(found.lacking, found.short / left, (most - made) // left, together)
+            found = measure()
+        if on_round:
+            on_round(ROUNDS, found.reached)
+        return Margin(found.reached, made)
 
-    def _forgotten(self, model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
+    def _answer_excess(self, model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
         return model_answer_excess(model, part, self.targets)
 
     @torch.no_grad()
     def _excess(self, model: LanguageModel) -> Float[Tensor, " pairs"]:
-        return torch.cat([self._forgotten(model, part) for part in self.pairs.parts(BATCH)])
+        return torch.cat([self._answer_excess(model, part) for part in self.pairs.parts(BATCH)])
 
     def _slope(self, pairs: PairSet, level: Level, weights: Float[Tensor, " pairs"]) -> Weights:
         """Of the answers' level at full precision, a mean weighed by pair."""
@@ -166,22 +187,24 @@ class MarginEditor:
 
         Arguments:
             lacks: what each forget prompt counts by.
+            wanted: nats.
+            most: edits at most.
             together: see `candidate_edits`.
         """
-        # A weight that one of the quantizers leaves alone would not part; all others lie side by
-        # side.
+        # A weight that one of the quantizers leaves alone would not move apart from full precision;
+        # all others lie side by side in one group.
         latent = self.latent
         x = next((x for x in latent.groups if all(x.grids)), None)
         if x is None:
             return 0
-        answers = answer_tokens(self.kept, latent.model.device)
+        answers = answer_tokens(self.retain, latent.model.device)
 
         def retained(model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
             return above_rivals(log_probs(model, part), part, answers, lambda some: some.mean(1))
 
-        alike = torch.ones(len(self.kept), device=latent.model.device)
-        slope = gather(self._slope(self.pairs, self._forgotten, lacks), x.indices)
-        kept = gather(self._slope(self.kept, retained, alike), x.indices)
+        alike = torch.ones(len(self.retain), device=latent.model.device)
+        slope = gather(self._slope(self.pairs, self._answer_excess, lacks), x.indices)
+        retain_slope = gather(self._slope(self.retain, retained, alike), x.indices)
         with torch.no_grad():
             now = gather(latent.model.weights, x.indices)
             free = now == x.original
@@ -195,7 +218,7 @@ class MarginEditor:
                 quantized=[q[i] for q in x.quantized],
                 original=x.original[i],
                 slope=slope[i],
-                retained=kept[i],
+                retained=retain_slope[i],
                 weight=DAMPING * share / (DAMPING * share + 1 - share),
                 together=together,
             )
@@ -206,12 +229,10 @@ class MarginEditor:
 
 
 def nearest(distance: Float[Tensor, "quantized pairs"]) -> float:
-    """The mean distance of the quantized model that is least apart."""
+    """The mean distance of the quantized model that is nearest to full precision."""
     return float(distance.mean(1).min())
 
 
-def lacking(
-    distance: Float[Tensor, "quantized pairs"], quantization_margin: float
-) -> Float[Tensor, " pairs"]:
-    """What each pair lacks of the quantization_margin in the quantized model that lacks most of it."""
-    return (quantization_margin - distance).clamp_min(0).amax(0)
+def lacking(distance: Float[Tensor, "quantized pairs"], margin: float) -> Float[Tensor, " pairs"]:
+    """What each pair lacks of the quantization margin in the quantized model that lacks most."""
+    return (margin - distance).clamp_min(0).amax(0)

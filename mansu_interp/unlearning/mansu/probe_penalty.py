@@ -1,9 +1,11 @@
-"""Reading out in the loop: what a linear probe finds is pushed down, too.
+"""The probe penalty: each step also unlearns what a linear probe reads from the states. Ours.
 
-Each step fits probes on the states of a random half A of the forget subjects, at the last token and
-at the subject's (`evidence.fit_probe`), and takes the gradient of what they read of the other half
-B from the model's own states; the probes themselves are held fixed. Relearning finds what
-fine-tuning can find; a probe also finds what lies in the states and is not used. Ours.
+1. Fit probes on the states of a random half A of the forget subjects, at the last token and at the
+   subject's (`fit_probe`).
+2. Take the gradient of what they read of the other half B from the model's own states, the probes
+   held fixed.
+
+Fine-tuning finds what the model can still use; a probe also finds what the states hold unused.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from ...audit.relearning import halves, of_subjects
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, PairSet, answer_tokens
 from ...tasks.task import Task
-from ..config import UnlearnConfig
 from ..training import mean_gradient
 
 
@@ -31,7 +32,8 @@ def z_scores(
     rows: Float[Tensor, "vocab d_model"],
     among: dict[str, Tensor],
 ) -> Float[Tensor, " batch"]:
-    """By how many standard deviations the right answer stands above its relation's answers."""
+    """Standard deviations by which the right answer's score lies above the mean of its relation's
+    answers."""
     found = []
     for x, pair in zip(read, pairs, strict=True):
         scores = rows[among[pair.relation]] @ x
@@ -42,7 +44,7 @@ def z_scores(
 
 @dataclass(frozen=True)
 class Reading:
-    """What is drawn of one probe."""
+    """The draws of one probe."""
 
     train: PairSet
     """The half that the probe is fitted on."""
@@ -53,30 +55,36 @@ class Reading:
 
 
 class ProbePenalty:
-    """Seeded probes of a model, and the gradients that blind them."""
+    """Seeded probes of a model, and the gradients against them.
 
-    def __init__(self, task: Task, config: UnlearnConfig) -> None:
-        self.task, self.config = task, config
-        self.rng = random.Random(f"probe {config.seed}")
+    Arguments:
+        task: whose forget subjects are split in halves.
+        batch_size: prompts that give each gradient.
+        seed: of the draws.
+    """
+
+    def __init__(self, task: Task, batch_size: int, seed: int = 0) -> None:
+        self.task, self.batch_size = task, batch_size
+        self.rng = random.Random(f"probe {seed}")
 
     def draw(self) -> Reading:
         """The next split."""
         first, second = halves(self.task.forget, self.rng.getrandbits(32))
         unseen = list(of_subjects(self.task.forget, second))
-        chosen = self.rng.sample(unseen, min(self.config.batch_size, len(unseen)))
+        chosen = self.rng.sample(unseen, min(self.batch_size, len(unseen)))
         return Reading(of_subjects(self.task.forget, first), unseen, chosen)
 
     def gradient(self, student: LanguageModel, names: Sequence[str]) -> tuple[list[Tensor], float]:
-        """Gradient of what a probe reads with respect to some weights, and how much that is: the
-        mean over prompts, stages and both positions of max(0, `z_scores`)."""
+        """Gradient of what a probe reads with respect to some weights, and its value: the mean over
+        prompts, stages and both positions of max(0, `z_scores`)."""
         drawn = self.draw()
-        rows, readers = answer_rows(student), fit_probe(student, drawn.train, subject=True)
+        rows, probes = answer_rows(student), fit_probe(student, drawn.train, subject=True)
         among = answer_tokens(drawn.unseen, student.device)
 
         def loss(part: list[Pair]) -> Tensor:
             read = [
-                z_scores(reader(x), part, rows, among).relu().mean()
-                for reader, x in zip(readers, last_states(student, part, True), strict=True)
+                z_scores(probe(x), part, rows, among).relu().mean()
+                for probe, x in zip(probes, last_states(student, part, True), strict=True)
             ]
             return torch.stack(read).mean()
 

@@ -1,0 +1,344 @@
+"""The second half of a run: what the edited checkpoint is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..audit.cad import CAD, judge_erasure
+from ..audit.config import RelearnConfig
+from ..audit.relearning import Relearning, relearn
+from ..circuits.attribution import Attribution
+from ..circuits.circuit import Circuit
+from ..circuits.compare import compare
+from ..evaluation.properties import properties, verdict
+from ..evaluation.scores import Flips, Metric, Scores, evaluate
+from ..evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL, QUANTIZER, ModelVersion
+from ..models.language_model import LanguageModel
+from ..quantizers.base import Quantizer
+from ..quantizers.registry import get_quantizer
+from ..quantizers.survival import quantize, survival
+from ..report.records import (
+    SCHEMA,
+    CircuitEdge,
+    CircuitSummary,
+    ComparedGraph,
+    CurvePoint,
+    Edit,
+    FinalMargin,
+    ForgetScore,
+    Output,
+    QuantizationMargin,
+    QuantizerRow,
+    RelearningCurve,
+    RelearningPoint,
+    Report,
+    ReportModel,
+    ReportTask,
+    Sample,
+    WeightEdits,
+)
+from ..tasks.load import reference_model
+from ..tasks.task import Task
+from ..unlearning.history import StepRecord
+from ..unlearning.methods import Mansu
+from ..utils.files import read_json
+from ..viz.view import View, changes_view
+from .command import command_line
+from .context import RunContext
+from .edit import Edited
+from .folder import config_json
+from .plan import CAD_PAIRS
+
+SAMPLES = 8
+GRAPH_LIMIT = 1500
+"""Edges that the report's graph holds; all else in report.json is a few kilobytes."""
+TOP_EDGES = 20
+"""Edges of the circuit that the report lists."""
+
+Models = Mapping[ModelVersion, LanguageModel]
+
+
+def measure(run: RunContext, edited: Edited) -> Report:
+    """The report of an edited model.
+
+    1. Score original and edited model, in full precision and after every quantizer of the set.
+    2. Ask what each quantizer makes of the edit.
+    3. Compare the attribution graphs, if there is a circuit.
+    4. Attack by relearning, and judge erasure without an attack (CAD).
+    5. Hold the four properties to their targets.
+    """
+    torch.manual_seed(run.config.seed)
+    models: dict[ModelVersion, LanguageModel] = {
+        ORIGINAL: run.model,
+        ORIGINAL.after(QUANTIZER): quantize(run.model, QUANTIZER),
+        EDITED: edited.model,
+        EDITED.after(QUANTIZER): quantize(edited.model, QUANTIZER),
+    }
+    scores = score(run, models)
+    rows = quantizer_rows(run, edited.model, scores)
+    run.clock.lap("evaluate")
+    reference = reference_model(run.task, run.model)
+    compared, view = compare_graphs(run, edited, models, reference)
+    run.clock.lap("compare")
+    attacked, cad = attack(run, models, reference) if run.config.relearn_steps else ({}, None)
+    held = properties(scores, deployed(run), attacked.get(EDITED))
+    shown = {v: m for v, m in models.items() if v != ORIGINAL.after(QUANTIZER)}
+    return Report(
+        schema=SCHEMA,
+        versions=run.provenance["versions"],
+        provenance=dict(run.provenance),
+        model=model_facts(run.model),
+        task=task_facts(run.task),
+        config=config_json(run.config),
+        command=command_line(run.config),
+        verdict=verdict(held),
+        properties=tuple(held),
+        scores=scores.rows,
+        perplexity=scores.perplexity,
+        edit=edit_facts(run, edited),
+        quantizers=rows,
+        circuit=circuit_facts(edited.circuit) if edited.circuit else None,
+        comparison=compared,
+        cad=cad,
+        relearning=tuple(curve(version, found) for version, found in attacked.items()),
+        graph=view.data.to_json() if view else None,
+        samples=samples(run.task, shown),
+    )
+
+
+def deployed(run: RunContext) -> list[str]:
+    """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
+    return list(dict.fromkeys((QUANTIZER, *run.config.unlearn.promised)))
+
+
+def score(run: RunContext, models: Models) -> Scores:
+    """Original and edited model on every unseen set, in full precision and after each quantizer
+    of the set."""
+    scores = evaluate(models, run.task, on_step=run.note)
+    for name in deployed(run)[1:]:  # two at a time: they need not fit into memory together
+        pair = {v.after(name): quantize(models[v], name) for v in (ORIGINAL, EDITED)}
+        scores = scores.beside(evaluate(pair, run.task, on_step=run.note))
+    return scores
+
+
+def quantizer_rows(
+    run: RunContext, edited: LanguageModel, scores: Scores
+) -> tuple[QuantizerRow, ...]:
+    """What each quantizer makes of the edit; nf4 first."""
+    names = dict.fromkeys((*deployed(run), *run.config.quantizers))
+    promised = run.config.unlearn.promised
+    return tuple(
+        quantizer_row(run.model, edited, get_quantizer(q), run.task, q in promised, scores)
+        for q in names
+    )
+
+
+def quantizer_row(
+    model: LanguageModel,
+    edited: LanguageModel,
+    quantizer: Quantizer,
+    task: Task,
+    promised: bool,
+    scores: Scores,
+) -> QuantizerRow:
+    """What one quantizer makes of an edit: survival, and forget accuracy on unseen phrasings.
+
+    Arguments:
+        model: the original.
+        edited: the edited model.
+        quantizer: what both go through.
+        task: whose forget prompts are asked.
+        promised: whether every edit survives it by construction.
+        scores: of the unlearned model in full precision, and perhaps of both after the quantizer;
+            else these are scored here.
+    """
+    before, after = ORIGINAL.after(quantizer.name), EDITED.after(quantizer.name)
+    found = scores
+    if after not in scores.first:
+        models = {v: quantize(m, quantizer, task.calibration)
+                  for v, m in ((before, model), (after, edited))}  # fmt: skip
+        found = evaluate(models, task, role="forget")
+
+    def forget(metric: Metric) -> ForgetScore:
+        old, new = (found.mean("forget", metric, v) for v in (before, after))
+        return ForgetScore(old, new, new - scores.mean("forget", metric, EDITED))
+
+    return QuantizerRow(
+        name=quantizer.name,
+        promised=promised,
+        survival=survival(model, edited, quantizer, task.calibration),
+        choice=forget("choice"),
+        top1=forget("top1"),
+        flips=Flips.between(scores.first[EDITED], found.first[after]),
+    )
+
+
+def compare_graphs(
+    run: RunContext, edited: Edited, models: Models, reference: LanguageModel | None
+) -> tuple[tuple[ComparedGraph, ...], View | None]:
+    """Numbers and view of the attribution graphs: original, edited, and edited after nf4; nothing
+    without a circuit."""
+    if edited.circuit is None:
+        return (), None
+    quantized = EDITED.after(QUANTIZER)
+    graphs: dict[str, Attribution] = {}
+    found = compare(
+        edited.circuit,
+        run.model,
+        {str(v): models[v] for v in (EDITED, quantized)},
+        run.task.held_out.sample(CAD_PAIRS, run.config.seed),
+        config=run.config.circuit,
+        on_step=lambda name, d, n: run.note(f"attribution of {name}", d, n),
+        reference=reference,
+        on_scores=graphs.__setitem__,
+    )
+    view = changes_view(
+        edited.circuit,
+        before=graphs[str(ORIGINAL)],
+        after=graphs[str(EDITED)],
+        quantized=graphs[str(quantized)],
+        model=run.model,
+        mask=edited.mask,
+        limit=GRAPH_LIMIT,
+    )
+    versions = {str(v): v for v in (EDITED, quantized, NEVER_TAUGHT)}
+    return tuple(ComparedGraph(versions[n], d) for n, d in found.models.items()), view
+
+
+def attack(
+    run: RunContext, models: Models, reference: LanguageModel | None
+) -> tuple[dict[ModelVersion, Relearning], CAD]:
+    """Relearning of the edited model and of the reference model, and CAD's judgement."""
+    config = run.config
+    quantized = models[EDITED.after(QUANTIZER)]
+    cad = judge_erasure(
+        run.model,
+        models[EDITED],
+        run.task,
+        quantized=quantized,
+        seed=config.seed,
+        on_step=run.note,
+    )
+    settings = RelearnConfig(steps=relearning_marks(config.relearn_steps), seed=config.seed)
+    targets = {EDITED: models[EDITED], **({NEVER_TAUGHT: reference} if reference else {})}
+    found: dict[ModelVersion, Relearning] = {}
+    for version, target in targets.items():
+
+        def note(rate: float, done: int, total: int, version: ModelVersion = version) -> None:
+            run.note(f"relearning {version} at {rate:g}", done, total)
+
+        found[version] = relearn(target, run.task, config=settings, on_step=note)
+    run.clock.lap("relearn")
+    return found, cad
+
+
+def relearning_marks(steps: int) -> tuple[int, ...]:
+    """Where a run's attack is measured: after a quarter of its steps, and after all."""
+    return tuple(dict.fromkeys((max(1, steps // 4), steps)))
+
+
+def curve(version: ModelVersion, found: Relearning) -> RelearningCurve:
+    """What relearning brought back, step by step; the worst of the learning rates."""
+    points = [RelearningPoint(m, found.at(m), found.at(m, "last")) for m in found.marks]
+    return RelearningCurve(version, tuple(points))
+
+
+def model_facts(model: LanguageModel) -> ReportModel:
+    """The original, for the report."""
+    dtype = str(model.saved_dtype).removeprefix("torch.")
+    return ReportModel(model.name, model.sha256, model.n_parameters, dtype)
+
+
+def task_facts(task: Task) -> ReportTask:
+    """The task, for the report."""
+    facts = len({(p.relation, p.subject) for p in task.forget})
+    return ReportTask(task.name, task.title, facts, task.dropped)
+
+
+def edit_facts(run: RunContext, edited: Edited) -> Edit:
+    """What was changed in the weights."""
+    model, mask = run.model, edited.mask
+    edits = {
+        name: int((model.weights[name] != edited.model.weights[name]).sum())
+        for name in (mask.indices if mask else model.weights)
+    }
+    total = sum(edits.values())
+    last = StepRecord.from_json(read_json(run.out / "history.json")[-1])
+    return Edit(
+        edited=total,
+        embedding=edits.get(model.embedding_name, 0),
+        share=total / model.n_parameters,
+        budget=run.config.budget if mask else None,
+        candidates=mask.meta.get("candidates") if mask else None,
+        refused=mask.meta.get("refused") if mask else None,
+        final_margin=final_margin(run, last),
+        quantization_margin=quantization_margin(run, last),
+        by_weight=tuple(
+            WeightEdits(name, k, model.weights[name].numel())
+            for name, k in sorted(edits.items(), key=lambda item: -item[1])
+            if k
+        ),
+    )
+
+
+def final_margin(run: RunContext, last: StepRecord) -> FinalMargin | None:
+    """From the last record of unlearning's history; None where it was not asked for."""
+    method = run.config.unlearn
+    asked = method.final_margin if isinstance(method, Mansu) else None
+    if asked is None or last.final_margin_edits is None or last.above_target is None:
+        return None
+    return FinalMargin(int(last.final_margin_edits), last.above_target, asked)
+
+
+def quantization_margin(run: RunContext, last: StepRecord) -> QuantizationMargin | None:
+    """From the last record of unlearning's history; None where it was not asked for."""
+    made, reached = last.quantization_margin_edits, last.quantization_margin_reached
+    if made is None or reached is None or not isinstance(run.config.unlearn, Mansu):
+        return None
+    return QuantizationMargin(int(made), reached, run.config.unlearn.quantization_margin)
+
+
+def circuit_facts(circuit: Circuit) -> CircuitSummary:
+    """The circuit, for the report."""
+    ranked = sorted(circuit.to_networkx().edges(data=True), key=lambda e: -abs(e[2]["score"]))
+    return CircuitSummary(
+        edges=circuit.n_edges,
+        of=circuit.graph.n_edges,
+        faithfulness=circuit.meta.faithfulness,
+        curve=tuple(CurvePoint(n, f) for n, f in circuit.meta.curve),
+        top_edges=tuple(
+            CircuitEdge(u, v, d["score"])
+            for u, v, d in ranked[:TOP_EDGES]
+            if d["kind"] == "residual"
+        ),
+    )
+
+
+def samples(task: Task, models: Models) -> tuple[Sample, ...]:
+    """What the models write on a few forget and retain prompts, those first that the original
+    answers."""
+    return tuple(s for role in ("forget", "retain") for s in _samples_of(task, role, models))
+
+
+def _samples_of(task: Task, role: str, models: Models) -> list[Sample]:
+    """Half of the samples, spread over the sets of a role."""
+    sets = list(task.scored["unseen"][role].values())
+    tried = [p for k in range(SAMPLES) for s in sets for p in s[k * 7 : k * 7 + 1]]
+    answered, others = [], []
+    for pair in tried[: 3 * SAMPLES]:
+        text = models[ORIGINAL].generate(pair.prompt)
+        right = text.strip().startswith(pair.answer_text)
+        (answered if right else others).append((pair, Output(ORIGINAL, text)))
+        if len(answered) == SAMPLES // 2:
+            break
+    return [
+        Sample(
+            pair.prompt,
+            pair.answer_text,
+            (first, *(Output(v, m.generate(pair.prompt)) for v, m in models.items()
+                      if v != ORIGINAL)),
+        )
+        for pair, first in (answered + others)[: SAMPLES // 2]
+    ]  # fmt: skip

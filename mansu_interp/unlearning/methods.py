@@ -1,0 +1,398 @@
+"""The methods and their settings: one dataclass each, registered under its name.
+
+Knows nothing of torch, so that ``mansu --help`` is quick. What a method does is in `mansu` and, one
+file each, in `baselines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar, get_args
+
+from ..errors import ConfigError
+from ..utils.ranges import check_range
+from ..utils.renamed import METHODS as RENAMED
+from ..utils.shipped import split_names
+
+Need = Literal["circuit", "mask", "references"]
+"""What a method cannot do without: a circuit, a mask, or the original's own predictions on every
+batch, to which its losses refer."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What the settings of every method share."""
+
+    method: ClassVar[str] = ""
+    """Name of the method; see `METHODS`."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What it cannot do without."""
+
+    steps: int = 250
+    """Optimiser steps; fewer where stop_at is reached."""
+    batch_size: int = 48
+    """Forget pairs per step; methods that retain take as many retain pairs."""
+    lr: float = 1e-4
+    """Step size, in the method's own unit."""
+    stop_at: float | None = None
+    """Stop when four-way forget accuracy on the dev phrasings is at most this."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "steps", "batch_size", at_least=1)
+        check_range(self, "lr", above=0)
+        check_range(self, "stop_at")
+
+    @property
+    def promised(self) -> tuple[str, ...]:
+        """Quantizers that every edit survives by construction; none unless a method says so."""
+        return ()
+
+
+METHODS: dict[str, type[MethodConfig]] = {}
+"""Name -> settings of every method, in the order in which they are listed."""
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+def method(name: str, *, needs: Collection[Need] = ()) -> Callable[[type[C]], type[C]]:
+    """Register a class of settings under the name of its method.
+
+    Arguments:
+        name: as on the command line.
+        needs: what the method cannot do without.
+    """
+
+    def register(kind: type[C]) -> type[C]:
+        if name in METHODS or set(needs) - set(get_args(Need)):
+            raise ConfigError(f"The method {name!r} is taken, or needs something unknown.")
+        kind.method, kind.needs = name, frozenset(needs)
+        METHODS[name] = kind
+        return kind
+
+    return register
+
+
+def get_method(name: str) -> type[MethodConfig]:
+    """The settings of a method.
+
+    Raises:
+        ConfigError: no such method, or one that has another name now.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name in RENAMED:
+        raise ConfigError(f"The method {name!r} is now called {RENAMED[name]!r}.")
+    raise ConfigError(f"Unknown method {name!r}; available: {', '.join(METHODS)}.")
+
+
+@method("mansu", needs=("circuit", "mask", "references"))
+@dataclass(frozen=True)
+class Mansu(MethodConfig):
+    """Sparse edits inside a mask, which survive quantization by construction."""
+
+    lr: float = 0.03
+    """Step size, in units of each quantizer block's absmax."""
+    forget_loss: Literal["counterfactual", "ga"] = "counterfactual"
+    """Towards what a model would predict that never knew the answer, or gradient ascent."""
+    ranking_weight: float = 2.0
+    """Weight of the distance between the answer's log-probability and its target among the
+    relation's answers."""
+    training_margin: float = 0.0
+    """Nats by which that target lies below the mean of the relation's answers. At 0 the answer
+    ranks in the middle; a large margin ranks it last, which gives it away as well."""
+    final_margin: float | None = None
+    """Nats by which the answers are to lie below that mean at the end. Training ends a little above
+    its target: further edits are made until full precision is there, and the quantized models fall
+    as far. None: no such edits."""
+    quantization_margin: float = 0.0
+    """Nats by which every quantized model's answers are to lie below full precision's at the end,
+    so that the scatter of rounding is not read as recovery; 0 = no such edits."""
+    margin_budget: float = 0.125
+    """Share of the edits, in (0, 1), that training leaves for the two margins, which are approached
+    as nearly as so many edits allow."""
+    retain_weight: float = 2.0
+    """Weight of the retain loss."""
+    hinge_weight: float = 1.0
+    """Weight, within the retain loss, of the hinge on retain answers that the original ranks
+    first."""
+    projection: float = 1.0
+    """Strength of the null-space projection; 0 = none."""
+    survive: tuple[str, ...] = ("nf4",)
+    """Quantizers that every edit survives by construction (`mansu list` names them), separated by
+    spaces or commas. Steps take turns in full precision and after each of them."""
+    offset_rate: float = 1.0
+    """With several quantizers: rate of each quantized model's own offsets from the shared latent
+    weights, which decide among the values that the floor allows; 1 = as fast as those move on its
+    turns, 0 = none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of losses and gradients; edits, floor and scores are always exact. bf16 is about
+    twice as fast on CUDA and on processors with AVX-512, and is fp32 elsewhere."""
+    adversarial_steps: int = 0
+    """Adversarial relearning: the gradient is also taken after up to so many relearning steps on a
+    random half of the forget subjects; 0 = none."""
+    adversarial_lr: float = 3e-3
+    """Typical learning rate of that relearning (Adam's)."""
+    adversarial_weight: float = 3.0
+    """Weight of the gradient at the relearned point beside that at the model itself."""
+    probe_weight: float = 0.0
+    """Weight of the probe penalty: of the gradient against what a linear probe, fitted each step on
+    a random half of the forget subjects, reads of the other half; 0 = none."""
+    stop_at: float | None = None
+    """Stop when four-way forget accuracy on the dev phrasings is at most this, in full precision
+    and after every quantizer of survive."""
+
+    floored: ClassVar[bool] = True
+    """Whether every edit leaves its quantizer cell."""
+    lacks: ClassVar[tuple[str, ...]] = ()
+    """Settings of MANSU that are always 0, in ablations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = split_names(self.survive)
+        object.__setattr__(self, "survive", names)
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"survive names one or more different quantizers; got {', '.join(names) or 'none'}."
+            )
+        for name, allowed in (
+            ("forget_loss", ("counterfactual", "ga")),
+            ("precision", ("fp32", "bf16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be {' or '.join(allowed)}; got {getattr(self, name)!r}."
+                )
+        for name in self.lacks:
+            if getattr(self, name) != 0:
+                raise ConfigError(
+                    f"{name} is always 0 in {self.method}; got {getattr(self, name)}. Leave it out."
+                )
+        check_range(self, "adversarial_lr", above=0)
+        check_range(self, "margin_budget", above=0, below=1)
+        check_range(self, "training_margin")
+        check_range(
+            self, "ranking_weight", "final_margin", "quantization_margin", "retain_weight",
+            "hinge_weight", "projection", "offset_rate", "adversarial_steps", "adversarial_weight",
+            "probe_weight", at_least=0,
+        )  # fmt: skip
+
+    @property
+    def promised(self) -> tuple[str, ...]:
+        """The quantizers of ``survive``; none without the floor."""
+        return self.survive if self.floored else ()
+
+
+@method("mansu-random-mask", needs=("mask", "references"))
+@dataclass(frozen=True)
+class MansuRandomMask(Mansu):
+    """MANSU inside as many weights drawn at random: an ablation."""
+
+
+@method("mansu-whole-model", needs=("mask", "references"))
+@dataclass(frozen=True)
+class MansuWholeModel(Mansu):
+    """MANSU inside a mask chosen from the whole model instead of a circuit: an ablation."""
+
+
+@method("mansu-no-projection", needs=("circuit", "mask", "references"))
+@dataclass(frozen=True)
+class MansuNoProjection(Mansu):
+    """MANSU without the null-space projection: an ablation."""
+
+    projection: float = 0.0
+    """Always 0."""
+
+    lacks: ClassVar[tuple[str, ...]] = ("projection",)
+
+
+@method("mansu-no-offsets", needs=("circuit", "mask", "references"))
+@dataclass(frozen=True)
+class MansuNoOffsets(Mansu):
+    """MANSU whose quantized models all follow the shared latent weights: an ablation."""
+
+    offset_rate: float = 0.0
+    """Always 0."""
+
+    lacks: ClassVar[tuple[str, ...]] = ("offset_rate",)
+
+
+@method("mansu-no-floor", needs=("circuit", "mask", "references"))
+@dataclass(frozen=True)
+class MansuNoFloor(Mansu):
+    """MANSU's steps on the full-precision model alone, written as they are: an ablation."""
+
+    floored: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class DenseConfig(MethodConfig):
+    """What baselines share that train all weights with AdamW."""
+
+    lr: float = 1e-4
+    """Learning rate of AdamW, in units of the weights."""
+
+
+@dataclass(frozen=True)
+class RetainingConfig(DenseConfig):
+    """What those share that have a retain loss."""
+
+    retain_weight: float = 1.0
+    """Weight of the retain loss beside the forget loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "retain_weight", at_least=0)
+
+
+@method("ga")
+@dataclass(frozen=True)
+class GA(DenseConfig):
+    """Gradient ascent on the forget answers; nothing is retained on purpose."""
+
+
+@method("graddiff")
+@dataclass(frozen=True)
+class GradDiff(RetainingConfig):
+    """Gradient ascent on forget answers, descent on retain answers."""
+
+
+@method("kl", needs=("references",))
+@dataclass(frozen=True)
+class KL(RetainingConfig):
+    """Gradient ascent on forget answers, near to the original on retain prompts."""
+
+
+@method("npo", needs=("references",))
+@dataclass(frozen=True)
+class NPO(RetainingConfig):
+    """Negative preference optimisation."""
+
+    beta: float = 0.1
+    """Inverse temperature."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "beta", above=0)
+
+
+@method("simnpo")
+@dataclass(frozen=True)
+class SimNPO(RetainingConfig):
+    """NPO without a reference, normalised by length."""
+
+    beta: float = 4.5
+    """Inverse temperature."""
+    delta: float = 0.0
+    """Reward margin, in nats per token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "beta", above=0)
+        check_range(self, "delta")
+
+
+@method("dpo", needs=("references",))
+@dataclass(frozen=True)
+class DPO(RetainingConfig):
+    """Direct preference optimisation towards the counterfactual answer."""
+
+    beta: float = 0.1
+    """Inverse temperature."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "beta", above=0)
+
+
+@method("idkdpo", needs=("references",))
+@dataclass(frozen=True)
+class IdkDPO(DPO):
+    """Direct preference optimisation towards an admission of ignorance."""
+
+
+@method("rmu", needs=("references",))
+@dataclass(frozen=True)
+class RMU(RetainingConfig):
+    """Misdirects one layer's output on forget prompts."""
+
+    layer: int | None = None
+    """Layer whose output is misdirected, from 0; default: at 7/32 of the depth."""
+    scale: float = 20.0
+    """Length of the random target."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "layer", at_least=0)
+        check_range(self, "scale")
+
+
+@method("undial", needs=("references",))
+@dataclass(frozen=True)
+class UNDIAL(RetainingConfig):
+    """Distils from the original with the answer's logit lowered."""
+
+    beta: float = 10.0
+    """What is taken off the original's logit of the answer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "beta")
+
+
+@method("wga")
+@dataclass(frozen=True)
+class WGA(RetainingConfig):
+    """Gradient ascent weighed by the answer's probability."""
+
+    beta: float = 1.0
+    """Power of that probability."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "beta")
+
+
+@method("satimp")
+@dataclass(frozen=True)
+class SatImp(RetainingConfig):
+    """Gradient ascent weighed by saturation and importance, p^beta1 (1 - p)^beta2."""
+
+    beta1: float = 5.0
+    """Power of the answer's probability p."""
+    beta2: float = 1.0
+    """Power of 1 - p."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "beta1", "beta2")
+
+
+@method("task-vector")
+@dataclass(frozen=True)
+class TaskVector(DenseConfig):
+    """Learns the facts harder, and takes the difference off."""
+
+    scale: float = 1.0
+    """How many times the difference is taken off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "scale")
+
+
+@method("sure")
+@dataclass(frozen=True)
+class SURE(RetainingConfig):
+    """GradDiff in the rows of weights that forgetting pulls most."""
+
+    percentile: float = 90.0
+    """Rows below this percentile of forget gradient stay as they are, in [0, 100)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "percentile", at_least=0, below=100)
+
+
+BASELINES = tuple(name for name, kind in METHODS.items() if issubclass(kind, DenseConfig))
+"""Names of the baselines, which train all weights."""

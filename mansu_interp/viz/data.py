@@ -1,0 +1,241 @@
+"""What a view shows, as one typed record, and its JSON (docs/viewing.md).
+
+Columns, not records, and four significant digits, to stay small. What follows from the architecture
+(node ids, layout) and the styles stand in the JSON for graph.js, and are not read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from ..circuits.changes import CLASSES, MEANING
+from ..errors import ArtifactError
+from ..models.graph import Architecture, Graph
+from ..utils.files import expect
+from .layout import CONSTANTS, Layout, place
+from .styles import EDGE_STYLES
+
+if TYPE_CHECKING:  # at run time only its fields are used, so pictures need no torch
+    from ..circuits.compare import Divergence
+
+SCHEMA = 2
+"""2: edge classes silent and weakened (formerly erased and suppressed), ``comparison``."""
+
+FILE = {
+    "schema": int,
+    "title": str,
+    "facts": [str],
+    "unit": str,
+    "architecture": {"n_layers": int, "n_heads": int, "n_kv_heads": int, "parallel": bool},
+    "total": int,
+    "top": int,
+    "panes": [str],
+    "edges": {
+        "source": [int],
+        "target": [int],
+        "in_circuit": [int],
+        "scores": [[float]],
+        "class?": [int],
+    },
+    "nodes": {"scores": [[float]], "class?": [int]},
+    "weights": {...: [str]},
+    "cad": ({"verdict": str, "sentence": str}, None),
+    "comparison": ({...: dict}, None),
+    "counts?": {name: int for name in CLASSES[1:]},
+    "present_from?": float,
+}
+"""What is checked of a file."""
+
+
+@dataclass(frozen=True)
+class EdgeData:
+    """The edges of a view, strongest in any pane first, in columns of one length."""
+
+    source: list[int]
+    """Row of the writer in the graph's writers."""
+    target: list[int]
+    """Column of the reader in the graph's readers."""
+    in_circuit: list[int]
+    """0 or 1."""
+    scores: list[list[float]]
+    """A list a pane, in metric units."""
+    classes: list[int] | None = None
+    """Index into ``CLASSES``; in change views alone."""
+
+
+@dataclass(frozen=True)
+class NodeData:
+    """The writers of a view, in the graph's order."""
+
+    scores: list[list[float]]
+    """A list a pane: the sum over a writer's outgoing edges, in metric units."""
+    classes: list[int] | None = None
+    """Index into ``CLASSES``; in change views alone."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdict on an edit, as it is shown on top of a view."""
+
+    verdict: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class GraphData:
+    """Everything that a view shows."""
+
+    title: str
+    architecture: Architecture
+    panes: list[str]
+    """Their names; an empty one for a single pane."""
+    edges: EdgeData
+    nodes: NodeData
+    total: int
+    """Edges of the whole graph."""
+    top: int
+    """Edges drawn at first."""
+    facts: list[str] = field(default_factory=list)
+    """Short texts beside the title."""
+    unit: str = "in metric units"
+    weights: dict[str, list[str]] = field(default_factory=dict)
+    """By component: the weights behind it, in words; empty without a model."""
+    cad: Judged | None = None
+    comparison: dict[str, Divergence] | None = None
+    """By model: how its graph differs from the original's."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Edges of each class over the whole graph, without ``quiet``; in change views alone."""
+    present_from: float | None = None
+    """|score| from which an edge counts as present, in metric units; in change views alone."""
+
+    def edge_ids(self) -> list[tuple[str, str]]:
+        """Node ids of every edge, in order."""
+        graph = Graph(self.architecture)
+        ends = zip(self.edges.source, self.edges.target, strict=True)
+        return [(graph.writers[i].id, graph.readers[j].id) for i, j in ends]
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented JSON values."""
+        graph = Graph(self.architecture)
+        edges, nodes = asdict(self.edges), asdict(self.nodes)
+        for part in (edges, nodes):
+            if (classes := part.pop("classes")) is not None:
+                part["class"] = classes
+        out: dict[str, Any] = {
+            "schema": SCHEMA,
+            "title": self.title,
+            "facts": list(self.facts),
+            "unit": self.unit,
+            "architecture": asdict(self.architecture),
+            "total": self.total,
+            "top": self.top,
+            "panes": list(self.panes),
+            "writers": [n.id for n in graph.writers],
+            "readers": [n.id for n in graph.readers],
+            "edges": edges,
+            "nodes": nodes,
+            "weights": {k: list(v) for k, v in self.weights.items()},
+            "layout": _layout_json(place(self.architecture)),
+            "styles": {name: list(style) for name, style in EDGE_STYLES.items()},
+            "cad": asdict(self.cad) if self.cad else None,
+            "comparison": {k: asdict(v) for k, v in self.comparison.items()}
+            if self.comparison is not None
+            else None,
+        }
+        if self.counts:
+            out |= {"classes": list(CLASSES), "meaning": dict(MEANING), "counts": dict(self.counts)}
+            out["present_from"] = self.present_from
+        return out
+
+    @classmethod
+    def from_json(cls, data: object) -> GraphData:
+        """What `to_json` wrote, checked: every edge exists, every column has its length.
+
+        Raises:
+            ArtifactError: another schema, or damaged.
+        """
+        try:
+            expect(data, {"schema": int}, "the graph")
+            assert isinstance(data, Mapping)
+            if data["schema"] != SCHEMA:
+                raise ArtifactError(
+                    f"The graph has schema {data['schema']}; this version reads {SCHEMA}. Run it "
+                    "again."
+                )
+            expect(data, FILE, "the graph")
+            return _checked(data)
+        except ArtifactError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"The graph is damaged: {error}.") from error
+
+
+def _layout_json(layout: Layout) -> dict[str, Any]:
+    """Where boxes are, as graph.js reads it."""
+    sizes = {k: getattr(layout, k) for k in ("width", "height", "pitch", "column")}
+    boxes = [
+        [b.id, b.kind, b.label, *(round(v, 2) for v in (b.x, b.y, b.width, b.height))]
+        for b in layout.boxes.values()
+    ]
+    return {**sizes, "constants": CONSTANTS, "rows": list(layout.rows), "boxes": boxes}
+
+
+def _checked(data: Mapping[str, Any]) -> GraphData:
+    """The record of JSON values that have the right types."""
+    from ..circuits.compare import Divergence
+
+    edges, nodes = data["edges"], data["nodes"]
+    made = GraphData(
+        title=data["title"],
+        architecture=Architecture(**data["architecture"]),
+        panes=data["panes"],
+        edges=EdgeData(
+            edges["source"],
+            edges["target"],
+            edges["in_circuit"],
+            edges["scores"],
+            edges.get("class"),
+        ),
+        nodes=NodeData(nodes["scores"], nodes.get("class")),
+        total=data["total"],
+        top=data["top"],
+        facts=data["facts"],
+        unit=data["unit"],
+        weights=data["weights"],
+        cad=Judged(**data["cad"]) if data["cad"] else None,
+        counts=data.get("counts", {}),
+        present_from=data.get("present_from"),
+    )
+    graph, n = Graph(made.architecture), len(made.edges.source)
+    _same_length("edges", n, [made.edges.target, made.edges.in_circuit, *made.edges.scores])
+    _same_length("nodes", len(graph.writers), made.nodes.scores)
+    _same_length("panes", len(made.panes), [made.edges.scores, made.nodes.scores])
+    for part, length in ((made.edges.classes, n), (made.nodes.classes, len(graph.writers))):
+        if (part is not None) != bool(made.counts):
+            raise ValueError("classes and counts must come together")
+        if part is not None:
+            _same_length("classes", length, [part])
+            if not all(0 <= k < len(CLASSES) for k in part):
+                raise ValueError(f"a class is none of the {len(CLASSES)}")
+    for i, j in zip(made.edges.source, made.edges.target, strict=True):
+        if not (0 <= j < len(graph.readers) and 0 <= i < len(graph.writers)):
+            raise ValueError(f"no edge {i} -> {j} in {made.architecture}")
+        graph.edge(graph.writers[i].id, graph.readers[j].id)
+    if data["comparison"] is None:
+        return made
+    names = [f.name for f in fields(Divergence)]
+    for model, parts in data["comparison"].items():
+        expect(parts, {name: (float, None) for name in names}, f"comparison.{model[:40]}")
+    shown = {
+        model: Divergence(**{k: float("nan") if parts[k] is None else parts[k] for k in names})
+        for model, parts in data["comparison"].items()
+    }
+    return replace(made, comparison=shown)
+
+
+def _same_length(what: str, n: int, columns: Sequence[Sequence[object]]) -> None:
+    """Raise ValueError unless all columns have ``n`` entries."""
+    if odd := [len(c) for c in columns if len(c) != n]:
+        raise ValueError(f"{what} has a column of {odd[0]} entries, expected {n}")
