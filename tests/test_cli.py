@@ -278,7 +278,7 @@ def test_a_variant_has_no_setting_for_what_it_lacks():
         ({"hardened": {}}, "of an older version: hardened is now robust"),
         ({"guard": []}, "of an older version: guard is now retain_unscored"),
         ({"twins": []}, "of an older version: twins is now reference_models"),
-        ({"schema": 1}, "has schema 1; expected 2."),
+        ({"schema": 1}, "has schema 1; expected 2"),
     ],
 )
 def test_an_old_task_file_is_told_the_new_name(

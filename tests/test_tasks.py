@@ -18,8 +18,9 @@ from mansu_interp.tasks.files import embedded_tasks
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, collate
 from mansu_interp.tasks.row_pairs import RowOptions
-from mansu_interp.tasks.schema import RENAMED, RowTask, json_schema
+from mansu_interp.tasks.schema import RowTask, json_schema
 from mansu_interp.tasks.task import Task
+from mansu_interp.utils.renamed import TASK_KEYS
 from mansu_interp.utils.shipped import DATA
 
 
@@ -186,16 +187,16 @@ def bad(key: str) -> tuple[Any, str]:
         return value, r"lacks forget, name \(docs"
     if key == "schema":
         value["schema"] = 1
-        return value, (
-            "has schema 1; expected 2. Set it, and rename keys: 'guard' is now 'retain_unscored'; "
-            "'twins' is now 'reference_models'; 'hardened' is now 'robust'"
-        )
+        return value, "is malformed: it has schema 1; expected 2 "
     if key == "newer schema":
         value["schema"] = 3
         return value, "has schema 3; expected 2"
     if key == "old key":
-        value["guard"] = []
-        return value, r"the file has the unknown key guard \(now retain_unscored\); expected some"
+        value |= {"schema": 1, "guard": [], "twins": []}
+        return value, (
+            "it is of an older version: guard is now retain_unscored, twins is now "
+            "reference_models, and its schema 2"
+        )
     if key == "typo":
         value["relations"]["capital"]["phrasings"]["tain"] = []
         return value, "the file.relations.capital.phrasings has the unknown key tain"
@@ -262,7 +263,7 @@ def test_the_shipped_json_schema_is_that_of_the_models():
     table, row = (shipped["$defs"][kind] for kind in ("TableTask", "RowTask"))
     assert table["properties"]["retain_unscored"]["description"].startswith("Relations whose")
     assert {"rows", "schema", "name"} == set(row["required"])
-    assert not RENAMED.keys() & (table["properties"].keys() | row["properties"].keys())
+    assert not TASK_KEYS.keys() & (table["properties"].keys() | row["properties"].keys())
 
 
 def test_a_task_over_rows_has_every_option_with_its_default():

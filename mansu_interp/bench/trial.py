@@ -36,7 +36,7 @@ from ..unlearning.methods import BASELINES, Mansu
 from ..unlearning.training import dev_choice
 from ..unlearning.unlearn import unlearn
 from ..utils.files import atomic_folder
-from ..utils.memory import enough_memory
+from ..utils.libraries import enough_memory
 from .config import BenchConfig
 from .results import SCHEMA, DevScores, Training, TrialName, TrialResult
 

@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
-from ..tasks.answers import pack_behind
-from ..tasks.pairs import Pair, PairSet, by_phrasing, chunks, collate
+from ..tasks.pairs import Pair, PairSet, by_phrasing, chunks, collate, pack_behind
 
 BATCH = 32
 WHOLE_BATCH = 8

@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
-from ..tasks.answers import AnswerBatch, pack_answers
-from ..tasks.pairs import Pair, PairSet, by_phrasing, chunks, collate
+from ..tasks.pairs import AnswerBatch, Pair, PairSet, by_phrasing, chunks, collate, pack_answers
 from .gradients import Weights, gradient
 
 

@@ -12,8 +12,7 @@ import torch
 from ..errors import ConfigError, ModelError, ResourceError
 from ..utils.files import Json, expect, read_json
 from ..utils.hub import check_online, is_hub_name
-from ..utils.libraries import first_line, quiet
-from ..utils.memory import is_out_of_memory
+from ..utils.libraries import first_line, is_out_of_memory, quiet
 from ..utils.shipped import DATA
 from .language_model import LanguageModel
 

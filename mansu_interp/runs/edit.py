@@ -21,7 +21,7 @@ from ..unlearning.history import StepRecord
 from ..unlearning.methods import Mansu, MansuRandomMask, MansuWholeModel
 from ..unlearning.unlearn import unlearn
 from ..utils.files import atomic_folder, write_json
-from ..utils.memory import enough_memory
+from ..utils.libraries import enough_memory
 from .config import RunConfig
 from .context import RunContext
 

@@ -29,7 +29,7 @@ from ..tasks.load import load_task
 from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
 from ..utils.files import locked, write_text
-from ..utils.memory import enough_memory
+from ..utils.libraries import enough_memory
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext

@@ -11,10 +11,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..utils.files import Json, shown
+from ..utils.renamed import TASK_KEYS
 
 SCHEMA = 2
-RENAMED = {"guard": "retain_unscored", "twins": "reference_models", "hardened": "robust"}
-"""Keys of schema 1 -> those of schema 2."""
 Strategy = Literal["swap", "any", "symbol", "rotate"]
 Settings = dict[str, object]
 """Settings of a run; `runs.defaults` checks them."""
@@ -129,10 +128,10 @@ def parse_task(value: Json) -> TaskFile:
     """
     if not isinstance(value, dict):
         raise ValueError(f"the file is {shown(value)}, expected dict")
+    renamed = ", ".join(f"{old} is now {new}" for old, new in TASK_KEYS.items() if old in value)
+    if renamed:
+        raise ValueError(f"it is of an older version: {renamed}, and its schema {SCHEMA}")
     version = value.get("schema")
-    if version == 1:
-        old = "; ".join(f"{old!r} is now {new!r}" for old, new in RENAMED.items())
-        raise ValueError(f"it has schema 1; expected {SCHEMA}. Set it, and rename keys: {old}")
     if version is not None and version != SCHEMA:
         raise ValueError(f"it has schema {shown(version)}; expected {SCHEMA}")
     kind = RowTask if "rows" in value else TableTask
@@ -163,9 +162,8 @@ def _told(error: ValidationError, kind: type[TaskFile]) -> str:
     if first["type"] == "missing":
         return f"{_where(place)} lacks {', '.join(sorted(same))}"
     if first["type"] == "extra_forbidden":
-        named = [f"{key} (now {RENAMED[key]})" if key in RENAMED else key for key in sorted(same)]
         known = "" if place else f"; expected some of {', '.join(_keys(kind))}"
-        return f"{_where(place)} has the unknown key {', '.join(named)}{known}"
+        return f"{_where(place)} has the unknown key {', '.join(sorted(same))}{known}"
     expected = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{_where(first['loc'])} is {shown(first['input'])}, expected {expected}"
 

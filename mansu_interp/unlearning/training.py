@@ -14,8 +14,7 @@ from ..losses.accuracy import choice_accuracy, ranked_first, right
 from ..losses.answers import divergence, nll
 from ..losses.gradients import gradient
 from ..models.language_model import LanguageModel
-from ..tasks.answers import pack_answers
-from ..tasks.pairs import Pair, by_phrasing, chunks, collate
+from ..tasks.pairs import Pair, by_phrasing, chunks, collate, pack_answers
 from ..tasks.task import Task
 from ..utils.distributed import sum_number
 from .history import History, StepRecord

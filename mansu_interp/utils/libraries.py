@@ -1,4 +1,7 @@
-"""Other people's packages: the optional ones, their chatter, and their errors."""
+"""Other people's packages: the optional ones, their chatter, and their errors.
+
+Running out of memory is one of these, told in one line with what helps.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,14 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
-from ..errors import ConfigError, MansuError
+from ..errors import ConfigError, MansuError, ResourceError
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Cannot allocate memory",
+)
 
 
 def library(
@@ -65,3 +75,31 @@ def quiet() -> Iterator[None]:
 def first_line(error: Exception) -> str:
     """What an error of a library says first, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch or the system means that memory ran out."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError)) and any(s in str(error) for s in _OUT_OF_MEMORY)
+    )
+
+
+@contextlib.contextmanager
+def enough_memory(doing: str, advice: str) -> Iterator[None]:
+    """Turn a failed allocation into one clear error.
+
+    Arguments:
+        doing: what the memory was for, after "while".
+        advice: what takes less, as sentences.
+
+    Raises:
+        ResourceError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"Out of memory while {doing}. {advice} What was finished before is kept."
+        ) from error

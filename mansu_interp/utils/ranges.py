@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ..errors import ConfigError
 
 
 def check_range(
-    config: Any,
+    config: object,
     *names: str,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
+    at_least: int | float | None = None,
+    above: int | float | None = None,
+    at_most: int | float | None = None,
+    below: int | float | None = None,
 ) -> None:
     """Raise ConfigError unless some settings lie between bounds.
 

@@ -1,29 +1,32 @@
 """Records, which are trees of dataclasses, as JSON; and back, with every field checked.
 
-What is read is data from strangers: a value of another type, a missing field or a number that no
+What is read may come from anybody: a value of another type, a missing field or a number that no
 figure has is refused with one clear error, so that nothing that reads a record tolerates less.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import Field, asdict
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from ..errors import ArtifactError
-from .files import finite
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-    from pydantic import TypeAdapter
+from .files import Json, finite
 
 LARGEST = 1e100
 """No number of a record is larger; with room to add and square."""
 T = TypeVar("T")
 
 
-def to_json(record: DataclassInstance) -> dict[str, Any]:
+@runtime_checkable
+class Record(Protocol):
+    """A dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+
+def to_json(record: Record) -> dict[str, Json]:
     """A record as JSON values: fields in their order, null for what is not finite."""
     return finite(asdict(record))
 
@@ -44,7 +47,7 @@ def from_json(kind: type[T], data: object, where: str) -> T:
 
     try:
         _check_numbers(data, "it")
-        return _adapter(kind).validate_json(json.dumps(data), strict=True)
+        return cast(T, _adapter(kind).validate_json(json.dumps(data), strict=True))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         at, more = ".".join(map(str, problems[0]["loc"])) or "it", len(problems) - 1
@@ -55,7 +58,7 @@ def from_json(kind: type[T], data: object, where: str) -> T:
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: type[T]):  # the return type is not imported before it is needed
     """What pydantic makes of a dataclass; it takes a while."""
     from pydantic import TypeAdapter
 
@@ -75,5 +78,5 @@ def _check_numbers(value: object, at: str) -> None:
 
 
 def _shown(text: str) -> str:
-    """A stranger's text for a message: short, and without control characters."""
+    """A text of a file for a message: short, and without control characters."""
     return "".join(c if c.isprintable() else "?" for c in text[:100])

@@ -15,8 +15,7 @@ from torch.nn.functional import logsigmoid
 from ...errors import ConfigError
 from ...losses.answers import log_probs, nll, token_nll
 from ...models.language_model import LanguageModel
-from ...tasks.answers import pack_behind
-from ...tasks.pairs import Pair, Tokens
+from ...tasks.pairs import Pair, Tokens, pack_behind
 from ...tasks.task import Task
 from ..methods import DPO, IdkDPO
 from ..training import answer_loss

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ...losses.answers import token_nll
 from ...models.language_model import LanguageModel
-from ...tasks.answers import pack_answers
-from ...tasks.pairs import Pair
+from ...tasks.pairs import Pair, pack_answers
 from ...tasks.task import Task
 from ..methods import SatImp
 from ..training import answer_loss

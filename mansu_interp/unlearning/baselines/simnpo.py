@@ -9,8 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from ...losses.answers import token_nll
 from ...models.language_model import LanguageModel
-from ...tasks.answers import pack_answers
-from ...tasks.pairs import Pair
+from ...tasks.pairs import Pair, pack_answers
 from ...tasks.task import Task
 from ..methods import SimNPO
 from ..training import answer_loss

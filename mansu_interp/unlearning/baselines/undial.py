@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ...models.language_model import LanguageModel
-from ...tasks.answers import pack_answers
-from ...tasks.pairs import Pair
+from ...tasks.pairs import Pair, pack_answers
 from ...tasks.task import Task
 from ..methods import UNDIAL
 from ..training import answer_loss
