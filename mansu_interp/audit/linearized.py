@@ -54,11 +54,11 @@ class LinearizedRelearning:
     """Which prompts' answers rank where among four after each step, in the order of
     ``parts(CHUNK)``."""
 
-    half_a: Bool[Tensor, "steps prompts"]
+    half_a: Bool[Tensor, "steps relearned"]
     """Of those that are relearned, first: whether the steps work at all."""
-    half_b: Bool[Tensor, "steps prompts"]
+    half_b: Bool[Tensor, "steps asked"]
     """Of the others, first."""
-    ranked_last: Bool[Tensor, "steps prompts"]
+    ranked_last: Bool[Tensor, "steps asked"]
     """Of the others, last."""
 
 
