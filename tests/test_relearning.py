@@ -48,7 +48,7 @@ QUICK = RelearnConfig(steps=(10,), rates=(1e-3,))
 def test_erased_is_chance_and_a_tolerance_for_first_and_last(
     first: float, last: float, erased: bool
 ):
-    assert ERASED_LEVEL == pytest.approx(0.40)
+    assert pytest.approx(0.40) == ERASED_LEVEL
     assert is_erased(first, last) is erased
     start, after = Point(0.1, 0, 0.0, 0.25, 0.3, 0.25), Point(0.1, 20, 0.0, first, 1.0, last)
     found = Relearning([start, after], (9, 9))

@@ -54,11 +54,7 @@ class Survival:
     update_over_bin: float | None = None
     """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels)."""
     share_kept: float | None = None
-<<<<<<< HEAD
     """<dQ, d> / <d, d>: the share of the edit that is left in the quantized model, 1 = all."""
-=======
-    """<dQ, d> / <d, d>: the share of the edit that quantization leaves, 1 = all."""
->>>>>>> shapes
     noise_over_signal: float | None = None
     """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 

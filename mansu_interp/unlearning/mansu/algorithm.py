@@ -250,13 +250,8 @@ class _EditLoop:
         edited = self.latent.write()
         choice = forgetting_level(lambda: self.latent.models, self.task, config.stop_at, done)
         return StepRecord(
-<<<<<<< HEAD
-            losses["forget"],
-            losses["retain"],
-=======
             forget=losses["forget"],
             retain=losses["retain"],
->>>>>>> shapes
             adversarial=losses.get("adversarial"),
             probe=losses.get("probe"),
             edited=edited,
