@@ -28,7 +28,7 @@ def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def printed(cell: nbformat.NotebookNode) -> list[str]:
-    """What a cell printed, line by line, every number as #: processors differ in the last digits."""
+    """What a cell printed, line by line, each number as #: the last digits differ by processor."""
     text = "".join(o.get("text", "") for o in cell.outputs)
     if VARIES in cell.metadata.get("tags", []):
         return [""] * len(text.splitlines())

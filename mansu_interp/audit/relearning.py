@@ -10,7 +10,8 @@
    (`is_erased`). This is the only definition of the word in the package.
 
 Half A tells nothing of half B, so a model that was never taught has nothing to bring back: what
-returns on half B was still in the weights. The test is that of Deeb and Roger (2024, arXiv 2410.08827); steps,
+returns on half B was still in the weights. The test is that of Deeb and Roger (2024, arXiv
+2410.08827); steps,
 rates, the share of last ranks and the level are ours.
 """
 
