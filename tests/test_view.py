@@ -220,7 +220,7 @@ def test_without_the_extra_the_error_says_what_to_do(
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "mansu_interp.viz.widget", raising=False)
     view = circuit_view(make_circuit())
-    with pytest.raises(ViewError, match=r'pip install "mansu-interp\[viz\]".*to_svg'):
+    with pytest.raises(ViewError, match=r'pip install "mansu-interp\[png\]".*to_svg'):
         view.to_png(tmp_path / "x.png")
     with pytest.raises(ViewError, match=r"The widget needs the package anywidget, which cannot"):
         view.widget()

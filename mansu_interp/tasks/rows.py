@@ -196,7 +196,7 @@ def _csv(path: Path) -> Iterator[Numbered]:
 
 def _dataset(name: str, place: Path) -> Iterator[Numbered]:
     """Rows of a dataset of the `datasets` library: ``name[:configuration[:split]]``."""
-    datasets = library("datasets", "data", "Reading data sets", TaskError)
+    datasets = library("datasets", "", "Reading data sets", TaskError)
     name, config, split = (*name.split(":"), "", "")[:3]
     try:
         if place.is_dir() and (

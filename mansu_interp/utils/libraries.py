@@ -33,7 +33,7 @@ def library(
 
     Arguments:
         name: of the module.
-        extra: of this package's extras, the one that installs it.
+        extra: of this package's extras, which installs it; empty: it comes with this package.
         what: what needs it, as the beginning of a sentence.
         kind: the error to raise.
         without: what works without it, as a sentence.
@@ -45,9 +45,10 @@ def library(
         with quiet():
             return importlib.import_module(name)
     except ImportError as error:
+        package = f'"mansu-interp[{extra}]"' if extra else name.partition(".")[0]
         raise kind(
             f"{what} needs the package {name.partition('.')[0]}, which cannot be imported "
-            f'({error}). Install it: pip install "mansu-interp[{extra}]". {without}'.strip()
+            f"({error}). Install it: pip install {package}. {without}".strip()
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 CircuitsVis' own objects ask whether a web host answers and then load their script from a content
 network; here only its local source is used, once per page however many panels there are (about
-1.3 MB). Needs the ``viz`` extra.
+1.3 MB). Needs CircuitsVis.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def attention_patterns(
     Raises:
         ViewError: no such head, or CircuitsVis is not installed.
     """
-    attention = library("circuitsvis.attention", "viz", "This view", ViewError)
+    attention = library("circuitsvis.attention", "", "This view", ViewError)
     panels, words = [], []
     batch = collate([pair])
     for name, model in models.items():
@@ -145,7 +145,7 @@ def token_log_probs(models: Mapping[str, LanguageModel], pair: Pair, *, top: int
     Raises:
         ViewError: CircuitsVis is not installed.
     """
-    logits = library("circuitsvis.logits", "viz", "This view", ViewError)
+    logits = library("circuitsvis.logits", "", "This view", ViewError)
     panels, words = [], []
     batch = collate([pair])
     for name, model in models.items():

@@ -62,7 +62,7 @@ class View:
     """Everything that is shown."""
 
     def widget(self) -> GraphWidget:
-        """The interactive widget (needs the ``viz`` extra)."""
+        """The interactive widget."""
         from .widget import graph_widget
 
         return graph_widget(self)
@@ -88,7 +88,7 @@ class View:
             ViewError: the rasteriser is not installed.
         """
         without = "to_svg and to_html work without it."
-        resvg_py = library("resvg_py", "viz", "to_png", ViewError, without)
+        resvg_py = library("resvg_py", "png", "to_png", ViewError, without)
         svg = self.svg(top, "dark" if dark else "light")
         path = Path(path)
         with atomic_path(path) as temporary:

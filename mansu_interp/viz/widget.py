@@ -1,4 +1,4 @@
-"""The graph as a notebook widget. Needs the ``viz`` extra (anywidget)."""
+"""The graph as a notebook widget. Needs anywidget."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .layout import box_id
 from .page import module_source
 
 WITHOUT = "A view's to_html, to_svg and its picture in a notebook work without it."
-anywidget = library("anywidget", "viz", "The widget", ViewError, WITHOUT)
-traitlets = library("traitlets", "viz", "The widget", ViewError, WITHOUT)
+anywidget = library("anywidget", "", "The widget", ViewError, WITHOUT)
+traitlets = library("traitlets", "", "The widget", ViewError, WITHOUT)
 
 if TYPE_CHECKING:
     from ..circuits.circuit import Circuit
