@@ -65,9 +65,9 @@ def test_survival_is_measured_on_both_calibrations(facts, prompts, name):
     found = survival(facts, edited, name, prompts)
     assert found.edited == 400 and found.survived > 300
     assert found.collateral > 0  # other layers were calibrated on other activations
-    assert (found.projection is None) == get_quantizer(name).rescales
-    if found.projection is not None:
-        assert found.projection == pytest.approx(1, abs=0.1)
+    assert (found.share_kept is None) == get_quantizer(name).rescales
+    if found.share_kept is not None:
+        assert found.share_kept == pytest.approx(1, abs=0.1)
 
 
 def test_without_prompts_a_calibrated_quantizer_says_what_it_needs(facts):

@@ -120,7 +120,7 @@ def test_survival_by_hand(tiny_model):
     bins = cells.scale[[a, b]].double() * 2 / 15
     assert found.update_over_bin == pytest.approx(float(d.norm() / bins.norm()), rel=1e-5)
     moved = target - float(level[b])
-    assert found.projection == pytest.approx(float(moved * d[1] / (d @ d)), rel=1e-4)
+    assert found.share_kept == pytest.approx(float(moved * d[1] / (d @ d)), rel=1e-4)
 
 
 def test_touching_the_absmax_re_codes_the_block(tiny_model):
@@ -140,7 +140,7 @@ def test_touching_the_absmax_re_codes_the_block(tiny_model):
 def test_no_edit_no_survival(tiny_model):
     model = tiny_model(4)
     found = survival(model, model.copy(), NF)
-    assert (found.edited, found.survived, found.collateral, found.projection) == (0, 0, 0, 0.0)
+    assert (found.edited, found.survived, found.collateral, found.share_kept) == (0, 0, 0, 0.0)
 
 
 def test_ties_go_where_bitsandbytes_sends_them():

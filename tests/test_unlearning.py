@@ -60,7 +60,7 @@ def test_every_edit_survives_on_the_saved_checkpoint(facts: LanguageModel, saved
     assert found.survived == found.edited
     assert found.collateral == 0
     assert found.update_over_bin > 0.3
-    assert found.projection == pytest.approx(1, abs=0.2)
+    assert found.share_kept == pytest.approx(1, abs=0.2)
 
 
 def test_rows_of_the_embedding_leave_their_cells_and_stay_unquantized(
@@ -298,7 +298,7 @@ def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
     for name in survive:
         found = survival(facts, edited, name)
         assert found.edited == found.survived > 1000 and found.collateral == 0
-        assert found.projection == pytest.approx(1, abs=0.004), name
+        assert found.share_kept == pytest.approx(1, abs=0.004), name
 
 
 @pytest.mark.parametrize("survive", [("nf4", "fp4"), ("nf4",)])
