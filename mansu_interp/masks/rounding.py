@@ -8,7 +8,7 @@ the levels that the quantizers of the set have around a wanted value the choice 
 for all edits together, by Lagrange multipliers: the least squared distance from what was wanted,
 subject to kept = 1 for every quantizer.
 
-The same freedom serves per-quantizer offsets (`UnlearnConfig.offset_rate`): the weights that nobody
+The same freedom serves per-quantizer offsets (`Mansu.offset_rate`): the weights that nobody
 edits are rounded, too, each quantizer's otherwise, and the knowledge that this restores can only be
 removed in that quantizer's model. Where a quantized model's own value should lie an offset away
 from the shared one, its level there counts, and kept = 1 is meant of the value plus its offset.
