@@ -210,9 +210,10 @@ def _state_seeds() -> list[bytes]:
     import torch
 
     from mansu_interp.unlearning.checkpoint import Checkpoint
+    from mansu_interp.unlearning.history import StepRecord
 
     def save(path: Path) -> None:
-        Checkpoint(path, "x").save([{"forget": 0.5}], {"a|position": torch.ones(3)}, 0.25)
+        Checkpoint(path, "x").save([StepRecord(forget=0.5)], {"a|position": torch.ones(3)}, 0.25)
 
     return [_written(save)]
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 import os
 
 import pytest
+from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
+numbers = beartype(conf=BeartypeConf(is_pep484_tower=True))
+"""The checker; a whole number may stand for a float, as PEP 484 says."""
 UNCHECKED = "MANSU_UNCHECKED" in os.environ
 if not UNCHECKED:
-    install_import_hook("mansu_interp", "beartype.beartype")
+    install_import_hook("mansu_interp", "checked.numbers")
 
 wrong_type = pytest.mark.wrong_type

@@ -15,7 +15,7 @@ import pytest
 
 from mansu_interp.audit.cad import CAD
 from mansu_interp.circuits.attribution import Attribution
-from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import Divergence
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.evaluation.properties import Property, Verdict
@@ -52,7 +52,7 @@ from mansu_interp.report.write import write_report
 from mansu_interp.utils.files import read_json
 from mansu_interp.viz.layout import place
 from mansu_interp.viz.svg import circuit_svg, curve_svg, escape
-from mansu_interp.viz.view import erasure_view
+from mansu_interp.viz.view import changes_view
 
 HOSTILE = ["<script>alert(1)</script>", '"onmouseover="alert(2)', "</svg>", "</td><img src=x>"]
 
@@ -65,7 +65,7 @@ def make_circuit(layers: int = 2, heads: int = 4, kv: int = 4, n: int = 30) -> C
     scores[:, -1] *= 4
     scores[0] *= 2
     edges = np.abs(scores) >= np.sort(np.abs(scores[graph.exists]))[-n]
-    return Circuit(graph, scores, edges & graph.exists, {"model": "facts"})
+    return Circuit(graph, scores, edges & graph.exists, CircuitMeta(model="facts"))
 
 
 VERSIONS = tuple(v.after(q) for v in (ORIGINAL, EDITED) for q in (None, "nf4"))
@@ -168,7 +168,7 @@ def with_graph() -> Report:
     scores = [Attribution(circuit.graph, circuit.scores * k, 1, 0) for k in (1, 0.1, 0.6)]
     return replace(
         make_report(),
-        graph=erasure_view(circuit, *scores).data,
+        graph=changes_view(circuit, *scores).data.to_json(),
         relearning=(
             RelearningCurve(EDITED, (RelearningPoint(0, 0.02, 0.5), RelearningPoint(10, 0.4, 0.1))),
             RelearningCurve(NEVER_TAUGHT, (RelearningPoint(0, 0.0, None),)),
