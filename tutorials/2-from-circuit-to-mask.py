@@ -28,7 +28,7 @@ for name, index in sorted(mask.indices.items(), key=lambda item: -len(item[1])):
 
 # %%
 view = circuit_view(circuit, model=model, mask=mask, title="The circuit and its mask")
-for line in view.data["weights"]["m0"]:
+for line in view.data.weights["m0"]:
     print(line)
 view
 

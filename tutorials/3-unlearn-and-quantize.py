@@ -9,6 +9,7 @@ from mansu_interp import (
     circuit_mask,
     CircuitConfig,
     Mansu,
+    ModelVersion,
     discover,
     evaluate,
     load_model,
@@ -35,16 +36,16 @@ print(survival(model, edited, NF4()))
 
 # %%
 models = {
-    "original": model,
-    "original nf4": quantize(model),
-    "unlearned": edited,
-    "unlearned nf4": quantize(edited),
+    ModelVersion("original"): model,
+    ModelVersion("original", "nf4"): quantize(model),
+    ModelVersion("unlearned"): edited,
+    ModelVersion("unlearned", "nf4"): quantize(edited),
 }
 scores = evaluate(models, task)
-print(f"{'':<22}" + "".join(f"{name:>16}" for name in models))
+print(f"{'':<22}" + "".join(f"{version!s:>16}" for version in models))
 for row in scores.rows:
-    cells = "".join(f"{row['models'][name]['choice']:>16.3f}" for name in models)
-    print(f"{row['role'] + ' ' + row['label']:<22}{cells}")
+    cells = "".join(f"{row[version].choice:>16.3f}" for version in models)
+    print(f"{row.role + ' ' + row.label:<22}{cells}")
 
 # %% [markdown]
 # Forty steps are few: the default is 250. Next: [erasure or suppression?](4-erasure-or-suppression.ipynb)
