@@ -338,7 +338,7 @@ def test_hostile_markdown_stays_text() -> None:
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_model_name_in_svg(hostile: str) -> None:
     circuit = make_circuit()
-    circuit.meta["model"] = hostile
+    circuit = replace(circuit, meta=CircuitMeta(model=hostile))
     text = circuit_svg(circuit)
     root = ET.fromstring(text)
     assert hostile in root.attrib["aria-label"]
@@ -581,17 +581,17 @@ def test_svg_status_recolours_and_adds_new_edges() -> None:
     names = [
         (circuit.graph.writers[i].id, circuit.graph.readers[j].id) for i, j in (outside, inside)
     ]
-    text = circuit_svg(circuit, {names[0]: "new", names[1]: "erased"})
+    text = circuit_svg(circuit, status={names[0]: "new", names[1]: "silent"})
     groups = lines_of(text)
     assert len(groups) == circuit.n_edges + 1
     shown = {title_of(g).split(":")[0].split(" (")[0]: class_of(g) for g in groups}
-    assert shown[" -> ".join(names[0])] == "new" and shown[" -> ".join(names[1])] == "erased"
+    assert shown[" -> ".join(names[0])] == "new" and shown[" -> ".join(names[1])] == "silent"
     assert list(shown.values()).count("other") == circuit.n_edges - 1
-    assert "erased: carries less than a quarter" in text and "positive score" not in text
-    with pytest.raises(CircuitError, match="'gone' is none of kept, erased"):
-        circuit_svg(circuit, {names[1]: "gone"})
+    assert "silent: carries less than a quarter" in text and "positive score" not in text
+    with pytest.raises(CircuitError, match="'gone' is none of kept, silent"):
+        circuit_svg(circuit, status={names[1]: "gone"})
     with pytest.raises(CircuitError, match="No edge 'm1' -> 'a0"):
-        circuit_svg(circuit, {("m1", "a0.h0<q>"): "new"})
+        circuit_svg(circuit, status={("m1", "a0.h0<q>"): "new"})
 
 
 @pytest.mark.parametrize(("layers", "heads", "kv"), [(2, 4, 4), (12, 12, 12), (30, 9, 3)])

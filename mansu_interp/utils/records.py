@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import Field, asdict
 from functools import cache
+from types import GenericAlias
 from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from ..errors import ArtifactError
@@ -31,7 +32,7 @@ def to_json(record: Record) -> dict[str, Json]:
     return finite(asdict(record))
 
 
-def from_json(kind: type[T], data: object, where: str) -> T:
+def from_json(kind: type[T] | GenericAlias, data: object, where: str) -> T:
     """A record from JSON values.
 
     Arguments:
@@ -58,7 +59,7 @@ def from_json(kind: type[T], data: object, where: str) -> T:
 
 
 @cache
-def _adapter(kind: type[T]):  # the return type is not imported before it is needed
+def _adapter(kind: type[T] | GenericAlias):  # the return type is not imported before it is needed
     """What pydantic makes of a dataclass; it takes a while."""
     from pydantic import TypeAdapter
 
