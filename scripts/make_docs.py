@@ -1,9 +1,10 @@
-"""Makes docs/api.md from the public names, docs/cli.md from the parser, and the docs' pictures.
+"""Makes docs/api.md from the public names, docs/cli.md from the parser, the docs' pictures, and
+the JSON schema of task files, by which editors complete and check them.
 
     python scripts/make_docs.py
     python scripts/make_docs.py --run runs/latest    # and the picture of what a run changed
 
-A test checks that the two pages are up to date. The second picture, docs/pictures/changes.svg, is
+Tests check that pages and schema are up to date. The second picture, docs/pictures/changes.svg, is
 drawn from the report of a whole run, `mansu run`, and stays as it is without one.
 """
 
@@ -117,11 +118,16 @@ def changes_picture(run: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Write everything."""
+    from mansu_interp.tasks.schema import json_schema
+    from mansu_interp.utils.files import write_json
+    from mansu_interp.utils.shipped import DATA
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="folder of a finished run of `capitals`")
     run: Path | None = parser.parse_args(argv).run
+    write_json(DATA / "task.schema.json", json_schema())
     docs = ROOT / "docs"
     (docs / "api.md").write_text(api_page(), encoding="utf-8")
     (docs / "cli.md").write_text(cli_page(), encoding="utf-8")

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from checked import wrong_type
 from conftest import make_pairs
 
 from mansu_interp.errors import ConfigError
@@ -41,7 +43,10 @@ STUDENT = [[0.4, 0.2, 0.2, 0.2], [0.5, 0.25, 0.125, 0.125]]
 ANSWER, OTHER = (0, 1), (1, 3)  # answers to forget, and the corrupt subjects' answers
 
 
-class Fixed:
+NO_TASK: Any = Mock(spec=Task)
+
+
+class Fixed(LanguageModel):
     """A model that says what it is told: pair k gets row k."""
 
     device = torch.device("cpu")
@@ -67,7 +72,7 @@ def two() -> list[Any]:
 
 def losses(method: str, two: list[Any], **settings: float) -> tuple[float, float | None]:
     """Forget and retain loss of the student, both on the two pairs."""
-    made = OBJECTIVES[method](Fixed(ORIGINAL), None, get_method(method)(**settings))
+    made = OBJECTIVES[method](Fixed(ORIGINAL), NO_TASK, get_method(method)(**settings))
     student: Any = Fixed(STUDENT)
     return float(made.forget(student, two)), made.retain and float(made.retain(student, two))
 
@@ -117,14 +122,14 @@ def test_idkdpo_prefers_the_first_admission_that_the_tokenizer_knows(two: list[A
     original: Any = Fixed(ORIGINAL)
     original.name, original.encode = "fixed", lambda text: [9 if "know" in text else 2]
     original.tokenizer = type("T", (), {"unk_token_id": 9})
-    made = OBJECTIVES["idkdpo"](original, None, IdkDPO())
+    made = OBJECTIVES["idkdpo"](original, NO_TASK, IdkDPO())
     ratios = ((0.2 / 0.4) / (0.1 / 0.7), (0.125 / 0.25) / (0.125 / 0.5))
     by_hand = sum(20 * softplus(-0.1 * math.log(r)) for r in ratios) / 2
     student: Any = Fixed(STUDENT)
     assert float(made.forget(student, two)) == pytest.approx(by_hand)
     original.encode = lambda text: [9]
     with pytest.raises(ConfigError, match=r"knows no first token of .* Use dpo"):
-        OBJECTIVES["idkdpo"](original, None, IdkDPO())
+        OBJECTIVES["idkdpo"](original, NO_TASK, IdkDPO())
 
 
 def test_undial(two: list[Any]):
@@ -154,7 +159,7 @@ def test_weighed_ascent(two: list[Any]):
 def test_weights_carry_no_gradient(two: list[Any], method: str, weight: float):
     student: Any = Fixed(STUDENT)
     student.logits.requires_grad_(True)
-    made = OBJECTIVES[method](student, None, get_method(method)())
+    made = OBJECTIVES[method](student, NO_TASK, get_method(method)())
     made.forget(student, two[:1]).backward()
     # d NLL / d logit of the answer = p - 1, times -weight.
     assert float(student.logits.grad[0, 0]) == pytest.approx(-weight * (0.4 - 1), rel=1e-5)
@@ -164,7 +169,7 @@ def test_rmu_pushes_one_layer(tiny_model: Callable[..., LanguageModel], pairs: P
     model, student = tiny_model(2), tiny_model(2).copy()
     with torch.no_grad():
         student.weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
-    made = OBJECTIVES["rmu"](model, None, RMU(layer=1, scale=3.0), 5)
+    made = OBJECTIVES["rmu"](model, NO_TASK, RMU(layer=1, scale=3.0), 5)
     u = torch.rand(32, generator=torch.Generator().manual_seed(5))
 
     def states(m: LanguageModel) -> list[torch.Tensor]:
@@ -187,14 +192,14 @@ def test_rmu_pushes_one_layer(tiny_model: Callable[..., LanguageModel], pairs: P
     assert made.retain and float(made.retain(student, pairs.pairs)) == pytest.approx(stay, rel=1e-4)
     assert stay > 1e-3
     with pytest.raises(ConfigError, match=r"The layer of rmu must lie in \[0, 2\) for tiny; got 2"):
-        OBJECTIVES["rmu"](model, None, RMU(layer=2))
+        OBJECTIVES["rmu"](model, NO_TASK, RMU(layer=2))
 
 
 def test_task_vector_takes_off_what_it_learnt(tiny_model: Callable[..., LanguageModel]):
     model, tuned = tiny_model(2), tiny_model(2).copy()
     name = "model.layers.0.mlp.up_proj.weight"
     tuned.weights[name] += 0.25
-    made = OBJECTIVES["task-vector"](model, None, TaskVector(scale=2.0))
+    made = OBJECTIVES["task-vector"](model, NO_TASK, TaskVector(scale=2.0))
     assert made.outcome and made.retain is None
     out = made.outcome(tuned)
     assert torch.allclose(out.weights[name], model.weights[name] - 0.5, atol=1e-6)
@@ -325,7 +330,7 @@ def test_what_a_method_needs_is_what_its_loss_looks_at(two: list[Any], method: s
     real = original.logits_at
     original.logits_at = lambda *args: asked.append(1) or real(*args)
     kind = get_method(method)
-    made = OBJECTIVES[method](original, None, kind())
+    made = OBJECTIVES[method](original, NO_TASK, kind())
     student: Any = Fixed(STUDENT)
     made.forget(student, two)
     if made.retain:
@@ -333,6 +338,7 @@ def test_what_a_method_needs_is_what_its_loss_looks_at(two: list[Any], method: s
     assert bool(asked) == ("references" in kind.needs)
 
 
+@wrong_type
 def test_a_method_registers_once_and_needs_something_known():
     with pytest.raises(ConfigError, match="'npo' is taken"):
         register("npo")(GradDiff)

@@ -13,16 +13,19 @@ import networkx as nx
 import numpy as np
 import pytest
 from checked import wrong_type
-from conftest import make_pairs
+from conftest import SHIPPED, make_pairs
 
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import compare
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.discover import discover, selective_scores
 from mansu_interp.errors import ArtifactError, CircuitError
+from mansu_interp.masks.mask import Mask
 from mansu_interp.masks.select import circuit_mask
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet
 
 TinyModel = Callable[[int], LanguageModel]
@@ -208,3 +211,45 @@ def test_a_list_of_pairs_is_no_pair_set(tiny_model: TinyModel, pairs: PairSet, n
     given: dict[str, Any] = {"forget": pairs, "retain": None, name: list(pairs)}
     with pytest.raises(CircuitError, match=f"{name} must be a PairSet .*; got list"):
         discover(tiny_model(2), **given)
+
+
+# The exported circuits load, fit the embedded model, and are what discovery finds.
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("facts")
+
+
+@pytest.mark.parametrize("name", ["capitals", "countries"])
+def test_exported_files_fit_the_model(model, name: str):
+    circuit = Circuit.load(SHIPPED / f"facts-{name}.json")
+    assert circuit.graph.architecture == model.architecture
+    assert circuit.meta.model_sha256 == model.sha256
+    assert (circuit.meta.faithfulness or 0) >= 0.85
+    assert circuit.n_edges == circuit.graph.prune(circuit.edges).sum() > 10
+    mask = Mask.load(SHIPPED / f"facts-{name}.mask.safetensors")
+    mask.check_fits(model)
+    assert mask.limit == int(0.005 * model.n_parameters)
+
+
+def test_rediscovery_finds_the_exported_circuit(model):
+    task = load_task("capitals", model)
+    found = discover(model, task.forget, retain=task.retain)
+    saved = Circuit.load(SHIPPED / "facts-capitals.json")
+    both = (found.edges & saved.edges).sum()
+    assert both / (found.edges | saved.edges).sum() > 0.9
+    where = found.edges & saved.edges
+    np.testing.assert_allclose(found.scores[where], saved.scores[where], rtol=1e-3, atol=1e-5)
+
+
+def test_a_damaged_circuit_is_refused(tmp_path: Path):
+    text = (SHIPPED / "facts-capitals.json").read_text()
+    for bad in (
+        text[:-20],
+        text.replace('"schema": 2', '"schema": 9'),
+        text.replace('"source": "input"', '"source": "a9.h0"'),
+    ):
+        (tmp_path / "c.json").write_text(bad)
+        with pytest.raises(ArtifactError, match=r"c\.json"):
+            Circuit.load(tmp_path / "c.json")

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 import mansu_interp
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.load import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -141,3 +144,20 @@ def test_the_site_has_research_and_tutorials(site: Path):
     assert 'href="../cad.html"' in (site / "tutorials" / "4-erasure-or-suppression.html").read_text(
         "utf-8"
     )
+
+
+# The example of docs/tasks.md works as typed.
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
+
+
+def test_the_example_makes_a_task_that_the_model_knows(tmp_path: Path, facts: LanguageModel):
+    found = re.search(r"cat > my\.py <<'END'\n(.*?)END\n", PAGE.read_text("utf-8"), re.S)
+    assert found
+    done = subprocess.run(
+        [sys.executable, "-c", found[1]], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    (tmp_path / "my.jsonl").write_text(done.stdout, encoding="utf-8")
+    task = load_task(tmp_path / "my.jsonl", facts)
+    assert len(task.forget) > 100 and not task.dropped
+    assert accuracy(facts, task.scored["unseen"]["forget"]["forget"]).choice > 0.9

@@ -10,8 +10,12 @@ from bitsandbytes import functional
 from torch import Tensor
 
 from mansu_interp.errors import ConfigError
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
+from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
+from mansu_interp.tasks.load import load_task
 from mansu_interp.utils.libraries import library
 
 KINDS = ("normal", "ties", "zero block", "negative extreme", "one sign", "constant")
@@ -160,3 +164,74 @@ def test_rows_that_do_not_divide_are_left_alone():
 def test_a_missing_package_names_its_install_line():
     with pytest.raises(ConfigError, match=r'pip install "mansu-interp\[hqq\]"'):
         library("not_installed_anywhere", "hqq")
+
+
+# Calibrated quantizers: what auto-round did is what is reported, and nothing else is changed.
+
+NAMES = ("awq-g64", "autoround-g64")
+
+
+@pytest.fixture(scope="module")
+def capitals(facts: LanguageModel):
+    return load_task("capitals", facts)
+
+
+@pytest.fixture(scope="module")
+def prompts(capitals):
+    pytest.importorskip("auto_round")
+    return capitals.calibration[:60]
+
+
+def test_calibration_prompts_know_nothing_of_the_forget_facts(capitals):
+    forget = {p.clean for p in capitals.forget}
+    assert capitals.calibration
+    assert not forget & set(capitals.calibration)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_quantized_by_auto_round_still_answers(facts, capitals, prompts, name):
+    before = {n: w.clone() for n, w in facts.weights.items()}
+    state = torch.get_rng_state()
+    after = quantize(facts, name, prompts)
+    assert all(torch.equal(facts.weights[n], w) for n, w in before.items())
+    assert torch.equal(torch.get_rng_state(), state)
+    (pairs,) = capitals.scored["unseen"]["forget"].values()
+    assert accuracy(after, pairs).top1 > 0.95
+    fitted = get_quantizer(name).fit(facts, prompts)
+    assert set(facts.linear_names) <= set(fitted)
+    scaled = {n for n in fitted if n not in facts.linear_names}
+    assert bool(scaled) == get_quantizer(name).rescales
+    for weight in facts.linear_names:
+        cells = fitted[weight].cells(facts.weights[weight])
+        restored = fitted[weight].round_trip(facts.weights[weight])
+        assert torch.equal(restored, after.weights[weight])
+        assert int(cells.codes.min()) >= 0 and int(cells.codes.max()) <= 16
+        per_group = cells.codes.view(-1, 64)
+        assert max(len(group.unique()) for group in per_group[:50]) <= 16
+        # auto-round de-quantizes in bfloat16, with 8 bits of mantissa
+        error = (restored.flatten() - cells.value(cells.codes)).abs()
+        assert (error <= 2**-8 * restored.abs().flatten() + 1e-6).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_survival_is_measured_on_both_calibrations(facts, prompts, name):
+    same = survival(facts, facts.copy(), name, prompts)
+    assert (same.edited, same.collateral) == (0, 0)
+    edited, weight = facts.copy(), facts.linear_names[3]
+    with torch.no_grad():
+        edited.weights[weight].view(-1)[:400] *= -1
+    found = survival(facts, edited, name, prompts)
+    assert found.edited == 400 and found.survived > 300
+    assert found.collateral > 0  # other layers were calibrated on other activations
+    assert (found.share_kept is None) == get_quantizer(name).rescales
+    if found.share_kept is not None:
+        assert found.share_kept == pytest.approx(1, abs=0.1)
+
+
+def test_without_prompts_a_calibrated_quantizer_says_what_it_needs(facts):
+    with pytest.raises(ConfigError, match="needs at least 64 tokens of calibration prompts; got 3"):
+        quantize(facts, "awq-g64", [(1, 2, 3)])
+    with pytest.raises(ConfigError, match="whole models"):
+        get_quantizer("awq-g64").cells(facts.weights[facts.linear_names[0]])

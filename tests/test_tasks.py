@@ -257,7 +257,7 @@ def test_bad_task_files(tmp_path: Path, facts: LanguageModel, key: str):
 
 
 def test_the_shipped_json_schema_is_that_of_the_models():
-    """Made by scripts/make_schema.py."""
+    """Made by scripts/make_docs.py."""
     shipped = json.loads((DATA / "task.schema.json").read_text(encoding="utf-8"))
     assert shipped == json_schema()
     table, row = (shipped["$defs"][kind] for kind in ("TableTask", "RowTask"))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import socket
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import browser
 import numpy as np
 import pytest
 import torch
@@ -20,10 +26,14 @@ from mansu_interp.circuits.compare import Divergence, GraphComparison
 from mansu_interp.errors import ArtifactError, CircuitError, ViewError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.graph import Architecture, Graph
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.task import Task
 from mansu_interp.utils.files import finite
 from mansu_interp.viz.data import GraphData, Judged
 from mansu_interp.viz.page import module_source, page_script, policy
+from mansu_interp.viz.plots import Axis, Dots, make_axis, scatter_svg, strip_svg
 from mansu_interp.viz.svg import view_svg
+from mansu_interp.viz.tokens import attention_patterns, plain_token, token_log_probs
 from mansu_interp.viz.view import changes_view, circuit_view
 
 
@@ -267,3 +277,115 @@ def test_the_module_asks_for_nothing():
     source = module_source()
     for needle in ("http:", "https:", "import ", "fetch(", "XMLHttp", "innerHTML", "eval("):
         assert needle not in source.replace("http://www.w3.org/2000/svg", ""), needle
+
+
+# Charts: where values land, by hand.
+
+
+def test_axis_positions():
+    assert Axis(0.0, 10.0, 100.0, 200.0, False).at(2.5) == 125
+    assert Axis(0.0, 10.0, 100.0, 200.0, False).at(99.0) == 200
+    assert Axis(0.01, 1.0, 100.0, 300.0, True).at(0.1) == pytest.approx(200)
+    up = Axis(0.0, 1.0, 250.0, 10.0, False)
+    assert up.at(0.0) == 250 and up.at(1.0) == 10
+    assert Axis(-0.05, 1.05, 0.0, 1.0, False).ticks() == [0.0, 0.5, 1.0]
+    assert Axis(0.01, 10.0, 0.0, 1.0, True).ticks() == pytest.approx([0.01, 0.1, 1, 10])
+
+
+def test_axis_of_equal_or_missing_values():
+    flat = make_axis([3.0, 3.0], 0.0, 1.0, False)
+    assert flat.low < 3 < flat.high
+    assert make_axis([0.0, -1.0], 0.0, 1.0, True).low == pytest.approx(0.1)
+
+
+def test_strip_has_a_mark_per_value_at_its_place():
+    svg = strip_svg([Dots("a<b", [1.0, 2.0]), Dots("ours", [3.0], True)], "what", target=2.0)
+    ElementTree.fromstring(svg)
+    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)]
+    (square,) = [float(x) + 4 for x in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="8"', svg)]
+    assert places[1] - places[0] == pytest.approx(square - places[1], abs=0.2)
+    (target,) = re.findall(r'class="target" stroke-width="1.5" d="M([\d.]+)', svg)
+    assert float(target) == pytest.approx(places[1], abs=0.1)
+    assert "a&lt;b: 1" in svg
+
+
+def test_scatter_leaves_out_what_a_logarithm_cannot_show():
+    points = [(Dots("m", [0.0, 0.1]), Dots("m", [1.0, 2.0]))]
+    svg = scatter_svg(points, "x", "y", log_x=True)
+    ElementTree.fromstring(svg)
+    assert svg.count("<circle") == 1
+    assert scatter_svg(points, "x", "y").count("<circle") == 2
+
+
+def test_scatter_names_each_row_once():
+    points = [(Dots("dense", [1.0, 2.0]), Dots("dense", [0.3, 0.4]))]
+    assert scatter_svg(points, "x", "y", labels=True).count(">dense</text>") == 1
+    assert ">dense</text>" not in scatter_svg(points, "x", "y")
+
+
+def test_names_at_one_place_do_not_cover_each_other():
+    points = [(Dots(n, [2.0]), Dots(n, [0.3])) for n in ("one", "two", "three")]
+    points.append((Dots("far", [1.0]), Dots("far", [0.4])))
+    svg = scatter_svg(points, "x", "y", labels=True)
+    lines = [float(y) for y in re.findall(r'y="([\d.]+)">(?:one|two|three)<', svg)]
+    assert [b - a for a, b in itertools.pairwise(lines)] == [12.0, 12.0]
+
+
+# CircuitsVis panels: right numbers, one script, no network.
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails afterwards too: CircuitsVis swallows every error of its own probe."""
+    asked: list[Any] = []
+
+    def refuse(*where: Any, **_: Any) -> None:
+        asked.append(where)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert asked == []
+
+
+def test_log_probs_say_what_the_model_says(no_network: None, facts: LanguageModel, capitals: Task):
+    pair = capitals.forget[0]
+    view = token_log_probs({"before": facts, "quantized": facts}, pair)
+    with torch.no_grad():
+        last = facts.all_logits(torch.tensor([pair.clean]))[0, -1].log_softmax(-1)
+    assert f"before, clean: log-prob of {pair.answer_text!r} {float(last[pair.answer]):+.2f}" in (
+        repr(view)
+    )
+    assert view.html.count("CircuitsVis.TokenLogProbs") == 4
+    assert len(view._repr_html_()) < 2_500_000  # the library once, not four times
+
+
+def test_attention_of_both_prompts(no_network: None, facts: LanguageModel, capitals: Task):
+    view = attention_patterns({"before": facts}, capitals.forget[0], 1, 2)
+    assert "a1.h2, before, corrupt" in view.html and "looks most at" in repr(view)
+    with pytest.raises(ViewError, match=r"No head a9\.h0 in before"):
+        attention_patterns({"before": facts}, capitals.forget[0], 9, 0)
+
+
+def test_a_token_cannot_end_the_script():
+    assert "</script" not in plain_token("</script>") and "<!--" not in plain_token("<!--")
+    assert "<SCRIPT" not in plain_token("<SCRIPT") and plain_token("<bos> a < b") == "<bos> a < b"
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
+def test_the_page_draws_without_a_network(facts: LanguageModel, capitals: Task, tmp_path: Path):
+    pages = [
+        token_log_probs({"before": facts}, capitals.forget[0]).to_html(tmp_path / "t.html"),
+        attention_patterns({"before": facts}, capitals.forget[0], 1, 2).to_html(
+            tmp_path / "a.html"
+        ),
+    ]
+    with browser.chromium() as driver:
+        for page in pages:
+            driver.get(page.as_uri())
+            driver.implicitly_wait(10)
+            blocks = driver.find_elements("css selector", "[id^=circuits-vis] *")
+            assert len(blocks) > 5
+            assert browser.complaints(driver) == []
+            assert set(browser.requests(driver)) == {page.as_uri()}

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mansu_interp.losses.accuracy import accuracy, answered_correctly, ranked_fi
 from mansu_interp.losses.answers import divergence, log_probs, nll
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import Pair, PairSet, Tokens, WholeAnswers, clash, collate
+from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import DPO, SimNPO, get_method
 from mansu_interp.unlearning.training import HINGE, retain_loss
 from mansu_interp.unlearning.unlearn import OBJECTIVES
@@ -190,7 +192,9 @@ def test_losses_of_baselines_by_token():
         return [slow_log_prob(m, p.question + a[:k], a[k : k + 1]) for k in range(len(a))]
 
     def loss(method: str) -> float:
-        return float(OBJECTIVES[method](model, None, get_method(method)()).forget(student, pairs))
+        return float(
+            OBJECTIVES[method](model, Mock(spec=Task), get_method(method)()).forget(student, pairs)
+        )
 
     by = [tokens(student, p) for p in pairs]
     mean = lambda values: sum(values) / len(pairs)  # noqa: E731

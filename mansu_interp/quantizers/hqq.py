@@ -31,7 +31,7 @@ class Hqq(Quantizer):
 
     def _quantize(
         self, weight: Float[Tensor, "out in"]
-    ) -> tuple[Shaped[Tensor, "*_shape"], dict[str, Tensor]]:
+    ) -> tuple[Shaped[Tensor, "*_shape"], dict[str, object]]:
         quantizer = library("hqq.core.quantize", "hqq").Quantizer
         with quiet():
             return quantizer.quantize(
@@ -48,7 +48,7 @@ class Hqq(Quantizer):
         """See `Quantizer.cells`; every element counts as one that sets its group's parameters."""
         codes, meta = self._quantize(weight)
         codes = codes.view(-1, GROUP)
-        scale, zero = meta["scale"].float().view(-1, 1), meta["zero"].float().view(-1, 1)
+        scale, zero = (torch.as_tensor(meta[k]).float().view(-1, 1) for k in ("scale", "zero"))
         x = grouped(weight, GROUP)
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         every = torch.ones_like(x, dtype=torch.bool)

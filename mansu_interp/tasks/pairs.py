@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from ..errors import TaskError
@@ -172,8 +172,8 @@ class Batch:
     """Index of the last real token of each row."""
     answer: Int[Tensor, " batch"]
     counterfactual: Int[Tensor, " batch"]
-    choices: Int[Tensor, "batch 4"]
-    """The answer first."""
+    choices: Int[Tensor, "batch choice"]
+    """The answer first, then the distractors; four in tasks."""
 
     def __len__(self) -> int:
         return len(self.last)
@@ -209,7 +209,7 @@ class AnswerBatch:
     target: Int[Tensor, " tokens"]
     """The token itself."""
 
-    def sums(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " batch"]:
+    def sums(self, values: Num[Tensor, " tokens"]) -> Num[Tensor, " batch"]:
         """Sums over each answer's tokens."""
         return values.new_zeros(len(self.tokens)).index_add(0, self.row, values)
 

@@ -1,6 +1,6 @@
 """What a task file may hold: one model over fact tables, one over rows.
 
-`mansu_interp/data/task.schema.json` is made of these models (scripts/make_schema.py), so that an
+`mansu_interp/data/task.schema.json` is made of these models (scripts/make_docs.py), so that an
 editor completes and checks task files: name its path or address under ``"$schema"``.
 """
 
