@@ -17,13 +17,15 @@ from functools import lru_cache
 import checked  # before the package is imported
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair, PairSet
 from mansu_interp.tasks.task import Task
+from mansu_interp.utils.libraries import quiet
+
+with quiet():  # torchao, where it is installed, tells which of its parts do not load
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 TEST_DEVICE = os.environ.get("MANSU_TEST_DEVICE", "pretend")
 if TEST_DEVICE == "pretend":

@@ -104,9 +104,9 @@ def empty_model(name: str | Path) -> LanguageModel:
     """
     given = Path(name)
     place = given if given.suffix == ".json" and given.is_file() else _locate(str(name))
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with quiet():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         try:
             if isinstance(place, Path):
                 raw = _read_config(place if place.is_file() else place / "config.json")
@@ -165,9 +165,9 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
     """
     target = pick_device(device)
     place = _locate(str(name))
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     with quiet():
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
         local = isinstance(place, Path)
         if local:
             raw = _read_config(place / "config.json")
