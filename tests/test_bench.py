@@ -157,6 +157,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TableRow]]
     return out, run_bench(bench_script.config(out, 1, 2))
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_saved_checkpoint(
     ran: tuple[Path, list[TableRow]], facts: LanguageModel, capitals: Task
 ):
@@ -232,6 +233,7 @@ def test_what_is_done_is_not_done_again(
     assert run_bench(bench_script.config(out, 1, 2)) == rows
 
 
+@pytest.mark.slow
 def test_another_attack_is_measured_without_training_or_scoring_again(
     ran: tuple[Path, list[TableRow]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -249,6 +251,7 @@ def test_another_attack_is_measured_without_training_or_scoring_again(
     assert [r.relearnt_choice for r in again] != [r.relearnt_choice for r in rows]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_gone_is_trained_again_and_nothing_measured_is_lost(
     ran: tuple[Path, list[TableRow]], tmp_path: Path
 ):
@@ -282,6 +285,7 @@ def start(out: Path, jobs: int, seeds: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
     ran: tuple[Path, list[TableRow]], tmp_path: Path
 ):
@@ -381,6 +385,7 @@ def test_one_process_does_all_itself():
         assert list(compute(work, [3, 1])) == [(9, os.getpid()), (1, os.getpid())]
 
 
+@pytest.mark.slow
 def test_workers_of_our_own_and_what_they_raise():
     with engine(2) as compute:
         found = list(compute(work, [1, 2, 3, 4]))

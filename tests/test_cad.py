@@ -125,6 +125,7 @@ def test_a_verdict_that_most_resamplings_do_not_share_is_undecided():
     assert settle("undecided", "Some.", 0.3) == ("undecided", "Some.", 0.3)
 
 
+@pytest.mark.slow
 def test_copies_are_unchanged_and_reference_models_erased(facts: LanguageModel, capitals: Task):
     same = judge_erasure(facts, facts.copy(), capitals)
     assert (same.verdict, same.cad, same.confidence) == ("unchanged", 0.0, 1.0)

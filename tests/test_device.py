@@ -209,6 +209,7 @@ def edited(there: LanguageModel, task: Task, mask: Mask) -> LanguageModel:
     return unlearn(there, task, mask, SETTINGS).model
 
 
+@pytest.mark.slow
 def test_mansu(facts: LanguageModel, task: Task, mask: Mask, edited: LanguageModel):
     """The same edits but for weights on the edge of a cell, and every one survives."""
     wanted = unlearn(facts, task, mask, SETTINGS).model
@@ -223,6 +224,7 @@ def test_mansu(facts: LanguageModel, task: Task, mask: Mask, edited: LanguageMod
         assert row.collateral == 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same(
     there: LanguageModel, task: Task, mask: Mask, edited: LanguageModel
 ):
@@ -230,6 +232,7 @@ def test_the_same_seed_gives_the_same(
     assert all(torch.equal(w, again.weights[n]) for n, w in edited.weights.items())
 
 
+@pytest.mark.slow
 def test_bf16_and_the_other_loss(there: LanguageModel, task: Task, mask: Mask):
     settings = replace(
         SETTINGS, precision="bf16", forget_loss="ga", adversarial_steps=0, probe_weight=0.0
@@ -238,6 +241,7 @@ def test_bf16_and_the_other_loss(there: LanguageModel, task: Task, mask: Mask):
     assert all(w.dtype == torch.float32 for w in result.model.weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*BASELINES, "mansu-no-floor", "mansu-no-projection"])
 def test_methods(facts: LanguageModel, there: LanguageModel, task: Task, mask: Mask, method: str):
     settings = get_method(method)(steps=2, batch_size=8, lr=1e-4)
@@ -247,6 +251,7 @@ def test_methods(facts: LanguageModel, there: LanguageModel, task: Task, mask: M
         assert b.forget == pytest.approx(a.forget, rel=2e-2, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_edit_travels(
     facts: LanguageModel, there: LanguageModel, edited: LanguageModel, tmp_path: Path
 ):
@@ -262,6 +267,7 @@ def test_the_edit_travels(
     assert same_weights(apply(facts, delta(facts, edited)), edited) == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_loop_goes_on(
     there: LanguageModel, task: Task, mask: Mask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -283,6 +289,7 @@ def test_an_interrupted_loop_goes_on(
         )
 
 
+@pytest.mark.slow
 def test_verdict_and_attack(facts: LanguageModel, there: LanguageModel, task: Task):
     twin = load_model(task.reference_models[0], there.device)
     found = judge_erasure(there, twin, task, quantized=quantize(twin))
@@ -305,6 +312,7 @@ def test_retain_bound(
     assert found.bound == pytest.approx(wanted.bound, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_whole_run(device: str, tmp_path: Path):
     config = RunConfig(
         device=device,

@@ -177,6 +177,7 @@ def mask(facts: LanguageModel, capitals: Task) -> Mask:
     return choose_parameters(facts, everywhere, 0.005, gradient, survive=SET)
 
 
+@pytest.mark.slow
 def test_the_quantized_models_lie_below_by_the_quantization_margin(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):
@@ -206,6 +207,7 @@ def test_the_quantized_models_lie_below_by_the_quantization_margin(
     assert 20 < last.quantization_margin_edits <= config.margin_budget * mask.limit
 
 
+@pytest.mark.slow
 def test_answers_reach_the_final_margin(
     facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ):
@@ -241,6 +243,7 @@ def test_answers_reach_the_final_margin(
     assert torch.allclose(weights[0], above.clamp_min(0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_margin_edits_survive_every_quantizer(facts: LanguageModel, capitals: Task, mask: Mask):
     config = replace(SETTINGS, margin_budget=0.5, final_margin=0.2, quantization_margin=5.0)
     found = unlearn(facts, capitals, mask, config)
@@ -253,6 +256,7 @@ def test_margin_edits_survive_every_quantizer(facts: LanguageModel, capitals: Ta
         assert after.collateral == 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_during_margin_edits_goes_on_after_its_training(
     facts: LanguageModel, capitals: Task, mask: Mask, tmp_path: Path
 ):

@@ -84,6 +84,7 @@ SCORES, OVERLAP, LOSSES = 1e-5, 0.999, 1e-5
 parameters, and losses relative to their size (docs/faults.md)."""
 
 
+@pytest.mark.slow
 def test_another_batch_size_stays_within_the_tolerance(facts: LanguageModel, capitals: Task):
     config = CircuitConfig(pairs=8, ig_steps=1, top=200, faithfulness_pairs=4)
     found = []

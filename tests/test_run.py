@@ -201,6 +201,7 @@ def test_bad_input_leaves_no_folder(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_model(finished: RunResult, tmp_path: Path):
     config = settings(tmp_path / "second")
 
