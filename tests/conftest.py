@@ -17,6 +17,7 @@ from functools import lru_cache
 import checked  # before the package is imported
 import pytest
 import torch
+
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
