@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,6 +39,7 @@ from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
+from ..utils.files import Json
 from .linearized import linearized_relearning
 from .probes import probe, ranked, stitches
 from .relearning import CHANCE, halves, is_erased, of_subjects, rivals_within
@@ -122,7 +122,7 @@ class CAD:
     by_weight: dict[str, float]
     """Share of each weight in the gradient transfer between the halves (see `transfer`)."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """For reports."""
         return asdict(self)
 

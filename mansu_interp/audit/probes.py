@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,7 +53,7 @@ def stages(model: LanguageModel) -> list[torch.nn.Module]:
 
 
 @contextmanager
-def _before(module: torch.nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+def _before(module: torch.nn.Module, hook: Callable[..., object]) -> Iterator[None]:
     """Run the body with a hook before a module."""
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -74,8 +73,10 @@ def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos 
     """What each stage reads (see `stages`); gradients flow."""
     out: list[Tensor] = []
 
-    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        out.append(args[0] if args else kwargs["hidden_states"])
+    def keep(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        read = args[0] if args else kwargs["hidden_states"]
+        assert isinstance(read, Tensor)
+        out.append(read)
 
     handles = [s.register_forward_pre_hook(keep, with_kwargs=True) for s in stages(model)]
     try:
@@ -135,10 +136,10 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
 
             def put(
                 module: torch.nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
+                args: tuple[object, ...],
+                kwargs: dict[str, object],
                 value: Tensor = value,
-            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            ) -> tuple[tuple[object, ...], dict[str, object]]:
                 if args:
                     return (value, *args[1:]), kwargs
                 return args, {**kwargs, "hidden_states": value}

@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ..losses.answers import nll
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
+from ..utils.files import Json
 from .config import RelearnConfig
 
 CHANCE = 1 / N_CHOICES
@@ -117,12 +118,12 @@ class Relearning:
         """Steps at which was measured, 0 first."""
         return sorted({p.steps for p in self.points})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """For reports and tables."""
         return {**asdict(self), "facts": list(self.facts)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Relearning:
+    def from_json(cls, data: Mapping[str, Json]) -> Relearning:
         """What `to_json` wrote."""
         (first, second), meta = data["facts"], data["meta"]
         settings = dict(meta["settings"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..audit.relearning import Relearning
 from ..circuits.compare import Divergence
@@ -12,7 +11,7 @@ from ..errors import ArtifactError
 from ..evaluation.scores import Flips, Perplexity, ScoreRow, Scores
 from ..evaluation.versions import EDITED, ORIGINAL, ModelVersion
 from ..quantizers.survival import Survival
-from ..utils.files import read_json, write_json
+from ..utils.files import Json, read_json, write_json
 from ..utils.records import from_json, to_json
 
 SCHEMA = 2
@@ -97,7 +96,7 @@ class TrialResult:
 
     schema: int
     trial: TrialName
-    config: dict[str, Any]
+    config: dict[str, Json]
     """All settings of the run, as JSON values."""
     sha256: str
     """Of the original's weights."""

@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ from ..tasks.task import Task
 from ..unlearning.methods import BASELINES, Mansu
 from ..unlearning.training import dev_choice
 from ..unlearning.unlearn import unlearn
-from ..utils.files import atomic_folder
+from ..utils.files import Json, atomic_folder
 from ..utils.libraries import enough_memory
 from .config import BenchConfig
 from .results import SCHEMA, DevScores, Training, TrialName, TrialResult
@@ -43,7 +42,7 @@ from .results import SCHEMA, DevScores, Training, TrialName, TrialResult
 ORIGINAL = "original"
 
 
-def _differences(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+def _differences(given: dict[str, Json], usual: dict[str, Json]) -> dict[str, Json]:
     """Settings that are not the default ones, so that a new setting leaves old trials valid."""
     return {
         k: _differences(v, usual[k]) if isinstance(v, dict) else v

@@ -6,13 +6,22 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar, runtime_checkable
 
 from ..errors import ConfigError, MansuError
 from ..utils.libraries import library
 
-Engine = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-"""engine(do, items) -> what ``do`` returns for each item, in the order in which they finish."""
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Does one thing for many items."""
+
+    def __call__(self, do: Callable[[T], R], items: Sequence[T], /) -> Iterable[R]:
+        """What ``do`` returns for each item, in the order in which they finish."""
+        ...
 
 
 def _unreachable(scheduler: str | None, why: object) -> ConfigError:
@@ -43,7 +52,7 @@ def engine(jobs: int = 1, scheduler: str | None = None) -> Iterator[Engine]:
     dask = library("distributed", "sweep", "Working side by side")
     with contextlib.ExitStack() as opened:
         if scheduler is None:
-            where: dict[str, Any] = {
+            where: dict[str, object] = {
                 "address": opened.enter_context(
                     dask.LocalCluster(
                         n_workers=jobs,
@@ -66,7 +75,7 @@ def engine(jobs: int = 1, scheduler: str | None = None) -> Iterator[Engine]:
                 "workers with --nthreads 1."
             )
 
-        def finished(do: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        def finished(do: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
             try:
                 for future in dask.as_completed(client.map(do, items, pure=False)):
                     yield future.result()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import networkx as nx
 import numpy as np
@@ -16,7 +16,7 @@ from ..models.graph import Architecture, Graph, Node
 from ..models.hooked import AnyModel, as_model
 from ..models.provenance import Provenance, find_mismatch
 from ..tasks.pairs import PairSet
-from ..utils.files import atomic_path, expect, read_json, write_json
+from ..utils.files import Json, atomic_path, expect, read_json, write_json
 from ..utils.hub import Shareable
 from .config import CircuitConfig
 
@@ -97,7 +97,7 @@ class CircuitMeta:
         """What stays true of a circuit that is made from others of the same model."""
         return CircuitMeta(self.model, self.model_sha256, made_by=made_by)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """JSON values, without what is not known."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.settings is not None:
@@ -105,7 +105,7 @@ class CircuitMeta:
         return {k: v for k, v in values.items() if v is not None and v not in ("", ())}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CircuitMeta:
+    def from_json(cls, data: Mapping[str, Json]) -> CircuitMeta:
         """What `to_json` wrote, already checked against `FILE`; other keys are left out.
 
         Raises:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -28,6 +27,7 @@ from jaxtyping import Bool, Float
 from ..errors import CircuitError
 from ..models.hooked import AnyModel, as_model
 from ..tasks.pairs import PairSet
+from ..utils.files import Json
 from .attribution import Attribution, attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
@@ -60,7 +60,7 @@ class GraphComparison:
     models: dict[str, Divergence]
     """By name, in the order in which they were given; then the reference model, if any."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """For report.json."""
         return asdict(self)
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
@@ -40,7 +39,7 @@ class Output:
         return cls("--quiet" in argv, "--json" in argv), rest
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: object) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import TypeVar, cast, get_type_hints
 
 from tyro.conf import Suppress
 
 from ..unlearning.methods import Mansu, MethodConfig
+from ..utils.records import Record
 
+Settings = TypeVar("Settings", bound=Record)
 HELP_ALL = "--help-all"
 RUN = (
     "model", "task", "method", "out", "seed", "quantizers", "relearn_steps", "device",
@@ -33,7 +35,7 @@ def shown_of_run(method: MethodConfig) -> tuple[str, ...]:
     return (*RUN, *(f"unlearn.{f.name}" for f in fields(method) if f.name not in SHARED))
 
 
-def shortened(default: Any, shown: Collection[str], inside: str = "") -> Any:
+def shortened(default: Settings, shown: Collection[str], inside: str = "") -> Settings:
     """The same settings, of a class whose help shows a few of them alone. For help only: what is
     not shown cannot be parsed.
 
@@ -44,12 +46,12 @@ def shortened(default: Any, shown: Collection[str], inside: str = "") -> Any:
     """
     kind = type(default)
     hints = get_type_hints(kind, include_extras=True)
-    annotations: dict[str, Any] = {}
-    values: dict[str, Any] = {}
-    body: dict[str, Any] = {"__annotations__": annotations, "__module__": kind.__module__}
+    annotations: dict[str, object] = {}
+    values: dict[str, object] = {}
+    body: dict[str, object] = {"__annotations__": annotations, "__module__": kind.__module__}
     for item in fields(kind):
         name, value = f"{inside}{item.name}", getattr(default, item.name)
-        nested = is_dataclass(value) and any(s.startswith(f"{name}.") for s in shown)
+        nested = isinstance(value, Record) and any(s.startswith(f"{name}.") for s in shown)
         if nested:
             value = shortened(value, shown, f"{name}.")
             annotations[item.name] = type(value)
@@ -58,4 +60,5 @@ def shortened(default: Any, shown: Collection[str], inside: str = "") -> Any:
             annotations[item.name] = hint if name in shown else Suppress[hint]
         body[item.name] = field(default_factory=lambda v=value: v)
         values[item.name] = value
-    return dataclass(frozen=True)(type(kind.__name__, (kind,), body))(**values)
+    shorter = dataclass(frozen=True)(type(kind.__name__, (kind,), body))
+    return cast(Settings, shorter(**values))

@@ -174,22 +174,22 @@ def _start(argv: list[str]) -> RunCommand:
 
 def _commands(argv: list[str], brief: bool) -> Any:
     """What the command line may say; of ``brief`` help, what it shows."""
-    words: list[Any] = []
+    words: list[object] = []
     for c in COMMANDS:
-        start: Any = None
+        start: RunCommand | BenchConfig | None = None
         if c.settings is RunCommand:
             start = _start(argv if c.name in argv[:1] else [])
-        if brief and c.settings is RunCommand:
-            start = shortened(start, shown_of_run(start.unlearn))
+            start = shortened(start, shown_of_run(start.unlearn)) if brief else start
         if brief and c.settings is BenchConfig:
             start = shortened(BenchConfig(), BENCH)
-        given: dict[str, Any] = {"default": start} if start else {}
-        word = tyro.conf.subcommand(c.name, description=c.about, **given)
+        word = tyro.conf.subcommand(c.name, description=c.about)
+        if start:
+            word = tyro.conf.subcommand(c.name, description=c.about, default=start)
         words.append(Annotated[type(start) if start else c.settings, word])
     return reduce(or_, words)
 
 
-def parse(argv: list[str]) -> Any:
+def parse(argv: list[str]) -> object:
     """The settings that a command line gives; without any, the help.
 
     Raises:

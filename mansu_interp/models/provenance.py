@@ -6,9 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypedDict
+from typing import TypedDict
 
-from ..utils.files import finite
+from ..utils.files import Json, finite
+from .hooked import HookedModel
+from .hugging_face import PreTrainedTokenizerBase
+from .language_model import LanguageModel
 
 SCHEMA = 1
 PACKAGES = ("mansu-interp", "torch", "transformers", "transformer-lens", "bitsandbytes")
@@ -45,7 +48,7 @@ def versions() -> dict[str, str]:
     return out
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Hash of a tokenizer's whole behaviour; empty without one."""
     if tokenizer is None:
         return ""
@@ -55,7 +58,10 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def provenance(
-    model: Any, seed: int, config: Mapping[str, Any], task_sha256: str = ""
+    model: LanguageModel | HookedModel,
+    seed: int,
+    config: Mapping[str, object],
+    task_sha256: str = "",
 ) -> Provenance:
     """Schema, hashes of model, tokenizer, task and settings, seed, and package versions.
 
@@ -78,7 +84,7 @@ def provenance(
     }
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(then: Mapping[str, Json], now: Provenance) -> list[str]:
     """In words, what two such records do not share; ``then`` was read from a file."""
     out = []
     for key in ("model", "tokenizer", "task", "config"):
@@ -94,7 +100,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def find_mismatch(meta: Mapping[str, Any], model: Any) -> str:
+def find_mismatch(meta: Mapping[str, Json], model: LanguageModel | HookedModel) -> str:
     """``checkpoint`` or ``tokenizer`` if an artefact was made with another one than this model's,
     else an empty string. What is unknown of either counts as the same."""
     made_from = meta.get("provenance")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..evaluation.properties import Property
+from ..utils.files import Json
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Picture:
 class Graph:
     """The interactive view of what became of the graph, and the table that stands in its place."""
 
-    data: Mapping[str, Any]
+    data: Mapping[str, Json]
     instead: Table
 
 

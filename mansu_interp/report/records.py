@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..audit.cad import CAD
 from ..circuits.compare import Divergence
@@ -13,7 +12,7 @@ from ..evaluation.properties import Property, Verdict
 from ..evaluation.scores import Flips, Perplexity, ScoreRow
 from ..evaluation.versions import ModelVersion
 from ..quantizers.survival import Survival
-from ..utils.files import read_json
+from ..utils.files import Json, read_json
 from ..utils.records import from_json, to_json
 
 SCHEMA = 2
@@ -203,11 +202,11 @@ class Report:
     schema: int
     versions: dict[str, str]
     """Of the packages that decide what comes out."""
-    provenance: dict[str, Any]
+    provenance: dict[str, Json]
     """Hashes of what the run was made from."""
     model: ReportModel
     task: ReportTask
-    config: dict[str, Any]
+    config: dict[str, Json]
     """All settings, as JSON values."""
     command: str
     """The shortest one that makes this run."""
@@ -226,11 +225,11 @@ class Report:
     """None: relearning was left out."""
     relearning: tuple[RelearningCurve, ...]
     """Empty if it was left out."""
-    graph: dict[str, Any] | None
+    graph: dict[str, Json] | None
     """Data of the interactive view (docs/viewing.md); None without a circuit."""
     samples: tuple[Sample, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """``report.json``."""
         return to_json(self)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from dataclasses import fields, replace
 
 from ..errors import ConfigError, TaskError
 from ..tasks.files import ROBUST
+from ..utils.records import Record
 from .config import RunConfig
 from .defaults import default_config
 
@@ -33,11 +33,11 @@ def _options(config: RunConfig, usual: RunConfig) -> list[str]:
     """The options that lead from some settings to others."""
     words: list[str] = []
 
-    def add(prefix: str, given: Any, usual: Any) -> None:
+    def add(prefix: str, given: Record, usual: Record) -> None:
         for item in fields(given):
             value, default = getattr(given, item.name), getattr(usual, item.name)
             name = f"{prefix}{item.name}".replace("_", "-")
-            if is_dataclass(value):
+            if isinstance(value, Record):
                 add(f"{prefix}{item.name}.", value, default)
             elif (value != default or item.name == "model") and item.name not in PLACE:
                 if isinstance(value, bool):

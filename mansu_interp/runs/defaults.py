@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import ArtifactError, ConfigError, TaskError
 from ..tasks.files import ROBUST
 from ..unlearning.methods import Mansu, get_method
-from ..utils.files import expect, read_json
+from ..utils.files import Json, expect, read_json
+from ..utils.records import Record
 from ..utils.renamed import renamed_key, renamed_setting
 from ..utils.shipped import DATA, is_embedded
 from .config import RunConfig
+
+Settings = TypeVar("Settings", bound=Record)
 
 
 def default_task(model: str) -> str:
@@ -78,7 +81,7 @@ def _task_config(model: str, task: str | None, robust: bool) -> RunConfig:
     return _updated(config, spec[ROBUST], f"{ROBUST} settings of task {name!r}")
 
 
-def _updated(config: Any, settings: Any, where: str) -> Any:
+def _updated(config: Settings, settings: Json, where: str) -> Settings:
     """Settings with some of them replaced by the JSON values of a task file."""
     names = {f.name for f in fields(config)} - {"model", "task", "out", "seed", "threads"}
     if not isinstance(settings, dict) or not settings.keys() <= names:
@@ -95,7 +98,7 @@ def _updated(config: Any, settings: Any, where: str) -> Any:
     return replace(config, **values)
 
 
-def _value(value: Any, kind: Any, where: str) -> Any:
+def _value(value: Json, kind: object, where: str) -> object:
     """A JSON value as a setting of some type has it."""
     parts = get_args(kind)
     if get_origin(kind) is Literal:

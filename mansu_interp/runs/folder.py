@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..errors import ArtifactError
-from ..models.provenance import differences
+from ..models.provenance import Provenance, differences
 from ..utils.distributed import rank
-from ..utils.files import expect, is_leftover, read_json, write_json
+from ..utils.files import Json, expect, is_leftover, read_json, write_json
 from ..utils.renamed import renamed_setting
 from .config import RunConfig
 
 REPORTS = ("report.json", "report.md", "report.html")
 
 
-def config_json(config: RunConfig) -> dict[str, Any]:
+def config_json(config: RunConfig) -> dict[str, Json]:
     """The settings as plain JSON values."""
     out = asdict(config)
     out["out"] = str(config.out)
@@ -26,21 +24,24 @@ def config_json(config: RunConfig) -> dict[str, Any]:
     return _listed({**out, "method": config.unlearn.method, "unlearn": unlearn})
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> Json:
     """A nested dictionary with lists for tuples, as JSON has them."""
     if isinstance(value, dict):
         return {k: _listed(v) for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
-def result_affecting(settings: Any) -> Any:
+def result_affecting(settings: dict[str, Json]) -> dict[str, Json]:
     """A run's settings without those that change only its place, its memory and its speed."""
+    out = _without(settings, "out", "by_layer", "device")
+    if isinstance(circuit := out.get("circuit"), dict):
+        out["circuit"] = _without(circuit, "batch_size", "memory_gb")
+    return out
 
-    def without(given: Any, *names: str) -> Any:
-        return {k: v for k, v in given.items() if k not in names} if isinstance(given, dict) else 0
 
-    out = without(settings, "out", "by_layer", "device")
-    return out and {**out, "circuit": without(out.get("circuit"), "batch_size", "memory_gb")}
+def _without(settings: dict[str, Json], *names: str) -> dict[str, Json]:
+    """Settings but for some of them."""
+    return {k: v for k, v in settings.items() if k not in names}
 
 
 def check_folder(config: RunConfig) -> None:
@@ -60,7 +61,8 @@ def check_folder(config: RunConfig) -> None:
             f"{out} holds a run of an older version (in its config.json, {old}). Name another "
             "--out."
         )
-    if result_affecting(before) != result_affecting(config_json(config)):
+    wanted = result_affecting(config_json(config))
+    if not isinstance(before, dict) or result_affecting(before) != wanted:
         raise ArtifactError(f"{out} already holds another run or other files. Name another --out.")
     if all((out / name).exists() for name in REPORTS):
         raise ArtifactError(
@@ -69,7 +71,7 @@ def check_folder(config: RunConfig) -> None:
         )
 
 
-def begin(config: RunConfig, made_from: Mapping[str, Any]) -> None:
+def begin(config: RunConfig, made_from: Provenance) -> None:
     """Write down what a run is made from, or check that it goes on with the same.
 
     Raises:

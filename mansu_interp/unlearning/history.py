@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+
+from ..utils.files import Json
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StepRecord:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> StepRecord:
+    def from_json(cls, found: dict[str, Json]) -> StepRecord:
         """A record as `to_json` gave it; a loss that was not finite is null in JSON, and NaN here.
 
         Raises:
@@ -48,7 +49,7 @@ class StepRecord:
             raise ValueError(f"a step's record has an unknown {odd[0][:80]!r}")
         if "forget" not in found:
             raise ValueError("a step's record has no forget loss")
-        given: dict[str, Any] = {k: math.nan if v is None else v for k, v in found.items()}
+        given: dict[str, Json] = {k: math.nan if v is None else v for k, v in found.items()}
         return cls(**given)
 
 

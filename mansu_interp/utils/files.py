@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     Json: TypeAlias = Any
 else:
     Json: TypeAlias = bool | int | float | str | list | dict | None
-"""A value as `json.loads` gives it; what is inside a list or dictionary is not checked yet."""
+"""A value as `json.loads` gives it. Type checkers take it for anything, since the shape of a file
+is known only when it has been read: `expect` and `records.from_json` check it. At run time the
+alias names the types of the value itself; what is inside a list or dictionary is not looked at."""
 
 
 def _reason(error: Exception) -> str | None:

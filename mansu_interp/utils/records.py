@@ -63,7 +63,7 @@ def _adapter(kind: type[T] | GenericAlias):  # the return type is not imported b
     """What pydantic makes of a dataclass; it takes a while."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    return TypeAdapter(cast(type, kind))
 
 
 def _check_numbers(value: object, at: str) -> None:

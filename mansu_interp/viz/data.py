@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import ArtifactError
 from ..models.graph import Architecture, Graph
-from ..utils.files import expect
+from ..utils.files import Json, expect
 from .layout import CONSTANTS, Layout, place
 from .styles import EDGE_STYLES
 
@@ -116,14 +116,14 @@ class GraphData:
         ends = zip(self.edges.source, self.edges.target, strict=True)
         return [(graph.writers[i].id, graph.readers[j].id) for i, j in ends]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """The documented JSON values."""
         graph = Graph(self.architecture)
         edges, nodes = asdict(self.edges), asdict(self.nodes)
         for part in (edges, nodes):
             if (classes := part.pop("classes")) is not None:
                 part["class"] = classes
-        out: dict[str, Any] = {
+        out: dict[str, Json] = {
             "schema": SCHEMA,
             "title": self.title,
             "facts": list(self.facts),
@@ -172,7 +172,7 @@ class GraphData:
             raise ArtifactError(f"The graph is damaged: {error}.") from error
 
 
-def _layout_json(layout: Layout) -> dict[str, Any]:
+def _layout_json(layout: Layout) -> dict[str, Json]:
     """Where boxes are, as graph.js reads it."""
     sizes = {k: getattr(layout, k) for k in ("width", "height", "pitch", "column")}
     boxes = [
@@ -182,7 +182,7 @@ def _layout_json(layout: Layout) -> dict[str, Any]:
     return {**sizes, "constants": CONSTANTS, "rows": list(layout.rows), "boxes": boxes}
 
 
-def _checked(data: Mapping[str, Any]) -> GraphData:
+def _checked(data: Mapping[str, Json]) -> GraphData:
     """The record of JSON values that have the right types."""
     from ..circuits.compare import Divergence
 

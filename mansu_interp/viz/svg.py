@@ -12,7 +12,7 @@ import html
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
@@ -279,7 +279,7 @@ def curve_svg(
 _LINES = ("kept", "recovered", "weakened", "new", "silent", "other")
 
 
-def lines_svg(curves: Mapping[str, Sequence[Any]], x_label: str, y_label: str) -> str:
+def lines_svg(curves: Mapping[str, Sequence[Sequence[object]]], x_label: str, y_label: str) -> str:
     """A small line chart of shares (0 to 1), a line a name with its own colour and dashes.
 
     Arguments:
@@ -288,7 +288,7 @@ def lines_svg(curves: Mapping[str, Sequence[Any]], x_label: str, y_label: str) -
         y_label: what the share is of.
     """
 
-    def real(value: Any) -> bool:
+    def real(value: object) -> TypeGuard[float]:
         return isinstance(value, (int, float)) and math.isfinite(value)
 
     lines = {k: sorted((x, y) for x, y in v if real(x) and real(y)) for k, v in curves.items()}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..errors import ViewError
 from ..models.stream import Recorder
@@ -63,7 +63,15 @@ def plain_token(token: str) -> str:
     return re.sub(r"<(?=[/!]|script)", "<\N{ZERO WIDTH SPACE}", token, flags=re.I)
 
 
-def _combine(panels: Sequence[tuple[str, Any]], summary: str) -> TokenView:
+@runtime_checkable
+class _Rendered(Protocol):
+    """What CircuitsVis draws."""
+
+    local_src: str
+    """Markup and script that need no network."""
+
+
+def _combine(panels: Sequence[tuple[str, _Rendered]], summary: str) -> TokenView:
     """Panels with headings that share one copy of the script."""
     marks, calls, shared = [], [], ""
     for title, rendered in panels:

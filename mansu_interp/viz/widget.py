@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class GraphWidget(anywidget.AnyWidget):
             edges &= rows[:, None] | columns[None, :]
         return replace(circuit, edges=edges, meta=circuit.meta.of_parts("selection"))
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+    def _repr_mimebundle_(self, **kwargs: object) -> object:
         """The live widget, with the static picture for whatever cannot run it."""
         bundle = super()._repr_mimebundle_(**kwargs)
         data, *rest = bundle if isinstance(bundle, tuple) else (bundle or {},)
