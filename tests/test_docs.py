@@ -33,6 +33,14 @@ ELSEWHERE = re.compile(
 """What a page loads from another host; links that a reader may follow are none of these."""
 
 
+FAULT_TABLES = (
+    (ROOT / "docs" / "faults.md")
+    .read_text("utf-8")
+    .partition("## What wrong or unusual input")[2]
+    .partition("## Determinism")[0]
+)
+
+
 def load(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec and spec.loader
@@ -98,6 +106,14 @@ def test_the_readme_and_the_glossary_are_short():
     assert len(readme.split()) <= 500
     assert len((ROOT / "docs" / "glossary.md").read_text("utf-8").splitlines()) <= 40
     assert len([line for line in readme.splitlines() if line.endswith("-m pytest")]) == 1
+
+
+def test_rows_of_unusual_input_name_their_tests():
+    rows = re.findall(r"^\|.*\| `(test_\w+\.py)::(\w+)` \|$", FAULT_TABLES, re.MULTILINE)
+    lines = [x for x in FAULT_TABLES.splitlines() if x.startswith("| ") and "| test |" not in x]
+    assert len(rows) == len(lines)
+    for file, name in rows:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text("utf-8"), f"{file}::{name}"
 
 
 def test_a_notebook_becomes_a_page_with_its_pictures():

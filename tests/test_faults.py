@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
-BEGUN = "circuit, mask and the place reached in unlearning"
+BEGUN = "circuit, mask and the checkpoint of unlearning"
 WRITE = (
     "RUN{} cannot be written: {}. What was finished before is kept whole. Make room or allow "
     "writing there and run the same command again, or name another folder."
