@@ -21,7 +21,7 @@ from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
 from .ablation import Ablation
-from .attribution import attribute, pairs_per_batch
+from .attribution import Attribution, attribute, pairs_per_batch
 from .circuit import Circuit, CircuitMeta
 from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
@@ -69,21 +69,16 @@ def discover(
     if retain is not None:
         _check_pairs("retain", retain)
     note = on_step or (lambda *_: None)
+
+    def score(which: str, pairs: PairSet) -> Attribution:
+        stage = f"attribution of {which} pairs"
+        return attribute(model, pairs, config=config, on_batch=lambda d, n: note(stage, d, n))
+
     chosen = forget.sample(config.pairs, seed)
-    found = attribute(
-        model,
-        chosen,
-        config=config,
-        on_batch=lambda d, n: note("attribution of forget pairs", d, n),
-    )
+    found = score("forget", chosen)
     ranking = found.scores
     if retain is not None and config.retain_discount:
-        retained = attribute(
-            model,
-            retain.sample(config.pairs, seed),
-            config=config,
-            on_batch=lambda d, n: note("attribution of retain pairs", d, n),
-        )
+        retained = score("retain", retain.sample(config.pairs, seed))
         ranking = selective_scores(found.scores, retained.scores, config.retain_discount)
     edges, curve, final = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
