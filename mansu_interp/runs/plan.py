@@ -21,6 +21,7 @@ from ..unlearning.mansu import margins
 from ..unlearning.methods import Mansu, MethodConfig, RetainingConfig
 from ..unlearning.training import CHUNK
 from .config import PlanConfig, RunConfig
+from .known import Knowledge
 
 CAD_PAIRS = 48
 """Pairs on which attribution graphs are compared."""
@@ -217,8 +218,15 @@ def _run_tokens(config: RunConfig, task: Task) -> float:
     return total + 2 * precisions * (_tokens(scored) * len(scored) + texts)
 
 
-def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
-    """Estimate a run by timing one small batch of it."""
+def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) -> Plan:
+    """Estimate a run by timing one small batch of it.
+
+    Arguments:
+        config: all settings.
+        model: the original.
+        task: what is forgotten and retained.
+        known: what the original knows of it.
+    """
     method = config.unlearn
     seconds = OVERHEAD * _run_tokens(config, task) * _forward_seconds(model, task, config.seed)
     # Every further quantizer to survive adds a teacher and a student.
@@ -234,9 +242,10 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     lines = [
         f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
         f"task     {task.name}: {task.title}",
-        f"forget   {len({(p.relation, p.subject) for p in task.forget})} facts in "
+        f"forget   {len({p.fact for p in task.forget})} facts in "
         f"{len({(p.relation, p.phrasing) for p in task.forget})} phrasings; "
         f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",
+        f"known    {known.line()}",
         f"edit     {edits}, {steps}",
         f"cost     about {max(1, round(seconds / 60))} min and {memory:.1f} GB on {where}",
         f"output   {config.out}",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from .pairs import PairSet, Tokens
+from ..errors import TaskError
+from .pairs import Fact, PairSet, Tokens
 
 CALIBRATION_TEXTS, CALIBRATION_PROMPTS = 32, 512
 
@@ -43,6 +45,24 @@ class Task:
         """The forget facts in every unseen phrasing."""
         unseen = self.scored["unseen"]["forget"].values()
         return PairSet("held out", tuple(p for pairs in unseen for p in pairs))
+
+    def without(self, facts: Collection[Fact], reason: str) -> Task:
+        """The same task without some forget facts, which are counted under a reason.
+
+        Raises:
+            TaskError: nothing would be left to train on, or to score.
+        """
+        if not facts:
+            return self
+        forget = self.forget.without(facts)
+        scored = {split: dict(roles) for split, roles in self.scored.items()}
+        for roles in scored.values():
+            left = {label: s.without(facts) for label, s in roles.get("forget", {}).items()}
+            roles["forget"] = {label: s for label, s in left.items() if s}
+        if not forget or not scored.get("unseen", {}).get("forget"):
+            raise TaskError(f"Task {self.name!r} has no forget prompt left: {reason}.")
+        gone = len(self.forget) - len(forget)
+        return replace(self, forget=forget, scored=scored, dropped={**self.dropped, reason: gone})
 
     @cached_property
     def sha256(self) -> str:
