@@ -70,24 +70,43 @@ def p_of_guess(share: float, facts: int, prompts: int, chance: float = CHANCE) -
     return binomial_tail(math.floor(share * units + 1e-9), units, chance)
 
 
+def beyond_guesses(share: float, top1: float, facts: int, prompts: int) -> bool:
+    """Whether a model answers some prompts better than guesses would (`p_of_guess`). Where they are
+    so few that being right on all of them would not show it, it must predict each answer outright.
+
+    Arguments:
+        share: of the prompts on which the answer ranks first of four.
+        top1: share on which it is what the model predicts.
+        facts: different facts among the prompts.
+        prompts: how many they are.
+    """
+    if p_of_guess(1.0, facts, prompts) > ALPHA:
+        return top1 == 1
+    return p_of_guess(share, facts, prompts) <= ALPHA
+
+
 @dataclass(frozen=True)
 class Known:
     """Which facts a model knows."""
 
     right: dict[Fact, int]
     """Phrasings in which the answer ranks first of four."""
+    predicted: dict[Fact, int]
+    """Phrasings in which it is what the model predicts."""
     asked: dict[Fact, int]
     """Of so many."""
 
     @classmethod
     def of(cls, model: LanguageModel, pairs: Sequence[Pair]) -> Known:
         """Ask a model for every pair."""
-        found, asked = Counter[Fact](), Counter[Fact]()
+        first, top1, asked = Counter[Fact](), Counter[Fact](), Counter[Fact]()
         for part in (c for group in by_phrasing(pairs) for c in chunks(group, BATCH)):
-            for pair, correct in zip(part, right(model, part)[1].tolist(), strict=True):
+            predicted, chosen = (found.tolist() for found in right(model, part))
+            for pair, p, c in zip(part, predicted, chosen, strict=True):
                 asked[pair.fact] += 1
-                found[pair.fact] += bool(correct)
-        return cls({f: found[f] for f in asked}, dict(asked))
+                top1[pair.fact] += bool(p)
+                first[pair.fact] += bool(c)
+        return cls({f: first[f] for f in asked}, {f: top1[f] for f in asked}, dict(asked))
 
     @property
     def share(self) -> float:
@@ -98,6 +117,12 @@ class Known:
     def p(self) -> float:
         """Probability of such a share by guesses."""
         return p_of_guess(self.share, len(self.asked), sum(self.asked.values()))
+
+    @property
+    def beyond_guesses(self) -> bool:
+        """Whether guesses would not do as well."""
+        top1 = sum(self.predicted.values()) / sum(self.asked.values())
+        return beyond_guesses(self.share, top1, len(self.asked), sum(self.asked.values()))
 
     @property
     def known(self) -> set[Fact]:
@@ -141,7 +166,7 @@ def check_known(model: LanguageModel, task: Task, role: str, found: Known) -> No
     Raises:
         TaskError: it does not.
     """
-    if found.p <= ALPHA:
+    if found.beyond_guesses:
         return
     what = {"forget": "forgotten", "retain": "retained"}[role]
     raise TaskError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..audit.known import ALPHA, CHANCE, p_of_guess
+from ..audit.known import CHANCE, beyond_guesses, p_of_guess
 from ..losses.accuracy import accuracy, perplexity
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
@@ -88,7 +88,8 @@ class ScoreRow:
 
     def knows(self, model: ModelVersion) -> bool:
         """Whether a model chooses better than guesses would."""
-        return self.p_of_guess(model) <= ALPHA
+        score = self[model]
+        return beyond_guesses(score.choice, score.top1, self.facts or self.n, self.n)
 
     def __getitem__(self, model: ModelVersion) -> Score:
         """A model's score.
