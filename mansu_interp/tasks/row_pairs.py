@@ -361,8 +361,7 @@ def task_from_rows(
 
     Raises:
         TaskError: prompts contradict each other, or a role has no usable rows in ``train`` or
-            ``unseen``; says why they were left out. What is left out otherwise is counted in
-            `Task.dropped`, with its lines.
+            ``unseen``; says why. What is left out otherwise is counted in `Task.dropped`.
     """
     made = _Pairing(model, rows, options or RowOptions())
     places = [Asked(r, s, "") for r in ("forget", "retain") for s in SPLITS]
