@@ -32,8 +32,7 @@ from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure
 from mansu_interp.runs import measure as measuring
 from mansu_interp.runs.config import PlanConfig, RunConfig
-from mansu_interp.runs.known import what_is_known
-from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines
+from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines, what_is_known
 from mansu_interp.runs.run import RunResult, run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
@@ -266,11 +265,12 @@ def test_unknown_facts_are_left_out_of_a_run(facts: LanguageModel, tmp_path: Pat
     """Six wrong capitals among forty: they are neither trained on nor scored, and are counted."""
     file = write_rows(tmp_path / "t.jsonl", lambda k, right: right[(k + 1) % 6 if k < 6 else k])
     task, known = what_is_known(facts, load_task(file, facts), ["nf4"], 0, lambda *_: None)
-    assert str(known.forget) == "34 of 40 facts known, 0 partly, 6 unknown"
-    assert "6 unknown, left out; unseen phrasings, four-way: 1.000, 1.000 after" in known.line()
+    # One of the six is right by chance, in the one phrasing: not known, and not left out either.
+    assert str(known.forget) == "34 of 40 facts known, 1 partly, 5 unknown"
+    assert "5 unknown, left out; unseen phrasings, four-way: 1.000, 1.000 after" in known.line()
     assert known.retain.unknown == set()
-    assert len(task.forget) == len(task.held_out) == 34
-    assert task.dropped == {"the original does not know the fact": 6}
+    assert len(task.forget) == len(task.held_out) == 35
+    assert task.dropped == {"the original does not know the fact": 5}
     assert known_forget(facts, task)[0] is task  # asked again, nothing more is left out
 
 

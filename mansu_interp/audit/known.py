@@ -2,8 +2,8 @@
 
 A fact is asked in every phrasing that training sees, by four-way choice. It is
 
-- *known*: right in more phrasings than a guess would be (one-sided binomial test, p <= `ALPHA`), or
-  in all where they are too few for that;
+- *known*: right in more phrasings than a guess would be (one-sided binomial test, p <= `ALPHA`);
+  where they are too few for that, what the model predicts outright in all of them;
 - *unknown*: right in no more than a quarter of them, as a guess would be;
 - *partly* known: between the two.
 
@@ -71,8 +71,8 @@ def p_of_guess(share: float, facts: int, prompts: int, chance: float = CHANCE) -
 
 
 def beyond_guesses(share: float, top1: float, facts: int, prompts: int) -> bool:
-    """Whether a model answers some prompts better than guesses would (`p_of_guess`). Where they are
-    so few that being right on all of them would not show it, it must predict each answer outright.
+    """Whether a model answers some prompts better than guesses would (`p_of_guess`). Where so few
+    that being right on all of them would not show it, it must predict each answer outright.
 
     Arguments:
         share: of the prompts on which the answer ranks first of four.
@@ -130,7 +130,7 @@ class Known:
         return {
             f
             for f, n in self.asked.items()
-            if self.right[f] == n or binomial_tail(self.right[f], n, CHANCE) <= ALPHA
+            if beyond_guesses(self.right[f] / n, self.predicted[f] / n, 1, n)
         }
 
     @property

@@ -36,9 +36,8 @@ from .context import OnProgress, RunContext
 from .defaults import default_task
 from .edit import edit
 from .folder import Clock, begin, check_folder, config_json, result_affecting
-from .known import what_is_known
 from .measure import deployed, measure
-from .plan import Plan, plan
+from .plan import Plan, plan, what_is_known
 
 
 @dataclass

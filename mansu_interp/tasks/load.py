@@ -19,12 +19,11 @@ from ..models.load import load_model
 from ..utils.shipped import is_embedded
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text
-from .overlap import Asked, distinct
 from .pairs import Pair, PairSet, Tokens
 from .row_pairs import RowOptions, task_from_rows
 from .rows import SUFFIXES, read_rows
 from .schema import RowTask, TableTask, TaskFile
-from .task import Task
+from .task import Asked, Task, distinct
 
 SCORED = ("dev", "unseen")
 """Splits that are scored."""

@@ -23,11 +23,10 @@ from typing import get_args
 from ..errors import TaskError
 from ..models.language_model import LanguageModel
 from ..utils.files import expect
-from .overlap import Asked, distinct
 from .pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from .rows import SHOWN, SPLITS, Row
 from .schema import Strategy
-from .task import Task
+from .task import Asked, Task, distinct
 
 LETTERS = "ABCD"
 TRIES = 32
