@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
+from mansu_interp.audit.known import beyond_guesses, p_of_guess
 from mansu_interp.audit.relearning import Point, Relearning
+from mansu_interp.errors import ModelError
 from mansu_interp.evaluation.properties import Property, properties, verdict
 from mansu_interp.evaluation.scores import (
     Flips,
@@ -20,6 +23,7 @@ from mansu_interp.evaluation.scores import (
 from mansu_interp.evaluation.versions import EDITED, ORIGINAL, ModelVersion
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.task import Task
 
 NF4, FP4 = EDITED.after("nf4"), EDITED.after("fp4")
 ORIGINALS = {ORIGINAL: 1.0, ORIGINAL.after("nf4"): 1.0}
@@ -262,7 +266,7 @@ def test_forgetting_needs_a_fall():
     near = made("forget", {**dict.fromkeys(ORIGINALS, 0.34), EDITED: 0.34, NF4: 0.34})
     held = properties(Scores((near,)))[0]
     assert held.passed is False
-    assert held.reason == "the original's accuracy was no higher"
+    assert held.reason == "x did not fall"
     luck = made("forget", {**dict.fromkeys(ORIGINALS, 0.34), EDITED: 0.33, NF4: 0.33})
     known, after = [True] * 9 + [False] * 11, [True] * 5 + [False] * 14 + [True]
     held = properties(
@@ -282,3 +286,36 @@ def test_sets_that_the_original_does_not_know_are_named_and_do_not_count():
     assert (
         "The original itself answers y (0.270) and y after nf4 (0.270) no better" in held.sentence
     )
+
+
+def test_guesses_are_counted_by_hand():
+    """The fact is the unit, however often it is asked; of fewer than three facts the prompt."""
+    assert p_of_guess(1.0, 3, 12) == pytest.approx(1 / 64)
+    assert p_of_guess(1.0, 2, 12) == pytest.approx(0.25**12)
+    assert p_of_guess(0.5, 4, 40) == pytest.approx((6 * 9 + 4 * 3 + 1) / 256)
+    assert p_of_guess(0.62, 4, 40) == p_of_guess(0.5, 4, 40)  # rounded down to whole facts
+    assert p_of_guess(0.0, 9, 9) == 1.0 and p_of_guess(0.1, 20, 20, chance=0.0) == 0.0
+    exact = sum(math.comb(2000, k) * 3 ** (2000 - k) for k in range(550, 2001)) / 4**2000
+    assert p_of_guess(0.275, 2000, 2000) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize(
+    ("share", "top1", "facts", "prompts", "known"),
+    [
+        (4 / 6, 0.0, 6, 6, True),
+        (3 / 6, 1.0, 6, 6, False),
+        (1.0, 0.5, 2, 2, False),  # too few to tell by choice: predicted outright, or not known
+        (1.0, 1.0, 2, 2, True),
+        (1.0, 0.0, 2, 3, True),
+    ],
+)
+def test_what_is_beyond_guesses(share: float, top1: float, facts: int, prompts: int, known: bool):
+    assert beyond_guesses(share, top1, facts, prompts) is known
+
+
+def test_nan_is_no_score(facts: LanguageModel, capitals: Task):
+    """Nothing outranks NaN: a broken model would seem to have forgotten all."""
+    broken = facts.copy()
+    broken.weights[facts.linear_names[0]][0, 0] = float("nan")
+    with pytest.raises(ModelError, match=f"facts: the weight {facts.linear_names[0]} holds NaN"):
+        evaluate({EDITED: broken}, capitals, role="forget")

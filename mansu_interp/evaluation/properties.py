@@ -175,8 +175,8 @@ def _forgetting(name: str, scores: Scores, quantizers: Sequence[str]) -> Propert
     )
     at = f"{worst.label}{f', {version.quantizer}' if version.quantizer else ''}"
     flips = scores.flips(ORIGINAL, EDITED, "choice")
-    fell = all(r[EDITED].choice < r[ORIGINAL].choice for r in known)
-    none = "" if fell else "the original's accuracy was no higher"
+    level = [r.label for r in known if r[EDITED].choice >= r[ORIGINAL].choice]
+    none = f"{_and(level)} did not fall" if level else ""
     if flips and not (flips.p <= ALPHA and flips.gone > flips.back):
         none = f"the fall cannot be told from none ({flips})"
     sentence = (
