@@ -539,6 +539,22 @@ def test_a_set_of_quantizers_has_a_table_for_each_metric() -> None:
     assert "Top-1, original → unlearned:" in render_html(report, "")
 
 
+def test_answers_ranked_last_have_a_table_of_their_own() -> None:
+    """A model that avoids an answer gives it away: 58 % last is no forgetting."""
+    report = make_report()
+    assert "ranked last of the four" not in render_markdown(report)  # files of older versions
+
+    def with_last(row: ScoreRow) -> ScoreRow:
+        shares = {ORIGINAL: 0.01, EDITED: 0.583, EDITED.after("nf4"): 0.25}
+        return replace(row, scores=tuple(replace(s, last=shares.get(s.model)) for s in row.scores))
+
+    rows = tuple(map(with_last, report.scores))
+    text = render_markdown(replace(report, scores=rows))
+    assert "ranked last of the four" in text
+    assert "| 25.0% | 1.0% → 58.3% | – → 25.0% |" in text
+    assert Report.from_json(replace(report, scores=rows).to_json()).scores == rows
+
+
 def test_numbers() -> None:
     assert [percent(x) for x in (0, 1, 0.1234, -0.02)] == ["0.0%", "100.0%", "12.3%", "−2.0%"]
     assert percent(None) == percent(float("inf")) == percent(float("nan")) == "–"

@@ -63,7 +63,8 @@ def fact_rows(n: int = 40) -> list[dict[str, Any]]:
                             "phrasing": text,
                         }
                     )
-    odd = {**out[0], "phrasing": "asked like no other row"}  # no swap is of its kind
+    asked_alone = f"{out[0]['subject']} has its capital in"
+    odd = {**out[0], "prompt": asked_alone, "phrasing": "x"}  # no swap is of its kind
     return [*out, odd]
 
 
@@ -295,8 +296,8 @@ def test_own_corrupt_prompts_and_answers(facts: LanguageModel):
 
 WORDS = "user assistant Q: q0 q1 q2 q3 red old cat new dog big fox A. B. C. D. A B C D Answer:"
 QUIZ = [
-    {"role": role, "prompt": f"Q: q{k}", "answer": answer, "distractors": wrong}
-    for role in ("forget", "retain")
+    {"role": role, "prompt": f"{'Q: ' * n}q{k}", "answer": answer, "distractors": wrong}
+    for n, role in enumerate(("forget", "retain"), 1)
     for k, (answer, *wrong) in enumerate(
         [("red cat", "red dog", "big fox", "old"), ("old", "new dog", "big cat", "new fox")] * 2
     )
@@ -389,6 +390,47 @@ def test_every_option_is_checked():
     assert list(OPTIONS) == [f.name for f in fields(RowOptions)]
 
 
+def test_contradictory_prompts_are_refused(facts: LanguageModel):
+    """One prompt with two answers, and a prompt that is to be forgotten and to be retained."""
+    two = fact_rows()
+    assert two[0]["phrasing"] == two[4]["phrasing"] and two[0]["answer"] != two[4]["answer"]
+    two[4]["prompt"] = two[0]["prompt"]
+    with pytest.raises(TaskError, match=r"1 prompt with two answers, such as '<bos>.*: '.*' and '"):
+        task_from_rows(parse_rows(enumerate(two, 1)), facts, BOS)
+    both = [{**r, "role": "retain"} for r in fact_rows() if r["relation"] == "capital"]
+    with pytest.raises(TaskError, match=r"in the role forget and in another, such as .* \(retain"):
+        task_from_rows(parse_rows(enumerate([*fact_rows(), *both], 1)), facts, BOS)
+
+
+def test_repeats_and_scored_prompts_that_are_trained_on_are_left_out(facts: LanguageModel):
+    twice = task_from_rows(parse_rows(enumerate(fact_rows(8) * 2, 1)), facts, BOS)
+    plain = task_from_rows(parse_rows(enumerate(fact_rows(8), 1)), facts, BOS)
+    assert [p.clean for p in every_pair(twice)] == [p.clean for p in every_pair(plain)]
+    assert twice.dropped["the prompt is there already"] == len(every_pair(plain))
+    seen = [r for r in fact_rows() if r["relation"] == "language" or r["split"] != "dev"][:-1]
+    unseen = [r for r in seen if r["relation"] == "capital" and r["split"] == "unseen"]
+    for r in unseen[:20]:
+        r |= {"prompt": f"the capital of {r['subject']} is", "phrasing": "as in training"}
+    task = task_from_rows(parse_rows(enumerate(seen, 1)), facts, BOS)
+    assert task.dropped.pop("the scored prompt is also trained on") >= 10
+    assert len(task.scored["unseen"]["forget"]["capital"]) == 20
+    for r in unseen:
+        r |= {"prompt": f"the capital of {r['subject']} is", "phrasing": "as in training"}
+    why = r"split unseen(.|\n)*prompts: the scored prompt is also trained on"
+    with pytest.raises(TaskError, match=why):
+        task_from_rows(parse_rows(enumerate(seen, 1)), facts, BOS)
+
+
+def test_a_stray_rows_own_role_is_a_bad_row(tmp_path: Path):
+    rows = [{**r, "role": "retain"} for r in fact_rows(6)[:8]]
+    rows[3]["role"] = "forget"
+    source = write_jsonl(tmp_path / "retain.jsonl", rows)
+    why = "line 4: its own role is 'forget', but it stands among those given as 'retain'"
+    for read in (lambda: adapt("rows", source, "retain"), lambda: read_rows(source, role="retain")):
+        with pytest.raises(TaskError, match=why):
+            read()
+
+
 def test_a_missing_split_says_what_to_do(facts: LanguageModel):
     made = [r for r in fact_rows() if r["split"] == "train"]
     with pytest.raises(TaskError) as caught:
@@ -440,6 +482,12 @@ SHAPES: dict[str, list[dict[str, Any]]] = {"tofu": TOFU, "muse": MUSE, "wmdp": W
 ONE_TURN = "{% for m in messages %}user {{ m.content }} {% endfor %}assistant{{ '\n' }}"
 
 
+def kept(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same facts in other questions, so that none is both forgotten and retained."""
+    asked = ("question", "paraphrased_question")
+    return [{k: f"this: {v}" if k in asked else v for k, v in r.items()} for r in records]
+
+
 def words(*shapes: Any) -> str:
     """Every word that the rows and our phrasings hold."""
     text = json.dumps(shapes).replace('"', " ").replace(",", " ").replace("[", " ")
@@ -453,7 +501,7 @@ def test_from_the_command_line_to_a_task(
     tmp_path: Path, kind: str, chat: bool, capsys: pytest.CaptureFixture[str]
 ):
     forget = write_jsonl(tmp_path / "forget.jsonl", SHAPES[kind])
-    retain = write_jsonl(tmp_path / "retain.jsonl", SHAPES[kind])
+    retain = write_jsonl(tmp_path / "retain.jsonl", kept(SHAPES[kind]))
     out = tmp_path / "mine.json"
     command = ["task", kind, "--forget", str(forget), "--retain", str(retain), "--out", str(out)]
     assert main(command + ["--chat"] * chat) == 0
@@ -476,7 +524,8 @@ def test_tofu_keeps_its_wrong_answers_and_paraphrases(tmp_path: Path):
 
 def test_the_deciding_token_of_a_perturbed_answer_is_the_fact(tmp_path: Path):
     source = write_jsonl(tmp_path / "source.jsonl", TOFU)
-    make_task(TaskConfig("tofu", str(source), str(source), tmp_path / "t.json"))
+    retain = write_jsonl(tmp_path / "retain.jsonl", kept(TOFU))
+    make_task(TaskConfig("tofu", str(source), str(retain), tmp_path / "t.json"))
     model = toy(words(TOFU))
     pair = load_task(tmp_path / "t.json", model).forget[0]
     assert model.tokenizer.decode([pair.answer]) == "Sun"
@@ -486,7 +535,8 @@ def test_the_deciding_token_of_a_perturbed_answer_is_the_fact(tmp_path: Path):
 
 def test_wmdp_answers_are_letters(tmp_path: Path):
     source = write_jsonl(tmp_path / "source.jsonl", WMDP)
-    make_task(TaskConfig("wmdp", str(source), str(source), tmp_path / "w.json"))
+    retain = write_jsonl(tmp_path / "retain.jsonl", kept(WMDP))
+    make_task(TaskConfig("wmdp", str(source), str(retain), tmp_path / "w.json"))
     task = load_task(tmp_path / "w.json", toy(words(WMDP)))
     for p in task.forget:
         k = int(p.subject.split()[6])

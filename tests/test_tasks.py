@@ -288,3 +288,40 @@ def test_too_few_answers_for_a_choice(tmp_path: Path, facts: LanguageModel, capi
     value["forget"]["subjects"] = None
     with pytest.raises(TaskError, match="too few different answers for 4-way choice"):
         load_task(write(tmp_path, value), facts)
+
+
+def test_repeated_and_contradictory_rows_of_tables(facts: LanguageModel, tmp_path: Path):
+    """The same guard as for rows: a table's own subjects may repeat, or answer twice."""
+    spec = json.loads((DATA / "tasks" / "capitals.json").read_text(encoding="utf-8"))
+    spec |= {"text": None, "reference_models": []}
+    spec["relations"]["capital"]["table"] = "own.csv"
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    table = (DATA / "facts" / "countries.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "own.csv").write_text("\n".join([*table, table[1]]), encoding="utf-8")
+    task = load_task(tmp_path / "t.json", facts)
+    assert task.dropped["the prompt is there already"] == 6  # in six phrasings of three splits
+    assert len(task.forget) == len({p.clean for p in task.forget})
+    other = table[1].replace(task.forget[0].answer_text, task.forget[4].answer_text)
+    (tmp_path / "own.csv").write_text("\n".join([*table, other]), encoding="utf-8")
+    with pytest.raises(TaskError, match="has 6 prompts with two answers, such as '<bos>the capit"):
+        load_task(tmp_path / "t.json", facts)
+    spec["retain"], spec["relations"]["again"] = ["again"], spec["relations"]["capital"]
+    (tmp_path / "own.csv").write_text("\n".join(table), encoding="utf-8")
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    with pytest.raises(TaskError, match=r"in the role forget and in another, such as .*\(retain"):
+        load_task(tmp_path / "t.json", facts)
+
+
+def test_facts_are_left_out_of_every_split(capitals: Task):
+    gone = {p.fact for p in capitals.forget[:3]}
+    task = capitals.without(gone, "why")
+    left = {p.fact for p in task.forget}
+    assert left == {p.fact for p in capitals.forget} - gone
+    for split in ("dev", "unseen"):
+        (scored,) = task.scored[split]["forget"].values()
+        assert {p.fact for p in scored} <= left
+        assert task.scored[split]["retain"] == capitals.scored[split]["retain"]
+    assert task.dropped["why"] == len(capitals.forget) - len(task.forget)
+    assert capitals.without(set(), "why") is capitals and task.sha256 != capitals.sha256
+    with pytest.raises(TaskError, match="no forget prompt left: why"):
+        task.without(left, "why")

@@ -33,9 +33,8 @@ from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
 from ..utils.files import Json
 from .config import RelearnConfig
+from .known import CHANCE
 
-CHANCE = 1 / N_CHOICES
-"""Share of answers that a guess ranks first of four, or last."""
 TOLERANCE = 0.15
 """Share above `CHANCE` from which relearning half A has brought something back."""
 ERASED_LEVEL = CHANCE + TOLERANCE

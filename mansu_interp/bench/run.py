@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from ..audit.known import known_forget
 from ..errors import ConfigError
 from ..masks.floor import quantizer_set
 from ..models.language_model import LanguageModel
@@ -67,8 +68,8 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         One row per model, task, level, method, seed and quantizer (see `tidy`).
 
     Raises:
-        MansuError: an unknown model, task or quantizer, or Dask is needed and cannot be used,
-            before any long work.
+        MansuError: an unknown model, task or quantizer, a model that does not know what it is to
+            forget, or Dask is needed and cannot be used, before any long work.
         ResourceError: disk or memory ran out, or another benchmark writes to the folder.
     """
     if launched() > 1:
@@ -79,7 +80,8 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     models = {name: load_model(name, bench.device) for name in bench.models}
     for model in models.values():
         for task in bench.tasks:
-            load_task(task, model, default_config(model.name, task).score_pairs)
+            pairs = default_config(model.name, task).score_pairs
+            known_forget(model, load_task(task, model, pairs))
     jobs, scheduler = (1, None) if bench.table_only else (bench.jobs, bench.scheduler)
     with locked(bench.out), engine(jobs, scheduler) as compute:
         rows = _run_missing(bench, models, compute, on_progress or (lambda *_: None))

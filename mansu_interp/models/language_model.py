@@ -183,6 +183,20 @@ class LanguageModel:
             hf = copy.deepcopy(self.hf)
         return LanguageModel(self.name, hf, self.tokenizer, self.saved_dtype, self.sha256)
 
+    def check_finite(self) -> None:
+        """Raise ModelError over a weight that holds NaN or infinity.
+
+        Raises:
+            ModelError: one does.
+        """
+        for name, weight in self.weights.items():
+            # A sum is finite only if its terms are; it may overflow where they are.
+            if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+                raise ModelError(
+                    f"{self.name}: the weight {name} holds NaN or infinity. Give a checkpoint of "
+                    "finite weights."
+                )
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text exactly as written: nothing is prepended."""
         return self.get_tokenizer()(text, add_special_tokens=False).input_ids

@@ -20,9 +20,7 @@ from .records import Report
 from .story import (
     ROLES,
     edge_counts,
-    final_margin_text,
     heading,
-    quantization_margin_text,
 )
 from .values import DASH, count, measured, percent, status_of
 
@@ -139,10 +137,9 @@ def _lines(report: Report) -> list[Text]:
         line += f". Circuit: {count(circuit.edges)} of {count(circuit.of)} edges"
     out = [f"{line}."]
     if edit.final_margin:
-        out.append(f"Final margin: {final_margin_text(edit.final_margin)}.")
+        out.append(f"Final margin: {edit.final_margin}.")
     if edit.quantization_margin:
-        text = quantization_margin_text(edit.quantization_margin)
-        out.append(f"Quantization margin: {text}.")
+        out.append(f"Quantization margin: {edit.quantization_margin}.")
     if counts := edge_counts(report):
         out.append(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in counts.items())}.")
     if cad := report.cad:

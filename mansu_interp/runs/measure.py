@@ -46,6 +46,7 @@ from ..unlearning.methods import Mansu
 from ..utils.files import read_json
 from ..viz.view import View, changes_view
 from .command import command_line
+from .config import RunConfig
 from .context import RunContext
 from .edit import Edited
 from .folder import config_json
@@ -83,7 +84,7 @@ def measure(run: RunContext, edited: Edited) -> Report:
     compared, view = compare_graphs(run, edited, models, reference)
     run.clock.lap("compare")
     attacked, cad = attack(run, models, reference) if run.config.relearn_steps else ({}, None)
-    held = properties(scores, deployed(run), attacked.get(EDITED))
+    held = properties(scores, deployed(run.config), attacked.get(EDITED))
     shown = {v: m for v, m in models.items() if v != ORIGINAL.after(QUANTIZER)}
     return Report(
         schema=SCHEMA,
@@ -108,16 +109,16 @@ def measure(run: RunContext, edited: Edited) -> Report:
     )
 
 
-def deployed(run: RunContext) -> list[str]:
+def deployed(config: RunConfig) -> list[str]:
     """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
-    return list(dict.fromkeys((QUANTIZER, *run.config.unlearn.promised)))
+    return list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
 
 
 def score(run: RunContext, models: Models) -> Scores:
     """Original and edited model on every unseen set, in full precision and after each quantizer
     of the set."""
     scores = evaluate(models, run.task, on_step=run.note)
-    for name in deployed(run)[1:]:  # two at a time: they need not fit into memory together
+    for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
         pair = {v.after(name): quantize(models[v], name) for v in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(pair, run.task, on_step=run.note))
     return scores
@@ -127,7 +128,7 @@ def quantizer_rows(
     run: RunContext, edited: LanguageModel, scores: Scores
 ) -> tuple[QuantizerRow, ...]:
     """What each quantizer makes of the edit; nf4 first."""
-    names = dict.fromkeys((*deployed(run), *run.config.quantizers))
+    names = dict.fromkeys((*deployed(run.config), *run.config.quantizers))
     promised = run.config.unlearn.promised
     return tuple(
         quantizer_row(run.model, edited, get_quantizer(q), run.task, q in promised, scores)
@@ -156,7 +157,7 @@ def quantizer_row(
     """
     before, after = ORIGINAL.after(quantizer.name), EDITED.after(quantizer.name)
     found = scores
-    if after not in scores.first:
+    if after not in scores.right:
         models = {v: quantize(m, quantizer, task.calibration)
                   for v, m in ((before, model), (after, edited))}  # fmt: skip
         found = evaluate(models, task, role="forget")
@@ -171,7 +172,7 @@ def quantizer_row(
         survival=survival(model, edited, quantizer, task.calibration),
         choice=forget("choice"),
         top1=forget("top1"),
-        flips=Flips.between(scores.first[EDITED], found.first[after]),
+        flips=Flips.between(scores.right[EDITED]["choice"], found.right[after]["choice"]),
     )
 
 
@@ -253,7 +254,7 @@ def model_facts(model: LanguageModel) -> ReportModel:
 
 def task_facts(task: Task) -> ReportTask:
     """The task, for the report."""
-    facts = len({(p.relation, p.subject) for p in task.forget})
+    facts = len({p.fact for p in task.forget})
     return ReportTask(task.name, task.title, facts, task.dropped)
 
 

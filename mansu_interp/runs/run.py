@@ -36,8 +36,8 @@ from .context import OnProgress, RunContext
 from .defaults import default_task
 from .edit import edit
 from .folder import Clock, begin, check_folder, config_json, result_affecting
-from .measure import measure
-from .plan import Plan, plan
+from .measure import deployed, measure
+from .plan import Plan, plan, what_is_known
 
 
 @dataclass
@@ -61,7 +61,8 @@ def run(
 ) -> RunResult:
     """Run the whole job and write every artefact; go on with one that was killed.
 
-    1. Check the settings and load model and task: bad input costs no work.
+    1. Check the settings and load model and task, and ask the original what it knows of it: bad
+       input costs no work, and what was not known cannot be forgotten.
     2. Take the folder, and tell the plan.
     3. Edit: circuit, mask, unlearning (`edit`).
     4. Measure the saved checkpoint (`measure`).
@@ -92,7 +93,9 @@ def run(
     model = load_model(config.model, config.device)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
+    note = on_progress or (lambda *_: None)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
+    task, known = what_is_known(model, task, deployed(config), config.seed, note)
     if config.relearn_steps:
         scored_halves(task, config.seed)
     made_from = provenance(model, config.seed, result_affecting(config_json(config)), task.sha256)
@@ -100,11 +103,9 @@ def run(
         if rank() == 0:
             begin(config, made_from)
         clock = Clock(config.out / "seconds.json")
-        context = RunContext(
-            config, model, task, made_from, note=on_progress or (lambda *_: None), clock=clock
-        )
+        context = RunContext(config, model, task, made_from, note=note, clock=clock)
         if on_plan:
-            on_plan(plan(config, model, task))
+            on_plan(plan(config, model, task, known))
         clock.lap("load")
         edited = edit(context)
         with enough_memory("measuring the result", "Free memory and run the same command again."):

@@ -10,7 +10,7 @@ in which answer and counterfactual differ, with what they share appended to both
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -23,6 +23,8 @@ from ..errors import TaskError
 N_CHOICES = 4
 
 Tokens = tuple[int, ...]
+Fact = tuple[str, str]
+"""Relation and subject."""
 
 Device = torch.device | str
 
@@ -98,6 +100,11 @@ class Pair:
                 f"{where}: the answer {self.answer_text!r} shares its first token with a "
                 "distractor or the counterfactual answer. Give answers that differ at once."
             )
+
+    @property
+    def fact(self) -> Fact:
+        """What is asked, in whatever phrasing."""
+        return self.relation, self.subject
 
     @property
     def choices(self) -> Tokens:
@@ -295,6 +302,11 @@ class PairSet(Sequence[Pair]):
     def batches(self, size: int, device: Device = "cpu") -> Iterator[Batch]:
         """The same as tensors on a device."""
         return (collate(part, device) for part in self.parts(size))
+
+    def without(self, facts: Collection[Fact]) -> PairSet | None:
+        """The pairs about other facts; None if there are none."""
+        left = tuple(p for p in self.pairs if p.fact not in facts)
+        return PairSet(self.name, left) if left else None
 
     def sample(self, n: int, seed: int) -> PairSet:
         """At most ``n`` pairs, drawn evenly over phrasings."""

@@ -26,7 +26,7 @@ from ..utils.files import expect
 from .pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from .rows import SHOWN, SPLITS, Row
 from .schema import Strategy
-from .task import Task
+from .task import Asked, Task, distinct
 
 LETTERS = "ABCD"
 TRIES = 32
@@ -359,17 +359,19 @@ def task_from_rows(
         reference_models: embedded models that were never taught the forget facts.
 
     Raises:
-        TaskError: a role without usable rows in ``train`` or ``unseen``; says why they were left
-            out. What is left out otherwise is counted in `Task.dropped`, with its lines.
+        TaskError: prompts contradict each other, or a role has no usable rows in ``train`` or
+            ``unseen``; says why. What is left out otherwise is counted in `Task.dropped`.
     """
     made = _Pairing(model, rows, options or RowOptions())
-    found = {(r, s): made.pairs(r, s) for r in ("forget", "retain") for s in SPLITS}
-    found |= {("neighbour", s): made.pairs("neighbour", s) for s in ("dev", "unseen")}
-    retain_unscored = made.pairs("retain_unscored", "train")
-    dropped = made.left_out()
+    places = [Asked(r, s, "") for r in ("forget", "retain") for s in SPLITS]
+    places += [Asked("neighbour", s, "") for s in ("dev", "unseen")]
+    places.append(Asked("retain_unscored", "train", ""))
+    found, left_out = distinct(name, {at: made.pairs(at.role, at.split) for at in places})
+    unscored = tuple(found[Asked("retain_unscored", "train", "")])
+    dropped = made.left_out() | left_out
     for role in ("forget", "retain"):
         for split in ("train", "unseen"):
-            if not found[role, split]:
+            if not found[Asked(role, split, "")]:
                 why = "".join(f"\n  {n} prompts: {reason}" for reason, n in dropped.items())
                 raise TaskError(
                     f"Task {name!r} has no usable {role} prompt in the split {split}. Give rows of "
@@ -378,18 +380,16 @@ def task_from_rows(
 
     def sets(role: str, split: str) -> dict[str, PairSet]:
         by: dict[str, list[Pair]] = {}
-        for pair in found.get((role, split), []):
+        for pair in found[Asked(role, split, "")]:
             by.setdefault(pair.relation, []).append(pair)
         return {r: PairSet(f"{role}/{r}", tuple(p)).sample(score_pairs, 0) for r, p in by.items()}
 
     return Task(
         name=name,
         title=title or name,
-        forget=PairSet("forget", tuple(found["forget", "train"])),
-        retain=PairSet("retain", tuple(found["retain", "train"])),
-        retain_unscored=PairSet("retain_unscored", tuple(retain_unscored))
-        if retain_unscored
-        else None,
+        forget=PairSet("forget", tuple(found[Asked("forget", "train", "")])),
+        retain=PairSet("retain", tuple(found[Asked("retain", "train", "")])),
+        retain_unscored=PairSet("retain_unscored", unscored) if unscored else None,
         scored={
             split: {role: sets(role, split) for role in ("forget", "retain", "neighbour")}
             for split in ("dev", "unseen")

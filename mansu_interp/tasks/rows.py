@@ -150,7 +150,8 @@ def parse_rows(records: Iterable[Numbered], where: str = "rows", **given: str) -
     Arguments:
         records: line and mapping; a string in a mapping's place says why there is none.
         where: named in messages.
-        given: fields that every row gets unless it has its own (such as ``role``).
+        given: fields that every row gets unless it has its own; a row of another ``role`` than is
+            given is a bad one.
 
     Raises:
         TaskError: no row, or bad ones; lists the first `SHOWN` with line and reason.
@@ -158,6 +159,11 @@ def parse_rows(records: Iterable[Numbered], where: str = "rows", **given: str) -
 
     def make(line: int, record: Mapping[str, object]) -> Row:
         own = {k: _text(v) for k, v in record.items()}
+        if (role := own.get("role")) and given.get("role", role) != role:
+            raise TaskError(
+                f"its own role is {role!r:.80}, but it stands among those given as "
+                f"{given['role']!r}: correct one of them"
+            )
         row: dict[str, object] = {**given}
         row |= {k: v for k, v in own.items() if not (isinstance(v, str) and not v)}
         wrong = row.pop("distractors", None)
