@@ -21,6 +21,7 @@ from mansu_interp.errors import ArtifactError, ModelError, ResourceError, TaskEr
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.load import empty_model
 from mansu_interp.tasks.files import data_file, read_task_file
+from mansu_interp.utils import files
 from mansu_interp.utils.files import (
     LOCK,
     atomic_folder,
@@ -176,12 +177,13 @@ def test_only_what_our_own_dead_processes_left_is_removed(tmp_path: Path):
     run, outside, other = tmp_path / "run", tmp_path / "outside", tmp_path / "run" / "other"
     for folder in (run / "model", outside, other):
         folder.mkdir(parents=True)
-    ours = ".x.json.mansu-{}-abcd_123.partial"
+    ours = f".x.json.mansu-{files._MACHINE}-{{}}-abcd0123.partial"
     dead, alive = ours.format(2**22 + 1), ours.format(os.getppid())  # beyond the largest number
     kept = [
         run / ".notes.partial",
-        run / ".x.json.mansu-12-short.partial",
-        run / "x.json.mansu-12-abcd_123.partial",
+        run / f".x.json.mansu-{files._MACHINE}-12-short.partial",
+        run / f"x.json.mansu-{files._MACHINE}-12-abcd0123.partial",
+        run / dead.replace(files._MACHINE, "000000"),  # of another machine
         run / alive,
         outside / dead,
         other / dead,

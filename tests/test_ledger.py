@@ -21,7 +21,7 @@ from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.registry import get_quantizer
-from mansu_interp.utils.files import new_folder
+from mansu_interp.utils.files import atomic_folder
 
 SET = ("nf4", "fp4", "q4_0")
 NAME = "model.layers.2.mlp.down_proj.weight"
@@ -238,7 +238,7 @@ def test_delta_needs_an_edit_in_one_dtype(folders: tuple[Path, Path]):
 
 
 def test_a_folder_is_whole_or_absent(tmp_path: Path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "x") as folder:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "x", new=True) as folder:
         (folder / "half").write_text("")
         raise RuntimeError
     assert not list(tmp_path.iterdir())

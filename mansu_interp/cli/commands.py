@@ -122,8 +122,14 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
         print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
         print(f"{found.outside} values changed outside the linear layers and the embedding.")
+    for sentence in found.changed:
+        print(f"Changed: {sentence}.")
     for sentence in found.mismatches:
         print(f"Mismatch: {sentence}.")
+    if found.uncovered:
+        print(f"Not compared: {', '.join(found.uncovered)}.")
+    if not found.edited:
+        print("No weight differs from the original: there is no edit to promise anything of.")
     print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
     return found.status
 
@@ -132,22 +138,25 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
     """Write an edit alone."""
     from ..export.ledger import delta
     from ..models.load import load_model
+    from ..utils.files import atomic_path
 
-    found = delta(load_model(config.original), load_model(config.edited))
-    found.save(config.out)
+    with atomic_path(config.out, new=True) as file:
+        found = delta(load_model(config.original), load_model(config.edited))
+        found.save(file)
     print(f"{found.n_edits} edits, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
     return 0
 
 
 def do_apply(config: ApplyConfig, _: Output) -> int:
     """Make an edited checkpoint from its delta."""
+    from ..export.deployed import save_edited
     from ..export.ledger import Ledger, apply
     from ..models.load import load_model
-    from ..utils.files import new_folder
+    from ..utils.files import atomic_folder
 
-    with new_folder(config.out) as folder:
-        ledger = Ledger.load(config.delta)
-        apply(load_model(config.original), ledger).save(folder)
+    with atomic_folder(config.out, new=True) as folder:
+        ledger, original = Ledger.load(config.delta), load_model(config.original)
+        save_edited(apply(original, ledger), original, folder)
     print(f"{ledger.n_edits} edits applied: {config.out}")
     return 0
 

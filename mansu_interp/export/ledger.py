@@ -22,7 +22,7 @@ from ..quantizers.registry import get_quantizer
 from ..utils.files import Json, expect
 from ..utils.tensors import read_tensors, tensors_sha256, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 
 META = {
     "survive": [str],

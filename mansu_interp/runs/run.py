@@ -24,18 +24,27 @@ from ..models.provenance import provenance
 from ..quantizers.registry import get_quantizer
 from ..report.card import model_card
 from ..report.records import Report
-from ..report.write import write_report
+from ..report.write import report_files
 from ..tasks.load import load_task
 from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
-from ..utils.files import locked, write_text
+from ..utils.files import locked
 from ..utils.libraries import enough_memory
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext
 from .defaults import default_task
 from .edit import edit
-from .folder import Clock, begin, check_folder, config_json, result_affecting
+from .folder import (
+    CARD,
+    MODEL,
+    Clock,
+    RunFolder,
+    begin,
+    check_folder,
+    config_json,
+    result_affecting,
+)
 from .measure import measure
 from .plan import Plan, plan
 
@@ -97,12 +106,16 @@ def run(
         scored_halves(task, config.seed)
     made_from = provenance(model, config.seed, result_affecting(config_json(config)), task.sha256)
     with locked(config.out) if rank() == 0 else contextlib.nullcontext():
-        if rank() == 0:
-            begin(config, made_from)
+        folder = begin(config, made_from) if rank() == 0 else RunFolder(config.out)
         clock = Clock(config.out / "seconds.json")
-        context = RunContext(
-            config, model, task, made_from, note=on_progress or (lambda *_: None), clock=clock
-        )
+
+        def note(stage: str, done: int, total: int) -> None:
+            if rank() == 0:
+                folder.check_held()
+            if on_progress:
+                on_progress(stage, done, total)
+
+        context = RunContext(config, model, task, made_from, note, clock, folder)
         if on_plan:
             on_plan(plan(config, model, task))
         clock.lap("load")
@@ -110,7 +123,9 @@ def run(
         with enough_memory("measuring the result", "Free memory and run the same command again."):
             report = measure(context, edited)
         if context.writes:
-            write_text(config.out / "model" / "README.md", model_card(report))
             picture = circuit_svg(edited.circuit) if edited.circuit else ""
-            write_report(config.out, report, picture)
+            folder.check_whole()
+            folder.write_text(f"{MODEL}/{CARD}", model_card(report))
+            for name, text in report_files(report, picture).items():
+                folder.write_text(name, text)
     return RunResult(report, edited.circuit, edited.mask, edited.model, config.out, clock.seconds)
