@@ -43,6 +43,7 @@ FILES = {
     "config.json",
     "provenance.json",
     "seconds.json",
+    "written.json",
     "circuit.json",
     "circuit.graphml",
     "mask.safetensors",
@@ -212,7 +213,7 @@ def test_an_interrupted_run_continues_to_the_same_model(finished: RunResult, tmp
     with pytest.raises(KeyboardInterrupt):
         run(config, stop)
     kept = {p.name for p in config.out.iterdir()}
-    begun = {"config.json", "provenance.json", "seconds.json"}
+    begun = {"config.json", "provenance.json", "seconds.json", "written.json"}
     assert kept == begun | {"circuit.json", "circuit.graphml", "mask.safetensors"}
     stages: list[str] = []
     again = run(config, lambda stage, *_: stages.append(stage))

@@ -154,7 +154,9 @@ def find_circuit(trial: Trial, model: LanguageModel, task: Task) -> Circuit:
             path
         )
     sample = task.forget.sample(settings.pairs, trial.seed)
-    return replace(Circuit.load(path), pairs=sample)
+    circuit = replace(Circuit.load(path), pairs=sample)
+    circuit.check_fits(model)
+    return circuit
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -166,12 +167,26 @@ def do_export(config: ExportConfig, _: Output) -> int:
     from pathlib import Path
 
     from ..export.gguf import export_gguf
+    from ..export.ledger import Ledger, unpromised
     from ..models.load import load_model
+    from ..utils.files import check_free
 
+    check_free(config.out)
     inside = Path(config.model) / "model"
-    model = load_model(inside if (inside / "config.json").exists() else config.model)
-    export_gguf(model, config.out, config.type)
+    place = inside if (inside / "config.json").exists() else Path(config.model)
+    model = load_model(place if place.is_dir() else config.model)
+    lost, ledger = None, place.parent / "ledger.safetensors"
+    if config.type != "f16" and place.is_dir() and ledger.exists():
+        lost = unpromised(model, Ledger.load(ledger), config.type)
+    export_gguf(model, config.out, config.type, new=True)
     print(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
+    if lost:
+        print(
+            f"Careful: this edit was not made to survive {config.type}; {lost.survived:,} of its "
+            f"{lost.edited:,} weights do. What was forgotten may come back in this file. Measure "
+            f"it, or unlearn with --unlearn.survive {config.type}.",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from ..models.hugging_face import PreTrainedTokenizerBase
 from ..models.language_model import LanguageModel
 from ..models.provenance import tokenizer_sha256
 from ..utils.files import Json, read_json
+from ..utils.shipped import DATA
 
 LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 """How files begin that lay down the terms of a model."""
@@ -44,6 +47,9 @@ SETTINGS = (
     "cls_token",
     "mask_token",
     "extra_special_tokens",
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
 )
 """What is compared of a tokenizer besides the rules by which it splits."""
 KNOWN = {
@@ -72,6 +78,28 @@ def licence_files(folder: Path | None) -> list[Path]:
         and p.is_file()
         and p.stat().st_size <= MAX_LICENCE
     ]
+
+
+def licence_terms(folder: Path | None) -> dict[str, str]:
+    """What the card of a model says of its licence, as `ModelCardData` has it; ``unknown`` where
+    neither card nor licence lies in its folder."""
+    card = folder / "README.md" if folder else None
+    found: object = None
+    if card and card.is_file() and card.stat().st_size <= MAX_LICENCE:
+        from huggingface_hub import metadata_load
+
+        with contextlib.suppress(Exception):  # a stranger's card
+            found = metadata_load(card)
+    if isinstance(found, dict) and isinstance(found.get("license"), str):
+        keys = ("license", "license_name", "license_link")
+        return {k: found[k] for k in keys if isinstance(found.get(k), str)}
+    if folder and DATA in folder.parents:
+        return {"license": "mit"}  # comes with this package
+    files = licence_files(folder)
+    if files:
+        link = {"license_link": files[0].name}
+        return {"license": "other", "license_name": "that-of-the-original", **link}
+    return {"license": "unknown"}
 
 
 def save_edited(edited: LanguageModel, original: LanguageModel, folder: Path) -> None:
@@ -121,6 +149,9 @@ def _config_changes(original: LanguageModel, edited: LanguageModel) -> list[str]
     ):
         out += [f"{key} of {where} is {_shown(b, key)}, not {_shown(a, key)}"
                 for key in _different(a, b) if key not in BOOKKEEPING]  # fmt: skip
+    named = edited.config.architectures or []
+    if named not in (original.config.architectures or [], [type(edited.hf).__name__]):
+        out.append(f"architectures of config.json is {named!r:.60}")
     return list(dict.fromkeys(out))
 
 
@@ -154,7 +185,8 @@ def _tokenizer_changes(original: LanguageModel, edited: LanguageModel) -> list[s
 
 
 def _settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    return {key: str(getattr(tokenizer, key, None)) for key in SETTINGS}
+    given = tokenizer.init_kwargs
+    return {key: str(getattr(tokenizer, key, given.get(key))) for key in SETTINGS}
 
 
 def _buffers(model: LanguageModel) -> dict[str, Tensor]:
@@ -171,7 +203,8 @@ def _different(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
 def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.equal(a.cpu(), b.to(a.dtype).cpu())
-    return type(a) is type(b) and repr(a) == repr(b)
+    texts = [json.dumps(value, sort_keys=True, default=repr) for value in (a, b)]
+    return texts[0] == texts[1]
 
 
 def _shown(values: Mapping[str, object], key: str) -> str:

@@ -40,9 +40,14 @@ class Verification:
     def holds(self) -> bool:
         """There is an edit, all of it survives every quantizer, no other code changes, and nothing
         else that is deployed differs."""
-        return bool(self.edited) and not self.outside and not self.changed and all(
-            r.survived == r.edited and not r.collateral
-            for r in (*self.rows.values(), *self.embedding.values())
+        return (
+            bool(self.edited)
+            and not self.outside
+            and not self.changed
+            and all(
+                r.survived == r.edited and not r.collateral
+                for r in (*self.rows.values(), *self.embedding.values())
+            )
         )
 
     @property

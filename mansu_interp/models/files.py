@@ -44,8 +44,8 @@ def weight_files(folder: Path, config: dict[str, Json]) -> list[Path]:
     if (folder / INDEX).exists():
         return _indexed(folder)
     raise ModelError(
-        f"{folder} has no *.safetensors file to load, which is {WEIGHTS} or those of {INDEX}. Only "
-        "safetensors are read (pickles can run code): convert it with save_pretrained."
+        f"{folder} has no *.safetensors file. Only safetensors are read (pickles can run code), "
+        f"from {WEIGHTS} or the files that {INDEX} names: convert it with save_pretrained."
     )
 
 

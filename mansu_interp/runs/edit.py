@@ -203,6 +203,5 @@ def record(run: RunContext, mask: Mask | None, model: LanguageModel) -> None:
         run.wait()
     if Ledger.load(file).meta.get("edited_sha256") != model.sha256:
         raise ArtifactError(
-            f"{run.out / MODEL} is not the model that {file} records. Delete both to unlearn "
-            "again."
+            f"{run.out / MODEL} is not the model that {file} records. Delete both to unlearn again."
         )

@@ -15,6 +15,7 @@ import torch
 
 from ..audit.relearning import scored_halves
 from ..circuits.circuit import Circuit
+from ..export.deployed import licence_terms
 from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
@@ -125,7 +126,8 @@ def run(
         if context.writes:
             picture = circuit_svg(edited.circuit) if edited.circuit else ""
             folder.check_whole()
-            folder.write_text(f"{MODEL}/{CARD}", model_card(report))
+            card = model_card(report, licence_terms(model.folder))
+            folder.write_text(f"{MODEL}/{CARD}", card)
             for name, text in report_files(report, picture).items():
                 folder.write_text(name, text)
     return RunResult(report, edited.circuit, edited.mask, edited.model, config.out, clock.seconds)

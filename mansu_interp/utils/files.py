@@ -33,6 +33,9 @@ _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 """Which machine this is: a process of another one is not known to be dead."""
 _PARTIAL_NAME = re.compile(r"\..+\.mansu-([0-9a-f]{6})-(\d+)-[0-9a-f]{8}\.partial", re.DOTALL)
 """What `atomic_path` and `atomic_folder` call what they have not finished."""
+_LIVE: dict[str, Path] = {}
+"""Those of this process, and what they are to become; others of its number are of a dead one that
+had it, too."""
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 _WORDS = {
     errno.ENOSPC: "the disk is full",
@@ -75,6 +78,7 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         ResourceError: the disk is full, the folder read-only, the name too long, or the like.
     """
+    path = _LIVE.get(Path(path).name, path)
     try:
         if b"\0" in os.fsencode(path):
             raise _no_name(path)
@@ -110,6 +114,7 @@ def _unfinished(path: Path, make: Callable[[Path], object]) -> Path:
         name = f".{path.name[:40]}.mansu-{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
         with contextlib.suppress(FileExistsError):
             make(path.parent / name)
+            _LIVE[name] = path
             return path.parent / name
 
 
@@ -145,6 +150,7 @@ def atomic_path(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+            _LIVE.pop(temporary.name, None)
 
 
 @contextlib.contextmanager
@@ -171,6 +177,7 @@ def atomic_folder(
             temporary.replace(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            _LIVE.pop(temporary.name, None)
 
 
 def is_leftover(path: Path) -> bool:
@@ -200,7 +207,7 @@ def _remove_unfinished(folder: Path, deeply: bool = True) -> None:
             found, path = _PARTIAL_NAME.fullmatch(name), Path(place, name)
             if found is None or found[1] != _MACHINE or _is_running(int(found[2])):
                 continue
-            if path.is_symlink():
+            if path.is_symlink() or name in _LIVE:
                 continue
             if name in folders:
                 shutil.rmtree(path, ignore_errors=True)
