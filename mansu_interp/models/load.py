@@ -182,6 +182,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
             small = device == "auto" and hf.num_parameters() < SMALL
             hf.to(torch.device("cpu") if small else target)  # pyright: ignore[reportArgumentType]
             tokenizer = AutoTokenizer.from_pretrained(place, **how)
+            tokenizer.decode(tokenizer("a").input_ids)  # a damaged one may load, and fail here
         except Exception as error:  # the libraries below trip over damaged files in many ways
             if is_out_of_memory(error):
                 raise ResourceError(
