@@ -174,7 +174,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "bos": (
         lambda folder: rewrite(folder / "tokenizer_config.json", add_bos_token=True),
-        "add_bos_token of the tokenizer is 'True', not 'None'",
+        "add_bos_token of tokenizer_config.json is True, not False",
     ),
     "template": (
         lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),

@@ -47,11 +47,10 @@ SETTINGS = (
     "cls_token",
     "mask_token",
     "extra_special_tokens",
-    "add_bos_token",
-    "add_eos_token",
-    "add_prefix_space",
 )
 """What is compared of a tokenizer besides the rules by which it splits."""
+OTHERS = ("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map")
+"""Keys of tokenizer_config.json that other programs read, where transformers may not."""
 KNOWN = {
     "config.json",
     "generation_config.json",
@@ -162,10 +161,16 @@ def _generation(model: LanguageModel) -> dict[str, Json]:
 
 def _unknown(model: LanguageModel) -> dict[str, Json]:
     """What stands in config.json and does not reach the configuration that transformers makes."""
-    file = model.folder / "config.json" if model.folder else None
-    raw = read_json(file) if file and file.exists() else {}
+    raw = _raw(model, "config.json")
     known = model.config.to_dict().keys() | model.config.attribute_map.keys()
     return {k: v for k, v in raw.items() if k not in known and not hasattr(model.config, k)}
+
+
+def _raw(model: LanguageModel, name: str) -> dict[str, Json]:
+    """A JSON file of a model's folder; nothing where there is none."""
+    file = model.folder / name if model.folder else None
+    found = read_json(file) if file and file.exists() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _tokenizer_changes(original: LanguageModel, edited: LanguageModel) -> list[str]:
@@ -178,6 +183,10 @@ def _tokenizer_changes(original: LanguageModel, edited: LanguageModel) -> list[s
     if a.chat_template != b.chat_template:
         out.append("the chat template differs")
     first, second = _settings(a), _settings(b)
+    for key, value in _raw(edited, "tokenizer_config.json").items():
+        usual = _raw(original, "tokenizer_config.json").get(key, getattr(a, key, None))
+        if key in OTHERS and not _same(value, usual):
+            out.append(f"{key} of tokenizer_config.json is {value!r:.60}, not {usual!r:.60}")
     return out + [
         f"{key} of the tokenizer is {_shown(second, key)}, not {_shown(first, key)}"
         for key in _different(first, second)
@@ -185,8 +194,7 @@ def _tokenizer_changes(original: LanguageModel, edited: LanguageModel) -> list[s
 
 
 def _settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    given = tokenizer.init_kwargs
-    return {key: str(getattr(tokenizer, key, given.get(key))) for key in SETTINGS}
+    return {key: str(getattr(tokenizer, key, None)) for key in SETTINGS}
 
 
 def _buffers(model: LanguageModel) -> dict[str, Tensor]:

@@ -68,11 +68,12 @@ def _indexed(folder: Path) -> list[Path]:
             held.setdefault(name, set()).add(tensor)
         if not held:
             raise ValueError("it names no file")
-        for name, tensors in sorted(held.items()):
+        for name in sorted(held):
             if name != Path(name).name or not name.endswith(".safetensors"):
                 raise ValueError(f"{name!r:.100} is no safetensors file beside it")
             if not (folder / name).is_file():
                 raise ValueError(f"{name!r:.100} is not there")
+        for name, tensors in sorted(held.items()):
             if odd := tensors ^ stored(folder / name).keys():
                 raise ValueError(f"it is not true of {name} where {min(odd)!r:.100} is")
     except ValueError as error:
