@@ -77,7 +77,7 @@ def test_a_folder_of_others_is_not_written_to(tmp_path: Path, name: str):
         mine.write_text("mine")
     else:
         mine.mkdir()
-    with pytest.raises(ArtifactError, match="that no benchmark wrote|cannot be read as JSON"):
+    with pytest.raises(ArtifactError, match=r"that no benchmark wrote|cannot be read as JSON"):
         run_bench(BenchConfig(out=tmp_path, table_only=True))
     assert [p.name for p in tmp_path.iterdir()] == [name]
 

@@ -286,7 +286,7 @@ def test_a_later_go_trusts_only_what_the_run_wrote(finished: RunResult, tmp_path
     more = refused(lambda o: (o / "model" / "modeling.py").write_text("x"))
     assert f"model/modeling.py was not written by this run. Delete {out / 'model'} and run" in more
     assert "lacks model/tokenizer.json" in refused(lambda o: (o / "model/tokenizer.json").unlink())
-    assert "not written by this run" in refused(lambda o: (o / "report.html").write_text("mine"))
+    assert "html was changed after this" in refused(lambda o: (o / "report.html").write_text("x"))
     assert "not written by this run" in refused(lambda o: (o / "written.json").unlink())
     shutil.rmtree(out)
     shutil.copytree(begun, out)
