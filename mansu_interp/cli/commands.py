@@ -72,7 +72,9 @@ def do_run(config: RunConfig, output: Output) -> int:
     print("" if output.quiet else "\n", end="")
     print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
     if not output.quiet:
-        print(f"\n{duration(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
+        now, total = time.monotonic() - start, sum(result.seconds.values())
+        spent = duration(now) + (f" ({duration(total)} in all goes)" if total > now + 1 else "")
+        print(f"\n{spent}. Open {result.folder / 'report.html'}")
     return 0
 
 

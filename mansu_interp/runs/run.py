@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -118,7 +118,8 @@ def run(
 
         context = RunContext(config, model, task, made_from, note, clock, folder)
         if on_plan:
-            on_plan(plan(config, model, task))
+            made = plan(config, model, task)
+            on_plan(replace(made, lines=made.lines + _spent(clock)))
         clock.lap("load")
         edited = edit(context)
         with enough_memory("measuring the result", "Free memory and run the same command again."):
@@ -131,3 +132,9 @@ def run(
             for name, text in report_files(report, picture).items():
                 folder.write_text(name, text)
     return RunResult(report, edited.circuit, edited.mask, edited.model, config.out, clock.seconds)
+
+
+def _spent(clock: Clock) -> list[str]:
+    """A line of the plan about what earlier goes took of its cost; none in the first go."""
+    minutes = round(sum(clock.seconds.values()) / 60)
+    return [f"before   {minutes or 'under 1'} min of it by earlier goes"] if clock.seconds else []
