@@ -3,10 +3,18 @@
     pip install atheris
     python scripts/fuzz.py --share 1            # every loader, about a million inputs; a table
     python scripts/fuzz.py --loader mask --runs 5000
+    python scripts/fuzz.py --folders model --count 10000    # needs no atheris
+    python scripts/fuzz.py --folders run --count 2000
 
 Coverage-guided by atheris (libFuzzer). Half of the inputs are changed as what they are (a value of
 a JSON tree, a header of a tensor file), half as bytes. One process per loader; a stack trace of
 anything but a `MansuError` ends it and leaves the input there as ``crash-*``.
+
+Folders: files of a small model's folder, or of a half-finished run's, are altered, truncated,
+replaced, removed or made something else than files. What is done to the k-th one follows from
+``--seed`` and k. A model must be refused, or load and answer; `verify` must find the change, or
+name it, or the model must behave as before. A run must refuse to go on, or end with the same
+bytes. Anything else, or 60 s without an end, leaves the folder there as ``crash-*``.
 """
 
 from __future__ import annotations
@@ -14,16 +22,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -498,17 +509,338 @@ def full(share: float, out: Path) -> None:
     print(f"| all | {total:,} | | | | |", flush=True)
 
 
+# Whole folders.
+
+SECONDS = 60
+"""That one folder may take."""
+TEXTS = ("the capital of Peru is Lima", "<bos>Lima the", "of   Peru", "unknown words")
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Put other bytes at a path, whatever is there."""
+    _remove(file)
+    file.write_bytes(data)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def spoil(folder: Path, other: Path, rng: random.Random) -> list[str]:
+    """Do one to three things to the files of a folder; returns what, in words.
+
+    Arguments:
+        folder: is changed.
+        other: a folder of the same kind, from which files are taken.
+        rng: decides.
+    """
+    done = []
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+        if not files:
+            break
+        file = rng.choice(files)
+        how = rng.choice(HOW)
+        done.append(f"{how.__name__.strip('_')} {file.relative_to(folder)}")
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # no longer JSON, say
+            how(file, folder, other, rng)
+    return done
+
+
+def _changed(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    """As what it is."""
+    mutate = mutate_tensors if file.suffix == ".safetensors" else mutate_text
+    file.write_bytes(mutate(file.read_bytes(), rng))
+
+
+def _nudged(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    """One number, name or switch of a JSON file, a little."""
+    value = json.loads(file.read_text())
+    path = rng.choice(_paths(value))
+    parent = value
+    for key in path[:-1]:
+        parent = parent[key]
+    old = parent[path[-1]]
+    near: Any = old
+    if isinstance(old, bool):
+        near = not old
+    elif isinstance(old, (int, float)):
+        near = rng.choice([old + 1, old - 1, old * 2, old / 2])
+    elif isinstance(old, str):
+        near = rng.choice([old + "x", old[:-1], old.upper(), "gelu", "mistral"])
+    parent[path[-1]] = near
+    file.write_text(json.dumps(value))
+
+
+def _truncated(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: rng.randrange(len(data) + 1)])
+
+
+def _flipped(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    data = bytearray(file.read_bytes())
+    for _ in range(rng.choice([1, 1, 8])):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    file.write_bytes(bytes(data))
+
+
+def _replaced(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    """By the file of the same name of another folder, or by any other file."""
+    same = other / file.relative_to(folder)
+    files = [p for p in sorted(other.rglob("*")) if p.is_file()]
+    source = same if same.is_file() and rng.random() < 0.6 else rng.choice(files)
+    _replace(file, source.read_bytes())
+
+
+def _removed(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    _remove(file)
+
+
+def _not_a_file(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    how = rng.randrange(5)
+    _remove(file)
+    if how == 0:
+        os.mkfifo(file)
+    elif how == 1:
+        file.mkdir()
+    else:
+        file.symlink_to(["nowhere", file.name, "/dev/zero"][how - 2])
+
+
+def _added(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    """A file under a name that means something to somebody."""
+    name = rng.choice(MEANINGFUL)
+    (file.parent / name).parent.mkdir(exist_ok=True)
+    _replace(file.parent / name, rng.choice([b"", b"{}", b"[]", b"x", file.read_bytes()]))
+
+
+HOW = (_changed, _changed, _nudged, _nudged, _truncated, _flipped, _replaced, _removed,
+       _not_a_file, _added)  # fmt: skip
+MEANINGFUL = (
+    "model.safetensors.index.json", "model.safetensors", "x.safetensors", "adapter_config.json",
+    "adapter_model.safetensors", "chat_template.jinja", "chat_template.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "vocab.json",
+    "merges.txt", "modeling.py", "pytorch_model.bin", "quantize_config.json", "LICENSE",
+    "README.md", "additional_chat_templates/rag.jinja", ".mansu.lock", "written.json", "model",
+)  # fmt: skip
+
+
+def _tiny_folder(folder: Path, seed: int, shards: bool = False) -> None:
+    """A Llama of a few hundred weights with a word tokenizer and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    words = ["<unk>", "<bos>", "<eos>", *dict.fromkeys(" ".join(TEXTS[:1]).split())]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    config = LlamaConfig(
+        vocab_size=len(words) + seed, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+        initializer_range=0.3, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("terms")
+
+
+def behaviour(model: LanguageModel) -> list[Any]:
+    """What a model does: logits, continuations, tokens of texts, a rendered chat."""
+    import torch
+
+    tokenizer = model.get_tokenizer()
+    tokens = torch.tensor([[1, 3, 4, 5], [2, 6, 0, 3]])
+    out: list[Any] = [model.all_logits(tokens).tolist()]
+    out.append(model.hf.generate(tokens, max_new_tokens=3, pad_token_id=0).tolist())
+    out += [tokenizer(t).input_ids for t in TEXTS]
+    out.append(tokenizer.apply_chat_template([{"role": "user", "content": "Lima"}], tokenize=False))
+    return out
+
+
+def model_folders() -> Callable[[Path, random.Random], str]:
+    """What makes one spoilt folder of an edited model, and judges what becomes of it."""
+    import torch
+
+    from mansu_interp.export.ledger import Ledger
+    from mansu_interp.export.verify import verify
+    from mansu_interp.masks.floor import floor
+    from mansu_interp.models.load import load_model
+
+    place, kinds = _scratch(), []
+    _tiny_folder(place / "other", seed=1)
+    for name, shards in (("one", False), ("shards", True)):
+        _tiny_folder(place / name, 0, shards)
+        original = load_model(place / name)
+        edited, weight = original.copy(), "model.layers.0.mlp.down_proj.weight"
+        where = floor(original.weights[weight], ("nf4",), torch.bfloat16)
+        index = (~where.up.isnan()).nonzero()[:9, 0]
+        edited.weights[weight].view(-1)[index] = where.up[index]
+        folder = place / f"{name}-edited"
+        if shards:
+            edited.hf.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+            edited.get_tokenizer().save_pretrained(folder)
+        else:
+            edited.save(folder)
+        edited = load_model(folder)
+        ledger = Ledger.of(original, edited, ("nf4",))
+        assert verify(original, edited, (), ledger).status == 0
+        kinds.append((original, folder, ledger, behaviour(edited)))
+
+    def judge(folder: Path, rng: random.Random) -> str:
+        original, source, ledger, before = rng.choice(kinds)
+        shutil.copytree(source, folder)
+        said = spoil(folder, place / "other", rng)
+        (folder.parent / f"{folder.name}.txt").write_text("; ".join(said))
+        try:
+            loaded = load_model(folder)
+            with contextlib.suppress(MansuError):
+                loaded.generate("the capital", 1)
+            found = verify(original, loaded, (), ledger)
+        except MansuError:
+            return "refused"
+        if found.status:
+            return "found"
+        # The files may differ and mean the same; then it must do the same.
+        assert behaviour(loaded) == before, f"verify is silent: {said}"
+        return "named" if found.uncovered else "harmless"
+
+    return judge
+
+
+class _Stop(BaseException):
+    """Ends a run where its result would be measured."""
+
+
+def run_folders() -> Callable[[Path, random.Random], str]:
+    """What makes one spoilt folder of a half-finished run, and judges what becomes of it."""
+    from mansu_interp.circuits.config import CircuitConfig
+    from mansu_interp.runs import run as pipeline
+    from mansu_interp.runs.config import RunConfig
+    from mansu_interp.unlearning import checkpoint
+    from mansu_interp.unlearning.methods import Mansu
+
+    place = _scratch()
+    pipeline.load_model = functools.cache(pipeline.load_model)
+    tasks: dict[str, Any] = {}
+    load_task = pipeline.load_task
+    pipeline.load_task = lambda name, model, n: tasks.setdefault(name, load_task(name, model, n))
+
+    def stop(*_: Any) -> Any:
+        raise _Stop
+
+    pipeline.measure = stop
+    circuit = CircuitConfig(pairs=2, ig_steps=1, top=20, faithfulness_pairs=2)
+    settings = RunConfig(
+        circuit=circuit, unlearn=Mansu(steps=2, batch_size=2, lr=0.1), score_pairs=2,
+        relearn_steps=0, threads=1,
+    )  # fmt: skip
+
+    def go(out: Path, seed: int = 0, at: int = 99) -> None:
+        def progress(stage: str, done: int, total: int) -> None:
+            if (stage, done) == ("unlearning", at):
+                raise _Stop
+
+        with contextlib.suppress(_Stop):
+            pipeline.run(dataclasses.replace(settings, out=out, seed=seed), progress)
+
+    def bytes_of(folder: Path) -> dict[str, bytes]:
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+        skip = {"seconds.json", "config.json"}
+        return {p.relative_to(folder).as_posix(): p.read_bytes()
+                for p in files if p.name not in skip or p.parent != folder}  # fmt: skip
+
+    # One name for all of them, since config.json holds it.
+    out, checkpoint.SECONDS = place / "run", 0.0
+    seeds = []
+    for name, seed, at in (("other", 1, 99), ("begun", 0, 1), ("edited", 0, 99)):
+        go(out, seed, at)
+        out.rename(place / name)
+        seeds.append(place / name)
+    shutil.copytree(place / "edited", place / "no-ledger")
+    (place / "no-ledger" / "ledger.safetensors").unlink()
+    other, *kinds = [*seeds, place / "no-ledger"]
+    right = bytes_of(place / "edited")
+    mine = set(right)
+
+    def judge(folder: Path, rng: random.Random) -> str:
+        _remove(out)
+        shutil.copytree(rng.choice(kinds), out)
+        said = spoil(out, other, rng)
+        (folder.parent / f"{folder.name}.txt").write_text("; ".join(said))
+        folder.symlink_to(out)
+        spoilt = bytes_of(out)
+        try:
+            go(out)
+        except MansuError:
+            return "found"
+        ended = bytes_of(out)
+        for name in sorted(mine - {"written.json"}):
+            assert ended.get(name) == right[name], f"{name} is another: {said}"
+        for name in sorted(ended.keys() - mine):  # strangers' files lie there untouched
+            assert ended[name] == spoilt.get(name), f"{name} was written: {said}"
+        return "harmless"
+
+    return judge
+
+
+FOLDERS = {"model": model_folders, "run": run_folders}
+
+
+def fuzz_folders(kind: str, count: int, seed: int, out: Path) -> None:
+    """Spoil so many folders and print how many were refused, found, named and harmless."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    judge, counts, started = FOLDERS[kind](), Counter[str](), time.monotonic()
+    for k in range(count):
+        folder = _scratch() / "spoilt"
+        signal.alarm(SECONDS)
+        try:
+            counts[judge(folder, random.Random(f"{seed} {k}"))] += 1
+        except BaseException:
+            signal.alarm(0)
+            kept = out / f"crash-{kind}-{seed}-{k}"
+            if folder.exists():
+                shutil.copytree(folder.resolve(), kept, symlinks=True, dirs_exist_ok=True,
+                                ignore=lambda at, names: [n for n in names if not os.path.isfile(
+                                    os.path.join(at, n)) and not os.path.isdir(
+                                    os.path.join(at, n))])  # fmt: skip
+            print(f"{kind} {seed} {k}: {(_scratch() / 'spoilt.txt').read_text()}", flush=True)
+            raise
+        signal.alarm(0)
+        _remove(folder)
+    spent = time.monotonic() - started
+    cells = ", ".join(f"{n:,} {word}" for word, n in sorted(counts.items()))
+    print(f"| {kind} folders | {count:,} | {spent:.0f} s | {cells} |")
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loader", choices=LOADERS)
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--share", type=float, default=1.0, help="of a full run's inputs")
+    parser.add_argument("--folders", choices=FOLDERS)
+    parser.add_argument("--count", type=int, default=300, help="of folders")
+    parser.add_argument("--seed", type=int, default=0, help="of folders")
     parser.add_argument("--out", type=Path, default=Path("fuzz"), help="kept inputs and logs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        if args.loader:
+        if args.folders:
+            fuzz_folders(args.folders, args.count, args.seed, args.out)
+        elif args.loader:
             fuzz(args.loader, args.runs, args.out / args.loader.replace(" ", "-"))
         else:
             full(args.share, args.out)

@@ -70,6 +70,29 @@ def test_the_fair_stop(tries: list[DevScores | None], expected: tuple[int, bool]
     assert best_retained(tries, 0.30) == expected
 
 
+@pytest.mark.parametrize("name", ["table.csv", "scoreboard.html", "trials", "work", "bench.json"])
+def test_a_folder_of_others_is_not_written_to(tmp_path: Path, name: str):
+    mine = tmp_path / name
+    if "." in name:
+        mine.write_text("mine")
+    else:
+        mine.mkdir()
+    with pytest.raises(ArtifactError, match=r"that no benchmark wrote|cannot be read as JSON"):
+        run_bench(BenchConfig(out=tmp_path, table_only=True))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_benchmark_knows_its_own_folder(tmp_path: Path):
+    config = BenchConfig(out=tmp_path, table_only=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(2):
+        assert run_bench(config) == []
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "bench.json").write_text('{"kind": "other"}')
+    with pytest.raises(ArtifactError, match="is no benchmark's"):
+        run_bench(config)
+
+
 FEW = ("npo", "sure", "original")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,20 @@ import torch
 from conftest import make_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.known import known_forget
+from mansu_interp.bench.config import BenchConfig
 from mansu_interp.circuits import attribution
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
-from mansu_interp.errors import ArtifactError, CircuitError, ConfigError, ModelError, TaskError
+from mansu_interp.errors import (
+    ArtifactError,
+    CircuitError,
+    ConfigError,
+    ModelError,
+    ResourceError,
+    TaskError,
+)
 from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
 from mansu_interp.export.ledger import Ledger
 from mansu_interp.export.verify import verify
@@ -32,11 +42,12 @@ from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure
 from mansu_interp.runs import measure as measuring
 from mansu_interp.runs.config import PlanConfig, RunConfig
+from mansu_interp.runs.folder import RunFolder
 from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines, what_is_known
 from mansu_interp.runs.run import RunResult, run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.methods import GradDiff, Mansu
+from mansu_interp.unlearning.methods import METHODS, GradDiff, Mansu
 from mansu_interp.utils.files import read_json
 from mansu_interp.utils.shipped import DATA
 
@@ -46,6 +57,7 @@ FILES = {
     "config.json",
     "provenance.json",
     "seconds.json",
+    "written.json",
     "circuit.json",
     "circuit.graphml",
     "mask.safetensors",
@@ -291,7 +303,7 @@ def test_an_interrupted_run_continues_to_the_same_model(finished: RunResult, tmp
     with pytest.raises(KeyboardInterrupt):
         run(config, stop)
     kept = {p.name for p in config.out.iterdir()}
-    begun = {"config.json", "provenance.json", "seconds.json"}
+    begun = {"config.json", "provenance.json", "seconds.json", "written.json"}
     assert kept == begun | {"circuit.json", "circuit.graphml", "mask.safetensors"}
     stages: list[str] = []
     again = run(config, lambda stage, *_: stages.append(stage))
@@ -315,6 +327,86 @@ def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tm
     assert "unlearning" not in stages
     assert again.report.edit == finished.report.edit
     assert {p.name for p in out.iterdir()} == FILES
+
+
+def altered(file: Path) -> None:
+    """One byte, in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+OURS = sorted(
+    {*FILES} - {"config.json", "seconds.json", "model", "written.json", "provenance.json"}
+) + [f"model/{name}.json" for name in ("config", "tokenizer", "generation_config")]
+
+
+def test_a_later_go_trusts_only_what_the_run_wrote(finished: RunResult, tmp_path: Path):
+    """Every file, altered, replaced by another of the run, or put there."""
+    begun = tmp_path / "begun"
+    shutil.copytree(finished.folder, begun)
+    (begun / "report.html").unlink()
+    out = tmp_path / "run"
+
+    def refused(change: Callable[[Path], object]) -> str:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(begun, out)
+        change(out)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        folder = RunFolder(out)
+        with pytest.raises(ArtifactError) as caught:
+            folder.check()
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        return str(caught.value)
+
+    for name in {*OURS} - {"report.html"}:
+        changed = f"{out / name} was changed after this run wrote it. Delete "
+        assert changed in refused(lambda o, name=name: altered(o / name))
+        assert changed in refused(lambda o, name=name: shutil.copy(o / "config.json", o / name))
+    more = refused(lambda o: (o / "model" / "modeling.py").write_text("x"))
+    assert f"model/modeling.py was not written by this run. Delete {out / 'model'} and run" in more
+    assert "lacks model/tokenizer.json" in refused(lambda o: (o / "model/tokenizer.json").unlink())
+    assert "html was changed after this" in refused(lambda o: (o / "report.html").write_text("x"))
+    assert "not written by this run" in refused(lambda o: (o / "written.json").unlink())
+    shutil.rmtree(out)
+    shutil.copytree(begun, out)
+    altered(out / "written.json")
+    with pytest.raises(ArtifactError, match=r"written\.json (is not this run's|cannot be read)"):
+        RunFolder(out)
+    with pytest.raises(ArtifactError, match=r"written\.json (is not this run's|cannot be read)"):
+        run(settings(out))
+
+
+def test_a_folder_that_is_removed_meanwhile_is_said(tmp_path: Path):
+    config = settings(tmp_path / "run")
+
+    def remove(stage: str, done: int, total: int) -> None:
+        shutil.rmtree(config.out, ignore_errors=True)
+
+    with pytest.raises(ResourceError, match=r"was removed or taken over while this run was wri"):
+        run(config, remove)
+    assert not config.out.exists()
+
+
+def test_no_setting_may_be_infinite_or_no_number():
+    """JSON has no such numbers: a run with one could never go on."""
+    kinds = (*METHODS.values(), RunConfig, CircuitConfig, AttributionConfig, RelearnConfig)
+    seen = 0
+    for kind in (*kinds, BenchConfig):
+        for item in fields(kind):
+            usual = getattr(kind(), item.name)
+            some = usual[0] if isinstance(usual, tuple) and usual else usual
+            if not (isinstance(some, float) or "float" in str(item.type)):
+                continue
+            for odd in (math.nan, math.inf, -math.inf):
+                seen += 1
+                with pytest.raises(ConfigError):
+                    kind(**{item.name: (odd,) if isinstance(usual, tuple) else odd})
+    assert seen > 100
+    for seed in (1 << 64, -(1 << 64), 10**400):
+        for kind, name in ((RunConfig, "seed"), (RelearnConfig, "seed"), (BenchConfig, "seeds")):
+            with pytest.raises(ConfigError, match="must be at least"):
+                kind(**{name: (seed,) if name == "seeds" else seed})
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -71,7 +72,9 @@ def do_run(config: RunConfig, output: Output) -> int:
     print("" if output.quiet else "\n", end="")
     print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
     if not output.quiet:
-        print(f"\n{duration(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
+        now, total = time.monotonic() - start, sum(result.seconds.values())
+        spent = duration(now) + (f" ({duration(total)} in all goes)" if total > now + 1 else "")
+        print(f"\n{spent}. Open {result.folder / 'report.html'}")
     return 0
 
 
@@ -122,8 +125,14 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
         print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
         print(f"{found.outside} values changed outside the linear layers and the embedding.")
+    for sentence in found.changed:
+        print(f"Changed: {sentence}.")
     for sentence in found.mismatches:
         print(f"Mismatch: {sentence}.")
+    if found.uncovered:
+        print(f"Not compared: {', '.join(found.uncovered)}.")
+    if not found.edited:
+        print("No weight differs from the original: there is no edit to promise anything of.")
     print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
     return found.status
 
@@ -132,22 +141,25 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
     """Write an edit alone."""
     from ..export.ledger import delta
     from ..models.load import load_model
+    from ..utils.files import atomic_path
 
-    found = delta(load_model(config.original), load_model(config.edited))
-    found.save(config.out)
+    with atomic_path(config.out, new=True) as file:
+        found = delta(load_model(config.original), load_model(config.edited))
+        found.save(file)
     print(f"{found.n_edits} edits, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
     return 0
 
 
 def do_apply(config: ApplyConfig, _: Output) -> int:
     """Make an edited checkpoint from its delta."""
+    from ..export.deployed import save_edited
     from ..export.ledger import Ledger, apply
     from ..models.load import load_model
-    from ..utils.files import new_folder
+    from ..utils.files import atomic_folder
 
-    with new_folder(config.out) as folder:
-        ledger = Ledger.load(config.delta)
-        apply(load_model(config.original), ledger).save(folder)
+    with atomic_folder(config.out, new=True) as folder:
+        ledger, original = Ledger.load(config.delta), load_model(config.original)
+        save_edited(apply(original, ledger), original, folder)
     print(f"{ledger.n_edits} edits applied: {config.out}")
     return 0
 
@@ -157,12 +169,26 @@ def do_export(config: ExportConfig, _: Output) -> int:
     from pathlib import Path
 
     from ..export.gguf import export_gguf
+    from ..export.ledger import Ledger, unpromised
     from ..models.load import load_model
+    from ..utils.files import check_free
 
+    check_free(config.out)
     inside = Path(config.model) / "model"
-    model = load_model(inside if (inside / "config.json").exists() else config.model)
-    export_gguf(model, config.out, config.type)
+    place = inside if (inside / "config.json").exists() else Path(config.model)
+    model = load_model(place if place.is_dir() else config.model)
+    lost, ledger = None, place.parent / "ledger.safetensors"
+    if config.type != "f16" and place.is_dir() and ledger.exists():
+        lost = unpromised(model, Ledger.load(ledger), config.type)
+    export_gguf(model, config.out, config.type, new=True)
     print(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
+    if lost:
+        print(
+            f"Careful: this edit was not made to survive {config.type}; {lost.survived:,} of its "
+            f"{lost.edited:,} weights do. What was forgotten may come back in this file. Measure "
+            f"it, or unlearn with --unlearn.survive {config.type}.",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional
 
 from ..audit.config import RelearnConfig
 from ..runs.config import RunConfig
+from ..utils.ranges import check_seeds
 from ..utils.shipped import split_names
 
 
@@ -72,6 +73,9 @@ class CadConfig:
     device: str = "auto"
     """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
     models below ten million parameters, which do not gain."""
+
+    def __post_init__(self) -> None:
+        check_seeds(self, "seed")
 
 
 @dataclass(frozen=True)

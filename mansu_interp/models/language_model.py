@@ -8,7 +8,7 @@ that what is analysed is what is deployed. Only this room imports transformer_le
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -86,6 +86,10 @@ class LanguageModel:
     """The dtype of the checkpoint, in which edits are saved again."""
     sha256: str = ""
     """Hash of the safetensors files it was loaded from."""
+    folder: Path | None = None
+    """The folder on this machine that it was loaded from."""
+    unread: tuple[str, ...] = ()
+    """Tensors of those files that have no place in the model."""
     weights: dict[str, Tensor] = field(init=False, repr=False)
     """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
 
@@ -181,7 +185,7 @@ class LanguageModel:
         """An independent copy: its weights can be edited without touching this one's."""
         with quiet():
             hf = copy.deepcopy(self.hf)
-        return LanguageModel(self.name, hf, self.tokenizer, self.saved_dtype, self.sha256)
+        return replace(self, hf=hf)
 
     def check_finite(self) -> None:
         """Raise ModelError over a weight that holds NaN or infinity.

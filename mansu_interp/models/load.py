@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -10,10 +9,11 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, ModelError, ResourceError
-from ..utils.files import Json, expect, read_json
+from ..utils.files import Json, expect, file_sha256, read_json
 from ..utils.hub import check_online, is_hub_name
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from ..utils.shipped import DATA
+from .files import weight_files
 from .language_model import LanguageModel
 
 EMBEDDED = DATA / "models"
@@ -63,15 +63,6 @@ def _locate(name: str) -> str | Path:
         return cached
     check_online(f"Model {name!r}", ModelError)
     return name
-
-
-def _hash_folder(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_config(file: Path) -> dict[str, Json]:
@@ -179,20 +170,19 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
                 f"{name} is already quantized ({method}). Unlearning needs the full-precision "
                 "weights: give the original checkpoint; this tool quantizes the result itself."
             )
-        if local and not list(place.glob("*.safetensors")):
-            raise ModelError(
-                f"{name} has no *.safetensors file. Only safetensors are read (pickles can run "
-                "code): convert it with save_pretrained."
-            )
+        if local:
+            weight_files(place, raw)
         try:
             # Code that comes with a model is never run, and never offered to be.
             how = {"local_files_only": local, "trust_remote_code": False}
-            hf = AutoModelForCausalLM.from_pretrained(
-                place, dtype=torch.float32, use_safetensors=True, **how
-            ).eval()
+            hf, found = AutoModelForCausalLM.from_pretrained(
+                place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **how
+            )
+            hf.eval()
             small = device == "auto" and hf.num_parameters() < SMALL
             hf.to(torch.device("cpu") if small else target)  # pyright: ignore[reportArgumentType]
             tokenizer = AutoTokenizer.from_pretrained(place, **how)
+            tokenizer.decode(tokenizer("a").input_ids)  # a damaged one may load, and fail here
         except Exception as error:  # the libraries below trip over damaged files in many ways
             if is_out_of_memory(error):
                 raise ResourceError(
@@ -204,5 +194,12 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
     saved = getattr(torch, named, None)
     if not isinstance(saved, torch.dtype) or not saved.is_floating_point:
         raise ModelError(f"{name} has the dtype {named[:80]!r} in its config.json; no such float.")
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights, such as {missing[0]}, which would be random. "
+            "Give a whole checkpoint that fits its config.json."
+        )
     folder = place if isinstance(place, Path) else _cached(place)
-    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(folder) if folder else "")
+    sha = file_sha256(*weight_files(folder, raw)) if folder else ""
+    unread = tuple(sorted(found["unexpected_keys"]))
+    return LanguageModel(str(name), hf, tokenizer, saved, sha, folder, unread)

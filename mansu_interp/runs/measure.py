@@ -41,15 +41,14 @@ from ..report.records import (
 )
 from ..tasks.load import reference_model
 from ..tasks.task import Task
-from ..unlearning.history import StepRecord
+from ..unlearning.history import StepRecord, read_history
 from ..unlearning.methods import Mansu
-from ..utils.files import read_json
 from ..viz.view import View, changes_view
 from .command import command_line
 from .config import RunConfig
 from .context import RunContext
 from .edit import Edited
-from .folder import config_json
+from .folder import HISTORY, config_json
 from .plan import CAD_PAIRS
 
 SAMPLES = 8
@@ -266,7 +265,7 @@ def edit_facts(run: RunContext, edited: Edited) -> Edit:
         for name in (mask.indices if mask else model.weights)
     }
     total = sum(edits.values())
-    last = StepRecord.from_json(read_json(run.out / "history.json")[-1])
+    last = read_history(run.out / HISTORY)[-1]
     return Edit(
         edited=total,
         embedding=edits.get(model.embedding_name, 0),

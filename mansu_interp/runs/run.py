@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..audit.relearning import scored_halves
 from ..circuits.circuit import Circuit
+from ..export.deployed import licence_terms
 from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
@@ -24,18 +25,27 @@ from ..models.provenance import provenance
 from ..quantizers.registry import get_quantizer
 from ..report.card import model_card
 from ..report.records import Report
-from ..report.write import write_report
+from ..report.write import report_files
 from ..tasks.load import load_task
 from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
-from ..utils.files import locked, write_text
+from ..utils.files import locked
 from ..utils.libraries import enough_memory
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext
 from .defaults import default_task
 from .edit import edit
-from .folder import Clock, begin, check_folder, config_json, result_affecting
+from .folder import (
+    CARD,
+    MODEL,
+    Clock,
+    RunFolder,
+    begin,
+    check_folder,
+    config_json,
+    result_affecting,
+)
 from .measure import deployed, measure
 from .plan import Plan, plan, what_is_known
 
@@ -100,18 +110,33 @@ def run(
         scored_halves(task, config.seed)
     made_from = provenance(model, config.seed, result_affecting(config_json(config)), task.sha256)
     with locked(config.out) if rank() == 0 else contextlib.nullcontext():
-        if rank() == 0:
-            begin(config, made_from)
+        folder = begin(config, made_from) if rank() == 0 else RunFolder(config.out)
         clock = Clock(config.out / "seconds.json")
-        context = RunContext(config, model, task, made_from, note=note, clock=clock)
+
+        def held(stage: str, done: int, total: int) -> None:
+            if rank() == 0:
+                folder.check_held()
+            note(stage, done, total)
+
+        context = RunContext(config, model, task, made_from, held, clock, folder)
         if on_plan:
-            on_plan(plan(config, model, task, known))
+            made = plan(config, model, task, known)
+            on_plan(replace(made, lines=made.lines + _spent(clock)))
         clock.lap("load")
         edited = edit(context)
         with enough_memory("measuring the result", "Free memory and run the same command again."):
             report = measure(context, edited)
         if context.writes:
-            write_text(config.out / "model" / "README.md", model_card(report))
             picture = circuit_svg(edited.circuit) if edited.circuit else ""
-            write_report(config.out, report, picture)
+            folder.check_whole()
+            card = model_card(report, licence_terms(model.folder))
+            folder.write_text(f"{MODEL}/{CARD}", card)
+            for name, text in report_files(report, picture).items():
+                folder.write_text(name, text)
     return RunResult(report, edited.circuit, edited.mask, edited.model, config.out, clock.seconds)
+
+
+def _spent(clock: Clock) -> list[str]:
+    """A line of the plan about what earlier goes took of its cost; none in the first go."""
+    minutes = round(sum(clock.seconds.values()) / 60)
+    return [f"before   {minutes or 'under 1'} min of it by earlier goes"] if clock.seconds else []
