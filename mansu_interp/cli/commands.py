@@ -225,8 +225,7 @@ def do_task(config: TaskConfig, _: Output) -> int:
     """Make a task file."""
     from ..tasks.benchmarks import make_task
 
-    n = make_task(config)
-    print(f"{n} rows. Use it: mansu run --task {config.out}")
+    print("\n".join(make_task(config)))
     return 0
 
 
