@@ -17,8 +17,7 @@ from mansu_interp.tasks.fact_pairs import _mentions
 from mansu_interp.tasks.files import embedded_tasks
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, collate
-from mansu_interp.tasks.row_pairs import RowOptions
-from mansu_interp.tasks.schema import RowTask, json_schema
+from mansu_interp.tasks.schema import RowOptions, RowTask, json_schema
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.renamed import TASK_KEYS
 from mansu_interp.utils.shipped import DATA

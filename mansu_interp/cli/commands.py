@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
+from .console import say, say_json
 from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
@@ -39,10 +39,6 @@ class Output:
         return cls("--quiet" in argv, "--json" in argv), rest
 
 
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
 def do_run(config: RunConfig, output: Output) -> int:
     """Run the whole job, and summarise its report."""
     from ..report.terminal import console_summary
@@ -52,7 +48,7 @@ def do_run(config: RunConfig, output: Output) -> int:
 
     def show(plan: Plan) -> None:
         if not (output.quiet or output.json or rank()):
-            print("\n".join(plan.lines), flush=True)
+            say("\n".join(plan.lines), flush=True)
 
     start = time.monotonic()
     with group():
@@ -66,12 +62,12 @@ def do_run(config: RunConfig, output: Output) -> int:
     if output.json:
         from ..utils.files import read_json
 
-        _print_json(read_json(result.folder / "report.json"))
+        say_json(read_json(result.folder / "report.json"))
         return 0
-    print("" if output.quiet else "\n", end="")
-    print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
+    say("" if output.quiet else "\n", end="")
+    say(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
     if not output.quiet:
-        print(f"\n{duration(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
+        say(f"\n{duration(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
     return 0
 
 
@@ -84,7 +80,7 @@ def do_bench(config: BenchConfig, output: Output) -> int:
         rows = run_bench(config, progress)
     finally:
         progress.close()
-    print(f"{len(rows)} rows. Open {config.out / 'scoreboard.html'}")
+    say(f"{len(rows)} rows. Open {config.out / 'scoreboard.html'}")
     return 0
 
 
@@ -96,9 +92,9 @@ def do_plan(config: PlanConfig, output: Output) -> int:
         from ..models.load import empty_model
         from ..runs.plan import estimate
 
-        _print_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
+        say_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
         return 0
-    print("\n".join(plan_lines(config)))
+    say("\n".join(plan_lines(config)))
     return 0
 
 
@@ -114,17 +110,17 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
     found = verify(
         load_model(config.original), load_model(config.edited), config.survive, ledger, mask
     )
-    print(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
+    say(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
     for name, row in found.rows.items():
-        print(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+        say(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     for name, row in found.embedding.items():
         label = f"{name}, embedding"
-        print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+        say(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
-        print(f"{found.outside} values changed outside the linear layers and the embedding.")
+        say(f"{found.outside} values changed outside the linear layers and the embedding.")
     for sentence in found.mismatches:
-        print(f"Mismatch: {sentence}.")
-    print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
+        say(f"Mismatch: {sentence}.")
+    say("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
     return found.status
 
 
@@ -135,7 +131,7 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
 
     found = delta(load_model(config.original), load_model(config.edited))
     found.save(config.out)
-    print(f"{found.n_edits} edits, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
+    say(f"{found.n_edits} edits, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
     return 0
 
 
@@ -148,7 +144,7 @@ def do_apply(config: ApplyConfig, _: Output) -> int:
     with new_folder(config.out) as folder:
         ledger = Ledger.load(config.delta)
         apply(load_model(config.original), ledger).save(folder)
-    print(f"{ledger.n_edits} edits applied: {config.out}")
+    say(f"{ledger.n_edits} edits applied: {config.out}")
     return 0
 
 
@@ -162,7 +158,7 @@ def do_export(config: ExportConfig, _: Output) -> int:
     inside = Path(config.model) / "model"
     model = load_model(inside if (inside / "config.json").exists() else config.model)
     export_gguf(model, config.out, config.type)
-    print(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
+    say(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
     return 0
 
 
@@ -195,7 +191,7 @@ def do_relearn(config: RelearnRun, output: Output) -> int:
             )
     finally:
         progress.close()
-    print("\n".join(relearning_lines(found)))
+    say("\n".join(relearning_lines(found)))
     return 0
 
 
@@ -217,7 +213,7 @@ def do_cad(config: CadConfig, output: Output) -> int:
         )
     finally:
         progress.close()
-    print("\n".join(found.lines()))
+    say("\n".join(found.lines()))
     return 0
 
 
@@ -225,7 +221,7 @@ def do_task(config: TaskConfig, _: Output) -> int:
     """Make a task file."""
     from ..tasks.benchmarks import make_task
 
-    print("\n".join(make_task(config)))
+    say("\n".join(make_task(config)))
     return 0
 
 
@@ -240,11 +236,11 @@ def do_list(_: ListConfig, output: Output) -> int:
     if output.json:
         tasks = {name: read_task_file(name)[0].title for name in embedded_tasks()}
         found = {"models": models, "tasks": tasks, "methods": [*METHODS]}
-        _print_json({**found, "quantizers": [*QUANTIZERS]})
+        say_json({**found, "quantizers": [*QUANTIZERS]})
         return 0
-    print("models      " + ", ".join(models))
+    say("models      " + ", ".join(models))
     for name in embedded_tasks():
-        print(f"task        {name}: {read_task_file(name)[0].title}")
-    print("methods     " + ", ".join(METHODS))
-    print("quantizers  " + ", ".join(QUANTIZERS))
+        say(f"task        {name}: {read_task_file(name)[0].title}")
+    say("methods     " + ", ".join(METHODS))
+    say("quantizers  " + ", ".join(QUANTIZERS))
     return 0

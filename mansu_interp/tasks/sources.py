@@ -63,11 +63,11 @@ def is_rows(path: Path) -> bool:
     """
     if path.suffix.casefold() != ".json":
         return path.suffix.casefold() in SUFFIXES
-    text = _text(path).lstrip()
-    first = text.partition("\n")[0]
+    text = _text(path).strip()
+    first, _, rest = text.partition("\n")
     with contextlib.suppress(ValueError):
-        return len(first.strip()) < len(text.strip()) and isinstance(_value(first), dict)
-    return text.startswith("[")
+        return text.startswith("[") or (bool(rest) and isinstance(_value(first), dict))
+    return False
 
 
 def _text(path: Path) -> str:
