@@ -96,10 +96,13 @@ def convert(record: Record, kind: str) -> tuple[Shape, Made, list[str]]:
             left_out = [] if shape.make is _own else sorted(record.keys() - used)
             return shape, shape.make(record), left_out
     nearest = min(shapes, key=lambda s: len(s.missing(record)) / len(s.fields))
-    lacking, names = ", ".join(nearest.missing(record)), ", ".join(map(shown, record))
+    lacking, names = nearest.missing(record), ", ".join(map(shown, record)) or "nothing"
+    if len(lacking) == len(nearest.fields):
+        known = ", ".join(s.name for s in shapes)
+        raise TaskError(f"it has {names}, and no field of a known shape ({known}: docs/tasks.md)")
     raise TaskError(
-        f"{lacking} is missing for the shape that it comes nearest to, {nearest.name}; it has "
-        f"{names or 'nothing'}"
+        f"{', '.join(lacking)} is missing for the shape that it comes nearest to, {nearest.name}; "
+        f"it has {names}"
     )
 
 
@@ -294,11 +297,10 @@ def _learned(answer: str, told: str, wrong: list[str], asked: str) -> dict[str, 
     at = next((at for word, at in _words(answer) if word in own and word), None)
     if at is None:
         return {}
-    rivals = []
-    for text in wrong:
-        begin = _fact(text, (told, asked))
-        if begin is not None:
-            rivals.append(answer[:at] + text[begin:])
+    found = [(begin, t) for t in wrong if (begin := _fact(t, (told, asked))) is not None]
+    # First those that begin a sentence where the answer does, and go on with one where it does.
+    found.sort(key=lambda part: (part[0] == 0) != (at == 0))
+    rivals = [answer[:at] + text[begin:] for begin, text in found]
     if len(set(rivals)) < FEWEST - 1 or answer in rivals:
         return {}
     return {"answer": answer, "distractors": rivals, "counterfactual": rivals[0]}
