@@ -1,5 +1,7 @@
 """``mansu`` and ``python -m mansu_interp``: the process around the command, which Ctrl-C ends."""
 
+import locale
+import os
 import signal
 import sys
 import time
@@ -21,8 +23,20 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
+def _use_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale knows few letters: torch and others read
+    files of their own in the locale's encoding. What is printed stays in that one."""
+    few = locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8")
+    if few and os.name == "posix" and os.environ.get("PYTHONUTF8") != "1":
+        printed = f"{sys.stdout.encoding if sys.stdout else 'ascii'}:backslashreplace"
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", printed)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> int:
     """Run the command; returns its exit status."""
+    _use_utf8()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _Interrupt())
     try:
