@@ -304,14 +304,9 @@ def _load_task(data: bytes) -> object:
 def _plain_rows() -> list[dict[str, Any]]:
     """Rows of our own for both roles."""
     return [
-        {
-            "role": role,
-            "prompt": f"{role} {k} is",
-            "answer": f"{'abcdef'[k]} {role}",
-            "subject": f"s{k}",
-        }
+        {"role": role, "prompt": f"{role} {k} is", "answer": f"{x} {role}", "subject": f"s{k}"}
         for role in ("forget", "retain")
-        for k in range(n)
+        for k, x in enumerate("abcdef")
     ]
 
 
@@ -355,7 +350,7 @@ def _row_seeds() -> list[bytes]:
 
 ORDINARY: list[Any] = [
     0, 7, 1969, "NA", "007", " spaced ", "Zürich", "东京", "a|b|c", "x" * 300, "two\nlines", "A",
-    "3", 'quo"ted', "semi;colon", None, "train", "unseen", "retain", "neighbour", "🚀", "\u202eturned",
+    "3", 'quo"ted', "semi;colon", None, "train", "unseen", "retain", "neighbour", "🚀", "\u202eback",
 ]  # fmt: skip
 """What stands in people's rows."""
 

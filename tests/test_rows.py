@@ -699,6 +699,11 @@ def test_whole_numbers_are_answers():
     assert (rows[0].answer, rows[0].distractors) == ("0", ("1", "2", "3"))
 
 
+def test_roles_are_written_either_way():
+    both = [{**GOOD, "role": "retain-unscored"}, {**GOOD, "role": " retain_unscored"}]
+    assert {r.role for r in parse_rows(enumerate(both))} == {"retain_unscored"}
+
+
 def test_a_role_of_its_own_is_not_overruled_in_silence():
     with pytest.raises(TaskError, match="line 2: a row of its own role 'forget' among those to re"):
         adapt("rows", [{**GOOD, "role": "retain"}, GOOD], "retain")

@@ -193,8 +193,10 @@ def _trimmed(row: dict[str, object], notes: _Notes) -> dict[str, object]:
     for name, value in row.items():
         if name in ("prompt", "corrupt") and isinstance(value, str):
             out[name] = value.rstrip(" \t")
-        elif name in ("answer", "counterfactual", "role", "split") and isinstance(value, str):
+        elif name in ("answer", "counterfactual", "split") and isinstance(value, str):
             out[name] = value.strip()
+        elif name == "role" and isinstance(value, str):
+            row[name] = out[name] = value.strip().replace("-", "_")
         elif name == "distractors" and isinstance(value, list):
             out[name] = [x.strip() if isinstance(x, str) else x for x in value]
     notes.trimmed += sum(out[name] != row[name] for name in out)
