@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checked import wrong_type
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -220,6 +221,12 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     assert time.monotonic() - start < 5
     with pytest.raises(TaskError, match="'no such thing' is neither a file nor a folder, nor a"):
         read_rows("no such thing")
+
+
+@wrong_type
+def test_what_is_no_source_of_rows_is_told():
+    with pytest.raises(TaskError, match="5 is no source of rows: expected a path, a name on"):
+        read_rows(5)  # type: ignore[arg-type]
 
 
 def test_swapped_prompts_are_of_the_same_kind(task: Task):

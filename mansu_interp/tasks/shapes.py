@@ -61,7 +61,7 @@ class Shape:
         return [names[0] for names in self.fields if not any(n in record for n in names)]
 
 
-def fold(record: Mapping[object, object]) -> dict[str, object]:
+def fold(record: Mapping[str, object]) -> dict[str, object]:
     """The record under the names by which shapes know fields, without an added index.
 
     Raises:

@@ -242,4 +242,9 @@ def records(source: str | Path | Iterable[object]) -> Source:
     where = type(source).__name__
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         return Source(where, where, iter(enumerate(cast(_Frame, source).to_dict("records"), 1)))
+    if not isinstance(source, Iterable):
+        raise TaskError(
+            f"{source!r:.80} is no source of rows: expected a path, a name on the hub, a DataFrame "
+            "or an iterable of mappings."
+        )
     return Source(where, where, iter(enumerate(source, 1)))
