@@ -28,10 +28,8 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "tasks.task": ("Task",),
     "tasks.rows": ("read_rows",),
-    "tasks.row_pairs": (
-        "RowOptions",
-        "task_from_rows",
-    ),
+    "tasks.schema": ("RowOptions",),
+    "tasks.row_pairs": ("task_from_rows",),
     "circuits.config": (
         "AttributionConfig",
         "CircuitConfig",
@@ -140,8 +138,9 @@ if TYPE_CHECKING:
     from .runs.run import run
     from .tasks.load import load_task
     from .tasks.pairs import Pair, PairSet
-    from .tasks.row_pairs import RowOptions, task_from_rows
+    from .tasks.row_pairs import task_from_rows
     from .tasks.rows import read_rows
+    from .tasks.schema import RowOptions
     from .tasks.task import Task
     from .unlearning.methods import Mansu, MethodConfig, get_method
     from .unlearning.training import Unlearned

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_pairs
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.models.language_model import LanguageModel
@@ -17,8 +19,7 @@ from mansu_interp.tasks.fact_pairs import _mentions
 from mansu_interp.tasks.files import embedded_tasks
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, collate
-from mansu_interp.tasks.row_pairs import RowOptions
-from mansu_interp.tasks.schema import RowTask, json_schema
+from mansu_interp.tasks.schema import RowOptions, RowTask, json_schema
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.renamed import TASK_KEYS
 from mansu_interp.utils.shipped import DATA
@@ -181,7 +182,7 @@ def bad(key: str) -> tuple[Any, str]:
     if key == "json":
         return "{not json", "is not valid JSON"
     if key == "list":
-        return [1], "the file is list, expected dict"
+        return [1], "line 1: not an object with fields"
     if key == "missing":
         del value["forget"], value["name"]
         return value, r"lacks forget, name \(docs"
@@ -325,3 +326,79 @@ def test_facts_are_left_out_of_every_split(capitals: Task):
     assert capitals.without(set(), "why") is capitals and task.sha256 != capitals.sha256
     with pytest.raises(TaskError, match="no forget prompt left: why"):
         task.without(left, "why")
+
+
+CITIES = {"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Peru": "Lima", "Cuba": "1519"}
+CJK = {"法国": "巴黎", "日本": "东京", "英国": "伦敦", "德国": "柏林", "埃及": "开罗"}
+
+
+def own_table(folder: Path, facts_: dict[str, str], phrasing: str, **written: str) -> Path:
+    """A task over one table of these facts, which are forgotten and retained."""
+    by, mark = written.get("by", ","), written.get("encoding", "utf-8")
+    lines = [f"country{by}capital", *(by.join(f) for f in facts_.items())]
+    (folder / "own.csv").write_text("\n".join(lines) + "\n", encoding=mark)
+    asked = {"train": [phrasing], "dev": {"d": [phrasing]}, "unseen": {"u": [phrasing]}}
+    table = {"table": "own.csv", "subject": "country", "answer": "capital", "phrasings": asked}
+    value = {"schema": 2, "name": "own", "relations": {"a": table, "b": table}}
+    path = folder / "task.json"
+    text = json.dumps({**value, "forget": {"relations": ["a"]}, "retain": ["b"]})
+    path.write_text(text, encoding=mark)
+    return path
+
+
+def tokenized(vocab: list[str], steps: list[Any], split: Any, decoder: Any) -> LanguageModel:
+    """A tokenizer that cuts texts in a given way, in a model's place."""
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *vocab])}, "<unk>"))
+    inner.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    inner.pre_tokenizer, inner.decoder = split, decoder
+    model = object.__new__(LanguageModel)
+    model.name = "toy"
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    return model
+
+
+def test_answers_behind_a_space_of_the_tokenizer_s_own(tmp_path: Path):
+    """Llama 2 and its like: every text gets a space in front, and digits one to themselves."""
+    words = ["x", "of", *CITIES, *(a for a in CITIES.values() if a.isalpha())]
+    vocab = ["▁", *(f"▁{w}" for w in words), *"0123456789"]
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    split = pre_tokenizers.Split(Regex(r"▁\p{L}+|▁|\d"), "isolated")
+    model = tokenized(vocab, steps, split, decoders.Replace("▁", " "))
+    assert model.tokenizer.convert_ids_to_tokens(model.encode(" Paris")) == ["▁", "▁Paris"]
+    more = {**CITIES, "x": "1607", "Madrid": "2000"}
+    facts_ = {**more, "Rome": "3001", "Lima": "4001"}
+    task = load_task(own_table(tmp_path, facts_, "of {s}"), model)
+    answers = {p.answer_text: p for p in task.forget}
+    assert model.tokenizer.convert_ids_to_tokens([answers["Paris"].answer]) == ["▁Paris"]
+    assert answers["Paris"].clean == tuple(model.encode("of France"))
+    year = answers["2000"]
+    assert model.tokenizer.convert_ids_to_tokens([year.answer]) == ["2"]
+    assert year.clean == tuple(model.encode("of Madrid "))  # the lone space ends the prompt
+
+
+def test_answers_in_a_script_without_spaces(tmp_path: Path):
+    signs = sorted(set("".join([*CJK, *CJK.values(), "的首都是x"])))
+    split = pre_tokenizers.Split(Regex("."), "isolated")
+    model = tokenized([" ", *signs], [], split, decoders.Fuse())
+    task = load_task(own_table(tmp_path, CJK, "{s}的首都是"), model)
+    for pair in task.forget:
+        assert model.tokenizer.decode([pair.answer]) == CJK[pair.subject][0]
+        assert pair.clean == tuple(model.encode(f"{pair.subject}的首都是"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("by", [",", ";", "\t"])
+def test_tables_and_task_files_as_excel_writes_them(
+    tmp_path: Path, facts: LanguageModel, capitals: Task, by: str, encoding: str
+):
+    known = {p.subject: p.answer_text for p in capitals.forget[:24]}
+    path = own_table(tmp_path, known, "the capital of {s} is", by=by, encoding=encoding)
+    assert {p.subject for p in load_task(path, facts).forget} <= known.keys()
+    (tmp_path / "own.csv").write_bytes("country,capital\nPérou,Lima\n".encode("latin-1"))
+    with pytest.raises(TaskError, match=r"byte 17 is no UTF-8 \(save it as UTF-8\)"):
+        load_task(path, facts)
+
+
+def test_a_name_too_long_for_a_file_is_an_unknown_task(facts: LanguageModel):
+    with pytest.raises(TaskError, match="Unknown task 'xxx"):
+        load_task("x" * 300, facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from ..runs.defaults import default_config
 from ..tasks.benchmarks import TaskConfig
 from ..tasks.files import ROBUST
 from ..utils.renamed import renamed_option
+from . import console
 from .commands import (
     Output,
     do_apply,
@@ -49,6 +50,7 @@ from .settings import (
 ROBUST_FLAG = f"--{ROBUST}"
 """Of ``run`` alone."""
 
+INTERRUPTED = "mansu: interrupted; run the same command again to continue."
 ABOUT = """Make a language model forget something, and check that it stays forgotten.
 
 Examples:
@@ -202,21 +204,27 @@ def parse(argv: list[str]) -> object:
         raise ConfigError(f"{ROBUST_FLAG} is for run; leave it out here.")
     words = ["--help" if word == HELP_ALL else word for word in argv] or ["--help"]
     brief = HELP_ALL not in argv and bool({"-h", "--help"} & {*words})
-    config = tyro.cli(_commands(argv, brief), args=words, prog="mansu", description=ABOUT)
+    commands = _commands(argv, brief)
+    with console.writing():  # tyro prints help and errors itself
+        config = tyro.cli(commands, args=words, prog="mansu", description=ABOUT)
     return config.run_config() if isinstance(config, RunCommand) else config
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted, 141 nobody reads
     the output any more; verify: more)."""
+    console.prepare()
     try:
         try:
             return _main(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()
+            console.finish()
     except BrokenPipeError:  # such as head, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.give_up("stdout")
         return 141
+    except MansuError as error:
+        console.warn(f"mansu: {error}")
+        return 1
 
 
 def _main(argv: list[str]) -> int:
@@ -227,9 +235,14 @@ def _main(argv: list[str]) -> int:
             raise ConfigError("--json is for run, plan and list; leave it out here.")
         (command,) = [c for c in COMMANDS if issubclass(c.settings, type(config))]
         return command.do(config, output)
-    except MansuError as error:
-        print(f"mansu: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        raise ConfigError(
+            f"The name {name[:40]}...{name[-20:]} has {len(name)} characters, more than the file "
+            "system takes in one part (255 bytes): give a shorter one."
+        ) from error
     except KeyboardInterrupt:
-        print("\nmansu: interrupted; run the same command again to continue.", file=sys.stderr)
+        console.warn(f"\n{INTERRUPTED}")
         return 130

@@ -15,6 +15,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from ..errors import printable
+
 
 def duration(seconds: float) -> str:
     """12 s, 3 min 05 s or 2 h 04 min."""
@@ -53,7 +55,7 @@ class Progress:
         """Show that a stage is at ``done`` of ``total`` (0 = unknown)."""
         if self.quiet:
             return
-        now = time.monotonic()
+        now, stage = time.monotonic(), printable(stage)
         if stage != self.stage:
             self.stage, self.start, self.printed = stage, now, now
             if self.bars:

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, TaskError
+from ..utils.files import half_pair
 from ..utils.libraries import quiet
 from .graph import Architecture, Graph
 from .hugging_face import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -202,7 +203,15 @@ class LanguageModel:
                 )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text exactly as written: nothing is prepended."""
+        """Token ids of a text exactly as written: nothing is prepended.
+
+        Raises:
+            TaskError: it holds half of a surrogate pair, which no tokenizer takes.
+        """
+        if half := half_pair(text):
+            raise TaskError(
+                f"The text {text[:200]!r} holds {half}, half of a surrogate pair: remove it."
+            )
         return self.get_tokenizer()(text, add_special_tokens=False).input_ids
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:

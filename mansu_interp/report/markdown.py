@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..errors import printable
 from .blocks import Block, Cards, Code, Graph, Picture, Table
 from .records import Report
 from .story import heading, sections
@@ -12,7 +13,7 @@ from .values import measured, status_of
 
 def markdown_text(text: str) -> str:
     """Text on one line in which nothing is markup."""
-    line = " ⏎ ".join(text.strip().splitlines())
+    line = " ⏎ ".join(printable(part) for part in text.strip().splitlines())
     line = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -48,7 +49,7 @@ def _code(code: Code) -> str:
     longest = max((len(run) for run in re.findall("`+", code.text)), default=0)
     fence = "`" * max(3, longest + 1)
     title = f"{markdown_text(code.folded)}:\n\n" if code.folded else ""
-    return f"{title}{fence}\n{code.text}\n{fence}"
+    return f"{title}{fence}\n{printable(code.text)}\n{fence}"
 
 
 def markdown_block(block: Block) -> str:

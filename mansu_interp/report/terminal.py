@@ -7,6 +7,7 @@ model name can style or steer the terminal.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
@@ -14,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from ..evaluation.scores import METRICS, Metric, ScoreRow
 from ..evaluation.versions import ModelVersion
 from .records import Report
@@ -69,7 +71,7 @@ _ONE_LINE = {"no_wrap": True, "overflow": "ellipsis"}
 
 def _text(text: str, style: str = "") -> Text:
     """Text of anybody's: on one line, without control characters, never markup."""
-    return Text("".join(c if c.isprintable() else " " for c in text), style)
+    return Text(re.sub(r"\s", " ", printable(text)), style)
 
 
 def _sum(report: Report) -> str:

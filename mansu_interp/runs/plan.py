@@ -319,6 +319,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     lines = [
         f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
         f"task     {task.name}: {task.title}",
+        *([f"rows     {task.read}"] if task.read else []),
         f"forget   {len({p.fact for p in task.forget})} facts in "
         f"{len({(p.relation, p.phrasing) for p in task.forget})} phrasings; "
         f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",

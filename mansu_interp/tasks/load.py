@@ -20,9 +20,10 @@ from ..utils.shipped import is_embedded
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text
 from .pairs import Pair, PairSet, Tokens
-from .row_pairs import RowOptions, task_from_rows
-from .rows import SUFFIXES, read_rows
-from .schema import RowTask, TableTask, TaskFile
+from .row_pairs import task_from_rows
+from .rows import read
+from .schema import RowOptions, RowTask, TableTask, TaskFile
+from .sources import SUFFIXES
 from .task import Asked, Task, distinct
 
 SCORED = ("dev", "unseen")
@@ -44,14 +45,19 @@ def _running_text(
     }
 
 
-def _load_rows(spec: RowTask, folder: Path, model: LanguageModel, score_pairs: int) -> Task:
-    """`load_task` of a task file over rows."""
-    if Path(spec.rows).suffix not in SUFFIXES:
-        raise TaskError(
-            f"rows must name a .jsonl or .csv file beside the task file; got {spec.rows!r}."
-        )
+def _load_rows(spec: RowTask, place: Path, model: LanguageModel, score_pairs: int) -> Task:
+    """`load_task` of a task file over rows; ``place`` is its folder, or the file of rows itself."""
+    folder, path = place, place
+    if place.is_dir():
+        if Path(spec.rows).suffix.casefold() not in SUFFIXES:
+            raise TaskError(
+                f"rows must name a file beside the task file, with an ending of "
+                f"{', '.join(SUFFIXES)}; got {spec.rows!r}."
+            )
+        path = data_file(place, "rows", spec.rows)
+    found = read(path)
     task = task_from_rows(
-        read_rows(data_file(folder, "rows", spec.rows)),
+        found.rows,
         model,
         RowOptions(**{f.name: getattr(spec, f.name) for f in fields(RowOptions)}),
         score_pairs=score_pairs,
@@ -59,7 +65,7 @@ def _load_rows(spec: RowTask, folder: Path, model: LanguageModel, score_pairs: i
         title=spec.title or None,
         reference_models=spec.reference_models,
     )
-    return replace(task, text=_running_text(spec, folder, model))
+    return replace(task, text=_running_text(spec, folder, model), read=found.told)
 
 
 def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) -> Task:

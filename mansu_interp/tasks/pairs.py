@@ -10,6 +10,7 @@ in which answer and counterfactual differ, with what they share appended to both
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -27,6 +28,20 @@ Fact = tuple[str, str]
 """Relation and subject."""
 
 Device = torch.device | str
+
+
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff"
+    "\uff00-\uff9f\U00020000-\U0003ffff]"
+)
+"""Letters and signs of scripts written without spaces: Thai, Lao, Burmese, Khmer, Chinese, Japanese
+(not Korean)."""
+
+
+def gap(prompt: str, answer: str) -> str:
+    """What stands between a prompt and its answer: one space; nothing where either side of it is of
+    a script that is written without."""
+    return "" if _SPACELESS.match(answer) or _SPACELESS.match(prompt[-1:]) else " "
 
 
 def clash(one: Tokens, other: Tokens) -> bool:

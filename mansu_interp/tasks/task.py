@@ -38,6 +38,8 @@ class Task:
     """Embedded models that were never taught the forget facts, but everything else."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many (fact, phrasing) items were left out, by reason."""
+    read: str = ""
+    """How the rows were read, in one line; empty for fact tables."""
 
     @property
     def retain_sets(self) -> list[PairSet]:
