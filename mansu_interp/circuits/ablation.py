@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..errors import CircuitError
 from ..models.hooked import AnyModel, open_stream
-from ..models.stream import Hook, Reading, Recorder
+from ..models.stream import Hook, Reading, Recorder, widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import shard, sum_over_processes
 from .metrics import METRICS, Metric
@@ -104,7 +105,10 @@ class Ablation:
         longest = max(len(p.corrupt) for p in pairs)
         total: dict[str, Tensor] = {}
         count = torch.zeros(longest, device=self.stream.model.device)
-        heads_at = {self.stream.z(i): i for i in range(self.stream.n_layers)}
+        writes_at = {self.stream.input: widen}
+        for i in range(self.stream.n_layers):
+            writes_at[self.stream.z(i)] = partial(self.stream.head_writes, i)
+            writes_at[self.stream.mlp_out(i)] = partial(self.stream.mlp_write, i)
         for batch in pairs.batches(batch_size, count.device):
             real = (
                 torch.arange(batch.corrupt.shape[1], device=count.device)[None]
@@ -112,9 +116,7 @@ class Ablation:
             )
             count[: real.shape[1]] += real.sum(0)
             for name, seen in self._writes(batch).items():
-                layer = heads_at.get(name)
-                writes = seen if layer is None else self.stream.head_writes(layer, seen)
-                weighed = writes.float() * real[..., None]
+                weighed = widen(writes_at[name](seen)) * real[..., None]
                 summed = weighed.sum(-3, keepdim=True)
                 if name not in total:
                     total[name] = summed.new_zeros(*summed.shape[:-2], longest, summed.shape[-1])
@@ -131,8 +133,8 @@ class Ablation:
             heads = [
                 lambda i=i: stream.head_writes(i, seen[stream.z(i)]) for i in range(stream.n_layers)
             ]
-            mlps = [seen[stream.mlp_out(i)].float() for i in range(stream.n_layers)]
-            return _Base(batch, seen[stream.input].float(), heads, mlps, clean)
+            mlps = [stream.mlp_write(i, seen[stream.mlp_out(i)]) for i in range(stream.n_layers)]
+            return _Base(batch, widen(seen[stream.input]), heads, mlps, clean)
         width = batch.clean.shape[1]
         if means is None:
             none = torch.zeros(1, 1, 1, 1, device=stream.model.device)
@@ -151,7 +153,7 @@ class Ablation:
     def logits(self, base: _Base, edges: Edges) -> Float[Tensor, "batch vocab"]:
         """Last-position logits of the clean run of one batch with every edge outside ablated."""
         stream, graph = self.stream, self.graph
-        keep = torch.from_numpy(edges & graph.exists).float().to(stream.model.device)
+        keep = torch.from_numpy(edges & graph.exists).to(stream.model.device)
         state = _Rebuilt(keep, len(graph.writers))
         hooks: list[tuple[str, Hook]] = [(stream.input, self._input(state, base))]
         for i in range(stream.n_layers):
@@ -170,7 +172,7 @@ class Ablation:
 
     def _input(self, state: _Rebuilt, base: _Base) -> Hook:
         def hook_fn(value: Tensor, hook: object) -> None:
-            state.start(value.float(), base.input)
+            state.start(widen(value), base.input)
 
         return hook_fn
 
@@ -189,7 +191,7 @@ class Ablation:
     def _heads(self, state: _Rebuilt, base: _Base, layer: int) -> Hook:
         def hook_fn(value: Tensor, hook: object) -> None:
             state.before_heads = state.base
-            state.write(self.stream.head_writes(layer, value.float()), base.heads[layer]())
+            state.write(self.stream.head_writes(layer, value), base.heads[layer]())
             bias = self.stream.output_bias(layer)
             if bias is not None:
                 state.base = state.base + bias
@@ -208,7 +210,7 @@ class Ablation:
 
     def _mlp_out(self, state: _Rebuilt, base: _Base, layer: int) -> Hook:
         def hook_fn(value: Tensor, hook: object) -> None:
-            state.write(value.float()[None], base.mlps[layer][None])
+            state.write(self.stream.mlp_write(layer, value)[None], base.mlps[layer][None])
 
         return hook_fn
 
@@ -246,7 +248,7 @@ class _Rebuilt:
     base: Tensor
     before_heads: Tensor
 
-    def __init__(self, keep: Float[Tensor, "writers readers"], n_writers: int) -> None:
+    def __init__(self, keep: Bool[Tensor, "writers readers"], n_writers: int) -> None:
         self.keep, self.n_writers, self.written = keep, n_writers, 0
 
     def start(self, value: Float[Tensor, "batch pos d"], base: Tensor) -> None:
@@ -270,4 +272,5 @@ class _Rebuilt:
         live = weights.any(1).nonzero()[:, 0]
         base = self.base if base is None else base
         pattern = "writers n, writers batch pos d -> n batch pos d"
-        return base + einsum(weights[live], self.change[live], pattern)
+        change = self.change[live]
+        return base + einsum(weights[live].to(change.dtype), change, pattern)

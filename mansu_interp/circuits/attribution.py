@@ -37,7 +37,7 @@ from torch import Tensor
 from ..errors import CircuitError
 from ..models.graph import Graph
 from ..models.hooked import AnyModel, open_stream
-from ..models.stream import Recorder, Stream
+from ..models.stream import Recorder, Stream, widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import shard, sum_over_processes, world_size
 from .config import AttributionConfig
@@ -123,7 +123,7 @@ class _Runs:
 
     def flat(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "tokens ..."]:
         """The values at real tokens."""
-        return value.detach().float()[self.real]
+        return widen(value.detach())[self.real]
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def _difference(
     """What each writer adds at each real token in the clean run beyond the corrupt run."""
 
     def flat(run: dict[str, Tensor], name: str) -> Float[Tensor, "tokens ..."]:
-        return run[name].float()[rows]
+        return widen(run[name])[rows]
 
     first = flat(clean, stream.input) - flat(corrupt, stream.input)
     out = first.new_empty(len(stream.graph.writers), *first.shape)
@@ -144,13 +144,13 @@ def _difference(
     at = 1
     for i in range(stream.n_layers):
         heads, mlp = out[at : at + stream.n_heads], out[at + stream.n_heads]
-        z = stream.z(i)
+        z, out_at = stream.z(i), stream.mlp_out(i)
         if hasattr(stream.blocks[i], "ln1_post"):  # the share of a head is not linear in z
             heads.copy_(stream.head_writes(i, flat(clean, z)))
             heads -= stream.head_writes(i, flat(corrupt, z))
         else:
             heads.copy_(stream.head_writes(i, flat(clean, z) - flat(corrupt, z)))
-        mlp.copy_(flat(clean, stream.mlp_out(i)) - flat(corrupt, stream.mlp_out(i)))
+        mlp.copy_(stream.mlp_write(i, flat(clean, out_at) - flat(corrupt, out_at)))
         at += stream.n_heads + 1
     return out
 
@@ -170,7 +170,7 @@ def _inside(
                 "of the write is not defined. Score edges or nodes."
             )
         for n in (stream.z(i), stream.neurons(i)):
-            out[n] = (clean[n].float() - corrupt[n].float()).flatten(2)[rows]
+            out[n] = (widen(clean[n]) - widen(corrupt[n])).flatten(2)[rows]
     return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import CircuitError
 from .graph import Architecture, Graph
 from .language_model import LanguageModel
-from .stream import Component, Reading, Stream
+from .stream import Component, Reading, Stream, widen
 
 
 @dataclass
@@ -125,7 +125,7 @@ class HookedStream(Stream):
                 "has its grouped heads ungrouped (set_ungroup_grouped_query_attention)",
             ),
             (
-                not hasattr(self.blocks[0].ln2, "hook_normalized")
+                not hasattr(getattr(self.blocks[0], "ln2", None), "hook_normalized")
                 or str(c.original_architecture).startswith(("Olmo2", "Olmo3")),
                 "normalises behind its components alone",
             ),
@@ -174,7 +174,7 @@ class HookedStream(Stream):
         """Logits at the last real position, in float32."""
         tokens = tokens.to(self.bridge.cfg.device)
         out = self.bridge(tokens, return_type="logits", padding_side="right")
-        return out[torch.arange(len(last)), last.to(out.device)].float()
+        return widen(out[torch.arange(len(last)), last.to(out.device)])
 
     def readings(self, layer: int) -> list[Reading]:
         """The q, k and v projections of a layer."""
@@ -202,14 +202,14 @@ class HookedStream(Stream):
 
     def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """What attention adds whatever its heads do; it belongs to no head."""
-        bias = self.blocks[layer].attn.b_O.detach().float()
+        bias = widen(self.blocks[layer].attn.b_O.detach())
         return bias if bias.any() else None
 
     def output_weight(self, layer: int) -> Float[Tensor, "d_model heads d_head"]:
         """The output projection, by head."""
-        return self.blocks[layer].attn.W_O.detach().float().permute(2, 0, 1)
+        return widen(self.blocks[layer].attn.W_O.detach()).permute(2, 0, 1)
 
 
 def _grouped(attn: Component, name: str) -> Float[Tensor, "heads ..."]:
     """A projection's own parameter; grouped k and v have one more, repeated for every head."""
-    return getattr(attn, f"_{name}", getattr(attn, name)).detach().float()
+    return widen(getattr(attn, f"_{name}", getattr(attn, name)).detach())
