@@ -16,8 +16,9 @@ from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.errors import CircuitError, ModelError
+from mansu_interp.models.hook_points import Recorder
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.models.stream import Recorder, Stream
+from mansu_interp.models.stream import Stream
 from mansu_interp.quantizers.survival import quantize
 
 COMMON = {

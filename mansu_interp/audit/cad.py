@@ -34,12 +34,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, TaskError
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
+from ..utils.kinds import expect_kind
 from .linearized import linearized_relearning
 from .probes import probe, ranked, stitches
 from .relearning import CHANCE, halves, is_erased, of_subjects, rivals_within
@@ -342,6 +343,10 @@ def judge_erasure(
         ModelError: the checkpoints cannot be compared.
         TaskError: fewer than two forget subjects.
     """
+    for name, model in (("original", original), ("edited", edited)):
+        expect_kind(ModelError, name, model, LanguageModel)
+    expect_kind(ModelError, "quantized", quantized, LanguageModel, None)
+    expect_kind(TaskError, "task", task, Task)
     check_alike(original, edited)
     half_a, half_b = (
         rivals_within(of_subjects(task.forget, h)).sample(PROBE_PROMPTS, seed)

@@ -1,54 +1,27 @@
-"""Exact ablation of all edges outside a circuit.
-
-1. Run the ablated prompts once and record what every writer adds there (`_Base`).
-2. For a circuit, run the clean prompts and rebuild each reader's residual input from the writers so
-   far: the ablated stream, plus what the writers with an edge to this reader add beyond their
-   ablated value (`_Rebuilt.read`).
-3. Put the norm and the projection of that input in the place of the model's own
-   (`Ablation.logits`), reader by reader; what the component then writes is what the next readers
-   get.
-
-Nothing is approximated: the full circuit gives the clean run, the empty one the ablated run.
-"""
+"""Faithfulness: the metric with all edges outside a circuit ablated, exactly (see `rebuild`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from einops import einsum
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import CircuitError
-from ..models.hooked import AnyModel, open_stream
-from ..models.stream import Hook, Reading, Recorder, widen
-from ..tasks.pairs import Batch, PairSet
+from ..models.hooked import AnyModel
+from ..models.stream import widen
+from ..tasks.pairs import PairSet
 from ..utils.distributed import shard, sum_over_processes
-from .metrics import METRICS, Metric
+from ..utils.kinds import expect_kind
+from .metrics import Metric, get_metric
+from .rebuild import Edges, Rebuilder, check_exact
 
 ABLATIONS = ("corrupt", "mean", "zero")
 """What an edge outside the circuit may carry."""
 
-Edges = Bool[np.ndarray, "writers readers"]
 
-
-@dataclass
-class _Base:
-    """What the writers add in the ablated run, for one batch."""
-
-    batch: Batch
-    input: Float[Tensor, "#batch #pos d_model"]
-    heads: list[Callable[[], Tensor]]
-    """By layer: ``[heads, batch, pos, d_model]``, made when asked for."""
-    mlps: list[Float[Tensor, "#batch #pos d_model"]]
-    clean_logits: Float[Tensor, "batch vocab"]
-
-
-class Ablation:
+class Ablation(Rebuilder):
     """A model in which all edges outside a circuit are ablated, on fixed pairs.
 
     What does not depend on the circuit is computed once, so that many circuits are cheap to try. An
@@ -80,23 +53,17 @@ class Ablation:
             raise CircuitError(
                 f"Unknown ablation {ablation!r}; expected one of {', '.join(ABLATIONS)}."
             )
-        self.stream = open_stream(model)
-        self.graph = self.stream.graph
-        self.metric = METRICS[metric] if isinstance(metric, str) else metric
+        expect_kind(CircuitError, "pairs", pairs, PairSet)
+        super().__init__(model)
+        check_exact(self, pairs)
+        self.metric = get_metric(metric)
         self.n_pairs = len(pairs)
         mine = shard(pairs.pairs)
         device = self.stream.model.device
         batches = list(PairSet(pairs.name, mine).batches(batch_size, device)) if mine else []
         means = self._means(pairs, batch_size) if ablation == "mean" else None
-        self.bases = [self._base(b, ablation, means) for b in batches]
+        self.bases = [self.base(b, ablation, means) for b in batches]
         self._ends: tuple[float, float] | None = None
-
-    @torch.no_grad()
-    def _writes(self, batch: Batch) -> dict[str, Tensor]:
-        recorder = Recorder()
-        with self.stream.hooked(recorder.on(self.stream.writers())):
-            self.stream.logits(batch.corrupt, batch.last)
-        return {n: recorder[n] for n in self.stream.writers()}
 
     @torch.no_grad()
     def _means(self, pairs: PairSet, batch_size: int) -> list[Tensor]:
@@ -115,7 +82,7 @@ class Ablation:
                 <= batch.last[:, None]
             )
             count[: real.shape[1]] += real.sum(0)
-            for name, seen in self._writes(batch).items():
+            for name, seen in self.writes(batch).items():
                 weighed = widen(writes_at[name](seen)) * real[..., None]
                 summed = weighed.sum(-3, keepdim=True)
                 if name not in total:
@@ -124,98 +91,14 @@ class Ablation:
         names = self.stream.writers()
         return [total[n] / count[:, None].clamp_min(1) for n in names]
 
-    @torch.no_grad()
-    def _base(self, batch: Batch, ablation: str, means: list[Tensor] | None) -> _Base:
-        stream = self.stream
-        clean = stream.logits(batch.clean, batch.last)
-        if ablation == "corrupt":
-            seen = self._writes(batch)
-            heads = [
-                lambda i=i: stream.head_writes(i, seen[stream.z(i)]) for i in range(stream.n_layers)
-            ]
-            mlps = [stream.mlp_write(i, seen[stream.mlp_out(i)]) for i in range(stream.n_layers)]
-            return _Base(batch, widen(seen[stream.input]), heads, mlps, clean)
-        width = batch.clean.shape[1]
-        if means is None:
-            none = torch.zeros(1, 1, 1, 1, device=stream.model.device)
-            values = [none[0], *(v for _ in range(stream.n_layers) for v in (none, none[0]))]
-        else:
-            values = [m[..., :width, :] for m in means]
-        return _Base(
-            batch,
-            values[0],
-            [lambda v=v: v for v in values[1::2]],
-            values[2::2],
-            clean,
-        )
-
-    @torch.no_grad()
-    def logits(self, base: _Base, edges: Edges) -> Float[Tensor, "batch vocab"]:
-        """Last-position logits of the clean run of one batch with every edge outside ablated."""
-        stream, graph = self.stream, self.graph
-        keep = torch.from_numpy(edges & graph.exists).to(stream.model.device)
-        state = _Rebuilt(keep, len(graph.writers))
-        hooks: list[tuple[str, Hook]] = [(stream.input, self._input(state, base))]
-        for i in range(stream.n_layers):
-            column = i * graph.readers_per_layer
-            for reading in stream.readings(i):
-                hooks.append(
-                    (stream.projected(i, reading.kind), self._projection(state, i, column, reading))
-                )
-                column += len(reading.weight)
-            hooks.append((stream.z(i), self._heads(state, base, i)))
-            hooks.append((stream.mlp_in(i), self._mlp_in(state, i, column)))
-            hooks.append((stream.mlp_out(i), self._mlp_out(state, base, i)))
-        hooks.append((stream.final, lambda value, hook: state.read(-1, 1)[0].to(value.dtype)))
-        with stream.hooked(hooks):
-            return stream.logits(base.batch.clean, base.batch.last)
-
-    def _input(self, state: _Rebuilt, base: _Base) -> Hook:
-        def hook_fn(value: Tensor, hook: object) -> None:
-            state.start(widen(value), base.input)
-
-        return hook_fn
-
-    def _projection(self, state: _Rebuilt, layer: int, column: int, reading: Reading) -> Hook:
-        def hook_fn(value: Tensor, hook: object) -> Tensor:
-            inputs = state.read(column, len(reading.weight))
-            normed = self.stream.norm(layer, mlp=False)(inputs)
-            pattern = "heads batch pos d, heads c d -> batch pos heads c"
-            out = einsum(normed, reading.weight, pattern)
-            if reading.bias is not None:
-                out = out + reading.bias
-            return out.reshape(value.shape).to(value.dtype)
-
-        return hook_fn
-
-    def _heads(self, state: _Rebuilt, base: _Base, layer: int) -> Hook:
-        def hook_fn(value: Tensor, hook: object) -> None:
-            state.before_heads = state.base
-            state.write(self.stream.head_writes(layer, value), base.heads[layer]())
-            bias = self.stream.output_bias(layer)
-            if bias is not None:
-                state.base = state.base + bias
-
-        return hook_fn
-
-    def _mlp_in(self, state: _Rebuilt, layer: int, column: int) -> Hook:
-        def hook_fn(value: Tensor, hook: object) -> Tensor:
-            parallel = self.stream.parallel
-            written = state.written - (self.stream.n_heads if parallel else 0)
-            base = state.before_heads if parallel else state.base
-            inputs = state.read(column, 1, written, base)[0]
-            return self.stream.norm(layer, mlp=True)(inputs).to(value.dtype)
-
-        return hook_fn
-
-    def _mlp_out(self, state: _Rebuilt, base: _Base, layer: int) -> Hook:
-        def hook_fn(value: Tensor, hook: object) -> None:
-            state.write(self.stream.mlp_write(layer, value)[None], base.mlps[layer][None])
-
-        return hook_fn
-
     def __call__(self, edges: Edges) -> float:
         """Mean metric over the pairs, with everything outside ``edges`` ablated."""
+        expect_kind(CircuitError, "edges", edges, np.ndarray)
+        if edges.shape != self.graph.exists.shape or edges.dtype != bool:
+            raise CircuitError(
+                f"edges: got {edges.dtype} of shape {list(edges.shape)}, expected booleans of "
+                f"shape {list(self.graph.exists.shape)}, such as circuit.edges of this model."
+            )
         total = torch.zeros(1, dtype=torch.float64)
         for base in self.bases:
             logits = self.logits(base, edges)
@@ -240,37 +123,3 @@ class Ablation:
         """0 for the empty circuit, 1 for the full one; may lie outside [0, 1]."""
         full, empty = self.ends
         return (self(edges) - empty) / (full - empty)
-
-
-class _Rebuilt:
-    """The stream as it is being rebuilt: what each writer adds now beyond its ablated value."""
-
-    base: Tensor
-    before_heads: Tensor
-
-    def __init__(self, keep: Bool[Tensor, "writers readers"], n_writers: int) -> None:
-        self.keep, self.n_writers, self.written = keep, n_writers, 0
-
-    def start(self, value: Float[Tensor, "batch pos d"], base: Tensor) -> None:
-        """The input writes first."""
-        self.change = value.new_empty(self.n_writers, *value.shape)
-        self.base = torch.zeros_like(value)
-        self.write(value[None], base[None])
-
-    def write(self, values: Float[Tensor, "n batch pos d"], base: Tensor) -> None:
-        """Some writers write; the ablated stream goes on with their ablated value."""
-        self.change[self.written : self.written + len(values)] = values - base
-        self.written += len(values)
-        self.base = self.base + base.sum(0)
-
-    def read(
-        self, column: int, n: int, written: int | None = None, base: Tensor | None = None
-    ) -> Float[Tensor, "n batch pos d"]:
-        """What ``n`` readers from a column on see."""
-        at = slice(column, column + n) if column >= 0 else slice(-1, None)
-        weights = self.keep[: self.written if written is None else written, at]
-        live = weights.any(1).nonzero()[:, 0]
-        base = self.base if base is None else base
-        pattern = "writers n, writers batch pos d -> n batch pos d"
-        change = self.change[live]
-        return base + einsum(weights[live].to(change.dtype), change, pattern)

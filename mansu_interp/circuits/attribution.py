@@ -36,12 +36,15 @@ from torch import Tensor
 
 from ..errors import CircuitError
 from ..models.graph import Graph
-from ..models.hooked import AnyModel, open_stream
-from ..models.stream import Recorder, Stream, widen
+from ..models.hook_points import Recorder
+from ..models.hooked import AnyModel
+from ..models.stream import Stream, widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import shard, sum_over_processes, world_size
+from ..utils.kinds import expect_kind
 from .config import AttributionConfig
-from .metrics import METRICS, Logits, Metric
+from .metrics import Logits, Metric, get_metric
+from .rebuild import Rebuilder, check_exact
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,8 @@ def _gradients(
     with torch.enable_grad(), stream.hooked(first + recorder.on(watched)):
         logits = stream.logits(runs.batch.clean, runs.batch.last)
         value = metric(logits, runs.batch, runs.clean_logits).sum()
+        if not value.requires_grad:
+            raise CircuitError("The metric has no gradient: compute it from the logits, in torch.")
         found = torch.autograd.grad(value, [recorder[n] for n in asked])
     return recorder, dict(zip(asked, found, strict=True))
 
@@ -334,8 +339,12 @@ def attribute(
             with weights that are not finite, too little memory, or scores that are not finite.
     """
     config = config or AttributionConfig()
-    function = metric or METRICS[config.metric]
-    stream = open_stream(model)
+    expect_kind(CircuitError, "pairs", pairs, PairSet)
+    expect_kind(CircuitError, "config", config, AttributionConfig)
+    function = get_metric(metric or config.metric)
+    rebuilder = Rebuilder(model)
+    check_exact(rebuilder, pairs)
+    stream = rebuilder.stream
     if neurons and world_size() > len(pairs):  # raised by all of them, or the others would wait
         raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)

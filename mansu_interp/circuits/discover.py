@@ -20,6 +20,7 @@ from ..models.hooked import AnyModel, HookedModel, as_model
 from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
+from ..utils.kinds import expect_kind
 from .ablation import Ablation
 from .attribution import attribute, pairs_per_batch
 from .circuit import Circuit, CircuitMeta
@@ -65,9 +66,9 @@ def discover(
         CircuitError: a model that cannot be attributed, or settings out of range.
     """
     config, model = config or CircuitConfig(), as_model(model)
-    _check_pairs("forget", forget)
-    if retain is not None:
-        _check_pairs("retain", retain)
+    expect_kind(CircuitError, "forget", forget, PairSet)
+    expect_kind(CircuitError, "retain", retain, PairSet, None)
+    expect_kind(CircuitError, "config", config, CircuitConfig)
     note = on_step or (lambda *_: None)
     chosen = forget.sample(config.pairs, seed)
     found = attribute(
@@ -101,14 +102,6 @@ def discover(
         metric_corrupt=found.corrupt,
     )
     return Circuit(found.graph, found.scores, edges, meta, chosen)
-
-
-def _check_pairs(name: str, pairs: object) -> None:
-    if not isinstance(pairs, PairSet):
-        raise CircuitError(
-            f"{name} must be a PairSet (task.{name}, or one of your own); got "
-            f"{type(pairs).__name__}."
-        )
 
 
 def _select(

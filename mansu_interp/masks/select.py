@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..circuits.circuit import Circuit
-from ..errors import CircuitError, MaskError
+from ..errors import CircuitError, MaskError, ModelError
 from ..losses.accuracy import answered_correctly
 from ..losses.answers import answer_gradient
 from ..losses.counterfactual import forget_gradient
@@ -25,6 +25,7 @@ from ..losses.fisher import fisher_diagonal
 from ..losses.gradients import ByLayer, WeightMap, Weights
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
+from ..utils.kinds import expect_kind
 from .components import embedding_rows, region
 from .floor import Set, floor, floor_step, quantizer_set
 from .mask import Mask
@@ -77,6 +78,12 @@ def circuit_mask(
         MaskError: budget out of range, or nothing to edit.
         CircuitError: no forget pairs known, or another checkpoint.
     """
+    expect_kind(CircuitError, "circuit", circuit, Circuit)
+    expect_kind(ModelError, "model", model, LanguageModel)
+    expect_kind(MaskError, "retain", retain, list, tuple)
+    for pairs in retain:
+        expect_kind(MaskError, "a set of retain", pairs, PairSet)
+    expect_kind(MaskError, "forget", forget, PairSet, None)
     circuit.check_fits(model)
     pairs = forget or circuit.pairs
     if pairs is None:

@@ -1,24 +1,30 @@
-"""`HookedTransformer` objects of TransformerLens 3.9, read like a bridged model.
+"""Models that were loaded elsewhere: of transformers, and of TransformerLens 4 and 3.9.
 
-Attribution, faithfulness, discovery and CAD accept one wherever they take a model. It computes with
-its own, possibly processed weights (folded norms, centred writes), so the scores are of these.
-Nothing here imports transformer_lens: 4.x has no `HookedTransformer`, and none is ever made here.
+Attribution, faithfulness, discovery and comparison accept them wherever they take a model, and
+leave them as they are. A `TransformerBridge` or `HookedTransformer` computes with its own, possibly
+processed weights (folded norms, centred writes), so the scores are of these. Nothing here imports
+transformer_lens: 4.x has no `HookedTransformer`, and none is ever made here.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import CircuitError
+from ..utils.kinds import expect_kind
 from .graph import Architecture, Graph
-from .language_model import LanguageModel
-from .stream import Component, Reading, Stream, widen
+from .hook_points import Component
+from .hugging_face import PreTrainedModel
+from .language_model import LanguageModel, architecture_of, check_plain, has_experts
+from .stream import Reading, Stream, widen
 
 
 @dataclass
@@ -54,6 +60,16 @@ class HookedModel:
         """Width of the residual stream."""
         return self.bridge.cfg.d_model
 
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        return bool(getattr(self.bridge.cfg, "num_experts", None))
+
+    @property
+    def sizes(self) -> tuple[int, int | None]:
+        """Rows of the embedding, and positions."""
+        return self.bridge.cfg.d_vocab, self.bridge.cfg.n_ctx
+
     @cached_property
     def architecture(self) -> Architecture:
         """Layers, heads and block order."""
@@ -71,23 +87,68 @@ class HookedModel:
         return Graph(self.architecture)
 
 
+@dataclass
+class BridgedModel(HookedModel):
+    """A `TransformerBridge` of TransformerLens 4, read as one that is made here."""
+
+    @property
+    def name(self) -> str:
+        """As its configuration says."""
+        return str(getattr(self.bridge.cfg, "model_name", None) or "TransformerBridge")
+
+    @property
+    def hf(self) -> nn.Module:
+        """The model of transformers inside."""
+        return self.bridge.original_model
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Layers, heads and block order."""
+        return architecture_of(self.hf.config, self.name)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        return has_experts(self.hf.config)  # pyright: ignore[reportArgumentType]
+
+
 AnyModel = LanguageModel | HookedModel | nn.Module
-"""What attribution reads: a `LanguageModel`, or a `HookedTransformer` of TransformerLens 3.9."""
+"""What attribution reads: a `LanguageModel`, a ``PreTrainedModel`` of transformers, or a
+`TransformerBridge` or `HookedTransformer` of TransformerLens."""
+
+
+def view_of(hf: PreTrainedModel) -> LanguageModel:
+    """A model of transformers as a `LanguageModel` over the same weights; it stays as it is."""
+    check_plain(hf, type(hf).__name__)
+    packed = {id(p): p for p in hf.parameters() if getattr(p, "quant_state", None) is not None}
+    plain = {
+        id(p): nn.Parameter(p.data, requires_grad=False)
+        for p in hf.parameters()
+        if id(p) not in packed
+    }
+    memo = {id(b): b for b in hf.buffers()} | plain | packed
+    name = getattr(hf.config, "name_or_path", "") or type(hf).__name__
+    return LanguageModel(str(name), copy.deepcopy(hf, memo), None)
 
 
 def as_model(model: AnyModel) -> LanguageModel | HookedModel:
-    """A `LanguageModel` as it is; a `HookedTransformer` with the properties of one.
+    """A `LanguageModel` as it is; other models with the properties of one.
 
     Raises:
-        CircuitError: anything else.
+        CircuitError: no model.
+        ModelError: a model with an adapter.
     """
     if isinstance(model, (LanguageModel, HookedModel)):
         return model
-    if any(c.__name__ == "HookedTransformer" for c in type(model).__mro__):
+    names = {c.__name__ for c in type(model).__mro__}
+    if "HookedTransformer" in names:
         return HookedModel(model)
-    raise CircuitError(
-        f"Expected a model from load_model(), or a HookedTransformer; got {type(model).__name__}."
-    )
+    if "TransformerBridge" in names:
+        return BridgedModel(model)
+    if "PreTrainedModel" in names or hasattr(model, "peft_config"):
+        return view_of(cast("PreTrainedModel", model))
+    expect_kind(CircuitError, "model", model, LanguageModel)
+    raise AssertionError
 
 
 def open_stream(model: AnyModel) -> Stream:
@@ -97,7 +158,7 @@ def open_stream(model: AnyModel) -> Stream:
         CircuitError: see `Stream`.
     """
     model = as_model(model)
-    return HookedStream(model) if isinstance(model, HookedModel) else Stream(model)
+    return HookedStream(model) if type(model) is HookedModel else Stream(model)
 
 
 def _normalised(norm: Component, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
@@ -167,6 +228,12 @@ class HookedStream(Stream):
     def mlp_out(self, layer: int) -> str:
         """What the MLP adds to the stream."""
         return f"blocks.{layer}.hook_mlp_out"
+
+    def own_logits(
+        self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """The same: it is its own copy."""
+        return self.logits(tokens, last)
 
     def logits(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from .graph import Architecture, Graph
+from .hook_points import Component
 from .hugging_face import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from .layout import linear_weights, output_embeddings, turn, turn_back
-from .stream import Component
 
 PARALLEL = ("phi", "gptj", "codegen", "cohere", "cohere2")
 """Model types whose attention and MLP read the same stream, always."""
@@ -104,12 +104,39 @@ def has_experts(config: PreTrainedConfig) -> bool:
     return any((getattr(c, key, None) or 0) > 1 for key in EXPERTS)
 
 
+def check_tokens(
+    name: str, sizes: tuple[int, int | None], low: int, high: int, longest: int
+) -> None:
+    """Raise ModelError unless a model has an embedding and a position for every token.
+
+    Arguments:
+        name: of the model.
+        sizes: rows of its embedding, and positions where they are limited.
+        low: smallest token.
+        high: largest token.
+        longest: tokens of the longest prompt.
+    """
+    rows, positions = sizes
+    if low < 0 or high >= rows:
+        raise ModelError(
+            f"Token {low if low < 0 else high} is not in the embedding of {name}, which has "
+            f"{rows:,} rows. Take prompts of its own tokenizer."
+        )
+    if positions and longest > positions:
+        raise ModelError(
+            f"A prompt has {longest:,} tokens and {name} has {positions:,} positions. Give "
+            "shorter prompts."
+        )
+
+
 def check_plain(hf: object, name: str) -> None:
     """Raise ModelError unless a model is one of transformers, without adapters around or in it."""
     from transformers import PreTrainedModel as Expected
 
     if not isinstance(hf, Expected):
-        merge = " Merge the adapter first: merge_and_unload()." if hasattr(hf, "peft_config") else ""
+        merge = (
+            " Merge the adapter first: merge_and_unload()." if hasattr(hf, "peft_config") else ""
+        )
         raise ModelError(
             f"{name}: got a {type(hf).__name__}, expected a PreTrainedModel of transformers, such "
             f"as AutoModelForCausalLM.from_pretrained() gives.{merge}"
@@ -273,7 +300,8 @@ class LanguageModel:
         Tokens that all rows begin with (an instruction, few-shot examples) are computed once, and
         their keys and values shared: the same logits and gradients, several times faster.
         """
-        self.check_tokens(tokens)
+        low, high = tokens.aminmax()
+        check_tokens(self.name, self.sizes, int(low), int(high), tokens.shape[1])
         tokens, rows, at = (t.to(self.device) for t in (tokens, rows, at))
         by_parts, sharing = self._ways
         if not by_parts:
@@ -321,21 +349,17 @@ class LanguageModel:
             by_parts = same(lambda: base(input_ids=tokens, use_cache=False).last_hidden_state)
             return by_parts, by_parts and same(lambda: self._after_prefix(tokens, 2))
 
-    def check_tokens(self, tokens: Int[Tensor, "batch pos"]) -> None:
-        """Raise ModelError unless the model has an embedding and a position for every token."""
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        return has_experts(self.config)
+
+    @property
+    def sizes(self) -> tuple[int, int | None]:
+        """Rows of the embedding, and positions where the configuration limits them."""
         config = self.config.get_text_config(decoder=True)
         rows = self.hf.get_input_embeddings().weight.shape[0]
-        positions = getattr(config, "max_position_embeddings", None) or tokens.shape[1]
-        if int(tokens.max()) >= rows or int(tokens.min()) < 0:
-            raise ModelError(
-                f"Token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is not in the "
-                f"embedding of {self.name}, which has {rows:,} rows. Take its own tokenizer."
-            )
-        if tokens.shape[1] > positions:
-            raise ModelError(
-                f"A prompt has {tokens.shape[1]:,} tokens and {self.name} {positions:,} positions. "
-                "Give shorter prompts."
-            )
+        return rows, getattr(config, "max_position_embeddings", None)
 
     def unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
         """Logits of what the final norm has made of hidden states, scaled and capped as in the

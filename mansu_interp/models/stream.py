@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import einsum, rearrange
@@ -21,21 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import CircuitError
 from .graph import Graph
-
-Component: TypeAlias = Any
-"""A module of TransformerLens or bitsandbytes; which attributes it has depends on the library's
-version and the architecture."""
-
-
-@runtime_checkable
-class HookPoint(Protocol):
-    """What TransformerLens hands to a hook beside the value."""
-
-    name: str | None
-    """As in the hook list."""
-
-
-Hook = Callable[[Tensor, HookPoint], Tensor | None]
+from .hook_points import Component, Hook
 
 ADD_INSIDE = ("bloom", "mpt")
 """Model types whose MLP module adds the stream to its output itself."""
@@ -80,38 +66,15 @@ class StreamedModel(Protocol):
         """Every parameter by name."""
         ...
 
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        ...
 
-class Recorder:
-    """Remembers the tensors that pass the named hooks."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, Tensor] = {}
-
-    def __call__(self, value: Tensor, hook: HookPoint) -> Tensor:
-        """Remember a value under its hook point's name, and pass it on.
-
-        A view: where attention and MLP share one norm (Phi), the gradient at one of them must not
-        hold the other's.
-        """
-        seen = self.seen[str(hook.name)] = value.view_as(value)
-        return seen
-
-    def on(self, names: list[str]) -> list[tuple[str, Hook]]:
-        """Hook list for `Stream.hooked`."""
-        return [(n, self) for n in names]
-
-    def __getitem__(self, name: str) -> Tensor:
-        """What passed a hook point.
-
-        Raises:
-            CircuitError: nothing did.
-        """
-        if name not in self.seen:
-            raise CircuitError(
-                f"This version of TransformerLens does not run the hook point {name} on this "
-                "architecture. Install transformer-lens 4.3 or newer."
-            )
-        return self.seen[name]
+    @property
+    def sizes(self) -> tuple[int, int | None]:
+        """Rows of the embedding, and positions where they are limited."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -325,6 +288,20 @@ class Stream:
 
         with self.hooked([("unembed.hook_in", last_only)]):
             return widen(self.bridge(tokens.to(device), return_type="logits")[:, 0])
+
+    def own_logits(
+        self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """The same as the model itself computes them, without any hook."""
+        out = self.model.hf(input_ids=tokens.to(self.model.device), use_cache=False).logits
+        return widen(out[torch.arange(len(last)), last.to(out.device)])
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The least precise dtype in which a weight is computed with."""
+        weights = self.model.weights.values()
+        found = {getattr(getattr(w, "quant_state", None), "dtype", w.dtype) for w in weights}
+        return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
     def readings(self, layer: int) -> list[Reading]:
         """The q, k and v projections of a layer."""

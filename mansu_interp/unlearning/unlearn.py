@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MaskError, ModelError, TaskError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..tasks.task import Task
+from ..utils.kinds import expect_kind
 from .baselines.dense import Objective, train_dense
 from .baselines.dpo import dpo, idkdpo
 from .baselines.ga import ga
@@ -78,6 +79,9 @@ def unlearn(
         MaskError: the mask does not fit the model.
         ArtifactError: ``resume`` is damaged, or was written by another run.
     """
+    expect_kind(ModelError, "model", model, LanguageModel)
+    expect_kind(TaskError, "task", task, Task)
+    expect_kind(MaskError, "mask", mask, Mask, None)
     config = config or Mansu()
     if not isinstance(config, (Mansu, DenseConfig)) or config.method not in METHODS:
         raise ConfigError(

@@ -19,6 +19,7 @@ from ..circuits.changes import classify
 from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
 from ..utils.files import atomic_path, write_json, write_text
+from ..utils.kinds import expect_kind
 from ..utils.libraries import library
 from .data import EdgeData, GraphData, Judged, NodeData
 from .layout import box_id
@@ -213,6 +214,7 @@ def circuit_view(
         limit: edges in the view: so many, the strongest, and all of the circuit; None: every edge.
         title: default: the model's name.
     """
+    expect_kind(ViewError, "circuit", circuit, "Circuit")
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
@@ -256,6 +258,10 @@ def changes_view(
     Raises:
         CircuitError: scores of another architecture, or not finite.
     """
+    expect_kind(ViewError, "circuit", circuit, "Circuit")
+    for name, scores in (("before", before), ("after", after)):
+        expect_kind(ViewError, name, scores, "Attribution")
+    expect_kind(ViewError, "quantized", quantized, "Attribution", None)
     named = {"before": before, "after": after}
     if quantized is not None:
         named["quantized"] = quantized
