@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..errors import CircuitError
+from ..models.graph import Graph
 from ..models.hooked import AnyModel, HookedModel, as_model
 from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
 from ..utils.kinds import expect_kind
 from .ablation import Ablation
-from .attribution import attribute, pairs_per_batch
+from .attribution import Attribution, attribute, pairs_per_batch
 from .circuit import Circuit, CircuitMeta
 from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
@@ -77,6 +78,7 @@ def discover(
         config=config,
         on_batch=lambda d, n: note("attribution of forget pairs", d, n),
     )
+    _check_known(model, found)
     ranking = found.scores
     if retain is not None and config.retain_discount:
         retained = attribute(
@@ -102,6 +104,26 @@ def discover(
         metric_corrupt=found.corrupt,
     )
     return Circuit(found.graph, found.scores, edges, meta, chosen)
+
+
+def _check_known(model: LanguageModel | HookedModel, found: Attribution) -> None:
+    """Raise CircuitError where the clean prompts give no more of the metric than the corrupt
+    ones."""
+    if not found.clean > found.corrupt:
+        raise CircuitError(
+            f"{model.name} does not know these answers: the metric is {found.clean:.4g} on the "
+            f"clean prompts and {found.corrupt:.4g} on the corrupt ones, so no circuit carries "
+            "them. Give pairs that the model answers."
+        )
+
+
+def _fewest(graph: Graph, ranking: Float[np.ndarray, "writers readers"]) -> int:
+    """How many top-ranked edges it takes until some lie on a path from input to logits."""
+    low, high = 0, graph.n_edges
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if strongest(graph, ranking, middle).any() else (middle, high)
+    return high
 
 
 def _select(
@@ -141,5 +163,10 @@ def _select(
                 f"{float(np.abs(ranking).max()):.4g}."
             )
     edges = strongest(model.graph, ranking, n)
+    if not edges.any():
+        raise CircuitError(
+            f"None of the {n} strongest edges lies on a path from input to logits; the first "
+            f"{_fewest(model.graph, ranking)} hold one. Ask for more, or let the search choose."
+        )
     final = faithful(edges)
     return edges, [(n, final)], final

@@ -197,9 +197,9 @@ def check_exact(rebuilder: Rebuilder, pairs: PairSet) -> None:
         off = float((found - real).norm() / (real - real.mean()).norm().clamp_min(1e-12))
         if not off <= most:
             raise CircuitError(
-                f"{name}: {what} by {off:.2g} of their size; at most {most:g} is rounding. What "
-                "this architecture adds to its stream is not known in full, so attribution would "
-                "be wrong: it is refused."
+                f"{name}: {what} by {off:.2g} of their size; at most {most:g} is rounding. "
+                "What this architecture computes is not known in full, so attribution would be "
+                "wrong: it is refused."
             )
 
     real = [stream.own_logits(tokens, batch.last) for tokens in (batch.clean, batch.corrupt)]

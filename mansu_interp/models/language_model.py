@@ -254,8 +254,9 @@ class LanguageModel:
             except Exception as error:  # what it cannot bridge it trips over in many ways
                 if is_out_of_memory(error):
                     raise
+                reason = first_line(error).rstrip(".")
                 raise ModelError(
-                    f"TransformerLens cannot bridge {arch} ({self.name}): {first_line(error).rstrip('.')}. "
+                    f"TransformerLens cannot bridge {arch} ({self.name}): {reason}. "
                     "Use a decoder family that it supports."
                 ) from error
         bridge.eval()

@@ -292,7 +292,10 @@ class Stream:
     def own_logits(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch vocab"]:
-        """The same as the model itself computes them, without any hook."""
+        """The same as the model itself computes them, without any hook; of one with packed layers,
+        which not every processor runs, as its unpacked copy does."""
+        if any(not w.is_floating_point() for w in self.model.weights.values()):
+            return self.logits(tokens, last)
         out = self.model.hf(input_ids=tokens.to(self.model.device), use_cache=False).logits
         return widen(out[torch.arange(len(last)), last.to(out.device)])
 
