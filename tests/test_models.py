@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.errors import MansuError, ModelError
@@ -62,7 +63,8 @@ def test_remote_name_and_a_closed_port(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    monkeypatch.setattr(hub, "HUB_HOST", ("127.0.0.1", port))
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 
@@ -75,6 +77,8 @@ def test_a_network_that_never_answers(monkeypatch: pytest.MonkeyPatch):
         raise OSError("at last")
 
     monkeypatch.setattr(socket, "create_connection", hang)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 
@@ -183,7 +187,7 @@ def test_a_shared_prefix_changes_neither_logits_nor_gradients(
 
     (apart,), g_apart = both(10**9)
     (shared,), g_shared = both(0)
-    assert calls == [(4, 6), (1, 3), (4, 3)]
+    assert calls[-3:] == [(4, 6), (1, 3), (4, 3)]  # before: a try on three tokens
     assert torch.allclose(apart, shared, atol=1e-5)
     for a, b in zip(g_apart, g_shared, strict=True):
         assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
