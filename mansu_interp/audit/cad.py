@@ -40,7 +40,7 @@ from ..models.layout import output_embeddings
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .linearized import linearized_relearning
 from .probes import probe, ranked, stitches
 from .relearning import CHANCE, halves, is_erased, of_subjects, rivals_within

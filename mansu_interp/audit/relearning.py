@@ -32,7 +32,7 @@ from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
 from ..utils.files import Json
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .config import RelearnConfig
 
 CHANCE = 1 / N_CHOICES

@@ -41,10 +41,10 @@ from ..models.hooked import AnyModel
 from ..models.stream import Stream, widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import shard, sum_over_processes, world_size
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
+from .ablation import Rebuilder, check_exact
 from .config import AttributionConfig
 from .metrics import Logits, Metric, get_metric
-from .rebuild import Rebuilder, check_exact
 
 
 @dataclass(frozen=True)

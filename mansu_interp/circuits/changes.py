@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Float, Int8, Shaped
 
 from ..errors import CircuitError
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 
 KEPT_SHARE = 0.5
 """An edge with at least this signed share of its old score is kept (or recovered)."""

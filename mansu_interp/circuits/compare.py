@@ -28,7 +28,7 @@ from ..errors import CircuitError
 from ..models.hooked import AnyModel, as_model
 from ..tasks.pairs import PairSet
 from ..utils.files import Json
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .attribution import Attribution, attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig

@@ -21,7 +21,7 @@ from ..models.hooked import AnyModel, HookedModel, as_model
 from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .ablation import Ablation
 from .attribution import Attribution, attribute, pairs_per_batch
 from .circuit import Circuit, CircuitMeta

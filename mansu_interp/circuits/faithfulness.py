@@ -19,7 +19,7 @@ from ..errors import CircuitError
 from ..models.graph import Graph
 from ..models.hooked import AnyModel
 from ..tasks.pairs import PairSet
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .ablation import Ablation, Edges
 from .metrics import Metric
 

@@ -13,7 +13,7 @@ from ..losses.accuracy import accuracy, perplexity
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
-from ..utils.kinds import expect_kind, expect_values
+from ..utils.ranges import expect_kind, expect_values
 from .versions import ModelVersion
 
 Metric = Literal["top1", "choice"]

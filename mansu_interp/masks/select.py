@@ -25,7 +25,7 @@ from ..losses.fisher import fisher_diagonal
 from ..losses.gradients import ByLayer, WeightMap, Weights
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .components import embedding_rows, region
 from .floor import Set, floor, floor_step, quantizer_set
 from .mask import Mask

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import CircuitError
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .graph import Architecture, Graph
 from .hook_points import Component
 from .hugging_face import PreTrainedModel

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ConfigError, ModelError
 from ..models.language_model import LanguageModel
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .base import Quantizer
 from .registry import get_quantizer
 

@@ -18,7 +18,7 @@ from typing import Literal
 from ..errors import ModelError, TaskError
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from ..utils.shipped import is_embedded
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text

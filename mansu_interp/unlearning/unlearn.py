@@ -9,7 +9,7 @@ from ..errors import ConfigError, MaskError, ModelError, TaskError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..tasks.task import Task
-from ..utils.kinds import expect_kind
+from ..utils.ranges import expect_kind
 from .baselines.dense import Objective, train_dense
 from .baselines.dpo import dpo, idkdpo
 from .baselines.ga import ga

@@ -19,8 +19,8 @@ from ..circuits.changes import classify
 from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
 from ..utils.files import atomic_path, write_json, write_text
-from ..utils.kinds import expect_kind
 from ..utils.libraries import library
+from ..utils.ranges import expect_kind
 from .data import EdgeData, GraphData, Judged, NodeData
 from .layout import box_id
 from .page import graph_page
