@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import mansu_interp
+
 PACKAGE = Path(__file__).resolve().parents[1] / "mansu_interp"
 ROOT = PACKAGE.parent
 PAGES = ("README.md", "CONTRIBUTING.md")
@@ -79,6 +81,18 @@ def test_imports_point_downward(path: Path):
             continue
         if parts[1] != own:
             assert RANK[parts[1]] < RANK[own], f"{own} imports {parts[1]}, which is not below it"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda p: p.parent.name)
+def test_each_room_says_which_of_its_names_are_public(path: Path):
+    """And holds nothing else: the public names are one list, that of the package."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert len(tree.body) == 1
+    own = [m for m in mansu_interp.PUBLIC if m.partition(".")[0] == path.parent.name]
+    names = [n for m in own for n in mansu_interp.PUBLIC[m]]
+    said = " ".join((ast.get_docstring(tree) or "").split())
+    end = f"Public, from `mansu_interp`: {', '.join(names)}. The rest is implementation."
+    assert said.endswith(end if names else "No public names: implementation.")
 
 
 def test_only_models_imports_transformer_lens():

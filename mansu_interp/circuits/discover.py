@@ -71,22 +71,17 @@ def discover(
     expect_kind(CircuitError, "retain", retain, PairSet, None)
     expect_kind(CircuitError, "config", config, CircuitConfig)
     note = on_step or (lambda *_: None)
+
+    def score(which: str, pairs: PairSet) -> Attribution:
+        stage = f"attribution of {which} pairs"
+        return attribute(model, pairs, config=config, on_batch=lambda d, n: note(stage, d, n))
+
     chosen = forget.sample(config.pairs, seed)
-    found = attribute(
-        model,
-        chosen,
-        config=config,
-        on_batch=lambda d, n: note("attribution of forget pairs", d, n),
-    )
+    found = score("forget", chosen)
     _check_known(model, found)
     ranking = found.scores
     if retain is not None and config.retain_discount:
-        retained = attribute(
-            model,
-            retain.sample(config.pairs, seed),
-            config=config,
-            on_batch=lambda d, n: note("attribution of retain pairs", d, n),
-        )
+        retained = score("retain", retain.sample(config.pairs, seed))
         ranking = selective_scores(found.scores, retained.scores, config.retain_discount)
     edges, curve, final = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
