@@ -31,6 +31,8 @@ MEANT = {
     ("Circuit", "Mask"): "the circuit from which the mask was made",
     ("Attribution", "Circuit"): "attribute(model, pairs)",
     ("ModelVersion", "str"): "ModelVersion(name, quantizer)",
+    ("list", "PairSet"): "[pairs], or task.retain_sets",
+    ("list", "Task"): "task.retain_sets",
     ("Mapping", "LanguageModel"): '{"unlearned": model}',
     ("Mapping", "Unlearned"): '{"unlearned": result.model}',
     ("ndarray", "Circuit"): "circuit.edges, or circuit.scores for a ranking",
