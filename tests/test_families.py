@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,13 +15,18 @@ from conftest import VOCAB, make_pairs
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
-from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
+from mansu_interp.circuits.discover import discover
 from mansu_interp.errors import CircuitError, ModelError
+from mansu_interp.models import language_model
+from mansu_interp.models.graph import Architecture
 from mansu_interp.models.hook_points import Recorder
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.layout import turn_back
 from mansu_interp.models.stream import Stream
-from mansu_interp.quantizers.survival import quantize
+from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.viz.view import circuit_view
 
 COMMON = {
     "vocab_size": VOCAB,
@@ -295,7 +301,8 @@ class ByHand:
             weight = self.module(i, 2).weight.detach()
             share = 1.0
             if (i, "after heads") in seen:
-                share = seen[i, "after heads"] / seen[i, "before after heads"]
+                total = seen[i, "before after heads"]
+                share = seen[i, "after heads"] / total.where(total != 0, 1.0)
             size = weight.shape[1] // self.heads
             for h in range(self.heads):
                 cut = slice(h * size, (h + 1) * size)
@@ -354,6 +361,183 @@ def test_single_edges_are_those_of_the_patched_model(family: str):
     assert len(drops) >= 5 and largest > 0.01
     assert np.abs(drops).max() < 1e-4 * max(1, largest)
     assert np.abs(slopes).max() < 5e-3 * max(1, np.abs(scores).max())
+
+
+MOVED = {"layer_types": ["conv", "full_attention", "conv"]}
+SSM = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "bloom of normed streams": (
+        *MORE["bloom"][:2],
+        {**MORE["bloom"][2], "apply_residual_connection_post_layernorm": True},
+        "after the attention of layer 0, the stream differs by",
+    ),
+    "falcon alibi": (
+        "Falcon",
+        "FalconForCausalLM",
+        {**FALCON, "parallel_attn": False, "alibi": True},
+        "copy of it differs in its logits by",
+    ),
+    "falcon 40b": (
+        "Falcon",
+        "FalconForCausalLM",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+        "TransformerLens cannot bridge",
+    ),
+    "falcon h1": (
+        "FalconH1",
+        "FalconH1ForCausalLM",
+        {**HYBRID, "mamba_d_ssm": 32, **SSM},
+        "Something else adds to it",
+    ),
+    "bert": ("Bert", "BertLMHeadModel", {**GATED, "is_decoder": True}, "Something else adds to it"),
+    "gemma4": ("Gemma4Text", "Gemma4ForCausalLM", SIZED, "Something else adds to it or scales it"),
+    "opt projected": (
+        "OPT",
+        "OPTForCausalLM",
+        {**FAMILIES["opt"][2], "word_embed_proj_dim": 16},
+        "no hook point ln_final",
+    ),
+    "gpt1": ("OpenAIGPT", "OpenAIGPTLMHeadModel", GPT, "no hook point ln_final"),
+    "lfm2": ("Lfm2", "Lfm2ForCausalLM", {**HYBRID, **MOVED}, "BlockBridge 0 lacks q, k, v, o"),
+    "jamba": ("Jamba", "JambaForCausalLM", {**EXPERTS, "attn_layer_offset": 1}, "lacks q, k, v, o"),
+    "mamba": (
+        "Mamba",
+        "MambaForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2},
+        "no number of attention heads",
+    ),
+    "rwkv": (
+        "Rwkv",
+        "RwkvForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2},
+        "no number of attention heads",
+    ),
+    "bigcode": (
+        "GPTBigCode",
+        "GPTBigCodeForCausalLM",
+        {**GPT, "multi_query": False},
+        "TransformerLens cannot bridge",
+    ),
+    "nanochat": ("NanoChat", "NanoChatForCausalLM", HYBRID, "one module is used in two places"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_is_not_exact_is_refused(family: str):
+    MORE[family] = REFUSED[family][:3]
+    with pytest.raises((CircuitError, ModelError), match=REFUSED[family][3]):
+        attribute(make(family), make_pairs((4,)))
+    with pytest.raises((CircuitError, ModelError), match=REFUSED[family][3]):
+        Ablation(make(family), make_pairs((4,)))
+    del MORE[family]
+
+
+def test_an_unknown_factor_or_writer_is_found(monkeypatch: pytest.MonkeyPatch):
+    """What a new architecture might do: it is told where the stream differs, at every entrance."""
+    model, pairs = make("granite"), make_pairs((4, 5))
+    monkeypatch.setattr(Stream, "scale", 0.301)
+    with pytest.raises(CircuitError, match="after the attention of layer 0, the stream differs"):
+        attribute(model, pairs)
+    with pytest.raises(CircuitError, match="after the attention of layer 0, the stream differs"):
+        Ablation(model, pairs)
+    with pytest.raises(CircuitError, match="after the attention of layer 0, the stream differs"):
+        discover(model, pairs)
+
+
+def test_one_key_is_not_cut_into_heads(monkeypatch: pytest.MonkeyPatch):
+    model = make("falcon one key").copy()
+    assert make("falcon one key").architecture.n_kv_heads == 1
+    as_many = Architecture(3, 4, 4, parallel=True)
+    monkeypatch.setattr(language_model, "architecture_of", lambda *_: as_many)
+    with pytest.raises(CircuitError, match="k projection of layer 0 has 8 rows; 4 heads of 8 need"):
+        attribute(model, make_pairs((4,)))
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "llama4", "cohere2", "gemma3 that sees", "modernbert decoder", "mamba"]
+)
+def test_logits_are_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Heads that transform first, windows shorter than a shared prefix, no cache of keys."""
+    monkeypatch.setattr(language_model, "MIN_SHARED", 0)
+    more = {k: v[:3] for k, v in REFUSED.items()}
+    more["llama4"] = ("Llama4Text", "Llama4ForCausalLM", {**EXPERTS, "head_dim": 8})
+    monkeypatch.setitem(MORE, family, {**more, **MORE}[family])
+    model = make(family)
+    tokens = torch.tensor([[3, 5, 7, 9, 11, 13, 15, k] for k in (1, 2, 4)])
+    want = model.hf(input_ids=tokens, use_cache=False).logits[:, -1]
+    found = model.last_logits(tokens, torch.full((3,), 7))
+    assert torch.allclose(found, want, atol=1e-4 * float(want.abs().max()))
+
+
+def test_experts_are_told_where_scores_are_shown():
+    pairs = make_pairs((5, 4, 6, 3), seed=1)
+    config = CircuitConfig(pairs=4, ig_steps=1, faithfulness_pairs=4, top=40)
+    for family, routed in (("mixtral", True), ("llama gqa", False)):
+        model = make(family)
+        for p in (pairs, swapped(pairs)):
+            try:
+                found = discover(model, p, config=config)
+            except CircuitError:
+                continue  # the other way round, the random model "knows" the answers
+            shown = " ".join(circuit_view(found).data.facts)
+            assert ("scores need not add up" in shown) == routed
+
+
+def swapped(pairs: PairSet) -> PairSet:
+    """Clean and corrupt exchanged."""
+    return PairSet(pairs.name, tuple(replace(p, clean=p.corrupt, corrupt=p.clean) for p in pairs))
+
+
+@pytest.mark.parametrize("family", ["llama gqa", "gpt2"])
+def test_models_loaded_elsewhere_score_the_same_and_stay(family: str):
+    """A model of transformers, and a TransformerBridge."""
+    model, pairs = make(family), make_pairs((5, 4))
+    want = attribute(model, pairs).scores
+    model_name = FAMILIES[family][1]
+    hf = getattr(transformers, model_name)(model.config).eval()
+    state = model.copy()
+    turn_back(state.hf)
+    hf.load_state_dict(state.hf.state_dict())
+    kinds = [type(m) for m in hf.modules()]
+    assert np.abs(attribute(hf, pairs).scores - want).max() < 1e-5
+    assert kinds == [type(m) for m in hf.modules()]
+    assert all(p.requires_grad for p in hf.parameters())
+    assert np.abs(attribute(model.copy().bridge, pairs).scores - want).max() < 1e-5
+    assert Ablation(hf, pairs)(model.graph.exists) == pytest.approx(
+        Ablation(model, pairs)(model.graph.exists), abs=1e-5
+    )
+
+
+class PeftModel(torch.nn.Module):
+    """What peft wraps a model in."""
+
+    peft_config = ()
+
+
+def test_adapters_are_refused():
+    hf = copy.deepcopy(make("llama gqa").hf)
+    with pytest.raises(ModelError, match=r"got a PeftModel, .*merge_and_unload"):
+        LanguageModel("mine", cast(Any, PeftModel()), None)
+    with pytest.raises(ModelError, match=r"got a PeftModel, .*merge_and_unload"):
+        attribute(PeftModel(), make_pairs((4,)))
+    hf.model.layers[0].mlp.lora_A = torch.nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"holds an adapter \(model.*lora_A"):
+        LanguageModel("mine", hf, None)
+
+
+@pytest.mark.parametrize("which", ["bf16", "packed"])
+def test_edits_need_float32(which: str):
+    model = make("llama gqa")
+    low = (
+        packed(model)
+        if which == "packed"
+        else LanguageModel("bf16", copy.deepcopy(model.hf).to(torch.bfloat16), None)
+    )
+    match = "is packed as uint8, expected float32" if which == "packed" else "is bfloat16, expected"
+    with pytest.raises(ModelError, match=match):
+        quantize(low)
+    with pytest.raises(ModelError, match=match):
+        survival(low, low)
 
 
 def test_bf16_is_close_to_fp32():

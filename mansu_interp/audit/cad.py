@@ -345,6 +345,7 @@ def judge_erasure(
     """
     for name, model in (("original", original), ("edited", edited)):
         expect_kind(ModelError, name, model, LanguageModel)
+        model.check_editable()
     expect_kind(ModelError, "quantized", quantized, LanguageModel, None)
     expect_kind(TaskError, "task", task, Task)
     check_alike(original, edited)

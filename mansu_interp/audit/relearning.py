@@ -262,6 +262,7 @@ def relearn(
     """
     expect_kind(ModelError, "model", model, LanguageModel)
     expect_kind(TaskError, "task", task, Task)
+    model.check_editable()
     config = config or RelearnConfig()
     expect_kind(ConfigError, "config", config, RelearnConfig)
     first, _ = halves(task.forget, config.seed)

@@ -28,6 +28,12 @@ from .circuit import Circuit, CircuitMeta
 from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
 
+ROUTED_NOTE = (
+    "mixture of experts: each edge's score is exact, but a router jumps between experts, so that "
+    "scores need not add up to the whole effect"
+)
+"""Said where the scores of such a model are shown."""
+
 
 def selective_scores(
     forget: Float[np.ndarray, "writers readers"],
@@ -97,6 +103,7 @@ def discover(
         curve=tuple(curve),
         metric_clean=found.clean,
         metric_corrupt=found.corrupt,
+        note=ROUTED_NOTE if model.routed else "",
     )
     return Circuit(found.graph, found.scores, edges, meta, chosen)
 

@@ -84,6 +84,7 @@ def circuit_mask(
     """
     expect_kind(CircuitError, "circuit", circuit, Circuit)
     expect_kind(ModelError, "model", model, LanguageModel)
+    model.check_editable()
     expect_kind(MaskError, "retain", retain, list, tuple)
     for pairs in retain:
         expect_kind(MaskError, "a set of retain", pairs, PairSet)

@@ -158,6 +158,8 @@ def open_stream(model: AnyModel) -> Stream:
         CircuitError: see `Stream`.
     """
     model = as_model(model)
+    for part in ("graph", "bridge"):  # what a model lacks is told here
+        getattr(model, part)
     return HookedStream(model) if type(model) is HookedModel else Stream(model)
 
 

@@ -69,6 +69,10 @@ def unpack_4bit(packed: Component) -> nn.Linear:
     return plain
 
 
+STATEFUL = ("mamba", "conv", "ssm", "state_size", "lru", "linear_")
+"""Parts of settings of models that keep more than keys and values of a prefix."""
+
+
 def architecture_of(config: PreTrainedConfig, name: str) -> Architecture:
     """Layers, heads and block order of a model's decoder.
 
@@ -262,6 +266,18 @@ class LanguageModel:
         bridge.eval()
         return bridge
 
+    def check_editable(self) -> None:
+        """Raise ModelError unless every weight is float32, in which gradients and edits are
+        computed."""
+        for name, weight in self.weights.items():
+            if weight.dtype != torch.float32:
+                packed = "packed as " if not weight.is_floating_point() else ""
+                raise ModelError(
+                    f"{self.name}: {name} is {packed}{str(weight.dtype).removeprefix('torch.')}, "
+                    "expected float32, in which gradients and edits are computed. load_model() "
+                    "widens a checkpoint, and save() stores it in its own dtype again."
+                )
+
     def copy(self) -> LanguageModel:
         """An independent copy: its weights can be edited without touching this one's."""
         with quiet():
@@ -308,7 +324,7 @@ class LanguageModel:
         if not by_parts:
             return self.hf(input_ids=tokens, use_cache=False).logits[rows, at]
         common = _common_prefix(tokens, at) if sharing else 0
-        if common * (len(tokens) - 1) < self._min_shared:
+        if not common or common * (len(tokens) - 1) < self._min_shared:
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             return self.unembed(hidden[rows, at])
         return self.unembed(self._after_prefix(tokens, common)[rows, at - common])
@@ -329,11 +345,11 @@ class LanguageModel:
     @cached_property
     def _ways(self) -> tuple[bool, bool]:
         """Whether unembedding the base model's hidden states gives the model's own logits, and
-        whether it does so behind a shared prefix; tried once, on three tokens.
+        whether it does so behind a shared prefix; tried once, on eight tokens.
 
         Not with heads that transform first (BERT, ModernBERT), nor without a cache of keys (Mamba).
         """
-        tokens = torch.tensor([[0, 1, 0], [0, 1, 1]], device=self.device)
+        tokens = torch.tensor([[0, 1] * 4, [0, 1, 0, 1, 0, 0, 0, 1]], device=self.device)
 
         def same(hidden: Callable[[], Tensor]) -> bool:
             try:
@@ -348,7 +364,10 @@ class LanguageModel:
                 return True, True
             base = self.hf.base_model
             by_parts = same(lambda: base(input_ids=tokens, use_cache=False).last_hidden_state)
-            return by_parts, by_parts and same(lambda: self._after_prefix(tokens, 2))
+            keys = self.config.get_text_config(decoder=True).to_dict()
+            keeps_state = any(part in key for key in keys for part in STATEFUL)
+            sharing = by_parts and not keeps_state
+            return by_parts, sharing and same(lambda: self._after_prefix(tokens, 5))
 
     @property
     def routed(self) -> bool:

@@ -34,6 +34,7 @@ def quantize(
         ConfigError: unknown quantizer, its library is missing, or calibration prompts are.
     """
     expect_kind(ModelError, "model", model, LanguageModel)
+    model.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     expect_kind(ConfigError, "quantizer", quantizer, Quantizer)
     copy = model.copy()
@@ -77,6 +78,8 @@ def survival(
     """
     expect_kind(ModelError, "before", before, LanguageModel)
     expect_kind(ModelError, "after", after, LanguageModel)
+    before.check_editable()
+    after.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     expect_kind(ConfigError, "quantizer", quantizer, Quantizer)
     edited = survived = collateral = intended = 0

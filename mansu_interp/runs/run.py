@@ -15,6 +15,7 @@ import torch
 
 from ..audit.relearning import scored_halves
 from ..circuits.circuit import Circuit
+from ..errors import ConfigError
 from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
@@ -30,6 +31,7 @@ from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
 from ..utils.files import locked, write_text
 from ..utils.libraries import enough_memory
+from ..utils.ranges import expect_kind
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext
@@ -82,6 +84,7 @@ def run(
         MansuError: bad input, always before long work starts.
         ResourceError: disk or memory ran out, or another run writes to the folder.
     """
+    expect_kind(ConfigError, "config", config, RunConfig)
     if config.threads:
         torch.set_num_threads(config.threads)
     check_folder(config)

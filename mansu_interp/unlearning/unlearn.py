@@ -82,6 +82,7 @@ def unlearn(
     expect_kind(ModelError, "model", model, LanguageModel)
     expect_kind(TaskError, "task", task, Task)
     expect_kind(MaskError, "mask", mask, Mask, None)
+    model.check_editable()
     config = config or Mansu()
     if not isinstance(config, (Mansu, DenseConfig)) or config.method not in METHODS:
         raise ConfigError(

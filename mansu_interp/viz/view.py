@@ -218,6 +218,7 @@ def circuit_view(
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
+    facts += [circuit.meta.note] if circuit.meta.note else []
     title = title or f"Circuit{f' of {name}' if name else ''}"
     data = _graph_data(title, circuit, {"": circuit.scores}, limit)
     top = min(TOP, circuit.n_edges) or TOP
@@ -278,7 +279,10 @@ def changes_view(
             edges=replace(data.edges, classes=classes),
             nodes=replace(data.nodes, classes=nodes.codes.tolist()),
             top=max(1, min(TOP, sum(counts.values()))),  # not what is quiet in all
-            facts=[f"an edge is present from |score| {edges.threshold:.3g}"],
+            facts=[
+                f"an edge is present from |score| {edges.threshold:.3g}",
+                *([circuit.meta.note] if circuit.meta.note else []),
+            ],
             weights=_weights(circuit.graph, model, mask),
             cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
             comparison=comparison.models if comparison is not None else None,
