@@ -46,7 +46,7 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
         r'models: got a LanguageModel, expected a Mapping\. Did you mean \{"unlearned": model\}\?',
     ),
     "a model without its version": (
-        lambda m, t: mansu.evaluate(m, t),
+        mansu.evaluate,
         "models: got a LanguageModel, expected a Mapping",
     ),
     "a name for a version": (
@@ -74,7 +74,7 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
         "pairs: got a tuple, expected a PairSet",
     ),
     "a task for pairs": (
-        lambda m, t: mansu.discover(m, t),
+        mansu.discover,
         r"forget: got a Task, expected a PairSet\. Did you mean task\.forget",
     ),
     "a name for a model": (
@@ -83,19 +83,19 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
     ),
     "a dictionary for settings": (
         lambda m, t: mansu.attribute(MODEL, PAIRS, config={"ig_steps": 3}),
-        r"config: got a dict, expected a AttributionConfig\. Did you mean AttributionConfig\(\*\*set",
+        r"config: got a dict, expected an AttributionConfig\. Did you mean AttributionConfig\(\*\*set",
     ),
     "a circuit for its edges": (
         lambda m, t: mansu.circuit_metric(MODEL, PAIRS, circuit_of(MODEL)),
-        r"edges: got a Circuit, expected a ndarray\. Did you mean circuit\.edges",
+        r"edges: got a Circuit, expected an ndarray\. Did you mean circuit\.edges",
     ),
     "a circuit for its scores": (
         lambda m, t: mansu.faithfulness_curve(mansu.Ablation(MODEL, PAIRS), circuit_of(MODEL)),
-        "scores: got a Circuit, expected a ndarray",
+        "scores: got a Circuit, expected an ndarray",
     ),
     "scores for a circuit": (
         lambda m, t: mansu.circuit_mask(mansu.attribute(MODEL, PAIRS), MODEL),
-        "circuit: got a Attribution, expected a Circuit",
+        "circuit: got an Attribution, expected a Circuit",
     ),
     "one set for many": (
         lambda m, t: mansu.circuit_mask(circuit_of(MODEL), MODEL, retain=PAIRS),
@@ -103,7 +103,7 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
     ),
     "attributions for scores": (
         lambda m, t: mansu.classify(mansu.attribute(MODEL, PAIRS), mansu.attribute(MODEL, PAIRS)),
-        r"before: got a Attribution, expected a ndarray or a float\. Did you mean its \.scores",
+        r"before: got an Attribution, expected an ndarray or a float\. Did you mean its \.scores",
     ),
     "pairs for a task": (
         lambda m, t: mansu.relearn(m, t.forget),
@@ -111,7 +111,7 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
     ),
     "a result for a model": (
         lambda m, t: mansu.judge_erasure(m, mansu.Unlearned(m, []), t),
-        r"edited: got a Unlearned, expected a LanguageModel\. Did you mean its \.model\?",
+        r"edited: got an Unlearned, expected a LanguageModel\. Did you mean its \.model\?",
     ),
     "a model's name to quantize": (
         lambda m, t: mansu.quantize("facts"),
@@ -131,7 +131,7 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
     ),
     "scores to draw": (
         lambda m, t: mansu.circuit_view(mansu.attribute(MODEL, PAIRS)),
-        "circuit: got a Attribution, expected a Circuit",
+        "circuit: got an Attribution, expected a Circuit",
     ),
     "a mask's path": (lambda m, t: mansu.unlearn(m, t, "m.safetensors"), "Did you mean Mask.load"),
     "settings of a run as words": (lambda m, t: mansu.run("capitals"), "expected a RunConfig"),

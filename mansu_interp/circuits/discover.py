@@ -28,7 +28,7 @@ from .circuit import Circuit, CircuitMeta
 from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
 
-ROUTED_NOTE = (
+ROUTED = (
     "mixture of experts: each edge's score is exact, but a router jumps between experts, so that "
     "scores need not add up to the whole effect"
 )
@@ -103,7 +103,7 @@ def discover(
         curve=tuple(curve),
         metric_clean=found.clean,
         metric_corrupt=found.corrupt,
-        note=ROUTED_NOTE if model.routed else "",
+        caveat=ROUTED if model.routed else "",
     )
     return Circuit(found.graph, found.scores, edges, meta, chosen)
 

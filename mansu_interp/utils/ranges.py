@@ -75,6 +75,10 @@ def check_range(
         raise ConfigError(f"{name} must be {words}; got {value}.")
 
 
+def _a(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOUn' else 'a'} {name}"
+
+
 def expect_kind(
     error: type[MansuError], argument: str, value: object, *kinds: type | str | None
 ) -> None:
@@ -101,8 +105,8 @@ def expect_kind(
         meant = "LanguageModel(name, model, tokenizer)"
     if isinstance(value, dict) and first.endswith("Config"):
         meant = f"{first}(**settings)"
-    given = f"{value!r:.60}" if isinstance(value, (str, int, float)) else f"a {names[0]}"
-    message = f"{argument}: got {given}, expected a {' or a '.join(wanted)}."
+    given = f"{value!r:.60}" if isinstance(value, (str, int, float)) else _a(names[0])
+    message = f"{argument}: got {given}, expected {' or '.join(map(_a, wanted))}."
     raise error(message + (f" Did you mean {meant}?" if meant else ""))
 
 

@@ -218,7 +218,7 @@ def circuit_view(
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
-    facts += [circuit.meta.note] if circuit.meta.note else []
+    facts += [circuit.meta.caveat] if circuit.meta.caveat else []
     title = title or f"Circuit{f' of {name}' if name else ''}"
     data = _graph_data(title, circuit, {"": circuit.scores}, limit)
     top = min(TOP, circuit.n_edges) or TOP
@@ -281,7 +281,7 @@ def changes_view(
             top=max(1, min(TOP, sum(counts.values()))),  # not what is quiet in all
             facts=[
                 f"an edge is present from |score| {edges.threshold:.3g}",
-                *([circuit.meta.note] if circuit.meta.note else []),
+                *([circuit.meta.caveat] if circuit.meta.caveat else []),
             ],
             weights=_weights(circuit.graph, model, mask),
             cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
