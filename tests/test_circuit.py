@@ -15,6 +15,7 @@ import pytest
 from checked import wrong_type
 from conftest import SHIPPED, make_pairs
 
+from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import compare
 from mansu_interp.circuits.config import CircuitConfig
@@ -253,3 +254,31 @@ def test_a_damaged_circuit_is_refused(tmp_path: Path):
         (tmp_path / "c.json").write_text(bad)
         with pytest.raises(ArtifactError, match=r"c\.json"):
             Circuit.load(tmp_path / "c.json")
+
+
+def test_answers_that_the_model_does_not_know(tiny_model: TinyModel):
+    """Where the corrupt prompts give more of the metric there is no circuit, at 0.98 or else."""
+    model, pairs = tiny_model(4), make_pairs((5, 4, 6, 3))
+    clean = attribute(model, pairs)
+    other = PairSet("other", tuple(replace(p, clean=p.corrupt, corrupt=p.clean) for p in pairs))
+    known, unknown = (pairs, other) if clean.clean > clean.corrupt else (other, pairs)
+    assert discover(model, known, config=FEW).n_edges
+    with pytest.raises(CircuitError, match="tiny does not know these answers: the metric is "):
+        discover(model, unknown, config=FEW)
+
+
+def test_a_circuit_is_not_empty(tiny_model: TinyModel):
+    model = tiny_model(4)
+    pairs = make_pairs((5, 4, 6, 3))
+    other = PairSet("other", tuple(replace(p, clean=p.corrupt, corrupt=p.clean) for p in pairs))
+    for these in (pairs, other):
+        found = attribute(model, these, config=replace(FEW, top=1))
+        if found.clean > found.corrupt:
+            with pytest.raises(
+                CircuitError, match=r"None of the 1 strongest .* the first (\d+) hold one"
+            ) as told:
+                discover(model, these, config=replace(FEW, top=1))
+            n = int(str(told.value).split("the first ")[1].split()[0])
+            assert discover(model, these, config=replace(FEW, top=n)).n_edges
+            with pytest.raises(CircuitError, match="None of the"):
+                discover(model, these, config=replace(FEW, top=n - 1))

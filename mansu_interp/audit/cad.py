@@ -34,12 +34,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, TaskError
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
+from ..utils.ranges import expect_kind
 from .known import CHANCE, known_forget
 from .linearized import linearized_relearning
 from .probes import probe, ranked, stitches
@@ -378,6 +379,11 @@ def judge_erasure(
         ModelError: the checkpoints cannot be compared.
         TaskError: fewer than two forget subjects, or the original does not know the facts.
     """
+    for name, model in (("original", original), ("edited", edited)):
+        expect_kind(ModelError, name, model, LanguageModel)
+        model.check_editable()
+    expect_kind(ModelError, "quantized", quantized, LanguageModel, None)
+    expect_kind(TaskError, "task", task, Task)
     check_alike(original, edited)
     task, _ = known_forget(original, task)
     half_a, half_b = (

@@ -25,13 +25,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import TaskError
+from ..errors import ConfigError, ModelError, TaskError
 from ..losses.accuracy import accuracy
 from ..losses.answers import nll
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
 from ..utils.files import Json
+from ..utils.ranges import expect_kind
 from .config import RelearnConfig
 from .known import CHANCE
 
@@ -258,7 +259,11 @@ def relearn(
     Raises:
         TaskError: fewer than two forget subjects, or no phrasing in the split.
     """
+    expect_kind(ModelError, "model", model, LanguageModel)
+    expect_kind(TaskError, "task", task, Task)
+    model.check_editable()
     config = config or RelearnConfig()
+    expect_kind(ConfigError, "config", config, RelearnConfig)
     first, _ = halves(task.forget, config.seed)
     train = of_subjects(task.forget, first)
     half_a, half_b = scored_halves(task, config.seed, split)

@@ -36,12 +36,15 @@ from torch import Tensor
 
 from ..errors import CircuitError
 from ..models.graph import Graph
-from ..models.hooked import AnyModel, open_stream
-from ..models.stream import Recorder, Stream
+from ..models.hook_points import Recorder
+from ..models.hooked import AnyModel
+from ..models.stream import Stream, widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import shard, sum_over_processes, world_size
+from ..utils.ranges import expect_kind
+from .ablation import Rebuilder, check_exact
 from .config import AttributionConfig
-from .metrics import METRICS, Logits, Metric
+from .metrics import Logits, Metric, get_metric
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class _Runs:
 
     def flat(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "tokens ..."]:
         """The values at real tokens."""
-        return value.detach().float()[self.real]
+        return widen(value.detach())[self.real]
 
 
 @torch.no_grad()
@@ -136,7 +139,7 @@ def _difference(
     """What each writer adds at each real token in the clean run beyond the corrupt run."""
 
     def flat(run: dict[str, Tensor], name: str) -> Float[Tensor, "tokens ..."]:
-        return run[name].float()[rows]
+        return widen(run[name])[rows]
 
     first = flat(clean, stream.input) - flat(corrupt, stream.input)
     out = first.new_empty(len(stream.graph.writers), *first.shape)
@@ -144,13 +147,13 @@ def _difference(
     at = 1
     for i in range(stream.n_layers):
         heads, mlp = out[at : at + stream.n_heads], out[at + stream.n_heads]
-        z = stream.z(i)
+        z, out_at = stream.z(i), stream.mlp_out(i)
         if hasattr(stream.blocks[i], "ln1_post"):  # the share of a head is not linear in z
             heads.copy_(stream.head_writes(i, flat(clean, z)))
             heads -= stream.head_writes(i, flat(corrupt, z))
         else:
             heads.copy_(stream.head_writes(i, flat(clean, z) - flat(corrupt, z)))
-        mlp.copy_(flat(clean, stream.mlp_out(i)) - flat(corrupt, stream.mlp_out(i)))
+        mlp.copy_(stream.mlp_write(i, flat(clean, out_at) - flat(corrupt, out_at)))
         at += stream.n_heads + 1
     return out
 
@@ -170,7 +173,7 @@ def _inside(
                 "of the write is not defined. Score edges or nodes."
             )
         for n in (stream.z(i), stream.neurons(i)):
-            out[n] = (clean[n].float() - corrupt[n].float()).flatten(2)[rows]
+            out[n] = (widen(clean[n]) - widen(corrupt[n])).flatten(2)[rows]
     return out
 
 
@@ -201,6 +204,8 @@ def _gradients(
     with torch.enable_grad(), stream.hooked(first + recorder.on(watched)):
         logits = stream.logits(runs.batch.clean, runs.batch.last)
         value = metric(logits, runs.batch, runs.clean_logits).sum()
+        if not value.requires_grad:
+            raise CircuitError("The metric has no gradient: compute it from the logits, in torch.")
         found = torch.autograd.grad(value, [recorder[n] for n in asked])
     return recorder, dict(zip(asked, found, strict=True))
 
@@ -334,8 +339,12 @@ def attribute(
             with weights that are not finite, too little memory, or scores that are not finite.
     """
     config = config or AttributionConfig()
-    function = metric or METRICS[config.metric]
-    stream = open_stream(model)
+    expect_kind(CircuitError, "pairs", pairs, PairSet)
+    expect_kind(CircuitError, "config", config, AttributionConfig)
+    function = get_metric(metric or config.metric)
+    rebuilder = Rebuilder(model)
+    check_exact(rebuilder, pairs)
+    stream = rebuilder.stream
     if neurons and world_size() > len(pairs):  # raised by all of them, or the others would wait
         raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)

@@ -60,6 +60,7 @@ FILE = {
         "metric_clean?": float,
         "metric_corrupt?": float,
         "made_by?": str,
+        "caveat?": str,
     },
     "links": [{"source": str, "target": str, "score": float, "kind": str}],
 }
@@ -93,9 +94,12 @@ class CircuitMeta:
     made_by: str = ""
     """``union``, ``intersection``, ``difference`` or ``selection``; empty for a discovered one."""
 
+    caveat: str = ""
+    """What to know when reading the scores; empty: nothing."""
+
     def of_parts(self, made_by: str) -> CircuitMeta:
         """What stays true of a circuit that is made from others of the same model."""
-        return CircuitMeta(self.model, self.model_sha256, made_by=made_by)
+        return CircuitMeta(self.model, self.model_sha256, made_by=made_by, caveat=self.caveat)
 
     def to_json(self) -> dict[str, Json]:
         """JSON values, without what is not known."""

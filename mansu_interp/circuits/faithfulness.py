@@ -19,6 +19,7 @@ from ..errors import CircuitError
 from ..models.graph import Graph
 from ..models.hooked import AnyModel
 from ..tasks.pairs import PairSet
+from ..utils.ranges import expect_kind
 from .ablation import Ablation, Edges
 from .metrics import Metric
 
@@ -140,6 +141,8 @@ def faithfulness_curve(
     Raises:
         CircuitError: fractions out of order or range.
     """
+    expect_kind(CircuitError, "ablation", ablation, Ablation)
+    expect_kind(CircuitError, "scores", scores, np.ndarray)
     graph = ablation.graph
     if list(fractions) != sorted(set(fractions)) or not 0 < fractions[0] <= fractions[-1] <= 1:
         raise CircuitError(f"Fractions must ascend within (0, 1]; got {tuple(fractions)}.")

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..audit.known import CHANCE, beyond_guesses, p_of_guess
+from ..errors import ModelError, TaskError
 from ..losses.accuracy import accuracy, perplexity
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
+from ..utils.ranges import expect_kind, expect_values
 from .versions import ModelVersion
 
 Metric = Literal["top1", "choice"]
@@ -229,6 +231,10 @@ def evaluate(
         on_step: called with (what, sets done, sets in all).
         role: score its sets alone, and no perplexity.
     """
+    expect_values(ModelError, "models", models, LanguageModel, ModelVersion)
+    expect_kind(TaskError, "task", task, Task)
+    if split not in task.scored:
+        raise TaskError(f"split: got {split!r:.60}, expected {' or '.join(task.scored)}.")
     every = [(of, label, s) for of, by in task.scored[split].items() for label, s in by.items()]
     guess = _guess([s for *_, s in every])
     sets = [x for x in every if role in (None, x[0])]

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..circuits.circuit import Circuit
-from ..errors import CircuitError, MaskError
+from ..errors import CircuitError, MaskError, ModelError
 from ..losses.accuracy import answered_correctly
 from ..losses.answers import answer_gradient
 from ..losses.counterfactual import forget_gradient
@@ -29,6 +29,7 @@ from ..models.graph import Node
 from ..models.language_model import LanguageModel
 from ..quantizers.base import Quantizer
 from ..tasks.pairs import PairSet
+from ..utils.ranges import expect_kind
 from .components import embedding_rows, region
 from .floor import Set, floor, floor_step, quantizer_set
 from .mask import Mask
@@ -81,6 +82,13 @@ def circuit_mask(
         MaskError: budget out of range, or nothing to edit.
         CircuitError: no forget pairs known, or another checkpoint.
     """
+    expect_kind(CircuitError, "circuit", circuit, Circuit)
+    expect_kind(ModelError, "model", model, LanguageModel)
+    model.check_editable()
+    expect_kind(MaskError, "retain", retain, list, tuple)
+    for pairs in retain:
+        expect_kind(MaskError, "a set of retain", pairs, PairSet)
+    expect_kind(MaskError, "forget", forget, PairSet, None)
     pairs = _forget_pairs(circuit, model, forget)
     components, regions = _regions(circuit, model, frozen_layers)
     if not 0 < budget <= 1 or not regions:

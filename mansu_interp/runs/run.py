@@ -15,6 +15,7 @@ import torch
 
 from ..audit.relearning import scored_halves
 from ..circuits.circuit import Circuit
+from ..errors import ConfigError
 from ..export.deployed import licence_terms
 from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
@@ -31,6 +32,7 @@ from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
 from ..utils.files import locked
 from ..utils.libraries import enough_memory
+from ..utils.ranges import expect_kind
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext
@@ -93,6 +95,7 @@ def run(
         MansuError: bad input, always before long work starts.
         ResourceError: disk or memory ran out, or another run writes to the folder.
     """
+    expect_kind(ConfigError, "config", config, RunConfig)
     if config.threads:
         torch.set_num_threads(config.threads)
     check_folder(config)

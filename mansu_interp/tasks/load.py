@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..errors import TaskError
+from ..errors import ModelError, TaskError
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
+from ..utils.ranges import expect_kind
 from ..utils.shipped import is_embedded
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text
@@ -81,6 +82,8 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
         TaskError: unknown task, malformed file, an empty forget set, a table that the tokenizer
             does not know, a relation with too few answers, or prompts that contradict each other.
     """
+    expect_kind(TaskError, "name", name, str, Path)
+    expect_kind(ModelError, "model", model, LanguageModel)
     spec, folder = read_task_file(name)
     if isinstance(spec, RowTask):
         return _load_rows(spec, folder, model, score_pairs)

@@ -20,6 +20,7 @@ from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
 from ..utils.files import atomic_path, write_json, write_text
 from ..utils.libraries import library
+from ..utils.ranges import expect_kind
 from .data import EdgeData, GraphData, Judged, NodeData
 from .layout import box_id
 from .page import graph_page
@@ -213,9 +214,11 @@ def circuit_view(
         limit: edges in the view: so many, the strongest, and all of the circuit; None: every edge.
         title: default: the model's name.
     """
+    expect_kind(ViewError, "circuit", circuit, "Circuit")
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
+    facts += [circuit.meta.caveat] if circuit.meta.caveat else []
     title = title or f"Circuit{f' of {name}' if name else ''}"
     data = _graph_data(title, circuit, {"": circuit.scores}, limit)
     top = min(TOP, circuit.n_edges) or TOP
@@ -256,6 +259,10 @@ def changes_view(
     Raises:
         CircuitError: scores of another architecture, or not finite.
     """
+    expect_kind(ViewError, "circuit", circuit, "Circuit")
+    for name, scores in (("before", before), ("after", after)):
+        expect_kind(ViewError, name, scores, "Attribution")
+    expect_kind(ViewError, "quantized", quantized, "Attribution", None)
     named = {"before": before, "after": after}
     if quantized is not None:
         named["quantized"] = quantized
@@ -272,7 +279,10 @@ def changes_view(
             edges=replace(data.edges, classes=classes),
             nodes=replace(data.nodes, classes=nodes.codes.tolist()),
             top=max(1, min(TOP, sum(counts.values()))),  # not what is quiet in all
-            facts=[f"an edge is present from |score| {edges.threshold:.3g}"],
+            facts=[
+                f"an edge is present from |score| {edges.threshold:.3g}",
+                *([circuit.meta.caveat] if circuit.meta.caveat else []),
+            ],
             weights=_weights(circuit.graph, model, mask),
             cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
             comparison=comparison.models if comparison is not None else None,
