@@ -32,6 +32,7 @@ from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
 from ..utils.files import Json
+from ..utils.words import counted
 from .config import RelearnConfig
 
 CHANCE = 1 / N_CHOICES
@@ -302,8 +303,8 @@ def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
     first = next(iter(found.values()))
     width = max(len(name) for name in found)
     out = [
-        f"Half A: {first.facts[0]} prompts relearned. Half B: {first.facts[1]} prompts asked, "
-        f"{first.meta.split} phrasings.",
+        f"Half A: {counted(first.facts[0], 'prompt')} relearned. "
+        f"Half B: {counted(first.facts[1], 'prompt')} asked, {first.meta.split} phrasings.",
         "Half B, ranked first of four / last of four / top-1, worst of the learning rates "
         + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
         + f"; chance {CHANCE:.2f}.",

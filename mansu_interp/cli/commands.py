@@ -11,6 +11,7 @@ from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
+from ..utils.words import counted
 from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
@@ -84,7 +85,7 @@ def do_bench(config: BenchConfig, output: Output) -> int:
         rows = run_bench(config, progress)
     finally:
         progress.close()
-    print(f"{len(rows)} rows. Open {config.out / 'scoreboard.html'}")
+    print(f"{counted(len(rows), 'row')}. Open {config.out / 'scoreboard.html'}")
     return 0
 
 
@@ -121,7 +122,7 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
         label = f"{name}, embedding"
         print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
-        print(f"{found.outside} values changed outside the linear layers and the embedding.")
+        print(f"{counted(found.outside, 'value')} changed outside the linear layers and the embedding.")
     for sentence in found.mismatches:
         print(f"Mismatch: {sentence}.")
     print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
@@ -135,7 +136,7 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
 
     found = delta(load_model(config.original), load_model(config.edited))
     found.save(config.out)
-    print(f"{found.n_edits} edits, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
+    print(f"{counted(found.n_edits, 'edit')}, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
     return 0
 
 
@@ -148,7 +149,7 @@ def do_apply(config: ApplyConfig, _: Output) -> int:
     with new_folder(config.out) as folder:
         ledger = Ledger.load(config.delta)
         apply(load_model(config.original), ledger).save(folder)
-    print(f"{ledger.n_edits} edits applied: {config.out}")
+    print(f"{counted(ledger.n_edits, 'edit')} applied: {config.out}")
     return 0
 
 
@@ -226,7 +227,7 @@ def do_task(config: TaskConfig, _: Output) -> int:
     from ..tasks.benchmarks import make_task
 
     n = make_task(config)
-    print(f"{n} rows. Use it: mansu run --task {config.out}")
+    print(f"{counted(n, 'row')}. Use it: mansu run --task {config.out}")
     return 0
 
 

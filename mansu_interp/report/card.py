@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..utils.words import counted
 from .blocks import Cards, Code
 from .markdown import markdown_block, markdown_text
 from .records import Report
 from .story import heading, scores_blocks
-from .values import count, percent
+from .values import percent
 
 
 def model_card(report: Report) -> str:
@@ -29,7 +30,7 @@ def model_card(report: Report) -> str:
         f"# {markdown_text(Path(name).name)}, edited to forget",
         f"Task: {markdown_text(report.task.title)}",
         f"**{top.status.capitalize()}.** {markdown_text(top.sentence)}",
-        f"{count(edit.edited)} parameters of `{markdown_text(name)}` were changed "
+        f"Of `{markdown_text(name)}`, {counted(edit.edited, 'parameter')} changed "
         f"({percent(edit.share, 3)}), nothing else. The licence of that model applies to this one.",
         "## Scorecard",
         markdown_block(Cards(report.properties)),

@@ -19,6 +19,7 @@ from ..viz.svg import legal
 from .blocks import Block, Cards, Code, Graph, Picture, Section, Table
 from .records import Report
 from .story import against, heading, sections
+from .terms import TERMS, explained
 from .values import measured, status_of
 
 
@@ -46,7 +47,8 @@ def _environment() -> Environment:
     for name, kind in _KINDS.items():
         found.tests[name] = lambda block, kind=kind: isinstance(block, kind)
     found.filters["trusted"] = Markup
-    found.globals.update(status_of=status_of, measured=measured, against=against)
+    found.filters["explained"] = lambda text: explained(legal(str(text)))
+    found.globals.update(status_of=status_of, measured=measured, against=against, terms=TERMS)
     return found
 
 
@@ -69,7 +71,10 @@ def render_page(template: str, title: str, parts: Sequence[Section], **values: o
         parts: what stands on the page.
         values: what else the template asks for.
     """
-    shown = [{"title": p.title, "blocks": [_drawn(b) for b in p.blocks]} for p in parts]
+    shown = [
+        {"title": p.title, "anchor": f"part-{k}", "blocks": [_drawn(b) for b in p.blocks]}
+        for k, p in enumerate(parts, 1)
+    ]
     scripted = any(isinstance(b, _Drawn) for part in shown for b in part["blocks"])
     return (
         _environment()

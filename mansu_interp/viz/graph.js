@@ -33,7 +33,7 @@ border-top:1px solid var(--faint)}
 .mg input[type=range]{width:150px;accent-color:var(--accent);margin:0}
 .mg input[type=number],.mg input[type=search]{font:inherit;color:var(--ink);background:var(--paper);
 border:1px solid var(--faint);border-radius:5px;padding:2px 6px;width:68px}
-.mg input[type=search]{width:150px}
+.mg input[type=search]{width:176px}
 .mg button{font:inherit;color:var(--soft);background:none;border:1px solid var(--faint);
 border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg button[aria-pressed=true]{color:var(--ink);background:var(--box);border-color:var(--soft)}
@@ -45,7 +45,7 @@ border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg canvas{display:block;border-radius:6px;cursor:grab;touch-action:pan-x pan-y}
 .mg canvas.over{cursor:pointer}
 .mg .legend{display:flex;flex-wrap:wrap;gap:4px 8px;margin-top:8px}
-.mg .legend button,.mg .legend span{display:inline-flex;gap:7px;align-items:center;font-size:12px;color:var(--soft)}
+.mg .legend button,.mg .legend span{display:inline-flex;text-align:left;gap:7px;align-items:center;font-size:12px;color:var(--soft)}
 .mg .legend button[aria-pressed=false]{opacity:.45;text-decoration:line-through}
 .mg .legend button,.mg .legend button[aria-pressed]{border-color:transparent;background:none;padding:1px 4px}
 .mg .legend button:hover{border-color:var(--faint)}.mg .legend span{padding:1px 4px}
@@ -448,7 +448,7 @@ class GraphView {
     const c = this.canvases[0].getContext("2d"), { layout } = this;
     c.save();
     c.font = `${FONT}px system-ui, sans-serif`;
-    this.letters = c.measureText(layout.longest).width + 3;
+    this.letters = c.measureText(layout.longest).width + 1.5;
     c.restore();
     this.least = Math.min(1, Math.max(this.letters / (0.96 * layout.column), (FONT + 2) / layout.tall));
     this.panesEl.style.setProperty("--pane", `${Math.ceil(layout.width * this.least)}px`);
@@ -528,7 +528,7 @@ class GraphView {
     c.setLineDash(chosen || hot || found || focus ? [] : dash.split(" ").filter(Boolean).map(Number));
     if (box.kind !== "kv" || chosen || hot) c.stroke();
     c.setLineDash([]);
-    if (box.label && width * z >= this.letters - 3 || box.kind === "mlp" && width * z > 24) {
+    if (box.label && width * z >= this.letters - 1.5 || box.kind === "mlp" && width * z > 24) {
       c.fillStyle = on || chosen ? css.ink : css.soft;
       c.globalAlpha = on || chosen ? 1 : 0.7;
       c.textAlign = "center";
@@ -678,7 +678,7 @@ class GraphView {
   describeBox(id, full) {
     const d = this.data, row = this.nodeRow[id], out = [make("b", { text: id })];
     const into = this.drawn.filter((i) => boxOf(this.target[i]) === id), from = this.drawn.filter((i) => boxOf(this.source[i]) === id);
-    out.push(make("span", { class: "soft", text: `  ${into.length} edges in, ${from.length} out, as drawn` }));
+    out.push(make("span", { class: "soft", text: `  ${into.length} edge${into.length === 1 ? "" : "s"} in, ${from.length} out, as drawn` }));
     if (row !== undefined) {
       const values = d.nodes.scores.map((s) => s[row]);
       const left = this.panes.length > 1 ? ["left", ...values.map((v) => (values[0] ? `${Math.round((100 * v) / values[0])}%`.replace("-", "−") : "–"))] : null;

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
 from ..models.graph import Architecture
+from ..utils.words import counted
 from .data import GraphData
 from .layout import LEFT, ROOM, Box, Layout, box_id, crowded, curve, place, reader_name
 from .styles import EDGE_STYLES
@@ -202,7 +203,7 @@ def circuit_svg(
     for u, v in drawn:
         leaving[box_id(u)] += 1
         arriving[box_id(v)] += 1
-    notes = {b: f"{arriving[b]} edges in, {leaving[b]} edges out" for b in layout.boxes}
+    notes = {b: f"{counted(arriving[b], 'edge')} in, {counted(leaving[b], 'edge')} out" for b in layout.boxes}
     active = {b for b in layout.boxes if arriving[b] or leaving[b]}
 
     names = [n for n in (*STATUS_TEXT, "other") if n in {name(e) for e in drawn}]
@@ -211,7 +212,7 @@ def circuit_svg(
         legend = list(_SIGN_TEXT.items())
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g}."))
     if len(drawn) < total:
-        legend.append(("", f"The {len(drawn):,} strongest of {total:,} edges are drawn."))
+        legend.append(("", f"Drawn: the strongest {len(drawn):,} of {counted(total, 'edge')}."))
     if circuit.graph.architecture.n_kv_heads < circuit.graph.architecture.n_heads:
         legend.append(("", "Bar under heads: the keys and values that they share."))
     if crowded(circuit.graph.architecture):
@@ -378,7 +379,7 @@ def _view_legend(data: GraphData, n: int, largest: float) -> list[tuple[str, str
     if data.counts:
         legend = [(c, f"{MEANING[c]} ({data.counts[c]:,})") for c in CLASSES[1:]]
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data.unit}."))
-    legend.append(("", f"The {n:,} strongest of {data.total:,} edges are drawn."))
+    legend.append(("", f"Drawn: the strongest {n:,} of {counted(data.total, 'edge')}."))
     if crowded(data.architecture):
         legend.append(("", _LEFT_OUT))
     return legend
