@@ -16,7 +16,7 @@ from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, MaskError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.report.card import model_card
+from mansu_interp.report.markdown import model_card
 from mansu_interp.utils import hub
 
 

@@ -201,9 +201,7 @@ def boxes_of(layout: Layout) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("sizes", [(30, 9, 3), (12, 12, 12), (3, 4, 1)])
-def test_javascript_and_python_fold_alike(
-    driver: Any, tmp_path: Path, sizes: tuple[int, int, int]
-):
+def test_javascript_and_python_fold_alike(driver: Any, tmp_path: Path, sizes: tuple[int, int, int]):
     circuit = make_circuit(*sizes, n=25)
     page = circuit_view(circuit).to_html(tmp_path / "folded.html")
     opened(driver, page)

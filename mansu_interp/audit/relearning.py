@@ -31,8 +31,8 @@ from ..losses.answers import nll
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
+from ..utils import counted
 from ..utils.files import Json
-from ..utils.words import counted
 from .config import RelearnConfig
 
 CHANCE = 1 / N_CHOICES

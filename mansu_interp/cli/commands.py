@@ -11,7 +11,7 @@ from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
-from ..utils.words import counted
+from ..utils import counted
 from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
@@ -122,7 +122,9 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
         label = f"{name}, embedding"
         print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
-        print(f"{counted(found.outside, 'value')} changed outside the linear layers and the embedding.")
+        print(
+            f"{counted(found.outside, 'value')} changed outside the linear layers and the embedding."
+        )
     for sentence in found.mismatches:
         print(f"Mismatch: {sentence}.")
     print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
@@ -136,7 +138,9 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
 
     found = delta(load_model(config.original), load_model(config.edited))
     found.save(config.out)
-    print(f"{counted(found.n_edits, 'edit')}, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
+    print(
+        f"{counted(found.n_edits, 'edit')}, {config.out.stat().st_size / 1000:.1f} kB: {config.out}"
+    )
     return 0
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..audit.relearning import CHANCE, TOLERANCE, Relearning
-from ..utils.words import counted
 from .scores import METRICS, Flips, Metric, Scores
 from .versions import EDITED, ORIGINAL, QUANTIZER
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..utils.words import counted
+from ..utils import counted
 from ..viz.svg import curve_svg
 from .blocks import Block, Graph, Picture, Table
 from .records import CircuitSummary, Report

@@ -1,13 +1,15 @@
-"""The report as Markdown."""
+"""The report as Markdown, and the model card of the edited checkpoint."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+from ..utils import counted
 from .blocks import Block, Cards, Code, Graph, Picture, Table
 from .records import Report
-from .story import heading, sections
-from .values import measured, status_of
+from .story import heading, scores_blocks, sections
+from .values import measured, percent, status_of
 
 
 def markdown_text(text: str) -> str:
@@ -75,3 +77,34 @@ def render_markdown(report: Report) -> str:
         parts.append(f"## {section.title}")
         parts += [text for block in section.blocks if (text := markdown_block(block))]
     return "\n\n".join(parts) + "\n"
+
+
+def model_card(report: Report) -> str:
+    """``README.md`` for the checkpoint's folder, rendered from the report only."""
+    from huggingface_hub import ModelCardData
+
+    name = report.model.name
+    # Only a name on the hub may stand in the metadata; a path would be taken for one.
+    base = name if name.count("/") == 1 and not Path(name).exists() else None
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["unlearning", "mansu-interp"],
+    )
+    top, edit = heading(report), report.edit
+    blocks = [
+        f"# {markdown_text(Path(name).name)}, edited to forget",
+        f"Task: {markdown_text(report.task.title)}",
+        f"**{top.status.capitalize()}.** {markdown_text(top.sentence)}",
+        f"Of `{markdown_text(name)}`, {counted(edit.edited, 'parameter')} changed "
+        f"({percent(edit.share, 3)}), nothing else. The licence of that model applies to this one.",
+        "## Scorecard",
+        markdown_block(Cards(report.properties)),
+        *map(markdown_block, scores_blocks(report)),
+        "All scores are on phrasings that unlearning never saw, on the checkpoint as saved. "
+        "Surviving quantization is not erasure: relearning can bring the answers back.",
+        "## Made with",
+        markdown_block(Code(report.command)),
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(b for b in blocks if b) + "\n"

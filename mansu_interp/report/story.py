@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..evaluation.properties import Property
 from ..evaluation.scores import METRICS, Metric, ScoreRow
 from ..evaluation.versions import ModelVersion
-from ..utils.words import counted
+from ..utils import counted
 from ..viz.svg import lines_svg
 from .blocks import Block, Cards, Code, Picture, Section, Table
 from .graphs import circuit_blocks, graph_blocks

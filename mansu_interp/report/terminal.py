@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..evaluation.scores import METRICS, Metric, ScoreRow
 from ..evaluation.versions import ModelVersion
-from ..utils.words import counted
+from ..utils import counted
 from .graphs import edge_counts
 from .records import Report
 from .story import (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
 from ..models.graph import Architecture
-from ..utils.words import counted
+from ..utils import counted
 from .data import GraphData
 from .layout import LEFT, ROOM, Box, Layout, box_id, crowded, curve, place, reader_name
 from .styles import EDGE_STYLES
@@ -97,7 +97,8 @@ def open_svg(width: float, height: float, label: str, theme: str | None = None) 
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="mansu" role="img" '
         f'aria-label="{escape(label)}" width="{width:.0f}" height="{height:.0f}" '
-        f'style="max-width:100%;height:auto" viewBox="0 0 {width:.0f} {height:.0f}">\n<title>{escape(label)}</title>\n'
+        f'style="max-width:100%;height:auto" viewBox="0 0 {width:.0f} {height:.0f}">\n'
+        f"<title>{escape(label)}</title>\n"
         f"{_style(theme)}{ground}"
     )
 
@@ -203,7 +204,7 @@ def circuit_svg(
     for u, v in drawn:
         leaving[box_id(u)] += 1
         arriving[box_id(v)] += 1
-    notes = {b: f"{counted(arriving[b], 'edge')} in, {counted(leaving[b], 'edge')} out" for b in layout.boxes}
+    notes = {b: f"{counted(arriving[b], 'edge')} in, {leaving[b]:,} out" for b in layout.boxes}
     active = {b for b in layout.boxes if arriving[b] or leaving[b]}
 
     names = [n for n in (*STATUS_TEXT, "other") if n in {name(e) for e in drawn}]
