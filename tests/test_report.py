@@ -664,10 +664,11 @@ def test_terms_are_explained_as_in_the_glossary() -> None:
     shared = set(glossary) & set(terms())
     assert len(shared) > 12 and all(glossary[t].startswith(terms()[t]) for t in shared)
     script = module_source()
-    in_script = re.findall(r'^  "?([\w ]+)"?: "(.*)",$', script.split("TERMS = {")[1], re.MULTILINE)
-    assert len(in_script) >= 5 and all(
-        terms()[name].replace("`", "") == meaning for name, meaning in in_script[:5]
+    in_script = re.findall(
+        r'^  "?([\w ]+)"?: "(.*)",$', script.split("TERMS = {")[1].split("};")[0], re.MULTILINE
     )
+    assert len(in_script) == 5
+    assert all(terms()[name].replace("`", "") == meaning for name, meaning in in_script)
     assert explained("the Gap, a gap, gaps and x.gap") == (
         f'the <abbr title="{terms()["gap"]}">Gap</abbr>, a gap, gaps and x.gap'
     )

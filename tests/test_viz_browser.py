@@ -313,7 +313,8 @@ return [...document.querySelectorAll(".mg canvas")].map((c) => {
   return [[...d.slice(0, 3)].join(), new Set(new Uint32Array(d.buffer)).size];
 });"""
 LIGHT, DARK = "255,255,255", "21,25,29"
-NOTEBOOK = """<!doctype html><meta charset="utf-8"><body data-jp-theme-light="true"><div id="lab"></div>
+NOTEBOOK = """<!doctype html><meta charset="utf-8"><body data-jp-theme-light="true">
+<div id="lab"></div>
 <script type="application/json" id="d">DATA</script>
 <script type="module">MODULE
 const data = JSON.parse(document.getElementById("d").textContent);

@@ -277,6 +277,8 @@ def relearn(
             last=sum(a.last for a in found) / len(found),
         )
 
+    if on_step:
+        on_step(config.rates[0], 0, max(config.steps))
     start = measure(model, 0.0, 0)
     points: list[Point] = []
     for rate in config.rates:

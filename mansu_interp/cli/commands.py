@@ -122,9 +122,8 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
         label = f"{name}, embedding"
         print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
-        print(
-            f"{counted(found.outside, 'value')} changed outside the linear layers and the embedding."
-        )
+        outside = counted(found.outside, "value")
+        print(f"{outside} changed outside the linear layers and the embedding.")
     for sentence in found.mismatches:
         print(f"Mismatch: {sentence}.")
     print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
@@ -138,9 +137,8 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
 
     found = delta(load_model(config.original), load_model(config.edited))
     found.save(config.out)
-    print(
-        f"{counted(found.n_edits, 'edit')}, {config.out.stat().st_size / 1000:.1f} kB: {config.out}"
-    )
+    size = f"{config.out.stat().st_size / 1000:.1f} kB"
+    print(f"{counted(found.n_edits, 'edit')}, {size}: {config.out}")
     return 0
 
 

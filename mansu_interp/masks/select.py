@@ -52,6 +52,7 @@ def circuit_mask(
     survive: Sequence[str] = ("nf4",),
     by_layer: bool = False,
     subject_rows: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Mask:
     """The parameters behind a circuit that forget most per retain damage.
 
@@ -72,6 +73,7 @@ def circuit_mask(
             less memory and as many more passes as there are layers.
         subject_rows: the forget subjects' own rows of the embedding may be edited, too. Every
             element of them is a candidate: what they hold shows once the layers change.
+        on_step: called with (weights done, weights in all) while they are chosen.
 
     Raises:
         MaskError: budget out of range, or nothing to edit.
@@ -118,6 +120,7 @@ def circuit_mask(
         damage_damping=damage_damping,
         retain_gradient_weight=retain_gradient_weight,
         besides=own,
+        on_step=on_step,
     )
     mask.meta["components"] = [n.id for n, _ in components]
     mask.meta["provenance"] = circuit.meta.provenance
@@ -136,6 +139,7 @@ def choose_parameters(
     damage_damping: float = DAMAGE_DAMPING,
     retain_gradient_weight: float = 1.0,
     besides: Mapping[str, Int[Tensor, " _n"]] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Mask:
     """The parameters with the best forget gain per retain damage, up to a budget.
 
@@ -159,6 +163,7 @@ def choose_parameters(
         retain_gradient_weight: weight of the retain gradient.
         damage_damping: so that weights of no measured damage do not win on no gain.
         besides: flat positions in other weights that are candidates whatever their score.
+        on_step: called with (weights done, weights in all).
 
     Raises:
         MaskError: budget out of range, or no candidate can move.
@@ -182,6 +187,8 @@ def choose_parameters(
         if retain_fisher is not None:
             damages.append(0.5 * retain_fisher[name].flatten()[usable] * d * d)
         places.append((name, usable))
+        if on_step:
+            on_step(len(places), len(regions))
     gain = torch.cat(gains) if gains else torch.zeros(0)
     if not len(gain) or not (gain > 0).any():
         raise MaskError("No parameter of the circuit can move by a whole cell towards forgetting.")

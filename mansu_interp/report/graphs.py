@@ -56,6 +56,7 @@ def _edge_counts(report: Report) -> Table:
 
 
 def circuit_blocks(circuit: CircuitSummary, svg: str) -> list[Block]:
+    """The circuit that was found, as a picture and as its strongest edges."""
     blocks: list[Block] = [
         f"{count(circuit.edges)} of {counted(circuit.of, 'edge')} leave "
         f"{percent(circuit.faithfulness)} of the difference between the answer and its rival when "

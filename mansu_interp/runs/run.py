@@ -89,6 +89,8 @@ def run(
         quantizer_set(config.unlearn.survive)
     for name in config.quantizers:
         get_quantizer(name)
+    note = on_progress or (lambda *_: None)
+    note("loading model and task", 0, 0)
     model = load_model(config.model, config.device)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
@@ -100,10 +102,9 @@ def run(
         if rank() == 0:
             begin(config, made_from)
         clock = Clock(config.out / "seconds.json")
-        context = RunContext(
-            config, model, task, made_from, note=on_progress or (lambda *_: None), clock=clock
-        )
+        context = RunContext(config, model, task, made_from, note=note, clock=clock)
         if on_plan:
+            note("timing a small batch", 0, 0)
             on_plan(plan(config, model, task))
         clock.lap("load")
         edited = edit(context)

@@ -70,7 +70,7 @@ export const TERMS = {
   CAD: "circuit attribution divergence; here the number and verdict of mansu cad: 0 = all knowledge is there, 1 = none",
   mass: "how much attribution is left on the circuit, as a share of the original's",
   "projected share": "⟨s′, s⟩ / ⟨s, s⟩: how much of the original's attribution, or of an edit, is left along its direction",
-  alignment: "whether what is left points the same way (cosine): 1 = the same, −1 = reversed",
+  alignment: "whether what is left of the attribution points the same way (cosine): 1 = the same, −1 = reversed",
   outside: "attribution that flows elsewhere than along the circuit, as a share of all of the original's",
 };
 
