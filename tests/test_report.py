@@ -49,7 +49,7 @@ from mansu_interp.report.records import (
 from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure, percent
 from mansu_interp.report.write import write_report
-from mansu_interp.utils import counted
+from mansu_interp.utils import number_of
 from mansu_interp.utils.files import read_json
 from mansu_interp.viz.layout import place
 from mansu_interp.viz.page import module_source
@@ -689,7 +689,7 @@ def test_of_many_weights_the_first_are_shown_and_the_others_folded() -> None:
 
 
 def test_one_has_no_plural_s() -> None:
-    assert [counted(n, "prompt") for n in (0, 1, 2, 1234)] == [
+    assert [number_of(n, "prompt") for n in (0, 1, 2, 1234)] == [
         "0 prompts", "1 prompt", "2 prompts", "1,234 prompts",
     ]  # fmt: skip
     report = make_report()

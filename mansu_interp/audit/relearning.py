@@ -31,7 +31,7 @@ from ..losses.answers import nll
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
-from ..utils import counted
+from ..utils import number_of
 from ..utils.files import Json
 from .config import RelearnConfig
 
@@ -305,8 +305,8 @@ def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
     first = next(iter(found.values()))
     width = max(len(name) for name in found)
     out = [
-        f"Half A: {counted(first.facts[0], 'prompt')} relearned. "
-        f"Half B: {counted(first.facts[1], 'prompt')} asked, {first.meta.split} phrasings.",
+        f"Half A: {number_of(first.facts[0], 'prompt')} relearned. "
+        f"Half B: {number_of(first.facts[1], 'prompt')} asked, {first.meta.split} phrasings.",
         "Half B, ranked first of four / last of four / top-1, worst of the learning rates "
         + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
         + f"; chance {CHANCE:.2f}.",

@@ -11,7 +11,7 @@ from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
-from ..utils import counted
+from ..utils import number_of
 from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
@@ -85,7 +85,7 @@ def do_bench(config: BenchConfig, output: Output) -> int:
         rows = run_bench(config, progress)
     finally:
         progress.close()
-    print(f"{counted(len(rows), 'row')}. Open {config.out / 'scoreboard.html'}")
+    print(f"{number_of(len(rows), 'row')}. Open {config.out / 'scoreboard.html'}")
     return 0
 
 
@@ -122,7 +122,7 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
         label = f"{name}, embedding"
         print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
-        outside = counted(found.outside, "value")
+        outside = number_of(found.outside, "value")
         print(f"{outside} changed outside the linear layers and the embedding.")
     for sentence in found.mismatches:
         print(f"Mismatch: {sentence}.")
@@ -138,7 +138,7 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
     found = delta(load_model(config.original), load_model(config.edited))
     found.save(config.out)
     size = f"{config.out.stat().st_size / 1000:.1f} kB"
-    print(f"{counted(found.n_edits, 'edit')}, {size}: {config.out}")
+    print(f"{number_of(found.n_edits, 'edit')}, {size}: {config.out}")
     return 0
 
 
@@ -151,7 +151,7 @@ def do_apply(config: ApplyConfig, _: Output) -> int:
     with new_folder(config.out) as folder:
         ledger = Ledger.load(config.delta)
         apply(load_model(config.original), ledger).save(folder)
-    print(f"{counted(ledger.n_edits, 'edit')} applied: {config.out}")
+    print(f"{number_of(ledger.n_edits, 'edit')} applied: {config.out}")
     return 0
 
 
@@ -229,7 +229,7 @@ def do_task(config: TaskConfig, _: Output) -> int:
     from ..tasks.benchmarks import make_task
 
     n = make_task(config)
-    print(f"{counted(n, 'row')}. Use it: mansu run --task {config.out}")
+    print(f"{number_of(n, 'row')}. Use it: mansu run --task {config.out}")
     return 0
 
 

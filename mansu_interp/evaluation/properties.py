@@ -172,7 +172,7 @@ def _recovery(scores: Scores, quantizers: Sequence[str]) -> Property:
         flips = Flips.between(scores.first[EDITED], scores.first[EDITED.after(worst)])
         under = f"Under {worst}, on" if len(gaps) > 1 else "On"
         sentence += (
-            f" {under} {counted(flips.back, 'prompt')} the answer came back to the first rank, on "
+            f" {under} {number_of(flips.back, 'prompt')} the answer came back to the first rank, on "
             f"{flips.gone} it went (p = {flips.p:.2f} by chance)."
         )
     what = {"choice": "four-way", "top1": "top-1"}[metric]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..utils import counted
+from ..utils import number_of
 from ..viz.svg import curve_svg
 from .blocks import Block, Graph, Picture, Table
 from .records import CircuitSummary, Report
@@ -58,7 +58,7 @@ def _edge_counts(report: Report) -> Table:
 def circuit_blocks(circuit: CircuitSummary, svg: str) -> list[Block]:
     """The circuit that was found, as a picture and as its strongest edges."""
     blocks: list[Block] = [
-        f"{count(circuit.edges)} of {counted(circuit.of, 'edge')} leave "
+        f"{count(circuit.edges)} of {number_of(circuit.of, 'edge')} leave "
         f"{percent(circuit.faithfulness)} of the difference between the answer and its rival when "
         "everything outside them is ablated (faithfulness)."
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..utils import counted
+from ..utils import number_of
 from .blocks import Block, Cards, Code, Graph, Picture, Table
 from .records import Report
 from .story import heading, scores_blocks, sections
@@ -97,7 +97,7 @@ def model_card(report: Report) -> str:
         f"# {markdown_text(Path(name).name)}, edited to forget",
         f"Task: {markdown_text(report.task.title)}",
         f"**{top.status.capitalize()}.** {markdown_text(top.sentence)}",
-        f"Of `{markdown_text(name)}`, {counted(edit.edited, 'parameter')} changed "
+        f"Of `{markdown_text(name)}`, {number_of(edit.edited, 'parameter')} changed "
         f"({percent(edit.share, 3)}), nothing else. The licence of that model applies to this one.",
         "## Scorecard",
         markdown_block(Cards(report.properties)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..evaluation.properties import Property
 from ..evaluation.scores import METRICS, Metric, ScoreRow
 from ..evaluation.versions import ModelVersion
-from ..utils import counted
+from ..utils import number_of
 from ..viz.svg import lines_svg
 from .blocks import Block, Cards, Code, Picture, Section, Table
 from .graphs import circuit_blocks, graph_blocks
@@ -48,7 +48,7 @@ class Heading:
 
 def heading(report: Report) -> Heading:
     """Title, model and verdict."""
-    subtitle = f"{report.model.name}, {counted(report.model.parameters, 'parameter')}"
+    subtitle = f"{report.model.name}, {number_of(report.model.parameters, 'parameter')}"
     word, _ = status_of(report.verdict.passed)
     return Heading(
         report.task.title or report.task.name,
@@ -71,14 +71,14 @@ def against(item: Property) -> str:
 def final_margin_text(margin: FinalMargin) -> str:
     """Edits made for the final margin, and how near its target they came."""
     target = figure(0.0 - margin.margin, 2)
-    made = counted(margin.edits, "edit")
+    made = number_of(margin.edits, "edit")
     return f"{made}, {figure(margin.above, 2)} nats above a target of {target}"
 
 
 def quantization_margin_text(margin: QuantizationMargin) -> str:
     """Edits made for the quantization margin, and how much of it they reached."""
     reached, asked = figure(margin.reached, 2), figure(margin.margin, 2)
-    return f"{counted(margin.edits, 'edit')}, {reached} of {asked} nats"
+    return f"{number_of(margin.edits, 'edit')}, {reached} of {asked} nats"
 
 
 def sections(report: Report, svg: str = "") -> list[Section]:
@@ -214,7 +214,7 @@ def _relearning(report: Report) -> list[Block]:
         "half's prompts whose answer ranks first of four, or last (an answer that is avoided is "
         "given away as well). Erased knowledge stays near chance, 25%.",
         Picture(lines_svg(drawn, "steps of relearning", "first or last of four")),
-        Table(["first / last of four", *(counted(s, "step") for s in steps)], rows),
+        Table(["first / last of four", *(number_of(s, "step") for s in steps)], rows),
     ]
 
 
@@ -260,7 +260,7 @@ def _edit(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[Block]:
         head, rest = ["weight", "edited", "of"], rows[WEIGHTS:]
         blocks.append(Table(head, rows[:WEIGHTS]))
         if rest:
-            title = f"{counted(len(rest), 'weight')} with fewer edits"
+            title = f"{number_of(len(rest), 'weight')} with fewer edits"
             blocks.append(Table(head, rest, folded=title))
     return blocks
 

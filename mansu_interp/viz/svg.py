@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
 from ..models.graph import Architecture
-from ..utils import counted
+from ..utils import number_of
 from .data import GraphData
 from .layout import LEFT, ROOM, Box, Layout, box_id, crowded, curve, place, reader_name
 from .styles import EDGE_STYLES
@@ -204,7 +204,7 @@ def circuit_svg(
     for u, v in drawn:
         leaving[box_id(u)] += 1
         arriving[box_id(v)] += 1
-    notes = {b: f"{counted(arriving[b], 'edge')} in, {leaving[b]:,} out" for b in layout.boxes}
+    notes = {b: f"{number_of(arriving[b], 'edge')} in, {leaving[b]:,} out" for b in layout.boxes}
     active = {b for b in layout.boxes if arriving[b] or leaving[b]}
 
     names = [n for n in (*STATUS_TEXT, "other") if n in {name(e) for e in drawn}]
@@ -213,7 +213,7 @@ def circuit_svg(
         legend = list(_SIGN_TEXT.items())
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g}."))
     if len(drawn) < total:
-        legend.append(("", f"Drawn: the strongest {len(drawn):,} of {counted(total, 'edge')}."))
+        legend.append(("", f"Drawn: the strongest {len(drawn):,} of {number_of(total, 'edge')}."))
     if circuit.graph.architecture.n_kv_heads < circuit.graph.architecture.n_heads:
         legend.append(("", "Bar under heads: the keys and values that they share."))
     if crowded(circuit.graph.architecture):
@@ -380,7 +380,7 @@ def _view_legend(data: GraphData, n: int, largest: float) -> list[tuple[str, str
     if data.counts:
         legend = [(c, f"{MEANING[c]} ({data.counts[c]:,})") for c in CLASSES[1:]]
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data.unit}."))
-    legend.append(("", f"Drawn: the strongest {n:,} of {counted(data.total, 'edge')}."))
+    legend.append(("", f"Drawn: the strongest {n:,} of {number_of(data.total, 'edge')}."))
     if crowded(data.architecture):
         legend.append(("", _LEFT_OUT))
     return legend
