@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,11 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     plain("scores", 1, 2)
     plain("scores", 2, 2)
     assert capsys.readouterr().err == "scores ...\n"
-    plain.printed -= plain.EVERY
-    plain("scores", 2, 2)
-    plain("scores", 2, 2)
-    assert capsys.readouterr().err == "scores  2/2  0 s, 0 s left\n"
+    for done, line in ((1, "scores  1/2  40 s, 40 s left\n"), (2, "scores  2/2  40 s\n")):
+        plain.printed = plain.start = time.monotonic() - 40
+        plain("scores", done, 2)
+        plain("scores", done, 2)
+        assert capsys.readouterr().err == line
     plain.close()
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes standard error for a terminal
     bars = Progress()
@@ -163,6 +165,22 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     bars.close()
     text = capsys.readouterr().err
     assert "reading [b]states[/b]" in text and "unlearning" in text and "1/" in text
+    assert " left" not in text.splitlines()[-1]
+
+
+def test_a_stage_that_says_nothing_is_seen_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from mansu_interp.cli.progress import Progress
+
+    monkeypatch.setattr(Progress, "OFTEN", 0.5)
+    plain = Progress()
+    plain("choosing parameters", 0, 0)
+    time.sleep(2.5)  # no call in between
+    plain.close()
+    first, *later = capsys.readouterr().err.splitlines()
+    assert first == "choosing parameters ..." and later
+    assert all(re.fullmatch(r"choosing parameters  \d s", line) for line in later)
 
 
 @pytest.mark.parametrize(

@@ -321,9 +321,15 @@ def _look(
         note("probing states", k, len(models))
         first[name], last[name] = ranked(model, half_b)
         probed[name] = probe(model, half_a, half_b).float()
-    note("relearning, linearized", len(models), len(models))
+    note("relearning, linearized", 0, 0)
     edited, asked = models[EDITED], half_b.sample(ASKED_PROMPTS, seed)
-    steps = linearized_relearning(edited, half_a.sample(STEP_PROMPTS, seed), asked)
+    steps = linearized_relearning(
+        edited,
+        half_a.sample(STEP_PROMPTS, seed),
+        asked,
+        on_step=lambda done, total: note("relearning, linearized", done, total),
+    )
+    note("stitching", 0, 0)
     return _Found(
         first=first,
         last=last[EDITED].float(),
@@ -393,7 +399,9 @@ def judge_erasure(
     models = {ORIGINAL: original, EDITED: edited}
     if quantized is not None:
         models[QUANTIZED] = quantized
-    found = _look(models, half_a, half_b, seed, on_step or (lambda *_: None))
+    note = on_step or (lambda *_: None)
+    found = _look(models, half_a, half_b, seed, note)
+    note("confidence of the verdict", 0, 0)
     evidence = found.evidence(torch.arange(len(found.last)), torch.arange(found.half_b.shape[1]))
     word, sentence = decide(evidence)
     word, sentence, confidence = settle(word, sentence, _confidence(found, word, seed))

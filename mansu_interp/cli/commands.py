@@ -11,6 +11,7 @@ from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
+from ..utils.words import number_of
 from .console import say, say_json
 from .progress import Progress, duration
 from .settings import (
@@ -83,7 +84,7 @@ def do_bench(config: BenchConfig, output: Output) -> int:
         rows = run_bench(config, progress)
     finally:
         progress.close()
-    say(f"{len(rows)} rows. Open {config.out / 'scoreboard.html'}")
+    say(f"{number_of(len(rows), 'row')}. Open {config.out / 'scoreboard.html'}")
     return 0
 
 
@@ -120,7 +121,8 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
         label = f"{name}, embedding"
         say(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
-        say(f"{found.outside} values changed outside the linear layers and the embedding.")
+        outside = number_of(found.outside, "value")
+        say(f"{outside} changed outside the linear layers and the embedding.")
     for sentence in found.changed:
         say(f"Changed: {sentence}.")
     for sentence in found.mismatches:
@@ -142,7 +144,8 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
     with atomic_path(config.out, new=True) as file:
         found = delta(load_model(config.original), load_model(config.edited))
         found.save(file)
-    say(f"{found.n_edits} edits, {config.out.stat().st_size / 1000:.1f} kB: {config.out}")
+    size = f"{config.out.stat().st_size / 1000:.1f} kB"
+    say(f"{number_of(found.n_edits, 'edit')}, {size}: {config.out}")
     return 0
 
 
@@ -156,7 +159,7 @@ def do_apply(config: ApplyConfig, _: Output) -> int:
     with atomic_folder(config.out, new=True) as folder:
         ledger, original = Ledger.load(config.delta), load_model(config.original)
         save_edited(apply(original, ledger), original, folder)
-    say(f"{ledger.n_edits} edits applied: {config.out}")
+    say(f"{number_of(ledger.n_edits, 'edit')} applied: {config.out}")
     return 0
 
 

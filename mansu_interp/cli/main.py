@@ -85,18 +85,16 @@ COMMANDS = (
         "run",
         RunCommand,
         do_run,
-        "Discover, mask, unlearn, quantize, compare and report.\n\n"
-        "Example: mansu run --model facts --task capitals --out runs/first\n\n"
-        "--help-all shows every setting.",
+        "Discover, mask, unlearn, quantize, compare and report. --help-all shows every setting.\n\n"
+        "Example: mansu run --model facts --task capitals --out runs/first",
     ),
     Command(
         "bench",
         BenchConfig,
         do_bench,
         "Compare methods at the same forgetting, before and after quantizers. A killed "
-        "benchmark goes on where it was.\n\n"
-        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench"
-        "\n\n--help-all shows every setting.",
+        "benchmark goes on where it was. --help-all shows every setting.\n\n"
+        "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
     ),
     Command(
         "plan",

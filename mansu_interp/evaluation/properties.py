@@ -282,8 +282,8 @@ def _recovery(name: str, scores: Scores, quantizers: Sequence[str]) -> Property:
     if flips := gaps[worst.quantizer, "choice"].flips:
         under = f"Under {worst.quantizer}, on" if len(quantizers) > 1 else "On"
         sentence += (
-            f" {under} {flips.back} prompts the answer came back to the first rank, on "
-            f"{flips.gone} it went (p = {flips.p:.2f} by chance)."
+            f" {under} {number_of(flips.back, 'prompt')} the answer came back to the first rank, "
+            f"on {flips.gone} it went (p = {flips.p:.2f} by chance)."
         )
     rises = [g for g in gaps.values() if g.value > 0]
     if guesses := [str(g) for g in rises if g.guess]:

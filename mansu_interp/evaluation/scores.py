@@ -265,7 +265,11 @@ def evaluate(
         for k, (of, label, s) in enumerate(sets)
     )
     text = task.text.get(split) or task.text.get("unseen") if role is None else None
-    on_text = [(v, perplexity(m, text)) for v, m in models.items()] if text else []
+    on_text = []
+    for m, (version, model) in enumerate(models.items() if text else ()):
+        if on_step:
+            on_step("perplexity", m, len(models))
+        on_text.append((version, perplexity(model, text or ())))
     values = tuple(Perplexity(v, x if math.isfinite(x) else None) for v, x in on_text)
     return Scores(rows, values, right)
 

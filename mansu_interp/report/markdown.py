@@ -19,11 +19,7 @@ def markdown_text(text: str) -> str:
 
 
 def _table(table: Table) -> str:
-    spans = [group for group, width in table.groups for _ in range(width)]
-    head = [
-        f"{name} ({spans[i]})" if spans and spans[i] and name != "chance" else name
-        for i, name in enumerate(table.head)
-    ]
+    head = table.full_head
     rule = ["---" if i < table.words else "---:" for i in range(len(head))]
     lines = [[markdown_text(h) for h in head], rule]
     for row in table.rows:
@@ -31,7 +27,8 @@ def _table(table: Table) -> str:
             lines.append([f"**{markdown_text(row)}**", *[""] * (len(head) - 1)])
         else:
             lines.append([markdown_text(cell) for cell in row])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    title = f"{markdown_text(table.folded)}:\n\n" if table.folded else ""
+    return title + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cards(cards: Cards) -> str:

@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from ..evaluation.properties import Property
 from ..evaluation.scores import METRICS, Metric, Score, ScoreRow
 from ..evaluation.versions import ModelVersion
-from ..viz.svg import curve_svg, lines_svg
-from .blocks import Block, Cards, Code, Graph, Picture, Section, Table
+from ..utils.words import number_of
+from ..viz.svg import lines_svg
+from .blocks import Block, Cards, Code, Picture, Section, Table
+from .graphs import circuit_blocks, graph_blocks
 from .records import (
-    CircuitSummary,
     Edit,
     QuantizerRow,
     Report,
     Sample,
 )
-from .values import count, figure, known, measured, percent, status_of
+from .values import count, figure, measured, percent, status_of
 
 ROLES = ("forget", "neighbour", "retain")
 LABELS: dict[Metric, str] = {"top1": "top-1", "choice": "choice"}
 FULL = "full precision"
+WEIGHTS = 10
+"""Weights with the most edits that are shown; the others are folded away."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,15 @@ class Heading:
     """pass, fail or undecided."""
     passed: bool | None
     sentence: str
+    summary: str
+    """How many properties hold."""
+    missed: tuple[Property, ...]
+    """Those that do not, each with its reason."""
 
 
 def heading(report: Report) -> Heading:
     """Title, model and verdict."""
-    subtitle = f"{report.model.name}, {count(report.model.parameters)} parameters"
+    subtitle = f"{report.model.name}, {number_of(report.model.parameters, 'parameter')}"
     word, _ = status_of(report.verdict.passed)
     return Heading(
         report.task.title or report.task.name,
@@ -47,6 +54,9 @@ def heading(report: Report) -> Heading:
         word,
         report.verdict.passed,
         report.verdict.sentence,
+        f"{sum(p.passed is True for p in report.properties)} of {len(report.properties)} "
+        "properties hold.",
+        tuple(p for p in report.properties if not p.passed),
     )
 
 
@@ -68,8 +78,8 @@ def sections(report: Report, svg: str = "") -> list[Section]:
         Section("Scores", scores_blocks(report)),
         Section("Is it erased?", _erasure(report)),
         Section("The edit and its survival", _edit(report.edit, report.quantizers)),
-        Section("Attribution graphs", _graphs(report)),
-        Section("The circuit", _circuit(report.circuit, svg) if report.circuit else []),
+        Section("Attribution graphs", graph_blocks(report)),
+        Section("The circuit", circuit_blocks(report.circuit, svg) if report.circuit else []),
         Section("Samples", _samples(report.samples)),
         Section("How to reproduce", _reproduce(report)),
     ]
@@ -205,7 +215,7 @@ def _relearning(report: Report) -> list[Block]:
         "half's prompts whose answer ranks first of four, or last (an answer that is avoided is "
         "given away as well). Erased knowledge stays near chance, 25%.",
         Picture(lines_svg(drawn, "steps of relearning", "first or last of four")),
-        Table(["first / last of four", *(f"{s} steps" for s in steps)], rows),
+        Table(["first / last of four", *(number_of(s, "step") for s in steps)], rows),
     ]
 
 
@@ -248,7 +258,11 @@ def _edit(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[Block]:
     if edit.by_weight:
         blocks.append("Where the edits lie:")
         rows = [[w.weight, count(w.edited), count(w.of)] for w in edit.by_weight]
-        blocks.append(Table(["weight", "edited", "of"], rows))
+        head, rest = ["weight", "edited", "of"], rows[WEIGHTS:]
+        blocks.append(Table(head, rows[:WEIGHTS]))
+        if rest:
+            title = f"{number_of(len(rest), 'weight')} with fewer edits"
+            blocks.append(Table(head, rest, folded=title))
     return blocks
 
 
@@ -294,76 +308,6 @@ def _quantizers(quantizers: Sequence[QuantizerRow]) -> Table:
     head += ["original", "unlearned", "gap", "back / gone", "p"]
     groups = [("", 2), ("codes changed", 2), ("four-way forget accuracy", 3), ("prompts", 2)]
     return Table(head, rows, words=2, groups=groups)
-
-
-def _graphs(report: Report) -> list[Block]:
-    """How the attribution graphs differ: numbers, and every edge."""
-    blocks: list[Block] = []
-    if report.comparison:
-        rows = [
-            [str(c.model)]
-            + [measured(x) for x in (d.mass, d.alignment, d.projected_share, d.outside)]
-            for c in report.comparison
-            for d in [c.divergence]
-        ]
-        head = ["model", "mass", "alignment", "projected share", "outside"]
-        blocks += [
-            "Relative to the original model's circuit, on forget prompts that unlearning never "
-            "saw. Mass: how much attribution is left on it. Alignment: whether what is left "
-            "points the same way (cosine). Projected share: mass and direction together. Outside: "
-            "attribution that flows elsewhere. These numbers describe; relearning decides.",
-            Table(head, rows),
-        ]
-    if report.graph:
-        blocks += [
-            "What became of every edge of the graph. Drag to move, click to select; the three "
-            "graphs share it.",
-            Graph(report.graph, _edge_counts(report)),
-        ]
-    return blocks
-
-
-def edge_counts(report: Report) -> dict[str, int]:
-    """How many edges there are of each class; empty without a graph."""
-    counts = (report.graph or {}).get("counts")
-    if not isinstance(counts, dict):
-        return {}
-    return {str(k): n for k, n in counts.items() if isinstance(n, int)}
-
-
-def _edge_counts(report: Report) -> Table:
-    """The counts with what each class means, for where the view does not run."""
-    meaning = (report.graph or {}).get("meaning")
-    meaning = meaning if isinstance(meaning, dict) else {}
-    rows = [
-        [name, count(n), str(meaning.get(name, "")).partition(": ")[2]]
-        for name, n in edge_counts(report).items()
-    ]
-    return Table(["edges that are", "number", "meaning"], rows, words=3)
-
-
-def _circuit(circuit: CircuitSummary, svg: str) -> list[Block]:
-    blocks: list[Block] = [
-        f"{count(circuit.edges)} of {count(circuit.of)} edges leave "
-        f"{percent(circuit.faithfulness)} of the difference between the answer and its rival when "
-        "everything outside them is ablated (faithfulness)."
-    ]
-    if svg:
-        blocks.append(Picture(svg))
-    curve = sorted((p.edges, f) for p in circuit.curve if (f := known(p.faithfulness)) is not None)
-    if curve:
-        faithfulness = known(circuit.faithfulness)
-        chosen = None if faithfulness is None else (circuit.edges, faithfulness)
-        blocks.append("Faithfulness of the circuits that the search tried:")
-        instead = Table(
-            ["edges", "faithfulness"], [[count(n), percent(f)] for n, f in curve], words=0
-        )
-        blocks.append(Picture(curve_svg(curve, chosen), instead))
-    if circuit.top_edges:
-        blocks.append("The strongest edges; a negative score opposes the answer:")
-        rows = [[e.source, e.target, figure(e.score)] for e in circuit.top_edges]
-        blocks.append(Table(["from", "to", "score"], rows, words=2))
-    return blocks
 
 
 def _samples(samples: Sequence[Sample]) -> list[Block]:

@@ -18,10 +18,11 @@ from rich.text import Text
 from ..errors import printable
 from ..evaluation.scores import METRICS, Metric, ScoreRow
 from ..evaluation.versions import ModelVersion
+from ..utils.words import number_of
+from .graphs import edge_counts
 from .records import Report
 from .story import (
     ROLES,
-    edge_counts,
     heading,
 )
 from .values import DASH, count, measured, percent, status_of
@@ -130,7 +131,7 @@ def _mean(rows: list[ScoreRow], version: ModelVersion, metric: Metric) -> str:
 def _lines(report: Report) -> list[Text]:
     """The edit, its circuit, what was done after training, and CAD's prediction."""
     edit, circuit = report.edit, report.circuit
-    line = f"Edit: {count(edit.edited)} parameters ({percent(edit.share, 3)})"
+    line = f"Edit: {number_of(edit.edited, 'parameter')} ({percent(edit.share, 3)})"
     for row in report.quantizers[:1]:
         line += f", {count(row.survival.survived)} survive {row.name}"
     if edit.embedding:

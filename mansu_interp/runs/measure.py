@@ -46,7 +46,7 @@ from ..unlearning.methods import Mansu
 from ..viz.view import View, changes_view
 from .command import command_line
 from .config import RunConfig
-from .context import RunContext
+from .context import OnProgress, RunContext
 from .edit import Edited
 from .folder import HISTORY, config_json
 from .plan import CAD_PAIRS
@@ -70,6 +70,7 @@ def measure(run: RunContext, edited: Edited) -> Report:
     5. Hold the four properties to their targets.
     """
     torch.manual_seed(run.config.seed)
+    run.note("quantizing", 0, 0)
     models: dict[ModelVersion, LanguageModel] = {
         ORIGINAL: run.model,
         ORIGINAL.after(QUANTIZER): quantize(run.model, QUANTIZER),
@@ -84,6 +85,7 @@ def measure(run: RunContext, edited: Edited) -> Report:
     run.clock.lap("compare")
     attacked, cad = attack(run, models, reference) if run.config.relearn_steps else ({}, None)
     held = properties(scores, deployed(run.config), attacked.get(EDITED))
+    run.note("what the models write", 0, 0)
     shown = {v: m for v, m in models.items() if v != ORIGINAL.after(QUANTIZER)}
     return Report(
         schema=SCHEMA,
@@ -127,12 +129,15 @@ def quantizer_rows(
     run: RunContext, edited: LanguageModel, scores: Scores
 ) -> tuple[QuantizerRow, ...]:
     """What each quantizer makes of the edit; nf4 first."""
-    names = dict.fromkeys((*deployed(run.config), *run.config.quantizers))
-    promised = run.config.unlearn.promised
-    return tuple(
-        quantizer_row(run.model, edited, get_quantizer(q), run.task, q in promised, scores)
-        for q in names
-    )
+    names = list(dict.fromkeys((*deployed(run.config), *run.config.quantizers)))
+    promised, rows = run.config.unlearn.promised, []
+    for k, q in enumerate(names):
+        run.note("what quantizers leave of the edit", k, len(names))
+        found = quantizer_row(
+            run.model, edited, get_quantizer(q), run.task, q in promised, scores, run.note
+        )
+        rows.append(found)
+    return tuple(rows)
 
 
 def quantizer_row(
@@ -142,6 +147,7 @@ def quantizer_row(
     task: Task,
     promised: bool,
     scores: Scores,
+    note: OnProgress | None = None,
 ) -> QuantizerRow:
     """What one quantizer makes of an edit: survival, and forget accuracy on unseen phrasings.
 
@@ -153,13 +159,14 @@ def quantizer_row(
         promised: whether every edit survives it by construction.
         scores: of the unlearned model in full precision, and perhaps of both after the quantizer;
             else these are scored here.
+        note: called with (stage, done, total) while they are.
     """
     before, after = ORIGINAL.after(quantizer.name), EDITED.after(quantizer.name)
     found = scores
     if after not in scores.right:
         models = {v: quantize(m, quantizer, task.calibration)
                   for v, m in ((before, model), (after, edited))}  # fmt: skip
-        found = evaluate(models, task, role="forget")
+        found = evaluate(models, task, role="forget", on_step=note)
 
     def forget(metric: Metric) -> ForgetScore:
         old, new = (found.mean("forget", metric, v) for v in (before, after))

@@ -24,7 +24,7 @@ from ..models.layout import check_layout
 from ..models.load import load_model
 from ..models.provenance import provenance
 from ..quantizers.registry import get_quantizer
-from ..report.card import model_card
+from ..report.markdown import model_card
 from ..report.records import Report
 from ..report.write import report_files
 from ..tasks.load import load_task
@@ -103,6 +103,8 @@ def run(
         quantizer_set(config.unlearn.survive)
     for name in config.quantizers:
         get_quantizer(name)
+    note = on_progress or (lambda *_: None)
+    note("loading model and task", 0, 0)
     model = load_model(config.model, config.device)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
@@ -123,6 +125,7 @@ def run(
 
         context = RunContext(config, model, task, made_from, held, clock, folder)
         if on_plan:
+            held("timing a small batch", 0, 0)
             made = plan(config, model, task, known)
             on_plan(replace(made, lines=made.lines + _spent(clock)))
         clock.lap("load")

@@ -7,6 +7,8 @@ a static picture. The data's format is described in docs/viewing.md.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,12 +91,15 @@ class View:
             ViewError: the rasteriser is not installed.
         """
         without = "to_svg and to_html work without it."
-        resvg_py = library("resvg_py", "png", "to_png", ViewError, without)
-        svg = self.svg(top, "dark" if dark else "light")
+        pixels = self._pixels(self.svg(top, "dark" if dark else "light"), zoom, without)
         path = Path(path)
         with atomic_path(path) as temporary:
-            temporary.write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom)))
+            temporary.write_bytes(pixels)
         return path
+
+    def _pixels(self, svg: str, zoom: float, without: str = "") -> bytes:
+        resvg_py = library("resvg_py", "png", "to_png", ViewError, without)
+        return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom))
 
     def to_json(self, path: Path | str) -> Path:
         """Write the data (docs/viewing.md)."""
@@ -107,8 +112,17 @@ class View:
         reader's."""
         return view_svg(self.data, top=top, theme=theme)
 
+    def static_forms(self) -> dict[str, str]:
+        """What a saved notebook shows, by media type: pixels besides the SVG, which notebooks that
+        are not trusted do not draw, where the rasteriser is installed."""
+        forms = {"image/svg+xml": self.svg(), "text/plain": repr(self)}
+        with contextlib.suppress(ViewError):
+            pixels = self._pixels(self.svg(theme="light"), zoom=1.5)
+            forms["image/png"] = base64.b64encode(pixels).decode()
+        return forms
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        return {"image/svg+xml": self.svg(), "text/plain": repr(self)}
+        return self.static_forms()
 
     def __repr__(self) -> str:
         edges = len(self.data.edges.source)
