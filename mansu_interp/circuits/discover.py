@@ -21,10 +21,11 @@ from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
 from .ablation import Ablation
-from .attribution import Attribution, attribute, pairs_per_batch
+from .attribution import attribute, pairs_per_batch
 from .circuit import Circuit, CircuitMeta
 from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
+from .scores import Attribution
 
 
 def selective_scores(

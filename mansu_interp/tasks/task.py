@@ -33,6 +33,10 @@ class Task:
     dropped: dict[str, int] = field(default_factory=dict)
     """How many (fact, phrasing) items were left out, by reason."""
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.forget):,} forget and {len(self.retain):,} retain pairs"
+        return f"Task({self.name!r}: {sizes})"
+
     @property
     def retain_sets(self) -> list[PairSet]:
         """What must stay: the retain pairs, and the retain_unscored pairs if there are any."""
