@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
+from .output import Output, print_json
 from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
@@ -21,26 +21,6 @@ from .settings import (
     RelearnRun,
     VerifyConfig,
 )
-
-
-@dataclass(frozen=True)
-class Output:
-    """How results are printed; may stand anywhere on the command line."""
-
-    quiet: bool = False
-    """``--quiet``: nothing but the result."""
-    json: bool = False
-    """``--json``: the result as one JSON value on standard output."""
-
-    @classmethod
-    def split(cls, argv: list[str]) -> tuple[Output, list[str]]:
-        """These two options, and the rest of the command line."""
-        rest = [word for word in argv if word not in ("--quiet", "--json")]
-        return cls("--quiet" in argv, "--json" in argv), rest
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def do_run(config: RunConfig, output: Output) -> int:
@@ -66,7 +46,7 @@ def do_run(config: RunConfig, output: Output) -> int:
     if output.json:
         from ..utils.files import read_json
 
-        _print_json(read_json(result.folder / "report.json"))
+        print_json(read_json(result.folder / "report.json"))
         return 0
     print("" if output.quiet else "\n", end="")
     print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
@@ -96,7 +76,7 @@ def do_plan(config: PlanConfig, output: Output) -> int:
         from ..models.load import empty_model
         from ..runs.plan import estimate
 
-        _print_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
+        print_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
         return 0
     print("\n".join(plan_lines(config)))
     return 0
@@ -241,7 +221,7 @@ def do_list(_: ListConfig, output: Output) -> int:
     if output.json:
         tasks = {name: read_task_file(name)[0].title for name in embedded_tasks()}
         found = {"models": models, "tasks": tasks, "methods": [*METHODS]}
-        _print_json({**found, "quantizers": [*QUANTIZERS]})
+        print_json({**found, "quantizers": [*QUANTIZERS]})
         return 0
     print("models      " + ", ".join(models))
     for name in embedded_tasks():
