@@ -318,9 +318,9 @@ def test_texts_that_make_no_pair_are_told(facts: LanguageModel):
         PairSet.from_prompts(facts, *([x] for x in given))
 
     malta, rwanda = ASKED.format("Malta"), ASKED.format("Rwanda")
-    with pytest.raises(TaskError, match="Pair 1: the clean prompt .* has 6 tokens and the .* 5"):
+    with pytest.raises(TaskError, match=r"Pair 1: the clean prompt .* has 6 tokens and the .* 5"):
         make(malta, malta.removesuffix(" is"), "Valletta", "Kigali")
-    with pytest.raises(TaskError, match="does not know a word of '.*Atlantis"):
+    with pytest.raises(TaskError, match=r"does not know a word of '.*Atlantis"):
         make(malta, ASKED.format("Atlantis"), "Valletta", "Kigali")
     with pytest.raises(TaskError, match="has no wrong answer"):
         make(malta, rwanda, "Valletta", [])
