@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from mansu_interp import __version__
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import CircuitConfig
+from mansu_interp.circuits.scores import Attribution
 from mansu_interp.cli import console
 from mansu_interp.cli.main import main, parse
 from mansu_interp.errors import ArtifactError, ConfigError, TaskError, printable
@@ -475,3 +478,56 @@ def test_a_name_too_long_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
         told = capsys.readouterr().err
         assert len(told.splitlines()) == 1
         assert re.search("has 3.. characters, more than|Unknown|long", told), told
+
+
+def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path):
+    """Discover, attribute, view and compare, each as a command."""
+    asked = "<bos>the capital of {} is"
+    rows = [("Malta", "Rwanda", "Valletta", "Kigali"), ("Ghana", "Kenya", "Accra", "Nairobi")]
+    file = tmp_path / "mine.jsonl"
+    file.write_text(
+        "\n".join(
+            json.dumps(
+                {"clean": asked.format(s), "corrupt": asked.format(o), "answer": a, "wrong": w}
+            )
+            for s, o, a, w in rows
+        )
+    )
+    out, scores = tmp_path / "c", tmp_path / "s.safetensors"
+    assert main(["discover", "--pairs", str(file), "--out", str(out), "--quiet"]) == 0
+    assert {p.name for p in out.iterdir()} == {"circuit.json", "circuit.graphml", "circuit.html"}
+    assert main(["discover", "--pairs", str(file), "--out", str(out)]) == 1  # never overwritten
+    assert main(["attribute", "--pairs", str(file), "--out", str(scores), "--quiet"]) == 0
+    assert (
+        main(["attribute", "--pairs", str(file), "--out", str(tmp_path / "s.csv"), "--quiet"]) == 0
+    )
+    assert (tmp_path / "s.csv").read_text().startswith("source,target,score\n")
+    assert main(["view", str(out), "--out", str(tmp_path / "p.html")]) == 0
+    assert main(["view", str(scores), "--out", str(tmp_path / "p.svg")]) == 0
+    assert (tmp_path / "p.svg").read_text().lstrip().startswith("<svg")
+
+
+def test_compared_circuits_and_scores(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    one, other = (str(ROOT / "circuits" / f"facts-{n}.json") for n in ("capitals", "countries"))
+    assert main(["compare", one, other, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = (Circuit.load(Path(p)) for p in (one, other))
+    both = int((first.edges & second.edges).sum())
+    assert found == {
+        "both": both,
+        "first only": first.n_edges - both,
+        "second only": second.n_edges - both,
+        "overlap": both / (first.n_edges + second.n_edges - both),
+    }
+    scores = tmp_path / "s.safetensors"
+    Attribution(first.graph, first.scores, 1.0, 0.0).save(scores)
+    assert main(["compare", str(scores), str(scores), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {row["change"] for row in table} == {"kept"}
+    assert main(["compare", one, str(scores)]) == 1
+    assert "of different kinds" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mansu {__version__}\n"

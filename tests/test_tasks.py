@@ -19,6 +19,7 @@ from mansu_interp.tasks.fact_pairs import _mentions
 from mansu_interp.tasks.files import embedded_tasks
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, collate
+from mansu_interp.tasks.prompts import read_prompts
 from mansu_interp.tasks.schema import RowOptions, RowTask, json_schema
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.renamed import TASK_KEYS
@@ -402,3 +403,68 @@ def test_tables_and_task_files_as_excel_writes_them(
 def test_a_name_too_long_for_a_file_is_an_unknown_task(facts: LanguageModel):
     with pytest.raises(TaskError, match="Unknown task 'xxx"):
         load_task("x" * 300, facts)
+
+
+ASKED = "<bos>the capital of {} is"
+CAPITALS = (("Malta", "Rwanda", "Valletta", "Kigali"), ("Ghana", "Kenya", "Accra", "Nairobi"))
+
+
+def from_texts(model: LanguageModel, wrong: list[Any] | None = None) -> PairSet:
+    clean, other, answers, rivals = zip(*CAPITALS, strict=True)
+    asked = [[ASKED.format(s) for s in subjects] for subjects in (clean, other)]
+    return PairSet.from_prompts(model, *asked, list(answers), wrong or list(rivals))
+
+
+def test_pairs_from_texts_are_those_of_the_task(facts: LanguageModel, capitals: Task):
+    made = from_texts(facts)
+    same = {p.prompt: p for p in capitals.forget}
+    for pair, (subject, other, answer, wrong) in zip(made, CAPITALS, strict=True):
+        theirs = same[ASKED.format(subject)]
+        assert (pair.clean, pair.answer) == (theirs.clean, theirs.answer)
+        assert pair.corrupt == same[ASKED.format(other)].clean
+        assert pair.counterfactual == facts.encode(f"is {wrong}")[-1]
+        assert pair.answer_text == answer
+    assert from_texts(facts, [["Kigali", "Paris"], ["Nairobi", "Rome"]])[0].choices[2:]
+
+
+def test_texts_that_make_no_pair_are_told(facts: LanguageModel):
+    def make(*given: Any) -> None:
+        PairSet.from_prompts(facts, *([x] for x in given))
+
+    malta, rwanda = ASKED.format("Malta"), ASKED.format("Rwanda")
+    with pytest.raises(TaskError, match=r"Pair 1: the clean prompt .* has 6 tokens and the .* 5"):
+        make(malta, malta.removesuffix(" is"), "Valletta", "Kigali")
+    with pytest.raises(TaskError, match=r"does not know a word of '.*Atlantis"):
+        make(malta, ASKED.format("Atlantis"), "Valletta", "Kigali")
+    with pytest.raises(TaskError, match="has no wrong answer"):
+        make(malta, rwanda, "Valletta", [])
+    with pytest.raises(TaskError, match="begin with each other"):
+        make(malta, rwanda, "Valletta", "Valletta")
+    with pytest.raises(TaskError, match="as many wrong answers"):
+        from_texts(facts, ["Kigali", ["Nairobi", "Rome"]])
+    with pytest.raises(TaskError, match="got 1 clean, 1 corrupt, 0 answers, 1 wrong"):
+        PairSet.from_prompts(facts, [malta], [rwanda], [], ["Kigali"])
+
+
+def test_pairs_from_a_file(facts: LanguageModel, tmp_path: Path):
+    rows = [
+        {"clean": ASKED.format(s), "corrupt": ASKED.format(o), "answer": a, "wrong": w}
+        for s, o, a, w in CAPITALS
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = read_prompts(file, facts)
+    assert found.name == "mine" and [p.clean for p in found] == [p.clean for p in from_texts(facts)]
+    other = [{"prompt": r["clean"], "corrupt": r["corrupt"], "answer": 3} for r in rows]
+    file.write_text("\n".join(map(json.dumps, other)), encoding="utf-8")
+    with pytest.raises(TaskError, match=r"line 1: no 'wrong'; expected clean, .* got prompt, co"):
+        read_prompts(file, facts)
+
+
+def test_what_is_shown_of_a_task_is_short(facts: LanguageModel, capitals: Task):
+    assert repr(capitals) == "Task('capitals': 716 forget and 3,092 retain pairs)"
+    assert len(repr(capitals.forget)) < 120
+    assert (
+        "716 pairs" in capitals.forget._repr_html_()
+        and "&lt;bos&gt;" in capitals.forget._repr_html_()
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
@@ -13,6 +13,7 @@ from ..runs.defaults import default_task
 from ..tasks.benchmarks import TaskConfig
 from ..utils.words import number_of
 from .console import say, say_json
+from .output import Output
 from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
@@ -23,22 +24,6 @@ from .settings import (
     RelearnRun,
     VerifyConfig,
 )
-
-
-@dataclass(frozen=True)
-class Output:
-    """How results are printed; may stand anywhere on the command line."""
-
-    quiet: bool = False
-    """``--quiet``: nothing but the result."""
-    json: bool = False
-    """``--json``: the result as one JSON value on standard output."""
-
-    @classmethod
-    def split(cls, argv: list[str]) -> tuple[Output, list[str]]:
-        """These two options, and the rest of the command line."""
-        rest = [word for word in argv if word not in ("--quiet", "--json")]
-        return cls("--quiet" in argv, "--json" in argv), rest
 
 
 def do_run(config: RunConfig, output: Output) -> int:

@@ -13,16 +13,17 @@ from typing import Annotated, Any
 
 import tyro
 
+from .. import __version__
 from ..bench.config import BenchConfig
 from ..errors import ConfigError, MansuError
-from ..runs.config import PlanConfig, RunConfig
+from ..runs.config import PlanConfig
 from ..runs.defaults import default_config
 from ..tasks.benchmarks import TaskConfig
 from ..tasks.files import ROBUST
 from ..utils.renamed import renamed_option
 from . import console
+from .circuits import do_attribute, do_compare, do_discover, do_view
 from .commands import (
-    Output,
     do_apply,
     do_bench,
     do_cad,
@@ -36,15 +37,20 @@ from .commands import (
     do_verify,
 )
 from .help import BENCH, HELP_ALL, shortened, shown_of_run
+from .output import Output
 from .settings import (
     ApplyConfig,
+    AttributeConfig,
     CadConfig,
+    CompareConfig,
     DeltaConfig,
+    DiscoverConfig,
     ExportConfig,
     ListConfig,
     RelearnRun,
     RunCommand,
     VerifyConfig,
+    ViewConfig,
 )
 
 ROBUST_FLAG = f"--{ROBUST}"
@@ -55,12 +61,14 @@ ABOUT = """Make a language model forget something, and check that it stays forgo
 
 Examples:
   mansu list                                    what ships
+  mansu discover --pairs my.jsonl --model gpt2  a circuit, and a page to look at
   mansu run --out runs/first                    the embedded model forgets capitals
   mansu run --task my-task.json --out runs/mine your own facts
   mansu run --method npo --out runs/npo         a baseline
   mansu plan --model Llama-3.1-8B/config.json   what it would cost
 
-With every command: --quiet prints the result alone. run, plan and list: --json prints it as JSON.
+With every command: --quiet prints the result alone. run, plan, list,
+discover, attribute and compare: --json prints it as JSON. mansu --version.
 run and bench: --help-all shows every setting.
 
 Colours follow NO_COLOR.
@@ -95,6 +103,34 @@ COMMANDS = (
         "Compare methods at the same forgetting, before and after quantizers. A killed "
         "benchmark goes on where it was. --help-all shows every setting.\n\n"
         "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
+    ),
+    Command(
+        "discover",
+        DiscoverConfig,
+        do_discover,
+        "Find the circuit that carries some answers, and draw it.\n\n"
+        "Example: mansu discover --model gpt2 --pairs my.jsonl --out runs/my-circuit",
+    ),
+    Command(
+        "attribute",
+        AttributeConfig,
+        do_attribute,
+        "Score every edge of a model.\n\n"
+        "Example: mansu attribute --model gpt2 --pairs my.jsonl --out scores.safetensors",
+    ),
+    Command(
+        "view",
+        ViewConfig,
+        do_view,
+        "Draw a circuit, edge scores, or what a run changed, as a page that needs no network."
+        "\n\nExample: mansu view runs/my-circuit",
+    ),
+    Command(
+        "compare",
+        CompareConfig,
+        do_compare,
+        "Say how two circuits, or the edge scores of two models, differ.\n\n"
+        "Example: mansu compare before.safetensors after.safetensors",
     ),
     Command(
         "plan",
@@ -158,6 +194,8 @@ COMMANDS = (
     Command("list", ListConfig, do_list),
 )
 """What the command line knows, in the order of its help."""
+JSON = ("run", "plan", "list", "discover", "attribute", "compare")
+"""Commands whose result can be printed as JSON."""
 
 
 def _start(argv: list[str]) -> RunCommand:
@@ -228,10 +266,13 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     try:
         output, argv = Output.split(argv)
+        if "--version" in argv:
+            console.say(f"mansu {__version__}")
+            return 0
         config = parse(argv)
-        if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):
-            raise ConfigError("--json is for run, plan and list; leave it out here.")
         (command,) = [c for c in COMMANDS if issubclass(c.settings, type(config))]
+        if output.json and command.name not in JSON:
+            raise ConfigError(f"--json is for {', '.join(JSON)}; leave it out here.")
         return command.do(config, output)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:

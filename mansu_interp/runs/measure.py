@@ -9,9 +9,9 @@ import torch
 from ..audit.cad import CAD, judge_erasure
 from ..audit.config import RelearnConfig
 from ..audit.relearning import Relearning, relearn
-from ..circuits.attribution import Attribution
 from ..circuits.circuit import Circuit
 from ..circuits.compare import compare
+from ..circuits.scores import Attribution
 from ..evaluation.properties import properties, verdict
 from ..evaluation.scores import Flips, Metric, Scores, evaluate
 from ..evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL, QUANTIZER, ModelVersion

@@ -9,17 +9,21 @@ in which answer and counterfactual differ, with what they share appended to both
 
 from __future__ import annotations
 
+import html
 import random
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
 from ..errors import TaskError
+
+if TYPE_CHECKING:
+    from ..models.language_model import LanguageModel
 
 N_CHOICES = 4
 
@@ -102,6 +106,9 @@ class Pair:
     whole: WholeAnswers | None = None
     """The answers where one has several tokens; the fields above are then `WholeAnswers.deciding`,
     and the prompts end in what answer and counterfactual share."""
+
+    def __repr__(self) -> str:
+        return f"Pair({self.prompt!r} -> {self.answer_text!r}, {len(self.clean)} tokens)"
 
     def __post_init__(self) -> None:
         where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
@@ -293,6 +300,47 @@ class PairSet(Sequence[Pair]):
     def __post_init__(self) -> None:
         if not self.pairs:
             raise TaskError(f"The set {self.name!r} is empty: no fact is left to ask about.")
+
+    @classmethod
+    def from_prompts(
+        cls,
+        model: LanguageModel,
+        clean: Sequence[str],
+        corrupt: Sequence[str],
+        answers: Sequence[str],
+        wrong: Sequence[str | Sequence[str]],
+        *,
+        name: str = "prompts",
+    ) -> PairSet:
+        """Pairs from texts; see `tasks.prompts.pairs_from_prompts`.
+
+        Examples:
+            >>> model = load_model("facts")
+            >>> pairs = PairSet.from_prompts(
+            ...     model,
+            ...     clean=["the capital of france is"],
+            ...     corrupt=["the capital of spain is"],
+            ...     answers=["paris"],
+            ...     wrong=["madrid"],
+            ... )
+        """
+        from .prompts import pairs_from_prompts
+
+        return pairs_from_prompts(model, clean, corrupt, answers, wrong, name=name)
+
+    def __repr__(self) -> str:
+        return f"PairSet({self.name!r}, {len(self):,} pairs, such as {self.pairs[0]!r})"
+
+    def _repr_html_(self) -> str:
+        cells = [(p.prompt, p.answer_text, p.relation) for p in self.pairs[:5]]
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells
+        )
+        return (
+            f"<table><caption>{html.escape(self.name)}: {len(self):,} pairs</caption>"
+            "<thead><tr><th>clean prompt</th><th>answer</th><th>relation</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -41,6 +41,10 @@ class Task:
     read: str = ""
     """How the rows were read, in one line; empty for fact tables."""
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.forget):,} forget and {len(self.retain):,} retain pairs"
+        return f"Task({self.name!r}: {sizes})"
+
     @property
     def retain_sets(self) -> list[PairSet]:
         """What must stay: the retain pairs, and the retain_unscored pairs if there are any."""

@@ -29,9 +29,9 @@ from .page import graph_page
 from .svg import view_svg
 
 if TYPE_CHECKING:  # at run time only their attributes are used
-    from ..circuits.attribution import Attribution
     from ..circuits.circuit import Circuit
     from ..circuits.compare import GraphComparison
+    from ..circuits.scores import Attribution
     from ..masks.mask import Mask
     from ..models.language_model import LanguageModel
     from .widget import GraphWidget
@@ -238,6 +238,25 @@ def circuit_view(
     top = min(TOP, circuit.n_edges) or TOP
     weights = _weights(circuit.graph, model, mask)
     return View(replace(data, facts=facts, top=top, weights=weights))
+
+
+def attribution_view(
+    scores: Attribution, *, limit: int | None = LIMIT, title: str = "Edge scores"
+) -> View:
+    """The strongest edges of a graph.
+
+    Arguments:
+        scores: from `attribute`.
+        limit: edges in the view, the strongest; None: every edge.
+        title: of the page.
+    """
+    from ..circuits.circuit import Circuit
+
+    nothing = np.zeros_like(scores.graph.exists)
+    circuit = Circuit(scores.graph, scores.scores, nothing)
+    data = _graph_data(title, circuit, {"": np.asarray(scores.scores)}, limit)
+    facts = [f"metric {scores.clean:.3g} on clean prompts, {scores.corrupt:.3g} on corrupt ones"]
+    return View(replace(data, facts=facts))
 
 
 def changes_view(
