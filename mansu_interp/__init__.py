@@ -27,10 +27,10 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "PairSet",
     ),
     "tasks.task": ("Task",),
-    "tasks.prompts": ("read_prompts",),
-    "tasks.rows": ("read_rows",),
+    "tasks.data.prompts": ("read_prompts",),
+    "tasks.data.rows": ("read_rows",),
     "tasks.schema": ("RowOptions",),
-    "tasks.row_pairs": ("task_from_rows",),
+    "tasks.data.row_pairs": ("task_from_rows",),
     "circuits.config": (
         "AttributionConfig",
         "CircuitConfig",
@@ -142,11 +142,11 @@ if TYPE_CHECKING:
     from .report.records import Report
     from .runs.config import RunConfig
     from .runs.run import run
+    from .tasks.data.prompts import read_prompts
+    from .tasks.data.row_pairs import task_from_rows
+    from .tasks.data.rows import read_rows
     from .tasks.load import load_task
     from .tasks.pairs import Pair, PairSet
-    from .tasks.prompts import read_prompts
-    from .tasks.row_pairs import task_from_rows
-    from .tasks.rows import read_rows
     from .tasks.schema import RowOptions
     from .tasks.task import Task
     from .unlearning.methods import Mansu, MethodConfig, get_method

@@ -439,8 +439,8 @@ MADE = collections.Counter[str]()
 
 def _load_rows(data: bytes) -> object:
     """A JSON object of rows, a format and options; anything else is a file of rows itself."""
-    from mansu_interp.tasks.row_pairs import task_from_rows
-    from mansu_interp.tasks.rows import read_rows
+    from mansu_interp.tasks.data.row_pairs import task_from_rows
+    from mansu_interp.tasks.data.rows import read_rows
     from mansu_interp.tasks.schema import RowOptions
 
     source, options = _file("r.jsonl", data), {}

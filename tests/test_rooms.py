@@ -108,7 +108,7 @@ def test_only_models_imports_transformer_lens():
     "name",
     [
         "errors.py", "utils/files.py", "utils/shipped.py", "models/graph.py", "tasks/files.py",
-        "tasks/benchmarks.py", "circuits/config.py", "circuits/changes.py", "audit/config.py",
+        "tasks/data/benchmarks.py", "circuits/config.py", "circuits/changes.py", "audit/config.py",
         "unlearning/methods.py", "runs/config.py", "runs/defaults.py", "bench/config.py",
         "viz/view.py", "viz/svg.py", "report/story.py", "cli/main.py", "cli/settings.py",
     ],

@@ -25,11 +25,11 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.runs import measure
 from mansu_interp.runs import run as pipeline
 from mansu_interp.runs.config import RunConfig
-from mansu_interp.tasks.benchmarks import TaskConfig, adapt, make_task
+from mansu_interp.tasks.data.benchmarks import TaskConfig, adapt, make_task
+from mansu_interp.tasks.data.row_pairs import LETTERS, task_from_rows
+from mansu_interp.tasks.data.rows import SHOWN, Row, parse_rows, read, read_rows
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import gap
-from mansu_interp.tasks.row_pairs import LETTERS, task_from_rows
-from mansu_interp.tasks.rows import SHOWN, Row, parse_rows, read, read_rows
 from mansu_interp.tasks.schema import OPTIONS, RowOptions
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import Mansu

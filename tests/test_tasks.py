@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.data.prompts import read_prompts
 from mansu_interp.tasks.fact_pairs import _mentions
 from mansu_interp.tasks.files import embedded_tasks
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, collate
-from mansu_interp.tasks.prompts import read_prompts
 from mansu_interp.tasks.schema import RowOptions, RowTask, json_schema
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.renamed import TASK_KEYS

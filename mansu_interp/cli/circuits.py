@@ -28,8 +28,8 @@ def _pairs(
     config: DiscoverConfig | AttributeConfig, model: LanguageModel
 ) -> tuple[PairSet, PairSet | None]:
     """The pairs to explain and, of a task, those that must stay."""
+    from ..tasks.data.prompts import read_prompts
     from ..tasks.load import load_task
-    from ..tasks.prompts import read_prompts
 
     if config.pairs is not None:
         if config.task is not None:
@@ -49,7 +49,7 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
     """Discover a circuit, and write it with a page to look at."""
     from ..circuits.discover import discover
     from ..models.load import load_model
-    from ..utils.files import new_folder
+    from ..utils.files import atomic_folder
     from ..viz.view import circuit_view
 
     model = load_model(config.model, config.device)
@@ -57,7 +57,7 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
     progress = Progress(output.quiet or output.json)
     if not (output.quiet or output.json):
         say(f"{model.name}: {model.graph.n_edges:,} edges; {len(forget):,} pairs", flush=True)
-    with new_folder(config.out) as folder:
+    with atomic_folder(config.out, new=True) as folder:
         try:
             found = discover(
                 model,
@@ -152,7 +152,7 @@ def do_view(config: ViewConfig, output: Output) -> int:
         view.to_png(out)
     else:
         raise ConfigError(f"--out must end with .html, .svg or .png; got {out}.")
-    say(out if output.quiet else f"{view!r}. Open {out}")
+    say(str(out) if output.quiet else f"{view!r}. Open {out}")
     return 0
 
 

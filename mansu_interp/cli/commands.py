@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from dataclasses import asdict
 
 from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
-from ..tasks.benchmarks import TaskConfig
+from ..tasks.data.benchmarks import TaskConfig
 from ..utils.words import number_of
-from .console import say, say_json
+from .console import say, say_json, warn
 from .output import Output
 from .progress import Progress, duration
 from .settings import (
@@ -167,11 +166,10 @@ def do_export(config: ExportConfig, _: Output) -> int:
     export_gguf(model, config.out, config.type, new=True)
     say(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
     if lost:
-        say(
+        warn(
             f"Careful: this edit was not made to survive {config.type}; {lost.survived:,} of its "
             f"{lost.edited:,} weights do. What was forgotten may come back in this file. Measure "
-            f"it, or unlearn with --unlearn.survive {config.type}.",
-            file=sys.stderr,
+            f"it, or unlearn with --unlearn.survive {config.type}."
         )
     return 0
 
@@ -233,7 +231,7 @@ def do_cad(config: CadConfig, output: Output) -> int:
 
 def do_task(config: TaskConfig, _: Output) -> int:
     """Make a task file."""
-    from ..tasks.benchmarks import make_task
+    from ..tasks.data.benchmarks import make_task
 
     say("\n".join(make_task(config)))
     return 0

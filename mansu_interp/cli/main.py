@@ -18,7 +18,7 @@ from ..bench.config import BenchConfig
 from ..errors import ConfigError, MansuError
 from ..runs.config import PlanConfig
 from ..runs.defaults import default_config
-from ..tasks.benchmarks import TaskConfig
+from ..tasks.data.benchmarks import TaskConfig
 from ..tasks.files import ROBUST
 from ..utils.renamed import renamed_option
 from . import console

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..audit.known import ALPHA, CHANCE, p_of_guess
 from ..audit.relearning import TOLERANCE, Relearning
+from ..utils.words import number_of
 from .scores import METRICS, WORDS, Flips, Metric, ScoreRow, Scores
 from .versions import EDITED, ORIGINAL, QUANTIZER
 

@@ -24,7 +24,7 @@ from ..models.layout import check_layout
 from ..models.load import load_model
 from ..models.provenance import provenance
 from ..quantizers.registry import get_quantizer
-from ..report.markdown import model_card
+from ..report.card import model_card
 from ..report.records import Report
 from ..report.write import report_files
 from ..tasks.load import load_task

@@ -18,13 +18,13 @@ from ..models.language_model import LanguageModel
 from ..models.load import load_model
 from ..utils.ranges import expect_kind
 from ..utils.shipped import is_embedded
+from .data.row_pairs import task_from_rows
+from .data.rows import read
+from .data.sources import SUFFIXES
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text
 from .pairs import Pair, PairSet, Tokens
-from .row_pairs import task_from_rows
-from .rows import read
 from .schema import RowOptions, RowTask, TableTask, TaskFile
-from .sources import SUFFIXES
 from .task import Asked, Task, distinct
 
 SCORED = ("dev", "unseen")

@@ -324,7 +324,7 @@ class PairSet(Sequence[Pair]):
             ...     wrong=["madrid"],
             ... )
         """
-        from .prompts import pairs_from_prompts
+        from .data.prompts import pairs_from_prompts
 
         return pairs_from_prompts(model, clean, corrupt, answers, wrong, name=name)
 

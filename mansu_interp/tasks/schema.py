@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ..errors import TaskError
 from ..utils.files import Json, expect, half_pair, shown
 from ..utils.renamed import TASK_KEYS
-from .rows import SPLITS
+from .data.rows import SPLITS
 
 SCHEMA = 2
 Strategy = Literal["swap", "any", "symbol", "rotate"]

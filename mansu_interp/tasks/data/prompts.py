@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import TaskError
-from ..models.language_model import LanguageModel
-from .pairs import Pair, PairSet, Tokens, WholeAnswers
+from ...errors import TaskError
+from ...models.language_model import LanguageModel
+from ..pairs import Pair, PairSet, Tokens, WholeAnswers
 from .rows import sift
 from .shapes import as_list
 from .sources import records
@@ -119,10 +119,11 @@ def _encode(model: LanguageModel, k: int, text: str) -> Tokens:
     """A text's tokens, after the token that the tokenizer begins every text with, if it does."""
     tokenizer = model.get_tokenizer()
     tokens, bos = tuple(model.encode(text)), tokenizer.bos_token_id
+    begin = (bos,) if isinstance(bos, int) else ()
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
         raise TaskError(f"Pair {k}: the tokenizer does not know a word of {text!r}.")
-    begins = bos is not None and tokenizer("a").input_ids[:1] == [bos] and tokens[:1] != (bos,)
-    return (bos, *tokens) if begins else tokens
+    begins = begin and tuple(tokenizer("a").input_ids[:1]) == begin and tokens[:1] != begin
+    return (*begin, *tokens) if begins else tokens
 
 
 def read_prompts(source: str | Path, model: LanguageModel) -> PairSet:

@@ -15,10 +15,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from ..errors import TaskError
-from ..utils.files import write_json, write_text
+from ...errors import TaskError
+from ...utils.files import write_json, write_text
+from ..schema import SCHEMA
 from .rows import FIELDS, Reading, read
-from .schema import SCHEMA
 from .shapes import KINDS
 
 PLAIN = {

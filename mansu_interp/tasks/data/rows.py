@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard, TypeVar
 
-from ..errors import TaskError
-from ..utils.files import half_pair, shown
+from ...errors import TaskError
+from ...utils.files import half_pair, shown
 from .shapes import OWN, as_list, convert, fold
 from .sources import Numbered, records
 

@@ -19,13 +19,13 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..errors import TaskError
-from ..models.language_model import LanguageModel
-from ..utils.libraries import first_line
-from .pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash, gap
+from ...errors import TaskError
+from ...models.language_model import LanguageModel
+from ...utils.libraries import first_line
+from ..pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash, gap
+from ..schema import RowOptions
+from ..task import Asked, Task, distinct
 from .rows import SHOWN, SPLITS, Row
-from .schema import RowOptions
-from .task import Asked, Task, distinct
 
 LETTERS = "ABCD"
 TRIES = 32
