@@ -416,7 +416,7 @@ def test_prompts_that_the_model_cannot_take(tiny_model: TinyModel):
     beyond = replace(pair, clean=(50, *pair.clean[1:])), replace(pair, distractors=(50,))
     for odd in beyond:
         with pytest.raises(
-            ModelError, match="Token 50 is not in the embedding of tiny, .* 50 rows"
+            ModelError, match=r"Token 50 is not in the embedding of tiny, .* 50 rows"
         ):
             attribute(model, PairSet("odd", (pair, odd)))
     long = make_pairs((65,))

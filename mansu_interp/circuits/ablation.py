@@ -223,7 +223,7 @@ class Ablation(Rebuilder):
         longest = max(len(p.corrupt) for p in pairs)
         total: dict[str, Tensor] = {}
         count = torch.zeros(longest, device=self.stream.model.device)
-        writes_at = {self.stream.input: widen}
+        writes_at: dict[str, Callable[[Tensor], Tensor]] = {self.stream.input: widen}
         for i in range(self.stream.n_layers):
             writes_at[self.stream.z(i)] = partial(self.stream.head_writes, i)
             writes_at[self.stream.mlp_out(i)] = partial(self.stream.mlp_write, i)

@@ -378,7 +378,7 @@ class LanguageModel:
     def sizes(self) -> tuple[int, int | None]:
         """Rows of the embedding, and positions where the configuration limits them."""
         config = self.config.get_text_config(decoder=True)
-        rows = self.hf.get_input_embeddings().weight.shape[0]
+        rows = len(self.hf.get_input_embeddings().get_parameter("weight"))
         return rows, getattr(config, "max_position_embeddings", None)
 
     def unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:

@@ -102,7 +102,8 @@ def _out_in(linear: Component) -> Float[Tensor, "out in"]:
 def _text_config(hf: nn.Module) -> Component:
     """The configuration of a model's decoder; None of what is not of transformers."""
     config = getattr(hf, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    read = getattr(config, "get_text_config", None)
+    return None if read is None else read(decoder=True)
 
 
 def _by_head(rows: Float[Tensor, "out ..."], heads: int) -> Float[Tensor, "heads d_head ..."]:
