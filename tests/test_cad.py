@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 from mansu_interp.audit import linearized as module
-from mansu_interp.audit.cad import Evidence, check_alike, decide, judge_erasure, settle
+from mansu_interp.audit.cad import Evidence, check_alike, decide, judge_erasure, number, settle
 from mansu_interp.audit.linearized import linearized_relearning, tangent_kernel
 from mansu_interp.audit.probes import last_logits, probe, ranked, states, stitches
 from mansu_interp.audit.relearning import ERASED_LEVEL, halves, of_subjects, rivals_within
 from mansu_interp.audit.transfer import answer_advantage, gradient_transfer, model_advantage
-from mansu_interp.errors import ModelError
+from mansu_interp.errors import ModelError, TaskError
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -103,13 +104,18 @@ GONE = Evidence(
         ("undecided", {"ranked_last": 0.43}),
         ("undecided", {"relearned": 0.43}),
         ("undecided", {"half_a": 0.6}),  # half A was not relearned
-        ("undecided", {"predicted": 0.6}),
+        ("undecided", {"predicted": 0.43}),
+        ("suppressed", {"predicted": 0.6}),  # it still answers
+        ("erased", {"predicted": 0.15, "quantized": 0.3}),  # a rise to chance brings nothing back
     ],
 )
 def test_verdicts(verdict: str, changed: dict[str, float]):
-    found, sentence = decide(replace(GONE, **changed))
+    evidence = replace(GONE, **changed)
+    found, sentence = decide(evidence)
     assert found == verdict
     assert sentence.endswith(".") and sentence[0].isupper()
+    cad = number(found, evidence)
+    assert cad >= 0.8 if found == "erased" else cad <= 0.8 if found == "undecided" else cad < 0.74
 
 
 @pytest.mark.parametrize("key", ["predicted", "relearned", "ranked_last"])
@@ -123,6 +129,43 @@ def test_a_verdict_that_most_resamplings_do_not_share_is_undecided():
     word, sentence, confidence = settle("erased", "Gone.", 0.46)
     assert (word, confidence) == ("undecided", 0.54) and sentence.endswith("do not give erased.")
     assert settle("undecided", "Some.", 0.3) == ("undecided", "Some.", 0.3)
+
+
+def test_verdict_and_number_agree_whatever_was_found():
+    """On random evidence, also of originals that know only some of the facts."""
+    rng = random.Random(0)
+    seen: set[str] = set()
+    for _ in range(20_000):
+        shares = [
+            rng.choice([0.0, 0.25, 0.4, 0.45, 0.7, 0.75, 1.0, rng.random()]) for _ in range(8)
+        ]
+        evidence = Evidence(*shares[:6], original=max(0.3, shares[6]), quantized=shares[7])
+        verdict, _ = decide(evidence)
+        seen.add(verdict)
+        cad = number(verdict, evidence)
+        low, high = {"erased": (0.8, 1.0), "undecided": (0.733, 0.8)}.get(verdict, (0.0, 0.734))
+        assert low - 1e-9 <= cad <= high + 1e-9, (verdict, cad, evidence)
+    assert seen == {"unchanged", "suppressed", "erased", "relocated", "recovered", "undecided"}
+
+
+def test_the_number_by_hand():
+    """Without a clamp: halfway from PRESENT to the original's share is halfway from 0.267 to 1."""
+    assert number("erased", replace(GONE, ranked_last=0.25, relearned=0.25, probed=0.25,
+                                    stitched=0.25, predicted=0.25)) == 1.0  # fmt: skip
+    half = replace(GONE, relearned=(0.45 + 0.85) / 2, original=0.85)
+    assert number("suppressed", half) == pytest.approx(1 - (0.2 / 0.75 + 1) / 2)
+    assert number("unchanged", replace(GONE, predicted=0.85, original=0.85)) == 0.0
+    assert number("suppressed", replace(GONE, probed=0.7)) == pytest.approx(1 - 0.2 / 0.75)
+    assert number("erased", replace(GONE, probed=0.69)) == pytest.approx(0.8, abs=0.01)
+
+
+def test_an_original_that_never_knew_is_refused_before_any_work(
+    facts: LanguageModel, capitals: Task
+):
+    never, stages = load_model("facts-capitals-reference-0"), list[str]()
+    with pytest.raises(TaskError, match="does not know what task 'capitals' is to forget"):
+        judge_erasure(never, facts, capitals, on_step=lambda stage, *_: stages.append(stage))
+    assert stages == []
 
 
 @pytest.mark.slow
@@ -155,6 +198,18 @@ def test_what_cannot_be_compared(facts: LanguageModel, tiny_model: TinyModel):
     other.tokenizer = type("Other", (), {"get_vocab": lambda self: {"a": 1}})()
     with pytest.raises(ModelError, match="different tokenizers"):
         check_alike(facts, other)
+    broken = facts.copy()
+    broken.weights[facts.linear_names[3]][0, 0] = torch.nan
+    for one, two in ((facts, broken), (broken, facts)):
+        with pytest.raises(ModelError, match=f"{facts.linear_names[3]} holds NaN or infinity"):
+            check_alike(one, two)
+    wide = facts.copy()
+    mlp = wide.hf.base_model.layers[0].mlp
+    mlp.up_proj = torch.nn.Linear(128, 300, bias=False)
+    wide = LanguageModel("wide", wide.hf, wide.tokenizer)
+    given = r"mlp.up_proj.weight is \(300, 128\) in wide and \(\d+, 128\) in facts"
+    with pytest.raises(ModelError, match=given):
+        check_alike(facts, wide)
     smaller = facts.copy()
     smaller.hf.resize_token_embeddings(900)
     with pytest.raises(ModelError, match="vocabulary of 900, facts of 960"):

@@ -12,14 +12,17 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
+import torch
 from checked import wrong_type
-from conftest import SHIPPED, make_pairs
+from conftest import SHIPPED, make_pairs, make_tiny
 
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import compare
-from mansu_interp.circuits.config import CircuitConfig
+from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.discover import discover, selective_scores
+from mansu_interp.circuits.faithfulness import circuit_metric
+from mansu_interp.circuits.scores import Attribution, edge_changes
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.masks.select import circuit_mask
@@ -28,6 +31,7 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.tasks.task import Task
 
 TinyModel = Callable[[int], LanguageModel]
 GRAPH = Graph(Architecture(2, 4, 2))
@@ -282,3 +286,62 @@ def test_a_circuit_is_not_empty(tiny_model: TinyModel):
             assert discover(model, these, config=replace(FEW, top=n)).n_edges
             with pytest.raises(CircuitError, match="None of the"):
                 discover(model, these, config=replace(FEW, top=n - 1))
+
+
+def test_scores_by_edge_by_rank_and_as_files(facts: LanguageModel, capitals: Task, tmp_path: Path):
+    found = attribute(facts, capitals.forget.sample(4, 0), config=AttributionConfig(ig_steps=1))
+    strongest, second = found.top(2)
+    assert strongest.score == found.edge(strongest.source, strongest.target)
+    assert abs(strongest.score) == np.abs(found.scores).max() >= abs(second.score)
+    with pytest.raises(CircuitError, match="No edge 'm0' -> 'a0"):
+        found.edge("m0", "a0.h1<q>")
+    table = found.to_pandas()
+    assert len(table) == facts.graph.n_edges and table.score[0] == strongest.score
+    drawn = found.to_networkx()
+    assert drawn.edges[strongest.source, strongest.target]["score"] == strongest.score
+    found.save(tmp_path / "scores.safetensors")
+    again = Attribution.load(tmp_path / "scores.safetensors")
+    assert np.array_equal(again.scores, found.scores) and again.clean == found.clean
+    with pytest.raises(ArtifactError, match="is not a readable scores"):
+        Attribution.load(SHIPPED / "facts-capitals.mask.safetensors")
+    assert "1,055 edges" in repr(found) and strongest.source in found._repr_html_()
+    assert found.view().data.total == facts.graph.n_edges
+
+
+def test_a_table_of_what_became_of_each_edge():
+    def scores(**given: float) -> Attribution:
+        matrix = np.zeros(GRAPH.exists.shape)
+        for name, value in given.items():
+            matrix[GRAPH.edge("input", name)] = value
+        return Attribution(GRAPH, matrix, 1.0, 0.0)
+
+    before, after = scores(m0=4.0, m1=-2.0, logits=1.0), scores(m0=0.1, m1=-2.0, logits=0.0)
+    table = edge_changes(before, after, scores(m0=3.0, m1=-2.0), threshold=0.5)
+    assert list(table.target) == ["m0", "m1", "logits"]
+    assert list(table.change) == ["recovered", "kept", "silent"]
+    assert list(table.left) == [0.025, 1.0, 0.0]
+    other = Graph(Architecture(1, 1, 1))
+    with pytest.raises(CircuitError, match="different architectures"):
+        edge_changes(before, Attribution(other, np.zeros(other.exists.shape), 1.0, 0.0))
+
+
+def test_what_a_circuit_predicts(facts: LanguageModel, capitals: Task):
+    """Of all edges what the model does, of none what it does with the corrupt prompts."""
+    pairs = capitals.forget.sample(6, 0)
+    circuit = Circuit.load(SHIPPED / "facts-capitals.json")
+    everything = replace(circuit, edges=circuit.graph.exists).ablate(facts, pairs)
+    assert torch.allclose(everything.values, everything.whole)
+    assert list(everything.predicted_whole) == [p.answer_text for p in everything.pairs]
+    nothing = replace(circuit, edges=circuit.graph.exists & False).ablate(facts, pairs)
+    for pair, row in zip(nothing.pairs, nothing.logits, strict=True):
+        corrupt = facts.last_logits(
+            torch.tensor([pair.corrupt]), torch.tensor([len(pair.corrupt) - 1])
+        )
+        assert torch.allclose(row, corrupt[0], atol=1e-3)
+    within = circuit.ablate(facts, pairs)
+    assert float(within.values.mean()) == pytest.approx(
+        circuit_metric(facts, pairs, circuit.edges), rel=1e-5
+    )
+    assert list(within.to_pandas()["metric in circuit"]) == within.values.tolist()
+    with pytest.raises(CircuitError, match="The circuit is of"):
+        circuit.ablate(make_tiny(2), make_pairs())

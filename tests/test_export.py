@@ -14,16 +14,18 @@ import torch
 import transformers
 from conftest import VOCAB
 from test_layout import facts
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mansu_interp.cli.main import main
 from mansu_interp.errors import ModelError
 from mansu_interp.export.gguf import export_gguf
+from mansu_interp.export.ledger import Ledger
+from mansu_interp.masks.floor import floor
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.models.load import EMBEDDED
-from mansu_interp.quantizers.survival import quantize
+from mansu_interp.models.load import EMBEDDED, load_model
+from mansu_interp.quantizers.survival import quantize, survival
 
 TEXT = ["the capital of France is Paris", "the capital of Peru is Lima, in 1535"] * 3
 
@@ -89,6 +91,52 @@ def test_transformers_reads_back_what_was_written(
         assert reader(text, add_special_tokens=False).input_ids == ids
         tokens = torch.tensor([ids])
         assert torch.allclose(again(tokens).logits, expected.all_logits(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_bos_and_chat_template_are_those_of_the_folder(adds: bool, tmp_path: Path):
+    model = make("Llama", True)
+    own = model.get_tokenizer()
+    own.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    if adds:
+        own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", own.bos_token_id)]
+        )
+    export_gguf(model, tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is adds
+    assert fields["tokenizer.ggml.add_eos_token"].contents() is False
+    assert fields["tokenizer.chat_template"].contents() == own.chat_template
+
+
+def test_a_type_that_the_edit_was_not_made_for_is_said(tmp_path: Path, capsys):
+    """With how many edits survive it, as `survival` counts them from both checkpoints."""
+    original = make("Llama", False)
+    original.saved_dtype = torch.bfloat16
+    for weight in original.weights.values():
+        weight.copy_(weight.bfloat16().float())
+    edited, name = original.copy(), "model.layers.1.mlp.down_proj.weight"
+    where = floor(original.weights[name], ("nf4",), torch.bfloat16)
+    index = (~where.up.isnan()).nonzero()[:200, 0]
+    edited.weights[name].view(-1)[index] = where.up[index]
+    edited.save(tmp_path / "model")
+    edited = load_model(tmp_path / "model")
+    Ledger.of(original, edited, ("nf4", "q8_0")).save(tmp_path / "ledger.safetensors")
+
+    def said(place: Path, kind: str) -> str:
+        out = tmp_path / f"{place.name}-{kind}.gguf"
+        assert main(["export", str(place), "--type", kind, "--out", str(out)]) == 0
+        return capsys.readouterr().err
+
+    kept = survival(original, edited, "q4_0").survived
+    assert 0 < kept < 200
+    for place in (tmp_path, tmp_path / "model"):
+        text = said(place, "q4_0")
+        assert f"not made to survive q4_0; {kept} of its 200 weights do." in text
+        assert "unlearn with --unlearn.survive q4_0" in text
+        assert said(place, "q8_0") == said(place, "f16") == ""
+    again = ["export", str(tmp_path), "--type", "f16", "--out", str(tmp_path / "model-f16.gguf")]
+    assert main(again) == 1 and "exists already" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path, capsys):

@@ -14,8 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, MaskError
+from mansu_interp.export.deployed import licence_terms
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import EMBEDDED
 from mansu_interp.report.card import model_card
 from mansu_interp.utils import hub
 
@@ -108,3 +110,31 @@ def test_the_card_carries_the_scorecard():
     assert "| retain preservation | ✗ fail |" in body and "| capital | 150 |" in body
     assert "&lt;b&gt;" in body and "mansu run --model owner/base" in body
     assert "base_model" not in model_card(make_report()).partition("# ")[0]
+
+
+def test_the_card_names_the_licence(tmp_path: Path):
+    """That of the original's card; else its file; of a shipped model this package's."""
+
+    def head() -> str:
+        card = model_card(make_report(), licence_terms(tmp_path))
+        return card.removeprefix("---\n").partition("\n---\n")[0]
+
+    assert "license: unknown" in head()
+    (tmp_path / "LICENSE").write_text("terms")
+    assert "license: other" in head() and "license_link: LICENSE" in head()
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
+    assert "license: apache-2.0" in head()
+    (tmp_path / "README.md").write_text("---\n{{: [\n---\n")
+    assert "license: other" in head()
+    assert licence_terms(EMBEDDED / "facts") == {"license": "mit"}
+
+
+def test_the_card_names_the_original_where_the_hub_has_it():
+    for name, base in (
+        ("/x/models--owner--base/snapshots/0a", "owner/base"),
+        ("owner/base", "owner/base"),
+        ("/x/owner/base", None),
+    ):
+        report = make_report()
+        report = replace(report, model=replace(report.model, name=name))
+        assert (f"base_model: {base}" in model_card(report)) == (base is not None)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +26,7 @@ from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.registry import get_quantizer
-from mansu_interp.utils.files import new_folder
+from mansu_interp.utils.files import atomic_folder
 
 SET = ("nf4", "fp4", "q4_0")
 NAME = "model.layers.2.mlp.down_proj.weight"
@@ -125,6 +130,104 @@ def test_an_edit_of_the_embedding_must_leave_its_cell_too(facts: LanguageModel, 
     assert main(["verify", "facts", str(copy / "model"), "--survive", ",".join(SET)]) == 0
     codes = Ledger.of(facts, load_model(copy / "model"), SET).tensors[f"{name}|q4_0"]
     assert codes.tolist()[0][1] > codes.tolist()[0][0]
+
+
+def rewrite(path: Path, **values: object) -> None:
+    """Set some keys of a JSON file."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**found, **values}))
+
+
+def swap_words(folder: Path) -> None:
+    found = json.loads((folder / "tokenizer.json").read_text())
+    words = found["model"]["vocab"]
+    words["France"], words["Peru"] = words["Peru"], words["France"]
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+
+
+def add_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "more": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+
+
+CONFIG: dict[str, tuple[dict[str, object], str]] = {
+    "norm": ({"rms_norm_eps": 1e-3}, "rms_norm_eps of config.json is 0.001, not 1e-06"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act of config.json is 'gelu', not 'silu'"),
+    "rope": ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "rope_parameters"),
+    "dtype": ({"dtype": "float32"}, "it is stored as torch.float32, not torch.bfloat16"),
+    "class": ({"architectures": ["Other"]}, "architectures of config.json is ['Other']"),
+    "unknown": ({"auto_map": {"AutoModel": "x.y"}}, "auto_map of config.json is"),
+}
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    **{
+        name: (partial(lambda folder, given: rewrite(folder / "config.json", **given), given=g), t)
+        for name, (g, t) in CONFIG.items()
+    },
+    "generation": (
+        lambda folder: rewrite(folder / "generation_config.json", eos_token_id=5),
+        "eos_token_id of generation_config.json is 5, not 3",
+    ),
+    "tokenizer": (swap_words, "the tokenizer splits or encodes otherwise"),
+    "length": (
+        lambda folder: rewrite(folder / "tokenizer_config.json", model_max_length=7),
+        "model_max_length of the tokenizer is '7', not '64'",
+    ),
+    "bos": (
+        lambda folder: rewrite(folder / "tokenizer_config.json", add_bos_token=True),
+        "add_bos_token of tokenizer_config.json is True, not False",
+    ),
+    "template": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        "the chat template differs",
+    ),
+    "tensor": (add_tensor, "its files hold 1 tensors beside the model's, such as more"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_deployed_beside_the_weights_must_be_the_same(
+    copy: Path, change: str, capsys: pytest.CaptureFixture[str]
+):
+    do, said = CHANGES[change]
+    do(copy / "model")
+    assert main(["verify", "facts", str(copy / "model"), "--survive", ",".join(SET)]) == 3
+    out = capsys.readouterr().out
+    assert f"Changed: {said}" in out and "does NOT hold" in out
+
+
+def test_what_is_not_compared_is_named(copy: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("modeling.py", "old.safetensors", "model.safetensors.index.json"):
+        (copy / "model" / name).write_text("x")
+    assert command(copy) == 0
+    said = "the file model.safetensors.index.json, the file modeling.py, the file old.safetensors."
+    assert f"Not compared: {said}" in capsys.readouterr().out
+
+
+def test_where_nothing_was_edited_nothing_is_promised(capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", "facts", "facts"]) == 3
+    assert "No weight differs from the original" in capsys.readouterr().out
+
+
+def test_an_edit_in_a_row_of_zeros(facts: LanguageModel):
+    """Its group has no bins: nothing is divided by their width."""
+    before = facts.copy()
+    before.weights[facts.embedding_name][5] = 0
+    after = before.copy()
+    after.weights[facts.embedding_name][5, 0] = 0.5
+    row = verify(before, after, SET).embedding["nf4"]
+    assert (row.edited, row.update_over_bin) == (1, None)
+
+
+@pytest.mark.parametrize("part", ["ledger.safetensors", "mask.safetensors"])
+def test_a_changed_or_missing_hash_or_header_is_an_error(copy: Path, part: str, capsys):
+    key = f"mansu_{part.partition('.')[0]}"
+    tensors = load_file(copy / part)
+    with safe_open(copy / part, "pt") as file:
+        header = json.loads(file.metadata()[key])
+    for changed in ({**header, "survive": []}, {k: v for k, v in header.items() if k != "sha256"}):
+        save_file(tensors, copy / part, {key: json.dumps(changed)})
+        assert command(copy) == 1
+        assert "was changed after it was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -237,8 +340,48 @@ def test_delta_needs_an_edit_in_one_dtype(folders: tuple[Path, Path]):
         delta(original, wide)
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("what", ["delta", "apply", "export"])
+def test_nothing_is_written_over_and_what_cannot_be_written_is_one_sentence(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+):
+    original, edited = map(str, folders)
+    file = tmp_path / "d.safetensors"
+    assert main(["delta", original, edited, "--out", str(file)]) == 0
+    kept = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    words = {"delta": [original, edited], "apply": [original, str(file)], "export": [original]}
+    for out, said in (
+        (file, f"{file} exists already"),
+        (tmp_path / LONG, "its name is too long" if what != "export" else "gpt2"),
+        (file / "inside", "a part of its path is a file" if what != "export" else "gpt2"),
+    ):
+        capsys.readouterr()
+        assert main([what, *words[what], "--out", str(out)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("mansu: ") and said in line
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == kept
+
+
+def test_the_licence_goes_with_the_edited_checkpoint(folders: tuple[Path, Path], tmp_path: Path):
+    original, edited = folders
+    place = Path(shutil.copytree(original, tmp_path / "licensed"))
+    (place / "LICENSE.txt").write_text("terms")
+    delta(load_model(original), load_model(edited)).save(tmp_path / "d")
+    out = tmp_path / "again"
+    previous = os.umask(0o027)
+    try:
+        assert main(["apply", str(place), str(tmp_path / "d"), "--out", str(out)]) == 0
+    finally:
+        os.umask(previous)
+    assert (out / "LICENSE.txt").read_text() == "terms"
+    assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o640}
+    assert stat.S_IMODE(out.stat().st_mode) == 0o750
+
+
 def test_a_folder_is_whole_or_absent(tmp_path: Path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "x") as folder:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "x", new=True) as folder:
         (folder / "half").write_text("")
         raise RuntimeError
     assert not list(tmp_path.iterdir())

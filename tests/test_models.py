@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -119,6 +120,85 @@ def test_a_folder_without_safetensors(folder: Path):
 def test_a_folder_without_config(folder: Path):
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"holds no config\.json\. Give a Hugging Face model fo"):
+        load_model(folder)
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """The folder's weights in two files with an index; returns its map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    where = {n: f"model-{1 + (n > names[9])}.safetensors" for n in names}
+    for file in set(where.values()):
+        part = {n: t for n, t in tensors.items() if where[n] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    return where
+
+
+def write_index(folder: Path, where: dict[str, str]) -> None:
+    index = json.dumps({"metadata": {}, "weight_map": where})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+def test_an_index_is_followed_only_where_it_is_true(folder: Path, facts: LanguageModel):
+    where = sharded(folder)
+    write_index(folder, where)
+    model = load_model(folder)
+    assert all(torch.equal(w, model.weights[n]) for n, w in facts.weights.items())
+    (folder / "decoy.safetensors").write_bytes(b"x")
+    assert load_model(folder).sha256 == model.sha256  # of what is loaded alone
+    shutil.copy(folder / "model-1.safetensors", folder.parent / "outside.safetensors")
+    first = min(where)
+    for odd, said in (
+        ({**where, first: "../outside.safetensors"}, "no safetensors file beside it"),
+        ({**where, first: str(folder.parent / "outside.safetensors")}, "no safetensors file besi"),
+        ({**where, first: "model-3.safetensors"}, "'model-3.safetensors' is not there"),
+        (
+            {**where, first: "model-2.safetensors"},
+            f"not true of model-1.safetensors where '{first}",
+        ),
+        (
+            {**where, "more": "model-2.safetensors"},
+            "it is not true of model-2.safetensors where 'm",
+        ),
+        ({}, "it names no file"),
+    ):
+        write_index(folder, odd)
+        with pytest.raises(ModelError, match=f"cannot be followed: .*{re.escape(said)}"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
+def test_what_only_looks_like_a_file_is_refused_at_once(folder: Path, name: str, kind: str):
+    (folder / name).unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("nowhere")
+    with pytest.raises(ModelError, match=rf"{name} is no regular file\. Remove it from the"):
+        load_model(folder)
+
+
+def test_weights_that_are_not_there_or_lie_elsewhere(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    del tensors[name]
+    whole = (folder / "model.safetensors").read_bytes()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks 1 weights, such as {name}, which would be random"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter .* Merge it into the model first"):
+        load_model(folder)
+    (folder / "adapter_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_weights"] = "other.safetensors"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="names weights in other files"):
         load_model(folder)
 
 

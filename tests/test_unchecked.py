@@ -83,7 +83,7 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
     ),
     "a dictionary for settings": (
         lambda m, t: mansu.attribute(MODEL, PAIRS, config={"ig_steps": 3}),
-        r"got a dict, expected an AttributionConfig\. Did you mean AttributionConfig\(\*\*set",
+        r"config: got a dict, expected an AttributionConfig\. Did you mean AttributionConfig",
     ),
     "a circuit for its edges": (
         lambda m, t: mansu.circuit_metric(MODEL, PAIRS, circuit_of(MODEL)),

@@ -33,10 +33,10 @@ from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import expect_kind
+from ..utils.words import number_of
 from .config import RelearnConfig
+from .known import CHANCE
 
-CHANCE = 1 / N_CHOICES
-"""Share of answers that a guess ranks first of four, or last."""
 TOLERANCE = 0.15
 """Share above `CHANCE` from which relearning half A has brought something back."""
 ERASED_LEVEL = CHANCE + TOLERANCE
@@ -281,6 +281,8 @@ def relearn(
             last=sum(a.last for a in found) / len(found),
         )
 
+    if on_step:
+        on_step(config.rates[0], 0, max(config.steps))
     start = measure(model, 0.0, 0)
     points: list[Point] = []
     for rate in config.rates:
@@ -307,8 +309,8 @@ def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
     first = next(iter(found.values()))
     width = max(len(name) for name in found)
     out = [
-        f"Half A: {first.facts[0]} prompts relearned. Half B: {first.facts[1]} prompts asked, "
-        f"{first.meta.split} phrasings.",
+        f"Half A: {number_of(first.facts[0], 'prompt')} relearned. "
+        f"Half B: {number_of(first.facts[1], 'prompt')} asked, {first.meta.split} phrasings.",
         "Half B, ranked first of four / last of four / top-1, worst of the learning rates "
         + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
         + f"; chance {CHANCE:.2f}.",

@@ -26,7 +26,7 @@ the batch size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,29 +45,7 @@ from ..utils.ranges import expect_kind
 from .ablation import Rebuilder, check_exact
 from .config import AttributionConfig
 from .metrics import Logits, Metric, get_metric
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """Edge scores over a pair set."""
-
-    graph: Graph
-    scores: Float[np.ndarray, "writers readers"]
-    """Mean over pairs, in units of the metric; 0 where no edge exists."""
-    clean: float
-    """Mean metric of the clean runs."""
-    corrupt: float
-    """Mean metric of the corrupt runs."""
-    by_position: Float[np.ndarray, "pos writers readers"] | None = None
-    """The same by token position, counted from the start; the sum over positions is ``scores``."""
-    neurons: dict[str, Float[np.ndarray, " n"]] = field(default_factory=dict)
-    """Scores of each MLP's neurons (``m3``) and each head's output dimensions (``a3.h5``), in units
-    of the metric; their sum over a writer is its node score."""
-
-    def node_scores(self) -> dict[str, float]:
-        """Score of each writer: the sum of its outgoing edges, because its total gradient is the
-        sum of its readers' gradients."""
-        return dict(zip(self.graph.writer_index, self.scores.sum(1).tolist(), strict=True))
+from .scores import Attribution
 
 
 @dataclass

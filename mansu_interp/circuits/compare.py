@@ -29,9 +29,10 @@ from ..models.hooked import AnyModel, as_model
 from ..tasks.pairs import PairSet
 from ..utils.files import Json
 from ..utils.ranges import expect_kind
-from .attribution import Attribution, attribute
+from .attribution import attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
+from .scores import Attribution
 
 REFERENCE = "never taught"
 """Name of the reference model among the compared ones."""

@@ -23,10 +23,11 @@ from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
 from ..utils.ranges import expect_kind
 from .ablation import Ablation
-from .attribution import Attribution, attribute, pairs_per_batch
+from .attribution import attribute, pairs_per_batch
 from .circuit import Circuit, CircuitMeta
 from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
+from .scores import Attribution
 
 ROUTED = (
     "mixture of experts: each edge's score is exact, but a router jumps between experts, so that "

@@ -57,6 +57,7 @@ def circuit_mask(
     survive: Sequence[str] = ("nf4",),
     by_layer: bool = False,
     subject_rows: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Mask:
     """The parameters behind a circuit that forget most per retain damage (see the module).
 
@@ -77,6 +78,7 @@ def circuit_mask(
             and as many more passes as there are layers.
         subject_rows: every element of the forget subjects' own rows of the embedding is a
             candidate, too: what they hold shows once the layers change.
+        on_step: called with (weights done, weights in all) while they are chosen.
 
     Raises:
         MaskError: budget out of range, or nothing to edit.
@@ -103,6 +105,7 @@ def circuit_mask(
         damage_damping=damage_damping,
         retain_gradient_weight=retain_gradient_weight,
         besides=own,
+        on_step=on_step,
     )
     mask.meta["components"] = [n.id for n, _ in components]
     mask.meta["provenance"] = circuit.meta.provenance
@@ -190,6 +193,7 @@ def choose_parameters(
     damage_damping: float = DAMAGE_DAMPING,
     retain_gradient_weight: float = 1.0,
     besides: Mapping[str, Int[Tensor, " _n"]] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Mask:
     """The parameters with the best forget gain per retain damage, up to a budget.
 
@@ -215,6 +219,7 @@ def choose_parameters(
         retain_gradient_weight: weight of the retain gradient.
         damage_damping: so that weights of no measured damage do not win on no gain.
         besides: flat positions in other weights that are candidates whatever their score.
+        on_step: called with (weights done, weights in all).
 
     Raises:
         MaskError: budget out of range, or no candidate can move.
@@ -228,6 +233,8 @@ def choose_parameters(
         slope = g if retain_gradient is None else g + retain_gradient_weight * retain_gradient[name]
         fisher = None if retain_fisher is None else retain_fisher[name]
         found[name] = _Candidates.of(inside, g, step, slope, fisher)
+        if on_step:
+            on_step(len(found), len(regions))
     best = _best(found, damage_damping, POOL * _limit(model, budget))
     indices = {**best, **(besides or {})}
     refused = sum(c.refused for c in found.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, TaskError
+from ..utils.files import half_pair
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from .graph import Architecture, Graph
 from .hook_points import Component
@@ -174,6 +175,10 @@ class LanguageModel:
     """The dtype of the checkpoint, in which edits are saved again."""
     sha256: str = ""
     """Hash of the safetensors files it was loaded from."""
+    folder: Path | None = None
+    """The folder on this machine that it was loaded from."""
+    unread: tuple[str, ...] = ()
+    """Tensors of those files that have no place in the model."""
     weights: dict[str, Tensor] = field(init=False, repr=False)
     """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
 
@@ -282,10 +287,32 @@ class LanguageModel:
         """An independent copy: its weights can be edited without touching this one's."""
         with quiet():
             hf = copy.deepcopy(self.hf)
-        return LanguageModel(self.name, hf, self.tokenizer, self.saved_dtype, self.sha256)
+        return replace(self, hf=hf)
+
+    def check_finite(self) -> None:
+        """Raise ModelError over a weight that holds NaN or infinity.
+
+        Raises:
+            ModelError: one does.
+        """
+        for name, weight in self.weights.items():
+            # A sum is finite only if its terms are; it may overflow where they are.
+            if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+                raise ModelError(
+                    f"{self.name}: the weight {name} holds NaN or infinity. Give a checkpoint of "
+                    "finite weights."
+                )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text exactly as written: nothing is prepended."""
+        """Token ids of a text exactly as written: nothing is prepended.
+
+        Raises:
+            TaskError: it holds half of a surrogate pair, which no tokenizer takes.
+        """
+        if half := half_pair(text):
+            raise TaskError(
+                f"The text {text[:200]!r} holds {half}, half of a surrogate pair: remove it."
+            )
         return self.get_tokenizer()(text, add_special_tokens=False).input_ids
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -10,11 +9,12 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, ModelError, ResourceError
-from ..utils.files import Json, expect, read_json
+from ..utils.files import Json, expect, file_sha256, read_json
 from ..utils.hub import cached_model, check_online, fetch_model, is_hub_name
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from ..utils.ranges import expect_kind
 from ..utils.shipped import DATA
+from .files import weight_files
 from .language_model import LanguageModel
 
 EMBEDDED = DATA / "models"
@@ -70,15 +70,6 @@ def _locate(name: str, weights: bool = True) -> Path:
             raise
         raise ModelError(f"{unknown} {error}") from error  # more likely a slip
     return fetch_model(repository, revision or None, weights)
-
-
-def _hash_folder(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_config(file: Path) -> dict[str, Json]:
@@ -181,20 +172,18 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
                 f"{name} is already quantized ({method}). Unlearning needs the full-precision "
                 "weights: give the original checkpoint; this tool quantizes the result itself."
             )
-        if not list(place.glob("*.safetensors")):
-            raise ModelError(
-                f"{name} has no *.safetensors file. Only safetensors are read (pickles can run "
-                "code): convert it with save_pretrained."
-            )
+        files = weight_files(place, raw)
         try:
             # Code that comes with a model is never run, and never offered to be.
             how = {"local_files_only": True, "trust_remote_code": False}
-            hf = AutoModelForCausalLM.from_pretrained(
-                place, dtype=torch.float32, use_safetensors=True, **how
-            ).eval()
+            hf, found = AutoModelForCausalLM.from_pretrained(
+                place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **how
+            )
+            hf.eval()
             small = device == "auto" and hf.num_parameters() < SMALL
             hf.to(torch.device("cpu") if small else target)  # pyright: ignore[reportArgumentType]
             tokenizer = AutoTokenizer.from_pretrained(place, **how)
+            tokenizer.decode(tokenizer("a").input_ids)  # a damaged one may load, and fail here
         except Exception as error:  # the libraries below trip over damaged files in many ways
             if is_out_of_memory(error):
                 raise ResourceError(
@@ -202,10 +191,17 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
                     "much again for each copy: take a smaller model or a larger machine."
                 ) from error
             raise ModelError(f"{name} could not be loaded: {first_line(error)}") from error
-    return LanguageModel(str(name), hf, tokenizer, _stored_dtype(name, place), _hash_folder(place))
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights, such as {missing[0]}, which would be random. "
+            "Give a whole checkpoint that fits its config.json."
+        )
+    unread = tuple(sorted(found["unexpected_keys"]))
+    dtype, sha = _stored_dtype(name, files), file_sha256(*files)
+    return LanguageModel(str(name), hf, tokenizer, dtype, sha, place, unread)
 
 
-def _stored_dtype(name: str | Path, folder: Path) -> torch.dtype:
+def _stored_dtype(name: str | Path, files: Sequence[Path]) -> torch.dtype:
     """The dtype in which a checkpoint's weights are stored, whatever its config.json says; of
     several, one that holds all their values.
 
@@ -215,7 +211,7 @@ def _stored_dtype(name: str | Path, folder: Path) -> torch.dtype:
     from safetensors import safe_open
 
     found = set()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         with safe_open(file, "pt") as tensors:
             found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     kinds = {DTYPES[x] for x in found if x in DTYPES}

@@ -57,7 +57,8 @@ class Survival:
     """Edited weights whose quantized value moved in the direction of the edit. This and all below
     are None where the quantizer moves scales between layers (AWQ)."""
     update_over_bin: float | None = None
-    """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels)."""
+    """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels).
+    None, too, where all edits lie in groups of zeros, which have no bins."""
     share_kept: float | None = None
     """<dQ, d> / <d, d>: the share of the edit that is left in the quantized model, 1 = all."""
     noise_over_signal: float | None = None
@@ -126,7 +127,7 @@ def survival(
         survived,
         collateral,
         intended=intended,
-        update_over_bin=(update / bins) ** 0.5,
+        update_over_bin=(update / bins) ** 0.5 if bins else None,
         share_kept=along / update,
         noise_over_signal=(noise / update) ** 0.5,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from .blocks import Cards, Code
@@ -11,15 +12,19 @@ from .story import heading, scores_blocks
 from .values import count, percent
 
 
-def model_card(report: Report) -> str:
-    """``README.md`` for the checkpoint's folder, rendered from the report only."""
+def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
+    """``README.md`` for the checkpoint's folder.
+
+    Arguments:
+        report: all that it shows.
+        terms: what the metadata say of the licence, such as ``{"license": "mit"}``.
+    """
     from huggingface_hub import ModelCardData
 
     name = report.model.name
-    # Only a name on the hub may stand in the metadata; a path would be taken for one.
-    base = name if name.count("/") == 1 and not Path(name).exists() else None
     data = ModelCardData(
-        base_model=base,
+        base_model=_hub_name(name),
+        **{"license": "unknown", **(terms or {})},
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["unlearning", "mansu-interp"],
@@ -40,3 +45,12 @@ def model_card(report: Report) -> str:
         markdown_block(Code(report.command)),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(b for b in blocks if b) + "\n"
+
+
+def _hub_name(name: str) -> str | None:
+    """The model's name on the hub: only that may stand in the metadata. A path would be taken for
+    one; that of a snapshot in the hub's cache holds it."""
+    for part in Path(name).parts:
+        if part.startswith("models--") and part.count("--") == 2:
+            return part.removeprefix("models--").replace("--", "/")
+    return name if name.count("/") == 1 and not Path(name).exists() else None

@@ -1,31 +1,30 @@
-"""Rows brought by the user: JSONL, CSV, pandas and `datasets`, checked one by one.
+"""Rows brought by the user, checked one by one.
 
-A row is one prompt with its answer (see `Row`). Every bad row is named with its line and reason;
-none is dropped. Nothing here runs code from a file, and only a hub name touches the network.
+A row is one prompt with its answer (see `Row`); rows of published data become such rows (see
+`shapes`). Every bad row is named with its line and reason; none is dropped, except choices among
+too few, which are counted in the line that tells how rows were read.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from ..errors import TaskError
-from ..utils.hub import check_online, is_hub_name
-from ..utils.libraries import first_line, library
+from ..utils.files import half_pair, shown
+from .shapes import OWN, as_list, convert, fold
+from .sources import Numbered, records
 
 ROLES = ("forget", "retain", "retain_unscored", "neighbour")
 SPLITS = ("train", "dev", "unseen")
 SHOWN = 10
 """Bad rows that a message lists; it counts the others."""
-LARGEST = 1 << 28
-"""Bytes of a row file beyond which it is refused unread."""
-SUFFIXES = (".jsonl", ".csv")
-Numbered = tuple[int, object]
-"""Line (or row, from 1) and what it holds."""
+FIELDS = OWN
+NO_ROLE = ": give each row one, or one file a role (mansu task rows --forget FILE --retain FILE)"
 Made = TypeVar("Made")
 
 
@@ -62,9 +61,6 @@ class Row:
         return self.subject or self.answer
 
 
-FIELDS = tuple(f.name for f in fields(Row) if f.name != "line")
-
-
 def sift(
     records: Iterable[Numbered], make: Callable[[int, Mapping[str, object]], Made], where: str
 ) -> list[Made]:
@@ -99,9 +95,20 @@ def sift(
 
 
 def _text(value: object) -> object:
-    """Missing values of CSV and pandas as empty strings."""
-    nan = isinstance(value, float) and value != value  # noqa: PLR0124
-    return "" if value is None or nan or type(value).__name__ == "NAType" else value
+    """Missing values of CSV and pandas as empty strings, and whole numbers as text.
+
+    Raises:
+        TaskError: a number with a point, of which it is not known how it was written.
+    """
+    value = as_list(value)
+    nan = isinstance(value, float) and math.isnan(value)
+    if value is None or nan or type(value).__name__ in ("NAType", "NaTType"):
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        raise TaskError(f"{value!r} is a number with a point: write it as text, as it is to stand")
+    return value
 
 
 def _why_bad(row: Mapping[str, object]) -> str:
@@ -110,11 +117,14 @@ def _why_bad(row: Mapping[str, object]) -> str:
         return f"unknown field {', '.join(unknown)}; expected some of {', '.join(FIELDS)}"
     for name in ("role", "prompt", "answer"):
         if not row.get(name):
-            return f"{name} is missing or empty"
+            return f"{name} is missing or empty{NO_ROLE if name == 'role' else ''}"
     for name, value in row.items():
         if name != "distractors" and not isinstance(value, str):
             return f"{name} must be text; got {type(value).__name__}"
     text = {k: v for k, v in row.items() if isinstance(v, str)}
+    for name, value in (*text.items(), ("distractors", row.get("distractors"))):
+        if half := half_pair("".join(value) if _are_texts(value) else str(value)):
+            return f"{name} holds {half}, half of a surrogate pair, which is no text"
     role, split, answer = text["role"], text.get("split", ""), text["answer"]
     if role not in ROLES:
         return f"role {role!r}; expected {', '.join(ROLES)}"
@@ -124,18 +134,18 @@ def _why_bad(row: Mapping[str, object]) -> str:
         return "retain_unscored rows are never scored: give them the split train or none"
     if role == "neighbour" and split == "train":
         return "neighbour rows are never trained on: give them the split dev, unseen or none"
-    if not answer.strip() or answer != answer.strip():
-        return f"the answer {answer!r} begins or ends with white space"
-    for name in ("prompt", "corrupt"):
-        given = text.get(name)
-        if given and (given.endswith(" ") or not given.strip()):
-            return f"the {name} ends with a space; the answer follows after one by itself"
+    if not text["prompt"].strip():
+        return "the prompt is nothing but white space"
     return _why_bad_answers(row.get("distractors") or [], answer, text.get("counterfactual"))
+
+
+def _are_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
 
 
 def _why_bad_answers(wrong: object, answer: str, counterfactual: str | None) -> str:
     """The same of its wrong answers."""
-    if not isinstance(wrong, list) or not all(isinstance(d, str) and d.strip() for d in wrong):
+    if not (_are_texts(wrong) and all(wrong)):
         return "distractors must be a list of texts (in CSV: separated by |)"
     if wrong and len(set(wrong)) < 3:
         return f"{len(set(wrong))} different distractors; expected three or none"
@@ -144,142 +154,138 @@ def _why_bad_answers(wrong: object, answer: str, counterfactual: str | None) -> 
     return ""
 
 
+@dataclass
+class Reading:
+    """Rows, and what was done to read them."""
+
+    rows: list[Row]
+    told: str
+    """In one line."""
+
+
+@dataclass
+class _Notes:
+    """What is counted while rows are read."""
+
+    shapes: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Fields that no row of ours has."""
+    trimmed: int = 0
+    few: int = 0
+
+    def line(self, where: str, how: str) -> str:
+        """All of it."""
+        told = [f"{n:,} as {name}" for name, n in self.shapes.most_common()]
+        if self.few:
+            told.append(f"{self.few:,} with fewer than four choices left out")
+        if self.trimmed:
+            told.append(f"white space around {self.trimmed:,} texts removed")
+        if self.left_out:
+            names = [shown(name) for name in list(self.left_out)[:SHOWN]]
+            told.append(f"fields not used: {', '.join(names)}")
+        return f"{where}: {how}, rows read {'; '.join(told)}"
+
+
+def _trimmed(row: dict[str, object], notes: _Notes) -> dict[str, object]:
+    """The row without white space around its texts; a prompt may end in a new line, which tells
+    how the answer follows."""
+    out = dict(row)
+    for name, value in row.items():
+        if name in ("prompt", "corrupt") and isinstance(value, str):
+            out[name] = value.rstrip(" \t")
+        elif name in ("answer", "counterfactual", "split") and isinstance(value, str):
+            out[name] = value.strip()
+        elif name == "role" and isinstance(value, str):
+            row[name] = out[name] = value.strip().replace("-", "_")
+        elif name == "distractors" and isinstance(value, list):
+            out[name] = [x.strip() if isinstance(x, str) else x for x in value]
+    notes.trimmed += sum(out[name] != row[name] for name in out)
+    return out
+
+
+def _row(made: Mapping[str, object], line: int, given: Mapping[str, str], notes: _Notes) -> Row:
+    """One row, checked; raises a TaskError that says what is wrong with it."""
+    own = {k: _text(v) for k, v in made.items() if k != "distractors"}
+    row: dict[str, object] = {**given}
+    row |= {k: v for k, v in own.items() if not (isinstance(v, str) and not v)}
+    wrong = as_list(made.get("distractors"))
+    if isinstance(wrong, str):
+        wrong = [d.strip() for d in wrong.split("|")] if wrong.strip() else None
+    if isinstance(wrong, list):
+        wrong = [_text(d) for d in wrong]
+    elif not _text(wrong):
+        wrong = None
+    row = _trimmed({**row, "distractors": wrong} if wrong else row, notes)
+    if given.get("role", row.get("role")) != row.get("role"):
+        raise TaskError(
+            f"its own role is {row['role']!r:.80}, but it stands among those given as "
+            f"{given['role']!r}: correct one of them"
+        )
+    if why := _why_bad(row):
+        raise TaskError(why)
+    wrong = row.pop("distractors", [])
+    text = {k: str(v) for k, v in row.items()}
+    return Row(**text, distractors=tuple(wrong) if _are_texts(wrong) else (), line=line)
+
+
+def _parse(numbered: Iterable[Numbered], where: str, how: str, kind: str, **given: str) -> Reading:
+    notes = _Notes()
+
+    def make(line: int, record: Mapping[str, object]) -> list[Row]:
+        shape, made, left_out = convert(fold(record), kind)
+        rows = [_row(one, line, given, notes) for one in made]
+        notes.shapes[shape.name] += bool(made)
+        notes.few += not made
+        notes.left_out.update(left_out)
+        return rows
+
+    rows = [row for rows in sift(numbered, make, where) for row in rows]
+    if not rows:
+        raise TaskError(f"{where}: there is no row{' of four choices' if notes.few else ''}.")
+    return Reading(rows, notes.line(where, how))
+
+
 def parse_rows(records: Iterable[Numbered], where: str = "rows", **given: str) -> list[Row]:
     """Rows from plain records.
 
     Arguments:
         records: line and mapping; a string in a mapping's place says why there is none.
         where: named in messages.
-        given: fields that every row gets unless it has its own (such as ``role``).
+        given: fields that every row gets unless it has its own; a row of another ``role`` than is
+            given is a bad one.
 
     Raises:
         TaskError: no row, or bad ones; lists the first `SHOWN` with line and reason.
     """
-
-    def make(line: int, record: Mapping[str, object]) -> Row:
-        own = {k: _text(v) for k, v in record.items()}
-        row: dict[str, object] = {**given}
-        row |= {k: v for k, v in own.items() if not (isinstance(v, str) and not v)}
-        wrong = row.pop("distractors", None)
-        wrong = [d.strip() for d in wrong.split("|")] if isinstance(wrong, str) else as_list(wrong)
-        if why := _why_bad({**row, "distractors": wrong} if wrong else row):
-            raise TaskError(why)
-        text = {k: str(v) for k, v in row.items()}
-        return Row(**text, distractors=tuple(wrong) if isinstance(wrong, list) else (), line=line)
-
-    out = sift(records, make, where)
-    if not out:
-        raise TaskError(f"{where}: there is no row.")
-    return out
+    return _parse(records, where, where, "rows", **given).rows
 
 
-def _jsonl(path: Path) -> Iterator[Numbered]:
-    with path.open(encoding="utf-8", errors="strict") as stream:
-        for line, text in enumerate(stream, 1):
-            if not text.strip():
-                continue
-            try:
-                yield line, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield line, f"not JSON: {error}"
-
-
-def _csv(path: Path) -> Iterator[Numbered]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        for row in reader:
-            if None in row:
-                yield reader.line_num, "more cells than the header has columns"
-            else:
-                yield reader.line_num, row
-
-
-def _dataset(name: str, place: Path) -> Iterator[Numbered]:
-    """Rows of a dataset of the `datasets` library: ``name[:configuration[:split]]``."""
-    datasets = library("datasets", "", "Reading data sets", TaskError)
-    name, config, split = (*name.split(":"), "", "")[:3]
-    try:
-        if place.is_dir() and (
-            (place / "state.json").exists() or (place / "dataset_dict.json").exists()
-        ):
-            found = datasets.load_from_disk(str(place))
-        elif place.is_file():
-            found = datasets.load_dataset(place.suffix[1:], data_files=str(place))
-        else:
-            found = datasets.load_dataset(name, config or None)
-    except Exception as error:  # whatever the library raises of a strange file
-        raise TaskError(
-            f"The data set {name!r} could not be loaded: {first_line(error)}"
-        ) from error
-    if isinstance(found, dict):
-        splits = ", ".join(map(str, found))
-        if not split and len(found) > 1:
-            raise TaskError(f"{name} has the splits {splits}: give name:configuration:split.")
-        if split and split not in found:
-            raise TaskError(f"{name} has no split {split!r}; it has {splits}.")
-        found = found[split or next(iter(found))]
-    yield from enumerate(found, 1)
-
-
-def _from_name(source: str) -> Iterator[Numbered]:
-    place = Path(source).expanduser()
-    if not place.exists():
-        place = Path(source.split(":", maxsplit=1)[0]).expanduser()
-    if place.is_file() and place.stat().st_size > LARGEST:
-        raise TaskError(f"{place} has more than {LARGEST >> 20} MB. Give a part of it.")
-    if place.is_file() and place.suffix in SUFFIXES:
-        try:
-            yield from (_jsonl if place.suffix == ".jsonl" else _csv)(place)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise TaskError(f"{place} cannot be read as {place.suffix[1:]}: {error}.") from error
-        return
-    if place.is_file() and place.suffix not in (".json", ".parquet"):
-        raise TaskError(f"{place}: expected .jsonl, .csv, .json or .parquet.")
-    if not place.exists():
-        hub = source.split(":", maxsplit=1)[0]
-        if not is_hub_name(hub):
-            raise TaskError(
-                f"{source!r} is neither a file nor a folder, nor a data set's name "
-                "(owner/name[:configuration[:split]])."
-            )
-        check_online(f"The data set {hub!r}", TaskError)
-    yield from _dataset(source, place)
-
-
-def as_list(value: object) -> object:
-    """A list in place of an array of numpy or the like; anything else as it is."""
-    convert = getattr(value, "tolist", None)
-    return convert() if callable(convert) else value
-
-
-def records(source: str | Path | Iterable[object]) -> Iterator[Numbered]:
-    """Numbered records of a source, unchecked.
+def read(source: str | Path | Iterable[object], kind: str = "rows", **given: str) -> Reading:
+    """Rows of any known shape, checked, and how they were read.
 
     Arguments:
-        source: path of a .jsonl, .csv, .json or .parquet file, or of a folder that `datasets`
-            reads; a name on the hub, ``owner/name[:configuration[:split]]``; a pandas DataFrame;
-            or any iterable of mappings, such as a `datasets.Dataset`.
-
-    Raises:
-        TaskError: no such source, an unreadable one, or an unreachable hub (within 5 s).
-    """
-    if isinstance(source, (str, Path)):
-        return _from_name(str(source))
-    to_records = getattr(source, "to_dict", None)
-    if to_records is not None and hasattr(source, "columns"):
-        return iter(enumerate(to_records("records"), 1))
-    return iter(enumerate(source, 1))
-
-
-def read_rows(source: str | Path | Iterable[object], **given: str) -> list[Row]:
-    """Rows of the schema of `Row`, checked.
-
-    Arguments:
-        source: see `records`.
+        source: see `sources.records`.
+        kind: rows, tofu, muse or wmdp, which know fewer shapes (`shapes.KINDS`).
         given: fields that every row gets unless it has its own (such as ``role="forget"``).
 
     Raises:
-        TaskError: as `records`; or bad rows, listed with line and reason.
+        TaskError: as `sources.records`; or bad rows, listed with line and reason.
     """
-    where = str(source) if isinstance(source, (str, Path)) else type(source).__name__
-    return parse_rows(records(source), where, **given)
+    found = records(source)
+    return _parse(found.records, found.where, found.how, kind, **given)
+
+
+def read_rows(source: str | Path | Iterable[object], **given: str) -> list[Row]:
+    """Rows of the schema of `Row`, or of another known shape (docs/tasks.md), checked.
+
+    Arguments:
+        source: path of a .jsonl, .json, .csv, .tsv or .parquet file, or of a folder that `datasets`
+            reads; a name on the hub, ``owner/name[:configuration[:split]]``; a pandas DataFrame;
+            or any iterable of mappings, such as a `datasets.Dataset`.
+        given: fields that every row gets unless it has its own (such as ``role="forget"``).
+
+    Raises:
+        TaskError: no such source, an unreadable one, or an unreachable hub (within 5 s); or bad
+            rows, listed with line and reason.
+    """
+    return read(source, **given).rows

@@ -78,6 +78,7 @@ def unlearn(
         ConfigError: unknown method, or one that needs a mask without one.
         MaskError: the mask does not fit the model.
         ArtifactError: ``resume`` is damaged, or was written by another run.
+        ModelError: training diverged.
     """
     expect_kind(ModelError, "model", model, LanguageModel)
     expect_kind(TaskError, "task", task, Task)
@@ -91,12 +92,28 @@ def unlearn(
     checkpoint = Checkpoint(resume, made_of(model, task, mask, config, seed) if resume else "")
     if isinstance(config, DenseConfig):
         objective = OBJECTIVES[config.method](model, task, config, seed)
-        return train_dense(
-            model, task, config, objective, seed=seed, on_step=on_step, checkpoint=checkpoint
+        return _finite(
+            train_dense(
+                model, task, config, objective, seed=seed, on_step=on_step, checkpoint=checkpoint
+            ),
+            config,
         )
     if mask is None:
         raise ConfigError(
             f"{config.method} edits inside a mask: give mask=circuit_mask(circuit, model)."
         )
     mask.check_fits(model)
-    return mansu(model, task, mask, config, seed=seed, on_step=on_step, checkpoint=checkpoint)
+    made = mansu(model, task, mask, config, seed=seed, on_step=on_step, checkpoint=checkpoint)
+    return _finite(made, config)
+
+
+def _finite(made: Unlearned, config: MethodConfig) -> Unlearned:
+    """What was made, if its weights are finite."""
+    try:
+        made.model.check_finite()
+    except ModelError as error:
+        raise ModelError(
+            f"{config.method} diverged after {made.stopped_at} steps: a weight is NaN or infinite, "
+            f"and nothing can be said of such a model. Take a smaller lr (now {config.lr:g})."
+        ) from error
+    return made

@@ -69,10 +69,20 @@ def check_range(
     for name in names:
         value = getattr(config, name)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
-        if all(math.isfinite(v) and all(fits(v, b) for _, b, fits in given) for v in values):
+        if all(_is_finite(v) and all(fits(v, b) for _, b, fits in given) for v in values):
             continue
         words = " and ".join(f"{word} {bound:g}" for word, bound, _ in given) or "finite"
         raise ConfigError(f"{name} must be {words}; got {value}.")
+
+
+def check_seeds(config: object, *names: str) -> None:
+    """Raise ConfigError unless some settings are seeds that every generator takes."""
+    check_range(config, *names, at_least=-(1 << 63), below=1 << 63)
+
+
+def _is_finite(value: float) -> bool:
+    """Also of whole numbers that no float is as large as."""
+    return isinstance(value, int) or math.isfinite(value)
 
 
 def _a(name: str) -> str:

@@ -1,4 +1,5 @@
 """Pictures and views: layouts, static SVG, self-contained pages and the notebook widget.
 
-Public, from `mansu_interp`: View, changes_view, circuit_view. The rest is implementation.
+Public, from `mansu_interp`: View, attribution_view, changes_view, circuit_view. The rest is
+implementation.
 """
