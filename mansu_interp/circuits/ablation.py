@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import CircuitError
 from ..models.hook_points import Hook, Recorder
 from ..models.hooked import AnyModel, open_stream
-from ..models.language_model import check_tokens
+from ..models.hugging_face import check_tokens
 from ..models.stream import Reading, Stream, widen
 from ..tasks.pairs import Batch, PairSet, collate
 from ..utils.distributed import shard, sum_over_processes
