@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import CircuitError
 from ..models.hook_points import Hook, Recorder
 from ..models.hooked import AnyModel, open_stream
-from ..models.language_model import check_tokens
+from ..models.hugging_face import check_tokens
 from ..models.stream import Reading, Stream, widen
 from ..tasks.pairs import Batch, PairSet, collate
 from ..utils.distributed import shard, sum_over_processes
@@ -223,7 +223,7 @@ class Ablation(Rebuilder):
         longest = max(len(p.corrupt) for p in pairs)
         total: dict[str, Tensor] = {}
         count = torch.zeros(longest, device=self.stream.model.device)
-        writes_at = {self.stream.input: widen}
+        writes_at: dict[str, Callable[[Tensor], Tensor]] = {self.stream.input: widen}
         for i in range(self.stream.n_layers):
             writes_at[self.stream.z(i)] = partial(self.stream.head_writes, i)
             writes_at[self.stream.mlp_out(i)] = partial(self.stream.mlp_write, i)

@@ -22,8 +22,8 @@ from ..errors import CircuitError
 from ..utils.ranges import expect_kind
 from .graph import Architecture, Graph
 from .hook_points import Component
-from .hugging_face import PreTrainedModel
-from .language_model import LanguageModel, architecture_of, check_plain, has_experts
+from .hugging_face import PreTrainedModel, architecture_of, check_plain, has_experts
+from .language_model import LanguageModel
 from .stream import Reading, Stream, widen
 
 

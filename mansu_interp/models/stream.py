@@ -103,7 +103,7 @@ def _text_config(hf: nn.Module) -> Component:
     """The configuration of a model's decoder; None of what is not of transformers."""
     config = getattr(hf, "config", None)
     read = getattr(config, "get_text_config", None)
-    return read(decoder=True) if read else None
+    return None if read is None else read(decoder=True)
 
 
 def _by_head(rows: Float[Tensor, "out ..."], heads: int) -> Float[Tensor, "heads d_head ..."]:
