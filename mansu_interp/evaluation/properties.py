@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..audit.relearning import CHANCE, TOLERANCE, Relearning
+from ..utils import number_of
 from .scores import METRICS, Flips, Metric, Scores
 from .versions import EDITED, ORIGINAL, QUANTIZER
 
@@ -171,8 +172,9 @@ def _recovery(scores: Scores, quantizers: Sequence[str]) -> Property:
     if EDITED.after(worst) in scores.first:
         flips = Flips.between(scores.first[EDITED], scores.first[EDITED.after(worst)])
         under = f"Under {worst}, on" if len(gaps) > 1 else "On"
+        back = number_of(flips.back, "prompt")
         sentence += (
-            f" {under} {number_of(flips.back, 'prompt')} the answer came back to the first rank, on "
+            f" {under} {back} the answer came back to the first rank, on "
             f"{flips.gone} it went (p = {flips.p:.2f} by chance)."
         )
     what = {"choice": "four-way", "top1": "top-1"}[metric]
