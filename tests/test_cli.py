@@ -179,6 +179,7 @@ def test_a_stage_that_says_nothing_is_seen_to_go_on(
     monkeypatch.setattr(Progress, "OFTEN", 0.5)
     plain = Progress()
     plain("choosing parameters", 0, 0)
+    assert capsys.readouterr().err == ""  # what fails at once is one line
     time.sleep(2.5)  # no call in between
     plain.close()
     first, *later = capsys.readouterr().err.splitlines()

@@ -62,7 +62,7 @@ class Progress:
                 TimeLeft(),
                 console=self.console,
             )
-        self.stage, self.done, self.total = "", 0, 0
+        self.stage, self.done, self.total, self.told = "", 0, 0, True
         self.printed = self.start = time.monotonic()
         self.bar = TaskID(0)
         self.closed, self.lock = threading.Event(), threading.Lock()
@@ -89,8 +89,13 @@ class Progress:
             self.bars.start()
             self._finish()
             self.bar = self.bars.add_task(stage, total=total or None)
-        else:
-            self.console.print(f"{stage} ...")
+        self.told = False
+        if not self.bars and total:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.told = True
+        self.console.print(f"{self.stage} ...")
 
     def beat(self) -> None:
         """A line where there are no bars, if the last one is some time ago."""
@@ -98,7 +103,11 @@ class Progress:
             now = time.monotonic()
             spent = now - self.start
             wait = min(max(self.OFTEN, spent / 4), self.SELDOM)
-            if self.bars or not self.stage or now - self.printed < wait:
+            if self.bars or not self.stage:
+                return
+            if not self.told and spent > 0.9:  # of unknown length, and no error at once
+                self._tell()
+            if now - self.printed < wait:
                 return
             self.printed = now
             done, total = self.done, self.total
