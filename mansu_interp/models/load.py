@@ -177,7 +177,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
         try:
             # Code that comes with a model is never run, and never offered to be.
             how = {"local_files_only": True, "trust_remote_code": False}
-            hf, found = AutoModelForCausalLM.from_pretrained(
+            hf, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
                 place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **how
             )
             hf.eval()
