@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, ConfigError
 from ..runs.defaults import default_task
-from .console import say, say_json
-from .output import Output
+from .console import Output, say, say_json
 from .progress import Progress
 from .settings import AttributeConfig, CompareConfig, DiscoverConfig, ViewConfig
 

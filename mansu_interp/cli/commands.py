@@ -11,8 +11,7 @@ from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
 from ..tasks.data.benchmarks import TaskConfig
 from ..utils.words import number_of
-from .console import say, say_json, warn
-from .output import Output
+from .console import Output, say, say_json, warn
 from .progress import Progress, duration
 from .settings import (
     ApplyConfig,

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ..errors import ResourceError, printable
 
@@ -84,3 +85,19 @@ def writing() -> Iterator[None]:
             f"The output cannot be written: {why}. What the command wrote to files is whole; name "
             "another place for the output and run it again."
         ) from error
+
+
+@dataclass(frozen=True)
+class Output:
+    """How results are printed; may stand anywhere on the command line."""
+
+    quiet: bool = False
+    """``--quiet``: nothing but the result."""
+    json: bool = False
+    """``--json``: the result as one JSON value on standard output."""
+
+    @classmethod
+    def split(cls, argv: list[str]) -> tuple[Output, list[str]]:
+        """These two options, and the rest of the command line."""
+        rest = [word for word in argv if word not in ("--quiet", "--json")]
+        return cls("--quiet" in argv, "--json" in argv), rest

@@ -36,8 +36,8 @@ from .commands import (
     do_task,
     do_verify,
 )
+from .console import Output
 from .help import BENCH, HELP_ALL, shortened, shown_of_run
-from .output import Output
 from .settings import (
     ApplyConfig,
     AttributeConfig,
