@@ -176,7 +176,7 @@ def _forgetting(name: str, scores: Scores, quantizers: Sequence[str]) -> Propert
     at = f"{worst.label}{f', {version.quantizer}' if version.quantizer else ''}"
     flips = scores.flips(ORIGINAL, EDITED, "choice")
     level = [r.label for r in known if r[EDITED].choice >= r[ORIGINAL].choice]
-    none = ""
+    none = f"{_and(level)} did not fall" if level else ""
     if flips and not (flips.p <= ALPHA and flips.gone > flips.back):
         none = f"the fall cannot be told from none ({flips})"
     sentence = (
