@@ -371,7 +371,7 @@ def test_report_json_round_trips_and_is_enough(tmp_path: Path, svg: str) -> None
 def test_a_model_is_named_by_two_fields_in_json() -> None:
     score = make_report().to_json()["scores"][0]["scores"][3]
     named = {"name": "unlearned", "quantizer": "nf4"}
-    assert score == {"model": named, "top1": 0, "choice": 0.28}
+    assert score == {"model": named, "top1": 0, "choice": 0.28, "last": None}
 
 
 @pytest.mark.parametrize(
