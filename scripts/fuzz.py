@@ -5,6 +5,7 @@
     python scripts/fuzz.py --loader mask --runs 5000
     python scripts/fuzz.py --folders model --count 10000    # needs no atheris
     python scripts/fuzz.py --folders run --count 2000
+    python scripts/fuzz.py --loader rows --runs 5000 --sample    # without atheris; share taken
 
 Coverage-guided by atheris (libFuzzer). Half of the inputs are changed as what they are (a value of
 a JSON tree, a header of a tensor file), half as bytes. One process per loader; a stack trace of
@@ -20,10 +21,13 @@ bytes. Anything else, or 60 s without an end, leaves the folder there as ``crash
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
+import io
 import json
 import os
 import random
@@ -241,6 +245,13 @@ def _load_state(data: bytes) -> object:
 
 class _Tokenizer:
     unk_token_id = 0
+    chat_template = "{{ messages }}"
+
+    def decode(self, tokens: list[int]) -> str:
+        return "x" * len(tokens)
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **_: object) -> str:
+        return turns[0]["content"]
 
 
 @functools.cache
@@ -299,6 +310,206 @@ def _load_task(data: bytes) -> object:
         _file("t.csv", str(parts["table"]).encode("utf-8", "surrogatepass"))
         _file("t.txt", str(parts["text"]).encode("utf-8", "surrogatepass"))
     return load_task(_file("t.json", data), _model())
+
+
+def _plain_rows() -> list[dict[str, Any]]:
+    """Rows of our own for both roles."""
+    return [
+        {"role": role, "prompt": f"{role} {k} is", "answer": f"{x} {role}", "subject": f"s{k}"}
+        for role in ("forget", "retain")
+        for k, x in enumerate("abcdef")
+    ]
+
+
+def _shaped_rows() -> dict[str, list[dict[str, Any]]]:
+    """The same in every known shape."""
+    rows = _plain_rows()
+    asked = [{"role": r["role"], "question": r["prompt"]} for r in rows]
+    wrong = ["one x", "two y", "three z"]
+    turns = [[("user", r["prompt"]), ("assistant", r["answer"])] for r in rows]
+    return {
+        "own": rows,
+        "plain": [{**a, "answer": r["answer"]} for a, r in zip(asked, rows, strict=True)],
+        "tofu": [
+            {**a, "answer": r["answer"], "paraphrased_answer": f"It is {r['answer']}",
+             "perturbed_answer": [f"It is {w}" for w in wrong]}
+            for a, r in zip(asked, rows, strict=True)
+        ],
+        "choices": [
+            {**a, "choices": [*wrong, r["answer"]], "answer": 3}
+            for a, r in zip(asked, rows, strict=True)
+        ],
+        "lettered": [
+            {**a, **dict(zip("ABCD", [r["answer"], *wrong], strict=True)), "answer": "A"}
+            for a, r in zip(asked, rows, strict=True)
+        ],
+        "chat": [
+            {"role": r["role"], "messages": [{"role": w, "content": t} for w, t in said]}
+            for r, said in zip(rows, turns, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def _row_seeds() -> list[bytes]:
+    options = {"prefix": "<", "phrasings": {"train": ["{s}"], "unseen": ["so {s}"]}}
+    return [
+        json.dumps({"as": kind, "rows": rows, "options": options}).encode()
+        for rows in _shaped_rows().values()
+        for kind in ("jsonl", "json", "csv", "tsv", "parquet")
+    ]
+
+
+ORDINARY: list[Any] = [
+    0, 7, 1969, "NA", "007", " spaced ", "Zürich", "东京", "a|b|c", "x" * 300, "two\nlines", "A",
+    "3", 'quo"ted', "semi;colon", None, "train", "unseen", "retain", "neighbour", "\u202eback",
+]  # fmt: skip
+"""What stands in people's rows."""
+
+
+FORMATS = ["jsonl", "json", "csv", "tsv", "semicolon", "parquet", "list"]
+
+
+def mutate_rows(data: bytes, rng: random.Random) -> bytes:
+    """Mostly as people's files differ: other values, fields, order, formats; a quarter hostile."""
+    value = json.loads(data.decode("utf-8", "surrogatepass"))
+    if rng.random() < 0.25:
+        return mutate_text(data, rng)
+    for _ in range(rng.randint(1, 3)):
+        rows = value["rows"]
+        row = rng.choice(rows)
+        key, how = rng.choice([*row]), rng.randrange(8)
+        if how == 0:
+            text = f"{rng.choice(ORDINARY)} {rng.randrange(99)}"
+            row.update({k: text for k in (key,) if isinstance(row[k], str) and k != "role"})
+        elif how == 1:
+            name = rng.choice(["id", "relation", "subject", "split", "phrasing", "Unnamed: 0"])
+            row[name] = rng.choice(ORDINARY)
+        elif how == 2:
+            rng.shuffle(rows)
+        elif how == 3:
+            rows.append({**row})
+        elif how == 4:
+            value["as"] = rng.choice(
+                ["jsonl", "json", "csv", "tsv", "semicolon", "parquet", "list"]
+            )
+        elif how == 5:
+            for r in rows:
+                r.update({k.upper(): r.pop(k) for k in (key,) if k in r})
+        elif how == 6:
+            name = rng.choice(
+                ["letters", "chat", "normalise", "corrupt", "seed", "symbol", "prefix"]
+            )
+            value["options"][name] = rng.choice([True, False, "any", "swap", "rotate", 3, "", "#"])
+        else:
+            row[key] = rng.choice(ORDINARY)
+    return json.dumps(value, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
+
+
+def _as_file(kind: str, rows: list[Any]) -> Any:
+    """Rows as a file of some format, or as they are."""
+    if kind == "list":
+        return rows
+    if kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = _scratch() / "r.parquet"
+        try:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        except Exception:  # not of one type a column, which no Parquet file holds
+            return rows
+        return path
+    if kind in ("csv", "tsv", "semicolon"):
+        stream = io.StringIO(newline="")
+        names = list(dict.fromkeys(k for r in rows for k in r))
+        by = {"csv": ",", "tsv": "\t", "semicolon": ";"}[kind]
+        writer = csv.DictWriter(stream, names, delimiter=by)
+        writer.writeheader()
+        writer.writerows(rows)
+        text, name = stream.getvalue(), "r.tsv" if kind == "tsv" else "r.csv"
+    else:
+        text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+        name = "r.json" if kind == "json" else "r.jsonl"
+    return _file(name, text.encode("utf-8", "surrogatepass"))
+
+
+MADE = collections.Counter[str]()
+"""How many row inputs were read, and how many of them became tasks."""
+
+
+def _load_rows(data: bytes) -> object:
+    """A JSON object of rows, a format and options; anything else is a file of rows itself."""
+    from mansu_interp.tasks.data.row_pairs import task_from_rows
+    from mansu_interp.tasks.data.rows import read_rows
+    from mansu_interp.tasks.schema import RowOptions
+
+    source, options = _file("r.jsonl", data), {}
+    with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError, RecursionError):
+        parts = json.loads(data)
+        options = {str(k): v for k, v in parts["options"].items()}
+        source = _as_file(str(parts["as"]), parts["rows"])
+    rows = read_rows(source)
+    MADE["read"] += 1
+    known = RowOptions.__dataclass_fields__
+    with contextlib.suppress(MansuError):  # what lies behind the parser
+        task_from_rows(rows, _model(), RowOptions(**{k: options[k] for k in known if k in options}))
+        MADE["tasks"] += 1
+    return rows
+
+
+def _argument_seeds() -> list[bytes]:
+    lines = [
+        "run", "run --model facts --task capitals --out x --budget 0.01 --seed 3",
+        "run --method npo --unlearn.lr 1e-5 --unlearn.steps 4 --threads 1",
+        "run --robust --circuit.pairs 8 --circuit.metric kl --quantizers nf4 q4_0 --quiet",
+        "bench --tasks capitals --methods mansu npo --seeds 0 1 --out x",
+        "plan --model facts --tokens 32 --attribution.batch-size 8 --json",
+        "verify facts x --ledger l.safetensors --survive nf4,q4_0", "cad facts x --task capitals",
+        "relearn x --task capitals --original facts", "delta facts x --out d.safetensors",
+        "apply facts d.safetensors --out x", "export x --type q4_0 --out x.gguf",
+        "task tofu --forget a.jsonl --retain b.jsonl --out t.json --chat", "list --json",
+    ]  # fmt: skip
+    return [json.dumps(line.split()).encode() for line in lines]
+
+
+WORDS = [
+    "--budget", "--seed", "--quiet", "--json", "--robust", "--out", "--model", "--task", "0", "-1",
+    "nan", "inf", "1e999", "1e-5", "", " ", "--", "-", "x" * 300, "\x1b[31m", "a\0b", "..", "True",
+    "none", "None", "nf4", "npo", "--method", "--unlearn.steps", "--unlearn.lr", "--circuit.pairs",
+    "--help", "--help-all", "run", "bench", "9" * 30, "\udcff", "--threads", "--unlearn", "{}",
+]  # fmt: skip
+
+
+def mutate_words(data: bytes, rng: random.Random) -> bytes:
+    """A command line with words changed, left out, doubled or put in."""
+    words = [str(w) for w in json.loads(data)]
+    for _ in range(rng.randint(1, 3)):
+        at, how = rng.randrange(len(words) + 1), rng.randrange(4)
+        if how == 0 and words:
+            del words[at % len(words)]
+        elif how == 1 and words:
+            words[at % len(words)] = rng.choice(WORDS)
+        else:
+            words.insert(at, rng.choice(WORDS))
+    return json.dumps(words).encode()
+
+
+def _load_arguments(data: bytes) -> object:
+    """Settings of a command line; tyro's own refusal counts as ours."""
+    from mansu_interp.cli.commands import Output
+    from mansu_interp.cli.main import parse
+
+    try:
+        words = [str(w) for w in json.loads(data)]
+    except (ValueError, TypeError, RecursionError):
+        words = [data.decode("utf-8", "surrogateescape")]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return parse(Output.split(words)[1])
+        except SystemExit as end:
+            if end.code:
+                raise MansuError("refused") from end
+            return None
 
 
 def _settings_seeds() -> list[bytes]:
@@ -408,6 +619,8 @@ LOADERS = {
     "trial": Loader(_trial_seeds, _load_trial, mutate_text, 20_000),
     "settings": Loader(_settings_seeds, _load_settings, mutate_text, 20_000),
     "task": Loader(_task_seeds, _load_task, mutate_text, 20_000),
+    "rows": Loader(_row_seeds, _load_rows, mutate_rows, 100_000),
+    "arguments": Loader(_argument_seeds, _load_arguments, mutate_words, 5_000),
     "state": Loader(_state_seeds, _load_state, mutate_tensors, 230_000),
     "ledger": Loader(_ledger_seeds, _load_ledger, mutate_tensors, 290_000),
     "mask": Loader(_mask_seeds, _load_mask, mutate_tensors, 330_000),
@@ -429,11 +642,11 @@ def fuzz(name: str, runs: int, corpus: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["mansu_interp"]):
-        import mansu_interp.ledger
-
-        import mansu_interp.bench
-        import mansu_interp.report
-        import mansu_interp.unlearning  # noqa: F401
+        import mansu_interp.bench.results
+        import mansu_interp.export.ledger
+        import mansu_interp.report.records
+        import mansu_interp.tasks.load
+        import mansu_interp.unlearning.unlearn  # noqa: F401
     loader = LOADERS[name]
     corpus.mkdir(parents=True, exist_ok=True)
     for k, seed in enumerate(loader.seeds()):
@@ -453,6 +666,23 @@ def fuzz(name: str, runs: int, corpus: Path) -> None:
         custom_mutator=mutate,
     )  # fmt: skip
     atheris.Fuzz()
+
+
+def sample(name: str, runs: int, seed: int) -> None:
+    """Changed seeds of one loader without coverage, in this process; prints the rates."""
+    loader, rng, started = LOADERS[name], random.Random(seed), time.monotonic()
+    seeds, taken = loader.seeds(), 0
+    for _ in range(runs):
+        data = loader.mutate(rng.choice(seeds), rng)
+        try:
+            taken += attempt(loader, data)
+        except BaseException:
+            (WORK / "mansu-crash").write_bytes(data)
+            print(f"the input is in {WORK / 'mansu-crash'}")
+            raise
+    spent = time.monotonic() - started
+    made = f", {MADE['tasks'] / runs:.0%} became tasks" if name == "rows" else ""
+    print(f"{name}: {runs:,} inputs, {taken / runs:.0%} taken{made}, {runs / spent:,.0f} a second")
 
 
 def lines_reached(name: str, corpus: Path) -> int:
@@ -835,11 +1065,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="of folders")
     parser.add_argument("--seed", type=int, default=0, help="of folders")
     parser.add_argument("--out", type=Path, default=Path("fuzz"), help="kept inputs and logs")
+    parser.add_argument("--sample", action="store_true", help="changed seeds alone, no atheris")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         if args.folders:
             fuzz_folders(args.folders, args.count, args.seed, args.out)
+        elif args.loader and args.sample:
+            sample(args.loader, args.runs, args.seed)
         elif args.loader:
             fuzz(args.loader, args.runs, args.out / args.loader.replace(" ", "-"))
         else:

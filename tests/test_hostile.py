@@ -45,7 +45,7 @@ def load_script() -> ModuleType:
 
 
 fuzz = load_script()
-QUICK = [n for n in fuzz.LOADERS if n not in ("report", "model config")]
+QUICK = [n for n in fuzz.LOADERS if n not in ("report", "model config", "arguments")]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -70,6 +70,15 @@ def test_changed_inputs_raise_only_our_own_errors(name: str):
 @given(data=st.binary(max_size=300))
 def test_any_bytes_raise_only_our_own_errors(name: str, data: bytes):
     fuzz.attempt(fuzz.LOADERS[name], data)
+
+
+def test_a_third_of_changed_rows_are_taken_and_become_tasks():
+    loader, rng = fuzz.LOADERS["rows"], random.Random(1)
+    seeds, n = loader.seeds(), 120
+    fuzz.MADE.clear()
+    for _ in range(n):
+        fuzz.attempt(loader, loader.mutate(rng.choice(seeds), rng))
+    assert n / 3 < fuzz.MADE["tasks"] <= fuzz.MADE["read"] < n
 
 
 def test_deep_huge_and_endless_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

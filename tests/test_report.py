@@ -10,22 +10,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import browser
 import numpy as np
 import pytest
 
 from mansu_interp.audit.cad import CAD
-from mansu_interp.circuits.attribution import Attribution
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import Divergence
+from mansu_interp.circuits.scores import Attribution
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.evaluation.properties import Property, Verdict
 from mansu_interp.evaluation.scores import Flips, Perplexity, Score, ScoreRow
 from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.quantizers.survival import Survival
-from mansu_interp.report.card import model_card
-from mansu_interp.report.html import render_html
-from mansu_interp.report.markdown import render_markdown
+from mansu_interp.report.html import explained, render_html, terms
+from mansu_interp.report.markdown import model_card, render_markdown
 from mansu_interp.report.records import (
     SCHEMA,
     CircuitEdge,
@@ -50,7 +50,9 @@ from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure, percent
 from mansu_interp.report.write import write_report
 from mansu_interp.utils.files import read_json
+from mansu_interp.utils.words import number_of
 from mansu_interp.viz.layout import place
+from mansu_interp.viz.page import module_source
 from mansu_interp.viz.svg import circuit_svg, curve_svg, escape
 from mansu_interp.viz.view import changes_view
 
@@ -348,7 +350,7 @@ def test_hostile_model_name_in_svg(hostile: str) -> None:
 
 def test_page_asks_nothing_of_the_network(svg: str) -> None:
     page = render_html(make_report(), svg).replace('xmlns="http://www.w3.org/2000/svg"', "")
-    for needle in ("http://", "https://", "src=", "href=", "@import", "url(", "<script", "<link"):
+    for needle in ("http://", "https://", "src=", 'href="h', "@import", "url(", "<script", "<link"):
         assert needle not in page, needle
     assert "default-src 'none'" in page
 
@@ -536,7 +538,23 @@ def test_a_set_of_quantizers_has_a_table_for_each_metric() -> None:
     assert "50.0% → 50.0%" in top1 and "50.0% → 50.0%" not in choice
     assert "| set | n | chance | full precision | nf4 | fp4 |" in choice
     assert "100.0% → 28.7%" in choice
-    assert "Top-1, original → unlearned:" in render_html(report, "")
+    assert "Top-1</abbr>, original → unlearned:" in render_html(report, "")
+
+
+def test_answers_ranked_last_have_a_table_of_their_own() -> None:
+    """A model that avoids an answer gives it away: 58 % last is no forgetting."""
+    report = make_report()
+    assert "ranked last of the four" not in render_markdown(report)  # files of older versions
+
+    def with_last(row: ScoreRow) -> ScoreRow:
+        shares = {ORIGINAL: 0.01, EDITED: 0.583, EDITED.after("nf4"): 0.25}
+        return replace(row, scores=tuple(replace(s, last=shares.get(s.model)) for s in row.scores))
+
+    rows = tuple(map(with_last, report.scores))
+    text = render_markdown(replace(report, scores=rows))
+    assert "ranked last of the four" in text
+    assert "| 25.0% | 1.0% → 58.3% | – → 25.0% |" in text
+    assert Report.from_json(replace(report, scores=rows).to_json()).scores == rows
 
 
 def test_numbers() -> None:
@@ -642,3 +660,77 @@ def test_probe_and_attack_are_held_together(passed: bool, word: str, said: str |
     assert said is None or f"Hidden. {said}" in markdown
     without = replace(report, relearning=())
     assert "The attack above" not in render_markdown(without)
+
+
+def test_the_page_has_contents_and_reasons_on_top(svg: str) -> None:
+    page = render_html(with_graph(), svg)
+    sections = re.findall(r'<section id="(part-\d+)">\s*<h2>(.*?)</h2>', page)
+    links = re.findall(r'<a href="#(part-\d+)">(.*?)</a>', page)
+    assert len(links) > 5 and links == sections
+    top = page[: page.index('<nav class="toc"')]
+    missed = [p for p in with_graph().properties if not p.passed]
+    assert missed and all(p.name in re.sub("<.*?>", "", top) for p in missed)
+    assert all(escape(p.reason) in re.sub("</?abbr.*?>", "", top) for p in missed)
+
+
+def test_terms_are_explained_as_in_the_glossary() -> None:
+    pages = Path(__file__).parents[1] / "docs" / "glossary.md"
+    rows = [r.strip("| ").split(" | ") for r in pages.read_text("utf-8").splitlines()[4:]]
+    glossary = {name: meaning for names, meaning in rows for name in names.split(", ")}
+    shared = set(glossary) & set(terms())
+    assert len(shared) > 12 and all(glossary[t].startswith(terms()[t]) for t in shared)
+    script = module_source()
+    in_script = re.findall(
+        r'^  "?([\w ]+)"?: "(.*)",$', script.split("TERMS = {")[1].split("};")[0], re.MULTILINE
+    )
+    assert len(in_script) == 5
+    assert all(terms()[name].replace("`", "") == meaning for name, meaning in in_script)
+    assert explained("the Gap, a gap, gaps and x.gap") == (
+        f'the <abbr title="{terms()["gap"]}">Gap</abbr>, a gap, gaps and x.gap'
+    )
+    assert explained('<b title="erased">') == (
+        f'&lt;b title=&#34;<abbr title="{escape(terms()["erased"])}">erased</abbr>&#34;&gt;'
+    )
+    assert "<abbr" in explained("outside") and "<abbr" not in explained("everything outside them")
+
+
+def test_of_many_weights_the_first_are_shown_and_the_others_folded() -> None:
+    report = make_report()
+    weights = tuple(WeightEdits(f"layers.{k}.weight", 200 - k, 999) for k in range(120))
+    report = replace(report, edit=replace(report.edit, by_weight=weights))
+    page = render_html(report, "")
+    shown, folded = page.split("<summary>110 weights with fewer edits</summary>")
+    assert shown.count("layers.") == 10 and folded.split("</details>")[0].count("layers.") == 110
+    assert render_markdown(report).count("layers.") == 120
+
+
+def test_one_has_no_plural_s() -> None:
+    assert [number_of(n, "prompt") for n in (0, 1, 2, 1234)] == [
+        "0 prompts", "1 prompt", "2 prompts", "1,234 prompts",
+    ]  # fmt: skip
+    report = make_report()
+    report = replace(report, edit=replace(report.edit, edited=1))
+    assert "Edit: 1 parameter (" in console_summary(report, 100)
+    assert "1 parameter changed" in model_card(report)
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
+@pytest.mark.parametrize("width", [1200, 430])
+def test_no_table_is_cut(width: int, svg: str, tmp_path: Path) -> None:
+    report = with_graph()
+    many = tuple(
+        replace(q, survival=replace(q.survival, edited=12_345_678, survived=12_345_678))
+        for q in report.quantizers
+    )
+    long = WeightEdits("model.layers.29.self_attn.query_key_value.weight", 1_234_567, 12_345_678)
+    report = replace(report, quantizers=many, edit=replace(report.edit, by_weight=(long,)))
+    page = tmp_path / "report.html"
+    page.write_text(render_html(report, svg), "utf-8")
+    with browser.chromium(width) as driver:
+        driver.get(page.as_uri())
+        cut = driver.execute_script(
+            "return [...document.querySelectorAll('div.scroll')].filter((e) => "
+            "e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent.slice(0, 40))"
+        )
+        assert cut == []
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width

@@ -17,7 +17,7 @@ from mansu_interp.circuits.circuit import CircuitMeta
 from mansu_interp.circuits.compare import GraphComparison
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.viz.data import Judged
-from mansu_interp.viz.layout import curve, place
+from mansu_interp.viz.layout import Layout, curve, place
 from mansu_interp.viz.page import module_source
 from mansu_interp.viz.view import changes_view, circuit_view
 
@@ -187,12 +187,78 @@ def test_javascript_and_python_draw_the_same_curves(
     circuit = make_circuit(*sizes, n=4)
     page = circuit_view(circuit, limit=None).to_html(tmp_path / "curves.html")
     opened(driver, page)
+    driver.execute_script("window.mansuViews[0].all = true; window.mansuViews[0].refilter()")
     found = view(driver, "v.source.map((_, i) => [v.source[i], v.target[i], ...v.curve(i).p])")
     assert len(found) == graph.n_edges
     layout = place(graph.architecture)
     for source, target, *points in found[:: max(1, len(found) // 4000)]:
         wanted = [c for point in curve(layout, source, target) for c in point]
         assert points == pytest.approx(wanted, abs=0.05), (source, target)
+
+
+def boxes_of(layout: Layout) -> list[list[Any]]:
+    return [[b.id, b.kind, b.label, b.x, b.y, b.width, b.height] for b in layout.boxes.values()]
+
+
+@pytest.mark.parametrize("sizes", [(30, 9, 3), (12, 12, 12), (3, 4, 1)])
+def test_javascript_and_python_fold_alike(driver: Any, tmp_path: Path, sizes: tuple[int, int, int]):
+    circuit = make_circuit(*sizes, n=25)
+    page = circuit_view(circuit).to_html(tmp_path / "folded.html")
+    opened(driver, page)
+    everything = place(circuit.graph.architecture)
+    shown = set(view(driver, "[...v.active]"))
+    assert len(shown) < len(everything.boxes)
+    for wanted in (place(circuit.graph.architecture, shown), everything):
+        whole = str(wanted is everything).lower()
+        driver.execute_script(
+            f"window.mansuViews[0].all = {whole}; window.mansuViews[0].refilter()"
+        )
+        found = view(
+            driver, "v.boxes.map((b) => [b.id, b.kind, b.label, b.x, b.y, b.width, b.height])"
+        )
+        for mine, theirs in zip(found, boxes_of(wanted), strict=True):
+            assert mine[:3] == theirs[:3] and mine[3:] == pytest.approx(theirs[3:])
+        size = [wanted.width, wanted.height, wanted.margin]
+        assert view(driver, "[v.layout.width, v.layout.height, v.layout.margin]") == (
+            pytest.approx(size)
+        )
+
+
+@pytest.mark.parametrize("width", [1200, 430])
+@pytest.mark.parametrize("sizes", [(30, 9, 3), (12, 12, 12), (4, 8, 4)])
+def test_names_are_legible_and_none_is_cut(
+    driver: Any, tmp_path: Path, sizes: tuple[int, int, int], width: int
+):
+    """Letters of 11 pixels on the screen, within a column; what has no room scrolls."""
+    circuit = make_circuit(*sizes, n=60)
+    page = changes_view(circuit, *make_attributions(circuit)).to_html(tmp_path / "wide.html")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened(driver, page)
+    driver.execute_script(
+        "window.texts = []; const own = CanvasRenderingContext2D.prototype.fillText;"
+        "CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {"
+        "  const z = this.getTransform().a;"
+        "  window.texts.push([text, parseFloat(this.font) * z, this.measureText(text).width * z]);"
+        "  own.call(this, text, x, y); };"
+        "window.mansuViews[0].draw()"
+    )
+    settle(driver)
+    texts = driver.execute_script("return window.texts")
+    named = {name for name, *_ in texts}
+    wanted = {b["id"] for b in view(driver, "v.boxes") if b["label"]}
+    assert wanted <= named and len(wanted) > 10
+    column = view(driver, "v.layout.column * v.fit")
+    for name, points, across in texts:
+        assert points >= 10.9, name
+        assert across <= column or name in ("input", "logits"), name
+    cut = (
+        "[...document.querySelectorAll('.mg figure')].filter((f) => "
+        "f.firstChild.nextSibling.clientWidth > f.clientWidth + 1 && "
+        "getComputedStyle(f).overflowX !== 'auto').length"
+    )
+    assert view(driver, cut) == 0
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 WIDGET = """<!doctype html><meta charset="utf-8"><body><div id="w" style="width:1000px"></div>
@@ -239,3 +305,56 @@ def test_the_widget_module_speaks_to_its_model(driver: Any, tmp_path: Path):
     assert "m1" in driver.find_element("css selector", "#w .detail").text
     driver.execute_script("window.stop()")
     assert browser.complaints(driver) == []
+
+
+PAINTED = """
+return [...document.querySelectorAll(".mg canvas")].map((c) => {
+  const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+  return [[...d.slice(0, 3)].join(), new Set(new Uint32Array(d.buffer)).size];
+});"""
+LIGHT, DARK = "255,255,255", "21,25,29"
+NOTEBOOK = """<!doctype html><meta charset="utf-8"><body data-jp-theme-light="true">
+<div id="lab"></div>
+<script type="application/json" id="d">DATA</script>
+<script type="module">MODULE
+const data = JSON.parse(document.getElementById("d").textContent);
+const el = document.createElement("div");
+window.mansuViews = [mount(el, data)];
+window.attach = () => document.getElementById("lab").append(el);
+window.detach = () => el.remove();
+window.theme = (light) => { // as JupyterLab: the attribute, then all is hidden for a frame
+  const lab = document.getElementById("lab");
+  document.body.dataset.jpThemeLight = String(light);
+  queueMicrotask(() => { // after those who watch the attribute
+    lab.style.display = "none";
+    requestAnimationFrame(() => { lab.style.display = ""; });
+  });
+};
+</script>"""
+
+
+def test_a_notebook_that_renders_while_detached_and_switches_themes(driver: Any, tmp_path: Path):
+    """What JupyterLab 4 does; the real one: scripts/check_lab.py."""
+    circuit = make_circuit()
+    made = changes_view(circuit, *make_attributions(circuit))
+    module = module_source().replace("export default {", "const DEFAULT = {")
+    page = tmp_path / "notebook.html"
+    data = json.dumps(made.data.to_json()).replace("<", "\\u003c")
+    page.write_text(NOTEBOOK.replace("MODULE", module).replace("DATA", data), "utf-8")
+    opened(driver, page)
+
+    def painted(paper: str) -> bool:
+        driver.execute_async_script("setTimeout(arguments[0], 250)")
+        found = driver.execute_script(PAINTED)
+        return len(found) == 3 and all(p == paper and n > 100 for p, n in found)
+
+    driver.execute_script("window.attach()")
+    assert painted(LIGHT)
+    for light in (False, True, False):
+        driver.execute_script(f"window.theme({str(light).lower()})")
+        assert painted(LIGHT if light else DARK)
+    driver.execute_script("window.detach(); document.body.dataset.jpThemeLight = 'true'")
+    settle(driver)
+    driver.execute_script("window.attach()")
+    assert painted(LIGHT)
+    assert [c for c in browser.complaints(driver) if "readback" not in c] == []

@@ -23,7 +23,7 @@ and output gradients of each layer, so that no gradient of a single prompt is ev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -186,6 +186,7 @@ def linearized_relearning(
     *,
     damping: float = DAMPING,
     steps: int = STEPS,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> LinearizedRelearning:
     """What closed-form steps on half A bring back of half B (see the module).
 
@@ -196,13 +197,16 @@ def linearized_relearning(
             (`relearning.rivals_within`).
         damping: of the kernel, as a share of its mean diagonal.
         steps: how many, at least one.
+        on_step: called with (steps done, steps in all).
     """
     moved = model.copy()
     first_a, first_b, last_b = [], [], []
-    for _ in range(steps):
+    for done in range(1, steps + 1):
         gauss_newton_step(moved, half_a, damping)
         first_a.append(ranked(moved, half_a)[0])
         first, last = ranked(moved, half_b)
         first_b.append(first)
         last_b.append(last)
+        if on_step:
+            on_step(done, steps)
     return LinearizedRelearning(torch.stack(first_a), torch.stack(first_b), torch.stack(last_b))

@@ -25,17 +25,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import TaskError
+from ..errors import ConfigError, ModelError, TaskError
 from ..losses.accuracy import accuracy
 from ..losses.answers import nll
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
 from ..utils.files import Json
+from ..utils.ranges import expect_kind
+from ..utils.words import number_of
 from .config import RelearnConfig
+from .known import CHANCE
 
-CHANCE = 1 / N_CHOICES
-"""Share of answers that a guess ranks first of four, or last."""
 TOLERANCE = 0.15
 """Share above `CHANCE` from which relearning half A has brought something back."""
 ERASED_LEVEL = CHANCE + TOLERANCE
@@ -259,7 +260,11 @@ def relearn(
     Raises:
         TaskError: fewer than two forget subjects, or no phrasing in the split.
     """
+    expect_kind(ModelError, "model", model, LanguageModel)
+    expect_kind(TaskError, "task", task, Task)
+    model.check_editable()
     config = config or RelearnConfig()
+    expect_kind(ConfigError, "config", config, RelearnConfig)
     first, _ = halves(task.forget, config.seed)
     train = of_subjects(task.forget, first)
     half_a, half_b = scored_halves(task, config.seed, split)
@@ -276,6 +281,8 @@ def relearn(
             last=sum(a.last for a in found) / len(found),
         )
 
+    if on_step:
+        on_step(config.rates[0], 0, max(config.steps))
     start = measure(model, 0.0, 0)
     points: list[Point] = []
     for rate in config.rates:
@@ -302,8 +309,8 @@ def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
     first = next(iter(found.values()))
     width = max(len(name) for name in found)
     out = [
-        f"Half A: {first.facts[0]} prompts relearned. Half B: {first.facts[1]} prompts asked, "
-        f"{first.meta.split} phrasings.",
+        f"Half A: {number_of(first.facts[0], 'prompt')} relearned. "
+        f"Half B: {number_of(first.facts[1], 'prompt')} asked, {first.meta.split} phrasings.",
         "Half B, ranked first of four / last of four / top-1, worst of the learning rates "
         + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
         + f"; chance {CHANCE:.2f}.",

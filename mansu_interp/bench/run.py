@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from ..audit.known import known_forget
 from ..errors import ArtifactError, ConfigError
 from ..masks.floor import quantizer_set
 from ..models.language_model import LanguageModel
@@ -91,8 +92,8 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         One row per model, task, level, method, seed and quantizer (see `tidy`).
 
     Raises:
-        MansuError: an unknown model, task or quantizer, or Dask is needed and cannot be used,
-            before any long work.
+        MansuError: an unknown model, task or quantizer, a model that does not know what it is to
+            forget, or Dask is needed and cannot be used, before any long work.
         ResourceError: disk or memory ran out, or another benchmark writes to the folder.
     """
     if launched() > 1:
@@ -103,7 +104,8 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     models = {name: load_model(name, bench.device) for name in bench.models}
     for model in models.values():
         for task in bench.tasks:
-            load_task(task, model, default_config(model.name, task).score_pairs)
+            pairs = default_config(model.name, task).score_pairs
+            known_forget(model, load_task(task, model, pairs))
     jobs, scheduler = (1, None) if bench.table_only else (bench.jobs, bench.scheduler)
     check_folder(bench.out)
     with locked(bench.out), engine(jobs, scheduler) as compute:

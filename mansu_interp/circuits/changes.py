@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Float, Int8, Shaped
 
 from ..errors import CircuitError
+from ..utils.ranges import expect_kind
 
 KEPT_SHARE = 0.5
 """An edge with at least this signed share of its old score is kept (or recovered)."""
@@ -90,6 +91,8 @@ def classify(
     Raises:
         CircuitError: shapes that differ, scores that are not finite, or a negative threshold.
     """
+    for name, given in (("before", before), ("after", after), ("quantized", quantized)):
+        expect_kind(CircuitError, name, given, np.ndarray, float, None)
     b = np.asarray(before, dtype=np.float64)
     a = np.asarray(after, dtype=np.float64)
     q = a if quantized is None else np.asarray(quantized, dtype=np.float64)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.text import Text
+
+from ..errors import printable
 
 
 def duration(seconds: float) -> str:
@@ -26,11 +31,23 @@ def duration(seconds: float) -> str:
     )
 
 
-class Progress:
-    """Shows stages on standard error: a bar each on a terminal; elsewhere a line per stage, and one
-    per minute of it."""
+class TimeLeft(ProgressColumn):
+    """The time left, while there is some: nothing of what is done, or of unknown length."""
 
-    EVERY = 60.0
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """``12 s left``, or nothing."""
+        left = task.time_remaining
+        return Text(f"{duration(left)} left" if left and not task.finished else "")
+
+
+class Progress:
+    """Shows stages on standard error: a bar each on a terminal, elsewhere lines. A clock of its own
+    shows that a stage goes on, however long it says nothing."""
+
+    OFTEN, SELDOM = 5.0, 60.0
+    """Seconds between the lines of a stage: at first, and once it takes long."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -42,34 +59,65 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                TimeLeft(),
                 console=self.console,
             )
-        self.stage, self.start = "", time.monotonic()
-        self.printed = self.start
+        self.stage, self.done, self.total, self.told = "", 0, 0, True
+        self.printed = self.start = time.monotonic()
         self.bar = TaskID(0)
+        self.closed, self.lock = threading.Event(), threading.Lock()
+        if not quiet and not self.bars:  # bars refresh by themselves
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that a stage is at ``done`` of ``total`` (0 = unknown)."""
         if self.quiet:
             return
-        now = time.monotonic()
-        if stage != self.stage:
-            self.stage, self.start, self.printed = stage, now, now
+        stage = printable(stage)
+        with self.lock:
+            if stage != self.stage:
+                self._begin(stage, total)
+            self.done, self.total = done, total
             if self.bars:
-                self.bars.start()
-                self._finish()
-                self.bar = self.bars.add_task(stage, total=total or None)
-            else:
-                self.console.print(f"{stage} ...")
+                self.bars.update(self.bar, completed=done, total=total or None)
+        self.beat()
+
+    def _begin(self, stage: str, total: int) -> None:
+        self.stage, self.done = stage, 0
+        self.printed = self.start = time.monotonic()
         if self.bars:
-            self.bars.update(self.bar, completed=done, total=total or None)
-        elif now - self.printed >= self.EVERY:
-            self.printed = now
+            self.bars.start()
+            self._finish()
+            self.bar = self.bars.add_task(stage, total=total or None)
+        self.told = False
+        if not self.bars and total:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.told = True
+        self.console.print(f"{self.stage} ...")
+
+    def beat(self) -> None:
+        """A line where there are no bars, if the last one is some time ago."""
+        with self.lock:
+            now = time.monotonic()
             spent = now - self.start
-            left = f", {duration(spent / done * (total - done))} left" if total and done else ""
-            count = f"{done}/{total}" if total else f"{done}"
-            self.console.print(f"{stage}  {count}  {duration(spent)}{left}")
+            wait = min(max(self.OFTEN, spent / 4), self.SELDOM)
+            if self.bars or not self.stage:
+                return
+            if not self.told and spent > 0.9:  # of unknown length, and no error at once
+                self._tell()
+            if now - self.printed < wait:
+                return
+            self.printed = now
+            done, total = self.done, self.total
+            left = f", {duration(spent / done * (total - done))} left" if 0 < done < total else ""
+            count = f"  {done}/{total}" if total else f"  {done}" if done else ""
+            self.console.print(f"{self.stage}{count}  {duration(spent)}{left}")
+
+    def _watch(self) -> None:
+        while not self.closed.wait(1.0):
+            self.beat()
 
     def _finish(self) -> None:
         """End the bar of the stage before, whose total may not have been known."""
@@ -79,6 +127,7 @@ class Progress:
 
     def close(self) -> None:
         """Leave the bars as they are."""
+        self.closed.set()
         if self.bars:
             self._finish()
             self.bars.stop()

@@ -19,6 +19,17 @@ class Table:
     """How many leading columns hold words; the others hold numbers."""
     groups: Sequence[tuple[str, int]] = ()
     """Headings above ``head``, each with the number of columns it spans."""
+    folded: str = ""
+    """Title of the fold that hides it in HTML; empty shows it."""
+
+    @property
+    def full_head(self) -> list[str]:
+        """``head``, each with the heading above it."""
+        spans = [group for group, width in self.groups for _ in range(width)]
+        return [
+            f"{name} ({spans[i]})" if spans and spans[i] and name != "chance" else name
+            for i, name in enumerate(self.head)
+        ]
 
     @property
     def starts(self) -> set[int]:

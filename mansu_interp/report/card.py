@@ -24,11 +24,12 @@ def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
     name = report.model.name
     data = ModelCardData(
         base_model=_hub_name(name),
-        **{"license": "unknown", **(terms or {})},
+        license="unknown",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["unlearning", "mansu-interp"],
     )
+    vars(data).update(terms or {})
     top, edit = heading(report), report.edit
     blocks = [
         f"# {markdown_text(Path(name).name)}, edited to forget",

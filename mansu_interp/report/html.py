@@ -1,4 +1,5 @@
-"""The report as one self-contained page: no font, no image, no request.
+"""The report as one self-contained page: no font, no image, no request. Terms are explained where
+they stand.
 
 Whatever a model or a prompt says is escaped by the templates, and a content security policy forbids
 everything but the page's own styles and, where it holds a graph, the graph's script.
@@ -6,13 +7,16 @@ everything but the page's own styles and, where it holds a graph, the graph's sc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from ..utils.files import read_json
+from ..utils.shipped import DATA
 from ..viz.data import GraphData
 from ..viz.page import graph_element, policy, script_element
 from ..viz.svg import legal
@@ -20,6 +24,9 @@ from .blocks import Block, Cards, Code, Graph, Picture, Section, Table
 from .records import Report
 from .story import against, heading, sections
 from .values import measured, status_of
+
+_ALONE = {"outside"}
+"""Terms that are ordinary words in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,39 @@ class _Drawn:
 
 
 _KINDS = {"table": Table, "code": Code, "picture": Picture, "drawn": _Drawn, "cards": Cards}
+
+
+@cache
+def terms() -> Mapping[str, str]:
+    """What a report's terms mean, by name, as in docs/glossary.md."""
+    return read_json(DATA / "terms.json")
+
+
+@cache
+def _any_term() -> re.Pattern[str]:
+    words = sorted((re.escape(t) for t in terms() if t not in _ALONE), key=len, reverse=True)
+    return re.compile(rf"(?<![\w.-])({'|'.join(words)})(?![\w-]|\.\w)", re.IGNORECASE)
+
+
+def _pieces(text: str) -> Iterator[Markup]:
+    """Text, escaped, with each of its terms marked once."""
+    names = {name.lower(): name for name in terms()}
+    end, seen = 0, set()
+    for found in _any_term().finditer(text):
+        name = names[found[0].lower()]
+        if name not in seen:
+            seen.add(name)
+            yield escape(text[end : found.start()])
+            yield Markup('<abbr title="{}">{}</abbr>').format(terms()[name], found[0])
+            end = found.end()
+    yield escape(text[end:])
+
+
+def explained(text: str) -> Markup:
+    """Escaped text in which hovering a term shows its meaning."""
+    if text in _ALONE:
+        return Markup('<abbr title="{}">{}</abbr>').format(terms()[text], text)
+    return Markup("").join(_pieces(text))
 
 
 @cache
@@ -46,7 +86,8 @@ def _environment() -> Environment:
     for name, kind in _KINDS.items():
         found.tests[name] = lambda block, kind=kind: isinstance(block, kind)
     found.filters["trusted"] = Markup
-    found.globals.update(status_of=status_of, measured=measured, against=against)
+    found.filters["explained"] = lambda text: explained(legal(str(text)))
+    found.globals.update(status_of=status_of, measured=measured, against=against, terms=terms())
     return found
 
 
@@ -69,7 +110,10 @@ def render_page(template: str, title: str, parts: Sequence[Section], **values: o
         parts: what stands on the page.
         values: what else the template asks for.
     """
-    shown = [{"title": p.title, "blocks": [_drawn(b) for b in p.blocks]} for p in parts]
+    shown = [
+        {"title": p.title, "anchor": f"part-{k}", "blocks": [_drawn(b) for b in p.blocks]}
+        for k, p in enumerate(parts, 1)
+    ]
     scripted = any(isinstance(b, _Drawn) for part in shown for b in part["blocks"])
     return (
         _environment()

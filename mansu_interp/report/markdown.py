@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..errors import printable
 from .blocks import Block, Cards, Code, Graph, Picture, Table
 from .records import Report
 from .story import heading, sections
@@ -12,17 +13,13 @@ from .values import measured, status_of
 
 def markdown_text(text: str) -> str:
     """Text on one line in which nothing is markup."""
-    line = " ⏎ ".join(text.strip().splitlines())
+    line = " ⏎ ".join(printable(part) for part in text.strip().splitlines())
     line = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _table(table: Table) -> str:
-    spans = [group for group, width in table.groups for _ in range(width)]
-    head = [
-        f"{name} ({spans[i]})" if spans and spans[i] and name != "chance" else name
-        for i, name in enumerate(table.head)
-    ]
+    head = table.full_head
     rule = ["---" if i < table.words else "---:" for i in range(len(head))]
     lines = [[markdown_text(h) for h in head], rule]
     for row in table.rows:
@@ -30,7 +27,8 @@ def _table(table: Table) -> str:
             lines.append([f"**{markdown_text(row)}**", *[""] * (len(head) - 1)])
         else:
             lines.append([markdown_text(cell) for cell in row])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    title = f"{markdown_text(table.folded)}:\n\n" if table.folded else ""
+    return title + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cards(cards: Cards) -> str:
@@ -48,7 +46,7 @@ def _code(code: Code) -> str:
     longest = max((len(run) for run in re.findall("`+", code.text)), default=0)
     fence = "`" * max(3, longest + 1)
     title = f"{markdown_text(code.folded)}:\n\n" if code.folded else ""
-    return f"{title}{fence}\n{code.text}\n{fence}"
+    return f"{title}{fence}\n{printable(code.text)}\n{fence}"
 
 
 def markdown_block(block: Block) -> str:

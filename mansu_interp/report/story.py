@@ -7,24 +7,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..evaluation.properties import Property
-from ..evaluation.scores import METRICS, Metric, ScoreRow
+from ..evaluation.scores import METRICS, Metric, Score, ScoreRow
 from ..evaluation.versions import ModelVersion
-from ..viz.svg import curve_svg, lines_svg
-from .blocks import Block, Cards, Code, Graph, Picture, Section, Table
+from ..utils.words import number_of
+from ..viz.svg import lines_svg
+from .blocks import Block, Cards, Code, Picture, Section, Table
+from .graphs import circuit_blocks, graph_blocks
 from .records import (
-    CircuitSummary,
     Edit,
-    FinalMargin,
-    QuantizationMargin,
     QuantizerRow,
     Report,
     Sample,
 )
-from .values import count, figure, known, measured, percent, status_of
+from .values import count, figure, measured, percent, status_of
 
 ROLES = ("forget", "neighbour", "retain")
 LABELS: dict[Metric, str] = {"top1": "top-1", "choice": "choice"}
 FULL = "full precision"
+WEIGHTS = 10
+"""Weights with the most edits that are shown; the others are folded away."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,15 @@ class Heading:
     """pass, fail or undecided."""
     passed: bool | None
     sentence: str
+    summary: str
+    """How many properties hold."""
+    missed: tuple[Property, ...]
+    """Those that do not, each with its reason."""
 
 
 def heading(report: Report) -> Heading:
     """Title, model and verdict."""
-    subtitle = f"{report.model.name}, {count(report.model.parameters)} parameters"
+    subtitle = f"{report.model.name}, {number_of(report.model.parameters, 'parameter')}"
     word, _ = status_of(report.verdict.passed)
     return Heading(
         report.task.title or report.task.name,
@@ -49,6 +54,9 @@ def heading(report: Report) -> Heading:
         word,
         report.verdict.passed,
         report.verdict.sentence,
+        f"{sum(p.passed is True for p in report.properties)} of {len(report.properties)} "
+        "properties hold.",
+        tuple(p for p in report.properties if not p.passed),
     )
 
 
@@ -56,18 +64,6 @@ def against(item: Property) -> str:
     """What a property is measured against."""
     headroom = measured(item.headroom, signed=True)
     return f"target {measured(item.target)}, headroom {headroom}"
-
-
-def final_margin_text(margin: FinalMargin) -> str:
-    """Edits made for the final margin, and how near its target they came."""
-    target = figure(0.0 - margin.margin, 2)
-    return f"{count(margin.edits)} edits, {figure(margin.above, 2)} nats above a target of {target}"
-
-
-def quantization_margin_text(margin: QuantizationMargin) -> str:
-    """Edits made for the quantization margin, and how much of it they reached."""
-    reached, asked = figure(margin.reached, 2), figure(margin.margin, 2)
-    return f"{count(margin.edits)} edits, {reached} of {asked} nats"
 
 
 def sections(report: Report, svg: str = "") -> list[Section]:
@@ -82,8 +78,8 @@ def sections(report: Report, svg: str = "") -> list[Section]:
         Section("Scores", scores_blocks(report)),
         Section("Is it erased?", _erasure(report)),
         Section("The edit and its survival", _edit(report.edit, report.quantizers)),
-        Section("Attribution graphs", _graphs(report)),
-        Section("The circuit", _circuit(report.circuit, svg) if report.circuit else []),
+        Section("Attribution graphs", graph_blocks(report)),
+        Section("The circuit", circuit_blocks(report.circuit, svg) if report.circuit else []),
         Section("Samples", _samples(report.samples)),
         Section("How to reproduce", _reproduce(report)),
     ]
@@ -99,6 +95,12 @@ def scores_blocks(report: Report) -> list[Block]:
     ]
     if groups:
         blocks += (_wide if len(groups) <= 2 else _by_metric)(report.scores, groups)
+    if any(s.last is not None for row in report.scores for s in row.scores):
+        blocks.append(
+            "Answer ranked last of the four, original → unlearned; an answer that is avoided is "
+            "given away as well:"
+        )
+        blocks.append(_across(report.scores, groups, lambda s: s.last))
     if report.perplexity:
         blocks.append("Perplexity of running text (lower is better):")
         rows = [[str(p.model), figure(p.value)] for p in report.perplexity]
@@ -156,21 +158,31 @@ def _wide(entries: Sequence[ScoreRow], groups: Groups) -> list[Block]:
 
 
 def _by_metric(entries: Sequence[ScoreRow], groups: Groups) -> list[Block]:
-    """A table a metric, a column a precision: for more of them than fit side by side."""
+    """A table a metric: for more precisions than fit side by side."""
     blocks: list[Block] = []
     for metric in METRICS:
-        chance = metric == "choice"
-
-        def cells(e: ScoreRow, metric: Metric = metric, chance: bool = chance) -> list[str]:
-            return [percent(e.chance)] * chance + [
-                " → ".join(_accuracy(e, v, metric) for v in vs) for vs in groups.values()
-            ]
-
         name = LABELS[metric]
         blocks.append(f"{name[0].upper()}{name[1:]}, original → unlearned:")
-        head = ["set", "n", *["chance"] * chance, *groups]
-        blocks.append(Table(head, _by_role(entries, cells)))
+        blocks.append(_across(entries, groups, lambda s, m=metric: s.value(m), metric == "choice"))
     return blocks
+
+
+def _across(
+    entries: Sequence[ScoreRow],
+    groups: Groups,
+    share: Callable[[Score], float | None],
+    chance: bool = True,
+) -> Table:
+    """A table of one share, a column a precision."""
+
+    def cells(e: ScoreRow) -> list[str]:
+        return [percent(e.chance)] * chance + [
+            " → ".join(percent(share(e[v]) if v in e.models else None) for v in vs)
+            for vs in groups.values()
+        ]
+
+    head = ["set", "n", *["chance"] * chance, *groups]
+    return Table(head, _by_role(entries, cells))
 
 
 def _erasure(report: Report) -> list[Block]:
@@ -203,7 +215,7 @@ def _relearning(report: Report) -> list[Block]:
         "half's prompts whose answer ranks first of four, or last (an answer that is avoided is "
         "given away as well). Erased knowledge stays near chance, 25%.",
         Picture(lines_svg(drawn, "steps of relearning", "first or last of four")),
-        Table(["first / last of four", *(f"{s} steps" for s in steps)], rows),
+        Table(["first / last of four", *(number_of(s, "step") for s in steps)], rows),
     ]
 
 
@@ -246,7 +258,11 @@ def _edit(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[Block]:
     if edit.by_weight:
         blocks.append("Where the edits lie:")
         rows = [[w.weight, count(w.edited), count(w.of)] for w in edit.by_weight]
-        blocks.append(Table(["weight", "edited", "of"], rows))
+        head, rest = ["weight", "edited", "of"], rows[WEIGHTS:]
+        blocks.append(Table(head, rows[:WEIGHTS]))
+        if rest:
+            title = f"{number_of(len(rest), 'weight')} with fewer edits"
+            blocks.append(Table(head, rest, folded=title))
     return blocks
 
 
@@ -258,10 +274,9 @@ def _edit_facts(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[list[str
     if edit.embedding:
         rows.append(["of these in the embedding, which is not quantized", count(edit.embedding)])
     if edit.final_margin:
-        rows.append(["for the final margin", final_margin_text(edit.final_margin)])
+        rows.append(["for the final margin", str(edit.final_margin)])
     if edit.quantization_margin:
-        text = quantization_margin_text(edit.quantization_margin)
-        rows.append(["for the quantization margin", text])
+        rows.append(["for the quantization margin", str(edit.quantization_margin)])
     if quantizers:
         name, found = quantizers[0].name, quantizers[0].survival
         kept = f" ({percent(found.survived / found.edited)} of the edited)" if found.edited else ""
@@ -293,76 +308,6 @@ def _quantizers(quantizers: Sequence[QuantizerRow]) -> Table:
     head += ["original", "unlearned", "gap", "back / gone", "p"]
     groups = [("", 2), ("codes changed", 2), ("four-way forget accuracy", 3), ("prompts", 2)]
     return Table(head, rows, words=2, groups=groups)
-
-
-def _graphs(report: Report) -> list[Block]:
-    """How the attribution graphs differ: numbers, and every edge."""
-    blocks: list[Block] = []
-    if report.comparison:
-        rows = [
-            [str(c.model)]
-            + [measured(x) for x in (d.mass, d.alignment, d.projected_share, d.outside)]
-            for c in report.comparison
-            for d in [c.divergence]
-        ]
-        head = ["model", "mass", "alignment", "projected share", "outside"]
-        blocks += [
-            "Relative to the original model's circuit, on forget prompts that unlearning never "
-            "saw. Mass: how much attribution is left on it. Alignment: whether what is left "
-            "points the same way (cosine). Projected share: mass and direction together. Outside: "
-            "attribution that flows elsewhere. These numbers describe; relearning decides.",
-            Table(head, rows),
-        ]
-    if report.graph:
-        blocks += [
-            "What became of every edge of the graph. Drag to move, click to select; the three "
-            "graphs share it.",
-            Graph(report.graph, _edge_counts(report)),
-        ]
-    return blocks
-
-
-def edge_counts(report: Report) -> dict[str, int]:
-    """How many edges there are of each class; empty without a graph."""
-    counts = (report.graph or {}).get("counts")
-    if not isinstance(counts, dict):
-        return {}
-    return {str(k): n for k, n in counts.items() if isinstance(n, int)}
-
-
-def _edge_counts(report: Report) -> Table:
-    """The counts with what each class means, for where the view does not run."""
-    meaning = (report.graph or {}).get("meaning")
-    meaning = meaning if isinstance(meaning, dict) else {}
-    rows = [
-        [name, count(n), str(meaning.get(name, "")).partition(": ")[2]]
-        for name, n in edge_counts(report).items()
-    ]
-    return Table(["edges that are", "number", "meaning"], rows, words=3)
-
-
-def _circuit(circuit: CircuitSummary, svg: str) -> list[Block]:
-    blocks: list[Block] = [
-        f"{count(circuit.edges)} of {count(circuit.of)} edges leave "
-        f"{percent(circuit.faithfulness)} of the difference between the answer and its rival when "
-        "everything outside them is ablated (faithfulness)."
-    ]
-    if svg:
-        blocks.append(Picture(svg))
-    curve = sorted((p.edges, f) for p in circuit.curve if (f := known(p.faithfulness)) is not None)
-    if curve:
-        faithfulness = known(circuit.faithfulness)
-        chosen = None if faithfulness is None else (circuit.edges, faithfulness)
-        blocks.append("Faithfulness of the circuits that the search tried:")
-        instead = Table(
-            ["edges", "faithfulness"], [[count(n), percent(f)] for n, f in curve], words=0
-        )
-        blocks.append(Picture(curve_svg(curve, chosen), instead))
-    if circuit.top_edges:
-        blocks.append("The strongest edges; a negative score opposes the answer:")
-        rows = [[e.source, e.target, figure(e.score)] for e in circuit.top_edges]
-        blocks.append(Table(["from", "to", "score"], rows, words=2))
-    return blocks
 
 
 def _samples(samples: Sequence[Sample]) -> list[Block]:

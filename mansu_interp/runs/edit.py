@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,7 +99,11 @@ def find_circuit(run: RunContext) -> Circuit:
 
 
 def make_mask(
-    config: RunConfig, model: LanguageModel, task: Task, circuit: Circuit | None = None
+    config: RunConfig,
+    model: LanguageModel,
+    task: Task,
+    circuit: Circuit | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Mask:
     """The mask of a circuit, with a run's settings; of ablations, one that ignores the circuit.
 
@@ -129,6 +134,7 @@ def make_mask(
         survive=method.survive,
         by_layer=config.by_layer,
         subject_rows=config.subject_rows,
+        on_step=on_step,
     )
 
 
@@ -136,18 +142,21 @@ def choose_parameters(run: RunContext, circuit: Circuit | None) -> Mask:
     """``mask.safetensors``, made or read."""
     config, file = run.config, run.out / MASK
     if run.missing(file):
-        run.note("choosing parameters", 0, 1)
+
+        def on_step(done: int, total: int) -> None:
+            run.note("choosing parameters", done, total)
+
+        on_step(0, 0)
         torch.manual_seed(config.seed)
         less = "Take a smaller model or a larger machine."
         if not config.by_layer:
             less = "Run it again in the same folder with --by-layer: the mask is the same."
         with enough_memory("choosing parameters", less):
-            made = make_mask(config, run.model, run.task, circuit)
+            made = make_mask(config, run.model, run.task, circuit, on_step)
         if run.writes:
             with run.folder.file(MASK) as place:
                 replace(made, meta={**made.meta, "provenance": run.provenance}).save(place)
         run.wait()
-        run.note("choosing parameters", 1, 1)
     mask = Mask.load(file)
     mask.check_fits(run.model)
     run.clock.lap("mask")
@@ -195,6 +204,7 @@ def record(run: RunContext, mask: Mask | None, model: LanguageModel) -> None:
         ArtifactError: it is of another.
     """
     file = run.out / LEDGER
+    run.note("recording every edit", 0, 0)
     if run.missing(file):
         if run.writes:
             ledger = Ledger.of(run.model, model, run.config.unlearn.promised or (QUANTIZER,), mask)

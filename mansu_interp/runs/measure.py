@@ -9,9 +9,9 @@ import torch
 from ..audit.cad import CAD, judge_erasure
 from ..audit.config import RelearnConfig
 from ..audit.relearning import Relearning, relearn
-from ..circuits.attribution import Attribution
 from ..circuits.circuit import Circuit
 from ..circuits.compare import compare
+from ..circuits.scores import Attribution
 from ..evaluation.properties import properties, verdict
 from ..evaluation.scores import Flips, Metric, Scores, evaluate
 from ..evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL, QUANTIZER, ModelVersion
@@ -45,7 +45,8 @@ from ..unlearning.history import StepRecord, read_history
 from ..unlearning.methods import Mansu
 from ..viz.view import View, changes_view
 from .command import command_line
-from .context import RunContext
+from .config import RunConfig
+from .context import OnProgress, RunContext
 from .edit import Edited
 from .folder import HISTORY, config_json
 from .plan import CAD_PAIRS
@@ -69,6 +70,7 @@ def measure(run: RunContext, edited: Edited) -> Report:
     5. Hold the four properties to their targets.
     """
     torch.manual_seed(run.config.seed)
+    run.note("quantizing", 0, 0)
     models: dict[ModelVersion, LanguageModel] = {
         ORIGINAL: run.model,
         ORIGINAL.after(QUANTIZER): quantize(run.model, QUANTIZER),
@@ -82,7 +84,8 @@ def measure(run: RunContext, edited: Edited) -> Report:
     compared, view = compare_graphs(run, edited, models, reference)
     run.clock.lap("compare")
     attacked, cad = attack(run, models, reference) if run.config.relearn_steps else ({}, None)
-    held = properties(scores, deployed(run), attacked.get(EDITED))
+    held = properties(scores, deployed(run.config), attacked.get(EDITED))
+    run.note("what the models write", 0, 0)
     shown = {v: m for v, m in models.items() if v != ORIGINAL.after(QUANTIZER)}
     return Report(
         schema=SCHEMA,
@@ -107,16 +110,16 @@ def measure(run: RunContext, edited: Edited) -> Report:
     )
 
 
-def deployed(run: RunContext) -> list[str]:
+def deployed(config: RunConfig) -> list[str]:
     """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
-    return list(dict.fromkeys((QUANTIZER, *run.config.unlearn.promised)))
+    return list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
 
 
 def score(run: RunContext, models: Models) -> Scores:
     """Original and edited model on every unseen set, in full precision and after each quantizer
     of the set."""
     scores = evaluate(models, run.task, on_step=run.note)
-    for name in deployed(run)[1:]:  # two at a time: they need not fit into memory together
+    for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
         pair = {v.after(name): quantize(models[v], name) for v in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(pair, run.task, on_step=run.note))
     return scores
@@ -126,12 +129,15 @@ def quantizer_rows(
     run: RunContext, edited: LanguageModel, scores: Scores
 ) -> tuple[QuantizerRow, ...]:
     """What each quantizer makes of the edit; nf4 first."""
-    names = dict.fromkeys((*deployed(run), *run.config.quantizers))
-    promised = run.config.unlearn.promised
-    return tuple(
-        quantizer_row(run.model, edited, get_quantizer(q), run.task, q in promised, scores)
-        for q in names
-    )
+    names = list(dict.fromkeys((*deployed(run.config), *run.config.quantizers)))
+    promised, rows = run.config.unlearn.promised, []
+    for k, q in enumerate(names):
+        run.note("what quantizers leave of the edit", k, len(names))
+        found = quantizer_row(
+            run.model, edited, get_quantizer(q), run.task, q in promised, scores, run.note
+        )
+        rows.append(found)
+    return tuple(rows)
 
 
 def quantizer_row(
@@ -141,6 +147,7 @@ def quantizer_row(
     task: Task,
     promised: bool,
     scores: Scores,
+    note: OnProgress | None = None,
 ) -> QuantizerRow:
     """What one quantizer makes of an edit: survival, and forget accuracy on unseen phrasings.
 
@@ -152,13 +159,14 @@ def quantizer_row(
         promised: whether every edit survives it by construction.
         scores: of the unlearned model in full precision, and perhaps of both after the quantizer;
             else these are scored here.
+        note: called with (stage, done, total) while they are.
     """
     before, after = ORIGINAL.after(quantizer.name), EDITED.after(quantizer.name)
     found = scores
-    if after not in scores.first:
+    if after not in scores.right:
         models = {v: quantize(m, quantizer, task.calibration)
                   for v, m in ((before, model), (after, edited))}  # fmt: skip
-        found = evaluate(models, task, role="forget")
+        found = evaluate(models, task, role="forget", on_step=note)
 
     def forget(metric: Metric) -> ForgetScore:
         old, new = (found.mean("forget", metric, v) for v in (before, after))
@@ -170,7 +178,7 @@ def quantizer_row(
         survival=survival(model, edited, quantizer, task.calibration),
         choice=forget("choice"),
         top1=forget("top1"),
-        flips=Flips.between(scores.first[EDITED], found.first[after]),
+        flips=Flips.between(scores.right[EDITED]["choice"], found.right[after]["choice"]),
     )
 
 
@@ -252,7 +260,7 @@ def model_facts(model: LanguageModel) -> ReportModel:
 
 def task_facts(task: Task) -> ReportTask:
     """The task, for the report."""
-    facts = len({(p.relation, p.subject) for p in task.forget})
+    facts = len({p.fact for p in task.forget})
     return ReportTask(task.name, task.title, facts, task.dropped)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ..audit.relearning import scored_halves
 from ..circuits.circuit import Circuit
+from ..errors import ConfigError
 from ..export.deployed import licence_terms
 from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
@@ -31,6 +32,7 @@ from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
 from ..utils.files import locked
 from ..utils.libraries import enough_memory
+from ..utils.ranges import expect_kind
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext
@@ -46,8 +48,8 @@ from .folder import (
     config_json,
     result_affecting,
 )
-from .measure import measure
-from .plan import Plan, plan
+from .measure import deployed, measure
+from .plan import Plan, plan, what_is_known
 
 
 @dataclass
@@ -71,7 +73,8 @@ def run(
 ) -> RunResult:
     """Run the whole job and write every artefact; go on with one that was killed.
 
-    1. Check the settings and load model and task: bad input costs no work.
+    1. Check the settings and load model and task, and ask the original what it knows of it: bad
+       input costs no work, and what was not known cannot be forgotten.
     2. Take the folder, and tell the plan.
     3. Edit: circuit, mask, unlearning (`edit`).
     4. Measure the saved checkpoint (`measure`).
@@ -92,6 +95,7 @@ def run(
         MansuError: bad input, always before long work starts.
         ResourceError: disk or memory ran out, or another run writes to the folder.
     """
+    expect_kind(ConfigError, "config", config, RunConfig)
     if config.threads:
         torch.set_num_threads(config.threads)
     check_folder(config)
@@ -99,10 +103,14 @@ def run(
         quantizer_set(config.unlearn.survive)
     for name in config.quantizers:
         get_quantizer(name)
+    note = on_progress or (lambda *_: None)
+    note("loading model and task", 0, 0)
     model = load_model(config.model, config.device)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
+    note = on_progress or (lambda *_: None)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
+    task, known = what_is_known(model, task, deployed(config), config.seed, note)
     if config.relearn_steps:
         scored_halves(task, config.seed)
     made_from = provenance(model, config.seed, result_affecting(config_json(config)), task.sha256)
@@ -110,15 +118,15 @@ def run(
         folder = begin(config, made_from) if rank() == 0 else RunFolder(config.out)
         clock = Clock(config.out / "seconds.json")
 
-        def note(stage: str, done: int, total: int) -> None:
+        def held(stage: str, done: int, total: int) -> None:
             if rank() == 0:
                 folder.check_held()
-            if on_progress:
-                on_progress(stage, done, total)
+            note(stage, done, total)
 
-        context = RunContext(config, model, task, made_from, note, clock, folder)
+        context = RunContext(config, model, task, made_from, held, clock, folder)
         if on_plan:
-            made = plan(config, model, task)
+            held("timing a small batch", 0, 0)
+            made = plan(config, model, task, known)
             on_plan(replace(made, lines=made.lines + _spent(clock)))
         clock.lap("load")
         edited = edit(context)

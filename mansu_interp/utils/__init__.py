@@ -1,1 +1,4 @@
-"""Files, hub, optional packages, processes: knows nothing of models."""
+"""Files, hub, optional packages, processes: knows nothing of models.
+
+No public names: implementation.
+"""

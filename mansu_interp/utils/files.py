@@ -6,6 +6,7 @@ checked before it is used.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -37,6 +38,8 @@ _LIVE: dict[str, Path] = {}
 """Those of this process, and what they are to become; others of its number are of a dead one that
 had it, too."""
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _WORDS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -279,16 +282,44 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a finite number")
 
 
+def decode(data: bytes) -> str:
+    """The text of a file that somebody wrote: UTF-8, or what its first bytes (a byte order mark, as
+    Excel and Notepad write it) say.
+
+    Raises:
+        ValueError: it is in another encoding.
+    """
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"byte {error.start:,} is no {'UTF-16' if marked else 'UTF-8'} (save it as UTF-8)"
+        ) from error
+
+
+def half_pair(text: str) -> str:
+    """The first half of a surrogate pair that stands alone in a text, escaped; else nothing. Such a
+    text can be neither written nor tokenized."""
+    found = _HALF_PAIR.search(text)
+    return ascii(found.group())[1:-1] if found else ""
+
+
 def parse_json(text: str) -> Json:
     """Strict JSON from a string.
 
     Raises:
-        ValueError: not JSON, nested too deeply, or holding NaN, infinity or an endless number.
+        ValueError: not JSON, nested too deeply, or holding NaN, infinity, an endless number or half
+            of a surrogate pair.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant)
+        half = _ESCAPED_HALF.search(text) and half_pair(json.dumps(value, ensure_ascii=False))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if half:
+        raise ValueError(f"{half} is half of a surrogate pair, which is no text")
+    return value
 
 
 def check_regular(path: Path, limit: int) -> None:
@@ -330,7 +361,7 @@ def read_json(path: Path) -> Json:
         ArtifactError: missing, damaged, or too large (see `MAX_JSON`).
     """
     try:
-        return parse_json(read_bytes(path, MAX_JSON).decode("utf-8"))
+        return parse_json(decode(read_bytes(path, MAX_JSON)))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as JSON: {error}.") from error
 

@@ -14,7 +14,7 @@ from ..circuits.changes import CLASSES, MEANING
 from ..errors import ArtifactError
 from ..models.graph import Architecture, Graph
 from ..utils.files import Json, expect
-from .layout import CONSTANTS, Layout, place
+from .layout import CONSTANTS
 from .styles import EDGE_STYLES
 
 if TYPE_CHECKING:  # at run time only its fields are used, so pictures need no torch
@@ -137,7 +137,7 @@ class GraphData:
             "edges": edges,
             "nodes": nodes,
             "weights": {k: list(v) for k, v in self.weights.items()},
-            "layout": _layout_json(place(self.architecture)),
+            "layout": dict(CONSTANTS),
             "styles": {name: list(style) for name, style in EDGE_STYLES.items()},
             "cad": asdict(self.cad) if self.cad else None,
             "comparison": {k: asdict(v) for k, v in self.comparison.items()}
@@ -170,16 +170,6 @@ class GraphData:
             raise
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"The graph is damaged: {error}.") from error
-
-
-def _layout_json(layout: Layout) -> dict[str, Json]:
-    """Where boxes are, as graph.js reads it."""
-    sizes = {k: getattr(layout, k) for k in ("width", "height", "pitch", "column")}
-    boxes = [
-        [b.id, b.kind, b.label, *(round(v, 2) for v in (b.x, b.y, b.width, b.height))]
-        for b in layout.boxes.values()
-    ]
-    return {**sizes, "constants": CONSTANTS, "rows": list(layout.rows), "boxes": boxes}
 
 
 def _checked(data: Mapping[str, Json]) -> GraphData:

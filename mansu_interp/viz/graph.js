@@ -2,13 +2,18 @@
 // saved pages (they inline this file and call `mount`). No dependency, no request. Everything that
 // comes from data is written with textContent. The data's format is described in docs/viewing.md.
 
+const PALETTE = {
+  light: { paper: "#fff", ink: "#1d2329", soft: "#5c6670", faint: "#dfe3e7", box: "#f4f6f8", accent: "#0b6bcb" },
+  dark: { paper: "#15191d", ink: "#e8ebee", soft: "#a3adb7", faint: "#333b43", box: "#232a31", accent: "#6cb4f5" },
+};
+const variables = (colours) => Object.entries(colours).map(([name, value]) => `--${name}:${value};`).join("");
+const FONT = 11; // pixels on the screen, however far one zooms
 const CSS = `
-.mg{--paper:#fff;--ink:#1d2329;--soft:#5c6670;--faint:#dfe3e7;--box:#f4f6f8;--accent:#0b6bcb;
+.mg{${variables(PALETTE.light)}
 color:var(--ink);background:var(--paper);font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif;border:1px solid var(--faint);border-radius:8px;padding:12px 14px;
 text-align:left;container-type:inline-size}
-.mg.dark{--paper:#15191d;--ink:#e8ebee;--soft:#a3adb7;--faint:#333b43;--box:#232a31;--accent:#6cb4f5;
-color-scheme:dark}
+.mg.dark{${variables(PALETTE.dark)}color-scheme:dark}
 .mg *{box-sizing:border-box}.mg [hidden]{display:none!important}
 .mg .head{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline;margin-bottom:8px}
 .mg .title{font-weight:650;font-size:15px;overflow-wrap:anywhere}
@@ -18,6 +23,8 @@ padding:7px 12px;margin:0 0 10px;overflow-x:auto}
 .mg .cad b{text-transform:capitalize}
 .mg table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:12px;margin-top:5px;color:inherit}
 .mg th,.mg td{padding:1px 14px 1px 0;text-align:right;font-weight:400;border:0;background:none;white-space:nowrap}
+.mg [title]{text-decoration:underline dotted;text-underline-offset:3px;cursor:help}
+.mg button[title]{text-decoration:none;cursor:pointer}
 .mg th{color:var(--soft)}.mg th:first-child,.mg td:first-child{text-align:left}
 .mg .bar{display:flex;flex-wrap:wrap;gap:8px 16px;align-items:center;padding:7px 0 9px;
 border-top:1px solid var(--faint)}
@@ -26,19 +33,19 @@ border-top:1px solid var(--faint)}
 .mg input[type=range]{width:150px;accent-color:var(--accent);margin:0}
 .mg input[type=number],.mg input[type=search]{font:inherit;color:var(--ink);background:var(--paper);
 border:1px solid var(--faint);border-radius:5px;padding:2px 6px;width:68px}
-.mg input[type=search]{width:150px}
+.mg input[type=search]{width:176px}
 .mg button{font:inherit;color:var(--soft);background:none;border:1px solid var(--faint);
 border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg button[aria-pressed=true]{color:var(--ink);background:var(--box);border-color:var(--soft)}
 .mg :focus-visible{outline:2px solid var(--accent);outline-offset:1px}
 .mg .chips{display:inline-flex;gap:4px;align-items:center;color:var(--soft)}
-.mg .panes{display:grid;grid-template-columns:repeat(var(--panes),minmax(0,1fr));gap:10px}
-.mg figure{margin:0;min-width:0}
+.mg .panes{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--pane)),1fr));gap:8px}
+.mg figure{margin:0;min-width:0;overflow-x:auto}
 .mg figcaption{color:var(--soft);font-weight:600;padding:0 0 3px 2px;font-size:13px;text-align:left}
-.mg canvas{display:block;width:100%;border-radius:6px;cursor:grab;touch-action:pan-y}
+.mg canvas{display:block;border-radius:6px;cursor:grab;touch-action:pan-x pan-y}
 .mg canvas.over{cursor:pointer}
 .mg .legend{display:flex;flex-wrap:wrap;gap:4px 8px;margin-top:8px}
-.mg .legend button,.mg .legend span{display:inline-flex;gap:7px;align-items:center;font-size:12px;color:var(--soft)}
+.mg .legend button,.mg .legend span{display:inline-flex;text-align:left;gap:7px;align-items:center;font-size:12px;color:var(--soft)}
 .mg .legend button[aria-pressed=false]{opacity:.45;text-decoration:line-through}
 .mg .legend button,.mg .legend button[aria-pressed]{border-color:transparent;background:none;padding:1px 4px}
 .mg .legend button:hover{border-color:var(--faint)}.mg .legend span{padding:1px 4px}
@@ -49,7 +56,6 @@ border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg .tip{position:fixed;z-index:99999;pointer-events:none;background:var(--paper);color:var(--ink);
 border:1px solid var(--soft);border-radius:6px;padding:6px 10px;font-size:12px;max-width:min(430px,90vw);
 box-shadow:0 3px 12px #0003}
-@container (max-width:760px){.mg .panes{grid-template-columns:minmax(0,1fr)}}
 @media print{.mg .bar,.mg .detail{display:none}}
 `;
 
@@ -58,6 +64,15 @@ const short = (x) => (x === 0 ? "0" : x < 1e-4 ? x.toExponential(1) : Number(x.t
 const count = (n) => n.toLocaleString("en-US");
 const boxOf = (id) => id.split("<")[0];
 const readerOf = (id) => (id.includes("<") ? id.slice(id.indexOf("<") + 1, -1) : "");
+
+// What the tables' headings mean: as in docs/glossary.md and the report's terms (a test compares them).
+export const TERMS = {
+  CAD: "circuit attribution divergence; here the number and verdict of mansu cad: 0 = all knowledge is there, 1 = none",
+  mass: "how much attribution is left on the circuit, as a share of the original's",
+  "projected share": "⟨s′, s⟩ / ⟨s, s⟩: how much of the original's attribution, or of an edit, is left along its direction",
+  alignment: "whether what is left of the attribution points the same way (cosine): 1 = the same, −1 = reversed",
+  outside: "attribution that flows elsewhere than along the circuit, as a share of all of the original's",
+};
 
 function make(tag, props = {}, ...children) {
   const node = document.createElement(tag);
@@ -72,8 +87,50 @@ function make(tag, props = {}, ...children) {
 }
 
 function table(rows) {
-  const entry = (tag) => (text) => make(tag, { text });
+  const entry = (tag) => (text) => make(tag, Object.hasOwn(TERMS, text) ? { text, title: TERMS[text] } : { text });
   return make("table", {}, ...rows.map((r, i) => make("tr", {}, ...r.map(entry(i ? "td" : "th")))));
+}
+
+// Where everything is: the same rules as `place` in layout.py (a test compares them). `shown`: ids of
+// the boxes that carry something, or null for all.
+export function place(a, c, shown) {
+  const group = a.n_heads / a.n_kv_heads, range = (n) => Array.from({ length: n }, (_, i) => i);
+  const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
+  const drawn = new Map();
+  for (const layer of range(a.n_layers)) {
+    const heads = range(a.n_heads).filter((h) => !shown || shown.has(`a${layer}.h${h}`));
+    for (const k of range(shown && group > 1 ? a.n_kv_heads : 0)) {
+      if (shown.has(`a${layer}.kv${k}`) && !heads.some((h) => Math.floor(h / group) === k)) heads.push(k * group);
+    }
+    heads.sort((x, y) => x - y);
+    const mlp = !shown || shown.has(`m${layer}`);
+    if (heads.length || mlp) drawn.set(layer, { heads, mlp });
+  }
+  const columns = Math.max(1, ...[...drawn.values()].map((row) => row.heads.length));
+  const longest = `a${a.n_layers - 1}.h${a.n_heads - 1}`, widest = c.letter * longest.length + 4;
+  const column = Math.max(clamp(c.room / columns, 30, 84), widest + 6);
+  const pitch = clamp(640 / Math.max(drawn.size, 1), 48, 104), tall = clamp(pitch * 0.36, 17, 28);
+  const headWidth = Math.max(column * 0.72, widest), mlpX = c.left + column * columns + c.mlp_gap + c.mlp_width / 2;
+  const margin = mlpX + c.mlp_width / 2, raised = a.parallel ? 0 : 0.5 * pitch;
+  const logitsY = c.top + 12, first = logitsY + raised + 0.8 * pitch;
+  const rows = new Map([...drawn.keys()].map((layer, k) => [layer, first + pitch * (drawn.size - 1 - k)]));
+  const inputY = Math.max(logitsY, ...rows.values()) + 0.9 * pitch;
+  const boxes = [];
+  const add = (id, kind, label, x, y, width, height) => boxes.push({ id, kind, label, x, y, width, height });
+  const end = (id, y) => add(id, id, id, (c.left + margin) / 2, y, margin - c.left, 24);
+  end("input", inputY);
+  for (const [layer, row] of drawn) {
+    const y = rows.get(layer), at = row.heads.map((h, k) => [h, c.left + column * (k + 0.5)]);
+    for (const [h, x] of at) add(`a${layer}.h${h}`, "head", `a${layer}.h${h}`, x, y, headWidth, tall);
+    for (const k of range(group > 1 ? a.n_kv_heads : 0)) {
+      const over = at.filter(([h]) => Math.floor(h / group) === k).map(([, x]) => x), left = over[0], right = over.at(-1);
+      if (over.length) add(`a${layer}.kv${k}`, "kv", "", (left + right) / 2, y + tall / 2 + 5, right - left + headWidth, 4);
+    }
+    if (row.mlp) add(`m${layer}`, "mlp", `m${layer}`, mlpX, y - raised, c.mlp_width, tall);
+  }
+  end("logits", logitsY);
+  const box = Object.fromEntries(boxes.map((b) => [b.id, b]));
+  return { width: margin + c.right, height: inputY + 12 + c.bottom, pitch, column, tall, longest, boxes, box, rows, margin, constants: c };
 }
 
 // The four Bezier points of an edge: the same rule as `curve` in layout.py (a test compares them).
@@ -90,7 +147,7 @@ export function curve(layout, source, target) {
     if (u.kind === "mlp" || v.kind === "mlp" || isEnd("input", "logits")) {
       swing = Math.min(26 + (5 * rise) / layout.pitch, c.right * 1.1);
       if (isEnd("input", "logits")) {
-        x0 = x1 = layout.box.m0.x + c.mlp_width / 2 - 4;
+        x0 = x1 = layout.margin - 4;
         swing = c.right * 1.25;
       }
     } else {
@@ -139,9 +196,6 @@ class GraphView {
 
   index() {
     const d = this.data, e = d.edges;
-    const keys = ["id", "kind", "label", "x", "y", "width", "height"];
-    this.boxes = d.layout.boxes.map((row) => Object.fromEntries(keys.map((k, i) => [k, row[i]])));
-    this.layout = { ...d.layout, box: Object.fromEntries(this.boxes.map((b) => [b.id, b])) };
     const n = e.source.length;
     this.strength = new Float64Array(n);
     this.largest = 0;
@@ -155,7 +209,21 @@ class GraphView {
     this.target = e.target.map((j) => d.readers[j]);
     this.kind = this.target.map((id) => readerOf(id) || (id === "logits" ? "logits" : "mlp"));
     this.nodeRow = Object.fromEntries(d.writers.map((id, i) => [id, i]));
-    this.curves = new Array(n);
+    const a = d.architecture;
+    this.all = a.n_layers * (a.n_heads + 1) <= d.layout.crowded; // draw what carries nothing, too
+  }
+
+  // Boxes of the edges above the threshold, whatever else hides them: filters do not move anything.
+  arrange() {
+    const shown = this.all ? null : new Set([...this.selected].map(boxOf));
+    if (shown) for (const i of this.order.slice(0, this.rank(this.threshold))) shown.add(boxOf(this.source[i])).add(boxOf(this.target[i]));
+    const key = shown ? [...shown].sort().join() : "all";
+    if (key === this.arranged) return;
+    this.arranged = key;
+    this.layout = place(this.data.architecture, this.data.layout, shown);
+    this.boxes = this.layout.boxes;
+    this.curves = new Array(this.order.length);
+    if (!this.layout.box[this.focus]) this.focus = null;
   }
 
   curve(i) {
@@ -222,6 +290,9 @@ class GraphView {
     if (d.edges.in_circuit.some((x) => !x)) {
       bar.append(this.toggle("circuit only", false, (on) => { this.circuitOnly = on; this.refilter(); }));
     }
+    const everything = this.toggle("all components", this.all, (on) => { this.all = on; this.refilter(); });
+    everything.title = "off: layers and heads that no drawn edge touches are left out";
+    bar.append(everything);
     this.search = make("input", {
       type: "search", placeholder: "find node, e.g. a2.h1", "aria-label": "find node",
       oninput: () => { this.query = this.search.value.trim().toLowerCase(); this.refilter(); },
@@ -229,7 +300,6 @@ class GraphView {
     bar.append(this.search, make("button", { type: "button", text: "reset view", title: "key 0", onclick: () => this.resetView() }));
 
     this.panesEl = make("div", { class: "panes" });
-    this.panesEl.style.setProperty("--panes", this.panes.length);
     this.canvases = this.panes.map((name, p) => {
       const canvas = make("canvas", {
         tabindex: 0, role: "img",
@@ -244,8 +314,7 @@ class GraphView {
     this.tip = make("div", { class: "tip", hidden: "" });
     this.root.append(make("style", { text: CSS }), head, ...this.verdict(), bar, this.panesEl, this.legend, this.detail, this.tip);
     this.el.append(this.root);
-    this.buildLegend();
-    const redraw = () => { this.theme(); this.draw(); };
+    const redraw = () => this.draw(); // which asks for the theme
     const signal = this.stop.signal;
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw, { signal });
     const watcher = new MutationObserver(redraw);
@@ -254,7 +323,6 @@ class GraphView {
     const resize = new ResizeObserver(() => this.draw());
     resize.observe(this.panesEl);
     signal.addEventListener("abort", () => { watcher.disconnect(); resize.disconnect(); });
-    this.theme();
   }
 
   toggle(text, on, act) {
@@ -305,11 +373,13 @@ class GraphView {
     this.legend.append(make("span", { text: `Width: |score|, largest ${short(this.largest)} ${d.unit}` }));
   }
 
+  // Notebooks render while detached and switch themes later: asked before every drawing.
   theme() {
-    this.dark = isDark(this.el);
-    this.root.classList.toggle("dark", this.dark);
-    const style = getComputedStyle(this.root);
-    this.css = Object.fromEntries(["paper", "ink", "soft", "faint", "box", "accent"].map((n) => [n, style.getPropertyValue("--" + n).trim()]));
+    const dark = isDark(this.el);
+    if (dark === this.dark) return;
+    this.dark = dark;
+    this.css = PALETTE[dark ? "dark" : "light"];
+    this.root.classList.toggle("dark", dark);
     this.buildLegend();
   }
 
@@ -336,6 +406,7 @@ class GraphView {
     const d = this.data, e = d.edges, q = this.query;
     const matches = (id) => !q || boxOf(id).includes(q) || id.includes(q);
     const k = this.rank(this.threshold);
+    this.arrange();
     this.drawn = this.order.slice(0, k).filter((i) =>
       this.kinds.has(this.kind[i]) && (!this.circuitOnly || e.in_circuit[i]) &&
       (!e.class || (!this.hidden.has(d.classes[e.class[i]]) && (!this.changedOnly || !["kept", "quiet"].includes(d.classes[e.class[i]])))) &&
@@ -359,21 +430,41 @@ class GraphView {
     if (this.pending) return;
     this.pending = requestAnimationFrame(() => {
       this.pending = 0;
+      if (!this.panesEl.clientWidth) { // detached or hidden: the observer of its size calls again,
+        this.missed = (this.missed ?? 0) + 1; // but not if it is shown again before it has looked
+        if (this.missed < 9) this.draw();
+        return;
+      }
+      this.missed = 0;
+      this.theme();
+      this.fitPanes();
       this.canvases.forEach((_, p) => this.paint(p));
     });
   }
 
+  // The scale at which the widest name fits its column, and letters their box; panes that have no room
+  // for it wrap, and scroll.
+  fitPanes() {
+    const c = this.canvases[0].getContext("2d"), { layout } = this;
+    c.save();
+    c.font = `${FONT}px system-ui, sans-serif`;
+    this.letters = c.measureText(layout.longest).width + 1.5;
+    c.restore();
+    this.least = Math.min(1, Math.max(this.letters / (0.96 * layout.column), (FONT + 2) / layout.tall));
+    this.panesEl.style.setProperty("--pane", `${Math.ceil(layout.width * this.least)}px`);
+  }
+
   paint(p) {
     const canvas = this.canvases[p], { layout, css, view } = this;
-    const width = canvas.clientWidth;
-    if (!width) return;
-    const fit = Math.min(width / layout.width, 1.5), height = Math.min(layout.height * fit, 760);
-    this.fit = Math.min(fit, height / layout.height);
-    this.shift = (width - layout.width * this.fit) / 2;
+    const room = canvas.parentNode.clientWidth;
+    this.fit = Math.max(this.least, Math.min(room / layout.width, 1.5, 760 / layout.height));
+    const width = Math.max(room, Math.floor(layout.width * this.fit)), height = layout.height * this.fit;
+    this.shift = Math.max(0, (width - layout.width * this.fit) / 2);
     const ratio = window.devicePixelRatio || 1;
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
       canvas.width = Math.round(width * ratio);
       canvas.height = Math.round(height * ratio);
+      canvas.style.width = `${width}px`;
       canvas.style.height = `${height}px`;
     }
     const c = canvas.getContext("2d"), z = this.fit * view.k;
@@ -381,14 +472,15 @@ class GraphView {
     c.fillStyle = css.paper;
     c.fillRect(0, 0, width, height);
     c.setTransform(ratio * z, 0, 0, ratio * z, ratio * (this.shift + view.x), ratio * view.y);
-    const thin = Math.max(1, 0.75 / z); // lines and letters stay legible when zoomed out
+    const thin = Math.max(1, 0.75 / z); // lines stay visible when zoomed out
     const shown = this.selected.size || this.selectedEdge.length;
     const touches = (i) => this.selected.has(boxOf(this.source[i])) || this.selected.has(boxOf(this.target[i])) || this.isSelectedEdge(i);
-    c.font = `${Math.min(11 * thin, 15)}px system-ui, sans-serif`;
+    c.font = `${FONT / z}px system-ui, sans-serif`;
     c.textBaseline = "middle";
     c.textAlign = "left";
     c.fillStyle = css.soft;
-    layout.rows.forEach((y, i) => { if (layout.pitch * z > 11 || i % 5 === 0) c.fillText(`L${i}`, 8, y); });
+    const each = Math.ceil((FONT + 2) / (layout.pitch * z));
+    [...layout.rows].forEach(([layer, y], i) => { if (i % each === 0) c.fillText(`L${layer}`, 6, y); });
     for (const box of this.boxes) if (!this.active.has(box.id)) this.paintBox(c, box, p, false, z);
     const scores = this.data.edges.scores[p];
     const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1));
@@ -420,9 +512,9 @@ class GraphView {
       line = this.colour(name);
       dash = d.styles[name][2];
     }
-    const x = box.x - box.width / 2, y = box.y - box.height / 2;
+    const width = this.widthOf(box, z), x = box.x - width / 2, y = box.y - box.height / 2;
     c.beginPath();
-    c.roundRect(x, y, box.width, box.height, box.kind === "kv" ? 2 : 5);
+    c.roundRect(x, y, width, box.height, box.kind === "kv" ? 2 : 5);
     if (box.kind === "kv") {
       c.fillStyle = on ? css.soft : css.faint;
       c.fill();
@@ -436,13 +528,18 @@ class GraphView {
     c.setLineDash(chosen || hot || found || focus ? [] : dash.split(" ").filter(Boolean).map(Number));
     if (box.kind !== "kv" || chosen || hot) c.stroke();
     c.setLineDash([]);
-    if (box.label && box.width * z > 17) {
+    if (box.label && width * z >= this.letters - 1.5 || box.kind === "mlp" && width * z > 24) {
       c.fillStyle = on || chosen ? css.ink : css.soft;
-      c.globalAlpha = on || chosen ? 1 : 0.55;
+      c.globalAlpha = on || chosen ? 1 : 0.7;
       c.textAlign = "center";
       c.fillText(box.label, box.x, box.y + 0.5);
       c.globalAlpha = 1;
     }
+  }
+
+  // Wide enough for its name, where that leaves a gap to the next.
+  widthOf(box, z) {
+    return box.kind === "head" ? Math.max(box.width, Math.min(0.96 * this.layout.column, this.letters / z)) : box.width;
   }
 
   isSelectedEdge(i) { return this.selectedEdge[0] === this.source[i] && this.selectedEdge[1] === this.target[i]; }
@@ -455,7 +552,7 @@ class GraphView {
 
   hit(event, p) {
     const [x, y] = this.toWorld(event, p), z = this.fit * this.view.k;
-    const box = this.boxes.find((b) => Math.abs(x - b.x) <= b.width / 2 + 1 && Math.abs(y - b.y) <= b.height / 2 + (b.kind === "kv" ? 3 : 1));
+    const box = this.boxes.find((b) => Math.abs(x - b.x) <= this.widthOf(b, z) / 2 + 1 && Math.abs(y - b.y) <= b.height / 2 + (b.kind === "kv" ? 3 : 1));
     if (box) return { box: box.id };
     let best = null, least = (6 / z) ** 2;
     for (const i of this.drawn) {
@@ -537,7 +634,7 @@ class GraphView {
   }
 
   moveFocus([dx, dy]) {
-    const from = this.layout.box[this.focus || [...this.selected][0]] || this.layout.box.input;
+    const from = this.layout.box[this.focus || [...this.selected].at(0)] || this.layout.box.input;
     const ahead = this.boxes.filter((b) => b.kind !== "kv" && b.id !== from.id && (dx ? dx * (b.x - from.x) > 4 && Math.abs(b.y - from.y) < this.layout.pitch * 0.6 : dy * (b.y - from.y) > 4));
     const far = (b) => (dx ? Math.abs(b.x - from.x) + 3 * Math.abs(b.y - from.y) : 3 * Math.abs(b.y - from.y) + Math.abs(b.x - from.x));
     const next = ahead.sort((a, b) => far(a) - far(b))[0];
@@ -581,7 +678,7 @@ class GraphView {
   describeBox(id, full) {
     const d = this.data, row = this.nodeRow[id], out = [make("b", { text: id })];
     const into = this.drawn.filter((i) => boxOf(this.target[i]) === id), from = this.drawn.filter((i) => boxOf(this.source[i]) === id);
-    out.push(make("span", { class: "soft", text: `  ${into.length} edges in, ${from.length} out, as drawn` }));
+    out.push(make("span", { class: "soft", text: `  ${into.length} edge${into.length === 1 ? "" : "s"} in, ${from.length} out, as drawn` }));
     if (row !== undefined) {
       const values = d.nodes.scores.map((s) => s[row]);
       const left = this.panes.length > 1 ? ["left", ...values.map((v) => (values[0] ? `${Math.round((100 * v) / values[0])}%`.replace("-", "−") : "–"))] : null;
@@ -641,7 +738,7 @@ export default {
     if (!view) return;
     const on = (name, act) => { model.on(`change:${name}`, act); return () => model.off(`change:${name}`, act); };
     const off = [
-      on("selected", () => { view.selected = new Set(model.get("selected")); view.showDetail(); view.draw(); }),
+      on("selected", () => { view.selected = new Set(model.get("selected")); view.refilter(); }),
       on("selected_edge", () => { view.selectedEdge = model.get("selected_edge"); view.showDetail(); view.draw(); }),
       on("threshold", () => { if (model.get("threshold") !== null) { view.threshold = model.get("threshold"); view.refilter(); } }),
       on("changed_only", () => {

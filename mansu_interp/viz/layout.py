@@ -5,27 +5,42 @@ has its heads side by side and the MLP at their right, raised by half a row beca
 the heads have written. Where query heads share keys and values, a thin bar under each group stands
 for the shared reader (``a3.kv1``); everywhere else a head is one box for its q, k, v and output.
 
+A drawing may be folded: layers and heads that carry nothing are left out, and what is left moves
+together. graph.js places boxes and curves by the same rules; tests compare the two.
+
 Coordinates are pixels with y growing downward, as in SVG.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..models.graph import Architecture
 
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 58.0, 10.0, 10.0
+LEFT, RIGHT, TOP, BOTTOM = 38.0, 54.0, 10.0, 10.0
 _MLP_WIDTH, _MLP_GAP = 46.0, 26.0
+_LETTER = 6.6
+"""Width of a letter of a label at 11 pixels, about."""
 _PORTS = {"q": -0.28, "k": 0.0, "v": 0.28}
 _SHARED_PORTS = {"k": -0.16, "v": 0.16}
+ROOM = 540.0
+_CROWDED = 60
+"""Heads and MLPs from which on a drawing is folded at first."""
 CONSTANTS = {
+    "left": LEFT,
+    "right": RIGHT,
+    "top": TOP,
+    "bottom": BOTTOM,
+    "mlp_width": _MLP_WIDTH,
+    "mlp_gap": _MLP_GAP,
+    "letter": _LETTER,
+    "room": ROOM,
+    "crowded": _CROWDED,
     "ports": _PORTS,
     "shared_ports": _SHARED_PORTS,
-    "right": RIGHT,
-    "mlp_width": _MLP_WIDTH,
 }
-"""What `curve` needs besides a layout; graph.js draws by the same rule."""
+"""What graph.js needs to place boxes and curves by the same rules."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Box:
     kind: str
     """``input``, ``head``, ``kv``, ``mlp`` or ``logits``."""
     label: str
-    """Text in the box; empty for ``kv`` bars."""
+    """Text in the box: its id; empty for ``kv`` bars."""
     x: float
     """Horizontal centre."""
     y: float
@@ -68,8 +83,10 @@ class Layout:
     """Width of a head's column."""
     boxes: Mapping[str, Box]
     """By box id, in the order in which they compute."""
-    rows: tuple[float, ...]
-    """Vertical centre of each layer's heads."""
+    rows: Mapping[int, float]
+    """By layer: vertical centre of its heads."""
+    margin: float
+    """Right end of the MLPs, beyond which only curves run."""
 
 
 def box_id(node_id: str) -> str:
@@ -86,49 +103,79 @@ def _clamp(value: float, low: float, high: float) -> float:
     return max(low, min(high, value))
 
 
-def _box(
-    id: str,
-    kind: str,
-    centre: tuple[float, float],
-    size: tuple[float, float],
-    label: str | None = None,
-) -> Box:
-    """A box around a point; its label is its kind unless another is given."""
-    (x, y), (width, height) = centre, size
-    return Box(id, kind, kind if label is None else label, x=x, y=y, width=width, height=height)
+def crowded(architecture: Architecture) -> bool:
+    """Whether a drawing of every component would be too small to read."""
+    return architecture.n_layers * (architecture.n_heads + 1) > _CROWDED
 
 
-def place(architecture: Architecture) -> Layout:
-    """Boxes for every head, MLP, shared key/value reader, the input and the logits."""
-    a = architecture
-    column = _clamp(540 / a.n_heads, 30.0, 84.0)
-    pitch = _clamp(640 / a.n_layers, 48.0, 104.0)
+@dataclass(frozen=True)
+class _Row:
+    """What is drawn of a layer."""
+
+    heads: list[int]
+    mlp: bool
+
+
+def _rows(a: Architecture, shown: Collection[str] | None) -> dict[int, _Row]:
+    """The layers of which something is shown. A shared key/value reader needs one of its heads."""
+    group, out = a.n_heads // a.n_kv_heads, {}
+    for layer in range(a.n_layers):
+        heads = [h for h in range(a.n_heads) if shown is None or f"a{layer}.h{h}" in shown]
+        for k in range(a.n_kv_heads if shown is not None and group > 1 else 0):
+            if f"a{layer}.kv{k}" in (shown or ()) and not any(h // group == k for h in heads):
+                heads = sorted([*heads, k * group])
+        mlp = shown is None or f"m{layer}" in shown
+        if heads or mlp:
+            out[layer] = _Row(heads, mlp)
+    return out
+
+
+def place(
+    architecture: Architecture, shown: Collection[str] | None = None, room: float = ROOM
+) -> Layout:
+    """Boxes for heads, MLPs, shared key/value readers, the input and the logits.
+
+    Arguments:
+        architecture: of the graph.
+        shown: boxes that carry something: layers and heads without are left out. None: all are
+            placed.
+        room: width for the heads of a layer, if their names fit into it.
+    """
+    a, drawn = architecture, _rows(architecture, shown)
+    columns = max([1, *(len(row.heads) for row in drawn.values())])
+    widest = _LETTER * len(f"a{a.n_layers - 1}.h{a.n_heads - 1}") + 4
+    column = max(_clamp(room / columns, 30.0, 84.0), widest + 6)
+    pitch = _clamp(640 / max(len(drawn), 1), 48.0, 104.0)
     tall = _clamp(pitch * 0.36, 17.0, 28.0)
-    heads_width = column * a.n_heads
-    width = LEFT + heads_width + _MLP_GAP + _MLP_WIDTH + RIGHT
-    mlp_x = LEFT + heads_width + _MLP_GAP + _MLP_WIDTH / 2
+    head_width = max(column * 0.72, widest)
+    mlp_x = LEFT + column * columns + _MLP_GAP + _MLP_WIDTH / 2
+    margin = mlp_x + _MLP_WIDTH / 2
     raised = 0.0 if a.parallel else 0.5 * pitch
-    end_x, end_width = (LEFT + mlp_x + _MLP_WIDTH / 2) / 2, mlp_x + _MLP_WIDTH / 2 - LEFT
+    end_x, end_width = (LEFT + margin) / 2, margin - LEFT
 
     logits_y = TOP + 12
     first = logits_y + raised + 0.8 * pitch  # the highest row of heads
-    rows = tuple(first + pitch * (a.n_layers - 1 - layer) for layer in range(a.n_layers))
-    input_y = rows[0] + 0.9 * pitch
+    rows = {n: first + pitch * (len(drawn) - 1 - k) for k, n in enumerate(drawn)}
+    input_y = max([logits_y, *rows.values()]) + 0.9 * pitch
 
-    boxes = [_box("input", "input", (end_x, input_y), (end_width, 24.0))]
+    boxes = [Box("input", "input", "input", end_x, input_y, end_width, 24.0)]
     group = a.n_heads // a.n_kv_heads
-    for layer, y in enumerate(rows):
-        for h in range(a.n_heads):
-            x = LEFT + column * (h + 0.5)
-            boxes.append(_box(f"a{layer}.h{h}", "head", (x, y), (column * 0.72, tall), f"h{h}"))
-        for h in range(a.n_kv_heads if group > 1 else 0):
-            x = LEFT + column * group * (h + 0.5)
-            size = column * (group - 0.28), 4.0
-            boxes.append(_box(f"a{layer}.kv{h}", "kv", (x, y + tall / 2 + 5), size, ""))
-        boxes.append(_box(f"m{layer}", "mlp", (mlp_x, y - raised), (_MLP_WIDTH, tall)))
-    boxes.append(_box("logits", "logits", (end_x, logits_y), (end_width, 24.0)))
+    for layer, row in drawn.items():
+        y, at = rows[layer], {h: LEFT + column * (k + 0.5) for k, h in enumerate(row.heads)}
+        for h, x in at.items():
+            name = f"a{layer}.h{h}"
+            boxes.append(Box(name, "head", name, x, y, head_width, tall))
+        for k in range(a.n_kv_heads if group > 1 else 0):
+            if over := [x for h, x in at.items() if h // group == k]:
+                x, width = (over[0] + over[-1]) / 2, over[-1] - over[0] + head_width
+                boxes.append(Box(f"a{layer}.kv{k}", "kv", "", x, y + tall / 2 + 5, width, 4.0))
+        if row.mlp:
+            name = f"m{layer}"
+            boxes.append(Box(name, "mlp", name, mlp_x, y - raised, _MLP_WIDTH, tall))
+    boxes.append(Box("logits", "logits", "logits", end_x, logits_y, end_width, 24.0))
     height = input_y + 12 + BOTTOM
-    return Layout(width, height, pitch, column, {b.id: b for b in boxes}, rows)
+    width = margin + RIGHT
+    return Layout(width, height, pitch, column, {b.id: b for b in boxes}, rows, margin)
 
 
 def ports(layout: Layout, source: str, target: str) -> tuple[float, float, float, float]:
@@ -161,8 +208,7 @@ def curve(layout: Layout, source: str, target: str) -> tuple[tuple[float, float]
         if u.kind == "mlp" or v.kind == "mlp" or {u.kind, v.kind} == {"input", "logits"}:
             swing = min(26 + 5 * rise / layout.pitch, RIGHT * 1.1)
             if {u.kind, v.kind} == {"input", "logits"}:  # all the way up, outside everything
-                edge = layout.boxes["m0"].x + _MLP_WIDTH / 2
-                x0 = x1 = edge - 4
+                x0 = x1 = layout.margin - 4
                 swing = RIGHT * 1.25
         else:
             side = 1 if round(y0 / layout.pitch) % 2 else -1

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
+from ..models.graph import Architecture
+from ..utils.words import number_of
 from .data import GraphData
-from .layout import LEFT, Box, Layout, box_id, curve, place, reader_name
+from .layout import LEFT, ROOM, Box, Layout, box_id, crowded, curve, place, reader_name
 from .styles import EDGE_STYLES
 
 if TYPE_CHECKING:  # at run time only its methods are used, so pictures need no torch
@@ -95,7 +97,8 @@ def open_svg(width: float, height: float, label: str, theme: str | None = None) 
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="mansu" role="img" '
         f'aria-label="{escape(label)}" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}">\n<title>{escape(label)}</title>\n'
+        f'style="max-width:100%;height:auto" viewBox="0 0 {width:.0f} {height:.0f}">\n'
+        f"<title>{escape(label)}</title>\n"
         f"{_style(theme)}{ground}"
     )
 
@@ -116,6 +119,17 @@ def _strongest(
             scores[edge] = float(circuit.scores[circuit.graph.edge(*edge)])
     ranked = sorted(scores, key=lambda e: -abs(scores[e]))[: max(top, 0)]
     return {e: scores[e] for e in ranked}, len(scores)
+
+
+_LEFT_OUT = "Layers and heads that no drawn edge touches are left out."
+
+
+def _layout(
+    architecture: Architecture, drawn: Sequence[tuple[str, str]], room: float = ROOM
+) -> Layout:
+    """Where boxes are; of a large model those alone that an edge touches."""
+    touched = {box_id(end) for edge in drawn for end in edge}
+    return place(architecture, touched if crowded(architecture) else None, room)
 
 
 def _edge(
@@ -167,7 +181,8 @@ def circuit_svg(
     """A circuit as one SVG document, to save or to inline in a page.
 
     Arguments:
-        circuit: the circuit; every head and MLP of its model is drawn, the unused ones faintly.
+        circuit: the circuit; of a small model every head and MLP is drawn, the unused ones
+            faintly, of a larger one those alone that an edge touches.
         status: what became of its edges, by (source id, target id); edges outside the circuit may
             be named too. Edges without a status are grey.
         top: draw at most this many edges, the strongest by |score|.
@@ -175,8 +190,8 @@ def circuit_svg(
     Raises:
         CircuitError: an unknown status, or one for an edge that cannot exist.
     """
-    layout = place(circuit.graph.architecture)
     drawn, total = _strongest(circuit, status, top)
+    layout = _layout(circuit.graph.architecture, list(drawn))
     largest = max((abs(s) for s in drawn.values()), default=0.0)
 
     def name(edge: tuple[str, str]) -> str:
@@ -189,7 +204,7 @@ def circuit_svg(
     for u, v in drawn:
         leaving[box_id(u)] += 1
         arriving[box_id(v)] += 1
-    notes = {b: f"{arriving[b]} edges in, {leaving[b]} edges out" for b in layout.boxes}
+    notes = {b: f"{number_of(arriving[b], 'edge')} in, {leaving[b]:,} out" for b in layout.boxes}
     active = {b for b in layout.boxes if arriving[b] or leaving[b]}
 
     names = [n for n in (*STATUS_TEXT, "other") if n in {name(e) for e in drawn}]
@@ -198,15 +213,17 @@ def circuit_svg(
         legend = list(_SIGN_TEXT.items())
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g}."))
     if len(drawn) < total:
-        legend.append(("", f"The {len(drawn):,} strongest of {total:,} edges are drawn."))
+        legend.append(("", f"Drawn: the strongest {len(drawn):,} of {number_of(total, 'edge')}."))
     if circuit.graph.architecture.n_kv_heads < circuit.graph.architecture.n_heads:
         legend.append(("", "Bar under heads: the keys and values that they share."))
+    if crowded(circuit.graph.architecture):
+        legend.append(("", _LEFT_OUT))
     height = layout.height + 18 * len(legend) + 12
 
     model = circuit.meta.model
     label = f"Circuit{f' of {model}' if model else ''}: {total:,} edges, {len(drawn):,} drawn"
     parts = [open_svg(layout.width, height, label)]
-    for layer, y in enumerate(layout.rows):
+    for layer, y in layout.rows.items():
         parts.append(f'<text class="soft" x="8" y="{y + 4:.1f}">L{layer}</text>')
     parts += [_box(b, notes[b.id], False) for b in layout.boxes.values() if b.id not in active]
     weakest = _weakest(len(drawn))
@@ -317,33 +334,43 @@ def lines_svg(curves: Mapping[str, Sequence[Sequence[object]]], x_label: str, y_
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+_WIDE = 1100
+"""Pixels across at most: what pages of notebooks show without cutting or shrinking."""
+
+
 def view_svg(data: GraphData, *, top: int = 200, theme: str | None = None) -> str:
-    """The static picture of a view: its panes side by side, one legend.
+    """The static picture of a view: its panes, as many side by side as a page has room for, and one
+    legend.
 
     Arguments:
         data: `View.data`.
         top: draw at most this many edges, the strongest in any pane.
         theme: ``light`` or ``dark`` writes the colours out; None follows the reader's.
     """
-    layout, panes, names = place(data.architecture), data.panes, data.edge_ids()
+    panes, names = data.panes, data.edge_ids()
     n = min(len(names), max(top, 0), max(data.top, 1))
+    layout = _layout(data.architecture, names[:n], ROOM if len(panes) == 1 else 2 / 3 * ROOM)
+    across = max(1, min(len(panes), int(_WIDE / layout.width)))
+    down = -(-len(panes) // across)
     shown = [s for scores in data.edges.scores for s in scores[: max(n, 1)]]
     largest = max((abs(s) for s in shown), default=0.0)
     legend = _view_legend(data, n, largest)
     lines = [data.title]
     if data.cad:
         lines.append(f"CAD: {data.cad.verdict}. {data.cad.sentence}".strip())
-    top_y = 18.0 * len(lines) + (22 if any(panes) else 4)
-    height = top_y + layout.height + 18 * len(legend) + 12
+    title, top_y = 22.0 if any(panes) else 4.0, 18.0 * len(lines)
+    row = title + layout.height
+    height = top_y + down * row + 18 * len(legend) + 12
     label = f"{data.title}: {', '.join(p for p in panes if p) or 'scores'}, {n:,} edges drawn"
-    parts = [open_svg(layout.width * len(panes), height, label, theme)]
+    parts = [open_svg(layout.width * across, height, label, theme)]
     for k, line in enumerate(lines):
         weight = ' font-weight="600"' if k == 0 else ""
         parts.append(f'<text x="8" y="{16 + 18 * k}"{weight} font-size="13">{escape(line)}</text>')
     for p in range(len(panes)):
-        parts.append(f'<g transform="translate({p * layout.width:.0f} {top_y:.0f})">')
+        x, y = p % across * layout.width, top_y + p // across * row + title
+        parts.append(f'<g transform="translate({x:.0f} {y:.0f})">')
         parts += [*_pane(data, layout, names[:n], p, largest), "</g>"]
-    parts.append(_legend(legend, 8.0, top_y + layout.height + 12))
+    parts.append(_legend(legend, 8.0, top_y + down * row + 12))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -353,7 +380,9 @@ def _view_legend(data: GraphData, n: int, largest: float) -> list[tuple[str, str
     if data.counts:
         legend = [(c, f"{MEANING[c]} ({data.counts[c]:,})") for c in CLASSES[1:]]
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data.unit}."))
-    legend.append(("", f"The {n:,} strongest of {data.total:,} edges are drawn."))
+    legend.append(("", f"Drawn: the strongest {n:,} of {number_of(data.total, 'edge')}."))
+    if crowded(data.architecture):
+        legend.append(("", _LEFT_OUT))
     return legend
 
 
@@ -365,7 +394,7 @@ def _pane(
     title, boxes, parts = data.panes[pane], layout.boxes.values(), []
     if title:
         parts.append(f'<text x="{LEFT:.0f}" y="-6" font-weight="600">{escape(title)}</text>')
-    for layer, y in enumerate(layout.rows):
+    for layer, y in layout.rows.items():
         parts.append(f'<text class="soft" x="8" y="{y + 4:.1f}">L{layer}</text>')
     active = {box_id(end) for edge in names for end in edge}
     parts += [_box(b, "not drawn", False) for b in boxes if b.id not in active]

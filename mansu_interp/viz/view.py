@@ -7,6 +7,8 @@ a static picture. The data's format is described in docs/viewing.md.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +22,16 @@ from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
 from ..utils.files import atomic_path, write_json, write_text
 from ..utils.libraries import library
+from ..utils.ranges import expect_kind
 from .data import EdgeData, GraphData, Judged, NodeData
 from .layout import box_id
 from .page import graph_page
 from .svg import view_svg
 
 if TYPE_CHECKING:  # at run time only their attributes are used
-    from ..circuits.attribution import Attribution
     from ..circuits.circuit import Circuit
     from ..circuits.compare import GraphComparison
+    from ..circuits.scores import Attribution
     from ..masks.mask import Mask
     from ..models.language_model import LanguageModel
     from .widget import GraphWidget
@@ -88,12 +91,15 @@ class View:
             ViewError: the rasteriser is not installed.
         """
         without = "to_svg and to_html work without it."
-        resvg_py = library("resvg_py", "png", "to_png", ViewError, without)
-        svg = self.svg(top, "dark" if dark else "light")
+        pixels = self._pixels(self.svg(top, "dark" if dark else "light"), zoom, without)
         path = Path(path)
         with atomic_path(path) as temporary:
-            temporary.write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom)))
+            temporary.write_bytes(pixels)
         return path
+
+    def _pixels(self, svg: str, zoom: float, without: str = "") -> bytes:
+        resvg_py = library("resvg_py", "png", "to_png", ViewError, without)
+        return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom))
 
     def to_json(self, path: Path | str) -> Path:
         """Write the data (docs/viewing.md)."""
@@ -106,8 +112,17 @@ class View:
         reader's."""
         return view_svg(self.data, top=top, theme=theme)
 
+    def static_forms(self) -> dict[str, str]:
+        """What a saved notebook shows, by media type: pixels besides the SVG, which notebooks that
+        are not trusted do not draw, where the rasteriser is installed."""
+        forms = {"image/svg+xml": self.svg(), "text/plain": repr(self)}
+        with contextlib.suppress(ViewError):
+            pixels = self._pixels(self.svg(theme="light"), zoom=1.5)
+            forms["image/png"] = base64.b64encode(pixels).decode()
+        return forms
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        return {"image/svg+xml": self.svg(), "text/plain": repr(self)}
+        return self.static_forms()
 
     def __repr__(self) -> str:
         edges = len(self.data.edges.source)
@@ -213,14 +228,35 @@ def circuit_view(
         limit: edges in the view: so many, the strongest, and all of the circuit; None: every edge.
         title: default: the model's name.
     """
+    expect_kind(ViewError, "circuit", circuit, "Circuit")
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
+    facts += [circuit.meta.caveat] if circuit.meta.caveat else []
     title = title or f"Circuit{f' of {name}' if name else ''}"
     data = _graph_data(title, circuit, {"": circuit.scores}, limit)
     top = min(TOP, circuit.n_edges) or TOP
     weights = _weights(circuit.graph, model, mask)
     return View(replace(data, facts=facts, top=top, weights=weights))
+
+
+def attribution_view(
+    scores: Attribution, *, limit: int | None = LIMIT, title: str = "Edge scores"
+) -> View:
+    """The strongest edges of a graph.
+
+    Arguments:
+        scores: from `attribute`.
+        limit: edges in the view, the strongest; None: every edge.
+        title: of the page.
+    """
+    from ..circuits.circuit import Circuit
+
+    nothing = np.zeros_like(scores.graph.exists)
+    circuit = Circuit(scores.graph, scores.scores, nothing)
+    data = _graph_data(title, circuit, {"": np.asarray(scores.scores)}, limit)
+    facts = [f"metric {scores.clean:.3g} on clean prompts, {scores.corrupt:.3g} on corrupt ones"]
+    return View(replace(data, facts=facts))
 
 
 def changes_view(
@@ -256,6 +292,10 @@ def changes_view(
     Raises:
         CircuitError: scores of another architecture, or not finite.
     """
+    expect_kind(ViewError, "circuit", circuit, "Circuit")
+    for name, scores in (("before", before), ("after", after)):
+        expect_kind(ViewError, name, scores, "Attribution")
+    expect_kind(ViewError, "quantized", quantized, "Attribution", None)
     named = {"before": before, "after": after}
     if quantized is not None:
         named["quantized"] = quantized
@@ -272,7 +312,10 @@ def changes_view(
             edges=replace(data.edges, classes=classes),
             nodes=replace(data.nodes, classes=nodes.codes.tolist()),
             top=max(1, min(TOP, sum(counts.values()))),  # not what is quiet in all
-            facts=[f"an edge is present from |score| {edges.threshold:.3g}"],
+            facts=[
+                f"an edge is present from |score| {edges.threshold:.3g}",
+                *([circuit.meta.caveat] if circuit.meta.caveat else []),
+            ],
             weights=_weights(circuit.graph, model, mask),
             cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
             comparison=comparison.models if comparison is not None else None,

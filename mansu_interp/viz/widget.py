@@ -69,7 +69,7 @@ class GraphWidget(anywidget.AnyWidget):
         """The live widget, with the static picture for whatever cannot run it."""
         bundle = super()._repr_mimebundle_(**kwargs)
         data, *rest = bundle if isinstance(bundle, tuple) else (bundle or {},)
-        data = {**data, "image/svg+xml": self.view.svg(), "text/plain": repr(self.view)}
+        data = {**data, **self.view.static_forms()}
         return (data, *rest) if rest else data
 
 
