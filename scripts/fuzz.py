@@ -1063,10 +1063,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of a full run's inputs")
     parser.add_argument("--folders", choices=FOLDERS)
     parser.add_argument("--count", type=int, default=300, help="of folders")
-    parser.add_argument("--seed", type=int, default=0, help="of folders")
     parser.add_argument("--out", type=Path, default=Path("fuzz"), help="kept inputs and logs")
     parser.add_argument("--sample", action="store_true", help="changed seeds alone, no atheris")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample and --folders")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     try:

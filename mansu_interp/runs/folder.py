@@ -127,6 +127,7 @@ class RunFolder:
         """Note the hashes of files that are about to take their places."""
         for name, sha in hashes.items():
             self.files[name] = [sha, *(h for h in self.files.get(name, ()) if h != sha)][:2]
+        self.files = dict(sorted(self.files.items()))
         write_json(self.record, {"files": self.files, "sha256": _sha256_of(self.files)})
 
     @contextlib.contextmanager
@@ -206,9 +207,9 @@ class RunFolder:
             )
 
     def check_whole(self) -> None:
-        """Raise ResourceError unless everything is there that the run wrote."""
+        """Raise ResourceError unless everything is there that the report is made from."""
         self.check_held()
-        for name in self.files:
+        for name in self.files.keys() - {*REPORTS, f"{MODEL}/{CARD}"}:
             if not (self.out / name).is_file():
                 raise ResourceError(
                     f"{self.out / name} was removed while this run was going on. Run the same "
