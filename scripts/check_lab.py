@@ -1,5 +1,5 @@
-"""Opens a notebook with the widget in a real JupyterLab: are its pixels those of the theme, at once and
-after each switch, and does Python hear a click?
+"""Opens a notebook with the widget in a real JupyterLab: are its pixels those of the theme, at once
+and after each switch, and does Python hear a click?
 
     python scripts/check_lab.py [--shot lab.png]
 

@@ -227,7 +227,7 @@ def test_javascript_and_python_fold_alike(driver: Any, tmp_path: Path, sizes: tu
         )
 
 
-@pytest.mark.parametrize("width", [1200, 430])
+@pytest.mark.parametrize("width", [1200, 1160, 430])
 @pytest.mark.parametrize("sizes", [(30, 9, 3), (12, 12, 12), (4, 8, 4)])
 def test_names_are_legible_and_none_is_cut(
     driver: Any, tmp_path: Path, sizes: tuple[int, int, int], width: int
@@ -369,6 +369,8 @@ def test_a_notebook_that_renders_while_detached_and_switches_themes(driver: Any,
 )
 def test_a_real_jupyterlab_shows_the_widget_in_its_theme():
     script = Path(__file__).parents[1] / "scripts" / "check_lab.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, script], check=False, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "pixels: those of the theme" in done.stdout and "Python heard" in done.stdout
