@@ -1,4 +1,5 @@
-"""Opens a notebook with the widget in a real JupyterLab, and looks whether Python hears a click.
+"""Opens a notebook with the widget in a real JupyterLab: are its pixels those of the theme, at once
+and after each switch, and does Python hear a click?
 
     python scripts/check_lab.py [--shot lab.png]
 
@@ -25,13 +26,21 @@ import browser  # noqa: E402
 
 CODE = """
 from pathlib import Path
-from mansu_interp.circuit import Circuit
 from mansu_interp import circuit_view
+from mansu_interp.circuits.circuit import Circuit
 circuit = Circuit.load(Path(ROOT) / "circuits" / "facts-capitals.json")
 widget = circuit_view(circuit).widget()
 widget.observe(lambda c: Path("heard.txt").write_text(repr(c["new"])), "selected")
 widget
 """
+PAPER = """
+const c = document.querySelector(".mg canvas");
+const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+return [[...d.slice(0, 3)].join(), new Set(new Uint32Array(d.buffer)).size > 100];"""
+THEMES = {"JupyterLab Light": "255,255,255", "JupyterLab Dark": "21,25,29"}
+SWITCH = """
+const [theme, done] = arguments;
+window.jupyterapp.commands.execute("apputils:change-theme", {theme}).then(() => done(), done);"""
 CLICK = """
 const c = document.querySelector(".mg canvas"), r = c.getBoundingClientRect();
 // the logits box spans the top of the picture
@@ -71,7 +80,7 @@ def main() -> None:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
              "--ServerApp.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
-             "--LabApp.news_url=", "--ServerApp.ip=127.0.0.1"],
+             "--LabApp.news_url=", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1"],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -98,7 +107,15 @@ def main() -> None:
                     if shot:
                         shot.write_bytes(driver.get_screenshot_as_png())
                     raise
-                time.sleep(1)
+                for theme in ("", *THEMES, *THEMES):
+                    if theme:
+                        driver.execute_async_script(SWITCH, theme)
+                    time.sleep(2)
+                    light = driver.execute_script("return document.body.dataset.jpThemeLight")
+                    wanted = THEMES["JupyterLab " + ("Light" if light == "true" else "Dark")]
+                    if (found := driver.execute_script(PAPER)) != [wanted, True]:
+                        raise SystemExit(f"{theme or 'Fresh'}: pixels {found}, expected {wanted}.")
+                print("pixels: those of the theme, fresh and after each switch")
                 driver.execute_script(CLICK)
                 heard = Path(folder) / "heard.txt"
                 try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import itertools
 import json
 import re
@@ -244,6 +246,33 @@ def test_the_widget_is_an_ordinary_one_with_a_static_picture():
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     assert data["image/svg+xml"].startswith("<svg")
     assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_saved_notebooks_hold_pixels_and_svg(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("resvg_py")
+    circuit = make_circuit()
+    view = changes_view(circuit, *make_attributions(circuit))
+    bundle = view._repr_mimebundle_()
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+    root = ET.fromstring(bundle["image/svg+xml"])
+    assert float(root.get("width") or 0) <= 1100 and "max-width:100%" in (root.get("style") or "")
+    if importlib.util.find_spec("anywidget"):
+        live = view.widget()._repr_mimebundle_()
+        live = live[0] if isinstance(live, tuple) else live
+        assert live["image/png"] == bundle["image/png"]
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    assert set(view._repr_mimebundle_()) == {"image/svg+xml", "text/plain"}
+
+
+def test_a_large_graph_leaves_out_what_carries_nothing():
+    circuit = make_circuit(30, 9, 9, n=40)
+    text = circuit_view(circuit).svg()
+    root = ET.fromstring(text)
+    boxes = [g for g in root.iter() if (g.get("class") or "").split()[:1] in (["head"], ["mlp"])]
+    assert 5 < len(boxes) < 100 and "are left out" in text
+    assert {g.get("class", "").split()[1] for g in boxes} == {"on"}
+    small = circuit_view(make_circuit()).svg()
+    assert "are left out" not in small and ">a2.h3<" in small and ">m2<" in small
 
 
 def test_a_selection_becomes_a_circuit():

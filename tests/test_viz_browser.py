@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,7 +227,7 @@ def test_javascript_and_python_fold_alike(driver: Any, tmp_path: Path, sizes: tu
         )
 
 
-@pytest.mark.parametrize("width", [1200, 430])
+@pytest.mark.parametrize("width", [1200, 1160, 430])
 @pytest.mark.parametrize("sizes", [(30, 9, 3), (12, 12, 12), (4, 8, 4)])
 def test_names_are_legible_and_none_is_cut(
     driver: Any, tmp_path: Path, sizes: tuple[int, int, int], width: int
@@ -358,3 +361,16 @@ def test_a_notebook_that_renders_while_detached_and_switches_themes(driver: Any,
     driver.execute_script("window.attach()")
     assert painted(LIGHT)
     assert [c for c in browser.complaints(driver) if "readback" not in c] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not importlib.util.find_spec("jupyterlab"), reason="jupyterlab is not installed"
+)
+def test_a_real_jupyterlab_shows_the_widget_in_its_theme():
+    script = Path(__file__).parents[1] / "scripts" / "check_lab.py"
+    done = subprocess.run(
+        [sys.executable, script], check=False, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pixels: those of the theme" in done.stdout and "Python heard" in done.stdout

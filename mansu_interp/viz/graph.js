@@ -528,7 +528,7 @@ class GraphView {
     c.setLineDash(chosen || hot || found || focus ? [] : dash.split(" ").filter(Boolean).map(Number));
     if (box.kind !== "kv" || chosen || hot) c.stroke();
     c.setLineDash([]);
-    if (box.label && width * z >= this.letters - 1.5 || box.kind === "mlp" && width * z > 24) {
+    if (box.label && c.measureText(box.label).width <= width) {
       c.fillStyle = on || chosen ? css.ink : css.soft;
       c.globalAlpha = on || chosen ? 1 : 0.7;
       c.textAlign = "center";
