@@ -11,7 +11,7 @@ from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import ArtifactError, ConfigError, TaskError
 from ..tasks.files import ROBUST
-from ..tasks.sources import is_file
+from ..tasks.formats.sources import is_file
 from ..unlearning.methods import Mansu, get_method
 from ..utils.files import Json, expect, read_json
 from ..utils.records import Record

@@ -17,9 +17,9 @@ from tyro.conf import Positional
 
 from ..errors import TaskError
 from ..utils.files import write_json, write_text
+from .formats.shapes import KINDS
 from .rows import FIELDS, Reading, read
 from .schema import SCHEMA
-from .shapes import KINDS
 
 PLAIN = {
     "train": ["Question: {s}\nAnswer:"],

@@ -10,8 +10,8 @@ from pathlib import Path
 from ..errors import ArtifactError, TaskError
 from ..utils.files import decode, read_bytes, read_json
 from ..utils.shipped import DATA, is_embedded
+from .formats.sources import SUFFIXES, is_file, is_rows, separator
 from .schema import SCHEMA, Relation, RowTask, TaskFile, parse_task
-from .sources import SUFFIXES, is_file, is_rows, separator
 
 ROBUST = "robust"
 """Key of a task file's settings against relearning."""

@@ -21,11 +21,11 @@ from ..models.load import load_model
 from ..utils.shipped import is_embedded
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text
+from .formats.sources import SUFFIXES
 from .pairs import Pair, PairSet, Tokens
 from .row_pairs import task_from_rows
 from .rows import read
 from .schema import RowOptions, RowTask, TableTask, TaskFile
-from .sources import SUFFIXES
 from .task import Task
 
 

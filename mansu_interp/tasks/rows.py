@@ -16,8 +16,8 @@ from typing import TypeGuard, TypeVar
 
 from ..errors import TaskError
 from ..utils.files import half_pair, shown
-from .shapes import OWN, as_list, convert, fold
-from .sources import Numbered, records
+from .formats.shapes import OWN, as_list, convert, fold
+from .formats.sources import Numbered, records
 
 ROLES = ("forget", "retain", "retain_unscored", "neighbour")
 SPLITS = ("train", "dev", "unseen")

@@ -24,8 +24,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import TaskError
-from ..utils.files import shown
+from ...errors import TaskError
+from ...utils.files import shown
 
 Record = Mapping[str, object]
 Made = list[dict[str, object]]

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from ..errors import TaskError
-from ..utils.files import decode, read_bytes
-from ..utils.hub import check_online, is_hub_name
-from ..utils.libraries import first_line, library
+from ...errors import TaskError
+from ...utils.files import decode, read_bytes
+from ...utils.hub import check_online, is_hub_name
+from ...utils.libraries import first_line, library
 from .shapes import KNOWN
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
