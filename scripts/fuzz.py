@@ -450,9 +450,13 @@ def _load_rows(data: bytes) -> object:
         source = _as_file(str(parts["as"]), parts["rows"])
     rows = read_rows(source)
     MADE["read"] += 1
-    known = RowOptions.__dataclass_fields__
+    try:
+        spec = parse_task({**options, "schema": 2, "name": "x", "rows": "r.jsonl"})
+    except ValueError:  # as `read_task_file` tells it
+        return rows
     with contextlib.suppress(MansuError):  # what lies behind the parser
-        task_from_rows(rows, _model(), RowOptions(**{k: options[k] for k in known if k in options}))
+        known = {name: getattr(spec, name) for name in RowOptions.__dataclass_fields__}
+        task_from_rows(rows, _model(), RowOptions(**known))
         MADE["tasks"] += 1
     return rows
 
