@@ -105,6 +105,11 @@ class Relearning:
         """The largest value over learning rates at exactly so many steps."""
         return max(getattr(p, key) for p in self.points if p.steps == steps)
 
+    def worst_rate(self) -> float:
+        """The learning rate that brings most of half B back in the end."""
+        last = [p for p in self.points if p.steps == self.marks[-1]]
+        return max(last, key=lambda p: p.choice).rate
+
     def up_to(self, steps: int, key: Score = "choice") -> float:
         """The largest value over learning rates and every measured point up to so many steps."""
         return max(getattr(p, key) for p in self.points if p.steps <= steps)
@@ -302,6 +307,21 @@ def relearn(
         (len(train), sum(len(s) for s in half_b)),
         RelearningMeta(model.name, task.name, split, config),
     )
+
+
+def relearned(
+    model: LanguageModel, task: Task, *, rate: float, config: RelearnConfig | None = None
+) -> LanguageModel:
+    """A copy that relearned half A, as `relearn` does at one of its rates, after the last step."""
+    config = config or RelearnConfig()
+    first, _ = halves(task.forget, config.seed)
+    copy = model.copy()
+    weights = list(copy.weights.values())
+    optimiser = make_optimiser(config.optimiser, weights, rate)
+    supply = batches(of_subjects(task.forget, first).pairs, config.batch_size, config.seed)
+    for _ in range(max(config.steps)):
+        descend(copy, optimiser, weights, next(supply))
+    return copy
 
 
 def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:

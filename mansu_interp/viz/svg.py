@@ -378,7 +378,7 @@ def _view_legend(data: GraphData, n: int, largest: float) -> list[tuple[str, str
     """Style and text of each line below a view."""
     legend = list(_SIGN_TEXT.items())
     if data.counts:
-        legend = [(c, f"{MEANING[c]} ({data.counts[c]:,})") for c in CLASSES[1:]]
+        legend = [(c, f"{MEANING[c]} ({n:,})") for c, n in data.counts.items()]
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data.unit}."))
     legend.append(("", f"Drawn: the strongest {n:,} of {number_of(data.total, 'edge')}."))
     if crowded(data.architecture):

@@ -264,7 +264,9 @@ def changes_view(
     before: Attribution,
     after: Attribution,
     quantized: Attribution | None = None,
+    relearned: Attribution | None = None,
     *,
+    never_taught: Attribution | None = None,
     cad: Verdict | None = None,
     comparison: GraphComparison | None = None,
     model: LanguageModel | None = None,
@@ -273,13 +275,17 @@ def changes_view(
     limit: int | None = LIMIT,
     title: str = "",
 ) -> View:
-    """Before, after and quantized side by side, with what became of every edge and component.
+    """Before, after, quantized and relearned side by side, with what became of every edge and
+    component.
 
     Arguments:
         circuit: the original's circuit.
         before: `attribute` of the original model on some held-out forget pairs.
         after: the same of the edited model, on the same pairs with the same metric.
         quantized: the same of its quantized form.
+        relearned: the same of the edited model after relearning half of the facts; the pairs of all
+            four are then of the other half.
+        never_taught: the same of a reference model after the same relearning; it is not drawn.
         cad: the verdict on the edit, shown on top (from `judge_erasure`).
         comparison: how the graphs differ in numbers, shown on top (from `compare`).
         model: the original, to name the weights behind each component.
@@ -295,13 +301,14 @@ def changes_view(
     expect_kind(ViewError, "circuit", circuit, "Circuit")
     for name, scores in (("before", before), ("after", after)):
         expect_kind(ViewError, name, scores, "Attribution")
-    expect_kind(ViewError, "quantized", quantized, "Attribution", None)
-    named = {"before": before, "after": after}
-    if quantized is not None:
-        named["quantized"] = quantized
-    panes = {name: np.asarray(a.scores) for name, a in named.items()}
-    edges = classify(*panes.values(), threshold=threshold)
-    nodes = classify(*(s.sum(1) for s in panes.values()))
+    more = {"quantized": quantized, "relearned": relearned, "never_taught": never_taught}
+    for name, scores in more.items():
+        expect_kind(ViewError, name, scores, "Attribution", None)
+    named = {"before": before, "after": after, **more}
+    found = {name: np.asarray(a.scores) for name, a in named.items() if a is not None}
+    edges = classify(**found, threshold=threshold)
+    nodes = classify(**{name: s.sum(1) for name, s in found.items()})
+    panes = {name: s for name, s in found.items() if name != "never_taught"}
     name = circuit.meta.model
     title = title or f"What became of the graph{f' of {name}' if name else ''}"
     data, counts = _graph_data(title, circuit, panes, limit), edges.counts()
