@@ -23,7 +23,6 @@ from .data.rows import read
 from .data.sources import SUFFIXES
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text
-from .formats.sources import SUFFIXES
 from .pairs import Pair, PairSet, Tokens
 from .schema import RowOptions, RowTask, TableTask, TaskFile
 from .task import Asked, Task, distinct
