@@ -171,14 +171,12 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
             f"{edited.name} has a vocabulary of {sizes[1]}, {original.name} of {sizes[0]}. "
             "Compare checkpoints with the same vocabulary."
         )
-    shapes = [{n: tuple(w.shape) for n, w in m.weights.items()} for m in (original, edited)]
-    other = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)]
-    if other:
-        given = " and ".join(
-            f"{shape.get(other[0], 'missing')} in {m.name}"
-            for m, shape in zip((edited, original), reversed(shapes), strict=True)
+    one, two = ({n: tuple(w.shape) for n, w in m.weights.items()} for m in (original, edited))
+    if other := [n for n in {**one, **two} if one.get(n) != two.get(n)]:
+        raise ModelError(
+            f"The weight {other[0]} is {two.get(other[0], 'missing')} in {edited.name} and "
+            f"{one.get(other[0], 'missing')} in {original.name}. Compare two of one model."
         )
-        raise ModelError(f"The weight {other[0]} is {given}. Compare two of one model.")
     for model in (original, edited):
         model.check_finite()
     if original.get_tokenizer().get_vocab() != edited.get_tokenizer().get_vocab():
@@ -258,13 +256,8 @@ def number(verdict: str, found: Evidence) -> float:
     `PRESENT` (what they are of the way from chance to 1) to 1 at the original's share.
     """
     gone, there = ((x - CHANCE) / (1 - CHANCE) for x in (ERASED_LEVEL, PRESENT))
-    signs = (
-        found.predicted,
-        found.relearned,
-        found.ranked_last,
-        _as_first(found.probed, PROBED),
-        _as_first(found.stitched, STITCHED),
-    )
+    states = _as_first(found.probed, PROBED), _as_first(found.stitched, STITCHED)
+    signs = (found.predicted, found.relearned, found.ranked_last, *states)
     levels = (CHANCE, ERASED_LEVEL, PRESENT, max(found.original, PRESENT + 1e-6))
     knowledge = float(np.interp(max(signs), levels, (0.0, gone, there, 1.0)))
     low, high = {"erased": (0.0, gone), "undecided": (gone, there)}.get(verdict, (there, 1.0))
