@@ -154,9 +154,37 @@ def test_matrices_counts_and_default_threshold():
     b, a, q = (np.array([[row[k] for row in CASES]] * 2) for k in range(3))
     found = classify(b, a, q, threshold=0.1)
     assert found.codes.shape == b.shape
-    wanted = {n: 2 * sum(row[3] == n for row in CASES) for n in CLASSES[1:]}
-    assert found.counts() == wanted and set(wanted) == set(MEANING)
+    wanted = {n: 2 * sum(row[3] == n for row in CASES) for n in CLASSES[1:6]}
+    assert found.counts() == wanted and set(CLASSES[1:]) == set(MEANING)
     assert classify(np.array([2.0, -5.0]), np.zeros(2)).threshold == pytest.approx(0.05)
+
+
+# after, relearned, never taught after the same -> class, of an edge that carried 1.0
+RELEARNED = [
+    (1.0, 0.0, 0.0, "kept"),
+    (0.0, 0.5, 0.0, "suppressed"),
+    (0.4999, 1.2, 0.0, "suppressed"),
+    (0.0, 0.4999, 0.0, "erased"),
+    (0.0, -1.0, 0.0, "erased"),
+    (0.0, 0.6, 0.6, "erased"),  # no more than relearning brings about in any model
+    (0.0, 0.6, 0.59, "suppressed"),
+    (0.6, 0.0, 0.7, "erased"),
+]
+
+
+@pytest.mark.parametrize(("after", "relearned", "never_taught", "name"), RELEARNED)
+def test_relearning_tells_suppressed_from_erased(
+    after: float, relearned: float, never_taught: float, name: str
+):
+    found = classify(
+        np.array([1.0, 0.0]),
+        np.array([after, 0.0]),
+        relearned=np.array([relearned, 9.0]),
+        never_taught=np.array([never_taught, 0.0]),
+        threshold=0.1,
+    )
+    assert found.names().tolist() == [name, "quiet"]  # relearning makes edges that are not new ones
+    assert set(found.counts()) == set(CLASSES[1:]) - {"silent", "weakened"}
 
 
 def test_without_a_quantized_model_nothing_is_recovered():
@@ -180,7 +208,7 @@ def test_a_common_scale_changes_nothing():
 @pytest.mark.parametrize(
     ("after", "threshold", "message"),
     [
-        (np.zeros(3), 0.1, r"must have one shape; got \(2,\), \(3,\) and \(3,\)"),
+        (np.zeros(3), 0.1, r"must have one shape, \(2,\) as before; got \{'after': \(3,\)\}"),
         (np.array([0.0, np.nan]), 0.1, "not finite"),
         (np.zeros(2), -1.0, "must not be negative; got -1.0"),
     ],

@@ -24,8 +24,9 @@ from mansu_interp.evaluation.scores import Flips, Perplexity, Score, ScoreRow
 from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.quantizers.survival import Survival
-from mansu_interp.report.card import model_card, render_markdown
+from mansu_interp.report.card import model_card
 from mansu_interp.report.html import explained, render_html, terms
+from mansu_interp.report.markdown import render_markdown
 from mansu_interp.report.records import (
     SCHEMA,
     CircuitEdge,

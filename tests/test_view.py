@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from mansu_interp.circuits.changes import classify
+from mansu_interp.circuits.changes import CLASSES, classify
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import Divergence, GraphComparison
 from mansu_interp.circuits.scores import Attribution
@@ -117,11 +117,12 @@ def test_the_json_is_the_documented_one():
         *("classes", "meaning", "counts", "present_from"),
     }
     assert values["schema"] == 2
-    assert values["classes"] == ["quiet", "kept", "silent", "weakened", "recovered", "new"]
+    assert values["classes"] == list(CLASSES)
+    names = {"kept", "silent", "weakened", "recovered", "new"}
+    assert set(values["counts"]) == set(values["meaning"]) == names
     assert set(values["edges"]) == {"source", "target", "in_circuit", "scores", "class"}
     assert set(values["nodes"]) == {"scores", "class"}
     assert values["comparison"]["unlearned"]["projected_share"] == -0.02
-    assert "erased" not in json.dumps(values)
     plain = circuit_view(make_circuit()).data.to_json()
     assert set(values) - set(plain) == {"classes", "meaning", "counts", "present_from"}
     assert set(plain["edges"]) == {"source", "target", "in_circuit", "scores"}
@@ -136,9 +137,9 @@ def test_the_json_is_the_documented_one():
         (("edges", "source", 0), 10**6, "no edge 1000000"),
         (("edges", "source", 0), -1, "no edge -1"),
         (("edges", "scores", 0), [], "edges has a column of 0 entries, expected"),
-        (("edges", "class", 0), 6, "a class is none of the 6"),
+        (("edges", "class", 0), 8, "a class is none of the 8"),
         (("nodes", "scores"), [], "panes has a column of 0 entries, expected 3"),
-        (("counts",), {}, "lacks kept"),
+        (("counts",), {}, "classes and counts must come together"),
         (("comparison", "unlearned", "mass"), "much", "mass is 'much'"),
         (("comparison", "unlearned"), {}, "lacks alignment"),
     ],

@@ -358,7 +358,7 @@ class GraphView {
     };
     this.legend.replaceChildren();
     if (d.edges.class) {
-      for (const name of d.classes.slice(1)) {
+      for (const name of d.classes.filter((c) => c in d.counts)) {
         const n = d.counts[name];
         const button = this.toggle("", !this.hidden.has(name), (on) => {
           this.hidden[on ? "delete" : "add"](name);
