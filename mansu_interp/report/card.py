@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..utils.words import number_of
 from .blocks import Cards, Code
 from .markdown import markdown_block, markdown_text
 from .records import Report
 from .story import heading, scores_blocks
-from .values import count, percent
+from .values import percent
 
 
 def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
@@ -35,7 +36,7 @@ def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
         f"# {markdown_text(Path(name).name)}, edited to forget",
         f"Task: {markdown_text(report.task.title)}",
         f"**{top.status.capitalize()}.** {markdown_text(top.sentence)}",
-        f"{count(edit.edited)} parameters of `{markdown_text(name)}` were changed "
+        f"Of `{markdown_text(name)}`, {number_of(edit.edited, 'parameter')} changed "
         f"({percent(edit.share, 3)}), nothing else. The licence of that model applies to this one.",
         "## Scorecard",
         markdown_block(Cards(report.properties)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -78,7 +78,7 @@ class Task:
     def sha256(self) -> str:
         """Hash of all prompts, answers and texts, as tokens."""
         parts = (self.forget, self.retain, self.retain_unscored, self.scored, self.text)
-        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(_spelled(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def calibration(self) -> list[Tokens]:
@@ -86,6 +86,18 @@ class Task:
         knows nothing of the forget facts would take them."""
         prompts = self.retain.sample(CALIBRATION_PROMPTS, 0)
         return [*self.text.get("train", ())[:CALIBRATION_TEXTS], *(p.clean for p in prompts)]
+
+
+def _spelled(value: object) -> str:
+    """A value with every field of the records in it; their own ``repr`` is short."""
+    if isinstance(value, (Pair, PairSet)):
+        inside = ", ".join(f"{f.name}={_spelled(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__name__}({inside})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_spelled, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {_spelled(v)}' for k, v in value.items())}}}"
+    return repr(value)
 
 
 class Asked(NamedTuple):
