@@ -120,7 +120,7 @@ def test_the_worst_quantizer_of_a_set_decides():
     assert both[2].unit.startswith("fp4 minus full precision")
     assert "nf4 and fp4 changed four-way" in both[2].sentence
     assert "by -0.100 and +0.040" in both[2].sentence
-    assert "Under fp4, on 1 prompts" in both[2].sentence
+    assert "Under fp4, on 1 prompt the" in both[2].sentence
 
 
 @pytest.mark.parametrize(

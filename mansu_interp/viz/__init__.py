@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .data import GraphData
 from .layout import Box, Layout, place
-from .svg import circuit_svg, curve_svg, escape, lines_svg
+from .plots import lines_svg
+from .svg import circuit_svg, curve_svg, escape
 from .view import View, changes_view, circuit_view
 
 __all__ = [
