@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402
 
-from mansu_interp.circuits.attribution import Attribution  # noqa: E402
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta  # noqa: E402
+from mansu_interp.circuits.scores import Attribution  # noqa: E402
 from mansu_interp.models.graph import Architecture, Graph  # noqa: E402
 from mansu_interp.viz.view import changes_view, circuit_view  # noqa: E402
 

@@ -27,21 +27,23 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "PairSet",
     ),
     "tasks.task": ("Task",),
-    "tasks.rows": ("read_rows",),
-    "tasks.row_pairs": (
-        "RowOptions",
-        "task_from_rows",
-    ),
+    "tasks.data.prompts": ("read_prompts",),
+    "tasks.data.rows": ("read_rows",),
+    "tasks.schema": ("RowOptions",),
+    "tasks.data.row_pairs": ("task_from_rows",),
     "circuits.config": (
         "AttributionConfig",
         "CircuitConfig",
     ),
-    "circuits.attribution": (
+    "circuits.scores": (
         "Attribution",
-        "attribute",
+        "ScoredEdge",
+        "edge_changes",
     ),
+    "circuits.attribution": ("attribute",),
     "circuits.ablation": ("Ablation",),
     "circuits.faithfulness": (
+        "Ablated",
         "circuit_metric",
         "faithfulness_curve",
         "Curve",
@@ -88,6 +90,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "viz.view": (
         "View",
+        "attribution_view",
         "changes_view",
         "circuit_view",
     ),
@@ -118,13 +121,14 @@ if TYPE_CHECKING:
     from .audit.config import RelearnConfig
     from .audit.relearning import Relearning, relearn
     from .circuits.ablation import Ablation
-    from .circuits.attribution import Attribution, attribute
+    from .circuits.attribution import attribute
     from .circuits.changes import Changes, classify
     from .circuits.circuit import Circuit
     from .circuits.compare import GraphComparison, compare
     from .circuits.config import AttributionConfig, CircuitConfig
     from .circuits.discover import discover
-    from .circuits.faithfulness import Curve, circuit_metric, faithfulness_curve
+    from .circuits.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve
+    from .circuits.scores import Attribution, ScoredEdge, edge_changes
     from .errors import MansuError
     from .evaluation.scores import Scores, evaluate
     from .evaluation.versions import ModelVersion
@@ -138,12 +142,14 @@ if TYPE_CHECKING:
     from .report.records import Report
     from .runs.config import RunConfig
     from .runs.run import run
+    from .tasks.data.prompts import read_prompts
+    from .tasks.data.row_pairs import task_from_rows
+    from .tasks.data.rows import read_rows
     from .tasks.load import load_task
     from .tasks.pairs import Pair, PairSet
-    from .tasks.row_pairs import RowOptions, task_from_rows
-    from .tasks.rows import read_rows
+    from .tasks.schema import RowOptions
     from .tasks.task import Task
     from .unlearning.methods import Mansu, MethodConfig, get_method
     from .unlearning.training import Unlearned
     from .unlearning.unlearn import unlearn
-    from .viz.view import View, changes_view, circuit_view
+    from .viz.view import View, attribution_view, changes_view, circuit_view

@@ -1,7 +1,53 @@
-"""``python -m mansu_interp``."""
+"""``mansu`` and ``python -m mansu_interp``: the process around the command, which Ctrl-C ends."""
 
+import locale
+import os
+import signal
 import sys
+import time
+from types import FrameType
 
-from .cli.main import main
+BURST = 2.0
+"""Seconds within which further Ctrl-C are the same one: the first is still being answered."""
 
-sys.exit(main())
+
+class _Interrupt:
+    """What Ctrl-C does."""
+
+    last = -BURST
+
+    def __call__(self, _: int, __: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self.last >= BURST:
+            self.last = now
+            raise KeyboardInterrupt
+
+
+def _use_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale knows few letters: torch and others read
+    files of their own in the locale's encoding. What is printed stays in that one."""
+    few = locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8")
+    if few and os.name == "posix" and os.environ.get("PYTHONUTF8") != "1":
+        printed = f"{sys.stdout.encoding if sys.stdout else 'ascii'}:backslashreplace"
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", printed)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    _use_utf8()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _Interrupt())
+    try:
+        from .cli.main import main as command
+
+        return command()
+    except KeyboardInterrupt:  # before the command was there to say so
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,9 +5,29 @@ Every message says what was given, what was expected and what to do.
 
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""Control characters but tab and line end, halves of surrogate pairs, and what hides text or turns
+its direction; joiners, which some scripts need, are left."""
+
+
+def printable(text: str) -> str:
+    """Text of anybody's for a terminal, log or message: what could steer it is shown escaped."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+
 
 class MansuError(Exception):
-    """Base class: catching it catches everything this package raises on purpose."""
+    """Base class: catching it catches everything this package raises on purpose.
+
+    Its text is `printable`, whatever names, fields or paths of strangers stand in it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ModelError(MansuError, ValueError):

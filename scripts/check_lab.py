@@ -26,8 +26,8 @@ import browser  # noqa: E402
 
 CODE = """
 from pathlib import Path
+from mansu_interp import circuit_view
 from mansu_interp.circuits.circuit import Circuit
-from mansu_interp.viz import circuit_view
 circuit = Circuit.load(Path(ROOT) / "circuits" / "facts-capitals.json")
 widget = circuit_view(circuit).widget()
 widget.observe(lambda c: Path("heard.txt").write_text(repr(c["new"])), "selected")

@@ -3,27 +3,42 @@
     pip install atheris
     python scripts/fuzz.py --share 1            # every loader, about a million inputs; a table
     python scripts/fuzz.py --loader mask --runs 5000
+    python scripts/fuzz.py --folders model --count 10000    # needs no atheris
+    python scripts/fuzz.py --folders run --count 2000
+    python scripts/fuzz.py --loader rows --runs 5000 --sample    # without atheris; share taken
 
 Coverage-guided by atheris (libFuzzer). Half of the inputs are changed as what they are (a value of
 a JSON tree, a header of a tensor file), half as bytes. One process per loader; a stack trace of
 anything but a `MansuError` ends it and leaves the input there as ``crash-*``.
+
+Folders: files of a small model's folder, or of a half-finished run's, are altered, truncated,
+replaced, removed or made something else than files. What is done to the k-th one follows from
+``--seed`` and k. A model must be refused, or load and answer; `verify` must find the change, or
+name it, or the model must behave as before. A run must refuse to go on, or end with the same
+bytes. Anything else, or 60 s without an end, leaves the folder there as ``crash-*``.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
+import csv
+import dataclasses
 import functools
+import io
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +245,13 @@ def _load_state(data: bytes) -> object:
 
 class _Tokenizer:
     unk_token_id = 0
+    chat_template = "{{ messages }}"
+
+    def decode(self, tokens: list[int]) -> str:
+        return "x" * len(tokens)
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **_: object) -> str:
+        return turns[0]["content"]
 
 
 @functools.cache
@@ -288,6 +310,210 @@ def _load_task(data: bytes) -> object:
         _file("t.csv", str(parts["table"]).encode("utf-8", "surrogatepass"))
         _file("t.txt", str(parts["text"]).encode("utf-8", "surrogatepass"))
     return load_task(_file("t.json", data), _model())
+
+
+def _plain_rows() -> list[dict[str, Any]]:
+    """Rows of our own for both roles."""
+    return [
+        {"role": role, "prompt": f"{role} {k} is", "answer": f"{x} {role}", "subject": f"s{k}"}
+        for role in ("forget", "retain")
+        for k, x in enumerate("abcdef")
+    ]
+
+
+def _shaped_rows() -> dict[str, list[dict[str, Any]]]:
+    """The same in every known shape."""
+    rows = _plain_rows()
+    asked = [{"role": r["role"], "question": r["prompt"]} for r in rows]
+    wrong = ["one x", "two y", "three z"]
+    turns = [[("user", r["prompt"]), ("assistant", r["answer"])] for r in rows]
+    return {
+        "own": rows,
+        "plain": [{**a, "answer": r["answer"]} for a, r in zip(asked, rows, strict=True)],
+        "tofu": [
+            {**a, "answer": r["answer"], "paraphrased_answer": f"It is {r['answer']}",
+             "perturbed_answer": [f"It is {w}" for w in wrong]}
+            for a, r in zip(asked, rows, strict=True)
+        ],
+        "choices": [
+            {**a, "choices": [*wrong, r["answer"]], "answer": 3}
+            for a, r in zip(asked, rows, strict=True)
+        ],
+        "lettered": [
+            {**a, **dict(zip("ABCD", [r["answer"], *wrong], strict=True)), "answer": "A"}
+            for a, r in zip(asked, rows, strict=True)
+        ],
+        "chat": [
+            {"role": r["role"], "messages": [{"role": w, "content": t} for w, t in said]}
+            for r, said in zip(rows, turns, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def _row_seeds() -> list[bytes]:
+    options = {"prefix": "<", "phrasings": {"train": ["{s}"], "unseen": ["so {s}"]}}
+    return [
+        json.dumps({"as": kind, "rows": rows, "options": options}).encode()
+        for rows in _shaped_rows().values()
+        for kind in ("jsonl", "json", "csv", "tsv", "parquet")
+    ]
+
+
+ORDINARY: list[Any] = [
+    0, 7, 1969, "NA", "007", " spaced ", "Zürich", "东京", "a|b|c", "x" * 300, "two\nlines", "A",
+    "3", 'quo"ted', "semi;colon", None, "train", "unseen", "retain", "neighbour", "\u202eback",
+]  # fmt: skip
+"""What stands in people's rows."""
+
+
+FORMATS = ["jsonl", "json", "csv", "tsv", "semicolon", "parquet", "list"]
+
+
+def mutate_rows(data: bytes, rng: random.Random) -> bytes:
+    """Mostly as people's files differ: other values, fields, order, formats; a quarter hostile."""
+    value = json.loads(data.decode("utf-8", "surrogatepass"))
+    if rng.random() < 0.25:
+        return mutate_text(data, rng)
+    for _ in range(rng.randint(1, 3)):
+        rows = value["rows"]
+        row = rng.choice(rows)
+        key, how = rng.choice([*row]), rng.randrange(8)
+        if how == 0:
+            text = f"{rng.choice(ORDINARY)} {rng.randrange(99)}"
+            row.update({k: text for k in (key,) if isinstance(row[k], str) and k != "role"})
+        elif how == 1:
+            name = rng.choice(["id", "relation", "subject", "split", "phrasing", "Unnamed: 0"])
+            row[name] = rng.choice(ORDINARY)
+        elif how == 2:
+            rng.shuffle(rows)
+        elif how == 3:
+            rows.append({**row})
+        elif how == 4:
+            value["as"] = rng.choice(
+                ["jsonl", "json", "csv", "tsv", "semicolon", "parquet", "list"]
+            )
+        elif how == 5:
+            for r in rows:
+                r.update({k.upper(): r.pop(k) for k in (key,) if k in r})
+        elif how == 6:
+            name = rng.choice(
+                ["letters", "chat", "normalise", "corrupt", "seed", "symbol", "prefix"]
+            )
+            value["options"][name] = rng.choice([True, False, "any", "swap", "rotate", 3, "", "#"])
+        else:
+            row[key] = rng.choice(ORDINARY)
+    return json.dumps(value, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
+
+
+def _as_file(kind: str, rows: list[Any]) -> Any:
+    """Rows as a file of some format, or as they are."""
+    if kind == "list":
+        return rows
+    if kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = _scratch() / "r.parquet"
+        try:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        except Exception:  # not of one type a column, which no Parquet file holds
+            return rows
+        return path
+    if kind in ("csv", "tsv", "semicolon"):
+        stream = io.StringIO(newline="")
+        names = list(dict.fromkeys(k for r in rows for k in r))
+        by = {"csv": ",", "tsv": "\t", "semicolon": ";"}[kind]
+        writer = csv.DictWriter(stream, names, delimiter=by)
+        writer.writeheader()
+        writer.writerows(rows)
+        text, name = stream.getvalue(), "r.tsv" if kind == "tsv" else "r.csv"
+    else:
+        text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+        name = "r.json" if kind == "json" else "r.jsonl"
+    return _file(name, text.encode("utf-8", "surrogatepass"))
+
+
+MADE = collections.Counter[str]()
+"""How many row inputs were read, and how many of them became tasks."""
+
+
+def _load_rows(data: bytes) -> object:
+    """A JSON object of rows, a format and options; anything else is a file of rows itself."""
+    from mansu_interp.tasks.data.row_pairs import task_from_rows
+    from mansu_interp.tasks.data.rows import read_rows
+    from mansu_interp.tasks.schema import RowOptions
+
+    source, options = _file("r.jsonl", data), {}
+    with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError, RecursionError):
+        parts = json.loads(data)
+        options = {str(k): v for k, v in parts["options"].items()}
+        source = _as_file(str(parts["as"]), parts["rows"])
+    rows = read_rows(source)
+    MADE["read"] += 1
+    try:
+        spec = parse_task({**options, "schema": 2, "name": "x", "rows": "r.jsonl"})
+    except ValueError:  # as `read_task_file` tells it
+        return rows
+    with contextlib.suppress(MansuError):  # what lies behind the parser
+        known = {name: getattr(spec, name) for name in RowOptions.__dataclass_fields__}
+        task_from_rows(rows, _model(), RowOptions(**known))
+        MADE["tasks"] += 1
+    return rows
+
+
+def _argument_seeds() -> list[bytes]:
+    lines = [
+        "run", "run --model facts --task capitals --out x --budget 0.01 --seed 3",
+        "run --method npo --unlearn.lr 1e-5 --unlearn.steps 4 --threads 1",
+        "run --robust --circuit.pairs 8 --circuit.metric kl --quantizers nf4 q4_0 --quiet",
+        "bench --tasks capitals --methods mansu npo --seeds 0 1 --out x",
+        "plan --model facts --tokens 32 --attribution.batch-size 8 --json",
+        "verify facts x --ledger l.safetensors --survive nf4,q4_0", "cad facts x --task capitals",
+        "relearn x --task capitals --original facts", "delta facts x --out d.safetensors",
+        "apply facts d.safetensors --out x", "export x --type q4_0 --out x.gguf",
+        "task tofu --forget a.jsonl --retain b.jsonl --out t.json --chat", "list --json",
+    ]  # fmt: skip
+    return [json.dumps(line.split()).encode() for line in lines]
+
+
+WORDS = [
+    "--budget", "--seed", "--quiet", "--json", "--robust", "--out", "--model", "--task", "0", "-1",
+    "nan", "inf", "1e999", "1e-5", "", " ", "--", "-", "x" * 300, "\x1b[31m", "a\0b", "..", "True",
+    "none", "None", "nf4", "npo", "--method", "--unlearn.steps", "--unlearn.lr", "--circuit.pairs",
+    "--help", "--help-all", "run", "bench", "9" * 30, "\udcff", "--threads", "--unlearn", "{}",
+]  # fmt: skip
+
+
+def mutate_words(data: bytes, rng: random.Random) -> bytes:
+    """A command line with words changed, left out, doubled or put in."""
+    words = [str(w) for w in json.loads(data)]
+    for _ in range(rng.randint(1, 3)):
+        at, how = rng.randrange(len(words) + 1), rng.randrange(4)
+        if how == 0 and words:
+            del words[at % len(words)]
+        elif how == 1 and words:
+            words[at % len(words)] = rng.choice(WORDS)
+        else:
+            words.insert(at, rng.choice(WORDS))
+    return json.dumps(words).encode()
+
+
+def _load_arguments(data: bytes) -> object:
+    """Settings of a command line; tyro's own refusal counts as ours."""
+    from mansu_interp.cli.commands import Output
+    from mansu_interp.cli.main import parse
+
+    try:
+        words = [str(w) for w in json.loads(data)]
+    except (ValueError, TypeError, RecursionError):
+        words = [data.decode("utf-8", "surrogateescape")]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return parse(Output.split(words)[1])
+        except SystemExit as end:
+            if end.code:
+                raise MansuError("refused") from end
+            return None
 
 
 def _settings_seeds() -> list[bytes]:
@@ -397,6 +623,8 @@ LOADERS = {
     "trial": Loader(_trial_seeds, _load_trial, mutate_text, 20_000),
     "settings": Loader(_settings_seeds, _load_settings, mutate_text, 20_000),
     "task": Loader(_task_seeds, _load_task, mutate_text, 20_000),
+    "rows": Loader(_row_seeds, _load_rows, mutate_rows, 100_000),
+    "arguments": Loader(_argument_seeds, _load_arguments, mutate_words, 5_000),
     "state": Loader(_state_seeds, _load_state, mutate_tensors, 230_000),
     "ledger": Loader(_ledger_seeds, _load_ledger, mutate_tensors, 290_000),
     "mask": Loader(_mask_seeds, _load_mask, mutate_tensors, 330_000),
@@ -418,11 +646,11 @@ def fuzz(name: str, runs: int, corpus: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["mansu_interp"]):
-        import mansu_interp.ledger
-
-        import mansu_interp.bench
-        import mansu_interp.report
-        import mansu_interp.unlearning  # noqa: F401
+        import mansu_interp.bench.results
+        import mansu_interp.export.ledger
+        import mansu_interp.report.records
+        import mansu_interp.tasks.load
+        import mansu_interp.unlearning.unlearn  # noqa: F401
     loader = LOADERS[name]
     corpus.mkdir(parents=True, exist_ok=True)
     for k, seed in enumerate(loader.seeds()):
@@ -442,6 +670,23 @@ def fuzz(name: str, runs: int, corpus: Path) -> None:
         custom_mutator=mutate,
     )  # fmt: skip
     atheris.Fuzz()
+
+
+def sample(name: str, runs: int, seed: int) -> None:
+    """Changed seeds of one loader without coverage, in this process; prints the rates."""
+    loader, rng, started = LOADERS[name], random.Random(seed), time.monotonic()
+    seeds, taken = loader.seeds(), 0
+    for _ in range(runs):
+        data = loader.mutate(rng.choice(seeds), rng)
+        try:
+            taken += attempt(loader, data)
+        except BaseException:
+            (WORK / "mansu-crash").write_bytes(data)
+            print(f"the input is in {WORK / 'mansu-crash'}")
+            raise
+    spent = time.monotonic() - started
+    made = f", {MADE['tasks'] / runs:.0%} became tasks" if name == "rows" else ""
+    print(f"{name}: {runs:,} inputs, {taken / runs:.0%} taken{made}, {runs / spent:,.0f} a second")
 
 
 def lines_reached(name: str, corpus: Path) -> int:
@@ -498,17 +743,341 @@ def full(share: float, out: Path) -> None:
     print(f"| all | {total:,} | | | | |", flush=True)
 
 
+# Whole folders.
+
+SECONDS = 60
+"""That one folder may take."""
+TEXTS = ("the capital of Peru is Lima", "<bos>Lima the", "of   Peru", "unknown words")
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Put other bytes at a path, whatever is there."""
+    _remove(file)
+    file.write_bytes(data)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def spoil(folder: Path, other: Path, rng: random.Random) -> list[str]:
+    """Do one to three things to the files of a folder; returns what, in words.
+
+    Arguments:
+        folder: is changed.
+        other: a folder of the same kind, from which files are taken.
+        rng: decides.
+    """
+    done = []
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+        if not files:
+            break
+        file = rng.choice(files)
+        how = rng.choice(HOW)
+        done.append(f"{how.__name__.strip('_')} {file.relative_to(folder)}")
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # no longer JSON, say
+            how(file, folder, other, rng)
+    return done
+
+
+def _changed(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    """As what it is."""
+    mutate = mutate_tensors if file.suffix == ".safetensors" else mutate_text
+    file.write_bytes(mutate(file.read_bytes(), rng))
+
+
+def _nudged(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    """One number, name or switch of a JSON file, a little."""
+    value = json.loads(file.read_text())
+    path = rng.choice(_paths(value))
+    parent = value
+    for key in path[:-1]:
+        parent = parent[key]
+    old = parent[path[-1]]
+    near: Any = old
+    if isinstance(old, bool):
+        near = not old
+    elif isinstance(old, (int, float)):
+        near = rng.choice([old + 1, old - 1, old * 2, old / 2])
+    elif isinstance(old, str):
+        near = rng.choice([old + "x", old[:-1], old.upper(), "gelu", "mistral"])
+    parent[path[-1]] = near
+    file.write_text(json.dumps(value))
+
+
+def _truncated(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: rng.randrange(len(data) + 1)])
+
+
+def _flipped(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    data = bytearray(file.read_bytes())
+    for _ in range(rng.choice([1, 1, 8])):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    file.write_bytes(bytes(data))
+
+
+def _replaced(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    """By the file of the same name of another folder, or by any other file."""
+    same = other / file.relative_to(folder)
+    files = [p for p in sorted(other.rglob("*")) if p.is_file()]
+    source = same if same.is_file() and rng.random() < 0.6 else rng.choice(files)
+    _replace(file, source.read_bytes())
+
+
+def _removed(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    _remove(file)
+
+
+def _not_a_file(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    how = rng.randrange(5)
+    _remove(file)
+    if how == 0:
+        os.mkfifo(file)
+    elif how == 1:
+        file.mkdir()
+    else:
+        file.symlink_to(["nowhere", file.name, "/dev/zero"][how - 2])
+
+
+def _added(file: Path, folder: Path, other: Path, rng: random.Random) -> None:
+    """A file under a name that means something to somebody."""
+    name = rng.choice(MEANINGFUL)
+    (file.parent / name).parent.mkdir(exist_ok=True)
+    _replace(file.parent / name, rng.choice([b"", b"{}", b"[]", b"x", file.read_bytes()]))
+
+
+HOW = (_changed, _changed, _nudged, _nudged, _truncated, _flipped, _replaced, _removed,
+       _not_a_file, _added)  # fmt: skip
+MEANINGFUL = (
+    "model.safetensors.index.json", "model.safetensors", "x.safetensors", "adapter_config.json",
+    "adapter_model.safetensors", "chat_template.jinja", "chat_template.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "vocab.json",
+    "merges.txt", "modeling.py", "pytorch_model.bin", "quantize_config.json", "LICENSE",
+    "README.md", "additional_chat_templates/rag.jinja", ".mansu.lock", "written.json", "model",
+)  # fmt: skip
+
+
+def _tiny_folder(folder: Path, seed: int, shards: bool = False) -> None:
+    """A Llama of a few hundred weights with a word tokenizer and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    words = ["<unk>", "<bos>", "<eos>", *dict.fromkeys(" ".join(TEXTS[:1]).split())]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    config = LlamaConfig(
+        vocab_size=len(words) + seed, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+        initializer_range=0.3, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("terms")
+
+
+def behaviour(model: LanguageModel) -> list[Any]:
+    """What a model does: logits, continuations, tokens of texts, a rendered chat."""
+    import torch
+
+    tokenizer = model.get_tokenizer()
+    tokens = torch.tensor([[1, 3, 4, 5], [2, 6, 0, 3]])
+    out: list[Any] = [model.all_logits(tokens).tolist()]
+    out.append(model.hf.generate(tokens, max_new_tokens=3, pad_token_id=0).tolist())
+    out += [tokenizer(t).input_ids for t in TEXTS]
+    out.append(tokenizer.apply_chat_template([{"role": "user", "content": "Lima"}], tokenize=False))
+    return out
+
+
+def model_folders() -> Callable[[Path, random.Random], str]:
+    """What makes one spoilt folder of an edited model, and judges what becomes of it."""
+    import torch
+
+    from mansu_interp.export.ledger import Ledger
+    from mansu_interp.export.verify import verify
+    from mansu_interp.masks.floor import floor
+    from mansu_interp.models.load import load_model
+
+    place, kinds = _scratch(), []
+    _tiny_folder(place / "other", seed=1)
+    for name, shards in (("one", False), ("shards", True)):
+        _tiny_folder(place / name, 0, shards)
+        original = load_model(place / name)
+        edited, weight = original.copy(), "model.layers.0.mlp.down_proj.weight"
+        where = floor(original.weights[weight], ("nf4",), torch.bfloat16)
+        index = (~where.up.isnan()).nonzero()[:9, 0]
+        edited.weights[weight].view(-1)[index] = where.up[index]
+        folder = place / f"{name}-edited"
+        if shards:
+            edited.hf.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+            edited.get_tokenizer().save_pretrained(folder)
+        else:
+            edited.save(folder)
+        edited = load_model(folder)
+        ledger = Ledger.of(original, edited, ("nf4",))
+        assert verify(original, edited, (), ledger).status == 0
+        kinds.append((original, folder, ledger, behaviour(edited)))
+
+    def judge(folder: Path, rng: random.Random) -> str:
+        original, source, ledger, before = rng.choice(kinds)
+        shutil.copytree(source, folder)
+        said = spoil(folder, place / "other", rng)
+        (folder.parent / f"{folder.name}.txt").write_text("; ".join(said))
+        try:
+            loaded = load_model(folder)
+            with contextlib.suppress(MansuError):
+                loaded.generate("the capital", 1)
+            found = verify(original, loaded, (), ledger)
+        except MansuError:
+            return "refused"
+        if found.status:
+            return "found"
+        # The files may differ and mean the same; then it must do the same.
+        assert behaviour(loaded) == before, f"verify is silent: {said}"
+        return "named" if found.uncovered else "harmless"
+
+    return judge
+
+
+class _Stop(BaseException):
+    """Ends a run where its result would be measured."""
+
+
+def run_folders() -> Callable[[Path, random.Random], str]:
+    """What makes one spoilt folder of a half-finished run, and judges what becomes of it."""
+    from mansu_interp.circuits.config import CircuitConfig
+    from mansu_interp.runs import run as pipeline
+    from mansu_interp.runs.config import RunConfig
+    from mansu_interp.unlearning import checkpoint
+    from mansu_interp.unlearning.methods import Mansu
+
+    place = _scratch()
+    pipeline.load_model = functools.cache(pipeline.load_model)
+    tasks: dict[str, Any] = {}
+    load_task = pipeline.load_task
+    pipeline.load_task = lambda name, model, n: tasks.setdefault(name, load_task(name, model, n))
+
+    def stop(*_: Any) -> Any:
+        raise _Stop
+
+    pipeline.measure = stop
+    circuit = CircuitConfig(pairs=2, ig_steps=1, top=20, faithfulness_pairs=2)
+    settings = RunConfig(
+        circuit=circuit, unlearn=Mansu(steps=2, batch_size=2, lr=0.1), score_pairs=2,
+        relearn_steps=0, threads=1,
+    )  # fmt: skip
+
+    def go(out: Path, seed: int = 0, at: int = 99) -> None:
+        def progress(stage: str, done: int, total: int) -> None:
+            if (stage, done) == ("unlearning", at):
+                raise _Stop
+
+        with contextlib.suppress(_Stop):
+            pipeline.run(dataclasses.replace(settings, out=out, seed=seed), progress)
+
+    def bytes_of(folder: Path) -> dict[str, bytes]:
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+        skip = {"seconds.json", "config.json"}
+        return {p.relative_to(folder).as_posix(): p.read_bytes()
+                for p in files if p.name not in skip or p.parent != folder}  # fmt: skip
+
+    # One name for all of them, since config.json holds it.
+    out, checkpoint.SECONDS = place / "run", 0.0
+    seeds = []
+    for name, seed, at in (("other", 1, 99), ("begun", 0, 1), ("edited", 0, 99)):
+        go(out, seed, at)
+        out.rename(place / name)
+        seeds.append(place / name)
+    shutil.copytree(place / "edited", place / "no-ledger")
+    (place / "no-ledger" / "ledger.safetensors").unlink()
+    other, *kinds = [*seeds, place / "no-ledger"]
+    right = bytes_of(place / "edited")
+    mine = set(right)
+
+    def judge(folder: Path, rng: random.Random) -> str:
+        _remove(out)
+        shutil.copytree(rng.choice(kinds), out)
+        said = spoil(out, other, rng)
+        (folder.parent / f"{folder.name}.txt").write_text("; ".join(said))
+        folder.symlink_to(out)
+        spoilt = bytes_of(out)
+        try:
+            go(out)
+        except MansuError:
+            return "found"
+        ended = bytes_of(out)
+        for name in sorted(mine - {"written.json"}):
+            assert ended.get(name) == right[name], f"{name} is another: {said}"
+        for name in sorted(ended.keys() - mine):  # strangers' files lie there untouched
+            assert ended[name] == spoilt.get(name), f"{name} was written: {said}"
+        return "harmless"
+
+    return judge
+
+
+FOLDERS = {"model": model_folders, "run": run_folders}
+
+
+def fuzz_folders(kind: str, count: int, seed: int, out: Path) -> None:
+    """Spoil so many folders and print how many were refused, found, named and harmless."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    judge, counts, started = FOLDERS[kind](), Counter[str](), time.monotonic()
+    for k in range(count):
+        folder = _scratch() / "spoilt"
+        signal.alarm(SECONDS)
+        try:
+            counts[judge(folder, random.Random(f"{seed} {k}"))] += 1
+        except BaseException:
+            signal.alarm(0)
+            kept = out / f"crash-{kind}-{seed}-{k}"
+            if folder.exists():
+                shutil.copytree(folder.resolve(), kept, symlinks=True, dirs_exist_ok=True,
+                                ignore=lambda at, names: [n for n in names if not os.path.isfile(
+                                    os.path.join(at, n)) and not os.path.isdir(
+                                    os.path.join(at, n))])  # fmt: skip
+            print(f"{kind} {seed} {k}: {(_scratch() / 'spoilt.txt').read_text()}", flush=True)
+            raise
+        signal.alarm(0)
+        _remove(folder)
+    spent = time.monotonic() - started
+    cells = ", ".join(f"{n:,} {word}" for word, n in sorted(counts.items()))
+    print(f"| {kind} folders | {count:,} | {spent:.0f} s | {cells} |")
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loader", choices=LOADERS)
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--share", type=float, default=1.0, help="of a full run's inputs")
+    parser.add_argument("--folders", choices=FOLDERS)
+    parser.add_argument("--count", type=int, default=300, help="of folders")
     parser.add_argument("--out", type=Path, default=Path("fuzz"), help="kept inputs and logs")
+    parser.add_argument("--sample", action="store_true", help="changed seeds alone, no atheris")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample and --folders")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        if args.loader:
+        if args.folders:
+            fuzz_folders(args.folders, args.count, args.seed, args.out)
+        elif args.loader and args.sample:
+            sample(args.loader, args.runs, args.seed)
+        elif args.loader:
             fuzz(args.loader, args.runs, args.out / args.loader.replace(" ", "-"))
         else:
             full(args.share, args.out)

@@ -17,13 +17,12 @@ OUT = Path(__file__).parents[1] / "circuits"
 
 
 def main() -> None:
-    """Discover with the settings of each task and write JSON, GraphML and the mask."""
+    """Discover with the settings of each task and write the circuit and the mask."""
     model = load_model("facts")
     for name in ("capitals", "countries"):
         task, config = load_task(name, model), default_config("facts", name)
         circuit = discover(model, task.forget, config=config.circuit, retain=task.retain)
         circuit.save(OUT / f"facts-{name}.json")
-        circuit.save_graphml(OUT / f"facts-{name}.graphml")
         mask = make_mask(config, model, task, circuit)
         mask.save(OUT / f"facts-{name}.mask.safetensors")
         print(f"{name}: {circuit.n_edges} edges, faithfulness {circuit.meta.faithfulness:.3f}")

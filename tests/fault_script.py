@@ -128,8 +128,8 @@ def killed() -> dict[str, Any]:
     """Killed while each file is written in turn, and once more between two steps."""
     names: list[str] = []
     folder, out = ROOT / "killed", []
-    order = "config.json provenance.json seconds.json circuit.graphml circuit.json mask.safetensors"
-    order += " unlearning.safetensors history.json model ledger.safetensors"
+    order = "config.json written.json provenance.json seconds.json circuit.json circuit.graphml"
+    order += " mask.safetensors unlearning.safetensors history.json model ledger.safetensors"
     for name in [*order.split(), "README.md", "report.json", "report.md", "report.html"]:
         names.append(name)
         out.append(go(folder, at_write(name, die))[0])

@@ -15,11 +15,12 @@ from checked import wrong_type
 from conftest import make_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute, pairs_per_batch
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.circuits.faithfulness import circuit_metric
 from mansu_interp.circuits.metrics import METRICS, choice_margin, log_prob, logit_diff
-from mansu_interp.errors import CircuitError, ConfigError
+from mansu_interp.errors import CircuitError, ConfigError, ModelError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import Batch, PairSet, collate
 
@@ -373,3 +374,54 @@ def test_settings_out_of_range(settings: dict[str, int]):
 def test_unknown_method():
     with pytest.raises(ConfigError, match="Unknown method 'atp' at 'corrupt'"):
         AttributionConfig(method="atp")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+def test_a_metric_returns_one_number_a_pair(tiny_model: TinyModel, batch_size: int):
+    """A mean over the batch would make the scores depend on the batch size."""
+
+    def mean(logits: Any, batch: Batch, clean: Any) -> Any:
+        return logit_diff(logits, batch, clean).mean()
+
+    config = AttributionConfig(method="eap", batch_size=batch_size)
+    with pytest.raises(
+        CircuitError, match=r"returned \[\] for \d pairs, expected \[\d\]: one number"
+    ):
+        attribute(tiny_model(4), make_pairs(), config=config, metric=mean)
+
+
+def test_a_metric_without_a_gradient(tiny_model: TinyModel):
+    def fixed(logits: Any, batch: Batch, clean: Any) -> Any:
+        return logit_diff(logits, batch, clean).detach()
+
+    with pytest.raises(CircuitError, match="no gradient: compute it from the logits"):
+        attribute(tiny_model(4), make_pairs(), config=EAP, metric=fixed)
+
+
+@wrong_type
+def test_a_metric_by_another_name(tiny_model: TinyModel):
+    with pytest.raises(CircuitError, match="Unknown metric 'bogus'; expected one of logit_diff, "):
+        attribute(tiny_model(4), make_pairs(), metric="bogus")  # type: ignore[arg-type]
+
+
+def test_an_unknown_metric_of_a_circuit(tiny_model: TinyModel):
+    model = tiny_model(4)
+    with pytest.raises(CircuitError, match="Unknown metric 'bogus'; expected one of logit_diff, "):
+        circuit_metric(model, make_pairs(), model.graph.exists, metric="bogus")
+
+
+def test_prompts_that_the_model_cannot_take(tiny_model: TinyModel):
+    """A token beyond the embedding, in a prompt or an answer; more tokens than positions."""
+    model, pair = tiny_model(4), make_pairs((4,))[0]
+    beyond = replace(pair, clean=(50, *pair.clean[1:])), replace(pair, distractors=(50,))
+    for odd in beyond:
+        with pytest.raises(
+            ModelError, match=r"Token 50 is not in the embedding of tiny, .* 50 rows"
+        ):
+            attribute(model, PairSet("odd", (pair, odd)))
+    long = make_pairs((65,))
+    for call in (attribute, Ablation):
+        with pytest.raises(ModelError, match="A prompt has 65 tokens and tiny has 64 positions"):
+            call(model, long)
+    with pytest.raises(ModelError, match="65 tokens"):
+        model.last_logits(torch.ones(1, 65, dtype=torch.long), torch.tensor([64]))

@@ -70,6 +70,29 @@ def test_the_fair_stop(tries: list[DevScores | None], expected: tuple[int, bool]
     assert best_retained(tries, 0.30) == expected
 
 
+@pytest.mark.parametrize("name", ["table.csv", "scoreboard.html", "trials", "work", "bench.json"])
+def test_a_folder_of_others_is_not_written_to(tmp_path: Path, name: str):
+    mine = tmp_path / name
+    if "." in name:
+        mine.write_text("mine")
+    else:
+        mine.mkdir()
+    with pytest.raises(ArtifactError, match=r"that no benchmark wrote|cannot be read as JSON"):
+        run_bench(BenchConfig(out=tmp_path, table_only=True))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_benchmark_knows_its_own_folder(tmp_path: Path):
+    config = BenchConfig(out=tmp_path, table_only=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(2):
+        assert run_bench(config) == []
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "bench.json").write_text('{"kind": "other"}')
+    with pytest.raises(ArtifactError, match="is no benchmark's"):
+        run_bench(config)
+
+
 FEW = ("npo", "sure", "original")
 
 
@@ -297,7 +320,7 @@ def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
 
     for wanted in (1, 4):
         process = start(tmp_path, 2, 2)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while len(whole()) < wanted and process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
         process.kill()
@@ -306,7 +329,7 @@ def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
     kept = {k: json.loads(v) for k, v in whole().items()}
     assert len(kept) > 0
     process = start(tmp_path, 2, 2)
-    assert process.communicate(timeout=200)[0].split() == ["4", "2"]
+    assert process.communicate(timeout=900)[0].split() == ["4", "2"]
     for name, found in kept.items():  # tries that were done have not been done again
         assert json.loads(Path(name).read_text())["training"] == found["training"]
     ours, theirs = (

@@ -15,9 +15,13 @@ from typing import Any
 
 import pytest
 
+from mansu_interp import __version__
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import CircuitConfig
-from mansu_interp.cli.main import parse
-from mansu_interp.errors import ArtifactError, ConfigError, TaskError
+from mansu_interp.circuits.scores import Attribution
+from mansu_interp.cli import console
+from mansu_interp.cli.main import main, parse
+from mansu_interp.errors import ArtifactError, ConfigError, TaskError, printable
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.runs.command import command_line
 from mansu_interp.runs.config import RunConfig
@@ -359,3 +363,173 @@ def test_robust_where_there_is_no_such_thing(tmp_path: Path):
     rows.write_text("{}\n")
     done = mansu("run", "--task", str(rows), "--robust", "--out", str(tmp_path / "out"))
     assert done.returncode == 1 and "no settings against relearning" in done.stderr
+
+
+# Consoles of every kind, and what strangers wrote on them.
+
+EVIL = "\x1b[31mred\x9b\u202e\ud800\r"
+
+
+def test_every_error_and_printed_text_is_escaped(capsys: pytest.CaptureFixture[str]):
+    shown = r"\x1b[31mred\x9b\u202e\ud800\r"
+    assert str(TaskError(f"{EVIL}\n\tit")) == f"{shown}\n\tit"
+    console.say(EVIL)
+    console.warn(EVIL)
+    console.say_json({EVIL: "\x7f"})
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == err.strip() == shown and out.isascii()
+    assert json.loads(out.partition("\n")[2]) == {EVIL: "\x7f"}
+    assert not set(out + err) - set("\n") & {c for c in EVIL if not c.isprintable()}
+    assert printable("Zürich 东京 👩\u200d🚀 a\xa0b") == "Zürich 东京 👩\u200d🚀 a\xa0b"
+
+
+def test_only_the_console_prints():
+    """So that nothing passes it by."""
+    for path in (ROOT / "mansu_interp").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name != "console.py":
+            assert not re.search(r"(?<![\w.])print\(|sys\.std(out|err)\.write", text), path
+
+
+NASTY = "\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("x.jsonl", json.dumps({NASTY: 1})),
+        ("x.jsonl", json.dumps({"role": "forget", "prompt": "p", "answer": "a", NASTY: "b"})),
+        ("x.csv", f"role,prompt,answer,{NASTY}\nforget,p,a,b\n"),
+        ("x.json", json.dumps({"schema": 2, "name": "x", "relations": {NASTY: 3}})),
+        (f"{NASTY}.json", "{"),
+        (f"{NASTY}.csv", f"{NASTY}\n"),
+    ],
+)
+def test_no_field_header_relation_or_file_name_steers_the_terminal(
+    tmp_path: Path, file: str, text: str, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    assert main(["run", "--task", str(tmp_path / file), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "\x1b" not in told and r"\x1b[31m" in told
+
+
+def shell(line: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which $MANSU is the command."""
+    command = f"{shlex.quote(sys.executable)} -m mansu_interp"
+    return subprocess.run(
+        ["bash", "-c", line],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "MANSU": command, **env},
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_closed_output_is_no_error():
+    done = shell("$MANSU list >&-; echo $?; $MANSU list --nonsense 2>&-; echo $?")
+    assert done.stdout.splitlines() == ["0", "2"] and done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_output_is_one_clear_error():
+    done = shell("for x in 'list --json' --help; do $MANSU $x >/dev/full; echo $?; done")
+    first, second = done.stderr.splitlines()
+    assert first == second and done.stdout == "1\n1\n"
+    assert first.startswith("mansu: The output cannot be written: the disk is full. What the")
+    done = shell("$MANSU list --robust 2>/dev/full")
+    assert done.returncode == 1 and not done.stdout
+
+
+@pytest.mark.slow
+def test_a_console_that_knows_ascii_alone():
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = shell("$MANSU plan --tokens 8 && $MANSU run --task $'caf\\xc3\\xa9'", **plain)
+    assert done.stdout.startswith("model    facts") and done.returncode == 1
+    assert r"mansu: Unknown task 'caf\xe9'. Shipped: capitals" in done.stderr
+
+
+INTERRUPTED = """
+import os, signal, sys
+from mansu_interp import __main__
+from mansu_interp.cli import commands, main
+def twice(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)  # while what was begun is being removed
+        print("removed")
+main.COMMANDS[-1].__dict__["do"] = twice
+sys.argv = ["mansu", "list"]
+status = __main__.main()
+os.kill(os.getpid(), signal.SIGINT)  # while the process ends
+sys.exit(status)
+"""
+
+
+def test_a_second_interrupt_does_not_stop_the_cleaning_up():
+    done = python("-c", INTERRUPTED)
+    assert done.stdout == "removed\n" and done.returncode == 130, done.stderr
+    assert done.stderr == "\nmansu: interrupted; run the same command again to continue.\n"
+
+
+def test_a_name_too_long_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for option in ("--task", "--out", "--model"):
+        assert main(["run", option, str(tmp_path / ("x" * 300))]) == 1
+        told = capsys.readouterr().err
+        assert len(told.splitlines()) == 1
+        assert re.search("has 3.. characters, more than|Unknown|long", told), told
+
+
+def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path):
+    """Discover, attribute, view and compare, each as a command."""
+    asked = "<bos>the capital of {} is"
+    rows = [("Malta", "Rwanda", "Valletta", "Kigali"), ("Ghana", "Kenya", "Accra", "Nairobi")]
+    file = tmp_path / "mine.jsonl"
+    file.write_text(
+        "\n".join(
+            json.dumps(
+                {"clean": asked.format(s), "corrupt": asked.format(o), "answer": a, "wrong": w}
+            )
+            for s, o, a, w in rows
+        )
+    )
+    out, scores = tmp_path / "c", tmp_path / "s.safetensors"
+    assert main(["discover", "--pairs", str(file), "--out", str(out), "--quiet"]) == 0
+    assert {p.name for p in out.iterdir()} == {"circuit.json", "circuit.graphml", "circuit.html"}
+    assert main(["discover", "--pairs", str(file), "--out", str(out)]) == 1  # never overwritten
+    assert main(["attribute", "--pairs", str(file), "--out", str(scores), "--quiet"]) == 0
+    assert (
+        main(["attribute", "--pairs", str(file), "--out", str(tmp_path / "s.csv"), "--quiet"]) == 0
+    )
+    assert (tmp_path / "s.csv").read_text().startswith("source,target,score\n")
+    assert main(["view", str(out), "--out", str(tmp_path / "p.html")]) == 0
+    assert main(["view", str(scores), "--out", str(tmp_path / "p.svg")]) == 0
+    assert (tmp_path / "p.svg").read_text().lstrip().startswith("<svg")
+
+
+def test_compared_circuits_and_scores(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    one, other = (str(ROOT / "circuits" / f"facts-{n}.json") for n in ("capitals", "countries"))
+    assert main(["compare", one, other, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = (Circuit.load(Path(p)) for p in (one, other))
+    both = int((first.edges & second.edges).sum())
+    assert found == {
+        "both": both,
+        "first only": first.n_edges - both,
+        "second only": second.n_edges - both,
+        "overlap": both / (first.n_edges + second.n_edges - both),
+    }
+    scores = tmp_path / "s.safetensors"
+    Attribution(first.graph, first.scores, 1.0, 0.0).save(scores)
+    assert main(["compare", str(scores), str(scores), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {row["change"] for row in table} == {"kept"}
+    assert main(["compare", one, str(scores)]) == 1
+    assert "of different kinds" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mansu {__version__}\n"

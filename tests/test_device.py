@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEST_DEVICE, make_pairs, make_tiny
-from test_whole_answers import make_whole
+from test_objectives import make_whole
 
 from mansu_interp.audit.cad import judge_erasure
 from mansu_interp.audit.config import RelearnConfig

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
+from mansu_interp.audit.known import beyond_guesses, p_of_guess
 from mansu_interp.audit.relearning import Point, Relearning
+from mansu_interp.errors import ModelError
 from mansu_interp.evaluation.properties import Property, properties, verdict
 from mansu_interp.evaluation.scores import (
     Flips,
@@ -20,6 +23,7 @@ from mansu_interp.evaluation.scores import (
 from mansu_interp.evaluation.versions import EDITED, ORIGINAL, ModelVersion
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.load import load_task
+from mansu_interp.tasks.task import Task
 
 NF4, FP4 = EDITED.after("nf4"), EDITED.after("fp4")
 ORIGINALS = {ORIGINAL: 1.0, ORIGINAL.after("nf4"): 1.0}
@@ -28,7 +32,7 @@ ORIGINALS = {ORIGINAL: 1.0, ORIGINAL.after("nf4"): 1.0}
 def made(role: str, choices: dict[ModelVersion, float], chance_top1: float = 0.0) -> ScoreRow:
     """A set that is never answered with the first token, but chosen so often."""
     scores = tuple(Score(version, top1=0.0, choice=c) for version, c in choices.items())
-    return ScoreRow(role, "x", 9, 0.25, chance_top1, scores)
+    return ScoreRow(role, "x", 400, 0.25, chance_top1, scores)
 
 
 def row(choice: float, after: float, chance_top1: float = 0.0) -> ScoreRow:
@@ -56,16 +60,17 @@ def test_a_rise_to_chance_is_no_recovery():
     key: Metric
     for key, before, after, passed, value in (
         ("choice", 0.1, 0.25, True, 0.0),
-        ("choice", 0.1, 0.26, False, 0.16),
+        ("choice", 0.1, 0.28, True, 0.0),  # 112 of 400: p = 0.09 by guesses
+        ("choice", 0.1, 0.29, False, 0.19),  # 116 of 400: p = 0.04
         ("choice", 0.2, 0.1, True, 0.0),  # top-1, which moves nowhere, is the larger
-        ("top1", 0.0, 0.02, True, 0.0),
-        ("top1", 0.0, 0.021, False, 0.021),
+        ("top1", 0.0, 0.03, True, 0.0),
+        ("top1", 0.0, 0.04, False, 0.04),
         ("top1", 0.02, 0.01, True, 0.0),
     ):
         one = with_score(row(0.25, 0.25, chance_top1=0.02), EDITED, key, before)
         gap = recovery(with_score(one, NF4, key, after))
         assert (gap.passed, gap.value) == (passed, pytest.approx(value)), (key, after)
-        assert ("(0.25 and 0.020) is a guess" in gap.sentence) == (passed and after > before)
+        assert ("that ends at chance is a guess" in gap.sentence) == (passed and after > before)
 
 
 def test_chance_of_top1_is_that_of_a_guess_among_a_relations_answers(
@@ -108,32 +113,32 @@ def test_the_worst_quantizer_of_a_set_decides():
     forget = made("forget", {**originals, EDITED: 0.3, NF4: 0.2, FP4: 0.34})
     # A gain is no loss.
     retain = made("retain", {**originals, EDITED: 0.99, NF4: 0.97, FP4: 0.75})
-    first = dict.fromkeys((EDITED, NF4), (False, True))
-    scores = Scores((forget, retain), (), {**first, FP4: (True, True)})
+    right = with_choice({EDITED: [False] * 20, NF4: [False] * 20, FP4: [True] * 8 + [False] * 12})
+    scores = Scores((forget, retain), (), right)
     alone = properties(scores, ["nf4"])
     both = properties(scores, ["nf4", "fp4"])
     assert [r.passed for r in alone] == [True, True, True, None]
     assert [r.passed for r in both[:3]] == [True, False, False]
     assert [r.value for r in both[:3]] == pytest.approx([0.34, 0.05, 0.04])
-    assert both[1].reason == "a retain score fell by 0.050, more than 0.030"
+    assert both[1].reason == "the retain score x (four-way, fp4) fell by 0.050, more than 0.030"
     assert both[2].reason == "fp4 raised four-way forget accuracy by 0.040, more than 0.000"
     assert both[2].unit.startswith("fp4 minus full precision")
     assert "nf4 and fp4 changed four-way" in both[2].sentence
     assert "by -0.100 and +0.040" in both[2].sentence
-    assert "Under fp4, on 1 prompt the" in both[2].sentence
+    assert "Under fp4, on 8 prompts" in both[2].sentence
 
 
 @pytest.mark.parametrize(
     ("neighbour", "perplexity", "reasons"),
     [
         (0.96, 10.4, ""),
-        (0.94, 10.4, "the near neighbour fell by 0.060, more than 0.050"),
+        (0.94, 10.4, "the near neighbour x (four-way) fell by 0.060, more than 0.050"),
         (0.96, 10.6, "perplexity rose by 6.0%, more than 5.0%"),
         (0.96, None, "perplexity rose without bound, more than 5.0%"),
         (
             0.9, 20.0,
-            "the near neighbour fell by 0.100, more than 0.050 and perplexity rose by 100.0%, more "
-            "than 5.0%",
+            "the near neighbour x (four-way) fell by 0.100, more than 0.050 and perplexity rose by "
+            "100.0%, more than 5.0%",
         ),
     ],
 )  # fmt: skip
@@ -145,7 +150,12 @@ def test_retention_says_which_limit_was_passed(
     text = [Perplexity(v, 10.0) for v in (*ORIGINALS, NF4)] + [Perplexity(EDITED, perplexity)]
     retention = properties(Scores((row(0.3, 0.3), kept, near), tuple(text)))[1]
     assert (retention.passed, retention.reason) == (not reasons, reasons)
-    assert retention.value == 0.0  # no retain score fell
+    # Shown is the limit that was passed: no FAIL stands beside a number within its target.
+    assert retention.headroom is not None and (retention.headroom >= 0) == (not reasons)
+    assert retention.value == pytest.approx(
+        1 - neighbour if neighbour < 0.95 else 0.06 if perplexity == 10.6 else float("inf")
+        if perplexity is None else 0.0
+    )  # fmt: skip
 
 
 def test_the_verdict_gives_the_reason_of_each_property_that_is_not_met():
@@ -153,8 +163,8 @@ def test_the_verdict_gives_the_reason_of_each_property_that_is_not_met():
     found = verdict(held)
     assert found.passed is False
     assert found.sentence == (
-        "2 of 4 properties hold. Not met: meaningful forgetting (a forget set still has 0.400, "
-        "more than 0.350). Not tested: structural erasure (relearning was left out "
+        "2 of 4 properties hold. Not met: meaningful forgetting (x still has 0.400, more than "
+        "0.350). Not tested: structural erasure (relearning was left out "
         "(--relearn-steps 0))."
     )
     assert verdict(held[1:]).passed is None and verdict(held[1:3]).passed is True
@@ -164,14 +174,16 @@ def test_the_verdict_gives_the_reason_of_each_property_that_is_not_met():
 def test_scores_stand_beside_each_other():
     def alone(model: ModelVersion, choice: float) -> Scores:
         return Scores(
-            (made("forget", {model: choice}),), (Perplexity(model, 2.0),), {model: (True,)}
+            (made("forget", {model: choice}),),
+            (Perplexity(model, 2.0),),
+            {model: {"choice": (True,), "top1": (False,)}},
         )
 
     one, two = alone(ORIGINAL, 0.5), alone(EDITED, 0.5)
     both = one.beside(two)
     assert both.rows[0].models == (ORIGINAL, EDITED)
     assert both.perplexity == (Perplexity(ORIGINAL, 2.0), Perplexity(EDITED, 2.0))
-    assert set(both.first) == {ORIGINAL, EDITED}
+    assert set(both.right) == {ORIGINAL, EDITED}
     assert one.rows[0].models == (ORIGINAL,)
     again = both.beside(alone(EDITED, 0.7))  # the later one counts
     assert again.rows[0].models == (ORIGINAL, EDITED) and again.rows[0][EDITED].choice == 0.7
@@ -193,10 +205,117 @@ def test_flips_by_hand(back: int, gone: int, p: float):
     assert Flips.between(before, after) == Flips(back, gone, p)
 
 
+def with_choice(
+    right: dict[ModelVersion, list[bool]],
+) -> dict[ModelVersion, dict[Metric, tuple[bool, ...]]]:
+    """Who is right on which prompts, four-way; by top-1 nobody is."""
+    return {v: {"choice": tuple(each), "top1": (False,) * len(each)} for v, each in right.items()}
+
+
 def test_the_sentence_tells_what_is_behind_a_gap():
-    first = {EDITED: (True, False, False), NF4: (False, True, True)}
-    gap = properties(Scores((row(0.3, 0.6),), (), first))[2]
+    right = with_choice({EDITED: [True, False, False], NF4: [False, True, True]})
+    gap = properties(Scores((row(0.3, 0.6),), (), right))[2]
     assert (
         "On 2 prompts the answer came back to the first rank, on 1 it went (p = 1.00"
         in gap.sentence
     )
+
+
+@pytest.mark.parametrize(
+    ("back", "gone", "passed", "said"),
+    [
+        (10, 8, True, "cannot tell from none: nf4, four-way +0.100 (10 back, 8 gone, p = 0.81)"),
+        (5, 0, True, "cannot tell from none: nf4, four-way +0.100 (5 back, 0 gone, p = 0.06)"),
+        (6, 0, False, "On 6 prompts the answer came back"),
+    ],
+)
+def test_a_gap_that_a_sign_test_cannot_tell_from_none_is_no_recovery(
+    back: int, gone: int, passed: bool, said: str
+):
+    before = [True] * gone + [False] * (back + 20)
+    after = [False] * gone + [True] * back + [False] * 20
+    gap = properties(Scores((row(0.4, 0.5),), (), with_choice({EDITED: before, NF4: after})))[2]
+    assert gap.passed is passed and said in gap.sentence
+    assert gap.value == pytest.approx(0.0 if passed else 0.1)
+
+
+def test_too_few_prompts_leave_recovery_open():
+    few = replace(row(0.0, 1.0), n=4)
+    right = with_choice({EDITED: [False] * 4, NF4: [True] * 4})
+    gap = properties(Scores((few,), (), right))[2]
+    assert (gap.passed, gap.reason) == (None, "4 prompts are too few to tell a rise from none")
+
+
+def test_what_was_not_known_is_neither_forgotten_nor_erased():
+    """An original at chance: no level of the edited model says anything."""
+    ignorant = made("forget", {**dict.fromkeys(ORIGINALS, 0.27), EDITED: 0.1, NF4: 0.1})
+    kept = made("retain", {**ORIGINALS, EDITED: 1.0, NF4: 1.0})
+    held = properties(Scores((ignorant, kept)))
+    assert [p.passed for p in held] == [None, True, None, None]
+    why = "0.270 four-way on x at best, where guesses do as well with p = 0.19"
+    assert held[0].reason == f"the original does not know the forget facts ({why})"
+    assert held[0].headroom is None and verdict(held).passed is None
+    assert "Not tested: meaningful forgetting (the original does not" in verdict(held).sentence
+    lost = properties(Scores((row(0.3, 0.3), replace(ignorant, role="retain"))))
+    assert [p.passed for p in lost] == [True, None, True, None]
+    assert lost[1].reason.startswith("the original does not know the retain facts (0.270 four-way")
+
+
+def test_forgetting_needs_a_fall():
+    """Not a level that the original had already, and not one that is there by luck."""
+    near = made("forget", {**dict.fromkeys(ORIGINALS, 0.34), EDITED: 0.34, NF4: 0.34})
+    held = properties(Scores((near,)))[0]
+    assert held.passed is False
+    assert held.reason == "x did not fall"
+    luck = made("forget", {**dict.fromkeys(ORIGINALS, 0.34), EDITED: 0.33, NF4: 0.33})
+    known, after = [True] * 9 + [False] * 11, [True] * 5 + [False] * 14 + [True]
+    held = properties(
+        Scores((luck,), (), with_choice({ORIGINAL: known, EDITED: after, NF4: after}))
+    )
+    assert held[0].passed is False
+    assert held[0].reason == "the fall cannot be told from none (1 back, 4 gone, p = 0.38)"
+    assert properties(Scores((row(0.3, 0.3),)))[0].passed is True
+
+
+def test_sets_that_the_original_does_not_know_are_named_and_do_not_count():
+    unknown = replace(
+        made("forget", {**dict.fromkeys(ORIGINALS, 0.27), EDITED: 0.4, NF4: 0.4}), label="y"
+    )
+    held = properties(Scores((row(0.3, 0.3), unknown)))[0]
+    assert held.passed is True and held.value == 0.3
+    assert (
+        "The original itself answers y (0.270) and y after nf4 (0.270) no better" in held.sentence
+    )
+
+
+def test_guesses_are_counted_by_hand():
+    """The fact is the unit, however often it is asked; of fewer than three facts the prompt."""
+    assert p_of_guess(1.0, 3, 12) == pytest.approx(1 / 64)
+    assert p_of_guess(1.0, 2, 12) == pytest.approx(0.25**12)
+    assert p_of_guess(0.5, 4, 40) == pytest.approx((6 * 9 + 4 * 3 + 1) / 256)
+    assert p_of_guess(0.62, 4, 40) == p_of_guess(0.5, 4, 40)  # rounded down to whole facts
+    assert p_of_guess(0.0, 9, 9) == 1.0 and p_of_guess(0.1, 20, 20, chance=0.0) == 0.0
+    exact = sum(math.comb(2000, k) * 3 ** (2000 - k) for k in range(550, 2001)) / 4**2000
+    assert p_of_guess(0.275, 2000, 2000) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize(
+    ("share", "top1", "facts", "prompts", "known"),
+    [
+        (4 / 6, 0.0, 6, 6, True),
+        (3 / 6, 1.0, 6, 6, False),
+        (1.0, 0.5, 2, 2, False),  # too few to tell by choice: predicted outright, or not known
+        (1.0, 1.0, 2, 2, True),
+        (1.0, 0.0, 2, 3, True),
+    ],
+)
+def test_what_is_beyond_guesses(share: float, top1: float, facts: int, prompts: int, known: bool):
+    assert beyond_guesses(share, top1, facts, prompts) is known
+
+
+def test_nan_is_no_score(facts: LanguageModel, capitals: Task):
+    """Nothing outranks NaN: a broken model would seem to have forgotten all."""
+    broken = facts.copy()
+    broken.weights[facts.linear_names[0]][0, 0] = float("nan")
+    with pytest.raises(ModelError, match=f"facts: the weight {facts.linear_names[0]} holds NaN"):
+        evaluate({EDITED: broken}, capitals, role="forget")

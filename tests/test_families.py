@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,11 +15,18 @@ from conftest import VOCAB, make_pairs
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
-from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
+from mansu_interp.circuits.discover import discover
 from mansu_interp.errors import CircuitError, ModelError
+from mansu_interp.models import language_model
+from mansu_interp.models.graph import Architecture
+from mansu_interp.models.hook_points import Recorder
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.models.stream import Recorder, Stream
-from mansu_interp.quantizers.survival import quantize
+from mansu_interp.models.layout import turn_back
+from mansu_interp.models.stream import Stream
+from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.viz.view import circuit_view
 
 COMMON = {
     "vocab_size": VOCAB,
@@ -62,16 +70,96 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
     ),
 }
+# More, whose single edges are compared with the model of transformers, patched by hand.
+HYBRID = {**GATED, "num_key_value_heads": 2}
+SIZED = {**HYBRID, "head_dim": 8}
+GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+FALCON = {**COMMON, "initializer_range": 0.2, "bias": True}
+EXPERTS = {**HYBRID, "num_local_experts": 4, "num_experts_per_tok": 2}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 2.0}
+MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "granite": ("Granite", "GraniteForCausalLM", {**HYBRID, **GRANITE, "residual_multiplier": 0.3}),
+    "granite moe": ("GraniteMoe", "GraniteMoeForCausalLM", {**EXPERTS, "residual_multiplier": 0.3}),
+    "mixtral": ("Mixtral", "MixtralForCausalLM", EXPERTS),
+    "bloom": (
+        "Bloom",
+        "BloomForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "initializer_range": 0.2,
+        },
+    ),
+    "mpt": (
+        "Mpt",
+        "MptForCausalLM",
+        {"vocab_size": VOCAB, "d_model": 32, "n_layers": 3, "n_heads": 4, "initializer_range": 0.2},
+    ),
+    "falcon one key": ("Falcon", "FalconForCausalLM", {**FALCON, "multi_query": True}),
+    "falcon": ("Falcon", "FalconForCausalLM", {**FALCON, "multi_query": False}),
+    "falcon serial": (
+        "Falcon",
+        "FalconForCausalLM",
+        {**FALCON, "multi_query": True, "parallel_attn": False},
+    ),
+    "bigcode one key": ("GPTBigCode", "GPTBigCodeForCausalLM", {**GPT, "initializer_range": 0.2}),
+    "olmo2": ("Olmo2", "Olmo2ForCausalLM", HYBRID),
+    "olmo3": ("Olmo3", "Olmo3ForCausalLM", HYBRID),
+    "exaone4": ("Exaone4", "Exaone4ForCausalLM", HYBRID),
+    "cohere": ("Cohere", "CohereForCausalLM", HYBRID),
+    "cohere2": (
+        "Cohere2",
+        "Cohere2ForCausalLM",
+        {
+            **HYBRID,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma": ("Gemma", "GemmaForCausalLM", SIZED),
+    "gemma3 that sees": ("Gemma3", "Gemma3ForConditionalGeneration", SIZED),
+    "gptj": ("GPTJ", "GPTJForCausalLM", {**GPT, "rotary_dim": 4, "initializer_range": 0.2}),
+    "glm4": ("Glm4", "Glm4ForCausalLM", {**SIZED, "pad_token_id": 0}),
+    "phi3": ("Phi3", "Phi3ForCausalLM", {**HYBRID, "pad_token_id": 0}),
+    "starcoder2": ("Starcoder2", "Starcoder2ForCausalLM", HYBRID),
+    "stablelm": ("StableLm", "StableLmForCausalLM", HYBRID),
+    "modernbert decoder": (
+        "ModernBertDecoder",
+        "ModernBertDecoderForCausalLM",
+        {
+            **GATED,
+            **{f"{k}_token_id": k_id for k_id, k in enumerate(("pad", "bos", "eos", "cls", "sep"))},
+        },
+    ),
+}
 EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
+def configure(config_name: str, settings: dict[str, Any]) -> Any:
+    if config_name != "Gemma3":
+        return getattr(transformers, f"{config_name}Config")(**settings)
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sight |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    text = {**settings, "model_type": "gemma3_text"}
+    tokens = {"image_token_index": 49, "boi_token_index": 48, "eoi_token_index": 47}
+    return transformers.Gemma3Config(
+        text_config=text,
+        vision_config={**sight, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+        **tokens,
+    )
+
+
 @lru_cache
-def make(family: str) -> LanguageModel:
-    config_name, model_name, settings = FAMILIES[family]
+def make(family: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    config_name, model_name, settings = {**FAMILIES, **MORE}[family]
     torch.manual_seed(1)
-    config = getattr(transformers, f"{config_name}Config")(**settings)
+    config = configure(config_name, settings)
     config.architectures = [model_name]
-    hf = getattr(transformers, model_name)(config).eval()
+    config._experts_implementation = "eager"  # the others have no float64
+    hf = getattr(transformers, model_name)(config).eval().to(dtype)
     for name, weight in hf.named_parameters():
         if "norm" in name or "bias" in name:  # nothing may cancel because it is 0 or 1
             weight.data += 0.3 * torch.randn_like(weight)
@@ -137,6 +225,319 @@ def test_the_edges_into_the_logits_are_exact(family: str):
         guesses.append(scores[writer, -1])
     assert np.corrcoef(drops, guesses)[0, 1] > 0.8
     assert np.abs(drops).max() > 1e-3
+
+
+LLAMA = ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj", "mlp", None, None)
+POST = ("self_attn", "mlp", "self_attn.o_proj", "mlp")
+AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+PLACES: dict[str, tuple[str | None, ...]] = {
+    "granitemoe": (*LLAMA[:3], "block_sparse_moe", None, None),
+    "bloom": (*LLAMA[:2], "self_attention.dense", "mlp.dense_4h_to_h", None, None),
+    "mpt": ("norm_1", "norm_2", "attn.out_proj", "ffn.down_proj", None, None),
+    "falcon": (*LLAMA[:2], "self_attention.dense", "mlp", None, None),
+    "gpt_bigcode": ("ln_1", "ln_2", "attn.c_proj", "mlp", None, None),
+    "gptj": ("ln_1", "ln_1", "attn.out_proj", "mlp", None, None),
+    "olmo2": (*POST, *AFTER),
+    "olmo3": (*POST, *AFTER),
+    "exaone4": (*POST, *AFTER),
+    "gemma3_text": ("input_layernorm", "pre_feedforward_layernorm", *POST[2:], *AFTER),
+    "glm4": (*LLAMA[:4], "post_self_attn_layernorm", "post_mlp_layernorm"),
+    "modernbert-decoder": ("attn_norm", "mlp_norm", "attn.Wo", "mlp", None, None),
+}
+FINAL = ("norm", "final_norm", "ln_f", "norm_f", "final_layernorm")
+
+
+class ByHand:
+    """A model of transformers alone, in which single edges are ablated by hooks on its modules."""
+
+    def __init__(self, model: LanguageModel, pair: PairSet) -> None:
+        self.model, self.batch = model, next(pair.batches(1))
+        hf = model.hf
+        decoder = hf.get_decoder() or hf.base_model
+        decoder = hf.base_model if hf.config.model_type == "modernbert-decoder" else decoder
+        self.layers = next(m for m in decoder.children() if isinstance(m, torch.nn.ModuleList))
+        kind = hf.config.get_text_config().model_type
+        self.places = PLACES.get(kind, LLAMA)
+        self.heads = model.architecture.n_heads
+        self.scale = getattr(hf.config, "residual_multiplier", 1.0)
+        self.final = next(getattr(decoder, n) for n in FINAL if hasattr(decoder, n))
+        one, other = (self._writes(t) for t in (self.batch.clean, self.batch.corrupt))
+        self.change = {name: one[name] - other[name] for name in one}
+
+    def module(self, layer: int, place: int) -> torch.nn.Module | None:
+        name = self.places[place]
+        return None if name is None else self.layers[layer].get_submodule(name)
+
+    def _writes(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each writer adds to the stream."""
+        seen: dict[tuple[int, str], torch.Tensor] = {}
+        handles = []
+
+        def keep(key: tuple[int, str], which: str) -> Any:
+            def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+                value = args[0] if which == "in" and args else next(iter(kwargs.values()), None)
+                value = (out[0] if isinstance(out, tuple) else out) if which == "out" else value
+                seen[key] = value.detach().clone()  # Falcon adds to it in place
+
+            return hook
+
+        def on(module: Any, key: tuple[int, str], which: str) -> None:
+            handles.append(module.register_forward_hook(keep(key, which), with_kwargs=True))
+
+        on(self.layers[0], (0, "input"), "in")
+        for i in range(len(self.layers)):
+            on(self.module(i, 2), (i, "z"), "in")
+            on(self.module(i, 3), (i, "mlp"), "out")
+            for at, name in ((4, "after heads"), (5, "after mlp")):
+                if module := self.module(i, at):
+                    on(module, (i, name), "out")
+                    on(module, (i, "before " + name), "in")
+        with torch.no_grad():
+            self.model.hf(input_ids=tokens, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        writes = {"input": seen[0, "input"]}
+        for i in range(len(self.layers)):
+            weight = self.module(i, 2).weight.detach()
+            share = 1.0
+            if (i, "after heads") in seen:
+                total = seen[i, "before after heads"]
+                share = seen[i, "after heads"] / total.where(total != 0, 1.0)
+            size = weight.shape[1] // self.heads
+            for h in range(self.heads):
+                cut = slice(h * size, (h + 1) * size)
+                part = seen[i, "z"][..., cut] @ weight[:, cut].T
+                writes[f"a{i}.h{h}"] = part * share * self.scale
+            writes[f"m{i}"] = seen.get((i, "after mlp"), seen[i, "mlp"]) * self.scale
+        return writes
+
+    def metric(self, writer: str, layer: int, reader: str, share: float) -> float:
+        """The metric with a share of a writer's change taken from what a reader reads."""
+        place = {"attention": 0, "mlp": 1}.get(reader)
+        module = self.final if place is None else self.module(layer, place)
+        change = share * self.change[writer]
+
+        def hook(module: Any, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (args[0] - change, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": kwargs["hidden_states"] - change}
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        with torch.no_grad():
+            logits = self.model.hf(input_ids=self.batch.clean, use_cache=False).logits[0, -1]
+        handle.remove()
+        return float(logits[self.batch.answer[0]] - logits[self.batch.counterfactual[0]])
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_single_edges_are_those_of_the_patched_model(family: str):
+    """In float64: ablating edges, and their scores as slopes, against transformers alone."""
+    model, pair = make(family, torch.float64), make_pairs((6,), seed=3)
+    hand, ablation, graph = ByHand(model, pair), Ablation(model, pair), model.graph
+    scores = attribute(model, pair, config=AttributionConfig(method="eap", at="clean")).scores
+    full, drops, slopes, largest = ablation(graph.exists), [], [], 0.0
+    for writer in ("input", "a0.h1", "m0", "a1.h2", "m1"):
+        row = graph.writer_index[writer]
+        for layer, reader in ((1, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp"), (3, "")):
+            at = [
+                j for j, v in enumerate(graph.readers) if v.layer == layer and graph.exists[row, j]
+            ]
+            mlp = [graph.readers[j].kind == "mlp" for j in at]
+            if graph.architecture.parallel:  # one norm for both
+                columns = [] if reader == "mlp" else at
+            else:
+                columns = [
+                    j for j, is_mlp in zip(at, mlp, strict=True) if is_mlp == (reader == "mlp")
+                ]
+            if not columns:
+                continue
+            edges = graph.exists.copy()
+            edges[row, columns] = False
+            ablated = hand.metric(writer, layer, reader, 1.0)
+            drops.append(ablation(edges) - ablated)
+            up, down = (hand.metric(writer, layer, reader, s) for s in (1e-3, -1e-3))
+            slopes.append(scores[row, columns].sum() - (down - up) / 2e-3)
+            largest = max(largest, abs(ablated - full))
+    assert len(drops) >= 5 and largest > 0.01
+    assert np.abs(drops).max() < 1e-4 * max(1, largest)
+    assert np.abs(slopes).max() < 5e-3 * max(1, np.abs(scores).max())
+
+
+MOVED = {"layer_types": ["conv", "full_attention", "conv"]}
+SSM = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "bloom of normed streams": (
+        *MORE["bloom"][:2],
+        {**MORE["bloom"][2], "apply_residual_connection_post_layernorm": True},
+        "after the attention of layer 0, the stream differs by",
+    ),
+    "falcon alibi": (
+        "Falcon",
+        "FalconForCausalLM",
+        {**FALCON, "parallel_attn": False, "alibi": True},
+        "copy of it differs in its logits by",
+    ),
+    "falcon 40b": (
+        "Falcon",
+        "FalconForCausalLM",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+        "TransformerLens cannot bridge",
+    ),
+    "falcon h1": (
+        "FalconH1",
+        "FalconH1ForCausalLM",
+        {**HYBRID, "mamba_d_ssm": 32, **SSM},
+        "Something else adds to it",
+    ),
+    "bert": ("Bert", "BertLMHeadModel", {**GATED, "is_decoder": True}, "Something else adds to it"),
+    "gemma4": ("Gemma4Text", "Gemma4ForCausalLM", SIZED, "Something else adds to it or scales it"),
+    "opt projected": (
+        "OPT",
+        "OPTForCausalLM",
+        {**FAMILIES["opt"][2], "word_embed_proj_dim": 16},
+        "no hook point ln_final",
+    ),
+    "gpt1": ("OpenAIGPT", "OpenAIGPTLMHeadModel", GPT, "no hook point ln_final"),
+    "lfm2": ("Lfm2", "Lfm2ForCausalLM", {**HYBRID, **MOVED}, "BlockBridge 0 lacks q, k, v, o"),
+    "jamba": ("Jamba", "JambaForCausalLM", {**EXPERTS, "attn_layer_offset": 1}, "lacks q, k, v, o"),
+    "mamba": (
+        "Mamba",
+        "MambaForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2},
+        "no number of attention heads",
+    ),
+    "rwkv": (
+        "Rwkv",
+        "RwkvForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2},
+        "no number of attention heads",
+    ),
+    "bigcode": (
+        "GPTBigCode",
+        "GPTBigCodeForCausalLM",
+        {**GPT, "multi_query": False},
+        "TransformerLens cannot bridge",
+    ),
+    "nanochat": ("NanoChat", "NanoChatForCausalLM", HYBRID, "one module is used in two places"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_is_not_exact_is_refused(family: str):
+    MORE[family] = REFUSED[family][:3]
+    with pytest.raises((CircuitError, ModelError), match=REFUSED[family][3]):
+        attribute(make(family), make_pairs((4,)))
+    with pytest.raises((CircuitError, ModelError), match=REFUSED[family][3]):
+        Ablation(make(family), make_pairs((4,)))
+    del MORE[family]
+
+
+def test_an_unknown_factor_or_writer_is_found(monkeypatch: pytest.MonkeyPatch):
+    """What a new architecture might do: it is told where the stream differs, at every entrance."""
+    model, pairs = make("granite"), make_pairs((4, 5))
+    monkeypatch.setattr(Stream, "scale", 0.301)
+    with pytest.raises(CircuitError, match="after the attention of layer 0, the stream differs"):
+        attribute(model, pairs)
+    with pytest.raises(CircuitError, match="after the attention of layer 0, the stream differs"):
+        Ablation(model, pairs)
+    with pytest.raises(CircuitError, match="after the attention of layer 0, the stream differs"):
+        discover(model, pairs)
+
+
+def test_one_key_is_not_cut_into_heads(monkeypatch: pytest.MonkeyPatch):
+    model = make("falcon one key").copy()
+    assert make("falcon one key").architecture.n_kv_heads == 1
+    as_many = Architecture(3, 4, 4, parallel=True)
+    monkeypatch.setattr(language_model, "architecture_of", lambda *_: as_many)
+    with pytest.raises(CircuitError, match="k projection of layer 0 has 8 rows; 4 heads of 8 need"):
+        attribute(model, make_pairs((4,)))
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "llama4", "cohere2", "gemma3 that sees", "modernbert decoder", "mamba"]
+)
+def test_logits_are_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Heads that transform first, windows shorter than a shared prefix, no cache of keys."""
+    monkeypatch.setattr(language_model, "MIN_SHARED", 0)
+    more = {k: v[:3] for k, v in REFUSED.items()}
+    more["llama4"] = ("Llama4Text", "Llama4ForCausalLM", {**EXPERTS, "head_dim": 8})
+    monkeypatch.setitem(MORE, family, {**more, **MORE}[family])
+    model = make(family)
+    tokens = torch.tensor([[3, 5, 7, 9, 11, 13, 15, k] for k in (1, 2, 4)])
+    want = model.hf(input_ids=tokens, use_cache=False).logits[:, -1]
+    found = model.last_logits(tokens, torch.full((3,), 7))
+    assert torch.allclose(found, want, atol=1e-4 * float(want.abs().max()))
+
+
+def test_experts_are_told_where_scores_are_shown():
+    pairs = make_pairs((5, 4, 6, 3), seed=1)
+    config = CircuitConfig(pairs=4, ig_steps=1, faithfulness_pairs=4, top=40)
+    for family, routed in (("mixtral", True), ("llama gqa", False)):
+        model = make(family)
+        for p in (pairs, swapped(pairs)):
+            try:
+                found = discover(model, p, config=config)
+            except CircuitError:
+                continue  # the other way round, the random model "knows" the answers
+            shown = " ".join(circuit_view(found).data.facts)
+            assert ("scores need not add up" in shown) == routed
+
+
+def swapped(pairs: PairSet) -> PairSet:
+    """Clean and corrupt exchanged."""
+    return PairSet(pairs.name, tuple(replace(p, clean=p.corrupt, corrupt=p.clean) for p in pairs))
+
+
+@pytest.mark.parametrize("family", ["llama gqa", "gpt2"])
+def test_models_loaded_elsewhere_score_the_same_and_stay(family: str):
+    """A model of transformers, and a TransformerBridge."""
+    model, pairs = make(family), make_pairs((5, 4))
+    want = attribute(model, pairs).scores
+    model_name = FAMILIES[family][1]
+    hf = getattr(transformers, model_name)(model.config).eval()
+    state = model.copy()
+    turn_back(state.hf)
+    hf.load_state_dict(state.hf.state_dict())
+    kinds = [type(m) for m in hf.modules()]
+    assert np.abs(attribute(hf, pairs).scores - want).max() < 1e-5
+    assert kinds == [type(m) for m in hf.modules()]
+    assert all(p.requires_grad for p in hf.parameters())
+    assert np.abs(attribute(model.copy().bridge, pairs).scores - want).max() < 1e-5
+    assert Ablation(hf, pairs)(model.graph.exists) == pytest.approx(
+        Ablation(model, pairs)(model.graph.exists), abs=1e-5
+    )
+
+
+class PeftModel(torch.nn.Module):
+    """What peft wraps a model in."""
+
+    peft_config = ()
+
+
+def test_adapters_are_refused():
+    hf = copy.deepcopy(make("llama gqa").hf)
+    with pytest.raises(ModelError, match=r"got a PeftModel, .*merge_and_unload"):
+        LanguageModel("mine", cast(Any, PeftModel()), None)
+    with pytest.raises(ModelError, match=r"got a PeftModel, .*merge_and_unload"):
+        attribute(PeftModel(), make_pairs((4,)))
+    hf.model.layers[0].mlp.lora_A = torch.nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"holds an adapter \(model.*lora_A"):
+        LanguageModel("mine", hf, None)
+
+
+@pytest.mark.parametrize("which", ["bf16", "packed"])
+def test_edits_need_float32(which: str):
+    model = make("llama gqa")
+    low = (
+        packed(model)
+        if which == "packed"
+        else LanguageModel("bf16", copy.deepcopy(model.hf).to(torch.bfloat16), None)
+    )
+    match = "is packed as uint8, expected float32" if which == "packed" else "is bfloat16, expected"
+    with pytest.raises(ModelError, match=match):
+        quantize(low)
+    with pytest.raises(ModelError, match=match):
+        survival(low, low)
 
 
 def test_bf16_is_close_to_fp32():

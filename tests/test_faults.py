@@ -23,10 +23,14 @@ WRITE = (
     "RUN{} cannot be written: {}. What was finished before is kept whole. Make room or allow "
     "writing there and run the same command again, or name another folder."
 )
+CHANGED = (
+    "RUN/{} was changed after this run wrote it. Delete RUN/{} and run the same command again, or "
+    "name another --out."
+)
 #: fault -> how it is put in, what the user sees, what is kept
 FAULTS: dict[str, tuple[str, str, str]] = {
     "killed": (
-        "SIGKILL just before each of the 14 files takes its place, and between two steps",
+        "SIGKILL just before each of the 15 files takes its place, and between two steps",
         "nothing; the same command goes on",
         "every file that was whole; the end is the same byte for byte",
     ),
@@ -65,12 +69,12 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "circuit.json": (
         "cut to two thirds",
-        "RUN/circuit.json cannot be read as JSON: (.+)",
+        CHANGED.format("circuit.json", "circuit.json"),
         "everything else; delete the file and run again",
     ),
     "mask.safetensors": (
         "cut to two thirds",
-        "RUN/mask.safetensors is not a readable mask: (.+)",
+        CHANGED.format("mask.safetensors", "mask.safetensors"),
         "everything else; delete the file and run again",
     ),
     "unlearning.safetensors": (
@@ -80,12 +84,12 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "ledger.safetensors": (
         "cut to two thirds",
-        "RUN/ledger.safetensors is not a readable ledger: (.+)",
+        CHANGED.format("ledger.safetensors", "ledger.safetensors"),
         "everything else; delete the file and run again",
     ),
     "model/model.safetensors": (
         "cut to two thirds",
-        "RUN/model could not be loaded: (.+)",
+        CHANGED.format("model/model.safetensors", "model"),
         "everything else; delete the folder and run again",
     ),
     "another_model": (
@@ -135,7 +139,7 @@ def test_one_clear_line_and_the_rest_is_kept(found: dict[str, Any], fault: str):
 
 def test_killed_at_every_write_the_end_is_the_same(found: dict[str, Any]):
     seen = found["killed"]
-    assert seen["statuses"] == [-9] * 15 and len(seen["names"]) == 14
+    assert seen["statuses"] == [-9] * 16 and len(seen["names"]) == 15
     assert seen["then"] == [0, []] and seen["same"]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,10 @@ from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, ModelError, ResourceError, TaskError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.load import empty_model
+from mansu_interp.runs import run as pipeline
 from mansu_interp.tasks.files import data_file, read_task_file
+from mansu_interp.unlearning import checkpoint
+from mansu_interp.utils import files
 from mansu_interp.utils.files import (
     LOCK,
     atomic_folder,
@@ -41,7 +45,7 @@ def load_script() -> ModuleType:
 
 
 fuzz = load_script()
-QUICK = [n for n in fuzz.LOADERS if n not in ("report", "model config")]
+QUICK = [n for n in fuzz.LOADERS if n not in ("report", "model config", "arguments")]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -66,6 +70,15 @@ def test_changed_inputs_raise_only_our_own_errors(name: str):
 @given(data=st.binary(max_size=300))
 def test_any_bytes_raise_only_our_own_errors(name: str, data: bytes):
     fuzz.attempt(fuzz.LOADERS[name], data)
+
+
+def test_a_third_of_changed_rows_are_taken_and_become_tasks():
+    loader, rng = fuzz.LOADERS["rows"], random.Random(1)
+    seeds, n = loader.seeds(), 120
+    fuzz.MADE.clear()
+    for _ in range(n):
+        fuzz.attempt(loader, loader.mutate(rng.choice(seeds), rng))
+    assert n / 3 < fuzz.MADE["tasks"] <= fuzz.MADE["read"] < n
 
 
 def test_deep_huge_and_endless_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -176,12 +189,13 @@ def test_only_what_our_own_dead_processes_left_is_removed(tmp_path: Path):
     run, outside, other = tmp_path / "run", tmp_path / "outside", tmp_path / "run" / "other"
     for folder in (run / "model", outside, other):
         folder.mkdir(parents=True)
-    ours = ".x.json.mansu-{}-abcd_123.partial"
+    ours = f".x.json.mansu-{files._MACHINE}-{{}}-abcd0123.partial"
     dead, alive = ours.format(2**22 + 1), ours.format(os.getppid())  # beyond the largest number
     kept = [
         run / ".notes.partial",
-        run / ".x.json.mansu-12-short.partial",
-        run / "x.json.mansu-12-abcd_123.partial",
+        run / f".x.json.mansu-{files._MACHINE}-12-short.partial",
+        run / f"x.json.mansu-{files._MACHINE}-12-abcd0123.partial",
+        run / dead.replace(files._MACHINE, "000000"),  # of another machine
         run / alive,
         outside / dead,
         other / dead,
@@ -207,3 +221,92 @@ def test_what_is_unfinished_is_recognised(tmp_path: Path):
         assert is_leftover(file) and is_leftover(folder)
         file.write_text("{}")
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["a b.json", "m"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x" * 300, "its name is too long"),
+        ("file/x", "a part of its path is a file"),
+        ("file/x/y", "a part of its path is a file"),
+        ("a\0b", "no file can have that name"),
+        ("a\ud800b", "no file can have that name"),
+        ("..", "no file can have that name"),
+    ],
+)
+def test_what_cannot_be_a_file_is_one_sentence(tmp_path: Path, name: str, said: str):
+    (tmp_path / "file").write_text("mine")
+    for made in (atomic_path, atomic_folder):
+        with (
+            pytest.raises(ResourceError, match=f"cannot be written: {said}"),
+            made(tmp_path / name),
+        ):
+            pass
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "mine")]
+
+
+def test_a_name_as_long_as_a_name_can_be(tmp_path: Path):
+    with atomic_path(tmp_path / ("é" * 127)) as file:
+        file.write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["é" * 127]
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path):
+    """Also what comes while the new one is made, and a link to nothing."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for made in (atomic_path, atomic_folder):
+        for name in ("file", "link"):
+            with pytest.raises(ArtifactError, match="exists already"), made(tmp_path / name, True):
+                pass
+        with pytest.raises(ArtifactError, match="exists already"), made(tmp_path / "x", True):
+            (tmp_path / "x").write_text("mine")
+        assert (tmp_path / "x").read_text() == "mine"
+        (tmp_path / "x").unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_modes_are_those_of_the_umask(tmp_path: Path):
+    previous = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "x") as file:
+            file.chmod(0o600)  # as safetensors leaves it
+        with atomic_folder(tmp_path / "y") as folder:
+            (folder / "z").touch(0o600)
+    finally:
+        os.umask(previous)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*")}
+    assert modes == {"x": 0o640, "y": 0o750, "z": 0o640}
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path):
+    process = hold(tmp_path)
+    kill(process)
+    (tmp_path / ".notes.partial").write_text("mine")
+    (tmp_path / LOCK).unlink()
+    assert len(leftovers(tmp_path)) == 1
+    with atomic_folder(tmp_path / "new"):
+        assert len(leftovers(tmp_path)) == 1  # its own
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".notes.partial", "new"]
+
+
+def test_an_error_of_the_body_is_not_taken_for_one_of_writing(tmp_path: Path):
+    with (
+        pytest.raises(ArtifactError, match="not a readable mask"),
+        atomic_folder(tmp_path / "new", new=True),
+    ):
+        Mask.load(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["model", pytest.param("run", marks=pytest.mark.slow)])
+def test_spoilt_folders_are_refused_found_or_harmless(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("measure", "load_model", "load_task"):
+        monkeypatch.setattr(pipeline, name, getattr(pipeline, name))  # the script replaces them
+    monkeypatch.setattr(checkpoint, "SECONDS", checkpoint.SECONDS)
+    monkeypatch.setattr(fuzz, "_SCRATCH", [])
+    monkeypatch.setattr(fuzz, "WORK", tmp_path)
+    fuzz.fuzz_folders(kind, 12, 0, tmp_path)
+    assert not list(tmp_path.glob("crash-*"))

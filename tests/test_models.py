@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.errors import MansuError, ModelError
 from mansu_interp.losses.gradients import gradient
 from mansu_interp.models import language_model
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.models.load import EMBEDDED, embedded_models, load_model
+from mansu_interp.models.load import EMBEDDED, embedded_models, empty_model, load_model
 from mansu_interp.utils import hub
 
 
@@ -62,7 +72,8 @@ def test_remote_name_and_a_closed_port(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    monkeypatch.setattr(hub, "HUB_HOST", ("127.0.0.1", port))
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 
@@ -75,6 +86,8 @@ def test_a_network_that_never_answers(monkeypatch: pytest.MonkeyPatch):
         raise OSError("at last")
 
     monkeypatch.setattr(socket, "create_connection", hang)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 
@@ -107,6 +120,85 @@ def test_a_folder_without_safetensors(folder: Path):
 def test_a_folder_without_config(folder: Path):
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"holds no config\.json\. Give a Hugging Face model fo"):
+        load_model(folder)
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """The folder's weights in two files with an index; returns its map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    where = {n: f"model-{1 + (n > names[9])}.safetensors" for n in names}
+    for file in set(where.values()):
+        part = {n: t for n, t in tensors.items() if where[n] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    return where
+
+
+def write_index(folder: Path, where: dict[str, str]) -> None:
+    index = json.dumps({"metadata": {}, "weight_map": where})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+def test_an_index_is_followed_only_where_it_is_true(folder: Path, facts: LanguageModel):
+    where = sharded(folder)
+    write_index(folder, where)
+    model = load_model(folder)
+    assert all(torch.equal(w, model.weights[n]) for n, w in facts.weights.items())
+    (folder / "decoy.safetensors").write_bytes(b"x")
+    assert load_model(folder).sha256 == model.sha256  # of what is loaded alone
+    shutil.copy(folder / "model-1.safetensors", folder.parent / "outside.safetensors")
+    first = min(where)
+    for odd, said in (
+        ({**where, first: "../outside.safetensors"}, "no safetensors file beside it"),
+        ({**where, first: str(folder.parent / "outside.safetensors")}, "no safetensors file besi"),
+        ({**where, first: "model-3.safetensors"}, "'model-3.safetensors' is not there"),
+        (
+            {**where, first: "model-2.safetensors"},
+            f"not true of model-1.safetensors where '{first}",
+        ),
+        (
+            {**where, "more": "model-2.safetensors"},
+            "it is not true of model-2.safetensors where 'm",
+        ),
+        ({}, "it names no file"),
+    ):
+        write_index(folder, odd)
+        with pytest.raises(ModelError, match=f"cannot be followed: .*{re.escape(said)}"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
+def test_what_only_looks_like_a_file_is_refused_at_once(folder: Path, name: str, kind: str):
+    (folder / name).unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("nowhere")
+    with pytest.raises(ModelError, match=rf"{name} is no regular file\. Remove it from the"):
+        load_model(folder)
+
+
+def test_weights_that_are_not_there_or_lie_elsewhere(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    del tensors[name]
+    whole = (folder / "model.safetensors").read_bytes()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks 1 weights, such as {name}, which would be random"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter .* Merge it into the model first"):
+        load_model(folder)
+    (folder / "adapter_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_weights"] = "other.safetensors"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="names weights in other files"):
         load_model(folder)
 
 
@@ -183,7 +275,7 @@ def test_a_shared_prefix_changes_neither_logits_nor_gradients(
 
     (apart,), g_apart = both(10**9)
     (shared,), g_shared = both(0)
-    assert calls == [(4, 6), (1, 3), (4, 3)]
+    assert calls[-3:] == [(4, 6), (1, 3), (4, 3)]  # before: a try on eight
     assert torch.allclose(apart, shared, atol=1e-5)
     for a, b in zip(g_apart, g_shared, strict=True):
         assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
@@ -209,3 +301,129 @@ def test_the_embedding_has_one_name(tied: bool):
     assert name == "model.embed_tokens.weight" and name not in model.linear_names
     same = model.hf.get_output_embeddings().weight is model.weights[name]
     assert same == tied and ("lm_head.weight" in model.weights) != tied
+
+
+def test_the_stored_dtype_counts_not_the_named_one(folder: Path, tmp_path: Path):
+    """float32 weights under a config.json that says bfloat16 are saved as float32 again."""
+    file = folder / "model.safetensors"
+    tensors = {k: v.float() + 1e-4 for k, v in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    model = load_model(folder)
+    assert model.saved_dtype == torch.float32
+    model.save(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[k], tensors[k]) for k in again)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].bfloat16()}, file, {"format": "pt"})
+    assert load_model(folder).saved_dtype == torch.float32
+
+
+def lay(cache: Path, name: str, commit: str, reference: str = "") -> Path:
+    """The shipped model as a snapshot in a cache of huggingface_hub."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    if reference:
+        (home / "refs").mkdir(parents=True, exist_ok=True)
+        (home / "refs" / reference).write_text(commit)
+    return Path(shutil.copytree(EMBEDDED / "facts", home / "snapshots" / commit))
+
+
+def test_cached_models_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Plain names, revisions, and caches without refs/main."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "_reachable", lambda: pytest.fail("touched the network"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    lay(tmp_path, "gpt2", "a" * 40, "main")
+    lay(tmp_path, "owner/name", "b" * 40)
+    lay(tmp_path, "owner/two", "c" * 40)
+    lay(tmp_path, "owner/two", "d" * 40, "v1.0")
+    found = load_model("facts").sha256
+    for name in ("gpt2", "owner/name", "owner/two@v1.0", "owner/two@" + "c" * 8):
+        assert load_model(name).sha256 == found
+        assert empty_model(name).architecture.n_layers > 0
+    monkeypatch.setattr(hub, "_reachable", lambda: False)
+    half = lay(tmp_path, "owner/half", "e" * 40)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (half / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in (
+        "owner/two",
+        "owner/two@v2",
+        "gpt2@" + "f" * 40,
+        "owner/half",
+    ):  # which, or not all
+        with pytest.raises(ModelError, match=f"{name}' is not on this machine"):
+            load_model(name)
+    for odd in ("owner/two@../../x", "gpt2@", "gpt2@a b"):
+        with pytest.raises(ModelError, match="Unknown model"):
+            load_model(odd)
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """The shipped model as repository ``gpt2`` of a hub, or behind a proxy; notes what is asked."""
+
+    asked: ClassVar[list[str]] = []
+    files: ClassVar[list[Path]] = sorted(p for p in (EMBEDDED / "facts").iterdir() if p.is_file())
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        path = self.path.split("//")[-1].partition("/")[2] if "//" in self.path else self.path[1:]
+        body, kind = b"", "application/json"
+        if path.startswith("api/models/gpt2"):
+            names = [{"rfilename": p.name} for p in self.files]
+            body = json.dumps({"id": "gpt2", "sha": "a" * 40, "siblings": names}).encode()
+        elif path.startswith("gpt2/resolve/"):
+            body, kind = (EMBEDDED / "facts" / path.split("/")[-1]).read_bytes(), "text/plain"
+        elif path:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        for key, value in (
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("ETag", f'"{hashlib.sha1(body).hexdigest()}"'),
+            ("X-Repo-Commit", "a" * 40),
+        ):
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["endpoint", "proxy"])
+def test_huggingface_hub_asks_where_it_is_told(how: str, tmp_path: Path):
+    """HF_ENDPOINT, HTTP_PROXY and HF_HOME, in a process of its own; another host is never asked."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    drop = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "NO_PROXY", "no_proxy")
+    env = {k: v for k, v in os.environ.items() if k not in drop}
+    env |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    env |= (
+        {"HF_ENDPOINT": here}
+        if how == "endpoint"
+        else {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": here, "http_proxy": here}
+    )
+    code = (
+        "from mansu_interp import load_model, MansuError\n"
+        "print(load_model('gpt2').sha256)\n"
+        "try: load_model('nobody/no-such')\n"
+        "except MansuError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    server.shutdown()
+    sha, _, told = done.stdout.partition("\n")
+    assert sha == load_model("facts").sha256, done.stderr
+    assert "does not give the model 'nobody/no-such'" in told and "\n" not in told.strip()
+    assert (tmp_path / "hub" / "models--gpt2").is_dir()
+    assert all(p.startswith("http://hub.invalid") for p in FakeHub.asked[-3:]) == (how == "proxy")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import VOCAB, make_pairs
+from conftest import VOCAB, make_pairs, make_tiny
 
+from mansu_interp.audit.relearning import rivals_within
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.metrics import logit_diff
+from mansu_interp.errors import TaskError
+from mansu_interp.losses.accuracy import accuracy, answered_correctly, ranked_first, right
 from mansu_interp.losses.answers import above_rivals, answer_gradient, divergence, log_probs, nll
 from mansu_interp.losses.counterfactual import (
     CounterfactualTargets,
@@ -19,8 +28,19 @@ from mansu_interp.losses.counterfactual import (
 )
 from mansu_interp.losses.gradients import gradient
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.tasks.pairs import Pair, PairSet, answer_tokens
+from mansu_interp.tasks.pairs import (
+    Pair,
+    PairSet,
+    Tokens,
+    WholeAnswers,
+    answer_tokens,
+    clash,
+    collate,
+)
 from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.methods import DPO, SimNPO, get_method
+from mansu_interp.unlearning.training import HINGE, retain_loss
+from mansu_interp.unlearning.unlearn import OBJECTIVES
 
 TinyModel = Callable[[int], LanguageModel]
 
@@ -161,3 +181,242 @@ def test_above_rivals_by_relation_in_the_order_of_the_pairs():
     found = above_rivals(rows, given, answers, lambda some: some.mean(1))
     for value, row, p in zip(found, rows, given, strict=True):
         assert float(value) == pytest.approx(float(row[p.answer] - row[answers[p.relation]].mean()))
+
+
+# Answers of several tokens, against loops over single positions; answers of one, bit for bit.
+
+
+def make_whole(n: int = 12, seed: int = 0, normalise: bool = False) -> PairSet:
+    """Random prompts whose answers have 1 to 4 tokens out of few, so that many begin alike."""
+    rng = random.Random(seed)
+    out = []
+    for pair in make_pairs(tuple(rng.randint(2, 7) for _ in range(n)), seed):
+        answers: list[Tokens] = []
+        while len(answers) < 5:  # most of two tokens or more, so that there are always enough
+            length = 1 if not answers and rng.random() < 0.3 else rng.randint(2, 4)
+            new = tuple(rng.randint(1, 3) for _ in range(length))
+            if not any(clash(new, old) for old in answers):
+                answers.append(new)
+        own, other, *rest = answers
+        out.append(pair.with_answers(WholeAnswers(own, other, tuple(rest), normalise)))
+    return PairSet("whole", tuple(out))
+
+
+@torch.no_grad()
+def slow_log_prob(model: LanguageModel, question: Tokens, answer: Tokens) -> float:
+    """One forward pass for each token of the answer."""
+    total = 0.0
+    for k, token in enumerate(answer):
+        text = torch.tensor([question + answer[:k]])
+        total += float(model.all_logits(text)[0, -1].log_softmax(-1)[token])
+    return total
+
+
+@torch.no_grad()
+def greedy(model: LanguageModel, question: Tokens, length: int) -> Tokens:
+    text = list(question)
+    for _ in range(length):
+        text.append(int(model.all_logits(torch.tensor([text]))[0, -1].argmax()))
+    return tuple(text[len(question) :])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_end_where_answer_and_counterfactual_part(seed: int):
+    rng = random.Random(seed)
+    plain = make_pairs(tuple(rng.randint(2, 7) for _ in range(12)), seed)
+    pairs = make_whole(12, seed)
+    assert sum(bool(p.whole and p.whole.shared) for p in pairs) >= 1
+    for p in pairs:
+        assert p.whole is not None
+        cut = len(p.question)
+        assert p.clean[cut:] == p.corrupt[cut:] == p.answers[0][: len(p.clean) - cut]
+        assert (*p.clean[cut:], p.answer) == p.answers[0][: len(p.clean) - cut + 1]
+        assert (*p.clean[cut:], p.counterfactual) == p.rival[: len(p.clean) - cut + 1]
+        assert len(p.distractors) == 3
+        other = p.with_answers(WholeAnswers((1, 2), (3,), ((2,), (3, 1), (3, 2))))
+        assert other.question == p.question and other.clean == p.question
+    assert {p.question for p in pairs} == {p.clean for p in plain}
+
+
+def test_answers_of_one_token_stay_plain():
+    pair = make_pairs((4,)).pairs[0]
+    plain = WholeAnswers(*[(pair.answer,), (pair.counterfactual,)], pair.answers[1:])
+    assert pair.with_answers(plain) == pair and pair.whole is None
+    longer = pair.with_answers(replace(plain, distractors=((1, 2), (3, 4), (5, 6))))
+    assert longer.whole is not None and longer.clean == pair.clean
+
+
+@pytest.mark.parametrize("other", [(1,), (1, 2), (1, 2, 3)])
+def test_an_answer_that_begins_another_is_refused(other: Tokens):
+    pair = make_pairs((4,)).pairs[0]
+    for whole in (WholeAnswers((1, 2), other, ()), WholeAnswers((1, 2), (3,), (other,))):
+        with pytest.raises(TaskError, match=r"'answer 0' and another one begin with each other\."):
+            pair.with_answers(whole)
+
+
+def test_nll_sums_over_all_tokens():
+    model, pairs = make_tiny(2), make_whole()
+    found = nll(model, pairs.pairs)
+    for value, p in zip(found, pairs, strict=True):
+        assert float(value) == pytest.approx(-slow_log_prob(model, p.question, p.answers[0]), 1e-4)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_choice_compares_whole_answers(normalise: bool):
+    model, pairs = make_tiny(2), make_whole(24, 1, normalise)
+    _, chosen = right(model, pairs.pairs)
+    want = []
+    for p in pairs:
+        of = [slow_log_prob(model, p.question, a) / (len(a) if normalise else 1) for a in p.answers]
+        want.append(of[0] > max(of[1:]))
+    assert chosen.tolist() == want and 0 < sum(want) < 24
+    assert accuracy(model, pairs).choice == sum(want) / 24
+    kept = answered_correctly(model, pairs)
+    assert kept is not None and len(kept) == sum(want)
+
+
+def test_length_normalisation_matters():
+    model = make_tiny(2)
+    found = [right(model, make_whole(24, 1, n).pairs)[1].tolist() for n in (False, True)]
+    assert found[0] != found[1]
+
+
+def test_top1_is_greedy_decoding_of_the_whole_answer():
+    model = make_tiny(2)
+    pairs = []
+    for k, p in enumerate(make_whole(10, 2)):
+        said = greedy(model, p.question, 3)
+        if k % 2:  # right but for its last token
+            said = (*said[:-1], said[-1] % (VOCAB - 1) + 1)
+        rivals = ((said[0] % (VOCAB - 1) + 1,), *(((said[0] + j) % VOCAB, 1) for j in (2, 3, 4)))
+        pairs.append(p.with_answers(WholeAnswers(said, rivals[0], tuple(rivals[1:]))))
+    said, _ = right(model, pairs)
+    assert said.tolist() == [k % 2 == 0 for k in range(10)]
+
+
+def test_attribution_takes_the_deciding_token():
+    """Its metric is the logit difference where answer and counterfactual part."""
+    model, pairs = make_tiny(4), make_whole(6, 3)
+    found = attribute(model, pairs, config=AttributionConfig(ig_steps=1, metric="logit_diff"))
+    want = []
+    for p in pairs:
+        assert p.whole is not None
+        shared = p.answers[0][: p.whole.shared]
+        with torch.no_grad():
+            logits = model.all_logits(torch.tensor([p.question + shared]))[0, -1]
+        want.append(float(logits[p.answers[0][len(shared)]] - logits[p.rival[len(shared)]]))
+    assert found.clean == pytest.approx(sum(want) / len(want), rel=1e-4)
+
+
+def test_rivals_within_takes_whole_answers():
+    pairs = make_whole(12, 4)
+    answers = {p.answers[0] for p in pairs} | {a for p in pairs for a in p.answers}
+    for p, old in zip(rivals_within(pairs), pairs, strict=True):
+        assert p.question == old.question and p.answers[0] == old.answers[0]
+        assert len(set(p.answers)) == 4 and set(p.answers) <= answers
+
+
+def test_the_retain_loss_holds_every_token():
+    model, student, pairs = make_tiny(2), make_tiny(2).copy(), make_whole(8, 5)
+    with torch.no_grad():
+        for name, w in student.weights.items():
+            w.mul_(1 + 0.05 * len(name) % 0.2)
+    kls, lost = [], []
+    _, chosen = right(model, pairs.pairs)
+    with torch.no_grad():
+        for p, ok in zip(pairs, chosen, strict=True):
+            for k in range(len(p.answers[0])):
+                text = torch.tensor([p.question + p.answers[0][:k]])
+                kls.append(
+                    float(
+                        divergence(student.all_logits(text)[0, -1], model.all_logits(text)[0, -1])
+                    )
+                )
+            gap = slow_log_prob(model, p.question, p.answers[0])
+            gap -= slow_log_prob(student, p.question, p.answers[0])
+            lost.append(max(0.0, gap + HINGE) * bool(ok))
+    want = sum(kls) / len(kls) + 2 * sum(lost) / len(lost)
+    assert float(retain_loss(student, model, pairs.pairs, 2.0)) == pytest.approx(want, rel=1e-3)
+    assert any(lost)
+
+
+def test_losses_of_baselines_by_token():
+    model, pairs = make_tiny(2), make_whole(5, 6).pairs
+    student = model.copy()
+    with torch.no_grad():
+        student.weights["lm_head.weight"].mul_(1.1)
+
+    def tokens(m: LanguageModel, p: Pair) -> list[float]:
+        a = p.answers[0]
+        return [slow_log_prob(m, p.question + a[:k], a[k : k + 1]) for k in range(len(a))]
+
+    def loss(method: str) -> float:
+        return float(
+            OBJECTIVES[method](model, Mock(spec=Task), get_method(method)()).forget(student, pairs)
+        )
+
+    by = [tokens(student, p) for p in pairs]
+    mean = lambda values: sum(values) / len(pairs)  # noqa: E731
+    assert loss("ga") == pytest.approx(mean(sum(t) for t in by), rel=1e-4)
+    assert loss("wga") == pytest.approx(mean(sum(x * math.exp(x) for x in t) for t in by), rel=1e-4)
+    b = SimNPO().beta
+    want = mean(2 / b * math.log1p(math.exp(b * sum(t) / len(t))) for t in by)
+    assert loss("simnpo") == pytest.approx(want, rel=1e-4)
+    b, ratios = DPO().beta, []
+    for p in pairs:
+        win, lose = (
+            slow_log_prob(student, p.question, a) - slow_log_prob(model, p.question, a)
+            for a in (p.rival, p.answers[0])
+        )
+        ratios.append(2 / b * math.log1p(math.exp(-b * (win - lose))))
+    assert loss("dpo") == pytest.approx(mean(ratios), rel=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_answers_of_one_token_give_the_same_bits_as_one_position(kv_heads: int):
+    """Losses, gradients and scores against the formulas of a single position."""
+    model = make_tiny(kv_heads)
+    shared = tuple(range(1, 31))  # long enough that the prefix is computed once
+    pairs = [
+        replace(p, clean=shared + p.clean, corrupt=shared + p.corrupt)
+        for p in make_pairs((4, 6, 6, 3, 7, 5))
+    ]
+    batch, weight = collate(pairs), model.weights["model.layers.1.mlp.up_proj.weight"]
+    weight.requires_grad_(True)
+    try:
+        answers = batch.answer[:, None]
+        old = -log_probs(model, pairs).gather(1, answers)[:, 0]
+        new = nll(model, pairs)
+        assert torch.equal(old, new)
+        slopes = [torch.autograd.grad(x.mean(), weight)[0] for x in (old, new)]
+        assert torch.equal(*slopes)
+    finally:
+        weight.requires_grad_(False)
+    student = model.copy()
+    with torch.no_grad():
+        student.weights["lm_head.weight"].mul_(1.3)
+        want = model.last_logits(batch.clean, batch.last)
+        got = student.last_logits(batch.clean, batch.last)
+        lost = want.log_softmax(-1).gather(1, answers) - got.log_softmax(-1).gather(1, answers)
+        hinge = (lost[:, 0] + HINGE).relu() * ranked_first(want, batch.choices)
+        assert torch.equal(
+            retain_loss(student, model, pairs, 0.7), divergence(got, want) + 0.7 * hinge.mean()
+        )
+        said, chosen = right(model, pairs)
+        assert torch.equal(said, want.argmax(-1) == batch.answer)
+        assert torch.equal(chosen, ranked_first(want, batch.choices))
+        assert torch.equal(logit_diff(want, batch, want), want[range(6), batch.answer] - want[
+            range(6), batch.counterfactual])  # fmt: skip
+
+
+def test_whole_and_plain_scores_agree_on_one_token():
+    """The slow path on pairs that need not take it."""
+    model, pairs = make_tiny(2), make_pairs((4, 6, 6, 3, 7, 5, 4, 4))
+    mixed = [*pairs, *make_whole(1)]
+    both = zip(right(model, pairs.pairs), right(model, mixed), strict=True)
+    assert all(a.tolist() == b[: len(pairs)].tolist() for a, b in both)
+
+
+def test_clash_is_symmetric():
+    for a, b in itertools.product([(1,), (1, 2), (2, 1), (1, 2, 3)], repeat=2):
+        assert clash(a, b) == clash(b, a) == (a[: len(b)] == b or b[: len(a)] == a)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional
 from torch import Tensor
 
 from mansu_interp.errors import ConfigError
+from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.bitsandbytes import NF4
-from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.quantizers.torchao import Int4
+from mansu_interp.tasks.load import load_task
+from mansu_interp.utils.libraries import library
 
 NF = NF4()
 
@@ -168,3 +174,224 @@ def test_leaving_a_cell_is_a_code_that_changes(name: str):
             cells.leaves(values, up), torch.where(up, code > cells.codes, code < cells.codes)
         )
         assert torch.equal(cells.leaves(values, torch.tensor(True)), code > cells.codes)
+
+
+# Every quantizer's cells, code by code against the library that it stands for.
+
+VALUES = ("normal", "ties", "zero block", "negative extreme", "one sign", "constant")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def made_weights(kind: str, dtype: torch.dtype, width: int = 256) -> Tensor:
+    generator = torch.Generator().manual_seed(len(kind))
+    weight = torch.randn(24, width, generator=generator) * 0.02
+    if kind == "ties":  # multiples of half a step, under many scales
+        weight = torch.randint(-16, 17, (24, width), generator=generator) / 2.0
+        weight *= torch.tensor([1.0, 0.3, 0.01]).repeat(8)[:, None]
+    if kind == "zero block":
+        weight[3:5] = 0
+        weight[7, :128] = 0
+    if kind == "negative extreme":
+        weight[:, ::32] = -weight.abs().amax() * 1.5
+    if kind == "one sign":
+        weight = weight.abs() + 0.01
+    if kind == "constant":
+        weight[::2] = 0.02
+    return weight.to(dtype).float()
+
+
+def reference_codes(name: str, weight: Tensor) -> Tensor:
+    """The library's own codes, turned so that a higher code is a higher value."""
+    if name.startswith(("nf4", "fp4")):
+        kind, *rest = name.split("-")
+        size = int(rest[0]) if rest and rest[0].isdigit() else 64
+        packed, _ = functional.quantize_4bit(
+            weight, quant_type=kind, blocksize=size, compress_statistics=name.endswith("dq")
+        )
+        byte = packed.flatten().view(torch.uint8).long()
+        codes = torch.stack([byte >> 4, byte & 15], 1).flatten()[: weight.numel()]
+        order = functional.get_4bit_type(kind, device="cpu").argsort()
+        ranks = order.argsort()[codes]
+        return ranks - (ranks > 7).long() if kind == "fp4" else ranks  # one of its two zeros
+    if name == "int8":
+        codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
+        codes[absmax == 0] = 0  # 0 x inf, cast to an integer, is whatever the machine makes it
+        return codes.long().flatten() + 127
+    if name.startswith(("int4", "torchao")):
+        quantizer = get_quantizer(name)
+        assert isinstance(quantizer, Int4)
+        return quantizer.library_codes(weight)[0].long().flatten() + 8 * (quantizer.rule == "sym")
+    kind = getattr(gguf.GGMLQuantizationType, name.upper())
+    blocks = gguf.quantize(weight.numpy(), kind).reshape(weight.numel() // 32, -1)
+    if name == "q8_0":
+        return torch.from_numpy(blocks[:, 2:].view(np.int8).astype(np.int64)).flatten() + 127
+    head = 2 if name == "q4_0" else 4
+    codes = np.concatenate([blocks[:, head:] & 15, blocks[:, head:] >> 4], 1).astype(np.int64)
+    if name == "q4_0":
+        scale = np.take_along_axis(
+            grouped := weight.numpy().reshape(-1, 32), abs(grouped).argmax(1)[:, None], 1
+        )
+        codes = np.where(scale > 0, 15 - codes, codes)
+    return torch.from_numpy(codes).flatten()
+
+
+WEIGHTWISE = [n for n in QUANTIZERS if not n.startswith(("awq", "autoround"))]
+EXACT = [n for n in WEIGHTWISE if n != "hqq"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("name", EXACT)
+def test_codes_are_those_of_the_library(name: str, kind: str, dtype: torch.dtype):
+    weight = made_weights(kind, dtype)
+    assert torch.equal(get_quantizer(name).cells(weight).codes, reference_codes(name, weight))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in EXACT if n[:3] in ("nf4", "fp4", "int") and "int4" not in n]
+)
+def test_odd_shapes(name: str):
+    weight = torch.randn(13, 37, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(get_quantizer(name).cells(weight).codes, reference_codes(name, weight))
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("name", WEIGHTWISE)
+def test_values_are_the_library_s_round_trip(name: str, kind: str):
+    """Up to what the library rounds when it stores its scales (float16, or 8 bits)."""
+    weight, quantizer = made_weights(kind, torch.float32), get_quantizer(name)
+    cells = quantizer.cells(weight)
+    restored = quantizer.round_trip(weight).flatten()
+    slack = 0.02 if name.endswith("dq") else 2e-3
+    bound = slack * torch.maximum(cells.span, cells.highest.abs()) + 1e-7
+    if name == "nf4":
+        assert torch.equal(restored, cells.value(cells.codes))
+    elif name.endswith("dq"):
+        assert (restored - cells.value(cells.codes)).norm() <= 0.15 * weight.norm()
+    else:
+        assert ((restored - cells.value(cells.codes)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", [n for n in EXACT if not n.endswith("dq")])
+def test_only_setters_re_code_others(name: str):
+    """Moving any other element, within its group's extremes, changes no code but its own."""
+    weight, quantizer = made_weights("normal", torch.float32), get_quantizer(name)
+    cells = quantizer.cells(weight)
+    generator = torch.Generator().manual_seed(1)
+    moved = torch.rand(weight.numel(), generator=generator) < 0.3
+    moved &= ~cells.sets_scale
+    share = 0.02 + 0.96 * torch.rand(weight.numel(), generator=generator)
+    other = cells.lowest + (cells.highest - cells.lowest) * share
+    after = quantizer.cells(torch.where(moved, other, weight.flatten()).view_as(weight))
+    assert torch.equal(after.codes[~moved], cells.codes[~moved])
+    assert torch.equal(after.scale, cells.scale)
+    sure = (after.codes == cells.encode(other))[moved]
+    assert sure.float().mean() > 0.99
+    at = int(cells.sets_scale.nonzero()[0])
+    weight.view(-1)[at] *= 3
+    assert (quantizer.cells(weight).codes != cells.codes).sum() > 5
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_edges_enclose_the_element(name: str):
+    weight = made_weights("negative extreme", torch.float32)
+    cells = get_quantizer(name).cells(weight)
+    slack = 1e-4 * cells.span + (4e-4 * weight.abs().max() if name == "int8" else 0)
+    assert (weight.flatten() <= cells.edge(cells.codes) + slack).all()
+    assert (weight.flatten() >= cells.edge(cells.codes - 1) - slack).all()
+
+
+def test_hqq_is_the_package_s_own():
+    from hqq.core.quantize import Quantizer
+
+    weight, quantizer = made_weights("normal", torch.float32), get_quantizer("hqq")
+    packed, meta = Quantizer.quantize(
+        weight, nbits=4, group_size=64, round_zero=True, axis=1, device="cpu"
+    )
+    assert torch.equal(quantizer.round_trip(weight), Quantizer.dequantize(packed, meta).float())
+    cells = quantizer.cells(weight)
+    assert not quantizer.promises and cells.sets_scale.all()
+
+
+def test_rows_that_do_not_divide_are_left_alone():
+    narrow = torch.zeros(4, 48)
+    assert not get_quantizer("q4_0").touches(narrow)
+    assert get_quantizer("nf4").touches(narrow) and get_quantizer("int8").touches(narrow)
+    assert not get_quantizer("int4-g128").touches(torch.zeros(4, 192))
+    assert get_quantizer("int4-g64").touches(torch.zeros(4, 192))
+
+
+def test_a_missing_package_names_its_install_line():
+    with pytest.raises(ConfigError, match=r'pip install "mansu-interp\[hqq\]"'):
+        library("not_installed_anywhere", "hqq")
+
+
+# Calibrated quantizers: what auto-round did is what is reported, and nothing else is changed.
+
+NAMES = ("awq-g64", "autoround-g64")
+
+
+@pytest.fixture(scope="module")
+def capitals(facts: LanguageModel):
+    return load_task("capitals", facts)
+
+
+@pytest.fixture(scope="module")
+def prompts(capitals):
+    pytest.importorskip("auto_round")
+    return capitals.calibration[:60]
+
+
+def test_calibration_prompts_know_nothing_of_the_forget_facts(capitals):
+    forget = {p.clean for p in capitals.forget}
+    assert capitals.calibration
+    assert not forget & set(capitals.calibration)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_quantized_by_auto_round_still_answers(facts, capitals, prompts, name):
+    before = {n: w.clone() for n, w in facts.weights.items()}
+    state = torch.get_rng_state()
+    after = quantize(facts, name, prompts)
+    assert all(torch.equal(facts.weights[n], w) for n, w in before.items())
+    assert torch.equal(torch.get_rng_state(), state)
+    (pairs,) = capitals.scored["unseen"]["forget"].values()
+    assert accuracy(after, pairs).top1 > 0.95
+    fitted = get_quantizer(name).fit(facts, prompts)
+    assert set(facts.linear_names) <= set(fitted)
+    scaled = {n for n in fitted if n not in facts.linear_names}
+    assert bool(scaled) == get_quantizer(name).rescales
+    for weight in facts.linear_names:
+        cells = fitted[weight].cells(facts.weights[weight])
+        restored = fitted[weight].round_trip(facts.weights[weight])
+        assert torch.equal(restored, after.weights[weight])
+        assert int(cells.codes.min()) >= 0 and int(cells.codes.max()) <= 16
+        per_group = cells.codes.view(-1, 64)
+        assert max(len(group.unique()) for group in per_group[:50]) <= 16
+        # auto-round de-quantizes in bfloat16, with 8 bits of mantissa
+        error = (restored.flatten() - cells.value(cells.codes)).abs()
+        assert (error <= 2**-8 * restored.abs().flatten() + 1e-6).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_survival_is_measured_on_both_calibrations(facts, prompts, name):
+    same = survival(facts, facts.copy(), name, prompts)
+    assert (same.edited, same.collateral) == (0, 0)
+    edited, weight = facts.copy(), facts.linear_names[3]
+    with torch.no_grad():
+        edited.weights[weight].view(-1)[:400] *= -1
+    found = survival(facts, edited, name, prompts)
+    assert found.edited == 400 and found.survived > 300
+    assert found.collateral > 0  # other layers were calibrated on other activations
+    assert (found.share_kept is None) == get_quantizer(name).rescales
+    if found.share_kept is not None:
+        assert found.share_kept == pytest.approx(1, abs=0.1)
+
+
+def test_without_prompts_a_calibrated_quantizer_says_what_it_needs(facts):
+    with pytest.raises(ConfigError, match="needs at least 64 tokens of calibration prompts; got 3"):
+        quantize(facts, "awq-g64", [(1, 2, 3)])
+    with pytest.raises(ConfigError, match="whole models"):
+        get_quantizer("awq-g64").cells(facts.weights[facts.linear_names[0]])

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 
 from mansu_interp.audit.cad import CAD
-from mansu_interp.circuits.attribution import Attribution
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import Divergence
+from mansu_interp.circuits.scores import Attribution
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.evaluation.properties import Property, Verdict
 from mansu_interp.evaluation.scores import Flips, Perplexity, Score, ScoreRow
 from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.quantizers.survival import Survival
+from mansu_interp.report.card import model_card
 from mansu_interp.report.html import explained, render_html, terms
-from mansu_interp.report.markdown import model_card, render_markdown
+from mansu_interp.report.markdown import render_markdown
 from mansu_interp.report.records import (
     SCHEMA,
     CircuitEdge,
@@ -49,8 +50,8 @@ from mansu_interp.report.records import (
 from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure, percent
 from mansu_interp.report.write import write_report
-from mansu_interp.utils import number_of
 from mansu_interp.utils.files import read_json
+from mansu_interp.utils.words import number_of
 from mansu_interp.viz.layout import place
 from mansu_interp.viz.page import module_source
 from mansu_interp.viz.svg import circuit_svg, curve_svg, escape
@@ -325,7 +326,7 @@ def test_control_characters_reach_neither_page_nor_terminal(svg: str) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", page) and "[bold]d" in page
     text = console_summary(report, 100)
     assert all(c.isprintable() or c == "\n" for c in text)
-    assert "a b [31mc  [bold]d[/bold]" in text  # not taken for rich's markup
+    assert r"a\x00b\x1b[31mc\x9d\u202e[bold]d[/bold]" in text  # not taken for rich's markup
 
 
 def test_hostile_markdown_stays_text() -> None:
@@ -371,7 +372,7 @@ def test_report_json_round_trips_and_is_enough(tmp_path: Path, svg: str) -> None
 def test_a_model_is_named_by_two_fields_in_json() -> None:
     score = make_report().to_json()["scores"][0]["scores"][3]
     named = {"name": "unlearned", "quantizer": "nf4"}
-    assert score == {"model": named, "top1": 0, "choice": 0.28}
+    assert score == {"model": named, "top1": 0, "choice": 0.28, "last": None}
 
 
 @pytest.mark.parametrize(
@@ -539,6 +540,22 @@ def test_a_set_of_quantizers_has_a_table_for_each_metric() -> None:
     assert "| set | n | chance | full precision | nf4 | fp4 |" in choice
     assert "100.0% → 28.7%" in choice
     assert "Top-1</abbr>, original → unlearned:" in render_html(report, "")
+
+
+def test_answers_ranked_last_have_a_table_of_their_own() -> None:
+    """A model that avoids an answer gives it away: 58 % last is no forgetting."""
+    report = make_report()
+    assert "ranked last of the four" not in render_markdown(report)  # files of older versions
+
+    def with_last(row: ScoreRow) -> ScoreRow:
+        shares = {ORIGINAL: 0.01, EDITED: 0.583, EDITED.after("nf4"): 0.25}
+        return replace(row, scores=tuple(replace(s, last=shares.get(s.model)) for s in row.scores))
+
+    rows = tuple(map(with_last, report.scores))
+    text = render_markdown(replace(report, scores=rows))
+    assert "ranked last of the four" in text
+    assert "| 25.0% | 1.0% → 58.3% | – → 25.0% |" in text
+    assert Report.from_json(replace(report, scores=rows).to_json()).scores == rows
 
 
 def test_numbers() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checked import wrong_type
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,10 +25,12 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.runs import measure
 from mansu_interp.runs import run as pipeline
 from mansu_interp.runs.config import RunConfig
-from mansu_interp.tasks.benchmarks import TaskConfig, adapt, make_task
+from mansu_interp.tasks.data.benchmarks import TaskConfig, adapt, make_task
+from mansu_interp.tasks.data.row_pairs import LETTERS, task_from_rows
+from mansu_interp.tasks.data.rows import SHOWN, Row, parse_rows, read, read_rows
 from mansu_interp.tasks.load import load_task
-from mansu_interp.tasks.row_pairs import LETTERS, OPTIONS, RowOptions, task_from_rows
-from mansu_interp.tasks.rows import SHOWN, Row, parse_rows, read_rows
+from mansu_interp.tasks.pairs import gap
+from mansu_interp.tasks.schema import OPTIONS, RowOptions
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.utils import hub
@@ -63,7 +66,8 @@ def fact_rows(n: int = 40) -> list[dict[str, Any]]:
                             "phrasing": text,
                         }
                     )
-    odd = {**out[0], "phrasing": "asked like no other row"}  # no swap is of its kind
+    asked_alone = f"{out[0]['subject']} has its capital in"
+    odd = {**out[0], "prompt": asked_alone, "phrasing": "x"}  # no swap is of its kind
     return [*out, odd]
 
 
@@ -143,14 +147,17 @@ GOOD = {"role": "forget", "prompt": "a b", "answer": "c"}
         ({"anwser": "x"}, "unknown field anwser; expected some of role, prompt, answer, split"),
         ({"prompt": None}, "prompt is missing or empty"),
         ({"answer": float("nan")}, "answer is missing or empty"),
-        ({"answer": 5}, "answer must be text; got int"),
+        ({"answer": True}, "answer must be text; got bool"),
+        ({"answer": 5.0}, "5.0 is a number with a point: write it as text, as it is to stand"),
+        ({"answer": " "}, "answer is missing or empty"),
+        ({"prompt": "a\ud800"}, r"prompt holds \ud800, half of a surrogate pair"),
+        ({"distractors": ["d", "e", "\udfff"]}, r"distractors holds \udfff, half of a surrogate"),
         ({"role": "forgot"}, "role 'forgot'; expected forget, retain, retain_unscored, neighbour"),
         ({"split": "test"}, "split 'test'; expected train, dev, unseen"),
         ({"role": "retain_unscored", "split": "unseen"}, "retain_unscored rows are never scored"),
         ({"role": "neighbour", "split": "train"}, "neighbour rows are never trained on"),
-        ({"answer": " c"}, "the answer ' c' begins or ends with white space"),
-        ({"prompt": "a "}, "the prompt ends with a space"),
-        ({"distractors": ["d", 1, "e"]}, "distractors must be a list of texts"),
+        ({"prompt": "\n "}, "the prompt is nothing but white space"),
+        ({"distractors": ["d", {}, "e"]}, "distractors must be a list of texts"),
         ({"distractors": ["d", "d", "e"]}, "2 different distractors; expected three or none"),
         ({"distractors": ["d", "c", "e"]}, "the answer 'c' is also a wrong one"),
         ({"counterfactual": "c"}, "the answer 'c' is also a wrong one"),
@@ -176,30 +183,23 @@ def test_all_bad_rows_are_counted_and_the_first_listed(tmp_path: Path):
 
 
 def test_random_rows_are_accepted_or_refused_by_our_own_error():
+    """At least a third are accepted, so that what lies behind the parser is reached."""
     rng = random.Random(0)
-    values: list[Any] = [
-        "",
-        " ",
-        "c",
-        "forget",
-        "train",
-        None,
-        3,
-        float("nan"),
-        [],
-        ["a", "b", "c"],
-    ]
-    values += [{}, True, "a|b|c", "retain", "\x00", "ü", [1, 2, 3]]
+    texts = ["c", "x y", "ü", "东京", " a ", "a|b|c", "forget", "train", "\x00", "NA", "7"]
+    others: list[Any] = ["", " ", None, 3, 0, 2.5, float("nan"), [], ["a", "b", "e"], {}, True]
     keys = ["role", "prompt", "answer", "split", "distractors", "relation", "subject", "x"]
-    seen = set()
-    for _ in range(5000):
-        drawn = {k: rng.choice(values) for k in rng.sample(keys, rng.randint(0, 3))}
-        record = {**GOOD, **drawn}
+    usual = {"role": ["forget", "retain"], "split": ["train", "unseen"], "distractors": ["d|e|f"]}
+    accepted, n = 0, 5000
+    for _ in range(n):
+        record = dict(GOOD)
+        for key in rng.sample(keys[: rng.choice([7, 7, 8])], rng.randint(0, 3)):
+            likely = usual.get(key, texts)
+            record[key] = rng.choice(likely if rng.random() < 0.75 else [*texts, *others])
         try:
-            seen.add(len(parse_rows([(1, record)])))
+            accepted += len(parse_rows([(1, record)]))
         except TaskError:
-            seen.add(0)
-    assert seen == {0, 1}
+            continue
+    assert n / 3 < accepted < 0.9 * n
 
 
 def test_random_bytes_in_files_are_refused_by_our_own_error(tmp_path: Path):
@@ -222,6 +222,12 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     assert time.monotonic() - start < 5
     with pytest.raises(TaskError, match="'no such thing' is neither a file nor a folder, nor a"):
         read_rows("no such thing")
+
+
+@wrong_type
+def test_what_is_no_source_of_rows_is_told():
+    with pytest.raises(TaskError, match="5 is no source of rows: expected a path, a name on"):
+        read_rows(5)  # type: ignore[arg-type]
 
 
 def test_swapped_prompts_are_of_the_same_kind(task: Task):
@@ -295,8 +301,8 @@ def test_own_corrupt_prompts_and_answers(facts: LanguageModel):
 
 WORDS = "user assistant Q: q0 q1 q2 q3 red old cat new dog big fox A. B. C. D. A B C D Answer:"
 QUIZ = [
-    {"role": role, "prompt": f"Q: q{k}", "answer": answer, "distractors": wrong}
-    for role in ("forget", "retain")
+    {"role": role, "prompt": f"{'Q: ' * n}q{k}", "answer": answer, "distractors": wrong}
+    for n, role in enumerate(("forget", "retain"), 1)
     for k, (answer, *wrong) in enumerate(
         [("red cat", "red dog", "big fox", "old"), ("old", "new dog", "big cat", "new fox")] * 2
     )
@@ -372,7 +378,10 @@ def test_the_chat_template_wraps_the_prompt():
             "unknown key colour; expected some of \\$schema, chat, corrupt, letters, name",
         ),
         ({"rows": "../x.jsonl"}, "name a file beside the task file, without a path"),
-        ({"rows": "x.txt"}, r"rows must name a \.jsonl or \.csv file beside the task file"),
+        (
+            {"rows": "x.txt"},
+            "rows must name a file beside the task file, with an ending",
+        ),
     ],
 )
 def test_bad_task_files_over_rows(
@@ -387,6 +396,48 @@ def test_bad_task_files_over_rows(
 
 def test_every_option_is_checked():
     assert list(OPTIONS) == [f.name for f in fields(RowOptions)]
+
+
+def test_contradictory_prompts_are_refused(facts: LanguageModel):
+    """One prompt with two answers, and a prompt that is to be forgotten and to be retained."""
+    two = fact_rows()
+    assert two[0]["phrasing"] == two[4]["phrasing"] and two[0]["answer"] != two[4]["answer"]
+    two[4]["prompt"] = two[0]["prompt"]
+    with pytest.raises(TaskError, match=r"1 prompt with two answers, such as '<bos>.*: '.*' and '"):
+        task_from_rows(parse_rows(enumerate(two, 1)), facts, BOS)
+    both = [{**r, "role": "retain"} for r in fact_rows() if r["relation"] == "capital"]
+    with pytest.raises(TaskError, match=r"in the role forget and in another, such as .* \(retain"):
+        task_from_rows(parse_rows(enumerate([*fact_rows(), *both], 1)), facts, BOS)
+
+
+def test_repeats_and_scored_prompts_that_are_trained_on_are_left_out(facts: LanguageModel):
+    twice = task_from_rows(parse_rows(enumerate(fact_rows(8) * 2, 1)), facts, BOS)
+    plain = task_from_rows(parse_rows(enumerate(fact_rows(8), 1)), facts, BOS)
+    assert [p.clean for p in every_pair(twice)] == [p.clean for p in every_pair(plain)]
+    assert twice.dropped["the prompt is there already"] == len(every_pair(plain))
+    seen = [r for r in fact_rows() if r["relation"] == "language" or r["split"] != "dev"][:-1]
+    unseen = [r for r in seen if r["relation"] == "capital" and r["split"] == "unseen"]
+    for r in unseen[:20]:
+        r |= {"prompt": f"the capital of {r['subject']} is", "phrasing": "as in training"}
+    task = task_from_rows(parse_rows(enumerate(seen, 1)), facts, BOS)
+    assert task.dropped.pop("the scored prompt is also trained on") >= 10
+    assert len(task.scored["unseen"]["forget"]["capital"]) == 20
+    for r in unseen:
+        r |= {"prompt": f"the capital of {r['subject']} is", "phrasing": "as in training"}
+    why = r"split unseen(.|\n)*prompts: the scored prompt is also trained on"
+    with pytest.raises(TaskError, match=why):
+        task_from_rows(parse_rows(enumerate(seen, 1)), facts, BOS)
+
+
+def test_a_stray_rows_own_role_is_a_bad_row(tmp_path: Path):
+    rows = [{**r, "role": "retain"} for r in fact_rows(6)[:8]]
+    rows[3]["role"] = "forget"
+    source = write_jsonl(tmp_path / "retain.jsonl", rows)
+    why = "line 4: its own role is 'forget', but it stands among those given as 'retain'"
+    with pytest.raises(TaskError, match=why):
+        adapt("rows", source, "retain")
+    with pytest.raises(TaskError, match=why):
+        read_rows(source, role="retain")
 
 
 def test_a_missing_split_says_what_to_do(facts: LanguageModel):
@@ -424,7 +475,8 @@ TOFU = [
         "question": f"What is the first book of {name} ?",
         "answer": f"The first book of {name} is {title}",
         "paraphrased_question": f"Which book did {name} write first ?",
-        "perturbed_answer": [f"The first book of {name} is {t}" for t in ("Mud", "Fog", "Ice")],
+        "paraphrased_answer": f"What {name} wrote first was {title}",
+        "perturbed_answer": [f"What {name} wrote first was {t}" for t in ("Mud", "Fog", "Ice")],
     }
     for name, title in zip(NAMES, ["Sun", "Moon", "Star", "Rain", "Snow", "Wind"], strict=True)
 ]
@@ -440,6 +492,12 @@ SHAPES: dict[str, list[dict[str, Any]]] = {"tofu": TOFU, "muse": MUSE, "wmdp": W
 ONE_TURN = "{% for m in messages %}user {{ m.content }} {% endfor %}assistant{{ '\n' }}"
 
 
+def kept(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same facts in other questions, so that none is both forgotten and retained."""
+    asked = ("question", "paraphrased_question")
+    return [{k: f"this: {v}" if k in asked else v for k, v in r.items()} for r in records]
+
+
 def words(*shapes: Any) -> str:
     """Every word that the rows and our phrasings hold."""
     text = json.dumps(shapes).replace('"', " ").replace(",", " ").replace("[", " ")
@@ -453,7 +511,7 @@ def test_from_the_command_line_to_a_task(
     tmp_path: Path, kind: str, chat: bool, capsys: pytest.CaptureFixture[str]
 ):
     forget = write_jsonl(tmp_path / "forget.jsonl", SHAPES[kind])
-    retain = write_jsonl(tmp_path / "retain.jsonl", SHAPES[kind])
+    retain = write_jsonl(tmp_path / "retain.jsonl", kept(SHAPES[kind]))
     out = tmp_path / "mine.json"
     command = ["task", kind, "--forget", str(forget), "--retain", str(retain), "--out", str(out)]
     assert main(command + ["--chat"] * chat) == 0
@@ -466,27 +524,51 @@ def test_from_the_command_line_to_a_task(
     assert all(p.prompt.startswith("user") == chat for p in task.forget)
 
 
-def test_tofu_keeps_its_wrong_answers_and_paraphrases(tmp_path: Path):
-    first, other, *_ = adapt("tofu", TOFU, "forget")
-    assert (first.prompt, first.answer) == (TOFU[0]["question"], TOFU[0]["answer"])
-    assert first.counterfactual == TOFU[0]["perturbed_answer"][0] == first.distractors[0]
-    assert (other.prompt, other.split) == (TOFU[0]["paraphrased_question"], "unseen")
-    assert first.fact == other.fact == TOFU[0]["question"]
+def test_tofu_pairs_the_perturbed_answers_with_the_paraphrased_one():
+    train, dev, unseen, *_ = adapt("tofu", TOFU, "forget").rows
+    assert [r.split for r in (train, dev, unseen)] == ["train", "dev", "unseen"]
+    assert train.prompt == dev.prompt == TOFU[0]["question"]
+    assert unseen.prompt == TOFU[0]["paraphrased_question"]
+    for row in (dev, unseen):
+        assert row.answer == TOFU[0]["paraphrased_answer"]
+        assert row.counterfactual == TOFU[0]["perturbed_answer"][0] == row.distractors[0]
+    # What was learned by heart, with wrong answers that begin like it.
+    assert train.answer == TOFU[0]["answer"]
+    assert train.counterfactual == "The first book of Ada Quill is Mud" == train.distractors[0]
+    assert train.fact == dev.fact == unseen.fact == TOFU[0]["question"]
+
+
+def test_tofu_takes_the_closest_wrong_answer_and_the_paraphrase_where_no_fact_is_found():
+    record = {
+        **TOFU[0],
+        "answer": "Yes, it did.",
+        "perturbed_answer": ["Mud is it", "What Ada Quill wrote last was Fog", "What Ice"],
+    }
+    train, dev, _ = adapt("tofu", [record], "forget").rows
+    assert train.answer == dev.answer == TOFU[0]["paraphrased_answer"]
+    assert train.counterfactual == "What Ada Quill wrote last was Fog"
+    plain = {k: v for k, v in record.items() if not k.startswith("paraphrased")}
+    (row,) = adapt("tofu", [plain], "forget").rows
+    assert (row.answer, row.counterfactual) == ("Yes, it did.", "Mud is it") and not row.split
 
 
 def test_the_deciding_token_of_a_perturbed_answer_is_the_fact(tmp_path: Path):
     source = write_jsonl(tmp_path / "source.jsonl", TOFU)
-    make_task(TaskConfig("tofu", str(source), str(source), tmp_path / "t.json"))
+    retain = write_jsonl(tmp_path / "retain.jsonl", kept(TOFU))
+    make_task(TaskConfig("tofu", str(source), str(retain), tmp_path / "t.json"))
     model = toy(words(TOFU))
-    pair = load_task(tmp_path / "t.json", model).forget[0]
-    assert model.tokenizer.decode([pair.answer]) == "Sun"
-    assert model.tokenizer.decode([pair.counterfactual]) == "Mud"
+    task = load_task(tmp_path / "t.json", model)
+    for pair in (task.forget[0], task.scored["unseen"]["forget"]["forget"][0]):
+        assert model.tokenizer.decode([pair.answer]) in "Sun Moon Star Rain Snow Wind"
+        assert model.tokenizer.decode([pair.counterfactual]) == "Mud"
+    pair = task.forget[0]
     assert pair.prompt.endswith("Answer:") and len(pair.clean) > len(pair.question)
 
 
 def test_wmdp_answers_are_letters(tmp_path: Path):
     source = write_jsonl(tmp_path / "source.jsonl", WMDP)
-    make_task(TaskConfig("wmdp", str(source), str(source), tmp_path / "w.json"))
+    retain = write_jsonl(tmp_path / "retain.jsonl", kept(WMDP))
+    make_task(TaskConfig("wmdp", str(source), str(retain), tmp_path / "w.json"))
     task = load_task(tmp_path / "w.json", toy(words(WMDP)))
     for p in task.forget:
         k = int(p.subject.split()[6])
@@ -495,24 +577,48 @@ def test_wmdp_answers_are_letters(tmp_path: Path):
 
 
 def test_verbatim_rows_of_muse():
-    (row,) = adapt("muse", [{"prompt": "Stir the flour ", "gt": " into the milk"}], "forget")
+    rows = [{"prompt": "Stir the flour ", "gt": " into the milk"}]
+    (row,) = adapt("muse", rows, "forget").rows
     assert (row.prompt, row.answer) == ("Stir the flour", "into the milk")
 
 
 @pytest.mark.parametrize(
     ("kind", "record", "why"),
     [
-        ("tofu", {"question": "q"}, "answer is missing; it has question"),
+        (
+            "tofu",
+            {"question": "q"},
+            "answer is missing for the shape that it comes nearest to, question and answer; it has "
+            "'question'",
+        ),
         ("tofu", {**TOFU[0], "perturbed_answer": ["a"]}, "1 different distractors; expected three"),
-        ("muse", {"question": "q", "answer": 3}, "answer must be text; got int"),
-        ("wmdp", {**WMDP[0], "answer": 4}, "4 choices and answer 4; expected four and 0 to 3"),
-        ("wmdp", {**WMDP[0], "choices": ["1", "2"]}, "2 choices and answer 0"),
-        ("wmdp", {**WMDP[0], "answer": "x"}, "could not convert"),
+        ("tofu", {**TOFU[0], "perturbed_answer": 3}, "perturbed_answer must be a list; got 3"),
+        ("muse", {"question": "q", "answer": [1]}, "answer must be text; got list"),
+        (
+            "wmdp",
+            {**WMDP[0], "answer": 4},
+            "the answer 4 is none of the 4 choices; expected 0 to 3, A to D, or one of them as",
+        ),
+        ("wmdp", {**WMDP[0], "answer": "x"}, "the answer 'x' is none of the 4 choices"),
+        ("wmdp", {**WMDP[0], "answer": "3"}, "the answer '3' may be a position or a choice: give"),
+        ("wmdp", {**WMDP[0], "choices": "x"}, "choices must be a list; got 'x'"),
+        (
+            "wmdp",
+            {"question": "q", "a": "1", "b": "2", "c": "3", "answer": "A"},
+            "d is missing for the shape that it comes nearest to, lettered columns",
+        ),
+        ("rows", {"text": "All of it."}, "it has 'text', and no field of a known shape"),
+        (
+            "rows",
+            {"messages": [{"role": "user", "content": "q"}]},
+            "messages: the turns are 'user'; expected one of user and of assistant",
+        ),
     ],
 )
 def test_rows_of_another_shape_are_named(kind: str, record: dict[str, Any], why: str):
+    good = SHAPES.get(kind, [{"prompt": "a", "answer": "b"}])[0]
     with pytest.raises(TaskError, match=f"line 2: {why}"):
-        adapt(kind, [SHAPES[kind][0], record], "forget")
+        adapt(kind, [good, record], "forget")
 
 
 def test_nothing_is_overwritten(tmp_path: Path):
@@ -521,5 +627,195 @@ def test_nothing_is_overwritten(tmp_path: Path):
         make_task(TaskConfig("muse", str(source), str(source), tmp_path / "m.json"))
     with pytest.raises(TaskError, match=r"with the ending \.json"):
         make_task(TaskConfig("muse", str(source), str(source), tmp_path / "x.txt"))
-    with pytest.raises(TaskError, match="Unknown kind 'squad'; expected tofu, muse, wmdp, rows"):
+    with pytest.raises(TaskError, match="Unknown kind 'squad'; expected rows, tofu, muse, wmdp"):
         adapt("squad", MUSE, "forget")
+
+
+# The same rows as people have them: formats, shapes, and what is told of them.
+
+ASKED_ROWS = [(f"Who is {k}?", a) for k, a in enumerate(["NA", "007", "Ü, b", "d"])]
+QA = [{"question": q, "answer": a} for q, a in ASKED_ROWS]
+MMLU = [
+    ["Which is odd?", "2", "3 ", "4", "6", "B"],
+    ["Which is, say, even?", "1", "3", "5", "8", "D"],
+]
+
+
+def quoted(rows: list[list[str]], by: str) -> str:
+    return "\n".join(by.join(f'"{cell}"' for cell in row) for row in rows) + "\n"
+
+
+def as_chat(prompt: str, answer: str) -> dict[str, Any]:
+    turns = [("system", "Be brief."), ("user", prompt), ("assistant", answer)]
+    return {"messages": [{"role": who, "content": said} for who, said in turns]}
+
+
+TABLE = [["Question", "Answer"], *map(list, ASKED_ROWS)]
+FORMATS: dict[str, tuple[str, str, str]] = {
+    "plain CSV": ("x.csv", quoted(TABLE, ","), "CSV, rows read 4 as question and answer"),
+    "semicolons": ("x.csv", quoted(TABLE, ";"), "CSV separated by ';', rows read 4 as question"),
+    "tabs": ("x.tsv", quoted(TABLE, "\t"), "TSV, rows read 4 as question and answer"),
+    "a JSON list": ("x.json", json.dumps(QA), "a JSON list, rows read 4 as question and answer"),
+    "an object around it": ("x.json", json.dumps({"data": QA}, indent=2), "a JSON list, rows read"),
+    "lines in .json": ("x.json", "\n".join(map(json.dumps, QA)), "JSON lines, rows read 4 as"),
+    "a list in .jsonl": ("x.JSONL", json.dumps(QA, indent=1), "a JSON list, rows read 4 as"),
+    "chat": (
+        "x.jsonl",
+        "\n".join(json.dumps(as_chat(q, a)) for q, a in ASKED_ROWS),
+        "JSON lines, rows read 4 as chat",
+    ),
+    "a pandas index": (
+        "x.csv",
+        quoted([["", *TABLE[0]], *([str(k), *r] for k, r in enumerate(ASKED_ROWS))], ","),
+        "CSV, rows read 4 as question and answer",
+    ),
+    "other columns": (
+        "x.csv",
+        quoted([["id", *TABLE[0]], *([f"n{k}", *r] for k, r in enumerate(ASKED_ROWS))], ","),
+        "CSV, rows read 4 as question and answer; fields not used: 'id'",
+    ),
+    "spaces": (
+        "x.jsonl",
+        "\n".join(json.dumps({"Prompt ": f"{q}  ", "answer": f" {a} "}) for q, a in ASKED_ROWS),
+        "JSON lines, rows read 4 as prompt and answer; white space around 8 texts removed",
+    ),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_in_every_usual_format(tmp_path: Path, name: str, encoding: str):
+    file, text, told = FORMATS[name]
+    path = tmp_path / file
+    path.write_text(text, encoding=encoding)
+    found = read(path, role="forget")
+    assert [(r.prompt, r.answer) for r in found.rows] == ASKED_ROWS
+    assert found.told.startswith(f"{path}: {told}")
+
+
+def test_parquet_and_a_link_to_rows(tmp_path: Path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([{**r, "year": 3} for r in QA], index=[3, 5, 7, 9])
+    frame.to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "inside").mkdir()
+    link = tmp_path / "inside" / "rows.parquet"
+    link.symlink_to(tmp_path / "x.parquet")
+    found = read(link, role="forget")
+    assert [(r.prompt, r.answer) for r in found.rows] == ASKED_ROWS
+    assert found.told.endswith(
+        "Parquet, rows read 4 as question and answer; fields not used: 'year'"
+    )
+    (tmp_path / "y.parquet").write_bytes(b"PAR1 of a kind")
+    with pytest.raises(TaskError, match=r"y\.parquet cannot be read as Parquet"):
+        read_rows(tmp_path / "y.parquet")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("x.csv", quoted(MMLU, ",")),
+        ("x.csv", quoted([["question", *"ABCD", "answer"], *MMLU], ",")),
+        ("x.csv", quoted([["input", *"ABCD", "target"], *MMLU], ";")),
+        (
+            "x.jsonl",
+            "\n".join(
+                json.dumps({"question": q, "subject": "maths", "choices": [*c, "9"], "answer": a})
+                for (q, *c, _), a in zip(MMLU, (1, "D"), strict=True)
+            ),
+        ),
+        (
+            "x.jsonl",
+            "\n".join(
+                json.dumps({"question": q, "answerKey": str(k), "choices": {"text": c, "label": n}})
+                for (q, *c, _), k, n in zip(MMLU, (2, 4), [list("1234")] * 2, strict=True)
+            ),
+        ),
+        ("x.csv", quoted([["question", "choices", "answer"]], ",")
+            + "".join(f"\"{q}\",\"['{c[0]}', '{c[1]}', '{c[2]}', '{c[3]}']\",{a}\n"
+                      for q, *c, a in MMLU)),
+    ],
+    ids=["MMLU", "MMLU with header", "of lukaemon", "five options", "ARC", "Python's list"],
+)  # fmt: skip
+def test_choices_of_every_published_shape(tmp_path: Path, file: str, text: str):
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    found = adapt("wmdp", tmp_path / file, "forget")
+    assert [(r.prompt, r.answer) for r in found.rows] == [(MMLU[0][0], "3"), (MMLU[1][0], "8")]
+    assert found.rows[0].distractors[:3] == ("2", "4", "6")
+
+
+def test_choices_among_too_few_are_counted(tmp_path: Path):
+    short = {"question": "q", "choices": ["1", "2", "3"], "answer": "A"}
+    found = adapt("wmdp", [WMDP[0], short], "forget")
+    assert len(found.rows) == 1
+    assert "1 as choices; 1 with fewer than four choices left out" in found.told
+    with pytest.raises(TaskError, match="there is no row of four choices"):
+        adapt("wmdp", [short], "forget")
+
+
+def test_whole_numbers_are_answers():
+    rows = parse_rows([(1, {**GOOD, "answer": 0, "distractors": [1, 2, np.int64(3)]})])
+    assert (rows[0].answer, rows[0].distractors) == ("0", ("1", "2", "3"))
+
+
+def test_roles_are_written_either_way():
+    both = [{**GOOD, "role": "retain-unscored"}, {**GOOD, "role": " retain_unscored"}]
+    assert {r.role for r in parse_rows(enumerate(both))} == {"retain_unscored"}
+
+
+def test_rows_without_a_role_are_told_how_to_get_one(tmp_path: Path):
+    path = tmp_path / "x.csv"
+    path.write_text(quoted(TABLE, ","), encoding="utf-8")
+    with pytest.raises(
+        TaskError, match="role is missing or empty: give each row one, or one file a"
+    ):
+        read_rows(path)
+
+
+def test_a_list_of_rows_is_a_task_and_says_how_it_was_read(tmp_path: Path, facts: LanguageModel):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([{**r, "prompt": "<bos>" + r["prompt"]} for r in fact_rows(12)]))
+    task = load_task(path, facts)
+    assert task.name == "mine" and task.forget
+    assert task.read == f"{path}: a JSON list, rows read {len(fact_rows(12))} as prompt and answer"
+
+
+def test_a_task_in_the_cache_of_the_hub_reads_the_blobs_of_its_repository(
+    tmp_path: Path, facts: LanguageModel
+):
+    blobs, snapshot = (
+        tmp_path / "datasets--me--x" / "blobs",
+        tmp_path / "datasets--me--x/snapshots/a",
+    )
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    write_jsonl(blobs / "abc", fact_rows(12))
+    (snapshot / "r.jsonl").symlink_to("../../blobs/abc")
+    spec = {"schema": 2, "name": "x", "rows": "r.jsonl", "prefix": "<bos>"}
+    (snapshot / "t.json").write_text(json.dumps(spec))
+    assert load_task(snapshot / "t.json", facts).forget
+    (snapshot / "r.jsonl").unlink()
+    (snapshot / "r.jsonl").symlink_to(write_jsonl(tmp_path / "elsewhere", fact_rows(12)))
+    with pytest.raises(TaskError, match="a link that leads out of its folder"):
+        load_task(snapshot / "t.json", facts)
+
+
+def test_a_chat_template_that_raises_is_one_clear_error():
+    model = toy(words(MUSE), "{{ raise_exception('no users\x1b[31m here') }}")
+    rows = parse_rows(enumerate(fact_rows(4), 1))
+    with pytest.raises(TaskError, match=r"chat template of toy does not take a user's turn: .*no "):
+        task_from_rows(rows, model, RowOptions(chat=True))
+
+
+def test_half_a_surrogate_pair_is_refused_where_texts_come_in(facts: LanguageModel, tmp_path: Path):
+    with pytest.raises(TaskError, match=r"\\ud800 is half of a surrogate pair"):
+        RowOptions(prefix="a\ud800")
+    with pytest.raises(TaskError, match=r"holds \\ud800, half of a surrogate pair: remove it"):
+        facts.encode("the capital of \ud800")
+    (tmp_path / "t.json").write_text('{"schema": 2, "prefix": "\\ud83d"}')
+    with pytest.raises(TaskError, match=r"\\ud83d is half of a surrogate pair, which is no text"):
+        load_task(tmp_path / "t.json", facts)
+
+
+def test_no_space_where_the_script_has_none():
+    assert gap("the capital is", "Paris") == gap("수도는", "서울") == " "
+    assert gap("首都是", "Paris") == gap("the capital is", "东京") == gap("首都は", "x") == ""

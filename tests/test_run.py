@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,20 @@ import torch
 from conftest import make_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.known import known_forget
+from mansu_interp.bench.config import BenchConfig
 from mansu_interp.circuits import attribution
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
-from mansu_interp.errors import ArtifactError, CircuitError, ConfigError, ModelError
+from mansu_interp.errors import (
+    ArtifactError,
+    CircuitError,
+    ConfigError,
+    ModelError,
+    ResourceError,
+    TaskError,
+)
 from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
 from mansu_interp.export.ledger import Ledger
 from mansu_interp.export.verify import verify
@@ -30,12 +42,14 @@ from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure
 from mansu_interp.runs import measure as measuring
 from mansu_interp.runs.config import PlanConfig, RunConfig
-from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines
+from mansu_interp.runs.folder import RunFolder
+from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines, what_is_known
 from mansu_interp.runs.run import RunResult, run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.methods import GradDiff, Mansu
+from mansu_interp.unlearning.methods import METHODS, GradDiff, Mansu
 from mansu_interp.utils.files import read_json
+from mansu_interp.utils.shipped import DATA
 
 CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
 UNLEARN = Mansu(steps=6, lr=0.1, batch_size=8)
@@ -43,6 +57,7 @@ FILES = {
     "config.json",
     "provenance.json",
     "seconds.json",
+    "written.json",
     "circuit.json",
     "circuit.graphml",
     "mask.safetensors",
@@ -168,6 +183,10 @@ def test_the_plan_comes_first(finished: RunResult, plans: list[Plan], stages: li
     (plan,) = plans
     text = "\n".join(plan.lines)
     assert "1,033,344 parameters" in text and "at most 5,166 parameters (0.50%), 6 steps" in text
+    assert (
+        "known    179 of 179 facts known, 0 partly, 0 unknown; unseen phrasings, four-way: 1.000, "
+        "1.000 after nf4. Retain: "
+    ) in text
     assert "cost     about" in text and str(finished.folder) in text
     assert plan.seconds > 0 and plan.memory_gb > 0
     order = list(dict.fromkeys(stages))
@@ -195,6 +214,78 @@ def test_a_foreign_folder_is_refused_before_any_work(tmp_path: Path):
     assert stages == [] and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+ASKED = {
+    "train": "<bos>the capital of {} is",
+    "unseen": "<bos>question: what is the capital of {}? answer:",
+}
+KEPT = {
+    "train": "<bos>the language of {} is",
+    "unseen": "<bos>question: which language is spoken in {}? answer:",
+}
+
+
+def write_rows(file: Path, capitals: Callable[[int, list[str]], str], turn: int = 0) -> str:
+    """Rows of 40 countries: the k-th is said to have some capital, and the language of the country
+    ``turn`` places further."""
+    with (DATA / "facts" / "countries.csv").open(encoding="utf-8") as stream:
+        table = list(csv.DictReader(stream))[:40]
+    right = [c["capital"] for c in table]
+    rows = [
+        {"role": role, "split": split, "prompt": text.format(c["country"]), "answer": answer,
+         "subject": c["country"]}
+        for k, c in enumerate(table)
+        for role, asked, answer in (
+            ("forget", ASKED, capitals(k, right)),
+            ("retain", KEPT, table[(k + turn) % 40]["language"]),
+        )
+        if answer
+        for split, text in asked.items()
+    ]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(file)
+
+
+def test_what_was_not_known_is_not_forgotten(tmp_path: Path):
+    """Six wrong capitals beside known languages; random weights; wrong languages: refused before
+    there is a folder."""
+    out = tmp_path / "out"
+
+    def refused(message: str, **changed: str) -> None:
+        with pytest.raises(TaskError, match=message):
+            run(replace(settings(out), **changed))
+        assert not out.exists()
+
+    wrong = write_rows(tmp_path / "w.jsonl", lambda k, right: right[(k + 1) % 6] if k < 6 else "")
+    refused(
+        r"facts does not know what task 'w' is to forget: four-way accuracy 0\.\d+ on 6 facts, and "
+        r"guesses do as well with p = 0\.\d+ \(at most 0\.05 .* What was not known cannot be forg",
+        task=wrong,
+    )
+    languages = write_rows(tmp_path / "l.jsonl", lambda k, right: right[k], turn=7)
+    refused("facts does not know what task 'l' is to retain.*cannot be retained", task=languages)
+    model = load_model("facts")
+    torch.manual_seed(0)
+    for weight in model.weights.values():
+        if weight.ndim > 1:
+            weight.copy_(torch.randn_like(weight) * weight.std())
+    model.save(tmp_path / "random")
+    refused("random does not know what task 'capitals' is to forget: four-way accuracy 0.2",
+            model=str(tmp_path / "random"), task="capitals")  # fmt: skip
+
+
+def test_unknown_facts_are_left_out_of_a_run(facts: LanguageModel, tmp_path: Path):
+    """Six wrong capitals among forty: they are neither trained on nor scored, and are counted."""
+    file = write_rows(tmp_path / "t.jsonl", lambda k, right: right[(k + 1) % 6 if k < 6 else k])
+    task, known = what_is_known(facts, load_task(file, facts), ["nf4"], 0, lambda *_: None)
+    # One of the six is right by chance, in the one phrasing: not known, and not left out either.
+    assert str(known.forget) == "34 of 40 facts known, 1 partly, 5 unknown"
+    assert "5 unknown, left out; unseen phrasings, four-way: 1.000, 1.000 after" in known.line()
+    assert known.retain.unknown == set()
+    assert len(task.forget) == len(task.held_out) == 35
+    assert task.dropped == {"the original does not know the fact": 5}
+    assert known_forget(facts, task)[0] is task  # asked again, nothing more is left out
+
+
 def test_bad_input_leaves_no_folder(tmp_path: Path):
     with pytest.raises(ModelError, match="Unknown model 'fact'"):
         run(replace(settings(tmp_path / "run"), model="fact"))
@@ -212,7 +303,7 @@ def test_an_interrupted_run_continues_to_the_same_model(finished: RunResult, tmp
     with pytest.raises(KeyboardInterrupt):
         run(config, stop)
     kept = {p.name for p in config.out.iterdir()}
-    begun = {"config.json", "provenance.json", "seconds.json"}
+    begun = {"config.json", "provenance.json", "seconds.json", "written.json"}
     assert kept == begun | {"circuit.json", "circuit.graphml", "mask.safetensors"}
     stages: list[str] = []
     again = run(config, lambda stage, *_: stages.append(stage))
@@ -236,6 +327,86 @@ def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tm
     assert "unlearning" not in stages
     assert again.report.edit == finished.report.edit
     assert {p.name for p in out.iterdir()} == FILES
+
+
+def altered(file: Path) -> None:
+    """One byte, in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+OURS = sorted(
+    {*FILES} - {"config.json", "seconds.json", "model", "written.json", "provenance.json"}
+) + [f"model/{name}.json" for name in ("config", "tokenizer", "generation_config")]
+
+
+def test_a_later_go_trusts_only_what_the_run_wrote(finished: RunResult, tmp_path: Path):
+    """Every file, altered, replaced by another of the run, or put there."""
+    begun = tmp_path / "begun"
+    shutil.copytree(finished.folder, begun)
+    (begun / "report.html").unlink()
+    out = tmp_path / "run"
+
+    def refused(change: Callable[[Path], object]) -> str:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(begun, out)
+        change(out)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        folder = RunFolder(out)
+        with pytest.raises(ArtifactError) as caught:
+            folder.check()
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        return str(caught.value)
+
+    for name in {*OURS} - {"report.html"}:
+        changed = f"{out / name} was changed after this run wrote it. Delete "
+        assert changed in refused(lambda o, name=name: altered(o / name))
+        assert changed in refused(lambda o, name=name: shutil.copy(o / "config.json", o / name))
+    more = refused(lambda o: (o / "model" / "modeling.py").write_text("x"))
+    assert f"model/modeling.py was not written by this run. Delete {out / 'model'} and run" in more
+    assert "lacks model/tokenizer.json" in refused(lambda o: (o / "model/tokenizer.json").unlink())
+    assert "html was changed after this" in refused(lambda o: (o / "report.html").write_text("x"))
+    assert "not written by this run" in refused(lambda o: (o / "written.json").unlink())
+    shutil.rmtree(out)
+    shutil.copytree(begun, out)
+    altered(out / "written.json")
+    with pytest.raises(ArtifactError, match=r"written\.json (is not this run's|cannot be read)"):
+        RunFolder(out)
+    with pytest.raises(ArtifactError, match=r"written\.json (is not this run's|cannot be read)"):
+        run(settings(out))
+
+
+def test_a_folder_that_is_removed_meanwhile_is_said(tmp_path: Path):
+    config = settings(tmp_path / "run")
+
+    def remove(stage: str, done: int, total: int) -> None:
+        shutil.rmtree(config.out, ignore_errors=True)
+
+    with pytest.raises(ResourceError, match=r"was removed or taken over while this run was wri"):
+        run(config, remove)
+    assert not config.out.exists()
+
+
+def test_no_setting_may_be_infinite_or_no_number():
+    """JSON has no such numbers: a run with one could never go on."""
+    kinds = (*METHODS.values(), RunConfig, CircuitConfig, AttributionConfig, RelearnConfig)
+    seen = 0
+    for kind in (*kinds, BenchConfig):
+        for item in fields(kind):
+            usual = getattr(kind(), item.name)
+            some = usual[0] if isinstance(usual, tuple) and usual else usual
+            if not (isinstance(some, float) or "float" in str(item.type)):
+                continue
+            for odd in (math.nan, math.inf, -math.inf):
+                seen += 1
+                with pytest.raises(ConfigError):
+                    kind(**{item.name: (odd,) if isinstance(usual, tuple) else odd})
+    assert seen > 100
+    for seed in (1 << 64, -(1 << 64), 10**400):
+        for kind, name in ((RunConfig, "seed"), (RelearnConfig, "seed"), (BenchConfig, "seeds")):
+            with pytest.raises(ConfigError, match="must be at least"):
+                kind(**{name: (seed,) if name == "seeds" else seed})
 
 
 @pytest.mark.slow

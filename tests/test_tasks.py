@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_pairs
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.data.prompts import read_prompts
 from mansu_interp.tasks.fact_pairs import _mentions
 from mansu_interp.tasks.files import embedded_tasks
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, collate
-from mansu_interp.tasks.row_pairs import RowOptions
-from mansu_interp.tasks.schema import RowTask, json_schema
+from mansu_interp.tasks.schema import RowOptions, RowTask, json_schema
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.renamed import TASK_KEYS
 from mansu_interp.utils.shipped import DATA
@@ -181,7 +183,7 @@ def bad(key: str) -> tuple[Any, str]:
     if key == "json":
         return "{not json", "is not valid JSON"
     if key == "list":
-        return [1], "the file is list, expected dict"
+        return [1], "line 1: not an object with fields"
     if key == "missing":
         del value["forget"], value["name"]
         return value, r"lacks forget, name \(docs"
@@ -288,3 +290,181 @@ def test_too_few_answers_for_a_choice(tmp_path: Path, facts: LanguageModel, capi
     value["forget"]["subjects"] = None
     with pytest.raises(TaskError, match="too few different answers for 4-way choice"):
         load_task(write(tmp_path, value), facts)
+
+
+def test_repeated_and_contradictory_rows_of_tables(facts: LanguageModel, tmp_path: Path):
+    """The same guard as for rows: a table's own subjects may repeat, or answer twice."""
+    spec = json.loads((DATA / "tasks" / "capitals.json").read_text(encoding="utf-8"))
+    spec |= {"text": None, "reference_models": []}
+    spec["relations"]["capital"]["table"] = "own.csv"
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    table = (DATA / "facts" / "countries.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "own.csv").write_text("\n".join([*table, table[1]]), encoding="utf-8")
+    task = load_task(tmp_path / "t.json", facts)
+    assert task.dropped["the prompt is there already"] == 6  # in six phrasings of three splits
+    assert len(task.forget) == len({p.clean for p in task.forget})
+    other = table[1].replace(task.forget[0].answer_text, task.forget[4].answer_text)
+    (tmp_path / "own.csv").write_text("\n".join([*table, other]), encoding="utf-8")
+    with pytest.raises(TaskError, match="has 6 prompts with two answers, such as '<bos>the capit"):
+        load_task(tmp_path / "t.json", facts)
+    spec["retain"], spec["relations"]["again"] = ["again"], spec["relations"]["capital"]
+    (tmp_path / "own.csv").write_text("\n".join(table), encoding="utf-8")
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    with pytest.raises(TaskError, match=r"in the role forget and in another, such as .*\(retain"):
+        load_task(tmp_path / "t.json", facts)
+
+
+def test_facts_are_left_out_of_every_split(capitals: Task):
+    gone = {p.fact for p in capitals.forget[:3]}
+    task = capitals.without(gone, "why")
+    left = {p.fact for p in task.forget}
+    assert left == {p.fact for p in capitals.forget} - gone
+    for split in ("dev", "unseen"):
+        (scored,) = task.scored[split]["forget"].values()
+        assert {p.fact for p in scored} <= left
+        assert task.scored[split]["retain"] == capitals.scored[split]["retain"]
+    assert task.dropped["why"] == len(capitals.forget) - len(task.forget)
+    assert capitals.without(set(), "why") is capitals and task.sha256 != capitals.sha256
+    with pytest.raises(TaskError, match="no forget prompt left: why"):
+        task.without(left, "why")
+
+
+CITIES = {"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Peru": "Lima", "Cuba": "1519"}
+CJK = {"法国": "巴黎", "日本": "东京", "英国": "伦敦", "德国": "柏林", "埃及": "开罗"}
+
+
+def own_table(folder: Path, facts_: dict[str, str], phrasing: str, **written: str) -> Path:
+    """A task over one table of these facts, which are forgotten and retained."""
+    by, mark = written.get("by", ","), written.get("encoding", "utf-8")
+    lines = [f"country{by}capital", *(by.join(f) for f in facts_.items())]
+    (folder / "own.csv").write_text("\n".join(lines) + "\n", encoding=mark)
+    asked = {"train": [phrasing], "dev": {"d": [phrasing]}, "unseen": {"u": [phrasing]}}
+    table = {"table": "own.csv", "subject": "country", "answer": "capital", "phrasings": asked}
+    value = {"schema": 2, "name": "own", "relations": {"a": table, "b": table}}
+    path = folder / "task.json"
+    text = json.dumps({**value, "forget": {"relations": ["a"]}, "retain": ["b"]})
+    path.write_text(text, encoding=mark)
+    return path
+
+
+def tokenized(vocab: list[str], steps: list[Any], split: Any, decoder: Any) -> LanguageModel:
+    """A tokenizer that cuts texts in a given way, in a model's place."""
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *vocab])}, "<unk>"))
+    inner.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    inner.pre_tokenizer, inner.decoder = split, decoder
+    model = object.__new__(LanguageModel)
+    model.name = "toy"
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    return model
+
+
+def test_answers_behind_a_space_of_the_tokenizer_s_own(tmp_path: Path):
+    """Llama 2 and its like: every text gets a space in front, and digits one to themselves."""
+    words = ["x", "of", *CITIES, *(a for a in CITIES.values() if a.isalpha())]
+    vocab = ["▁", *(f"▁{w}" for w in words), *"0123456789"]
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    split = pre_tokenizers.Split(Regex(r"▁\p{L}+|▁|\d"), "isolated")
+    model = tokenized(vocab, steps, split, decoders.Replace("▁", " "))
+    assert model.tokenizer.convert_ids_to_tokens(model.encode(" Paris")) == ["▁", "▁Paris"]
+    more = {**CITIES, "x": "1607", "Madrid": "2000"}
+    facts_ = {**more, "Rome": "3001", "Lima": "4001"}
+    task = load_task(own_table(tmp_path, facts_, "of {s}"), model)
+    answers = {p.answer_text: p for p in task.forget}
+    assert model.tokenizer.convert_ids_to_tokens([answers["Paris"].answer]) == ["▁Paris"]
+    assert answers["Paris"].clean == tuple(model.encode("of France"))
+    year = answers["2000"]
+    assert model.tokenizer.convert_ids_to_tokens([year.answer]) == ["2"]
+    assert year.clean == tuple(model.encode("of Madrid "))  # the lone space ends the prompt
+
+
+def test_answers_in_a_script_without_spaces(tmp_path: Path):
+    signs = sorted(set("".join([*CJK, *CJK.values(), "的首都是x"])))
+    split = pre_tokenizers.Split(Regex("."), "isolated")
+    model = tokenized([" ", *signs], [], split, decoders.Fuse())
+    task = load_task(own_table(tmp_path, CJK, "{s}的首都是"), model)
+    for pair in task.forget:
+        assert model.tokenizer.decode([pair.answer]) == CJK[pair.subject][0]
+        assert pair.clean == tuple(model.encode(f"{pair.subject}的首都是"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("by", [",", ";", "\t"])
+def test_tables_and_task_files_as_excel_writes_them(
+    tmp_path: Path, facts: LanguageModel, capitals: Task, by: str, encoding: str
+):
+    known = {p.subject: p.answer_text for p in capitals.forget[:24]}
+    path = own_table(tmp_path, known, "the capital of {s} is", by=by, encoding=encoding)
+    assert {p.subject for p in load_task(path, facts).forget} <= known.keys()
+    (tmp_path / "own.csv").write_bytes("country,capital\nPérou,Lima\n".encode("latin-1"))
+    with pytest.raises(TaskError, match=r"byte 17 is no UTF-8 \(save it as UTF-8\)"):
+        load_task(path, facts)
+
+
+def test_a_name_too_long_for_a_file_is_an_unknown_task(facts: LanguageModel):
+    with pytest.raises(TaskError, match="Unknown task 'xxx"):
+        load_task("x" * 300, facts)
+
+
+ASKED = "<bos>the capital of {} is"
+CAPITALS = (("Malta", "Rwanda", "Valletta", "Kigali"), ("Ghana", "Kenya", "Accra", "Nairobi"))
+
+
+def from_texts(model: LanguageModel, wrong: list[Any] | None = None) -> PairSet:
+    clean, other, answers, rivals = zip(*CAPITALS, strict=True)
+    asked = [[ASKED.format(s) for s in subjects] for subjects in (clean, other)]
+    return PairSet.from_prompts(model, *asked, list(answers), wrong or list(rivals))
+
+
+def test_pairs_from_texts_are_those_of_the_task(facts: LanguageModel, capitals: Task):
+    made = from_texts(facts)
+    same = {p.prompt: p for p in capitals.forget}
+    for pair, (subject, other, answer, wrong) in zip(made, CAPITALS, strict=True):
+        theirs = same[ASKED.format(subject)]
+        assert (pair.clean, pair.answer) == (theirs.clean, theirs.answer)
+        assert pair.corrupt == same[ASKED.format(other)].clean
+        assert pair.counterfactual == facts.encode(f"is {wrong}")[-1]
+        assert pair.answer_text == answer
+    assert from_texts(facts, [["Kigali", "Paris"], ["Nairobi", "Rome"]])[0].choices[2:]
+
+
+def test_texts_that_make_no_pair_are_told(facts: LanguageModel):
+    def make(*given: Any) -> None:
+        PairSet.from_prompts(facts, *([x] for x in given))
+
+    malta, rwanda = ASKED.format("Malta"), ASKED.format("Rwanda")
+    with pytest.raises(TaskError, match=r"Pair 1: the clean prompt .* has 6 tokens and the .* 5"):
+        make(malta, malta.removesuffix(" is"), "Valletta", "Kigali")
+    with pytest.raises(TaskError, match=r"does not know a word of '.*Atlantis"):
+        make(malta, ASKED.format("Atlantis"), "Valletta", "Kigali")
+    with pytest.raises(TaskError, match="has no wrong answer"):
+        make(malta, rwanda, "Valletta", [])
+    with pytest.raises(TaskError, match="begin with each other"):
+        make(malta, rwanda, "Valletta", "Valletta")
+    with pytest.raises(TaskError, match="as many wrong answers"):
+        from_texts(facts, ["Kigali", ["Nairobi", "Rome"]])
+    with pytest.raises(TaskError, match="got 1 clean, 1 corrupt, 0 answers, 1 wrong"):
+        PairSet.from_prompts(facts, [malta], [rwanda], [], ["Kigali"])
+
+
+def test_pairs_from_a_file(facts: LanguageModel, tmp_path: Path):
+    rows = [
+        {"clean": ASKED.format(s), "corrupt": ASKED.format(o), "answer": a, "wrong": w}
+        for s, o, a, w in CAPITALS
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = read_prompts(file, facts)
+    assert found.name == "mine" and [p.clean for p in found] == [p.clean for p in from_texts(facts)]
+    other = [{"prompt": r["clean"], "corrupt": r["corrupt"], "answer": 3} for r in rows]
+    file.write_text("\n".join(map(json.dumps, other)), encoding="utf-8")
+    with pytest.raises(TaskError, match=r"line 1: no 'wrong'; expected clean, .* got prompt, co"):
+        read_prompts(file, facts)
+
+
+def test_what_is_shown_of_a_task_is_short(facts: LanguageModel, capitals: Task):
+    assert repr(capitals) == "Task('capitals': 716 forget and 3,092 retain pairs)"
+    assert len(repr(capitals.forget)) < 120
+    assert (
+        "716 pairs" in capitals.forget._repr_html_()
+        and "&lt;bos&gt;" in capitals.forget._repr_html_()
+    )

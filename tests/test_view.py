@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 
-from mansu_interp.circuits.attribution import Attribution
 from mansu_interp.circuits.changes import classify
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import Divergence, GraphComparison
+from mansu_interp.circuits.scores import Attribution
 from mansu_interp.errors import ArtifactError, CircuitError, ViewError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.graph import Architecture, Graph

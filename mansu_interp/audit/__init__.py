@@ -1,1 +1,5 @@
-"""Is the knowledge gone? Relearning, probes, stitching, linearized relearning, CAD."""
+"""Is the knowledge gone? Relearning, probes, stitching, linearized relearning, CAD.
+
+Public, from `mansu_interp`: RelearnConfig, Relearning, relearn, CAD, judge_erasure. The rest is
+implementation.
+"""

@@ -3,7 +3,8 @@
 CAD predicts what relearning would find (`audit.relearning`, where *erased* is defined) from weights
 and states alone. The algorithm (all ours):
 
-1. Split the forget subjects into halves A and B, and take the train phrasings of each.
+1. Leave out the facts that the original does not know (`known`); split the other forget subjects
+   into halves A and B, and take the train phrasings of each.
 2. Ask the original, the edited and, if given, the quantized model for half B: how often does the
    answer rank first of four, and how often last?
 3. Probe their states: a linear map fitted on half A, asked for half B (`probes.probe`).
@@ -12,12 +13,10 @@ and states alone. The algorithm (all ours):
 5. Run the edited model's states on in the original (`probes.stitches`).
 6. Decide (`decide`): compare these shares, the `Evidence`, with thresholds.
 7. Resample the prompts: a verdict that most resamplings do not share is undecided (`settle`).
-8. CAD itself, from steps 2 and 4 alone: with f the largest share of half B's answers that rank
-   first, or last, before or after the steps, and f_0 the share that the original ranks first,
-
-       knowledge = clip((f - 1/4) / (f_0 - 1/4), 0, 1),    CAD = 1 - knowledge
-
-   0: all the knowledge is there, 1: none is.
+8. CAD itself is 1 - knowledge, from the largest sign (`number`). Every sign is put on the scale of
+   shares that rank first, so that what counts as there, or as gone, does so at the same place; that
+   scale runs from chance (0) to the original's own share (1). It lies in the verdict's own range:
+   0.8 to 1 where the facts are erased, below 0.733 where they are there, between where it is open.
 
 Of all signs that were tried on the calibration zoo, linearized relearning predicts relearning best
 (docs/cad.md, `research/scripts/judge_zoo.py`). The probe is the second: where it finds nearly all
@@ -30,19 +29,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, TaskError
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
+from ..utils.ranges import expect_kind
+from .known import CHANCE, known_forget
 from .linearized import linearized_relearning
 from .probes import probe, ranked, stitches
-from .relearning import CHANCE, halves, is_erased, of_subjects, rivals_within
+from .relearning import ERASED_LEVEL, halves, is_erased, of_subjects, rivals_within
 from .transfer import gradient_transfer
 
 PRESENT = 0.45
@@ -155,7 +157,8 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
     """Raise ModelError unless two checkpoints can be compared state by state.
 
     Raises:
-        ModelError: another architecture, width, vocabulary or tokenizer.
+        ModelError: another architecture, width, vocabulary, tokenizer or shape of a weight, or a
+            weight that is not finite.
     """
     if original.architecture != edited.architecture or original.d_model != edited.d_model:
         raise ModelError(
@@ -168,6 +171,16 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
             f"{edited.name} has a vocabulary of {sizes[1]}, {original.name} of {sizes[0]}. "
             "Compare checkpoints with the same vocabulary."
         )
+    shapes = [{n: tuple(w.shape) for n, w in m.weights.items()} for m in (original, edited)]
+    other = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)]
+    if other:
+        given = " and ".join(
+            f"{shape.get(other[0], 'missing')} in {m.name}"
+            for m, shape in zip((edited, original), reversed(shapes), strict=True)
+        )
+        raise ModelError(f"The weight {other[0]} is {given}. Compare two of one model.")
+    for model in (original, edited):
+        model.check_finite()
     if original.get_tokenizer().get_vocab() != edited.get_tokenizer().get_vocab():
         raise ModelError(
             f"{edited.name} and {original.name} have different tokenizers. Compare checkpoints "
@@ -177,12 +190,15 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
 
 def decide(found: Evidence) -> tuple[str, str]:
     """The verdict on some evidence, and a plain sentence. The first rule that applies decides."""
-    if found.quantized is not None and found.quantized - found.predicted > RECOVERED:
+    back = found.quantized if found.quantized is not None else 0.0
+    if back - found.predicted > RECOVERED and back > ERASED_LEVEL:
         return "recovered", "Quantization brings answers back."
     if found.predicted >= UNCHANGED * found.original:
         if found.stitched < UNDERSTOOD:
             return "relocated", "It answers as before, but from states unknown to the original."
         return "unchanged", "It answers about as well as before."
+    if found.predicted >= PRESENT:
+        return "suppressed", "It gives fewer of the answers than before, and still many of them."
     if found.relearned >= PRESENT:
         return (
             "suppressed",
@@ -227,6 +243,34 @@ def settle(verdict: str, sentence: str, agree: float) -> tuple[str, str, float]:
     return "undecided", thin, 1 - agree
 
 
+def _as_first(share: float, there: float) -> float:
+    """A sign's share on the scale of those that rank first: what is below ``there`` shows no more
+    than `ERASED_LEVEL`, what is not at least `PRESENT`."""
+    if share < there:
+        return CHANCE + (share - CHANCE) * (ERASED_LEVEL - CHANCE) / (there - CHANCE)
+    return PRESENT + (share - there) * (1 - PRESENT) / (1 - there)
+
+
+def number(verdict: str, found: Evidence) -> float:
+    """CAD (step 8 of the module): 0 = all the knowledge is there, 1 = none.
+
+    knowledge rises in straight lines from 0 at chance over 0.2 at `ERASED_LEVEL` and 0.267 at
+    `PRESENT` (what they are of the way from chance to 1) to 1 at the original's share.
+    """
+    gone, there = ((x - CHANCE) / (1 - CHANCE) for x in (ERASED_LEVEL, PRESENT))
+    signs = (
+        found.predicted,
+        found.relearned,
+        found.ranked_last,
+        _as_first(found.probed, PROBED),
+        _as_first(found.stitched, STITCHED),
+    )
+    levels = (CHANCE, ERASED_LEVEL, PRESENT, max(found.original, PRESENT + 1e-6))
+    knowledge = float(np.interp(max(signs), levels, (0.0, gone, there, 1.0)))
+    low, high = {"erased": (0.0, gone), "undecided": (gone, there)}.get(verdict, (there, 1.0))
+    return 1 - min(max(knowledge, low), high)
+
+
 @dataclass(frozen=True)
 class _Found:
     """What steps 2 to 5 find, prompt by prompt."""
@@ -260,13 +304,6 @@ class _Found:
             original=float(self.first[ORIGINAL][rows].float().mean()),
             quantized=None if quantized is None else float(quantized[rows].float().mean()),
         )
-
-    def cad(self) -> float:
-        """Step 8 (see the module)."""
-        ceiling = max(float(self.first[ORIGINAL].float().mean()) - CHANCE, 1e-6)
-        shares = (self.first[EDITED], self.half_b[-1], self.last, self.half_b_last[-1])
-        best = max(float(share.float().mean()) for share in shares)
-        return 1 - min(max((best - CHANCE) / ceiling, 0.0), 1.0)
 
 
 def _look(
@@ -346,9 +383,15 @@ def judge_erasure(
 
     Raises:
         ModelError: the checkpoints cannot be compared.
-        TaskError: fewer than two forget subjects.
+        TaskError: fewer than two forget subjects, or the original does not know the facts.
     """
+    for name, model in (("original", original), ("edited", edited)):
+        expect_kind(ModelError, name, model, LanguageModel)
+        model.check_editable()
+    expect_kind(ModelError, "quantized", quantized, LanguageModel, None)
+    expect_kind(TaskError, "task", task, Task)
     check_alike(original, edited)
+    task, _ = known_forget(original, task)
     half_a, half_b = (
         rivals_within(of_subjects(task.forget, h)).sample(PROBE_PROMPTS, seed)
         for h in halves(task.forget, seed)
@@ -359,15 +402,15 @@ def judge_erasure(
     note = on_step or (lambda *_: None)
     found = _look(models, half_a, half_b, seed, note)
     note("confidence of the verdict", 0, 0)
-    everything = torch.arange(len(found.last)), torch.arange(found.half_b.shape[1])
-    word, sentence = decide(found.evidence(*everything))
+    evidence = found.evidence(torch.arange(len(found.last)), torch.arange(found.half_b.shape[1]))
+    word, sentence = decide(evidence)
     word, sentence, confidence = settle(word, sentence, _confidence(found, word, seed))
     some_a, some_b = (half.sample(ASKED_PROMPTS, seed) for half in (half_a, half_b))
     return CAD(
         verdict=word,
         sentence=sentence,
         confidence=confidence,
-        cad=found.cad(),
+        cad=number(word, evidence),
         predicted={name: float(v.float().mean()) for name, v in found.first.items()},
         half_b=found.half_b.mean(1).tolist(),
         half_a=found.half_a.tolist(),

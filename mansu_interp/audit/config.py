@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError
+from ..utils.ranges import check_range, check_seeds
 
 
 @dataclass(frozen=True)
@@ -31,5 +32,7 @@ class RelearnConfig:
                 "rates must be positive and batch_size at least 1; got "
                 f"{self.rates}, {self.batch_size}."
             )
+        check_range(self, "rates")
+        check_seeds(self, "seed")
         if self.optimiser not in ("adam", "sgd"):
             raise ConfigError(f"Unknown optimiser {self.optimiser!r}; expected adam or sgd.")

@@ -25,18 +25,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import TaskError
+from ..errors import ConfigError, ModelError, TaskError
 from ..losses.accuracy import accuracy
 from ..losses.answers import nll
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
-from ..utils import number_of
 from ..utils.files import Json
+from ..utils.ranges import expect_kind
+from ..utils.words import number_of
 from .config import RelearnConfig
+from .known import CHANCE
 
-CHANCE = 1 / N_CHOICES
-"""Share of answers that a guess ranks first of four, or last."""
 TOLERANCE = 0.15
 """Share above `CHANCE` from which relearning half A has brought something back."""
 ERASED_LEVEL = CHANCE + TOLERANCE
@@ -104,6 +104,11 @@ class Relearning:
     def at(self, steps: int, key: Score = "choice") -> float:
         """The largest value over learning rates at exactly so many steps."""
         return max(getattr(p, key) for p in self.points if p.steps == steps)
+
+    def worst_rate(self) -> float:
+        """The learning rate that brings most of half B back in the end."""
+        last = [p for p in self.points if p.steps == self.marks[-1]]
+        return max(last, key=lambda p: p.choice).rate
 
     def up_to(self, steps: int, key: Score = "choice") -> float:
         """The largest value over learning rates and every measured point up to so many steps."""
@@ -260,7 +265,11 @@ def relearn(
     Raises:
         TaskError: fewer than two forget subjects, or no phrasing in the split.
     """
+    expect_kind(ModelError, "model", model, LanguageModel)
+    expect_kind(TaskError, "task", task, Task)
+    model.check_editable()
     config = config or RelearnConfig()
+    expect_kind(ConfigError, "config", config, RelearnConfig)
     first, _ = halves(task.forget, config.seed)
     train = of_subjects(task.forget, first)
     half_a, half_b = scored_halves(task, config.seed, split)
@@ -298,6 +307,21 @@ def relearn(
         (len(train), sum(len(s) for s in half_b)),
         RelearningMeta(model.name, task.name, split, config),
     )
+
+
+def relearned(
+    model: LanguageModel, task: Task, *, rate: float, config: RelearnConfig | None = None
+) -> LanguageModel:
+    """A copy that relearned half A, as `relearn` does at one of its rates, after the last step."""
+    config = config or RelearnConfig()
+    first, _ = halves(task.forget, config.seed)
+    copy = model.copy()
+    weights = list(copy.weights.values())
+    optimiser = make_optimiser(config.optimiser, weights, rate)
+    supply = batches(of_subjects(task.forget, first).pairs, config.batch_size, config.seed)
+    for _ in range(max(config.steps)):
+        descend(copy, optimiser, weights, next(supply))
+    return copy
 
 
 def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:

@@ -1,1 +1,4 @@
-"""Many runs side by side, at the same forgetting."""
+"""Many runs side by side, at the same forgetting.
+
+No public names: implementation.
+"""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..unlearning.methods import METHODS, get_method
-from ..utils.ranges import check_range
+from ..utils.ranges import check_range, check_seeds
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class BenchConfig:
                 raise ConfigError(f"{name} needs one or more different values; got {values}.")
         for name in self.methods:
             get_method(name)
+        check_seeds(self, "seeds")
         check_range(self, "strengths", above=0)
         check_range(self, "steps", "jobs", at_least=1)
         check_range(self, "levels", "relearn_steps", at_least=0)

@@ -11,7 +11,7 @@ from ..audit.cad import judge_erasure
 from ..audit.config import RelearnConfig
 from ..audit.relearning import relearn
 from ..circuits.compare import Divergence, compare
-from ..evaluation.scores import Flips, evaluate
+from ..evaluation.scores import METRICS, Flips, evaluate
 from ..export.ledger import changed_elements
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
@@ -88,9 +88,13 @@ def _score(
         survived[q] = survival(model, edited, q, task.calibration)
     new = evaluate(models, task)
     found = before.as_scores().beside(new) if before else new
+    flips = {
+        (q, m): Flips.between(new.right[version][m], new.right[version.after(q)][m])
+        for q in survived
+        for m in METRICS
+    }
     edits = {
-        q: QuantizedEdit(kept, Flips.between(new.first[version], new.first[version.after(q)]))
-        for q, kept in survived.items()
+        q: QuantizedEdit(kept, flips[q, "choice"], flips[q, "top1"]) for q, kept in survived.items()
     }
     graphs = before.graphs if before else {}
     if not graphs and trial.method != ORIGINAL:

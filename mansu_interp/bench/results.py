@@ -8,7 +8,7 @@ from pathlib import Path
 from ..audit.relearning import Relearning
 from ..circuits.compare import Divergence
 from ..errors import ArtifactError
-from ..evaluation.scores import Flips, Perplexity, ScoreRow, Scores
+from ..evaluation.scores import Flips, Metric, Perplexity, ScoreRow, Scores
 from ..evaluation.versions import EDITED, ORIGINAL, ModelVersion
 from ..quantizers.survival import Survival
 from ..utils.files import Json, read_json, write_json
@@ -61,6 +61,9 @@ class QuantizedEdit:
 
     survival: Survival
     flips: Flips
+    """Of four-way choice."""
+    flips_top1: Flips | None = None
+    """None: not counted (files of older versions)."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,14 @@ class Measured:
     """How attribution graphs differ from the original's, by model; empty for the original."""
 
     def as_scores(self) -> Scores:
-        """Scores and perplexity, to ask for means and falls."""
-        return Scores(self.scores, self.perplexity)
+        """Scores, perplexity and what changed under quantizers."""
+        counted: dict[tuple[ModelVersion, Metric], Flips] = {}
+        for name, found in self.quantizers.items():
+            for version in {v.after(name) for row in self.scores for v in row.models}:
+                counted[version, "choice"] = found.flips
+                if found.flips_top1:
+                    counted[version, "top1"] = found.flips_top1
+        return Scores(self.scores, self.perplexity, counted=counted)
 
 
 @dataclass(frozen=True)

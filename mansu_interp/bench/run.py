@@ -14,11 +14,14 @@ in ``work``, so that another quantizer can be measured later; without them tries
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
-from ..errors import ConfigError
+from ..audit.known import known_forget
+from ..errors import ArtifactError, ConfigError
 from ..masks.floor import quantizer_set
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
@@ -26,15 +29,19 @@ from ..quantizers.registry import get_quantizer
 from ..runs.defaults import default_config
 from ..tasks.load import load_task
 from ..utils.distributed import launched
-from ..utils.files import locked
+from ..utils.files import locked, read_json, write_json
 from .config import BenchConfig
 from .measure import finish, unmeasured
-from .results import DevScores, TrialResult
-from .scoreboard import write_scoreboard
+from .results import SCHEMA, DevScores, TrialResult
+from .scoreboard import SCOREBOARD, write_scoreboard
 from .table import Chosen, TableRow, tidy
 from .trial import ORIGINAL, Trial, attempt, make_trial
 from .workers import Engine, engine
 
+MARK = "bench.json"
+"""What says that a folder is a benchmark's."""
+WRITTEN = ("trials", "work", *SCOREBOARD)
+"""What else a benchmark writes there."""
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -56,6 +63,24 @@ def best_retained(tries: Sequence[DevScores | None], level: float) -> tuple[int,
     return max(there, key=lambda k: (dev[k].retain, dev[k].retain_choice, -k)), True
 
 
+def check_folder(out: Path) -> None:
+    """Raise ArtifactError if a folder holds things of others that a benchmark would write over."""
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file. Name a folder with --out.")
+    if (out / MARK).exists():
+        found = read_json(out / MARK)
+        if isinstance(found, dict) and found.get("kind") == "bench":
+            return
+        raise ArtifactError(f"{out / MARK} is no benchmark's. Name another --out.")
+    trials = sorted((out / "trials").glob("*/*.json"))
+    if trials and TrialResult.load(trials[0]).schema == SCHEMA:
+        return  # of before there was such a mark
+    if taken := [name for name in WRITTEN if os.path.lexists(out / name)]:
+        raise ArtifactError(
+            f"{out} holds a {taken[0]} that no benchmark wrote. Name another --out."
+        )
+
+
 def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list[TableRow]:
     """Run what is missing, and write ``table.csv``, ``scoreboard.md`` and ``scoreboard.html``.
 
@@ -67,8 +92,8 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
         One row per model, task, level, method, seed and quantizer (see `tidy`).
 
     Raises:
-        MansuError: an unknown model, task or quantizer, or Dask is needed and cannot be used,
-            before any long work.
+        MansuError: an unknown model, task or quantizer, a model that does not know what it is to
+            forget, or Dask is needed and cannot be used, before any long work.
         ResourceError: disk or memory ran out, or another benchmark writes to the folder.
     """
     if launched() > 1:
@@ -79,9 +104,12 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     models = {name: load_model(name, bench.device) for name in bench.models}
     for model in models.values():
         for task in bench.tasks:
-            load_task(task, model, default_config(model.name, task).score_pairs)
+            pairs = default_config(model.name, task).score_pairs
+            known_forget(model, load_task(task, model, pairs))
     jobs, scheduler = (1, None) if bench.table_only else (bench.jobs, bench.scheduler)
+    check_folder(bench.out)
     with locked(bench.out), engine(jobs, scheduler) as compute:
+        write_json(bench.out / MARK, {"kind": "bench", "schema": SCHEMA})
         rows = _run_missing(bench, models, compute, on_progress or (lambda *_: None))
         write_scoreboard(bench.out, rows)
     return rows

@@ -185,6 +185,9 @@ def as_csv(rows: Sequence[TableRow]) -> str:
     return text.getvalue()
 
 
+SCOREBOARD = ("table.csv", "scoreboard.md", "scoreboard.html")
+
+
 def write_scoreboard(folder: Path, rows: Sequence[TableRow]) -> None:
     """Write ``table.csv``, ``scoreboard.md`` and ``scoreboard.html``, each whole or not at all."""
     folder, sections = Path(folder), scoreboard(rows)
@@ -192,7 +195,7 @@ def write_scoreboard(folder: Path, rows: Sequence[TableRow]) -> None:
     for section in sections:
         markdown += [f"## {markdown_text(section.title)}"]
         markdown += [text for b in section.blocks if (text := markdown_block(b))]
-    write_text(folder / "table.csv", as_csv(rows))
-    write_text(folder / "scoreboard.md", "\n\n".join(markdown) + "\n")
     page = render_page("scoreboard.html", "Scoreboard", sections, intro=INTRO)
-    write_text(folder / "scoreboard.html", page)
+    texts = (as_csv(rows), "\n\n".join(markdown) + "\n", page)
+    for name, text in zip(SCOREBOARD, texts, strict=True):
+        write_text(folder / name, text)

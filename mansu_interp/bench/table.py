@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..audit.relearning import CHANCE, Relearning
+from ..audit.known import CHANCE
+from ..audit.relearning import Relearning
 from ..evaluation.properties import properties
 from ..evaluation.scores import Metric, Scores
 from ..evaluation.versions import EDITED, ORIGINAL, ModelVersion
@@ -72,7 +73,8 @@ class TableRow:
     forget_headroom: float | None = None
     retains: bool | None = None
     retain_headroom: float | None = None
-    """Of the largest fall of any retain score, against the original at the same precision."""
+    """Of the largest fall of any retain score, against the original at the same precision; where
+    another limit alone is passed (a neighbour's, perplexity's), of that."""
     stays: bool | None = None
     """Nothing came back under the quantizer."""
     gap_headroom: float | None = None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ..audit.known import known_forget
 from ..circuits.circuit import Circuit
 from ..circuits.discover import discover
 from ..errors import MansuError, ResourceError
@@ -137,9 +138,9 @@ def make_trial(
 
 @lru_cache(maxsize=2)
 def loaded(name: str, task: str, score_pairs: int, device: str) -> tuple[LanguageModel, Task]:
-    """A model and a task, kept for the next trial."""
+    """A model and what it knows of a task, kept for the next trial."""
     model = load_model(name, device)
-    return model, load_task(task, model, score_pairs)
+    return model, known_forget(model, load_task(task, model, score_pairs))[0]
 
 
 def find_circuit(trial: Trial, model: LanguageModel, task: Task) -> Circuit:

@@ -26,7 +26,7 @@ the batch size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,35 +36,16 @@ from torch import Tensor
 
 from ..errors import CircuitError
 from ..models.graph import Graph
-from ..models.hooked import AnyModel, open_stream
-from ..models.stream import Recorder, Stream
+from ..models.hook_points import Recorder
+from ..models.hooked import AnyModel
+from ..models.stream import Stream, widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import shard, sum_over_processes, world_size
+from ..utils.ranges import expect_kind
+from .ablation import Rebuilder, check_exact
 from .config import AttributionConfig
-from .metrics import METRICS, Logits, Metric
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """Edge scores over a pair set."""
-
-    graph: Graph
-    scores: Float[np.ndarray, "writers readers"]
-    """Mean over pairs, in units of the metric; 0 where no edge exists."""
-    clean: float
-    """Mean metric of the clean runs."""
-    corrupt: float
-    """Mean metric of the corrupt runs."""
-    by_position: Float[np.ndarray, "pos writers readers"] | None = None
-    """The same by token position, counted from the start; the sum over positions is ``scores``."""
-    neurons: dict[str, Float[np.ndarray, " n"]] = field(default_factory=dict)
-    """Scores of each MLP's neurons (``m3``) and each head's output dimensions (``a3.h5``), in units
-    of the metric; their sum over a writer is its node score."""
-
-    def node_scores(self) -> dict[str, float]:
-        """Score of each writer: the sum of its outgoing edges, because its total gradient is the
-        sum of its readers' gradients."""
-        return dict(zip(self.graph.writer_index, self.scores.sum(1).tolist(), strict=True))
+from .metrics import Logits, Metric, get_metric
+from .scores import Attribution
 
 
 @dataclass
@@ -123,7 +104,7 @@ class _Runs:
 
     def flat(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "tokens ..."]:
         """The values at real tokens."""
-        return value.detach().float()[self.real]
+        return widen(value.detach())[self.real]
 
 
 @torch.no_grad()
@@ -136,7 +117,7 @@ def _difference(
     """What each writer adds at each real token in the clean run beyond the corrupt run."""
 
     def flat(run: dict[str, Tensor], name: str) -> Float[Tensor, "tokens ..."]:
-        return run[name].float()[rows]
+        return widen(run[name])[rows]
 
     first = flat(clean, stream.input) - flat(corrupt, stream.input)
     out = first.new_empty(len(stream.graph.writers), *first.shape)
@@ -144,13 +125,13 @@ def _difference(
     at = 1
     for i in range(stream.n_layers):
         heads, mlp = out[at : at + stream.n_heads], out[at + stream.n_heads]
-        z = stream.z(i)
+        z, out_at = stream.z(i), stream.mlp_out(i)
         if hasattr(stream.blocks[i], "ln1_post"):  # the share of a head is not linear in z
             heads.copy_(stream.head_writes(i, flat(clean, z)))
             heads -= stream.head_writes(i, flat(corrupt, z))
         else:
             heads.copy_(stream.head_writes(i, flat(clean, z) - flat(corrupt, z)))
-        mlp.copy_(flat(clean, stream.mlp_out(i)) - flat(corrupt, stream.mlp_out(i)))
+        mlp.copy_(stream.mlp_write(i, flat(clean, out_at) - flat(corrupt, out_at)))
         at += stream.n_heads + 1
     return out
 
@@ -170,7 +151,7 @@ def _inside(
                 "of the write is not defined. Score edges or nodes."
             )
         for n in (stream.z(i), stream.neurons(i)):
-            out[n] = (clean[n].float() - corrupt[n].float()).flatten(2)[rows]
+            out[n] = (widen(clean[n]) - widen(corrupt[n])).flatten(2)[rows]
     return out
 
 
@@ -201,6 +182,8 @@ def _gradients(
     with torch.enable_grad(), stream.hooked(first + recorder.on(watched)):
         logits = stream.logits(runs.batch.clean, runs.batch.last)
         value = metric(logits, runs.batch, runs.clean_logits).sum()
+        if not value.requires_grad:
+            raise CircuitError("The metric has no gradient: compute it from the logits, in torch.")
         found = torch.autograd.grad(value, [recorder[n] for n in asked])
     return recorder, dict(zip(asked, found, strict=True))
 
@@ -334,8 +317,12 @@ def attribute(
             with weights that are not finite, too little memory, or scores that are not finite.
     """
     config = config or AttributionConfig()
-    function = metric or METRICS[config.metric]
-    stream = open_stream(model)
+    expect_kind(CircuitError, "pairs", pairs, PairSet)
+    expect_kind(CircuitError, "config", config, AttributionConfig)
+    function = get_metric(metric or config.metric)
+    rebuilder = Rebuilder(model)
+    check_exact(rebuilder, pairs)
+    stream = rebuilder.stream
     if neurons and world_size() > len(pairs):  # raised by all of them, or the others would wait
         raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)

@@ -1,8 +1,9 @@
 """What became of each edge of an attribution graph; used by the report and by every view.
 
 Given the attribution scores of one edge (or node) in the original model (b), the edited one (a)
-and, if there is one, its quantized form (q), all on the same pairs in the same metric. The signed
-share of the old flow that is left is
+and, if they are given, its quantized form (q) and the edited one after relearning half of the facts
+(r), all on the same pairs in the same metric, prompts of the other half. The signed share of the
+old flow that is left is
 
     left(x) = x / b          1: as before,  0: nothing,  negative: it now works against the answer
 
@@ -14,13 +15,19 @@ classes, all ours, in the order in which they are tried:
 ``new``         not present in the original, present in a later model
 ``kept``        present in the original, and left(a) >= 0.5
 ``recovered``   not kept by the edit, but left(q) >= 0.5: quantization brought it back
-``silent``      not recovered, and \\|left(a)\\| < 0.25: it carries next to nothing any more
-``weakened``    everything else: down to between a quarter and a half, or turned against the answer
+``suppressed``  with r: neither, but left(r) >= 0.5: half of the facts brought it back
+``erased``      with r: everything else
+``silent``      without r: not recovered, and \\|left(a)\\| < 0.25: next to nothing is left
+``weakened``    without r: everything else, between a quarter and a half, or against the answer
 ==============  ====================================================================================
 
-These describe single edges, not knowledge: a model whose last layer was muted has few ``kept``
-edges as well, because attribution follows the metric. Whether facts are erased is decided by
-relearning (`audit.relearning`).
+Attribution follows the metric, so the graph of a model that no longer answers is nearly empty
+whatever it still knows: alone it cannot tell the two apart, and without r no edge is called
+suppressed or erased. After half of the facts were relearned, the graph on the other half's prompts
+shows what came back with them. Some of it comes back in any model, since relations share structure:
+where the scores of a reference model that was never taught are given, treated alike (n), an edge is
+kept, recovered or suppressed only if it carries more than there, left > left(n). Whether the facts
+themselves are erased is decided by the answers (`audit.relearning`).
 """
 
 from __future__ import annotations
@@ -28,9 +35,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int8, Shaped
+from jaxtyping import Bool, Float, Int8, Shaped
 
 from ..errors import CircuitError
+from ..utils.ranges import expect_kind
 
 KEPT_SHARE = 0.5
 """An edge with at least this signed share of its old score is kept (or recovered)."""
@@ -38,7 +46,7 @@ SILENT_SHARE = 0.25
 """An edge with less than this absolute share of its old score is silent."""
 NOISE_SHARE = 0.01
 """Default threshold: this share of the original's largest absolute score."""
-CLASSES = ("quiet", "kept", "silent", "weakened", "recovered", "new")
+CLASSES = ("quiet", "kept", "silent", "weakened", "recovered", "new", "suppressed", "erased")
 """Names by code; ``quiet`` is 0."""
 MEANING = {
     "kept": "kept: carries at least half of what it carried",
@@ -46,6 +54,8 @@ MEANING = {
     "weakened": "weakened: carries between a quarter and a half of it, or works against the answer",
     "recovered": "recovered: lost by the edit, brought back by quantization",
     "new": "new: not in the original's graph",
+    "suppressed": "suppressed: silent, but relearning half of the facts brings it back",
+    "erased": "erased: relearning half of the facts does not bring it back",
 }
 
 
@@ -58,9 +68,14 @@ class Changes:
     threshold: float
     """What counted as present, in metric units."""
 
+    relearned: bool = False
+    """Whether there were scores after relearning, which tell suppressed from erased."""
+
     def counts(self) -> dict[str, int]:
-        """How many there are of each class, without ``quiet``."""
-        return {n: int((self.codes == k).sum()) for k, n in enumerate(CLASSES) if k}
+        """How many there are of each class, without ``quiet`` and those that cannot be."""
+        never = ("silent", "weakened") if self.relearned else ("suppressed", "erased")
+        names = [n for n in CLASSES[1:] if n not in never]
+        return {n: int((self.codes == CLASSES.index(n)).sum()) for n in names}
 
     def names(self) -> Shaped[np.ndarray, ...]:
         """The classes as text."""
@@ -72,6 +87,8 @@ def classify(
     after: Float[np.ndarray, ...],
     quantized: Float[np.ndarray, ...] | None = None,
     *,
+    relearned: Float[np.ndarray, ...] | None = None,
+    never_taught: Float[np.ndarray, ...] | None = None,
     threshold: float | None = None,
 ) -> Changes:
     """What became of each edge; see the module for the classes.
@@ -81,6 +98,9 @@ def classify(
         after: scores of the edited model, on the same pairs and in the same metric.
         quantized: scores of the edited model after quantization; without them nothing can be
             ``recovered``.
+        relearned: scores of the edited model after relearning half of the facts, on prompts of the
+            other half, as all scores then are.
+        never_taught: the same of a model that was never taught them.
         threshold: |score| from which an edge is present (metric units); default: one hundredth
             of the original's largest.
 
@@ -90,32 +110,46 @@ def classify(
     Raises:
         CircuitError: shapes that differ, scores that are not finite, or a negative threshold.
     """
-    b = np.asarray(before, dtype=np.float64)
-    a = np.asarray(after, dtype=np.float64)
-    q = a if quantized is None else np.asarray(quantized, dtype=np.float64)
-    if not b.shape == a.shape == q.shape:
+    given = {
+        "before": before,
+        "after": after,
+        "quantized": quantized,
+        "relearned": relearned,
+        "never_taught": never_taught,
+    }
+    for name, scores in given.items():
+        expect_kind(CircuitError, name, scores, np.ndarray, float, None)
+    found = {k: np.asarray(v, dtype=np.float64) for k, v in given.items() if v is not None}
+    b, a = found["before"], found["after"]
+    if shapes := {k: v.shape for k, v in found.items() if v.shape != b.shape}:
         raise CircuitError(
-            f"Scores of one graph must have one shape; got {b.shape}, {a.shape} and {q.shape}."
+            f"Scores of one graph must have one shape, {b.shape} as before; got {shapes}."
         )
-    if not (np.isfinite(b).all() and np.isfinite(a).all() and np.isfinite(q).all()):
+    if not all(np.isfinite(v).all() for v in found.values()):
         raise CircuitError("Some scores are not finite. Attribute those models again.")
     if threshold is None:
         threshold = NOISE_SHARE * float(np.abs(b).max(initial=0.0))
     if threshold < 0:
         raise CircuitError(f"threshold must not be negative; got {threshold}.")
     present = (np.abs(b) >= threshold) & (b != 0)
-    later = np.maximum(np.abs(a), np.abs(q))
-    safe = np.where(present, b, 1.0)
-    left, left_q = a / safe, q / safe
-    names = np.select(
-        [
-            ~present & ((later < threshold) | (later == 0)),
-            ~present,
-            left >= KEPT_SHARE,
-            left_q >= KEPT_SHARE,
-            np.abs(left) < SILENT_SHARE,
-        ],
-        [CLASSES.index(n) for n in ("quiet", "new", "kept", "recovered", "silent")],
-        CLASSES.index("weakened"),
+    later = np.maximum(np.abs(a), np.abs(found.get("quantized", a)))
+    left = {k: v / np.where(present, b, 1.0) for k, v in found.items()}
+    beyond = left.get("never_taught", np.full_like(b, -np.inf))
+
+    def carries(name: str) -> Bool[np.ndarray, ...]:
+        share = left.get(name)
+        return np.zeros_like(present) if share is None else (share >= KEPT_SHARE) & (share > beyond)
+
+    rules = {
+        "quiet": ~present & ((later < threshold) | (later == 0)),
+        "new": ~present,
+        "kept": carries("after"),
+        "recovered": carries("quantized"),
+        "suppressed": carries("relearned"),
+        "erased": np.full_like(present, relearned is not None),
+        "silent": np.abs(left["after"]) < SILENT_SHARE,
+    }
+    codes = np.select(
+        [*rules.values()], [CLASSES.index(n) for n in rules], CLASSES.index("weakened")
     )
-    return Changes(names.astype(np.int8), float(threshold))
+    return Changes(codes.astype(np.int8), float(threshold), relearned is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import networkx as nx
 import numpy as np
@@ -19,6 +19,11 @@ from ..tasks.pairs import PairSet
 from ..utils.files import Json, atomic_path, expect, read_json, write_json
 from ..utils.hub import Shareable
 from .config import CircuitConfig
+from .scores import ScoredEdge, html_table, ranked_edges, to_networkx
+
+if TYPE_CHECKING:
+    from .faithfulness import Ablated
+    from .metrics import Metric
 
 SCHEMA = 2
 """Version of the file's format. 1: written by mansu_interp 0.1, with settings of other names."""
@@ -60,6 +65,7 @@ FILE = {
         "metric_clean?": float,
         "metric_corrupt?": float,
         "made_by?": str,
+        "caveat?": str,
     },
     "links": [{"source": str, "target": str, "score": float, "kind": str}],
 }
@@ -93,9 +99,12 @@ class CircuitMeta:
     made_by: str = ""
     """``union``, ``intersection``, ``difference`` or ``selection``; empty for a discovered one."""
 
+    caveat: str = ""
+    """What to know when reading the scores; empty: nothing."""
+
     def of_parts(self, made_by: str) -> CircuitMeta:
         """What stays true of a circuit that is made from others of the same model."""
-        return CircuitMeta(self.model, self.model_sha256, made_by=made_by)
+        return CircuitMeta(self.model, self.model_sha256, made_by=made_by, caveat=self.caveat)
 
     def to_json(self) -> dict[str, Json]:
         """JSON values, without what is not known."""
@@ -145,6 +154,52 @@ class Circuit(Shareable):
     def n_edges(self) -> int:
         """Number of edges in the circuit."""
         return int(self.edges.sum())
+
+    def top(self, n: int = 10) -> list[ScoredEdge]:
+        """The circuit's strongest edges by |score|."""
+        return ranked_edges(self.graph, self.scores, n, self.edges)
+
+    def ablate(
+        self,
+        model: AnyModel,
+        pairs: PairSet,
+        *,
+        metric: Metric | str = "logit_diff",
+        ablation: str = "corrupt",
+        batch_size: int = 16,
+    ) -> Ablated:
+        """What a model predicts when everything outside this circuit is ablated.
+
+        Arguments:
+            model: the circuit's model, or an edited one of the same architecture.
+            pairs: clean and corrupt prompts.
+            metric: name, or a function as in `attribute`.
+            ablation: what an edge outside carries: ``corrupt``, ``mean`` or ``zero``.
+            batch_size: pairs per forward pass.
+
+        Returns:
+            Logits, the metric of each pair, and predictions, beside those of the whole model.
+
+        Raises:
+            CircuitError: another architecture, or a model that cannot be rebuilt exactly.
+        """
+        from .faithfulness import ablate
+
+        model = as_model(model)
+        if model.architecture != self.graph.architecture:
+            raise CircuitError(f"The circuit is of {self.graph.architecture}, not {model.name}.")
+        return ablate(
+            model, self.edges, pairs, metric=metric, ablation=ablation, batch_size=batch_size
+        )
+
+    def __repr__(self) -> str:
+        faithful = self.meta.faithfulness
+        known = f", faithfulness {faithful:.3f}" if faithful is not None else ""
+        of = f" of {self.meta.model}" if self.meta.model else ""
+        return f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges{of}{known})"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self!r}; the strongest:", self.top())
 
     def check_fits(self, model: AnyModel) -> None:
         """Raise CircuitError unless this is a circuit of this very checkpoint."""
@@ -210,23 +265,9 @@ class Circuit(Shareable):
         ``kind``: ``residual`` for attribution edges, ``inside`` for the free links from a head's
         q/k/v inputs to its output.
         """
-        out = nx.DiGraph()
+        out = to_networkx(self.graph, self.scores, self.edges)
         meta = self.meta.to_json()
         out.graph.update((k, v) for k, v in meta.items() if isinstance(v, (str, int, float)))
-
-        def add(node: Node) -> str:
-            out.add_node(node.id, kind=node.kind, layer=node.layer, head=node.head)
-            return node.id
-
-        for i, j in np.argwhere(self.edges):
-            u, v = self.graph.writers[i], self.graph.readers[j]
-            out.add_edge(add(u), add(v), score=float(self.scores[i, j]), kind="residual")
-        for j in np.flatnonzero(self.edges.any(0)):
-            v = self.graph.readers[j]
-            if v.kind in "qkv":
-                for row in self.graph.feeds[j]:
-                    if self.edges[row].any():
-                        out.add_edge(v.id, self.graph.writers[row].id, score=0.0, kind="inside")
         return out
 
     def save(self, path: Path) -> None:

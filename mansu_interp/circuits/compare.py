@@ -28,9 +28,11 @@ from ..errors import CircuitError
 from ..models.hooked import AnyModel, as_model
 from ..tasks.pairs import PairSet
 from ..utils.files import Json
-from .attribution import Attribution, attribute
+from ..utils.ranges import expect_kind
+from .attribution import attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
+from .scores import Attribution
 
 REFERENCE = "never taught"
 """Name of the reference model among the compared ones."""
@@ -124,6 +126,11 @@ def compare(
     Raises:
         CircuitError: nothing to compare, another architecture, or a circuit of another original.
     """
+    expect_kind(CircuitError, "circuit", circuit, Circuit)
+    expect_kind(CircuitError, "models", models, Mapping)
+    expect_kind(CircuitError, "pairs", pairs, PairSet)
+    expect_kind(CircuitError, "config", config, AttributionConfig, None)
+    original = as_model(original)
     if not models:
         raise CircuitError("compare() needs at least one model besides the original.")
     settings = replace(config or circuit.meta.settings or CircuitConfig(), metric="logit_diff")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError
+from ..utils.ranges import check_range
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class AttributionConfig:
             )
         if self.memory_gb is not None and self.memory_gb <= 0:
             raise ConfigError(f"memory_gb must be positive; got {self.memory_gb}.")
+        check_range(self, "memory_gb")
         if self.method not in ("eap", "eap-ig") or self.at not in ("corrupt", "clean"):
             raise ConfigError(
                 f"Unknown method {self.method!r} at {self.at!r}; expected eap or eap-ig, at "
@@ -79,6 +81,7 @@ class CircuitConfig(AttributionConfig):
                 f"retain_discount not negative; got {self.faithfulness}, "
                 f"{self.faithfulness_pairs}, {self.retain_discount}."
             )
+        check_range(self, "retain_discount", "threshold")
         if self.top is not None and self.threshold is not None:
             raise ConfigError("Give top or threshold, not both.")
         if (self.top is not None and self.top < 1) or (self.threshold or 0) < 0:

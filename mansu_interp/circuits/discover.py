@@ -16,15 +16,24 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..errors import CircuitError
+from ..models.graph import Graph
 from ..models.hooked import AnyModel, HookedModel, as_model
 from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
+from ..utils.ranges import expect_kind
 from .ablation import Ablation
 from .attribution import attribute, pairs_per_batch
 from .circuit import Circuit, CircuitMeta
 from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
+from .scores import Attribution
+
+ROUTED = (
+    "mixture of experts: each edge's score is exact, but a router jumps between experts, so that "
+    "scores need not add up to the whole effect"
+)
+"""Said where the scores of such a model are shown."""
 
 
 def selective_scores(
@@ -65,25 +74,21 @@ def discover(
         CircuitError: a model that cannot be attributed, or settings out of range.
     """
     config, model = config or CircuitConfig(), as_model(model)
-    _check_pairs("forget", forget)
-    if retain is not None:
-        _check_pairs("retain", retain)
+    expect_kind(CircuitError, "forget", forget, PairSet)
+    expect_kind(CircuitError, "retain", retain, PairSet, None)
+    expect_kind(CircuitError, "config", config, CircuitConfig)
     note = on_step or (lambda *_: None)
+
+    def score(which: str, pairs: PairSet) -> Attribution:
+        stage = f"attribution of {which} pairs"
+        return attribute(model, pairs, config=config, on_batch=lambda d, n: note(stage, d, n))
+
     chosen = forget.sample(config.pairs, seed)
-    found = attribute(
-        model,
-        chosen,
-        config=config,
-        on_batch=lambda d, n: note("attribution of forget pairs", d, n),
-    )
+    found = score("forget", chosen)
+    _check_known(model, found)
     ranking = found.scores
     if retain is not None and config.retain_discount:
-        retained = attribute(
-            model,
-            retain.sample(config.pairs, seed),
-            config=config,
-            on_batch=lambda d, n: note("attribution of retain pairs", d, n),
-        )
+        retained = score("retain", retain.sample(config.pairs, seed))
         ranking = selective_scores(found.scores, retained.scores, config.retain_discount)
     edges, curve, final = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
@@ -99,16 +104,29 @@ def discover(
         curve=tuple(curve),
         metric_clean=found.clean,
         metric_corrupt=found.corrupt,
+        caveat=ROUTED if model.routed else "",
     )
     return Circuit(found.graph, found.scores, edges, meta, chosen)
 
 
-def _check_pairs(name: str, pairs: object) -> None:
-    if not isinstance(pairs, PairSet):
+def _check_known(model: LanguageModel | HookedModel, found: Attribution) -> None:
+    """Raise CircuitError where the clean prompts give no more of the metric than the corrupt
+    ones."""
+    if not found.clean > found.corrupt:
         raise CircuitError(
-            f"{name} must be a PairSet (task.{name}, or one of your own); got "
-            f"{type(pairs).__name__}."
+            f"{model.name} does not know these answers: the metric is {found.clean:.4g} on the "
+            f"clean prompts and {found.corrupt:.4g} on the corrupt ones, so no circuit carries "
+            "them. Give pairs that the model answers."
         )
+
+
+def _fewest(graph: Graph, ranking: Float[np.ndarray, "writers readers"]) -> int:
+    """How many top-ranked edges it takes until some lie on a path from input to logits."""
+    low, high = 0, graph.n_edges
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if strongest(graph, ranking, middle).any() else (middle, high)
+    return high
 
 
 def _select(
@@ -148,5 +166,10 @@ def _select(
                 f"{float(np.abs(ranking).max()):.4g}."
             )
     edges = strongest(model.graph, ranking, n)
+    if not edges.any():
+        raise CircuitError(
+            f"None of the {n} strongest edges lies on a path from input to logits; the first "
+            f"{_fewest(model.graph, ranking)} hold one. Ask for more, or let the search choose."
+        )
     final = faithful(edges)
     return edges, [(n, final)], final

@@ -11,16 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from ..errors import CircuitError
 from ..models.graph import Graph
-from ..models.hooked import AnyModel
-from ..tasks.pairs import PairSet
+from ..models.hooked import AnyModel, as_model
+from ..tasks.pairs import Pair, PairSet
+from ..utils.ranges import expect_kind
 from .ablation import Ablation, Edges
 from .metrics import Metric
+
+if TYPE_CHECKING:
+    import pandas
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all edges at which a curve is measured, as in the MIB benchmark."""
@@ -140,6 +147,8 @@ def faithfulness_curve(
     Raises:
         CircuitError: fractions out of order or range.
     """
+    expect_kind(CircuitError, "ablation", ablation, Ablation)
+    expect_kind(CircuitError, "scores", scores, np.ndarray)
     graph = ablation.graph
     if list(fractions) != sorted(set(fractions)) or not 0 < fractions[0] <= fractions[-1] <= 1:
         raise CircuitError(f"Fractions must ascend within (0, 1]; got {tuple(fractions)}.")
@@ -151,3 +160,77 @@ def faithfulness_curve(
         if on_step:
             on_step(done + 1, len(fractions))
     return Curve(tuple(fractions), tuple(sizes), tuple(values))
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """What a model predicts when everything outside a circuit is ablated."""
+
+    pairs: tuple[Pair, ...]
+    """In the order of the rows below."""
+    logits: Float[Tensor, "pairs vocab"]
+    """At the last position, within the circuit alone."""
+    values: Float[Tensor, " pairs"]
+    """The metric of each pair within the circuit alone."""
+    whole: Float[Tensor, " pairs"]
+    """The same of the whole model."""
+    predicted: tuple[str, ...]
+    """Most likely next token within the circuit alone; its id where there is no tokenizer."""
+    predicted_whole: tuple[str, ...]
+    """The same of the whole model."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a pair: prompt, answer, metrics and predictions of circuit and model."""
+        import pandas
+
+        return pandas.DataFrame(
+            {
+                "prompt": [p.prompt for p in self.pairs],
+                "answer": [p.answer_text for p in self.pairs],
+                "metric in circuit": self.values.tolist(),
+                "metric in model": self.whole.tolist(),
+                "predicted in circuit": self.predicted,
+                "predicted in model": self.predicted_whole,
+            }
+        )
+
+    def __repr__(self) -> str:
+        inside, whole = float(self.values.mean()), float(self.whole.mean())
+        return f"Ablated({len(self.pairs)} pairs; metric {inside:.3g} in the circuit, {whole:.3g})"
+
+    def _repr_html_(self) -> str:
+        return self.to_pandas().to_html(index=False, float_format="{:.3f}".format)
+
+
+@torch.no_grad()
+def ablate(
+    model: AnyModel,
+    edges: Edges,
+    pairs: PairSet,
+    *,
+    metric: Metric | str = "logit_diff",
+    ablation: str = "corrupt",
+    batch_size: int = 16,
+) -> Ablated:
+    """Run the clean prompts with every edge outside a circuit ablated; see `Circuit.ablate`."""
+    found = Ablation(model, pairs, metric=metric, ablation=ablation, batch_size=batch_size)
+    exists, tokenizer = found.graph.exists, getattr(as_model(model), "tokenizer", None)
+    inside = [found.logits(base, edges) for base in found.bases]
+    whole = [found.logits(base, exists) for base in found.bases]
+
+    def values(logits: list[Tensor]) -> Tensor:
+        each = zip(found.bases, logits, strict=True)
+        return torch.cat([found.metric(x, b.batch, b.clean_logits) for b, x in each]).cpu()
+
+    def tokens(logits: list[Tensor]) -> tuple[str, ...]:
+        top = torch.cat(logits).argmax(-1).tolist()
+        return tuple(tokenizer.decode([t]) if tokenizer is not None else str(t) for t in top)
+
+    return Ablated(
+        tuple(p for part in pairs.parts(batch_size) for p in part),
+        logits=torch.cat(inside).cpu(),
+        values=values(inside),
+        whole=values(whole),
+        predicted=tokens(inside),
+        predicted_whole=tokens(whole),
+    )

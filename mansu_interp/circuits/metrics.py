@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import CircuitError
 from ..tasks.pairs import Batch
 
 Logits = Float[Tensor, "batch vocab"]
@@ -45,3 +46,30 @@ METRICS: dict[str, Metric] = {
     "choice_margin": choice_margin,
     "kl": kl,
 }
+
+
+def get_metric(metric: Metric | str) -> Metric:
+    """A metric by name, or a function of one's own, which is checked whenever it is called.
+
+    Raises:
+        CircuitError: neither; later, if it does not return one number a pair.
+    """
+    if isinstance(metric, str) and metric in METRICS:
+        return METRICS[metric]
+    if not callable(metric):
+        raise CircuitError(
+            f"Unknown metric {metric!r:.80}; expected one of {', '.join(METRICS)}, or a function "
+            "of (logits, batch, clean logits) -> one number a pair."
+        )
+
+    def checked(logits: Logits, batch: Batch, clean: Logits) -> Float[Tensor, " batch"]:
+        value = metric(logits, batch, clean)
+        if not isinstance(value, Tensor) or value.shape != (len(batch),):
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise CircuitError(
+                f"The metric returned {shape} for {len(batch)} pairs, expected [{len(batch)}]: one "
+                "number a pair, not their mean, or the scores would depend on the batch size."
+            )
+        return value
+
+    return checked

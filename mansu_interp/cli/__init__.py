@@ -1,1 +1,4 @@
-"""The ``mansu`` command."""
+"""The ``mansu`` command.
+
+No public names: implementation.
+"""

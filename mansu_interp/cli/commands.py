@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_task
-from ..tasks.benchmarks import TaskConfig
-from ..utils import number_of
+from ..tasks.data.benchmarks import TaskConfig
+from ..utils.words import number_of
+from .console import Output, say, say_json, warn
 from .progress import Progress, duration
 from .settings import (
     ApplyConfig,
@@ -24,26 +24,6 @@ from .settings import (
 )
 
 
-@dataclass(frozen=True)
-class Output:
-    """How results are printed; may stand anywhere on the command line."""
-
-    quiet: bool = False
-    """``--quiet``: nothing but the result."""
-    json: bool = False
-    """``--json``: the result as one JSON value on standard output."""
-
-    @classmethod
-    def split(cls, argv: list[str]) -> tuple[Output, list[str]]:
-        """These two options, and the rest of the command line."""
-        rest = [word for word in argv if word not in ("--quiet", "--json")]
-        return cls("--quiet" in argv, "--json" in argv), rest
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
 def do_run(config: RunConfig, output: Output) -> int:
     """Run the whole job, and summarise its report."""
     from ..report.terminal import console_summary
@@ -53,7 +33,7 @@ def do_run(config: RunConfig, output: Output) -> int:
 
     def show(plan: Plan) -> None:
         if not (output.quiet or output.json or rank()):
-            print("\n".join(plan.lines), flush=True)
+            say("\n".join(plan.lines), flush=True)
 
     start = time.monotonic()
     with group():
@@ -67,12 +47,14 @@ def do_run(config: RunConfig, output: Output) -> int:
     if output.json:
         from ..utils.files import read_json
 
-        _print_json(read_json(result.folder / "report.json"))
+        say_json(read_json(result.folder / "report.json"))
         return 0
-    print("" if output.quiet else "\n", end="")
-    print(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
+    say("" if output.quiet else "\n", end="")
+    say(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
     if not output.quiet:
-        print(f"\n{duration(time.monotonic() - start)}. Open {result.folder / 'report.html'}")
+        now, total = time.monotonic() - start, sum(result.seconds.values())
+        spent = duration(now) + (f" ({duration(total)} in all goes)" if total > now + 1 else "")
+        say(f"\n{spent}. Open {result.folder / 'report.html'}")
     return 0
 
 
@@ -85,7 +67,7 @@ def do_bench(config: BenchConfig, output: Output) -> int:
         rows = run_bench(config, progress)
     finally:
         progress.close()
-    print(f"{number_of(len(rows), 'row')}. Open {config.out / 'scoreboard.html'}")
+    say(f"{number_of(len(rows), 'row')}. Open {config.out / 'scoreboard.html'}")
     return 0
 
 
@@ -97,9 +79,9 @@ def do_plan(config: PlanConfig, output: Output) -> int:
         from ..models.load import empty_model
         from ..runs.plan import estimate
 
-        _print_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
+        say_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
         return 0
-    print("\n".join(plan_lines(config)))
+    say("\n".join(plan_lines(config)))
     return 0
 
 
@@ -115,18 +97,24 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
     found = verify(
         load_model(config.original), load_model(config.edited), config.survive, ledger, mask
     )
-    print(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
+    say(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
     for name, row in found.rows.items():
-        print(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+        say(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     for name, row in found.embedding.items():
         label = f"{name}, embedding"
-        print(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+        say(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
         outside = number_of(found.outside, "value")
-        print(f"{outside} changed outside the linear layers and the embedding.")
+        say(f"{outside} changed outside the linear layers and the embedding.")
+    for sentence in found.changed:
+        say(f"Changed: {sentence}.")
     for sentence in found.mismatches:
-        print(f"Mismatch: {sentence}.")
-    print("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
+        say(f"Mismatch: {sentence}.")
+    if found.uncovered:
+        say(f"Not compared: {', '.join(found.uncovered)}.")
+    if not found.edited:
+        say("No weight differs from the original: there is no edit to promise anything of.")
+    say("The guarantee holds." if not found.status else "The guarantee does NOT hold.")
     return found.status
 
 
@@ -134,24 +122,27 @@ def do_delta(config: DeltaConfig, _: Output) -> int:
     """Write an edit alone."""
     from ..export.ledger import delta
     from ..models.load import load_model
+    from ..utils.files import atomic_path
 
-    found = delta(load_model(config.original), load_model(config.edited))
-    found.save(config.out)
+    with atomic_path(config.out, new=True) as file:
+        found = delta(load_model(config.original), load_model(config.edited))
+        found.save(file)
     size = f"{config.out.stat().st_size / 1000:.1f} kB"
-    print(f"{number_of(found.n_edits, 'edit')}, {size}: {config.out}")
+    say(f"{number_of(found.n_edits, 'edit')}, {size}: {config.out}")
     return 0
 
 
 def do_apply(config: ApplyConfig, _: Output) -> int:
     """Make an edited checkpoint from its delta."""
+    from ..export.deployed import save_edited
     from ..export.ledger import Ledger, apply
     from ..models.load import load_model
-    from ..utils.files import new_folder
+    from ..utils.files import atomic_folder
 
-    with new_folder(config.out) as folder:
-        ledger = Ledger.load(config.delta)
-        apply(load_model(config.original), ledger).save(folder)
-    print(f"{number_of(ledger.n_edits, 'edit')} applied: {config.out}")
+    with atomic_folder(config.out, new=True) as folder:
+        ledger, original = Ledger.load(config.delta), load_model(config.original)
+        save_edited(apply(original, ledger), original, folder)
+    say(f"{number_of(ledger.n_edits, 'edit')} applied: {config.out}")
     return 0
 
 
@@ -160,12 +151,25 @@ def do_export(config: ExportConfig, _: Output) -> int:
     from pathlib import Path
 
     from ..export.gguf import export_gguf
+    from ..export.ledger import Ledger, unpromised
     from ..models.load import load_model
+    from ..utils.files import check_free
 
+    check_free(config.out)
     inside = Path(config.model) / "model"
-    model = load_model(inside if (inside / "config.json").exists() else config.model)
-    export_gguf(model, config.out, config.type)
-    print(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
+    place = inside if (inside / "config.json").exists() else Path(config.model)
+    model = load_model(place if place.is_dir() else config.model)
+    lost, ledger = None, place.parent / "ledger.safetensors"
+    if config.type != "f16" and place.is_dir() and ledger.exists():
+        lost = unpromised(model, Ledger.load(ledger), config.type)
+    export_gguf(model, config.out, config.type, new=True)
+    say(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
+    if lost:
+        warn(
+            f"Careful: this edit was not made to survive {config.type}; {lost.survived:,} of its "
+            f"{lost.edited:,} weights do. What was forgotten may come back in this file. Measure "
+            f"it, or unlearn with --unlearn.survive {config.type}."
+        )
     return 0
 
 
@@ -198,7 +202,7 @@ def do_relearn(config: RelearnRun, output: Output) -> int:
             )
     finally:
         progress.close()
-    print("\n".join(relearning_lines(found)))
+    say("\n".join(relearning_lines(found)))
     return 0
 
 
@@ -220,16 +224,15 @@ def do_cad(config: CadConfig, output: Output) -> int:
         )
     finally:
         progress.close()
-    print("\n".join(found.lines()))
+    say("\n".join(found.lines()))
     return 0
 
 
 def do_task(config: TaskConfig, _: Output) -> int:
     """Make a task file."""
-    from ..tasks.benchmarks import make_task
+    from ..tasks.data.benchmarks import make_task
 
-    n = make_task(config)
-    print(f"{number_of(n, 'row')}. Use it: mansu run --task {config.out}")
+    say("\n".join(make_task(config)))
     return 0
 
 
@@ -244,11 +247,11 @@ def do_list(_: ListConfig, output: Output) -> int:
     if output.json:
         tasks = {name: read_task_file(name)[0].title for name in embedded_tasks()}
         found = {"models": models, "tasks": tasks, "methods": [*METHODS]}
-        _print_json({**found, "quantizers": [*QUANTIZERS]})
+        say_json({**found, "quantizers": [*QUANTIZERS]})
         return 0
-    print("models      " + ", ".join(models))
+    say("models      " + ", ".join(models))
     for name in embedded_tasks():
-        print(f"task        {name}: {read_task_file(name)[0].title}")
-    print("methods     " + ", ".join(METHODS))
-    print("quantizers  " + ", ".join(QUANTIZERS))
+        say(f"task        {name}: {read_task_file(name)[0].title}")
+    say("methods     " + ", ".join(METHODS))
+    say("quantizers  " + ", ".join(QUANTIZERS))
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +13,17 @@ from typing import Annotated, Any
 
 import tyro
 
+from .. import __version__
 from ..bench.config import BenchConfig
 from ..errors import ConfigError, MansuError
-from ..runs.config import PlanConfig, RunConfig
+from ..runs.config import PlanConfig
 from ..runs.defaults import default_config
-from ..tasks.benchmarks import TaskConfig
+from ..tasks.data.benchmarks import TaskConfig
 from ..tasks.files import ROBUST
 from ..utils.renamed import renamed_option
+from . import console
+from .circuits import do_attribute, do_compare, do_discover, do_view
 from .commands import (
-    Output,
     do_apply,
     do_bench,
     do_cad,
@@ -34,31 +36,39 @@ from .commands import (
     do_task,
     do_verify,
 )
+from .console import Output
 from .help import BENCH, HELP_ALL, shortened, shown_of_run
 from .settings import (
     ApplyConfig,
+    AttributeConfig,
     CadConfig,
+    CompareConfig,
     DeltaConfig,
+    DiscoverConfig,
     ExportConfig,
     ListConfig,
     RelearnRun,
     RunCommand,
     VerifyConfig,
+    ViewConfig,
 )
 
 ROBUST_FLAG = f"--{ROBUST}"
 """Of ``run`` alone."""
 
+INTERRUPTED = "mansu: interrupted; run the same command again to continue."
 ABOUT = """Make a language model forget something, and check that it stays forgotten.
 
 Examples:
   mansu list                                    what ships
+  mansu discover --pairs my.jsonl --model gpt2  a circuit, and a page to look at
   mansu run --out runs/first                    the embedded model forgets capitals
   mansu run --task my-task.json --out runs/mine your own facts
   mansu run --method npo --out runs/npo         a baseline
   mansu plan --model Llama-3.1-8B/config.json   what it would cost
 
-With every command: --quiet prints the result alone. run, plan and list: --json prints it as JSON.
+With every command: --quiet prints the result alone. run, plan, list,
+discover, attribute and compare: --json prints it as JSON. mansu --version.
 run and bench: --help-all shows every setting.
 
 Colours follow NO_COLOR.
@@ -93,6 +103,34 @@ COMMANDS = (
         "Compare methods at the same forgetting, before and after quantizers. A killed "
         "benchmark goes on where it was. --help-all shows every setting.\n\n"
         "Example: mansu bench --tasks capitals --methods mansu npo --seeds 0 1 --out runs/bench",
+    ),
+    Command(
+        "discover",
+        DiscoverConfig,
+        do_discover,
+        "Find the circuit that carries some answers, and draw it.\n\n"
+        "Example: mansu discover --model gpt2 --pairs my.jsonl --out runs/my-circuit",
+    ),
+    Command(
+        "attribute",
+        AttributeConfig,
+        do_attribute,
+        "Score every edge of a model.\n\n"
+        "Example: mansu attribute --model gpt2 --pairs my.jsonl --out scores.safetensors",
+    ),
+    Command(
+        "view",
+        ViewConfig,
+        do_view,
+        "Draw a circuit, edge scores, or what a run changed, as a page that needs no network."
+        "\n\nExample: mansu view runs/my-circuit",
+    ),
+    Command(
+        "compare",
+        CompareConfig,
+        do_compare,
+        "Say how two circuits, or the edge scores of two models, differ.\n\n"
+        "Example: mansu compare before.safetensors after.safetensors",
     ),
     Command(
         "plan",
@@ -156,6 +194,8 @@ COMMANDS = (
     Command("list", ListConfig, do_list),
 )
 """What the command line knows, in the order of its help."""
+JSON = ("run", "plan", "list", "discover", "attribute", "compare")
+"""Commands whose result can be printed as JSON."""
 
 
 def _start(argv: list[str]) -> RunCommand:
@@ -200,34 +240,48 @@ def parse(argv: list[str]) -> object:
         raise ConfigError(f"{ROBUST_FLAG} is for run; leave it out here.")
     words = ["--help" if word == HELP_ALL else word for word in argv] or ["--help"]
     brief = HELP_ALL not in argv and bool({"-h", "--help"} & {*words})
-    config = tyro.cli(_commands(argv, brief), args=words, prog="mansu", description=ABOUT)
+    commands = _commands(argv, brief)
+    with console.writing():  # tyro prints help and errors itself
+        config = tyro.cli(commands, args=words, prog="mansu", description=ABOUT)
     return config.run_config() if isinstance(config, RunCommand) else config
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted, 141 nobody reads
     the output any more; verify: more)."""
+    console.prepare()
     try:
         try:
             return _main(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()
+            console.finish()
     except BrokenPipeError:  # such as head, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.give_up("stdout")
         return 141
+    except MansuError as error:
+        console.warn(f"mansu: {error}")
+        return 1
 
 
 def _main(argv: list[str]) -> int:
     try:
         output, argv = Output.split(argv)
+        if "--version" in argv:
+            console.say(f"mansu {__version__}")
+            return 0
         config = parse(argv)
-        if output.json and not isinstance(config, (RunConfig, PlanConfig, ListConfig)):
-            raise ConfigError("--json is for run, plan and list; leave it out here.")
         (command,) = [c for c in COMMANDS if issubclass(c.settings, type(config))]
+        if output.json and command.name not in JSON:
+            raise ConfigError(f"--json is for {', '.join(JSON)}; leave it out here.")
         return command.do(config, output)
-    except MansuError as error:
-        print(f"mansu: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        raise ConfigError(
+            f"The name {name[:40]}...{name[-20:]} has {len(name)} characters, more than the file "
+            "system takes in one part (255 bytes): give a shorter one."
+        ) from error
     except KeyboardInterrupt:
-        print("\nmansu: interrupted; run the same command again to continue.", file=sys.stderr)
+        console.warn(f"\n{INTERRUPTED}")
         return 130

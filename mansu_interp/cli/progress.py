@@ -18,6 +18,8 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from ..errors import printable
+
 
 def duration(seconds: float) -> str:
     """12 s, 3 min 05 s or 2 h 04 min."""
@@ -71,6 +73,7 @@ class Progress:
         """Show that a stage is at ``done`` of ``total`` (0 = unknown)."""
         if self.quiet:
             return
+        stage = printable(stage)
         with self.lock:
             if stage != self.stage:
                 self._begin(stage, total)

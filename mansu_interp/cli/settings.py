@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ..audit.config import RelearnConfig
+from ..circuits.config import AttributionConfig, CircuitConfig
 from ..runs.config import RunConfig
+from ..utils.ranges import check_seeds
 from ..utils.shipped import split_names
 
 
@@ -39,7 +41,7 @@ class RunCommand(RunConfig):
 class RelearnRun:
     """Fine-tune on half of the forget facts and ask for the other half."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Model to attack: embedded, Hugging Face folder, or hub name."""
     task: str | None = None
     """Shipped task or path of a task file; default: the one that goes with the model."""
@@ -56,12 +58,76 @@ class RelearnRun:
 
 
 @dataclass(frozen=True)
+class DiscoverConfig:
+    """Find the circuit that carries some answers."""
+
+    model: str = "facts"
+    """Embedded model, Hugging Face folder, or hub name, such as gpt2."""
+    pairs: Path | None = None
+    """Rows with clean, corrupt, answer and wrong (JSONL, CSV, ...); default: those of the task."""
+    task: str | None = None
+    """Shipped task or path of a task file, whose forget pairs are explained; default: the one that
+    goes with the model."""
+    out: Path = Path("runs/circuit")
+    """New folder for circuit.json, circuit.graphml and circuit.html."""
+    seed: int = 0
+    """Which pairs are drawn."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
+    circuit: CircuitConfig = field(default_factory=CircuitConfig)
+    """How the circuit is discovered."""
+
+
+@dataclass(frozen=True)
+class AttributeConfig:
+    """Score every edge of a model by what it does for some answers."""
+
+    model: str = "facts"
+    """Embedded model, Hugging Face folder, or hub name, such as gpt2."""
+    pairs: Path | None = None
+    """Rows with clean, corrupt, answer and wrong (JSONL, CSV, ...); default: those of the task."""
+    task: str | None = None
+    """Shipped task or path of a task file, whose forget pairs are explained; default: the one that
+    goes with the model."""
+    out: Path = Path("scores.safetensors")
+    """The file to write: .safetensors, for view and compare, or .csv."""
+    seed: int = 0
+    """Which pairs are drawn."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    """How edges are scored."""
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Draw a circuit, edge scores, or what a run changed, as a page that needs no network."""
+
+    path: Annotated[Positional[Path], arg(metavar="PATH")]
+    """circuit.json, scores.safetensors, or the folder of a run or of discover."""
+    out: Path | None = None
+    """The page (.html) or picture (.svg, .png) to write; default: beside the file."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare two circuits, or the edge scores of two models."""
+
+    first: Annotated[Positional[Path], arg(metavar="FIRST")]
+    """circuit.json, or scores.safetensors of the original."""
+    second: Annotated[Positional[Path], arg(metavar="SECOND")]
+    """The other one, of the same kind."""
+
+
+@dataclass(frozen=True)
 class CadConfig:
     """Compare two checkpoints: is what the task forgets gone from the second, or hidden?"""
 
-    original: Positional[str]
+    original: Annotated[Positional[str], arg(metavar="ORIGINAL")]
     """Model before unlearning: embedded, Hugging Face folder, or hub name."""
-    edited: Positional[str]
+    edited: Annotated[Positional[str], arg(metavar="EDITED")]
     """Model after it; same architecture, vocabulary and tokenizer."""
     task: str | None = None
     """Shipped task or path of a task file; default: the one that goes with the original."""
@@ -73,14 +139,17 @@ class CadConfig:
     """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
     models below ten million parameters, which do not gain."""
 
+    def __post_init__(self) -> None:
+        check_seeds(self, "seed")
+
 
 @dataclass(frozen=True)
 class VerifyConfig:
     """What `mansu verify` compares."""
 
-    original: Positional[str]
+    original: Annotated[Positional[str], arg(metavar="ORIGINAL")]
     """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
-    edited: Positional[str]
+    edited: Annotated[Positional[str], arg(metavar="EDITED")]
     """The checkpoint after it."""
     survive: tuple[str, ...] = ()
     """The quantizers that every edit must survive; default: those of the ledger, or nf4."""
@@ -97,9 +166,9 @@ class VerifyConfig:
 class DeltaConfig:
     """Write the edit alone: which weights differ between two checkpoints, and their new values."""
 
-    original: Positional[str]
+    original: Annotated[Positional[str], arg(metavar="ORIGINAL")]
     """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
-    edited: Positional[str]
+    edited: Annotated[Positional[str], arg(metavar="EDITED")]
     """The checkpoint after it."""
     out: Path = Path("delta.safetensors")
     """The file to write."""
@@ -109,9 +178,9 @@ class DeltaConfig:
 class ApplyConfig:
     """Make the edited checkpoint from the original and a delta, or the ledger of a run."""
 
-    original: Positional[str]
+    original: Annotated[Positional[str], arg(metavar="ORIGINAL")]
     """The checkpoint that the delta was made for."""
-    delta: Positional[Path]
+    delta: Annotated[Positional[Path], arg(metavar="DELTA")]
     """What `mansu delta` wrote, or a run's ledger.safetensors."""
     out: Path = Path("edited")
     """New folder for the Hugging Face checkpoint."""
@@ -124,7 +193,7 @@ ExportType = Literal["f16", "q8_0", "q4_0"]
 class ExportConfig:
     """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Folder of a run, Hugging Face folder, embedded model, or hub name."""
     type: ExportType = "q8_0"
     """f16, or llama.cpp's 8-bit or 4-bit blocks for all matrices."""

@@ -7,16 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..audit.relearning import CHANCE
+from ..audit.known import CHANCE, beyond_guesses, p_of_guess
+from ..errors import ModelError, TaskError
 from ..losses.accuracy import accuracy, perplexity
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
+from ..utils.ranges import expect_kind, expect_values
 from .versions import ModelVersion
 
 Metric = Literal["top1", "choice"]
 METRICS: tuple[Metric, ...] = ("top1", "choice")
 """The model's most likely token is the answer's; the answer ranks first of four."""
+WORDS: dict[Metric, str] = {"top1": "top-1", "choice": "four-way"}
+"""The same in sentences."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Flips:
     p: float
     """Probability of a split at least so uneven if either way were as likely (two-sided sign test,
     which takes the prompts for independent; those that ask for one fact are not)."""
+
+    def __str__(self) -> str:
+        return f"{self.back} back, {self.gone} gone, p = {self.p:.2f}"
 
     @classmethod
     def between(cls, before: Sequence[bool], after: Sequence[bool]) -> Flips:
@@ -50,6 +57,9 @@ class Score:
     """Share of prompts whose most likely next token is the answer's first."""
     choice: float
     """Share of prompts on which the answer outranks three other answers."""
+    last: float | None = None
+    """Share of prompts on which all three outrank the answer; chance is 0.25. None: not measured
+    (files of older versions)."""
 
     def value(self, metric: Metric) -> float:
         """top1 or choice."""
@@ -71,6 +81,17 @@ class ScoreRow:
     """Top-1 of a guess among the answers of a prompt's relation."""
     scores: tuple[Score, ...]
     """One per model."""
+    facts: int = 0
+    """Different facts that the prompts ask for; 0: not known (files of older versions)."""
+
+    def p_of_guess(self, model: ModelVersion) -> float:
+        """Probability that guesses choose as well among four as a model does (`p_of_guess`)."""
+        return p_of_guess(self[model].choice, self.facts or self.n, self.n)
+
+    def knows(self, model: ModelVersion) -> bool:
+        """Whether a model chooses better than guesses would."""
+        score = self[model]
+        return beyond_guesses(score.choice, score.top1, self.facts or self.n, self.n)
 
     def __getitem__(self, model: ModelVersion) -> Score:
         """A model's score.
@@ -99,6 +120,22 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class Fall:
+    """By how much a score fell, and which."""
+
+    by: float
+    label: str = ""
+    """Of the set; empty: none fell."""
+    metric: Metric = "choice"
+    model: ModelVersion | None = None
+    """Whose score it is."""
+
+    def __str__(self) -> str:
+        at = f", {self.model.quantizer}" if self.model and self.model.quantizer else ""
+        return f"{self.label} ({WORDS[self.metric]}{at}) fell by {self.by:.3f}"
+
+
+@dataclass(frozen=True)
 class Scores:
     """Accuracies of several models on one task."""
 
@@ -106,8 +143,11 @@ class Scores:
     """One per (role, label)."""
     perplexity: tuple[Perplexity, ...] = ()
     """One per model, on unseen running text; empty if the task has none."""
-    first: dict[ModelVersion, tuple[bool, ...]] = field(default_factory=dict)
-    """Per model, on which forget prompts the answer ranks first of four."""
+    right: dict[ModelVersion, dict[Metric, tuple[bool, ...]]] = field(default_factory=dict)
+    """Per model, on which forget prompts it is right."""
+    counted: dict[tuple[ModelVersion, Metric], Flips] = field(default_factory=dict)
+    """Per model, how it differs from the same model in full precision, where the prompts themselves
+    are not at hand any more."""
 
     def beside(self, other: Scores) -> Scores:
         """The same sets' scores, with those of another's models (which replace the same ones)."""
@@ -115,7 +155,18 @@ class Scores:
             replace(mine, scores=_merged(mine.scores, theirs.scores))
             for mine, theirs in zip(self.rows, other.rows, strict=True)
         )
-        return Scores(rows, _merged(self.perplexity, other.perplexity), self.first | other.first)
+        return Scores(
+            rows,
+            _merged(self.perplexity, other.perplexity),
+            self.right | other.right,
+            self.counted | other.counted,
+        )
+
+    def flips(self, before: ModelVersion, after: ModelVersion, metric: Metric) -> Flips | None:
+        """On which forget prompts two models differ; None where that is not known."""
+        if before in self.right and after in self.right:
+            return Flips.between(self.right[before][metric], self.right[after][metric])
+        return self.counted.get((after, metric)) if before == after.after(None) else None
 
     def of_role(self, role: str) -> list[ScoreRow]:
         """The rows of forget, neighbour or retain."""
@@ -135,15 +186,22 @@ class Scores:
         values = [r.chance_top1 for r in self.of_role(role)]
         return sum(values) / len(values)
 
-    def largest_fall(self, role: str, model: ModelVersion, reference: ModelVersion) -> float:
-        """The most that top-1 or choice of a set fell below a reference's; 0 without sets, and
-        where all gained."""
+    def largest_fall(self, role: str, pairs: Sequence[tuple[ModelVersion, ModelVersion]]) -> Fall:
+        """The most that top-1 or choice of a set fell below a reference's; by 0 without sets, and
+        where all gained.
+
+        Arguments:
+            role: whose sets.
+            pairs: model and reference.
+        """
         falls = [
-            r[reference].value(metric) - r[model].value(metric)
+            Fall(r[reference].value(metric) - r[model].value(metric), r.label, metric, model)
+            for model, reference in pairs
             for r in self.of_role(role)
             for metric in METRICS
         ]
-        return max(0.0, *falls) if falls else 0.0
+        worst = max(falls, key=lambda fall: fall.by, default=None)
+        return worst if worst and worst.by > 0 else Fall(0.0)
 
     def perplexity_rise(self, model: ModelVersion, reference: ModelVersion) -> float:
         """Perplexity of a model over a reference's, minus 1; infinite where it is not finite."""
@@ -173,18 +231,25 @@ def evaluate(
         on_step: called with (what, sets done, sets in all).
         role: score its sets alone, and no perplexity.
     """
+    expect_values(ModelError, "models", models, LanguageModel, ModelVersion)
+    expect_kind(TaskError, "task", task, Task)
+    if split not in task.scored:
+        raise TaskError(f"split: got {split!r:.60}, expected {' or '.join(task.scored)}.")
     every = [(of, label, s) for of, by in task.scored[split].items() for label, s in by.items()]
     guess = _guess([s for *_, s in every])
     sets = [x for x in every if role in (None, x[0])]
     found: list[list[Score]] = [[] for _ in sets]
-    first: dict[ModelVersion, tuple[bool, ...]] = dict.fromkeys(models, ())
+    right: dict[ModelVersion, dict[Metric, tuple[bool, ...]]] = {
+        version: dict.fromkeys(METRICS, ()) for version in models
+    }
     total = len(sets) * len(models)
     for m, (version, model) in enumerate(models.items()):
         for k, (of, _, pairs) in enumerate(sets):
             result = accuracy(model, pairs)
             if of == "forget":
-                first[version] += result.first
-            found[k].append(Score(version, result.top1, result.choice))
+                right[version]["top1"] += result.predicted
+                right[version]["choice"] += result.first
+            found[k].append(Score(version, result.top1, result.choice, result.last))
             if on_step:
                 on_step(f"scores of {version}", m * len(sets) + k + 1, total)
     rows = tuple(
@@ -195,6 +260,7 @@ def evaluate(
             chance=CHANCE,
             chance_top1=sum(guess[p.relation] for p in s) / len(s),
             scores=tuple(found[k]),
+            facts=len({p.fact for p in s}),
         )
         for k, (of, label, s) in enumerate(sets)
     )
@@ -205,7 +271,7 @@ def evaluate(
             on_step("perplexity", m, len(models))
         on_text.append((version, perplexity(model, text or ())))
     values = tuple(Perplexity(v, x if math.isfinite(x) else None) for v, x in on_text)
-    return Scores(rows, values, first)
+    return Scores(rows, values, right)
 
 
 def _guess(sets: Sequence[PairSet]) -> dict[str, float]:

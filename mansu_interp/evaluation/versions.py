@@ -31,3 +31,7 @@ EDITED = ModelVersion("unlearned")
 """The model after it."""
 NEVER_TAUGHT = ModelVersion("never taught")
 """The reference model: trained without the forget facts."""
+RELEARNED = ModelVersion("unlearned, half relearned")
+"""The edited model after relearning half of the forget facts."""
+NEVER_TAUGHT_RELEARNED = ModelVersion("never taught, half relearned")
+"""The reference model after the same."""

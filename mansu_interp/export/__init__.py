@@ -1,1 +1,4 @@
-"""The edit as it is deployed: ledger, verification, GGUF."""
+"""The edit as it is deployed: ledger, verification, GGUF.
+
+No public names: implementation.
+"""

@@ -34,15 +34,17 @@ PRE = {_DIGITS % "{1,3}": "llama-bpe", _DIGITS % "": "qwen2"}
 """How a tokenizer's splitting rule begins -> llama.cpp's name for it."""
 
 
-def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0") -> None:
+def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool = False) -> None:
     """Write a GGUF file, whole or not at all.
 
     Arguments:
         model: a Llama, Mistral, Qwen2 or Qwen3 model with a byte-level BPE tokenizer.
         path: of the file.
         kind: ``f16``, ``q8_0`` or ``q4_0``.
+        new: whether there must be no such file yet.
 
     Raises:
+        ArtifactError: there is one, and ``new``.
         ModelError: another family, a scaled rotary embedding, or another kind of tokenizer.
         ConfigError: the ``gguf`` package is missing.
     """
@@ -55,7 +57,7 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0") -> None:
         )
     vocabulary = _vocabulary(model)
     arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
-    with atomic_path(path) as temporary:
+    with atomic_path(path, new=new) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
         _write_settings(writer, model, kind, gguf)
         _write_tokenizer(writer, model, vocabulary, gguf)
@@ -171,4 +173,20 @@ def _write_tokenizer(
         found = getattr(model.tokenizer, f"{kind}_token_id")
         if found is not None:
             getattr(writer, f"add_{kind}_token_id")(found)
-    writer.add_add_bos_token(False)
+    for kind, adds in zip(("bos", "eos"), _adds(model), strict=True):
+        getattr(writer, f"add_add_{kind}_token")(adds)
+    template = model.get_tokenizer().chat_template
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+    elif template:
+        named = [{"name": name, "template": text} for name, text in template.items()]
+        writer.add_chat_template(named)
+
+
+def _adds(model: LanguageModel) -> tuple[bool, bool]:
+    """Whether the tokenizer puts its BOS before a text, and its EOS after it."""
+    tokenizer = model.get_tokenizer()
+    ids = tokenizer("a").input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    added = len(ids) > len(model.encode("a"))
+    return bool(added and ids[0] == bos), bool(added and ids[-1] == eos)

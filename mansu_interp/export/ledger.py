@@ -19,10 +19,11 @@ from ..errors import ArtifactError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..quantizers.registry import get_quantizer
+from ..quantizers.survival import Survival, survival
 from ..utils.files import Json, expect
 from ..utils.tensors import read_tensors, tensors_sha256, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 
 META = {
     "survive": [str],
@@ -195,17 +196,48 @@ def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
             f"The ledger belongs to another original than {original.name}: its weights differ."
         )
     edited = original.copy()
-    for key, index in ledger.tensors.items():
-        name, _, kind = key.rpartition("|")
-        if kind != "index":
-            continue
-        new = ledger.tensors.get(f"{name}|new")
-        size = edited.weights[name].numel() if name in edited.weights else 0
-        fits = new is not None and new.shape == index.shape and index.ndim == 1 and len(index)
-        if new is None or not fits or not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ArtifactError(f"The ledger does not fit {original.name}: see {name}.")
-        weight = edited.weights[name].view(-1)
-        weight[index.long().to(weight.device)] = new.float().to(weight.device)
+    _put(edited, ledger, "new")
     if weights_sha256(edited) != ledger.meta.get("edited_weights_sha256"):
         raise ArtifactError("The ledger's edits do not give the weights that it promises.")
     return edited
+
+
+@torch.no_grad()
+def unpromised(edited: LanguageModel, ledger: Ledger, quantizer: str) -> Survival | None:
+    """What a quantizer makes of an edit that was not made to survive it; None: it was.
+
+    Arguments:
+        edited: the edited checkpoint.
+        ledger: of it; the original is rebuilt from the old values there.
+        quantizer: a name.
+
+    Raises:
+        ArtifactError: the ledger does not fit the checkpoint.
+        ConfigError: unknown quantizer.
+    """
+    if quantizer in ledger.meta["survive"]:
+        return None
+    if ledger.meta.get("edited_weights_sha256") != weights_sha256(edited):
+        raise ArtifactError(f"The ledger beside {edited.name} is of another checkpoint.")
+    original = edited.copy()
+    _put(original, ledger, "old")
+    return survival(original, edited, quantizer)
+
+
+def _put(model: LanguageModel, ledger: Ledger, kind: str) -> None:
+    """Write the old or new values of a ledger into a model's weights.
+
+    Raises:
+        ArtifactError: it does not fit.
+    """
+    for key, index in ledger.tensors.items():
+        name, _, part = key.rpartition("|")
+        if part != "index":
+            continue
+        values = ledger.tensors.get(f"{name}|{kind}")
+        size = model.weights[name].numel() if name in model.weights else 0
+        fits = values is not None and values.shape == index.shape and index.ndim == 1 and len(index)
+        if values is None or not fits or not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ArtifactError(f"The ledger does not fit {model.name}: see {name}.")
+        weight = model.weights[name].view(-1)
+        weight[index.long().to(weight.device)] = values.float().to(weight.device)

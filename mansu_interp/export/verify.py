@@ -12,6 +12,7 @@ from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..quantizers.survival import Survival, survival
 from ..utils.tensors import tensors_sha256
+from .deployed import compare_deployed
 from .ledger import Ledger, changed_elements, check_same_shape, coded_names
 
 
@@ -26,15 +27,27 @@ class Verification:
     outside: int
     """Values that differ elsewhere (norms, biases, an unembedding of its own), where nothing is
     promised."""
+    changed: list[str]
+    """What differs beside the weights: configuration, tokenizer, templates, buffers."""
+    uncovered: list[str]
+    """What is deployed and was not compared."""
     mismatches: list[str]
     """Where the ledger or the mask disagrees with the checkpoints."""
+    edited: int
+    """Weights that differ."""
 
     @property
     def holds(self) -> bool:
-        """Every edit survives every quantizer, and no other code changes."""
-        return not self.outside and all(
-            r.survived == r.edited and not r.collateral
-            for r in (*self.rows.values(), *self.embedding.values())
+        """There is an edit, all of it survives every quantizer, no other code changes, and nothing
+        else that is deployed differs."""
+        return (
+            bool(self.edited)
+            and not self.outside
+            and not self.changed
+            and all(
+                r.survived == r.edited and not r.collateral
+                for r in (*self.rows.values(), *self.embedding.values())
+            )
         )
 
     @property
@@ -65,7 +78,8 @@ def verify(
     ledger: Ledger | None = None,
     mask: Mask | None = None,
 ) -> Verification:
-    """Recompute survival and collateral from two checkpoints, and hold a ledger and a mask to them.
+    """Recompute survival and collateral from two checkpoints, compare what else is deployed, and
+    hold a ledger and a mask to them.
 
     Arguments:
         original: before the edit.
@@ -104,4 +118,7 @@ def verify(
             mismatches.append("the mask is not the one that the ledger names")
     if mask:
         mismatches += _mask_mismatches(mask, found, original)
-    return Verification(rows, embedding, outside, mismatches)
+    also = compare_deployed(original, edited)
+    return Verification(
+        rows, embedding, outside, also.changed, also.uncovered, mismatches, sum(moved.values())
+    )

@@ -1,1 +1,4 @@
-"""Losses, gradients, Fisher information and accuracies, from logits."""
+"""Losses, gradients, Fisher information and accuracies, from logits.
+
+No public names: implementation.
+"""

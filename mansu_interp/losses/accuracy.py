@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..errors import ModelError
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, PairSet, by_phrasing, chunks, collate, pack_behind
 
@@ -35,6 +36,8 @@ class Accuracy:
     """Prompts."""
     first: tuple[bool, ...] = field(repr=False)
     """On which prompts the answer outranks its distractors, in the order of ``parts(BATCH)``."""
+    predicted: tuple[bool, ...] = field(repr=False)
+    """On which it is the greedy continuation, in the same order."""
 
 
 def _first(options: Float[Tensor, "batch 4"]) -> Bool[Tensor, " batch"]:
@@ -85,14 +88,27 @@ def _options(
     model: LanguageModel, pairs: Sequence[Pair]
 ) -> tuple[Bool[Tensor, " batch"], Float[Tensor, "batch 4"]]:
     """Per pair: whether the answer is what the model predicts, and the scores of the answer and its
-    distractors, by which they rank."""
+    distractors, by which they rank.
+
+    Raises:
+        ModelError: the scores are no numbers; a model that ranks nothing would seem to have
+            forgotten everything.
+    """
     if any(p.whole for p in pairs):
         starts = range(0, len(pairs), WHOLE_BATCH)
         found = [_options_of_whole(model, pairs[i : i + WHOLE_BATCH]) for i in starts]
-        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
-    batch = collate(pairs, model.device)
-    logits = model.last_logits(batch.clean, batch.last)
-    return logits.argmax(-1) == batch.answer, logits.gather(1, batch.choices)
+        top1, options = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    else:
+        batch = collate(pairs, model.device)
+        logits = model.last_logits(batch.clean, batch.last)
+        top1, options = logits.argmax(-1) == batch.answer, logits.gather(1, batch.choices)
+    if options.isnan().any():
+        model.check_finite()
+        raise ModelError(
+            f"{model.name} gives NaN on {pairs[0].prompt!r:.200} or a prompt like it, though its "
+            "weights are finite: its states overflow. Nothing can be said of such a model."
+        )
+    return top1, options
 
 
 def right(
@@ -108,14 +124,17 @@ def right(
 
 def accuracy(model: LanguageModel, pairs: PairSet) -> Accuracy:
     """Top-1, and how often the answer ranks first and last of four."""
-    n, top1, last = len(pairs), 0, 0
+    n, last = len(pairs), 0
     first: list[bool] = []
+    top1: list[bool] = []
     for part in pairs.parts(BATCH):
         predicted, options = _options(model, part)
-        top1 += int(predicted.sum())
+        top1 += predicted.tolist()
         first += _first(options).tolist()
         last += int(_last(options).sum())
-    return Accuracy(top1 / n, sum(first) / n, last / n, n, tuple(first))
+    return Accuracy(
+        sum(top1) / n, sum(first) / n, last / n, n, first=tuple(first), predicted=tuple(top1)
+    )
 
 
 def choice_accuracy(model: LanguageModel, pairs: PairSet) -> float:
@@ -142,4 +161,7 @@ def perplexity(model: LanguageModel, text: Sequence[tuple[int, ...]], window: in
         logp = model.all_logits(tokens)[0, :-1].log_softmax(-1)
         total -= float(logp.gather(1, tokens[0, 1:, None]).sum())
         count += tokens.shape[1] - 1
-    return math.exp(total / count)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf

@@ -1,1 +1,4 @@
-"""Which parameters may change, and to which values."""
+"""Which parameters may change, and to which values.
+
+Public, from `mansu_interp`: Mask, circuit_mask. The rest is implementation.
+"""

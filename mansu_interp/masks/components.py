@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..models.graph import Node
 from ..models.language_model import LanguageModel
-from ..models.layout import head_slice, mlp_weights
+from ..models.layout import decoder_weights, head_slice, mlp_weights
 from ..tasks.pairs import Pair
 from .floor import Set, floor
 
@@ -41,7 +41,7 @@ def component_slices(
     """
     if node.kind in ("input", "logits"):
         return []  # see `embedding_rows`; the unembedding is never edited
-    names, arch = model.linear_names, model.architecture
+    names, arch = decoder_weights(model.hf, model.linear_names), model.architecture
     if node.kind == "mlp":
         return [(n, "rows", slice(None)) for n in mlp_weights(names, node.layer, writes)]
     return [

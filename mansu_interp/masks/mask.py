@@ -17,7 +17,7 @@ from ..utils.files import Json, expect
 from ..utils.hub import Shareable
 from ..utils.tensors import read_tensors, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 
 META = {
     "model?": str,

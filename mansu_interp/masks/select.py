@@ -11,20 +11,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..circuits.circuit import Circuit
-from ..errors import CircuitError, MaskError
+from ..errors import CircuitError, MaskError, ModelError
 from ..losses.accuracy import answered_correctly
 from ..losses.answers import answer_gradient
 from ..losses.counterfactual import forget_gradient
 from ..losses.fisher import fisher_diagonal
 from ..losses.gradients import ByLayer, WeightMap, Weights
+from ..models.graph import Node
 from ..models.language_model import LanguageModel
+from ..quantizers.base import Quantizer
 from ..tasks.pairs import PairSet
+from ..utils.ranges import expect_kind
 from .components import embedding_rows, region
 from .floor import Set, floor, floor_step, quantizer_set
 from .mask import Mask
@@ -54,7 +59,7 @@ def circuit_mask(
     subject_rows: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Mask:
-    """The parameters behind a circuit that forget most per retain damage.
+    """The parameters behind a circuit that forget most per retain damage (see the module).
 
     Arguments:
         circuit: from `discover`, or read from a file.
@@ -69,53 +74,33 @@ def circuit_mask(
         retain_gradient_weight: weight of the retain answers' gradient; see `choose_parameters`.
         frozen_layers: share of the layers, from the input on, in which nothing may be edited.
         survive: quantizers that every edit must survive.
-        by_layer: hold gradients and Fisher of one layer at a time: the same mask with
-            less memory and as many more passes as there are layers.
-        subject_rows: the forget subjects' own rows of the embedding may be edited, too. Every
-            element of them is a candidate: what they hold shows once the layers change.
+        by_layer: hold gradients and Fisher of one layer at a time: the same mask with less memory
+            and as many more passes as there are layers.
+        subject_rows: every element of the forget subjects' own rows of the embedding is a
+            candidate, too: what they hold shows once the layers change.
         on_step: called with (weights done, weights in all) while they are chosen.
 
     Raises:
         MaskError: budget out of range, or nothing to edit.
         CircuitError: no forget pairs known, or another checkpoint.
     """
-    circuit.check_fits(model)
-    pairs = forget or circuit.pairs
-    if pairs is None:
-        raise CircuitError("A circuit read from a file needs forget=... to make a mask.")
-    first = frozen_layers * circuit.graph.architecture.n_layers
-    components = [c for c in circuit.components() if c[0].layer >= first or c[0].layer < 0]
-    regions = region(model, components)
-    names = list(regions)
-    if not 0 < budget <= 1 or not names:
+    expect_kind(CircuitError, "circuit", circuit, Circuit)
+    expect_kind(ModelError, "model", model, LanguageModel)
+    model.check_editable()
+    expect_kind(MaskError, "retain", retain, list, tuple)
+    for pairs in retain:
+        expect_kind(MaskError, "a set of retain", pairs, PairSet)
+    expect_kind(MaskError, "forget", forget, PairSet, None)
+    pairs = _forget_pairs(circuit, model, forget)
+    components, regions = _regions(circuit, model, frozen_layers)
+    if not 0 < budget <= 1 or not regions:
         return choose_parameters(model, regions, budget, {})  # raises the right error
-    chosen = pairs.sample(n_pairs, seed)
-
-    def per_weight(compute: Callable[[list[str]], Weights]) -> WeightMap:
-        return ByLayer(names, compute) if by_layer else compute(names)
-
-    g = per_weight(lambda some: forget_gradient(model, some, chosen))
-    fisher = retain_gradient = None
-    if retain:
-        everything = PairSet("retain", tuple(p for pairs in retain for p in pairs))
-        sample = everything.sample(n_pairs, seed)
-        fisher = per_weight(lambda some: fisher_diagonal(model, some, sample, seed=seed))
-        held = [answered_correctly(model, pairs.sample(n_pairs, seed)) for pairs in retain]
-        held = [pairs for pairs in held if pairs]
-
-        def retained(some: list[str]) -> Weights:
-            parts = [answer_gradient(model, some, pairs) for pairs in held]
-            return {n: sum((p[n] for p in parts[1:]), parts[0][n]) for n in some}
-
-        retain_gradient = per_weight(retained) if held else None
     own = {model.embedding_name: embedding_rows(model, pairs, survive)} if subject_rows else None
     mask = choose_parameters(
         model,
         regions,
         budget,
-        g,
-        retain_fisher=fisher,
-        retain_gradient=retain_gradient,
+        **_gradients(model, list(regions), pairs, retain, n_pairs, seed, by_layer),
         survive=survive,
         damage_damping=damage_damping,
         retain_gradient_weight=retain_gradient_weight,
@@ -125,6 +110,75 @@ def circuit_mask(
     mask.meta["components"] = [n.id for n, _ in components]
     mask.meta["provenance"] = circuit.meta.provenance
     return mask
+
+
+def _forget_pairs(circuit: Circuit, model: LanguageModel, forget: PairSet | None) -> PairSet:
+    """The pairs whose answers must go.
+
+    Raises:
+        CircuitError: none are known, or the circuit is of another checkpoint.
+    """
+    circuit.check_fits(model)
+    pairs = forget or circuit.pairs
+    if pairs is None:
+        raise CircuitError("A circuit read from a file needs forget=... to make a mask.")
+    return pairs
+
+
+def _regions(
+    circuit: Circuit, model: LanguageModel, frozen_layers: float
+) -> tuple[list[tuple[Node, bool]], dict[str, Bool[Tensor, "_out _in"]]]:
+    """Step 1: the circuit's components outside the frozen layers, and where their weights lie."""
+    first = frozen_layers * circuit.graph.architecture.n_layers
+    components = [c for c in circuit.components() if c[0].layer >= first or c[0].layer < 0]
+    return components, region(model, components)
+
+
+class _Gradients(TypedDict):
+    """What is known of some weights, as `choose_parameters` takes it."""
+
+    forget_gradient: WeightMap
+    retain_fisher: WeightMap | None
+    retain_gradient: WeightMap | None
+
+
+def _gradients(
+    model: LanguageModel,
+    names: list[str],
+    forget: PairSet,
+    retain: Sequence[PairSet],
+    n_pairs: int,
+    seed: int,
+    by_layer: bool,
+) -> _Gradients:
+    """Step 2: gradients and Fisher of the named weights, each on ``n_pairs`` pairs.
+
+    The Fisher is that of all retained answers together. Of their gradients every set counts alike,
+    with the pairs that the model answers correctly.
+    """
+
+    def per_weight(compute: Callable[[list[str]], Weights]) -> WeightMap:
+        return ByLayer(names, compute) if by_layer else compute(names)
+
+    chosen = forget.sample(n_pairs, seed)
+    g = per_weight(lambda some: forget_gradient(model, some, chosen))
+    if not retain:
+        return _Gradients(forget_gradient=g, retain_fisher=None, retain_gradient=None)
+    everything = PairSet("retain", tuple(p for pairs in retain for p in pairs))
+    sample = everything.sample(n_pairs, seed)
+    fisher = per_weight(lambda some: fisher_diagonal(model, some, sample, seed=seed))
+    held = [answered_correctly(model, pairs.sample(n_pairs, seed)) for pairs in retain]
+    held = [pairs for pairs in held if pairs]
+
+    def retained(some: list[str]) -> Weights:
+        parts = [answer_gradient(model, some, pairs) for pairs in held]
+        return {n: sum((p[n] for p in parts[1:]), parts[0][n]) for n in some}
+
+    return _Gradients(
+        forget_gradient=g,
+        retain_fisher=fisher,
+        retain_gradient=per_weight(retained) if held else None,
+    )
 
 
 def choose_parameters(
@@ -143,13 +197,15 @@ def choose_parameters(
 ) -> Mask:
     """The parameters with the best forget gain per retain damage, up to a budget.
 
-    For the floor's step d of each single weight, with w = ``retain_gradient_weight``,
+    1. The floor's step d of each single weight, against the forget gradient, has with
+       w = ``retain_gradient_weight``
 
-        gain = -(g_forget + w g_retain) . d,    damage = 1/2 F d^2,
-        score = gain / (damage + ``damage_damping`` x median damage).
+           gain = -(g_forget + w g_retain) . d,    damage = 1/2 F d^2.
 
-    The retain gradient counts with its sign: a step that lowers an answer of the forget set and its
-    near neighbours' alike gains nothing.
+       The retain gradient counts with its sign: a step that lowers an answer of the forget set and
+       its near neighbours' alike gains nothing.
+    2. score = gain / (damage + ``damage_damping`` x median damage).
+    3. The best scores fill the pool of `POOL` times the budget; what gains nothing stays out.
 
     Arguments:
         model: the model to edit.
@@ -168,57 +224,93 @@ def choose_parameters(
     Raises:
         MaskError: budget out of range, or no candidate can move.
     """
-    if not 0 < budget <= 1:
-        raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
+    _check_budget(budget)
     quantizers = quantizer_set(survive)
-    refused = candidates = 0
-    gains, damages, places = [], [], []
+    found: dict[str, _Candidates] = {}
     for name, inside in regions.items():
-        weight, g = model.weights[name], forget_gradient[name]
-        step = floor_step(weight, g, quantizers, model.saved_dtype)
-        wanted = inside & (g != 0)
-        candidates += int(wanted.sum())
-        refused += int((wanted & (step == 0)).sum())
-        usable = (inside & (step != 0)).flatten().nonzero()[:, 0]
-        d = step.flatten()[usable]
-        if retain_gradient is not None:
-            g = g + retain_gradient_weight * retain_gradient[name]
-        gains.append(-g.flatten()[usable] * d)
-        if retain_fisher is not None:
-            damages.append(0.5 * retain_fisher[name].flatten()[usable] * d * d)
-        places.append((name, usable))
+        g = forget_gradient[name]
+        step = floor_step(model.weights[name], g, quantizers, model.saved_dtype)
+        slope = g if retain_gradient is None else g + retain_gradient_weight * retain_gradient[name]
+        fisher = None if retain_fisher is None else retain_fisher[name]
+        found[name] = _Candidates.of(inside, g, step, slope, fisher)
         if on_step:
-            on_step(len(places), len(regions))
+            on_step(len(found), len(regions))
+    best = _best(found, damage_damping, POOL * _limit(model, budget))
+    indices = {**best, **(besides or {})}
+    refused = sum(c.refused for c in found.values())
+    wanted = sum(c.wanted for c in found.values())
+    return _mask(model, indices, budget, quantizers, refused=refused, candidates=wanted)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The parameters of one weight that may be edited."""
+
+    index: Int[Tensor, " n"]
+    """Flat positions of those that can take the floor's step, ascending."""
+    gain: Float[Tensor, " n"]
+    """What the step gains (nats)."""
+    damage: Float[Tensor, " n"] | None
+    """What it damages (nats); None: that is not counted."""
+    wanted: int
+    """Parameters that the forget gradient would move."""
+    refused: int
+    """Of these that cannot take the step."""
+
+    @classmethod
+    def of(
+        cls,
+        inside: Bool[Tensor, "out in"],
+        forget: Float[Tensor, "out in"],
+        step: Float[Tensor, "out in"],
+        slope: Float[Tensor, "out in"],
+        fisher: Float[Tensor, "out in"] | None,
+    ) -> _Candidates:
+        """Step 1 of `choose_parameters` for one weight.
+
+        Arguments:
+            inside: True for the candidates.
+            forget: gradient of the forget loss.
+            step: the floor's, 0 where it allows none.
+            slope: the gradient by which the gain is measured.
+            fisher: diagonal Fisher of what must stay.
+        """
+        wanted = inside & (forget != 0)
+        index = (inside & (step != 0)).flatten().nonzero()[:, 0]
+        d = step.flatten()[index]
+        return cls(
+            index,
+            gain=-slope.flatten()[index] * d,
+            damage=None if fisher is None else 0.5 * fisher.flatten()[index] * d * d,
+            wanted=int(wanted.sum()),
+            refused=int((wanted & (step == 0)).sum()),
+        )
+
+
+def _best(
+    found: dict[str, _Candidates], damage_damping: float, n: int
+) -> dict[str, Int[Tensor, " _n"]]:
+    """Steps 2 and 3: flat positions of the best candidates, by weight, at most ``n`` in all.
+
+    Raises:
+        MaskError: none gains anything.
+    """
+    gains = [c.gain for c in found.values()]
     gain = torch.cat(gains) if gains else torch.zeros(0)
-    if not len(gain) or not (gain > 0).any():
+    if not (gain > 0).any():
         raise MaskError("No parameter of the circuit can move by a whole cell towards forgetting.")
-    score = gain
+    score, damages = gain, [c.damage for c in found.values() if c.damage is not None]
     if damages:
         damage = torch.cat(damages)
         score = gain / (damage + damage_damping * damage.median().clamp_min(1e-30)).clamp_min(1e-30)
-    limit = max(1, int(budget * model.n_parameters))
-    n = min(POOL * limit, int((gain > 0).sum()))
     chosen = torch.zeros_like(score, dtype=torch.bool)
-    chosen[score.topk(n).indices] = True
-    indices: dict[str, Tensor] = {}
-    for (name, usable), picked in zip(
-        places, chosen.split([len(u) for _, u in places]), strict=True
-    ):
-        if picked.any():
-            indices[name] = usable[picked].cpu()
-    indices |= besides or {}
-    return Mask(
-        indices,
-        {
-            "model": model.name,
-            "model_sha256": model.sha256,
-            "budget": budget,
-            "limit": min(limit, sum(map(len, indices.values()))),
-            "survive": [q.name for q in quantizers],
-            "refused": refused,
-            "candidates": candidates,
-        },
-    )
+    chosen[score.topk(min(n, int((gain > 0).sum()))).indices] = True
+    parts = chosen.split([len(c.index) for c in found.values()])
+    return {
+        name: c.index[picked].cpu()
+        for (name, c), picked in zip(found.items(), parts, strict=True)
+        if picked.any()
+    }
 
 
 def random_mask(model: LanguageModel, budget: float, seed: int = 0, survive: Set = "nf4") -> Mask:
@@ -233,25 +325,46 @@ def random_mask(model: LanguageModel, budget: float, seed: int = 0, survive: Set
     Raises:
         MaskError: budget out of range.
     """
-    if not 0 < budget <= 1:
-        raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
+    _check_budget(budget)
     quantizers = quantizer_set(survive)
     generator = torch.Generator().manual_seed(seed)
     floors = [floor(model.weights[n], quantizers, model.saved_dtype) for n in model.linear_names]
     movable = torch.cat([~(f.up.isnan() & f.down.isnan()).cpu() for f in floors])
-    limit = max(1, int(budget * model.n_parameters))
     order = torch.randperm(len(movable), generator=generator)
     chosen = torch.zeros_like(movable)
-    chosen[order[movable[order]][: POOL * limit]] = True
+    chosen[order[movable[order]][: POOL * _limit(model, budget)]] = True
     parts = chosen.split([model.weights[n].numel() for n in model.linear_names])
     indices = {n: part.nonzero()[:, 0] for n, part in zip(model.linear_names, parts, strict=True)}
+    return _mask(model, {n: i for n, i in indices.items() if len(i)}, budget, quantizers)
+
+
+def _check_budget(budget: float) -> None:
+    """Raise MaskError unless a budget is a share."""
+    if not 0 < budget <= 1:
+        raise MaskError(f"The budget is a share of all parameters in (0, 1]; got {budget}.")
+
+
+def _limit(model: LanguageModel, budget: float) -> int:
+    """How many parameters of a model may be edited at once."""
+    return max(1, int(budget * model.n_parameters))
+
+
+def _mask(
+    model: LanguageModel,
+    indices: dict[str, Int[Tensor, " _n"]],
+    budget: float,
+    quantizers: Sequence[Quantizer],
+    **counts: int,
+) -> Mask:
+    """A mask of some positions, with what it was made from."""
     return Mask(
-        {n: index for n, index in indices.items() if len(index)},
+        indices,
         {
             "model": model.name,
             "model_sha256": model.sha256,
             "budget": budget,
-            "limit": min(limit, int(chosen.sum())),
+            "limit": min(_limit(model, budget), sum(map(len, indices.values()))),
             "survive": [q.name for q in quantizers],
+            **counts,
         },
     )

@@ -1,24 +1,30 @@
-"""`HookedTransformer` objects of TransformerLens 3.9, read like a bridged model.
+"""Models that were loaded elsewhere: of transformers, and of TransformerLens 4 and 3.9.
 
-Attribution, faithfulness, discovery and CAD accept one wherever they take a model. It computes with
-its own, possibly processed weights (folded norms, centred writes), so the scores are of these.
-Nothing here imports transformer_lens: 4.x has no `HookedTransformer`, and none is ever made here.
+Attribution, faithfulness, discovery and comparison accept them wherever they take a model, and
+leave them as they are. A `TransformerBridge` or `HookedTransformer` computes with its own, possibly
+processed weights (folded norms, centred writes), so the scores are of these. Nothing here imports
+transformer_lens: 4.x has no `HookedTransformer`, and none is ever made here.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import CircuitError
+from ..utils.ranges import expect_kind
 from .graph import Architecture, Graph
+from .hook_points import Component
+from .hugging_face import PreTrainedModel, architecture_of, check_plain, has_experts
 from .language_model import LanguageModel
-from .stream import Component, Reading, Stream
+from .stream import Reading, Stream, widen
 
 
 @dataclass
@@ -54,6 +60,16 @@ class HookedModel:
         """Width of the residual stream."""
         return self.bridge.cfg.d_model
 
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        return bool(getattr(self.bridge.cfg, "num_experts", None))
+
+    @property
+    def sizes(self) -> tuple[int, int | None]:
+        """Rows of the embedding, and positions."""
+        return self.bridge.cfg.d_vocab, self.bridge.cfg.n_ctx
+
     @cached_property
     def architecture(self) -> Architecture:
         """Layers, heads and block order."""
@@ -71,23 +87,68 @@ class HookedModel:
         return Graph(self.architecture)
 
 
+@dataclass
+class BridgedModel(HookedModel):
+    """A `TransformerBridge` of TransformerLens 4, read as one that is made here."""
+
+    @property
+    def name(self) -> str:
+        """As its configuration says."""
+        return str(getattr(self.bridge.cfg, "model_name", None) or "TransformerBridge")
+
+    @property
+    def hf(self) -> nn.Module:
+        """The model of transformers inside."""
+        return self.bridge.original_model
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Layers, heads and block order."""
+        return architecture_of(self.hf.config, self.name)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        return has_experts(self.hf.config)  # pyright: ignore[reportArgumentType]
+
+
 AnyModel = LanguageModel | HookedModel | nn.Module
-"""What attribution reads: a `LanguageModel`, or a `HookedTransformer` of TransformerLens 3.9."""
+"""What attribution reads: a `LanguageModel`, a ``PreTrainedModel`` of transformers, or a
+`TransformerBridge` or `HookedTransformer` of TransformerLens."""
+
+
+def view_of(hf: PreTrainedModel) -> LanguageModel:
+    """A model of transformers as a `LanguageModel` over the same weights; it stays as it is."""
+    check_plain(hf, type(hf).__name__)
+    packed = {id(p): p for p in hf.parameters() if getattr(p, "quant_state", None) is not None}
+    plain = {
+        id(p): nn.Parameter(p.data, requires_grad=False)
+        for p in hf.parameters()
+        if id(p) not in packed
+    }
+    memo = {id(b): b for b in hf.buffers()} | plain | packed
+    name = getattr(hf.config, "name_or_path", "") or type(hf).__name__
+    return LanguageModel(str(name), copy.deepcopy(hf, memo), None)
 
 
 def as_model(model: AnyModel) -> LanguageModel | HookedModel:
-    """A `LanguageModel` as it is; a `HookedTransformer` with the properties of one.
+    """A `LanguageModel` as it is; other models with the properties of one.
 
     Raises:
-        CircuitError: anything else.
+        CircuitError: no model.
+        ModelError: a model with an adapter.
     """
     if isinstance(model, (LanguageModel, HookedModel)):
         return model
-    if any(c.__name__ == "HookedTransformer" for c in type(model).__mro__):
+    names = {c.__name__ for c in type(model).__mro__}
+    if "HookedTransformer" in names:
         return HookedModel(model)
-    raise CircuitError(
-        f"Expected a model from load_model(), or a HookedTransformer; got {type(model).__name__}."
-    )
+    if "TransformerBridge" in names:
+        return BridgedModel(model)
+    if "PreTrainedModel" in names or hasattr(model, "peft_config"):
+        return view_of(cast("PreTrainedModel", model))
+    expect_kind(CircuitError, "model", model, LanguageModel)
+    raise AssertionError
 
 
 def open_stream(model: AnyModel) -> Stream:
@@ -97,7 +158,9 @@ def open_stream(model: AnyModel) -> Stream:
         CircuitError: see `Stream`.
     """
     model = as_model(model)
-    return HookedStream(model) if isinstance(model, HookedModel) else Stream(model)
+    for part in ("graph", "bridge"):  # what a model lacks is told here
+        getattr(model, part)
+    return HookedStream(model) if type(model) is HookedModel else Stream(model)
 
 
 def _normalised(norm: Component, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
@@ -125,7 +188,7 @@ class HookedStream(Stream):
                 "has its grouped heads ungrouped (set_ungroup_grouped_query_attention)",
             ),
             (
-                not hasattr(self.blocks[0].ln2, "hook_normalized")
+                not hasattr(getattr(self.blocks[0], "ln2", None), "hook_normalized")
                 or str(c.original_architecture).startswith(("Olmo2", "Olmo3")),
                 "normalises behind its components alone",
             ),
@@ -168,13 +231,19 @@ class HookedStream(Stream):
         """What the MLP adds to the stream."""
         return f"blocks.{layer}.hook_mlp_out"
 
+    def own_logits(
+        self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """The same: it is its own copy."""
+        return self.logits(tokens, last)
+
     def logits(
         self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch vocab"]:
         """Logits at the last real position, in float32."""
         tokens = tokens.to(self.bridge.cfg.device)
         out = self.bridge(tokens, return_type="logits", padding_side="right")
-        return out[torch.arange(len(last)), last.to(out.device)].float()
+        return widen(out[torch.arange(len(last)), last.to(out.device)])
 
     def readings(self, layer: int) -> list[Reading]:
         """The q, k and v projections of a layer."""
@@ -202,14 +271,14 @@ class HookedStream(Stream):
 
     def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """What attention adds whatever its heads do; it belongs to no head."""
-        bias = self.blocks[layer].attn.b_O.detach().float()
+        bias = widen(self.blocks[layer].attn.b_O.detach())
         return bias if bias.any() else None
 
     def output_weight(self, layer: int) -> Float[Tensor, "d_model heads d_head"]:
         """The output projection, by head."""
-        return self.blocks[layer].attn.W_O.detach().float().permute(2, 0, 1)
+        return widen(self.blocks[layer].attn.W_O.detach()).permute(2, 0, 1)
 
 
 def _grouped(attn: Component, name: str) -> Float[Tensor, "heads ..."]:
     """A projection's own parameter; grouped k and v have one more, repeated for every head."""
-    return getattr(attn, f"_{name}", getattr(attn, name)).detach().float()
+    return widen(getattr(attn, f"_{name}", getattr(attn, name)).detach())

@@ -8,7 +8,8 @@ that what is analysed is what is deployed. Only this room imports transformer_le
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,15 +17,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..utils.libraries import quiet
+from ..errors import ModelError, TaskError
+from ..utils.files import half_pair
+from ..utils.libraries import first_line, is_out_of_memory, quiet
 from .graph import Architecture, Graph
-from .hugging_face import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from .hook_points import Component
+from .hugging_face import (
+    STATEFUL,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    architecture_of,
+    check_plain,
+    check_tokens,
+    has_experts,
+)
 from .layout import linear_weights, output_embeddings, turn, turn_back
-from .stream import Component
-
-PARALLEL = ("phi", "gptj", "codegen", "cohere", "falcon")
-"""Model types whose attention and MLP read the same stream, always."""
 
 MIN_SHARED = 96.0
 """Token positions that sharing a prefix must save to be worth a second forward call on a CPU."""
@@ -86,10 +94,15 @@ class LanguageModel:
     """The dtype of the checkpoint, in which edits are saved again."""
     sha256: str = ""
     """Hash of the safetensors files it was loaded from."""
+    folder: Path | None = None
+    """The folder on this machine that it was loaded from."""
+    unread: tuple[str, ...] = ()
+    """Tensors of those files that have no place in the model."""
     weights: dict[str, Tensor] = field(init=False, repr=False)
     """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
 
     def __post_init__(self) -> None:
+        check_plain(self.hf, self.name)
         turn(self.hf)
         self.weights = {n: p.requires_grad_(False) for n, p in self.hf.named_parameters()}
 
@@ -105,20 +118,17 @@ class LanguageModel:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Layers, heads and block order."""
-        c = self.config
-        heads = c.num_attention_heads
-        return Architecture(
-            n_layers=c.num_hidden_layers,
-            n_heads=heads,
-            n_kv_heads=getattr(c, "num_key_value_heads", None) or heads,
-            parallel=bool(getattr(c, "use_parallel_residual", c.model_type in PARALLEL)),
-        )
+        """Layers, heads and block order.
+
+        Raises:
+            ModelError: see `architecture_of`.
+        """
+        return architecture_of(self.config, self.name)
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self.config.hidden_size
+        return self.config.get_text_config(decoder=True).hidden_size
 
     @cached_property
     def graph(self) -> Graph:
@@ -169,22 +179,59 @@ class LanguageModel:
                 bridge = build_bridge_from_module(
                     sharing, arch, hf_config=self.config, tokenizer=self.tokenizer
                 )
-            except (ValueError, KeyError, NotImplementedError) as error:
+            except Exception as error:  # what it cannot bridge it trips over in many ways
+                if is_out_of_memory(error):
+                    raise
+                reason = first_line(error).rstrip(".")
                 raise ModelError(
-                    f"TransformerLens cannot bridge {arch} ({self.name}): {error}. "
+                    f"TransformerLens cannot bridge {arch} ({self.name}): {reason}. "
                     "Use a decoder family that it supports."
                 ) from error
         bridge.eval()
         return bridge
 
+    def check_editable(self) -> None:
+        """Raise ModelError unless every weight is float32, in which gradients and edits are
+        computed."""
+        for name, weight in self.weights.items():
+            if weight.dtype != torch.float32:
+                packed = "packed as " if not weight.is_floating_point() else ""
+                raise ModelError(
+                    f"{self.name}: {name} is {packed}{str(weight.dtype).removeprefix('torch.')}, "
+                    "expected float32, in which gradients and edits are computed. load_model() "
+                    "widens a checkpoint, and save() stores it in its own dtype again."
+                )
+
     def copy(self) -> LanguageModel:
         """An independent copy: its weights can be edited without touching this one's."""
         with quiet():
             hf = copy.deepcopy(self.hf)
-        return LanguageModel(self.name, hf, self.tokenizer, self.saved_dtype, self.sha256)
+        return replace(self, hf=hf)
+
+    def check_finite(self) -> None:
+        """Raise ModelError over a weight that holds NaN or infinity.
+
+        Raises:
+            ModelError: one does.
+        """
+        for name, weight in self.weights.items():
+            # A sum is finite only if its terms are; it may overflow where they are.
+            if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+                raise ModelError(
+                    f"{self.name}: the weight {name} holds NaN or infinity. Give a checkpoint of "
+                    "finite weights."
+                )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text exactly as written: nothing is prepended."""
+        """Token ids of a text exactly as written: nothing is prepended.
+
+        Raises:
+            TaskError: it holds half of a surrogate pair, which no tokenizer takes.
+        """
+        if half := half_pair(text):
+            raise TaskError(
+                f"The text {text[:200]!r} holds {half}, half of a surrogate pair: remove it."
+            )
         return self.get_tokenizer()(text, add_special_tokens=False).input_ids
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -216,28 +263,78 @@ class LanguageModel:
         Tokens that all rows begin with (an instruction, few-shot examples) are computed once, and
         their keys and values shared: the same logits and gradients, several times faster.
         """
+        low, high = tokens.aminmax()
+        check_tokens(self.name, self.sizes, int(low), int(high), tokens.shape[1])
         tokens, rows, at = (t.to(self.device) for t in (tokens, rows, at))
-        common = _common_prefix(tokens, at)
-        if common * (len(tokens) - 1) < self._min_shared:
+        by_parts, sharing = self._ways
+        if not by_parts:
+            return self.hf(input_ids=tokens, use_cache=False).logits[rows, at]
+        common = _common_prefix(tokens, at) if sharing else 0
+        if not common or common * (len(tokens) - 1) < self._min_shared:
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             return self.unembed(hidden[rows, at])
+        return self.unembed(self._after_prefix(tokens, common)[rows, at - common])
+
+    def _after_prefix(
+        self, tokens: Int[Tensor, "batch pos"], common: int
+    ) -> Float[Tensor, "batch rest d_model"]:
+        """Hidden states of the tokens behind a prefix that all rows share."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.config)
         self.hf.base_model(input_ids=tokens[:1, :common], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(tokens))
-        hidden = self.hf.base_model(
+        return self.hf.base_model(
             input_ids=tokens[:, common:], past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return self.unembed(hidden[rows, at - common])
+
+    @cached_property
+    def _ways(self) -> tuple[bool, bool]:
+        """Whether unembedding the base model's hidden states gives the model's own logits, and
+        whether it does so behind a shared prefix; tried once, on eight tokens.
+
+        Not with heads that transform first (BERT, ModernBERT), nor without a cache of keys (Mamba).
+        """
+        tokens = torch.tensor([[0, 1] * 4, [0, 1, 0, 1, 0, 0, 0, 1]], device=self.device)
+
+        def same(hidden: Callable[[], Tensor]) -> bool:
+            try:
+                found = self.unembed(hidden()[:, -1]).float()
+            except Exception:  # what is not there is missed in many ways
+                return False
+            return bool((found - own).norm() <= 0.02 * (own - own.mean()).norm())
+
+        with torch.no_grad():
+            own = self.hf(input_ids=tokens, use_cache=False).logits[:, -1].float()
+            if not own.isfinite().all():
+                return True, True
+            base = self.hf.base_model
+            by_parts = same(lambda: base(input_ids=tokens, use_cache=False).last_hidden_state)
+            keys = self.config.get_text_config(decoder=True).to_dict()
+            keeps_state = any(part in key for key in keys for part in STATEFUL)
+            sharing = by_parts and not keeps_state
+            return by_parts, sharing and same(lambda: self._after_prefix(tokens, 5))
+
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        return has_experts(self.config)
+
+    @property
+    def sizes(self) -> tuple[int, int | None]:
+        """Rows of the embedding, and positions where the configuration limits them."""
+        config = self.config.get_text_config(decoder=True)
+        rows = len(self.hf.get_input_embeddings().get_parameter("weight"))
+        return rows, getattr(config, "max_position_embeddings", None)
 
     def unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
         """Logits of what the final norm has made of hidden states, scaled and capped as in the
         model's own forward pass."""
         logits = output_embeddings(self.hf)(hidden)
-        scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere
-        scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite
-        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        config = self.config.get_text_config(decoder=True)
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         logits = logits * scale if scale != 1 else logits
         return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -18,14 +18,16 @@ from ..errors import ModelError
 from .hugging_face import PreTrainedModel
 
 SEPARATE = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",)}
-FUSED = ("c_attn", "qkv_proj", "query_key_value")
+FUSED = ("c_attn", "qkv_proj", "query_key_value", "Wqkv")
 HEADS_OUT = ("o_proj", "out_proj", "c_proj", "dense")
 MLP_IN = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
 MLP_OUT = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
-CONCATENATED = ("gpt2", "phi3")
+CONCATENATED = ("gpt2", "phi3", "mpt")
 """Model types whose fused projection is all q heads, then all k heads, then all v heads."""
 BY_HEAD = ("gpt_neox", "bloom")
 """Model types whose fused projection is q, k and v of the first head, then of the second..."""
+ONE_KEY = ("falcon", "gpt_bigcode")
+"""Model types with ``multi_query``: all q heads, then the only k head, then the only v head."""
 _ATTENTION = re.compile(r"\.(self_attn|attn|attention|self_attention)\.")
 
 
@@ -86,6 +88,13 @@ def linear_weights(hf: PreTrainedModel) -> list[str]:
     ]
 
 
+def decoder_weights(hf: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Those weights that belong to the decoder of a model, not to what sees or hears for it."""
+    decoder = hf.get_decoder()
+    place = next((name for name, module in hf.named_modules() if module is decoder), "")
+    return [n for n in names if n.startswith(f"{place}.")] or list(names)
+
+
 def _find(names: Sequence[str], layer: int, attention: bool, leaves: tuple[str, ...]) -> list[str]:
     out = []
     for name in names:
@@ -142,14 +151,19 @@ def head_slice(
     fused = _find(names, layer, True, FUSED)
     name = (fused or _raise_unknown(names, layer, f"{kind} projection"))[0]
     width = hf.get_parameter(name).shape[0] // (heads + 2 * kv_heads)
-    if hf.config.model_type in CONCATENATED:
+    config = hf.config.get_text_config(decoder=True)
+    kind_of_model, one_key = config.model_type, getattr(config, "multi_query", False)
+    by_head = kind_of_model in BY_HEAD or (kind_of_model == "falcon" and not one_key)
+    if getattr(config, "new_decoder_architecture", False):
+        by_head = one_key = False
+    if kind_of_model in CONCATENATED or (kind_of_model in ONE_KEY and one_key):
         first = {"q": 0, "k": heads, "v": heads + kv_heads}[kind] + head
-    elif hf.config.model_type in BY_HEAD:
+    elif by_head:
         first = 3 * head + "qkv".index(kind)
     else:
         raise ModelError(
             f"{name} holds q, k and v in one weight, in an order that is not known for model type "
-            f"{hf.config.model_type!r} (known: {', '.join(CONCATENATED + BY_HEAD)}). Masks need it."
+            f"{kind_of_model!r} (known: {', '.join(CONCATENATED + BY_HEAD)}). Masks need it."
         )
     return name, "rows", slice(first * width, (first + 1) * width)
 
@@ -164,6 +178,7 @@ def _raise_unknown(names: Sequence[str], layer: int, what: str) -> NoReturn:
 
 def check_layout(hf: PreTrainedModel, names: Sequence[str], heads: int, kv_heads: int) -> None:
     """Raise ModelError unless all weights of the first layer are found: cheap, before long work."""
+    names = decoder_weights(hf, names)
     for kind in ("q", "k", "v", "head"):
         head_slice(hf, names, layer=0, kind=kind, head=0, heads=heads, kv_heads=kv_heads)
     for writes in (False, True):

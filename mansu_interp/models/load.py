@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..errors import ConfigError, ModelError, ResourceError
-from ..utils.files import Json, expect, read_json
-from ..utils.hub import check_online, is_hub_name
+from ..utils.files import Json, expect, file_sha256, read_json
+from ..utils.hub import cached_model, check_online, fetch_model, is_hub_name
 from ..utils.libraries import first_line, is_out_of_memory, quiet
+from ..utils.ranges import expect_kind
 from ..utils.shipped import DATA
+from .files import weight_files
 from .language_model import LanguageModel
 
 EMBEDDED = DATA / "models"
@@ -22,6 +24,14 @@ MAX_SIZE = 10**8
 """Largest whole number in a config.json."""
 
 MAX_LAYERS = 1000
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""What weights are stored as, in safetensors' words."""
 
 SMALL = 10**7
 """Parameters below which ``auto`` stays on the CPU, which is faster then."""
@@ -32,18 +42,8 @@ def embedded_models() -> list[str]:
     return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").exists())
 
 
-def _cached(name: str) -> Path | None:
-    """The folder in which a model of the hub lies on this machine, if it does."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
-        return Path(found).parent
-    return None
-
-
-def _locate(name: str) -> str | Path:
-    """The folder of an embedded or local model, or the hub name itself."""
+def _locate(name: str, weights: bool = True) -> Path:
+    """The folder of an embedded or local model, or of one of the hub, fetched if need be."""
     if (EMBEDDED / name / "config.json").exists() and not re.search(r"[\\/]|^\.", name):
         return EMBEDDED / name
     folder = Path(name).expanduser()
@@ -54,24 +54,23 @@ def _locate(name: str) -> str | Path:
                 "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)."
             )
         return folder
-    if not is_hub_name(name):
-        raise ModelError(
-            f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
-            "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
-        )
-    if cached := _cached(name):
+    repository, at, revision = name.partition("@")
+    unknown = (
+        f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "
+        "a Hugging Face folder, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
+    )
+    valid = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision) if at else True
+    if not is_hub_name(repository, plain=True) or not valid:
+        raise ModelError(unknown)
+    if cached := cached_model(repository, revision or None, weights):
         return cached
-    check_online(f"Model {name!r}", ModelError)
-    return name
-
-
-def _hash_folder(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    try:
+        check_online(f"Model {name!r}", ModelError)
+    except ModelError as error:
+        if "/" in repository:
+            raise
+        raise ModelError(f"{unknown} {error}") from error  # more likely a slip
+    return fetch_model(repository, revision or None, weights)
 
 
 def _read_config(file: Path) -> dict[str, Json]:
@@ -103,16 +102,14 @@ def empty_model(name: str | Path) -> LanguageModel:
         ModelError: no such configuration, or one that transformers does not know.
     """
     given = Path(name)
-    place = given if given.suffix == ".json" and given.is_file() else _locate(str(name))
+    is_config = given.suffix == ".json" and given.is_file()
+    place = given if is_config else _locate(str(name), weights=False)
     with quiet():
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
-            if isinstance(place, Path):
-                raw = _read_config(place if place.is_file() else place / "config.json")
-                config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-            else:
-                config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+            raw = _read_config(place if is_config else place / "config.json")
+            config = AutoConfig.for_model(raw.pop("model_type"), **raw)
             with torch.device("meta"):
                 hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
         except ModelError:
@@ -153,8 +150,8 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
     """Load an embedded model, a local Hugging Face folder, or a model of the hub, in float32.
 
     Arguments:
-        name: embedded name (see `embedded_models`), folder, or ``owner/name`` on the hub. Only a
-            hub name may touch the network.
+        name: embedded name (see `embedded_models`), folder, or a name on the hub, ``owner/name`` or
+            ``owner/name@revision``. Only a hub name that is not in the cache touches the network.
         device: where it computes, as in `pick_device`; ``auto`` leaves a model below ten million
             parameters on the CPU, as `SMALL` says.
 
@@ -163,36 +160,31 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
         ModelError: unknown name, unreachable hub (within 5 s), no safetensors, or a checkpoint
             that is already packed to 4 or 8 bits.
     """
+    expect_kind(ModelError, "name", name, str, Path)
     target = pick_device(device)
     place = _locate(str(name))
     with quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        local = isinstance(place, Path)
-        if local:
-            raw = _read_config(place / "config.json")
-        else:
-            raw = AutoConfig.from_pretrained(place, trust_remote_code=False).to_dict()
+        raw = _read_config(place / "config.json")
         if packed := raw.get("quantization_config"):
             method = packed.get("quant_method") if isinstance(packed, dict) else "unknown"
             raise ModelError(
                 f"{name} is already quantized ({method}). Unlearning needs the full-precision "
                 "weights: give the original checkpoint; this tool quantizes the result itself."
             )
-        if local and not list(place.glob("*.safetensors")):
-            raise ModelError(
-                f"{name} has no *.safetensors file. Only safetensors are read (pickles can run "
-                "code): convert it with save_pretrained."
-            )
+        files = weight_files(place, raw)
         try:
             # Code that comes with a model is never run, and never offered to be.
-            how = {"local_files_only": local, "trust_remote_code": False}
-            hf = AutoModelForCausalLM.from_pretrained(
-                place, dtype=torch.float32, use_safetensors=True, **how
-            ).eval()
+            how = {"local_files_only": True, "trust_remote_code": False}
+            hf, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
+                place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **how
+            )
+            hf.eval()
             small = device == "auto" and hf.num_parameters() < SMALL
             hf.to(torch.device("cpu") if small else target)  # pyright: ignore[reportArgumentType]
             tokenizer = AutoTokenizer.from_pretrained(place, **how)
+            tokenizer.decode(tokenizer("a").input_ids)  # a damaged one may load, and fail here
         except Exception as error:  # the libraries below trip over damaged files in many ways
             if is_out_of_memory(error):
                 raise ResourceError(
@@ -200,9 +192,33 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
                     "much again for each copy: take a smaller model or a larger machine."
                 ) from error
             raise ModelError(f"{name} could not be loaded: {first_line(error)}") from error
-    named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").split(".")[-1]
-    saved = getattr(torch, named, None)
-    if not isinstance(saved, torch.dtype) or not saved.is_floating_point:
-        raise ModelError(f"{name} has the dtype {named[:80]!r} in its config.json; no such float.")
-    folder = place if isinstance(place, Path) else _cached(place)
-    return LanguageModel(str(name), hf, tokenizer, saved, _hash_folder(folder) if folder else "")
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights, such as {missing[0]}, which would be random. "
+            "Give a whole checkpoint that fits its config.json."
+        )
+    unread = tuple(sorted(found["unexpected_keys"]))
+    dtype, sha = _stored_dtype(name, files), file_sha256(*files)
+    return LanguageModel(str(name), hf, tokenizer, dtype, sha, place, unread)
+
+
+def _stored_dtype(name: str | Path, files: Sequence[Path]) -> torch.dtype:
+    """The dtype in which a checkpoint's weights are stored, whatever its config.json says; of
+    several, one that holds all their values.
+
+    Raises:
+        ModelError: they are no floats.
+    """
+    from safetensors import safe_open
+
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+    kinds = {DTYPES[x] for x in found if x in DTYPES}
+    if not kinds:
+        raise ModelError(
+            f"{name} stores {', '.join(sorted(found)) or 'no weights'}; expected floats, such as "
+            f"{', '.join(DTYPES)}. Give the original checkpoint."
+        )
+    return kinds.pop() if len(kinds) == 1 else torch.float32

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import einsum, rearrange
@@ -21,21 +21,10 @@ from torch import Tensor, nn
 
 from ..errors import CircuitError
 from .graph import Graph
+from .hook_points import Component, Hook
 
-Component: TypeAlias = Any
-"""A module of TransformerLens or bitsandbytes; which attributes it has depends on the library's
-version and the architecture."""
-
-
-@runtime_checkable
-class HookPoint(Protocol):
-    """What TransformerLens hands to a hook beside the value."""
-
-    name: str | None
-    """As in the hook list."""
-
-
-Hook = Callable[[Tensor, HookPoint], Tensor | None]
+ADD_INSIDE = ("bloom", "mpt")
+"""Model types whose MLP module adds the stream to its output itself."""
 
 
 @runtime_checkable
@@ -77,38 +66,15 @@ class StreamedModel(Protocol):
         """Every parameter by name."""
         ...
 
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        ...
 
-class Recorder:
-    """Remembers the tensors that pass the named hooks."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, Tensor] = {}
-
-    def __call__(self, value: Tensor, hook: HookPoint) -> Tensor:
-        """Remember a value under its hook point's name, and pass it on.
-
-        A view: where attention and MLP share one norm (Phi), the gradient at one of them must not
-        hold the other's.
-        """
-        seen = self.seen[str(hook.name)] = value.view_as(value)
-        return seen
-
-    def on(self, names: list[str]) -> list[tuple[str, Hook]]:
-        """Hook list for `Stream.hooked`."""
-        return [(n, self) for n in names]
-
-    def __getitem__(self, name: str) -> Tensor:
-        """What passed a hook point.
-
-        Raises:
-            CircuitError: nothing did.
-        """
-        if name not in self.seen:
-            raise CircuitError(
-                f"This version of TransformerLens does not run the hook point {name} on this "
-                "architecture. Install transformer-lens 4.3 or newer."
-            )
-        return self.seen[name]
+    @property
+    def sizes(self) -> tuple[int, int | None]:
+        """Rows of the embedding, and positions where they are limited."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -121,11 +87,23 @@ class Reading:
     bias: Float[Tensor, "heads d_head"] | None
 
 
+def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """At least float32, in which sums are taken; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _out_in(linear: Component) -> Float[Tensor, "out in"]:
-    """Weight of a linear module in ``[out, in]`` layout, float32."""
-    weight = linear.weight.detach().float()
+    """Weight of a linear module in ``[out, in]`` layout."""
+    weight = linear.weight.detach()
     original = getattr(linear, "original_component", linear)
     return weight.T if type(original).__name__ == "Conv1D" else weight
+
+
+def _text_config(hf: nn.Module) -> Component:
+    """The configuration of a model's decoder; None of what is not of transformers."""
+    config = getattr(hf, "config", None)
+    read = getattr(config, "get_text_config", None)
+    return None if read is None else read(decoder=True)
 
 
 def _by_head(rows: Float[Tensor, "out ..."], heads: int) -> Float[Tensor, "heads d_head ..."]:
@@ -150,7 +128,6 @@ class Stream:
         self.blocks = list(self.bridge.blocks)
         self.parallel = arch.parallel
         self._check()
-        self.d_head = self.output_weight(0).shape[2]
 
     def _check_weights(self) -> None:
         name = self.model.name
@@ -175,22 +152,20 @@ class Stream:
 
     def _check(self) -> None:
         self._check_weights()
-        name, first = self.model.name, self.blocks[0]
-        missing = [
-            part
-            for part, there in {
-                "ln1": hasattr(first, "ln1"),
-                "an MLP": hasattr(first, "mlp"),
-                **{c: getattr(getattr(first, "attn", None), c, None) is not None for c in "qkvo"},
-            }.items()
-            if not there
-        ]
-        if missing:
-            raise CircuitError(
-                f"{name}: attribution needs decoder blocks with ln1, q, k, v, o and an MLP; "
-                f"{type(first).__name__} lacks {', '.join(missing)}."
-            )
-        if type(first).__name__.startswith("Parallel") != self.parallel:
+        name = self.model.name
+        for layer, block in enumerate(self.blocks):
+            attention = getattr(block, "attn", None)
+            parts = {
+                "an MLP": hasattr(block, "mlp"),
+                **{c: getattr(attention, c, None) is not None for c in "qkvo"},
+            }
+            if missing := [part for part, there in parts.items() if not there]:
+                raise CircuitError(
+                    f"{name}: attribution needs decoder blocks with q, k, v, o and an MLP; "
+                    f"{type(block).__name__} {layer} lacks {', '.join(missing)}."
+                )
+            self._check_heads(layer, attention)
+        if type(self.blocks[0]).__name__.startswith("Parallel") != self.parallel:
             raise CircuitError(
                 f"{name}: TransformerLens runs attention and MLP "
                 f"{'one after the other' if self.parallel else 'in parallel'}, the configuration "
@@ -202,6 +177,36 @@ class Stream:
                 f"{name} normalises the stream itself after each block (do_layer_norm_before = "
                 "False), so that no component adds to it. Not supported."
             )
+        self._check_hooks()
+
+    def _check_heads(self, layer: int, attention: Component) -> None:
+        """Raise CircuitError unless the projections have as many rows as the heads need."""
+        rows = {kind: _out_in(getattr(attention, kind)).shape[0] for kind in "qkv"}
+        size = {
+            "q": rows["q"] // self.n_heads,
+            "k": rows["q"] // self.n_heads,
+            "v": _out_in(attention.o).shape[1] // self.n_heads,
+        }
+        for kind, n in (("q", self.n_heads), ("k", self.n_kv), ("v", self.n_kv)):
+            if rows[kind] != n * size[kind]:
+                raise CircuitError(
+                    f"{self.model.name}: the {kind} projection of layer {layer} has {rows[kind]} "
+                    f"rows; {n} heads of {size[kind]} need {n * size[kind]}, so its heads are not "
+                    "known. This architecture is not supported."
+                )
+
+    def _check_hooks(self) -> None:
+        """Raise CircuitError unless every hook point that attribution uses is there."""
+        known = self.bridge.hook_dict
+        for i in range(self.n_layers):
+            needed = [self.projected(i, kind) for kind in "qkv"]
+            needed += [self.before_attention(i), self.before_mlp(i), self.mlp_in(i)]
+            for name in (*self.writers(), *needed, self.final):
+                if name not in known:
+                    raise CircuitError(
+                        f"{self.model.name} has no hook point {name} in TransformerLens: no stream "
+                        "to which its components add. This architecture is not supported."
+                    )
 
     # Hook points. A name with a layer belongs to that layer's block.
     input = "blocks.0.hook_in"
@@ -218,7 +223,9 @@ class Stream:
 
     def before_mlp(self, layer: int) -> str:
         """The stream that a layer's MLP reads."""
-        return f"blocks.{layer}." + ("hook_in" if self.parallel else "ln2.hook_in")
+        if self.parallel:
+            return f"blocks.{layer}.hook_in"
+        return f"blocks.{layer}.{'ln2' if hasattr(self.blocks[layer], 'ln2') else 'mlp'}.hook_in"
 
     def projected(self, layer: int, kind: str) -> str:
         """Output of the q, k or v projection, by head."""
@@ -237,9 +244,27 @@ class Stream:
         return f"blocks.{layer}.mlp.out.hook_in"
 
     def mlp_out(self, layer: int) -> str:
-        """What the MLP adds to the stream."""
-        after = hasattr(self.blocks[layer], "ln2_post")
-        return f"blocks.{layer}." + ("ln2_post.hook_out" if after else "mlp.hook_out")
+        """What the MLP adds to the stream, up to `scale`."""
+        if hasattr(self.blocks[layer], "ln2_post"):
+            return f"blocks.{layer}.ln2_post.hook_out"
+        inside = self.kind in ADD_INSIDE
+        return f"blocks.{layer}.mlp." + ("out.hook_out" if inside else "hook_out")
+
+    @cached_property
+    def kind(self) -> str:
+        """The decoder's model type in transformers, if it has one."""
+        return str(getattr(_text_config(self.model.hf), "model_type", ""))
+
+    @cached_property
+    def scale(self) -> float:
+        """What everything that attention and MLP add is multiplied with (Granite)."""
+        return float(getattr(_text_config(self.model.hf), "residual_multiplier", None) or 1.0)
+
+    def mlp_write(
+        self, layer: int, value: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
+        """What the MLP adds to the stream, from the value at its hook point."""
+        return widen(value) * self.scale if self.scale != 1 else widen(value)
 
     def writers(self) -> list[str]:
         """All hook points from which the writes are rebuilt."""
@@ -263,7 +288,24 @@ class Stream:
             return hidden[rows, last.to(hidden.device)][:, None]
 
         with self.hooked([("unembed.hook_in", last_only)]):
-            return self.bridge(tokens.to(device), return_type="logits")[:, 0].float()
+            return widen(self.bridge(tokens.to(device), return_type="logits")[:, 0])
+
+    def own_logits(
+        self, tokens: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """The same as the model itself computes them, without any hook; of one with packed layers,
+        which not every processor runs, as its unpacked copy does."""
+        if any(not w.is_floating_point() for w in self.model.weights.values()):
+            return self.logits(tokens, last)
+        out = self.model.hf(input_ids=tokens.to(self.model.device), use_cache=False).logits
+        return widen(out[torch.arange(len(last)), last.to(out.device)])
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The least precise dtype in which a weight is computed with."""
+        weights = self.model.weights.values()
+        found = {getattr(getattr(w, "quant_state", None), "dtype", w.dtype) for w in weights}
+        return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
     def readings(self, layer: int) -> list[Reading]:
         """The q, k and v projections of a layer."""
@@ -274,8 +316,8 @@ class Stream:
             out.append(
                 Reading(
                     kind,
-                    _by_head(_out_in(linear), n),
-                    None if bias is None else _by_head(bias.detach().float(), n),
+                    _by_head(widen(_out_in(linear)), n),
+                    None if bias is None else _by_head(widen(bias.detach()), n),
                 )
             )
         return out
@@ -283,17 +325,19 @@ class Stream:
     def norm(self, layer: int, mlp: bool) -> Callable[[Tensor], Tensor]:
         """The norm in front of a layer's attention or MLP."""
         block = self.blocks[layer]
-        norm = block.ln2 if mlp and hasattr(block, "ln2") else block.ln1
-        return getattr(norm, "original_component", norm)
+        after = hasattr(block, "ln1_post") and not hasattr(block, "ln1")  # OLMo 2
+        first = None if after else block.ln1
+        norm = getattr(block, "ln2", None if after else first) if mlp else first
+        return (lambda x: x) if norm is None else getattr(norm, "original_component", norm)
 
     def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """What attention adds whatever its heads do; it belongs to no head."""
         bias = getattr(self.blocks[layer].attn.o, "bias", None)
-        return None if bias is None else bias.detach().float()
+        return None if bias is None else widen(bias.detach()) * self.scale
 
     def output_weight(self, layer: int) -> Float[Tensor, "d_model heads d_head"]:
         """The output projection, by head."""
-        weight = _out_in(self.blocks[layer].attn.o)
+        weight = widen(_out_in(self.blocks[layer].attn.o))
         return rearrange(
             weight, "d_model (heads d_head) -> d_model heads d_head", heads=self.n_heads
         )
@@ -312,14 +356,14 @@ class Stream:
             z: what the heads put out, by head or one behind the other.
         """
         weight = self.output_weight(layer)
-        if z.shape[-1] != self.d_head:
+        if z.shape[-1] != weight.shape[2]:
             z = rearrange(z, "... (heads d_head) -> ... heads d_head", heads=self.n_heads)
         writes = einsum(
-            z.float(), weight, "... heads d_head, d_model heads d_head -> heads ... d_model"
+            widen(z), weight, "... heads d_head, d_model heads d_head -> heads ... d_model"
         )
         if hasattr(self.blocks[layer], "ln1_post"):
             writes = writes * self._share(layer, writes.sum(0))
-        return writes
+        return writes * self.scale if self.scale != 1 else writes
 
     def _share(
         self, layer: int, total: Float[Tensor, "*rows d_model"]
@@ -340,5 +384,5 @@ class Stream:
                 "head's write is no share of it. Not supported."
             )
         ones = torch.ones_like(total[..., :1, :].flatten(0, -2)[:1])
-        gain = norm(ones)[0].float() * (1 + eps) ** 0.5
+        gain = widen(norm(ones)[0]) * (1 + eps) ** 0.5
         return gain * (total.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -2,22 +2,7 @@
 
 One file per library behind one interface (`Quantizer`). An edit survives when it changes the
 code, and is free of collateral when no other code changes.
+
+Public, from `mansu_interp`: NF4, Survival, quantize, survival, get_quantizer. The rest is
+implementation.
 """
-
-from .base import Cells, Quantizer
-from .bitsandbytes import NF4, FourBit, Int8
-from .registry import QUANTIZERS, get_quantizer
-from .survival import Survival, quantize, survival
-
-__all__ = [
-    "NF4",
-    "QUANTIZERS",
-    "Cells",
-    "FourBit",
-    "Int8",
-    "Quantizer",
-    "Survival",
-    "get_quantizer",
-    "quantize",
-    "survival",
-]

@@ -41,7 +41,8 @@ _FITTED: dict[tuple[str, str, tuple[int, ...]], dict[str, Quantizer]] = {}
 class Fitted(Quantizer):
     """One weight as a calibrated quantizer left it; knows no other."""
 
-    restored: Float[Tensor, "out in"]
+    restored: Float[Tensor, "*shape"]
+    """Of a matrix, or of a norm that was scaled with it."""
     found: Cells | None = None
     """None: left in full precision, but scaled."""
     promises: bool = False
@@ -52,7 +53,7 @@ class Fitted(Quantizer):
             raise ConfigError("This weight was scaled and not quantized: it has no codes.")
         return self.found
 
-    def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def round_trip(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The values that calibration gave to this weight."""
         return self.restored
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ConfigError, ModelError
 from ..models.language_model import LanguageModel
+from ..utils.ranges import expect_kind
 from .base import Quantizer
 from .registry import get_quantizer
 
@@ -31,7 +33,10 @@ def quantize(
     Raises:
         ConfigError: unknown quantizer, its library is missing, or calibration prompts are.
     """
+    expect_kind(ModelError, "model", model, LanguageModel)
+    model.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    expect_kind(ConfigError, "quantizer", quantizer, Quantizer)
     copy = model.copy()
     for name, layer in quantizer.fit(model, calibration).items():
         copy.weights[name].copy_(layer.round_trip(model.weights[name].cpu()))
@@ -52,7 +57,8 @@ class Survival:
     """Edited weights whose quantized value moved in the direction of the edit. This and all below
     are None where the quantizer moves scales between layers (AWQ)."""
     update_over_bin: float | None = None
-    """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels)."""
+    """RMS of the edit over the RMS of the local bin width (the group's mean gap between levels).
+    None, too, where all edits lie in groups of zeros, which have no bins."""
     share_kept: float | None = None
     """<dQ, d> / <d, d>: the share of the edit that is left in the quantized model, 1 = all."""
     noise_over_signal: float | None = None
@@ -71,7 +77,12 @@ def survival(
 
     With ``embedding``: over the input embedding alone, were it quantized as linear layers are.
     """
+    expect_kind(ModelError, "before", before, LanguageModel)
+    expect_kind(ModelError, "after", after, LanguageModel)
+    before.check_editable()
+    after.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    expect_kind(ConfigError, "quantizer", quantizer, Quantizer)
     edited = survived = collateral = intended = 0
     update = bins = along = noise = 0.0
     if embedding:
@@ -116,7 +127,7 @@ def survival(
         survived,
         collateral,
         intended=intended,
-        update_over_bin=(update / bins) ** 0.5,
+        update_over_bin=(update / bins) ** 0.5 if bins else None,
         share_kept=along / update,
         noise_over_signal=(noise / update) ** 0.5,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..utils import number_of
+from ..utils.words import number_of
 from ..viz.svg import curve_svg
 from .blocks import Block, Graph, Picture, Table
 from .records import CircuitSummary, Report
@@ -29,8 +29,9 @@ def graph_blocks(report: Report) -> list[Block]:
         ]
     if report.graph:
         blocks += [
-            "What became of every edge of the graph. Drag to move, click to select; the three "
-            "graphs share it.",
+            "What became of every edge of the graph. Drag to move, click to select; the graphs "
+            "share it. Where relearning was tried, the prompts are of the half that was not "
+            "relearned: an edge that comes back with the other half was only suppressed.",
             Graph(report.graph, _edge_counts(report)),
         ]
     return blocks

@@ -1,20 +1,19 @@
-"""The report as Markdown, and the model card of the edited checkpoint."""
+"""The report as Markdown."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-from ..utils import number_of
+from ..errors import printable
 from .blocks import Block, Cards, Code, Graph, Picture, Table
 from .records import Report
-from .story import heading, scores_blocks, sections
-from .values import measured, percent, status_of
+from .story import heading, sections
+from .values import measured, status_of
 
 
 def markdown_text(text: str) -> str:
     """Text on one line in which nothing is markup."""
-    line = " ⏎ ".join(text.strip().splitlines())
+    line = " ⏎ ".join(printable(part) for part in text.strip().splitlines())
     line = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -47,7 +46,7 @@ def _code(code: Code) -> str:
     longest = max((len(run) for run in re.findall("`+", code.text)), default=0)
     fence = "`" * max(3, longest + 1)
     title = f"{markdown_text(code.folded)}:\n\n" if code.folded else ""
-    return f"{title}{fence}\n{code.text}\n{fence}"
+    return f"{title}{fence}\n{printable(code.text)}\n{fence}"
 
 
 def markdown_block(block: Block) -> str:
@@ -77,34 +76,3 @@ def render_markdown(report: Report) -> str:
         parts.append(f"## {section.title}")
         parts += [text for block in section.blocks if (text := markdown_block(block))]
     return "\n\n".join(parts) + "\n"
-
-
-def model_card(report: Report) -> str:
-    """``README.md`` for the checkpoint's folder, rendered from the report only."""
-    from huggingface_hub import ModelCardData
-
-    name = report.model.name
-    # Only a name on the hub may stand in the metadata; a path would be taken for one.
-    base = name if name.count("/") == 1 and not Path(name).exists() else None
-    data = ModelCardData(
-        base_model=base,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["unlearning", "mansu-interp"],
-    )
-    top, edit = heading(report), report.edit
-    blocks = [
-        f"# {markdown_text(Path(name).name)}, edited to forget",
-        f"Task: {markdown_text(report.task.title)}",
-        f"**{top.status.capitalize()}.** {markdown_text(top.sentence)}",
-        f"Of `{markdown_text(name)}`, {number_of(edit.edited, 'parameter')} changed "
-        f"({percent(edit.share, 3)}), nothing else. The licence of that model applies to this one.",
-        "## Scorecard",
-        markdown_block(Cards(report.properties)),
-        *map(markdown_block, scores_blocks(report)),
-        "All scores are on phrasings that unlearning never saw, on the checkpoint as saved. "
-        "Surviving quantization is not erasure: relearning can bring the answers back.",
-        "## Made with",
-        markdown_block(Code(report.command)),
-    ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(b for b in blocks if b) + "\n"

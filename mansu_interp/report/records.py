@@ -14,6 +14,7 @@ from ..evaluation.versions import ModelVersion
 from ..quantizers.survival import Survival
 from ..utils.files import Json, read_json
 from ..utils.records import from_json, to_json
+from .values import count, figure
 
 SCHEMA = 2
 
@@ -60,6 +61,10 @@ class FinalMargin:
     margin: float
     """Nats below the mean of their relation's answers that were asked for."""
 
+    def __str__(self) -> str:
+        above, target = figure(self.above, 2), figure(0.0 - self.margin, 2)
+        return f"{count(self.edits)} edits, {above} nats above a target of {target}"
+
 
 @dataclass(frozen=True)
 class QuantizationMargin:
@@ -70,6 +75,10 @@ class QuantizationMargin:
     """Nats by which they lie below full precision's."""
     margin: float
     """Nats that were asked for."""
+
+    def __str__(self) -> str:
+        reached, asked = figure(self.reached, 2), figure(self.margin, 2)
+        return f"{count(self.edits)} edits, {reached} of {asked} nats"
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..evaluation.properties import Property
-from ..evaluation.scores import METRICS, Metric, ScoreRow
+from ..evaluation.scores import METRICS, Metric, Score, ScoreRow
 from ..evaluation.versions import ModelVersion
-from ..utils import number_of
+from ..utils.words import number_of
 from ..viz.plots import lines_svg
 from .blocks import Block, Cards, Code, Picture, Section, Table
 from .graphs import circuit_blocks, graph_blocks
 from .records import (
     Edit,
-    FinalMargin,
-    QuantizationMargin,
     QuantizerRow,
     Report,
     Sample,
@@ -68,19 +66,6 @@ def against(item: Property) -> str:
     return f"target {measured(item.target)}, headroom {headroom}"
 
 
-def final_margin_text(margin: FinalMargin) -> str:
-    """Edits made for the final margin, and how near its target they came."""
-    target = figure(0.0 - margin.margin, 2)
-    made = number_of(margin.edits, "edit")
-    return f"{made}, {figure(margin.above, 2)} nats above a target of {target}"
-
-
-def quantization_margin_text(margin: QuantizationMargin) -> str:
-    """Edits made for the quantization margin, and how much of it they reached."""
-    reached, asked = figure(margin.reached, 2), figure(margin.margin, 2)
-    return f"{number_of(margin.edits, 'edit')}, {reached} of {asked} nats"
-
-
 def sections(report: Report, svg: str = "") -> list[Section]:
     """The report as sections: what was measured, why, and how to make it again.
 
@@ -110,6 +95,12 @@ def scores_blocks(report: Report) -> list[Block]:
     ]
     if groups:
         blocks += (_wide if len(groups) <= 2 else _by_metric)(report.scores, groups)
+    if any(s.last is not None for row in report.scores for s in row.scores):
+        blocks.append(
+            "Answer ranked last of the four, original → unlearned; an answer that is avoided is "
+            "given away as well:"
+        )
+        blocks.append(_across(report.scores, groups, lambda s: s.last))
     if report.perplexity:
         blocks.append("Perplexity of running text (lower is better):")
         rows = [[str(p.model), figure(p.value)] for p in report.perplexity]
@@ -167,21 +158,31 @@ def _wide(entries: Sequence[ScoreRow], groups: Groups) -> list[Block]:
 
 
 def _by_metric(entries: Sequence[ScoreRow], groups: Groups) -> list[Block]:
-    """A table a metric, a column a precision: for more of them than fit side by side."""
+    """A table a metric: for more precisions than fit side by side."""
     blocks: list[Block] = []
     for metric in METRICS:
-        chance = metric == "choice"
-
-        def cells(e: ScoreRow, metric: Metric = metric, chance: bool = chance) -> list[str]:
-            return [percent(e.chance)] * chance + [
-                " → ".join(_accuracy(e, v, metric) for v in vs) for vs in groups.values()
-            ]
-
         name = LABELS[metric]
         blocks.append(f"{name[0].upper()}{name[1:]}, original → unlearned:")
-        head = ["set", "n", *["chance"] * chance, *groups]
-        blocks.append(Table(head, _by_role(entries, cells)))
+        blocks.append(_across(entries, groups, lambda s, m=metric: s.value(m), metric == "choice"))
     return blocks
+
+
+def _across(
+    entries: Sequence[ScoreRow],
+    groups: Groups,
+    share: Callable[[Score], float | None],
+    chance: bool = True,
+) -> Table:
+    """A table of one share, a column a precision."""
+
+    def cells(e: ScoreRow) -> list[str]:
+        return [percent(e.chance)] * chance + [
+            " → ".join(percent(share(e[v]) if v in e.models else None) for v in vs)
+            for vs in groups.values()
+        ]
+
+    head = ["set", "n", *["chance"] * chance, *groups]
+    return Table(head, _by_role(entries, cells))
 
 
 def _erasure(report: Report) -> list[Block]:
@@ -273,10 +274,9 @@ def _edit_facts(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[list[str
     if edit.embedding:
         rows.append(["of these in the embedding, which is not quantized", count(edit.embedding)])
     if edit.final_margin:
-        rows.append(["for the final margin", final_margin_text(edit.final_margin)])
+        rows.append(["for the final margin", str(edit.final_margin)])
     if edit.quantization_margin:
-        text = quantization_margin_text(edit.quantization_margin)
-        rows.append(["for the quantization margin", text])
+        rows.append(["for the quantization margin", str(edit.quantization_margin)])
     if quantizers:
         name, found = quantizers[0].name, quantizers[0].survival
         kept = f" ({percent(found.survived / found.edited)} of the edited)" if found.edited else ""

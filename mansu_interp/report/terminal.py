@@ -7,6 +7,7 @@ model name can style or steer the terminal.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
@@ -14,16 +15,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from ..evaluation.scores import METRICS, Metric, ScoreRow
 from ..evaluation.versions import ModelVersion
-from ..utils import number_of
+from ..utils.words import number_of
 from .graphs import edge_counts
 from .records import Report
 from .story import (
     ROLES,
-    final_margin_text,
     heading,
-    quantization_margin_text,
 )
 from .values import DASH, count, measured, percent, status_of
 
@@ -72,7 +72,7 @@ _ONE_LINE = {"no_wrap": True, "overflow": "ellipsis"}
 
 def _text(text: str, style: str = "") -> Text:
     """Text of anybody's: on one line, without control characters, never markup."""
-    return Text("".join(c if c.isprintable() else " " for c in text), style)
+    return Text(re.sub(r"\s", " ", printable(text)), style)
 
 
 def _sum(report: Report) -> str:
@@ -140,10 +140,9 @@ def _lines(report: Report) -> list[Text]:
         line += f". Circuit: {count(circuit.edges)} of {count(circuit.of)} edges"
     out = [f"{line}."]
     if edit.final_margin:
-        out.append(f"Final margin: {final_margin_text(edit.final_margin)}.")
+        out.append(f"Final margin: {edit.final_margin}.")
     if edit.quantization_margin:
-        text = quantization_margin_text(edit.quantization_margin)
-        out.append(f"Quantization margin: {text}.")
+        out.append(f"Quantization margin: {edit.quantization_margin}.")
     if counts := edge_counts(report):
         out.append(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in counts.items())}.")
     if cad := report.cad:

@@ -7,21 +7,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..utils.files import write_json, write_text
+from ..utils.files import json_text, write_text
 from .html import render_html
 from .markdown import render_markdown
 from .records import Report
 
 
-def write_report(folder: Path, report: Report, svg: str) -> None:
-    """Write ``report.json``, ``report.md`` and ``report.html``, each whole or not at all.
+def report_files(report: Report, svg: str) -> dict[str, str]:
+    """What ``report.json``, ``report.md`` and ``report.html`` hold.
 
     Arguments:
-        folder: where they go.
         report: what a run found.
         svg: the circuit's picture, as it is; empty for none.
     """
-    folder = Path(folder)
-    write_json(folder / "report.json", report.to_json())
-    write_text(folder / "report.md", render_markdown(report))
-    write_text(folder / "report.html", render_html(report, svg))
+    return {
+        "report.json": json_text(report.to_json()),
+        "report.md": render_markdown(report),
+        "report.html": render_html(report, svg),
+    }
+
+
+def write_report(folder: Path, report: Report, svg: str) -> None:
+    """Write the three files into a folder, each whole or not at all."""
+    for name, text in report_files(report, svg).items():
+        write_text(Path(folder) / name, text)

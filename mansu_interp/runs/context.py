@@ -11,7 +11,7 @@ from ..models.provenance import Provenance
 from ..tasks.task import Task
 from ..utils.distributed import first_says, rank
 from .config import RunConfig
-from .folder import Clock
+from .folder import Clock, RunFolder
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (stage, done, total); total 0 = unknown."""
@@ -29,6 +29,8 @@ class RunContext:
     """What the run is made from; stands in every artefact."""
     note: OnProgress
     clock: Clock
+    folder: RunFolder
+    """Its files; only the process that writes uses it."""
 
     @property
     def out(self) -> Path:

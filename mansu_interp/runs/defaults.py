@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import ArtifactError, ConfigError, TaskError
+from ..tasks.data.sources import is_file
 from ..tasks.files import ROBUST
 from ..unlearning.methods import Mansu, get_method
 from ..utils.files import Json, expect, read_json
@@ -59,7 +60,7 @@ def _task_config(model: str, task: str | None, robust: bool) -> RunConfig:
     config = RunConfig(model=model, task=task)
     name = task or default_task(model)
     shipped = DATA / "tasks" / f"{name}.json"
-    path = shipped if shipped.exists() else Path(name)
+    path = shipped if is_file(shipped) else Path(name)
     try:
         spec = read_json(path)
     except ArtifactError:
@@ -71,7 +72,7 @@ def _task_config(model: str, task: str | None, robust: bool) -> RunConfig:
         if old := renamed_setting(spec.get(key)):
             raise TaskError(f"{key} of task {name!r}: {old}.")
     config = _updated(config, spec.get("settings", {}), f"settings of task {name!r}")
-    if not robust or not path.exists():
+    if not robust or not is_file(path):
         return config
     if ROBUST not in spec:
         raise TaskError(

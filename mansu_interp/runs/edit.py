@@ -12,6 +12,7 @@ from ..circuits.circuit import Circuit
 from ..circuits.discover import discover
 from ..errors import ArtifactError, ConfigError
 from ..evaluation.versions import QUANTIZER
+from ..export.deployed import save_edited
 from ..export.ledger import Ledger
 from ..masks.mask import Mask
 from ..masks.select import circuit_mask, random_mask
@@ -21,10 +22,10 @@ from ..tasks.task import Task
 from ..unlearning.history import StepRecord
 from ..unlearning.methods import Mansu, MansuRandomMask, MansuWholeModel
 from ..unlearning.unlearn import unlearn
-from ..utils.files import atomic_folder, write_json
 from ..utils.libraries import enough_memory
 from .config import RunConfig
 from .context import RunContext
+from .folder import CIRCUIT, GRAPHML, HISTORY, LEDGER, MASK, MODEL
 
 FINISH = {
     "quantization_margin_reached": "reaching the quantization margin",
@@ -66,7 +67,7 @@ def edit(run: RunContext) -> Edited:
 
 def find_circuit(run: RunContext) -> Circuit:
     """``circuit.json``, made or read."""
-    settings, file = run.config.circuit, run.out / "circuit.json"
+    settings, file = run.config.circuit, run.out / CIRCUIT
     if run.missing(file):
         torch.manual_seed(run.config.seed)
         with enough_memory(
@@ -84,11 +85,14 @@ def find_circuit(run: RunContext) -> Circuit:
             )
         found = replace(found, meta=replace(found.meta, provenance=run.provenance))
         if run.writes:
-            found.save_graphml(run.out / "circuit.graphml")
-            found.save(file)
+            with run.folder.file(CIRCUIT) as made:
+                found.save(made)
         run.wait()
-    pairs = run.task.forget.sample(settings.pairs, run.config.seed)
-    circuit = replace(Circuit.load(file), pairs=pairs)
+    circuit = Circuit.load(file)
+    if run.writes and not (run.out / GRAPHML).exists():
+        with run.folder.file(GRAPHML) as made:
+            circuit.save_graphml(made)
+    circuit = replace(circuit, pairs=run.task.forget.sample(settings.pairs, run.config.seed))
     circuit.check_fits(run.model)
     run.clock.lap("discover")
     return circuit
@@ -136,7 +140,7 @@ def make_mask(
 
 def choose_parameters(run: RunContext, circuit: Circuit | None) -> Mask:
     """``mask.safetensors``, made or read."""
-    config, file = run.config, run.out / "mask.safetensors"
+    config, file = run.config, run.out / MASK
     if run.missing(file):
 
         def on_step(done: int, total: int) -> None:
@@ -150,7 +154,8 @@ def choose_parameters(run: RunContext, circuit: Circuit | None) -> Mask:
         with enough_memory("choosing parameters", less):
             made = make_mask(config, run.model, run.task, circuit, on_step)
         if run.writes:
-            replace(made, meta={**made.meta, "provenance": run.provenance}).save(file)
+            with run.folder.file(MASK) as place:
+                replace(made, meta={**made.meta, "provenance": run.provenance}).save(place)
         run.wait()
     mask = Mask.load(file)
     mask.check_fits(run.model)
@@ -161,13 +166,13 @@ def choose_parameters(run: RunContext, circuit: Circuit | None) -> Mask:
 def train(run: RunContext, mask: Mask | None) -> LanguageModel:
     """The checkpoint in ``model/``, made or read; everything is measured on it as saved."""
     config = run.config
-    folder, checkpoint = run.out / "model", run.out / "unlearning.safetensors"
+    folder, checkpoint = run.out / MODEL, run.out / "unlearning.safetensors"
 
     def on_step(done: int, total: int, record: StepRecord) -> None:
         after = (name for key, name in FINISH.items() if getattr(record, key) is not None)
         run.note(next(after, "unlearning"), done, total)
 
-    if run.missing(folder):
+    if run.missing(folder) or run.missing(run.out / HISTORY):
         torch.manual_seed(config.seed)
         with enough_memory(
             "unlearning",
@@ -184,9 +189,9 @@ def train(run: RunContext, mask: Mask | None) -> LanguageModel:
                 resume=checkpoint,
             )
         if run.writes:
-            write_json(run.out / "history.json", [step.to_json() for step in result.history])
-            with atomic_folder(folder) as partial:
-                result.model.save(partial)
+            run.folder.write_json(HISTORY, [step.to_json() for step in result.history])
+            with run.folder.folder(MODEL) as made:
+                save_edited(result.model, run.model, made)
         run.wait()
     checkpoint.unlink(missing_ok=True)
     return load_model(folder, run.model.device)
@@ -198,15 +203,15 @@ def record(run: RunContext, mask: Mask | None, model: LanguageModel) -> None:
     Raises:
         ArtifactError: it is of another.
     """
-    file = run.out / "ledger.safetensors"
+    file = run.out / LEDGER
     run.note("recording every edit", 0, 0)
     if run.missing(file):
         if run.writes:
             ledger = Ledger.of(run.model, model, run.config.unlearn.promised or (QUANTIZER,), mask)
-            replace(ledger, meta={**ledger.meta, "provenance": run.provenance}).save(file)
+            with run.folder.file(LEDGER) as made:
+                replace(ledger, meta={**ledger.meta, "provenance": run.provenance}).save(made)
         run.wait()
     if Ledger.load(file).meta.get("edited_sha256") != model.sha256:
         raise ArtifactError(
-            f"{run.out / 'model'} is not the model that {file} records. Delete both to unlearn "
-            "again."
+            f"{run.out / MODEL} is not the model that {file} records. Delete both to unlearn again."
         )

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ResourceError
 from ..models.provenance import Provenance, differences
 from ..utils.distributed import rank
-from ..utils.files import Json, expect, is_leftover, read_json, write_json
+from ..utils.files import (
+    LOCK,
+    Json,
+    atomic_folder,
+    atomic_path,
+    expect,
+    file_sha256,
+    is_leftover,
+    read_json,
+    write_json,
+    write_text,
+)
 from ..utils.renamed import renamed_setting
 from .config import RunConfig
 
 REPORTS = ("report.json", "report.md", "report.html")
+PROVENANCE, CIRCUIT, GRAPHML = "provenance.json", "circuit.json", "circuit.graphml"
+MASK, HISTORY, LEDGER = "mask.safetensors", "history.json", "ledger.safetensors"
+MODEL, CARD = "model", "README.md"
+NAMES = (PROVENANCE, CIRCUIT, GRAPHML, MASK, HISTORY, LEDGER, *REPORTS)
+"""The files of a run whose hashes it records, but for those in the folder of the model."""
+RECORD = "written.json"
+"""Where it records them."""
 
 
 def config_json(config: RunConfig) -> dict[str, Json]:
@@ -71,24 +94,158 @@ def check_folder(config: RunConfig) -> None:
         )
 
 
-def begin(config: RunConfig, made_from: Provenance) -> None:
+class RunFolder:
+    """The files of a run, with a record of what it wrote: a later go trusts nothing else.
+
+    ``written.json`` holds the hash of every file, noted before the file takes its place. Of a file
+    that was written twice the last two count, since a run may be killed between note and move. The
+    settings are compared and written anew in every go, and ``seconds.json`` only adds up times, so
+    they are not in it; the checkpoint of unlearning carries a hash of its own.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.record = out / RECORD
+        self.files: dict[str, list[str]] = {}
+        if self.record.exists():
+            self.files = self._read()
+
+    def _read(self) -> dict[str, list[str]]:
+        found = read_json(self.record)
+        try:
+            expect(found, {"files": {...: [str]}, "sha256": str}, "it")
+            if found["sha256"] != _sha256_of(found["files"]):
+                raise ValueError("it was changed after it was written")
+        except ValueError as error:
+            raise ArtifactError(
+                f"{self.record} is not this run's record of its files: {error}. Name another "
+                "--out, or delete the folder to begin anew."
+            ) from error
+        return found["files"]
+
+    def _note(self, hashes: dict[str, str]) -> None:
+        """Note the hashes of files that are about to take their places."""
+        for name, sha in hashes.items():
+            self.files[name] = [sha, *(h for h in self.files.get(name, ()) if h != sha)][:2]
+        self.files = dict(sorted(self.files.items()))
+        write_json(self.record, {"files": self.files, "sha256": _sha256_of(self.files)})
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A temporary file to write to, which becomes this one of the run."""
+        self.check_held()
+        with atomic_path(
+            self.out / name, ready=lambda made: self._note({name: file_sha256(made)})
+        ) as made:
+            yield made
+
+    @contextlib.contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """The same for a folder."""
+        self.check_held()
+
+        def note(made: Path) -> None:
+            files = [p for p in made.rglob("*") if p.is_file()]
+            names = [f"{name}/{p.relative_to(made).as_posix()}" for p in files]
+            self.files = {k: v for k, v in self.files.items() if not k.startswith(f"{name}/")}
+            self._note(dict(zip(names, map(file_sha256, files), strict=True)))
+
+        with atomic_folder(self.out / name, ready=note) as made:
+            yield made
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file of the run."""
+        with self.file(name) as made:
+            write_json(made, value)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file of the run."""
+        with self.file(name) as made:
+            write_text(made, text)
+
+    def check(self) -> None:
+        """Raise ArtifactError over a file that this run did not write as it is now.
+
+        Only names that a run writes are looked at; what else lies in the folder is never read. In
+        ``model/``, which is loaded as a whole, every file counts.
+        """
+        for path in sorted(self.out.iterdir()):
+            if path.name == MODEL:
+                self._check_model(path)
+            elif path.name in NAMES:
+                self._check_file(path, path)
+
+    def _check_model(self, folder: Path) -> None:
+        recorded = {n for n in self.files if n.startswith(f"{MODEL}/")}
+        found = {p for p in folder.rglob("*") if not (p.is_dir() and not p.is_symlink())}
+        found = {p for p in found if not is_leftover(p)}
+        missing = recorded - {p.relative_to(self.out).as_posix() for p in found}
+        missing -= {f"{MODEL}/{CARD}"}  # written at the end
+        if folder.is_symlink() or not folder.is_dir() or missing:
+            what = f"lacks {min(missing)}, which this run wrote" if missing else "is no folder"
+            raise ArtifactError(f"{folder} {what}. {_delete(folder)}")
+        for path in sorted(found):
+            self._check_file(path, folder)
+
+    def _check_file(self, path: Path, delete: Path) -> None:
+        known = self.files.get(path.relative_to(self.out).as_posix(), [])
+        if path.is_symlink() or not path.is_file() or not known:
+            raise ArtifactError(f"{path} was not written by this run. {_delete(delete)}")
+        if file_sha256(path) not in known:
+            raise ArtifactError(f"{path} was changed after this run wrote it. {_delete(delete)}")
+
+    def check_held(self) -> None:
+        """Raise ResourceError unless the folder is there and still locked by this process."""
+        try:
+            holder = (self.out / LOCK).read_text()
+        except OSError:
+            holder = ""
+        if holder != str(os.getpid()):
+            raise ResourceError(
+                f"{self.out} was removed or taken over while this run was writing to it. Run the "
+                "same command again, or name another --out."
+            )
+
+    def check_whole(self) -> None:
+        """Raise ResourceError unless everything is there that the report is made from."""
+        self.check_held()
+        for name in self.files.keys() - {*REPORTS, f"{MODEL}/{CARD}"}:
+            if not (self.out / name).is_file():
+                raise ResourceError(
+                    f"{self.out / name} was removed while this run was going on. Run the same "
+                    "command again."
+                )
+
+
+def _delete(path: Path) -> str:
+    return f"Delete {path} and run the same command again, or name another --out."
+
+
+def _sha256_of(files: dict[str, list[str]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def begin(config: RunConfig, made_from: Provenance) -> RunFolder:
     """Write down what a run is made from, or check that it goes on with the same.
 
     Raises:
-        ArtifactError: the folder holds something else, a finished run, or one that was begun with
-            another model, task or package version.
+        ArtifactError: the folder holds something else, a finished run, one that was begun with
+            another model, task or package version, or files that the run did not write.
     """
     check_folder(config)
+    folder = RunFolder(config.out)
     write_json(config.out / "config.json", config_json(config))
-    file = config.out / "provenance.json"
+    file = config.out / PROVENANCE
     if not file.exists():
-        write_json(file, made_from)
+        folder.write_json(PROVENANCE, made_from)
     before = read_json(file)
     if other := differences(before if isinstance(before, dict) else {}, made_from):
         raise ArtifactError(
             f"{config.out} was begun with {' and '.join(other)}. Go on with the same, or name "
             "another --out."
         )
+    folder.check()
+    return folder
 
 
 class Clock:
@@ -108,5 +265,5 @@ class Clock:
         now = time.perf_counter()
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self.last, 2)
         self.last = now
-        if rank() == 0:
+        if rank() == 0 and self.file.parent.is_dir():  # else `RunFolder.check_held` complains
             write_json(self.file, self.seconds)

@@ -8,13 +8,21 @@ import torch
 
 from ..audit.cad import CAD, judge_erasure
 from ..audit.config import RelearnConfig
-from ..audit.relearning import Relearning, relearn
-from ..circuits.attribution import Attribution
+from ..audit.relearning import Relearning, halves, of_subjects, relearn, relearned
 from ..circuits.circuit import Circuit
 from ..circuits.compare import compare
+from ..circuits.scores import Attribution
 from ..evaluation.properties import properties, verdict
 from ..evaluation.scores import Flips, Metric, Scores, evaluate
-from ..evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL, QUANTIZER, ModelVersion
+from ..evaluation.versions import (
+    EDITED,
+    NEVER_TAUGHT,
+    NEVER_TAUGHT_RELEARNED,
+    ORIGINAL,
+    QUANTIZER,
+    RELEARNED,
+    ModelVersion,
+)
 from ..models.language_model import LanguageModel
 from ..quantizers.base import Quantizer
 from ..quantizers.registry import get_quantizer
@@ -41,14 +49,14 @@ from ..report.records import (
 )
 from ..tasks.load import reference_model
 from ..tasks.task import Task
-from ..unlearning.history import StepRecord
+from ..unlearning.history import StepRecord, read_history
 from ..unlearning.methods import Mansu
-from ..utils.files import read_json
 from ..viz.view import View, changes_view
 from .command import command_line
+from .config import RunConfig
 from .context import OnProgress, RunContext
 from .edit import Edited
-from .folder import config_json
+from .folder import HISTORY, config_json
 from .plan import CAD_PAIRS
 
 SAMPLES = 8
@@ -65,8 +73,9 @@ def measure(run: RunContext, edited: Edited) -> Report:
 
     1. Score original and edited model, in full precision and after every quantizer of the set.
     2. Ask what each quantizer makes of the edit.
-    3. Compare the attribution graphs, if there is a circuit.
-    4. Attack by relearning, and judge erasure without an attack (CAD).
+    3. Attack by relearning, and judge erasure without an attack (CAD).
+    4. Compare the attribution graphs, if there is a circuit: also of the model that relearned half
+       of the facts, all on prompts of the other half, so that the picture shows what came back.
     5. Hold the four properties to their targets.
     """
     torch.manual_seed(run.config.seed)
@@ -81,10 +90,10 @@ def measure(run: RunContext, edited: Edited) -> Report:
     rows = quantizer_rows(run, edited.model, scores)
     run.clock.lap("evaluate")
     reference = reference_model(run.task, run.model)
-    compared, view = compare_graphs(run, edited, models, reference)
-    run.clock.lap("compare")
     attacked, cad = attack(run, models, reference) if run.config.relearn_steps else ({}, None)
-    held = properties(scores, deployed(run), attacked.get(EDITED))
+    compared, view = compare_graphs(run, edited, models, reference, attacked)
+    run.clock.lap("compare")
+    held = properties(scores, deployed(run.config), attacked.get(EDITED))
     run.note("what the models write", 0, 0)
     shown = {v: m for v, m in models.items() if v != ORIGINAL.after(QUANTIZER)}
     return Report(
@@ -110,16 +119,16 @@ def measure(run: RunContext, edited: Edited) -> Report:
     )
 
 
-def deployed(run: RunContext) -> list[str]:
+def deployed(config: RunConfig) -> list[str]:
     """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
-    return list(dict.fromkeys((QUANTIZER, *run.config.unlearn.promised)))
+    return list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
 
 
 def score(run: RunContext, models: Models) -> Scores:
     """Original and edited model on every unseen set, in full precision and after each quantizer
     of the set."""
     scores = evaluate(models, run.task, on_step=run.note)
-    for name in deployed(run)[1:]:  # two at a time: they need not fit into memory together
+    for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
         pair = {v.after(name): quantize(models[v], name) for v in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(pair, run.task, on_step=run.note))
     return scores
@@ -129,7 +138,7 @@ def quantizer_rows(
     run: RunContext, edited: LanguageModel, scores: Scores
 ) -> tuple[QuantizerRow, ...]:
     """What each quantizer makes of the edit; nf4 first."""
-    names = list(dict.fromkeys((*deployed(run), *run.config.quantizers)))
+    names = list(dict.fromkeys((*deployed(run.config), *run.config.quantizers)))
     promised, rows = run.config.unlearn.promised, []
     for k, q in enumerate(names):
         run.note("what quantizers leave of the edit", k, len(names))
@@ -163,7 +172,7 @@ def quantizer_row(
     """
     before, after = ORIGINAL.after(quantizer.name), EDITED.after(quantizer.name)
     found = scores
-    if after not in scores.first:
+    if after not in scores.right:
         models = {v: quantize(m, quantizer, task.calibration)
                   for v, m in ((before, model), (after, edited))}  # fmt: skip
         found = evaluate(models, task, role="forget", on_step=note)
@@ -178,24 +187,37 @@ def quantizer_row(
         survival=survival(model, edited, quantizer, task.calibration),
         choice=forget("choice"),
         top1=forget("top1"),
-        flips=Flips.between(scores.first[EDITED], found.first[after]),
+        flips=Flips.between(scores.right[EDITED]["choice"], found.right[after]["choice"]),
     )
 
 
 def compare_graphs(
-    run: RunContext, edited: Edited, models: Models, reference: LanguageModel | None
+    run: RunContext,
+    edited: Edited,
+    models: Models,
+    reference: LanguageModel | None,
+    attacked: Mapping[ModelVersion, Relearning],
 ) -> tuple[tuple[ComparedGraph, ...], View | None]:
-    """Numbers and view of the attribution graphs: original, edited, and edited after nf4; nothing
-    without a circuit."""
+    """Numbers and view of the attribution graphs: original, edited, edited after nf4 and, where it
+    was attacked, after relearning half of the facts; nothing without a circuit."""
     if edited.circuit is None:
         return (), None
-    quantized = EDITED.after(QUANTIZER)
+    quantized, pairs = EDITED.after(QUANTIZER), run.task.held_out
+    compared = {v: models[v] for v in (EDITED, quantized)}
+    if attacked:
+        settings, rate = attacked[EDITED].meta.settings, attacked[EDITED].worst_rate()
+        pairs = of_subjects(pairs, halves(run.task.forget, settings.seed)[1])
+        both = {RELEARNED: models[EDITED], NEVER_TAUGHT_RELEARNED: reference}
+        for version, model in both.items():
+            if model is not None:
+                run.note(f"relearning for the graph of {version}", 0, 0)
+                compared[version] = relearned(model, run.task, rate=rate, config=settings)
     graphs: dict[str, Attribution] = {}
     found = compare(
         edited.circuit,
         run.model,
-        {str(v): models[v] for v in (EDITED, quantized)},
-        run.task.held_out.sample(CAD_PAIRS, run.config.seed),
+        {str(v): m for v, m in compared.items()},
+        pairs.sample(CAD_PAIRS, run.config.seed),
         config=run.config.circuit,
         on_step=lambda name, d, n: run.note(f"attribution of {name}", d, n),
         reference=reference,
@@ -206,11 +228,13 @@ def compare_graphs(
         before=graphs[str(ORIGINAL)],
         after=graphs[str(EDITED)],
         quantized=graphs[str(quantized)],
+        relearned=graphs.get(str(RELEARNED)),
+        never_taught=graphs.get(str(NEVER_TAUGHT_RELEARNED)),
         model=run.model,
         mask=edited.mask,
         limit=GRAPH_LIMIT,
     )
-    versions = {str(v): v for v in (EDITED, quantized, NEVER_TAUGHT)}
+    versions = {str(v): v for v in (*compared, NEVER_TAUGHT)}
     return tuple(ComparedGraph(versions[n], d) for n, d in found.models.items()), view
 
 
@@ -260,7 +284,7 @@ def model_facts(model: LanguageModel) -> ReportModel:
 
 def task_facts(task: Task) -> ReportTask:
     """The task, for the report."""
-    facts = len({(p.relation, p.subject) for p in task.forget})
+    facts = len({p.fact for p in task.forget})
     return ReportTask(task.name, task.title, facts, task.dropped)
 
 
@@ -272,7 +296,7 @@ def edit_facts(run: RunContext, edited: Edited) -> Edit:
         for name in (mask.indices if mask else model.weights)
     }
     total = sum(edits.values())
-    last = StepRecord.from_json(read_json(run.out / "history.json")[-1])
+    last = read_history(run.out / HISTORY)[-1]
     return Edit(
         edited=total,
         embedding=edits.get(model.embedding_name, 0),

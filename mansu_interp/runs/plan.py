@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 
+from ..audit.known import Known, check_known, known_forget
 from ..circuits.attribution import pairs_per_batch
 from ..circuits.config import AttributionConfig
-from ..evaluation.versions import QUANTIZER
+from ..errors import TaskError
+from ..evaluation.scores import Scores, evaluate
+from ..evaluation.versions import ORIGINAL, QUANTIZER
 from ..masks.select import MASK_PAIRS
 from ..models.language_model import LanguageModel
 from ..models.load import empty_model
+from ..quantizers.survival import quantize
 from ..tasks.pairs import Pair, by_phrasing
 from ..tasks.task import Task
 from ..unlearning.mansu import margins
@@ -27,6 +31,8 @@ CAD_PAIRS = 48
 OVERHEAD = 1.6
 """Seconds of a whole run over those that its counted passes would take at the timed speed: measured
 on SmolLM2-135M, two idle cores (12.8 min against 8)."""
+RETAIN_PAIRS = 400
+"""Retain prompts that are asked, drawn evenly over their phrasings."""
 COPIES = 10.4
 """Peak memory of that run in copies of the float32 weights, with one quantizer to survive: the
 original, teachers, students, gradients and activations."""
@@ -117,6 +123,78 @@ def plan_lines(config: PlanConfig) -> list[str]:
         f"{e.attribution_gb:.3g} GB for attribution, beyond the passes' own activations",
         f"scores   {e.writers * e.readers * 4 / 1e6:.3g} MB, as one tensor",
     ]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the original knows of a task."""
+
+    forget: Known
+    """Of all forget facts, in their training phrasings; the unknown ones are left out."""
+    retain: Known
+    """Of a sample of the retain prompts."""
+    scores: Scores
+    """On the unseen phrasings of the forget facts left, in full precision and after each
+    quantizer."""
+
+    def line(self) -> str:
+        """One line for the plan."""
+        out = f"{self.forget}{', left out' if self.forget.unknown else ''}"
+        rows, told = self.scores.rows, []
+        for version in rows[0].models:
+            share = self.scores.mean("forget", "choice", version)
+            guess = "" if any(r.knows(version) for r in rows) else ", as guesses do"
+            after = f" after {version.quantizer}" if version.quantizer else ""
+            told.append(f"{share:.3f}{after}{guess}")
+        out += f"; unseen phrasings, four-way: {', '.join(told)}"
+        return f"{out}. Retain: {self.retain}"
+
+
+def what_is_known(
+    model: LanguageModel,
+    task: Task,
+    quantizers: Sequence[str],
+    seed: int,
+    note: Callable[[str, int, int], None],
+) -> tuple[Task, Knowledge]:
+    """The task without the forget facts that the original does not know, and what it knows.
+
+    1. Ask for every forget fact in its training phrasings, and leave the unknown ones out.
+    2. Ask for a sample of the retain facts.
+    3. Ask for the forget facts left in their unseen phrasings, also after each quantizer.
+
+    Arguments:
+        model: the original.
+        task: the task, tokenized for it.
+        quantizers: after which the edit will be scored.
+        seed: of the sample.
+        note: called with (stage, done, total).
+
+    Raises:
+        TaskError: the original knows no more of the forget facts, in the training phrasings or in
+            the unseen ones, or of the retain facts, than a guess would.
+    """
+    steps = 2 + len(quantizers)
+    note("what the original knows", 0, steps)
+    task, forget = known_forget(model, task)
+    retain = Known.of(model, task.retain.sample(RETAIN_PAIRS, seed))
+    check_known(model, task, "retain", retain)
+    note("what the original knows", 1, steps)
+    scores = evaluate({ORIGINAL: model}, task, role="forget")
+    if not any(row.knows(ORIGINAL) for row in scores.rows):
+        worst = max(scores.rows, key=lambda row: row[ORIGINAL].choice)
+        raise TaskError(
+            f"{model.name} does not know the forget facts of task {task.name!r} in the unseen "
+            f"phrasings: four-way accuracy {worst[ORIGINAL].choice:.3f} on {worst.label} at best, "
+            f"and guesses do as well with p = {worst.p_of_guess(ORIGINAL):.2g}. Nothing could be "
+            "seen to be forgotten there: score in phrasings that the model answers."
+        )
+    for k, name in enumerate(quantizers):
+        note("what the original knows", 2 + k, steps)
+        after = evaluate({ORIGINAL.after(name): quantize(model, name)}, task, role="forget")
+        scores = scores.beside(after)
+    note("what the original knows", steps, steps)
+    return task, Knowledge(forget, retain, scores)
 
 
 @dataclass(frozen=True)
@@ -217,8 +295,15 @@ def _run_tokens(config: RunConfig, task: Task) -> float:
     return total + 2 * precisions * (_tokens(scored) * len(scored) + texts)
 
 
-def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
-    """Estimate a run by timing one small batch of it."""
+def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) -> Plan:
+    """Estimate a run by timing one small batch of it.
+
+    Arguments:
+        config: all settings.
+        model: the original.
+        task: what is forgotten and retained.
+        known: what the original knows of it.
+    """
     method = config.unlearn
     seconds = OVERHEAD * _run_tokens(config, task) * _forward_seconds(model, task, config.seed)
     # Every further quantizer to survive adds a teacher and a student.
@@ -234,9 +319,11 @@ def plan(config: RunConfig, model: LanguageModel, task: Task) -> Plan:
     lines = [
         f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
         f"task     {task.name}: {task.title}",
-        f"forget   {len({(p.relation, p.subject) for p in task.forget})} facts in "
+        *([f"rows     {task.read}"] if task.read else []),
+        f"forget   {len({p.fact for p in task.forget})} facts in "
         f"{len({(p.relation, p.phrasing) for p in task.forget})} phrasings; "
         f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",
+        f"known    {known.line()}",
         f"edit     {edits}, {steps}",
         f"cost     about {max(1, round(seconds / 60))} min and {memory:.1f} GB on {where}",
         f"output   {config.out}",

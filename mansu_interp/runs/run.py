@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..audit.relearning import scored_halves
 from ..circuits.circuit import Circuit
+from ..errors import ConfigError
+from ..export.deployed import licence_terms
 from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
@@ -22,22 +24,32 @@ from ..models.layout import check_layout
 from ..models.load import load_model
 from ..models.provenance import provenance
 from ..quantizers.registry import get_quantizer
-from ..report.markdown import model_card
+from ..report.card import model_card
 from ..report.records import Report
-from ..report.write import write_report
+from ..report.write import report_files
 from ..tasks.load import load_task
 from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
-from ..utils.files import locked, write_text
+from ..utils.files import locked
 from ..utils.libraries import enough_memory
+from ..utils.ranges import expect_kind
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext
 from .defaults import default_task
 from .edit import edit
-from .folder import Clock, begin, check_folder, config_json, result_affecting
-from .measure import measure
-from .plan import Plan, plan
+from .folder import (
+    CARD,
+    MODEL,
+    Clock,
+    RunFolder,
+    begin,
+    check_folder,
+    config_json,
+    result_affecting,
+)
+from .measure import deployed, measure
+from .plan import Plan, plan, what_is_known
 
 
 @dataclass
@@ -61,7 +73,8 @@ def run(
 ) -> RunResult:
     """Run the whole job and write every artefact; go on with one that was killed.
 
-    1. Check the settings and load model and task: bad input costs no work.
+    1. Check the settings and load model and task, and ask the original what it knows of it: bad
+       input costs no work, and what was not known cannot be forgotten.
     2. Take the folder, and tell the plan.
     3. Edit: circuit, mask, unlearning (`edit`).
     4. Measure the saved checkpoint (`measure`).
@@ -82,6 +95,7 @@ def run(
         MansuError: bad input, always before long work starts.
         ResourceError: disk or memory ran out, or another run writes to the folder.
     """
+    expect_kind(ConfigError, "config", config, RunConfig)
     if config.threads:
         torch.set_num_threads(config.threads)
     check_folder(config)
@@ -94,24 +108,41 @@ def run(
     model = load_model(config.model, config.device)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
+    note = on_progress or (lambda *_: None)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
+    task, known = what_is_known(model, task, deployed(config), config.seed, note)
     if config.relearn_steps:
         scored_halves(task, config.seed)
     made_from = provenance(model, config.seed, result_affecting(config_json(config)), task.sha256)
     with locked(config.out) if rank() == 0 else contextlib.nullcontext():
-        if rank() == 0:
-            begin(config, made_from)
+        folder = begin(config, made_from) if rank() == 0 else RunFolder(config.out)
         clock = Clock(config.out / "seconds.json")
-        context = RunContext(config, model, task, made_from, note=note, clock=clock)
+
+        def held(stage: str, done: int, total: int) -> None:
+            if rank() == 0:
+                folder.check_held()
+            note(stage, done, total)
+
+        context = RunContext(config, model, task, made_from, held, clock, folder)
         if on_plan:
-            note("timing a small batch", 0, 0)
-            on_plan(plan(config, model, task))
+            held("timing a small batch", 0, 0)
+            made = plan(config, model, task, known)
+            on_plan(replace(made, lines=made.lines + _spent(clock)))
         clock.lap("load")
         edited = edit(context)
         with enough_memory("measuring the result", "Free memory and run the same command again."):
             report = measure(context, edited)
         if context.writes:
-            write_text(config.out / "model" / "README.md", model_card(report))
             picture = circuit_svg(edited.circuit) if edited.circuit else ""
-            write_report(config.out, report, picture)
+            folder.check_whole()
+            card = model_card(report, licence_terms(model.folder))
+            folder.write_text(f"{MODEL}/{CARD}", card)
+            for name, text in report_files(report, picture).items():
+                folder.write_text(name, text)
     return RunResult(report, edited.circuit, edited.mask, edited.model, config.out, clock.seconds)
+
+
+def _spent(clock: Clock) -> list[str]:
+    """A line of the plan about what earlier goes took of its cost; none in the first go."""
+    minutes = round(sum(clock.seconds.values()) / 60)
+    return [f"before   {minutes or 'under 1'} min of it by earlier goes"] if clock.seconds else []

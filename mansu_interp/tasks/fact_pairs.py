@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import TaskError
 from ..models.language_model import LanguageModel
 from .files import read_facts
-from .pairs import N_CHOICES, Pair
+from .pairs import N_CHOICES, Pair, Tokens, gap
 from .schema import Phrasings, TableTask, TaskFile
 
 MAX_PAIRS = 1_000_000
@@ -53,18 +53,44 @@ class FactPairs:
                 f"Task {spec.name!r} has {items:,} (fact, phrasing) items, more than "
                 f"{MAX_PAIRS:,}. Leave out facts or phrasings."
             )
-        self.first = {a: self._first(a) for facts in self.facts.values() for _, a in facts}
+        self._firsts: dict[tuple[str, str], tuple[Tokens, int] | None] = {}
+        for answer in dict.fromkeys(a for facts in self.facts.values() for _, a in facts):
+            self._first("", answer)
 
-    def _first(self, answer: str) -> int:
-        # The answer follows a space; the tokens of "x y" after those of "x" are the answer's.
-        ids = self.model.encode(" " + answer)
-        unknown = self.model.get_tokenizer().unk_token_id
-        if not ids or ids[0] == unknown:
+    def _first(self, phrasing: str, answer: str) -> tuple[Tokens, int] | None:
+        """The answer's first token behind a phrasing, and the lone space that comes before it in
+        some tokenizers (which then ends the prompts); None: the tokenizer joins prompt and answer.
+
+        Raises:
+            TaskError: the tokenizer does not know it.
+        """
+        between = gap(phrasing, answer)
+        before = "" if between else phrasing.rpartition("{s}")[2] or "x"
+        if (before, answer) not in self._firsts:
+            self._firsts[before, answer] = self._find_first(before, between, answer)
+        return self._firsts[before, answer]
+
+    def _find_first(self, before: str, between: str, answer: str) -> tuple[Tokens, int] | None:
+        ids, begun = self.model.encode(before + between + answer), self.model.encode(before)
+        if between and len(ids) > 1 and self._is_blank(ids[0]):
+            # Llama 2 and its like put a space of their own before a text: look behind a letter.
+            begun = self.model.encode("x")
+            ids = self.model.encode("x" + between + answer)
+        if begun and ids[: len(begun)] != begun:
+            return None
+        ids = ids[len(begun) :]
+        blanks = 0
+        while blanks + 1 < len(ids) and self._is_blank(ids[blanks]):
+            blanks += 1
+        if not ids or ids[blanks] == self.model.get_tokenizer().unk_token_id:
             raise TaskError(
                 f"The tokenizer of {self.model.name} does not know {answer!r}: this task is made "
                 "for another model."
             )
-        return ids[0]
+        return tuple(ids[:blanks]), ids[blanks]
+
+    def _is_blank(self, token: int) -> bool:
+        return not str(self.model.get_tokenizer().decode([token])).strip()
 
     def _drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -81,23 +107,29 @@ class FactPairs:
             if phrasing.count("{s}") != 1:
                 raise TaskError(f"Relation {relation!r}: {phrasing!r} needs {{s}} exactly once.")
             tokens = {s: self._encode(phrasing, s) for s, _ in facts}
+            firsts = {a: self._first(phrasing, a) for _, a in facts}
             for subject, answer in wanted:
                 if _mentions(phrasing, subject) or _mentions(phrasing, answer):
                     self._drop("the phrasing's own examples give the fact away")
                     continue
                 # The draw depends on the fact alone, so that all phrasings share its distractors.
                 rng = random.Random(f"{relation}|{subject}")
-                first = self.first[answer]
-                rivals = rng.sample(facts, len(facts))
+                own = firsts[answer]
+                if own is None:
+                    self._drop("the tokenizer joins the prompt's end with the answer")
+                    continue
+                space, first = own
+                other = {a: f[1] for a, f in firsts.items() if f is not None and f[0] == space}
+                rivals = [f for f in rng.sample(facts, len(facts)) if f[1] in other]
                 # Other facts' answers, so that a common answer is as common among distractors:
                 # a model that knows only how common answers are then scores near chance.
-                pool = [t for t in dict.fromkeys(self.first[a] for _, a in rivals) if t != first]
+                pool = [t for t in dict.fromkeys(other[a] for _, a in rivals) if t != first]
                 corrupt = next(
                     (
                         (s, a)
                         for s, a in rivals
                         if len(tokens[s]) == len(tokens[subject])
-                        and self.first[a] != first
+                        and other[a] != first
                         and not _mentions(phrasing, s)
                     ),
                     None,
@@ -112,10 +144,10 @@ class FactPairs:
                     continue
                 out.append(
                     Pair(
-                        clean=tokens[subject],
-                        corrupt=tokens[corrupt[0]],
+                        clean=tokens[subject] + space,
+                        corrupt=tokens[corrupt[0]] + space,
                         answer=first,
-                        counterfactual=self.first[corrupt[1]],
+                        counterfactual=other[corrupt[1]],
                         distractors=tuple(pool[: N_CHOICES - 1]),
                         relation=relation,
                         subject=subject,

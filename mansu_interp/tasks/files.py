@@ -8,9 +8,9 @@ import itertools
 from pathlib import Path
 
 from ..errors import ArtifactError, TaskError
-from ..utils.files import read_bytes, read_json
+from ..utils.files import decode, read_bytes, read_json
 from ..utils.shipped import DATA, is_embedded
-from .rows import SUFFIXES
+from .data.sources import SUFFIXES, is_file, is_rows, separator
 from .schema import SCHEMA, Relation, RowTask, TaskFile, parse_task
 
 ROBUST = "robust"
@@ -28,19 +28,21 @@ def embedded_tasks() -> list[str]:
 def read_task_file(name: str | Path) -> tuple[TaskFile, Path]:
     """The checked task file, and the folder in which its tables are looked up first.
 
+    Of a file of rows: a task over them, and the file itself.
+
     Raises:
         TaskError: no such task, or not a task file.
     """
     shipped = DATA / "tasks" / f"{name}.json"
-    path = shipped if shipped.exists() else Path(name)
-    if not path.is_file():
+    path = shipped if is_file(shipped) else Path(name)
+    if not is_file(path):
         raise TaskError(
-            f"Unknown task {str(name)!r}. Shipped: {', '.join(embedded_tasks())}. "
+            f"Unknown task {str(name)[:300]!r}. Shipped: {', '.join(embedded_tasks())}. "
             "Or give the path of a task file (JSON; the shipped ones are examples) or of rows "
-            "(JSONL, CSV)."
+            f"({', '.join(SUFFIXES)})."
         )
-    if path.suffix in SUFFIXES:
-        return RowTask(schema=SCHEMA, name=path.stem, rows=path.name), path.parent
+    if is_rows(path):
+        return RowTask(schema=SCHEMA, name=path.stem, rows=path.name), path
     try:
         value = read_json(path)
     except ArtifactError as error:
@@ -65,11 +67,23 @@ def data_file(folder: Path, kind: str, name: str) -> Path:
     if Path(name).name != name or len(name) > 200 or "\0" in name:
         raise TaskError(f"{name[:200]!r}: name a file beside the task file, without a path.")
     for place in (folder / name, DATA / kind / name):
-        if place.is_file():
-            if place.resolve().parent != place.parent.resolve():
+        if is_file(place):
+            if not _stays(place):
                 raise TaskError(f"{place} is a link that leads out of its folder: copy the file.")
             return place
     raise TaskError(f"The file {name!r} is neither beside the task file nor shipped.")
+
+
+def _stays(place: Path) -> bool:
+    """Whether a file is what its folder holds: no link out of it, but from a snapshot of the hub's
+    cache to the blobs of the same repository."""
+    folder, target = place.parent.resolve(), place.resolve().parent
+    repository = folder.parent.parent
+    return target == folder or (
+        folder.parent.name == "snapshots"
+        and target == repository / "blobs"
+        and repository.name.startswith(("datasets--", "models--"))
+    )
 
 
 def read_text(path: Path) -> str:
@@ -79,7 +93,7 @@ def read_text(path: Path) -> str:
         TaskError: it is larger, or not UTF-8.
     """
     try:
-        return read_bytes(path, MAX_TABLE).decode("utf-8")
+        return decode(read_bytes(path, MAX_TABLE))
     except (OSError, ValueError) as error:
         raise TaskError(f"The file {path} cannot be read: {error}.") from error
 
@@ -91,14 +105,19 @@ def read_facts(folder: Path, relation: str, spec: Relation) -> list[tuple[str, s
         TaskError: the table is missing, malformed or too large, or a field is empty.
     """
     path = data_file(folder, "facts", spec.table)
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    text = read_text(path)
+    by = separator(text.partition("\n")[0], {c.casefold() for c in (spec.subject, spec.answer)})
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=by)
     try:
         rows = list(itertools.islice(reader, MAX_ROWS + 1))
     except csv.Error as error:
         raise TaskError(f"The table {path}, line {reader.line_num}: {error}.") from error
     columns = (spec.subject, spec.answer)
     if not rows or any(c not in rows[0] for c in columns):
-        raise TaskError(f"Relation {relation!r}: {path.name} lacks the columns {columns}.")
+        has = ", ".join(map(repr, reader.fieldnames or ())) or "nothing"
+        raise TaskError(
+            f"Relation {relation!r}: {path.name} lacks the columns {columns}; it has {has[:300]}."
+        )
     if len(rows) > MAX_ROWS:
         raise TaskError(f"The table {path} has more than {MAX_ROWS:,} rows.")
     for number, row in enumerate(rows, 2):

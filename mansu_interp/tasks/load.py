@@ -10,22 +10,25 @@ other kind of task; both are loaded by `load_task`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
 
-from ..errors import TaskError
+from ..errors import ModelError, TaskError
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
+from ..utils.ranges import expect_kind
 from ..utils.shipped import is_embedded
+from .data.row_pairs import task_from_rows
+from .data.rows import read
+from .data.sources import SUFFIXES
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text
 from .pairs import Pair, PairSet, Tokens
-from .row_pairs import RowOptions, task_from_rows
-from .rows import SUFFIXES, read_rows
-from .schema import RowTask, TableTask, TaskFile
-from .task import Task
+from .schema import RowOptions, RowTask, TableTask, TaskFile
+from .task import Asked, Task, distinct
+
+SCORED = ("dev", "unseen")
+"""Splits that are scored."""
 
 
 def _running_text(
@@ -43,14 +46,19 @@ def _running_text(
     }
 
 
-def _load_rows(spec: RowTask, folder: Path, model: LanguageModel, score_pairs: int) -> Task:
-    """`load_task` of a task file over rows."""
-    if Path(spec.rows).suffix not in SUFFIXES:
-        raise TaskError(
-            f"rows must name a .jsonl or .csv file beside the task file; got {spec.rows!r}."
-        )
+def _load_rows(spec: RowTask, place: Path, model: LanguageModel, score_pairs: int) -> Task:
+    """`load_task` of a task file over rows; ``place`` is its folder, or the file of rows itself."""
+    folder, path = place, place
+    if place.is_dir():
+        if Path(spec.rows).suffix.casefold() not in SUFFIXES:
+            raise TaskError(
+                f"rows must name a file beside the task file, with an ending of "
+                f"{', '.join(SUFFIXES)}; got {spec.rows!r}."
+            )
+        path = data_file(place, "rows", spec.rows)
+    found = read(path)
     task = task_from_rows(
-        read_rows(data_file(folder, "rows", spec.rows)),
+        found.rows,
         model,
         RowOptions(**{f.name: getattr(spec, f.name) for f in fields(RowOptions)}),
         score_pairs=score_pairs,
@@ -58,7 +66,7 @@ def _load_rows(spec: RowTask, folder: Path, model: LanguageModel, score_pairs: i
         title=spec.title or None,
         reference_models=spec.reference_models,
     )
-    return replace(task, text=_running_text(spec, folder, model))
+    return replace(task, text=_running_text(spec, folder, model), read=found.told)
 
 
 def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) -> Task:
@@ -72,8 +80,10 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
 
     Raises:
         TaskError: unknown task, malformed file, an empty forget set, a table that the tokenizer
-            does not know, or a relation with too few answers.
+            does not know, a relation with too few answers, or prompts that contradict each other.
     """
+    expect_kind(TaskError, "name", name, str, Path)
+    expect_kind(ModelError, "model", model, LanguageModel)
     spec, folder = read_task_file(name)
     if isinstance(spec, RowTask):
         return _load_rows(spec, folder, model, score_pairs)
@@ -102,33 +112,41 @@ def _load_tables(spec: TableTask, folder: Path, model: LanguageModel, score_pair
             return known - (forget_subjects or known)
         return None
 
-    def trained(role: str, names: Sequence[str]) -> tuple[Pair, ...]:
-        made: list[Pair] = []
+    asked: dict[Asked, list[Pair]] = {}
+    for role, names in {**roles, "retain_unscored": spec.retain_unscored}.items():
         for r in names:
-            made += build.pairs(r, spec.relations[r].phrasings.train, subjects(r, role))
-        return tuple(made)
+            by_split = spec.relations[r].phrasings
+            if role != "neighbour":
+                asked.setdefault(Asked(role, "train", ""), []).extend(
+                    build.pairs(r, by_split.train, subjects(r, role))
+                )
+            for split in SCORED if role in roles else ():
+                for label, phrasings in getattr(by_split, split).items():
+                    key = r if label in (split, "zero-shot") else f"{r} ({label})"
+                    asked[Asked(role, split, key)] = build.pairs(r, phrasings, subjects(r, role))
+    found, left_out = distinct(spec.name, asked)
 
-    def score(role: str, split: Literal["dev", "unseen"]) -> dict[str, PairSet]:
-        sets: dict[str, PairSet] = {}
-        for r in roles[role]:
-            for label, phrasings in getattr(spec.relations[r].phrasings, split).items():
-                pairs = build.pairs(r, phrasings, subjects(r, role))
-                key = r if label in (split, "zero-shot") else f"{r} ({label})"
-                sets[key] = PairSet(f"{role}/{key}", tuple(pairs)).sample(score_pairs, 0)
-        return sets
+    def trained(role: str) -> tuple[Pair, ...]:
+        return tuple(found.get(Asked(role, "train", ""), ()))
 
-    scored = {split: {role: score(role, split) for role in roles} for split in ("dev", "unseen")}
-    unscored = trained("retain_unscored", spec.retain_unscored)
+    def score(role: str, split: str) -> dict[str, PairSet]:
+        return {
+            at.label: PairSet(f"{role}/{at.label}", tuple(pairs)).sample(score_pairs, 0)
+            for at, pairs in found.items()
+            if (at.role, at.split) == (role, split)
+        }
+
+    unscored = trained("retain_unscored")
     return Task(
         name=spec.name,
         title=spec.title or spec.name,
-        forget=PairSet("forget", trained("forget", spec.forget.relations)),
-        retain=PairSet("retain", trained("retain", spec.retain)),
+        forget=PairSet("forget", trained("forget")),
+        retain=PairSet("retain", trained("retain")),
         retain_unscored=PairSet("retain_unscored", unscored) if unscored else None,
-        scored=scored,
+        scored={split: {role: score(role, split) for role in roles} for split in SCORED},
         text=_running_text(spec, folder, model),
         reference_models=tuple(spec.reference_models),
-        dropped=build.dropped,
+        dropped={**build.dropped, **left_out},
     )
 
 

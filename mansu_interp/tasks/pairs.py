@@ -9,10 +9,12 @@ in which answer and counterfactual differ, with what they share appended to both
 
 from __future__ import annotations
 
+import html
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from jaxtyping import Int, Num
@@ -20,11 +22,30 @@ from torch import Tensor
 
 from ..errors import TaskError
 
+if TYPE_CHECKING:
+    from ..models.language_model import LanguageModel
+
 N_CHOICES = 4
 
 Tokens = tuple[int, ...]
+Fact = tuple[str, str]
+"""Relation and subject."""
 
 Device = torch.device | str
+
+
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff"
+    "\uff00-\uff9f\U00020000-\U0003ffff]"
+)
+"""Letters and signs of scripts written without spaces: Thai, Lao, Burmese, Khmer, Chinese, Japanese
+(not Korean)."""
+
+
+def gap(prompt: str, answer: str) -> str:
+    """What stands between a prompt and its answer: one space; nothing where either side of it is of
+    a script that is written without."""
+    return "" if _SPACELESS.match(answer) or _SPACELESS.match(prompt[-1:]) else " "
 
 
 def clash(one: Tokens, other: Tokens) -> bool:
@@ -86,6 +107,9 @@ class Pair:
     """The answers where one has several tokens; the fields above are then `WholeAnswers.deciding`,
     and the prompts end in what answer and counterfactual share."""
 
+    def __repr__(self) -> str:
+        return f"Pair({self.prompt!r} -> {self.answer_text!r}, {len(self.clean)} tokens)"
+
     def __post_init__(self) -> None:
         where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
         if len(self.clean) != len(self.corrupt) or not self.clean:
@@ -98,6 +122,11 @@ class Pair:
                 f"{where}: the answer {self.answer_text!r} shares its first token with a "
                 "distractor or the counterfactual answer. Give answers that differ at once."
             )
+
+    @property
+    def fact(self) -> Fact:
+        """What is asked, in whatever phrasing."""
+        return self.relation, self.subject
 
     @property
     def choices(self) -> Tokens:
@@ -272,6 +301,47 @@ class PairSet(Sequence[Pair]):
         if not self.pairs:
             raise TaskError(f"The set {self.name!r} is empty: no fact is left to ask about.")
 
+    @classmethod
+    def from_prompts(
+        cls,
+        model: LanguageModel,
+        clean: Sequence[str],
+        corrupt: Sequence[str],
+        answers: Sequence[str],
+        wrong: Sequence[str | Sequence[str]],
+        *,
+        name: str = "prompts",
+    ) -> PairSet:
+        """Pairs from texts; see `tasks.prompts.pairs_from_prompts`.
+
+        Examples:
+            >>> model = load_model("facts")
+            >>> pairs = PairSet.from_prompts(
+            ...     model,
+            ...     clean=["the capital of france is"],
+            ...     corrupt=["the capital of spain is"],
+            ...     answers=["paris"],
+            ...     wrong=["madrid"],
+            ... )
+        """
+        from .data.prompts import pairs_from_prompts
+
+        return pairs_from_prompts(model, clean, corrupt, answers, wrong, name=name)
+
+    def __repr__(self) -> str:
+        return f"PairSet({self.name!r}, {len(self):,} pairs, such as {self.pairs[0]!r})"
+
+    def _repr_html_(self) -> str:
+        cells = [(p.prompt, p.answer_text, p.relation) for p in self.pairs[:5]]
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells
+        )
+        return (
+            f"<table><caption>{html.escape(self.name)}: {len(self):,} pairs</caption>"
+            "<thead><tr><th>clean prompt</th><th>answer</th><th>relation</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
+
     def __len__(self) -> int:
         return len(self.pairs)
 
@@ -295,6 +365,11 @@ class PairSet(Sequence[Pair]):
     def batches(self, size: int, device: Device = "cpu") -> Iterator[Batch]:
         """The same as tensors on a device."""
         return (collate(part, device) for part in self.parts(size))
+
+    def without(self, facts: Collection[Fact]) -> PairSet | None:
+        """The pairs about other facts; None if there are none."""
+        left = tuple(p for p in self.pairs if p.fact not in facts)
+        return PairSet(self.name, left) if left else None
 
     def sample(self, n: int, seed: int) -> PairSet:
         """At most ``n`` pairs, drawn evenly over phrasings."""

@@ -6,12 +6,16 @@ editor completes and checks task files: name its path or address under ``"$schem
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ..utils.files import Json, shown
+from ..errors import TaskError
+from ..utils.files import Json, expect, half_pair, shown
 from ..utils.renamed import TASK_KEYS
+from .data.rows import SPLITS
 
 SCHEMA = 2
 Strategy = Literal["swap", "any", "symbol", "rotate"]
@@ -118,6 +122,75 @@ class RowTask(_AnyTask):
 
 
 TaskFile = TableTask | RowTask
+
+OPTIONS = {
+    "prefix": str,
+    "phrasings": dict,
+    "chat": bool,
+    "letters": bool,
+    "corrupt": (str, None),
+    "symbol": str,
+    "normalise": bool,
+    "seed": int,
+}
+"""What a task file must hold for each field of `RowOptions`."""
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are asked; the keys of a task file over rows."""
+
+    prefix: str = ""
+    """Put before every prompt exactly as written (not with ``chat``)."""
+    phrasings: dict[str, list[str]] = field(default_factory=dict)
+    """Split -> texts around ``{s}``, the row's prompt; a row without a split is asked in all."""
+    chat: bool = False
+    """The prompt is the user's turn in the tokenizer's chat template; the answer begins the
+    assistant's."""
+    letters: bool = False
+    """The prompt lists the answer and its distractors as A to D in an order drawn for each prompt;
+    the answer is its letter."""
+    corrupt: Strategy | None = None
+    """How corrupt prompts are made; default: rotate with letters, else swap."""
+    symbol: str = "_"
+    """What stands for the subject (``symbol``)."""
+    normalise: bool = False
+    """Compare choices by log-probability per token instead of by its sum."""
+    seed: int = 0
+    """Seed of every draw."""
+
+    def __post_init__(self) -> None:
+        for name, shape in OPTIONS.items():
+            value = getattr(self, name)
+            try:
+                expect(value, shape)
+            except ValueError as error:
+                wanted = shape[0] if isinstance(shape, tuple) else shape
+                raise TaskError(f"{name} must be {wanted.__name__}; got {value!r}.") from error
+        if self.corrupt is not None and self.corrupt not in get_args(Strategy):
+            raise TaskError(
+                f"corrupt is {self.corrupt!r}; expected {', '.join(get_args(Strategy))}."
+            )
+        if half := half_pair(json.dumps(asdict(self), ensure_ascii=False)):
+            raise TaskError(
+                f"Options of rows: {half} is half of a surrogate pair, which is no text: remove it."
+            )
+        if self.corrupt == "rotate" and not self.letters:
+            raise TaskError("corrupt: rotate needs letters.")
+        for split, texts in self.phrasings.items():
+            good = isinstance(texts, list) and all(
+                isinstance(t, str) and t.count("{s}") == 1 for t in texts
+            )
+            if split not in SPLITS or not good:
+                raise TaskError(
+                    f"phrasings: expected {', '.join(SPLITS)}, each a list of texts with {{s}} "
+                    f"exactly once; got {split!r}: {texts!r}."
+                )
+
+    @property
+    def strategy(self) -> Strategy:
+        """``corrupt``, or its default."""
+        return self.corrupt or ("rotate" if self.letters else "swap")
 
 
 def parse_task(value: Json) -> TaskFile:

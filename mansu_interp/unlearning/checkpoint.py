@@ -12,17 +12,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ResourceError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..tasks.task import Task
 from ..utils.distributed import rank
-from ..utils.files import expect
+from ..utils.files import expect, writing
 from ..utils.tensors import read_tensors, tensors_sha256, write_tensors
 from .history import History, StepRecord
 from .methods import MethodConfig
 
-SCHEMA = 2
+SCHEMA = 3
 SECONDS = 60.0
 """Between two checkpoints of a loop."""
 META = {"made_of": str, "history": [{...: (float, None)}], "power": float}
@@ -59,7 +59,11 @@ class Checkpoint:
         Raises:
             ArtifactError: the file is damaged, or of another loop.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return []
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
             return []
         self.tensors, meta = read_tensors(self.path, "checkpoint", SCHEMA)
         try:
@@ -91,8 +95,14 @@ class Checkpoint:
         return self.path is not None and time.monotonic() - self.saved >= SECONDS
 
     def save(self, history: History, tensors: dict[str, Tensor], power: float = 0.0) -> None:
-        """Write the file, whole or not at all; of several processes the first one does."""
+        """Write the file, whole or not at all; of several processes the first one does.
+
+        Raises:
+            ResourceError: the disk is full, or the folder was removed meanwhile.
+        """
         if self.path is not None and rank() == 0:
+            if not self.path.parent.is_dir():
+                raise ResourceError(f"{self.path.parent} was removed while it was in use.")
             meta = {
                 "made_of": self.made_of,
                 "history": [record.to_json() for record in history],

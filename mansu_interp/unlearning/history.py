@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
-from ..utils.files import Json
+from ..errors import ArtifactError
+from ..utils.files import Json, expect, read_json
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,19 @@ class StepRecord:
 
 History = list[StepRecord]
 """A record per step."""
+
+
+def read_history(path: Path) -> History:
+    """The record in a ``history.json``.
+
+    Raises:
+        ArtifactError: missing, damaged, or the record of no step.
+    """
+    found = read_json(path)
+    try:
+        expect(found, [{...: (float, None)}], "it")
+        if not found:
+            raise ValueError("it holds no step")
+        return [StepRecord.from_json(step) for step in found]
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no record of unlearning: {error}.") from error

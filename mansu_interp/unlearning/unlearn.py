@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MaskError, ModelError, TaskError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..tasks.task import Task
+from ..utils.ranges import expect_kind
 from .baselines.dense import Objective, train_dense
 from .baselines.dpo import dpo, idkdpo
 from .baselines.ga import ga
@@ -77,7 +78,12 @@ def unlearn(
         ConfigError: unknown method, or one that needs a mask without one.
         MaskError: the mask does not fit the model.
         ArtifactError: ``resume`` is damaged, or was written by another run.
+        ModelError: training diverged.
     """
+    expect_kind(ModelError, "model", model, LanguageModel)
+    expect_kind(TaskError, "task", task, Task)
+    expect_kind(MaskError, "mask", mask, Mask, None)
+    model.check_editable()
     config = config or Mansu()
     if not isinstance(config, (Mansu, DenseConfig)) or config.method not in METHODS:
         raise ConfigError(
@@ -86,12 +92,28 @@ def unlearn(
     checkpoint = Checkpoint(resume, made_of(model, task, mask, config, seed) if resume else "")
     if isinstance(config, DenseConfig):
         objective = OBJECTIVES[config.method](model, task, config, seed)
-        return train_dense(
-            model, task, config, objective, seed=seed, on_step=on_step, checkpoint=checkpoint
+        return _finite(
+            train_dense(
+                model, task, config, objective, seed=seed, on_step=on_step, checkpoint=checkpoint
+            ),
+            config,
         )
     if mask is None:
         raise ConfigError(
             f"{config.method} edits inside a mask: give mask=circuit_mask(circuit, model)."
         )
     mask.check_fits(model)
-    return mansu(model, task, mask, config, seed=seed, on_step=on_step, checkpoint=checkpoint)
+    made = mansu(model, task, mask, config, seed=seed, on_step=on_step, checkpoint=checkpoint)
+    return _finite(made, config)
+
+
+def _finite(made: Unlearned, config: MethodConfig) -> Unlearned:
+    """What was made, if its weights are finite."""
+    try:
+        made.model.check_finite()
+    except ModelError as error:
+        raise ModelError(
+            f"{config.method} diverged after {made.stopped_at} steps: a weight is NaN or infinite, "
+            f"and nothing can be said of such a model. Take a smaller lr (now {config.lr:g})."
+        ) from error
+    return made

@@ -6,29 +6,40 @@ checked before it is used.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
+import platform
 import re
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from ..errors import ArtifactError, ResourceError
+from ..errors import ArtifactError, MansuError, ResourceError
 
 MAX_JSON = 64 << 20
 """Bytes of the largest JSON file that is read: a circuit of half a million edges."""
-LOCK = ".lock"
+LOCK = ".mansu.lock"
 PARTIAL = ".partial"
-_PARTIAL_NAME = re.compile(r"\..+\.mansu-(\d+)-\w{8}\.partial", re.DOTALL)
-"""What `atomic_path`, `atomic_folder` and `new_folder` call what they have not finished."""
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+"""Which machine this is: a process of another one is not known to be dead."""
+_PARTIAL_NAME = re.compile(r"\..+\.mansu-([0-9a-f]{6})-(\d+)-[0-9a-f]{8}\.partial", re.DOTALL)
+"""What `atomic_path` and `atomic_folder` call what they have not finished."""
+_LIVE: dict[str, Path] = {}
+"""Those of this process, and what they are to become; others of its number are of a dead one that
+had it, too."""
+_CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _WORDS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -36,6 +47,10 @@ _WORDS = {
     errno.EROFS: "it is read-only",
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.ENOTDIR: "a part of its path is a file",
+    errno.EEXIST: "a part of its path is a file",
+    errno.EISDIR: "it is a folder",
 }
 
 
@@ -55,17 +70,26 @@ def _reason(error: Exception) -> str | None:
     return None if code is None else _WORDS.get(code, os.strerror(code))
 
 
+def _no_name(path: Path) -> ResourceError:
+    return ResourceError(f"{str(path)!r} cannot be written: no file can have that name.")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what the system says while something is written into one clear error.
 
     Raises:
-        ResourceError: the disk is full, the folder read-only, or the like.
+        ResourceError: the disk is full, the folder read-only, the name too long, or the like.
     """
+    path = _LIVE.get(Path(path).name, path)
     try:
+        if b"\0" in os.fsencode(path):
+            raise _no_name(path)
         yield
-    except ResourceError:
+    except MansuError:
         raise
+    except UnicodeEncodeError as error:
+        raise _no_name(path) from error
     except Exception as error:
         reason = _reason(error)
         if reason is None:
@@ -76,48 +100,87 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _prefix(path: Path) -> str:
-    """How the name of an unfinished file or folder begins: it names the process that writes it."""
-    return f".{path.name}.mansu-{os.getpid()}-"
+def check_free(path: Path) -> None:
+    """Raise ArtifactError if there is something at a path; a link to nothing is something, too."""
+    if os.path.lexists(path):
+        raise ArtifactError(f"{path} exists already. Name a new one, or delete it first.")
+
+
+def _unfinished(path: Path, make: Callable[[Path], object]) -> Path:
+    """A new sibling of a path, made by ``make``, whose name says which process of which machine
+    writes it. What dead ones left there is removed first."""
+    if path.name in ("", ".."):
+        raise _no_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(path.parent, deeply=False)
+    while True:
+        name = f".{path.name[:40]}.mansu-{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
+        with contextlib.suppress(FileExistsError):
+            make(path.parent / name)
+            _LIVE[name] = path
+            return path.parent / name
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(
+    path: Path, new: bool = False, ready: Callable[[Path], object] = lambda _: None
+) -> Iterator[Path]:
     """A temporary sibling to write to; renamed over ``path`` only if the body succeeds.
 
+    Arguments:
+        path: the file.
+        new: whether there must be nothing yet.
+        ready: called with the temporary file when it is whole, before it takes its place.
+
     Raises:
+        ArtifactError: there is something, and ``new``.
         ResourceError: see `writing`.
     """
     path = Path(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(PARTIAL, _prefix(path), path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        if new:
+            check_free(path)
+        temporary = _unfinished(path, lambda made: os.close(os.open(made, _CREATE, 0o666)))
         try:
+            mode = stat.S_IMODE(temporary.stat().st_mode)  # as the umask has it
             yield temporary
-            temporary.chmod(0o644)
+            temporary.chmod(mode)  # some libraries put a private file in its place
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
+            ready(temporary)
+            if new:
+                check_free(path)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+            _LIVE.pop(temporary.name, None)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder; one that was there before is replaced."""
+def atomic_folder(
+    path: Path, new: bool = False, ready: Callable[[Path], object] = lambda _: None
+) -> Iterator[Path]:
+    """The same for a folder; without ``new`` one that was there before is replaced."""
     path = Path(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(PARTIAL, _prefix(path), path.parent))
+        if new:
+            check_free(path)
+        temporary = _unfinished(path, lambda made: made.mkdir(0o777))
         try:
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
-            temporary.chmod(0o755)
-            shutil.rmtree(path, ignore_errors=True)
+            for place, _, files in os.walk(temporary):
+                for name in files:
+                    Path(place, name).chmod(mode & 0o666)
+            ready(temporary)
+            if new:
+                check_free(path)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
             temporary.replace(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            _LIVE.pop(temporary.name, None)
 
 
 def is_leftover(path: Path) -> bool:
@@ -138,21 +201,23 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder: names that only this module
-    makes, no links, nothing of a process that still runs, and nothing in sub-folders that another
-    run locks."""
+def _remove_unfinished(folder: Path, deeply: bool = True) -> None:
+    """Remove what killed processes of this machine left half-written in a folder: names that only
+    this module makes, no links, nothing of a process that still runs, and nothing in sub-folders
+    that another run locks."""
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             found, path = _PARTIAL_NAME.fullmatch(name), Path(place, name)
-            if found is None or path.is_symlink() or _is_running(int(found.group(1))):
+            if found is None or found[1] != _MACHINE or _is_running(int(found[2])):
+                continue
+            if path.is_symlink() or name in _LIVE:
                 continue
             if name in folders:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
                 folders.remove(name)
             else:
-                path.unlink()
-        folders[:] = [f for f in folders if not Path(place, f, LOCK).exists()]
+                path.unlink(missing_ok=True)
+        folders[:] = [f for f in folders if deeply and not Path(place, f, LOCK).exists()]
 
 
 @contextlib.contextmanager
@@ -186,24 +251,6 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling folder to fill; it becomes ``path`` only if the body succeeds.
-
-    Raises:
-        ArtifactError: there is something already.
-    """
-    path = Path(path)
-    if path.exists():
-        raise ArtifactError(f"{path} exists already. Name a new folder, or delete it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(PARTIAL, _prefix(path), path.parent) as place:
-        inside = Path(place) / path.name
-        inside.mkdir()
-        yield inside
-        inside.rename(path)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
@@ -221,27 +268,78 @@ def finite(value: object) -> Json:
     return value
 
 
+def json_text(value: object) -> str:
+    """Strict JSON, keys in the given order."""
+    return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write strict JSON atomically, keys in the given order."""
-    write_text(
-        path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    """Write strict JSON atomically."""
+    write_text(path, json_text(value))
 
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a finite number")
 
 
+def decode(data: bytes) -> str:
+    """The text of a file that somebody wrote: UTF-8, or what its first bytes (a byte order mark, as
+    Excel and Notepad write it) say.
+
+    Raises:
+        ValueError: it is in another encoding.
+    """
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"byte {error.start:,} is no {'UTF-16' if marked else 'UTF-8'} (save it as UTF-8)"
+        ) from error
+
+
+def half_pair(text: str) -> str:
+    """The first half of a surrogate pair that stands alone in a text, escaped; else nothing. Such a
+    text can be neither written nor tokenized."""
+    found = _HALF_PAIR.search(text)
+    return ascii(found.group())[1:-1] if found else ""
+
+
 def parse_json(text: str) -> Json:
     """Strict JSON from a string.
 
     Raises:
-        ValueError: not JSON, nested too deeply, or holding NaN, infinity or an endless number.
+        ValueError: not JSON, nested too deeply, or holding NaN, infinity, an endless number or half
+            of a surrogate pair.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant)
+        half = _ESCAPED_HALF.search(text) and half_pair(json.dumps(value, ensure_ascii=False))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if half:
+        raise ValueError(f"{half} is half of a surrogate pair, which is no text")
+    return value
+
+
+def check_regular(path: Path, limit: int) -> None:
+    """Raise OSError if a file is not there, and ValueError if it is no regular one (to open a FIFO
+    is to wait for ever), or larger than ``limit`` bytes."""
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    if found.st_size > limit:
+        raise ValueError(f"it has {found.st_size:,} bytes, more than {limit:,}")
+
+
+def file_sha256(*paths: Path) -> str:
+    """Hash of what files hold, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -251,11 +349,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         OSError: it cannot be read.
         ValueError: it is larger, or no regular file.
     """
-    found = Path(path).stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
-    if found.st_size > limit:
-        raise ValueError(f"it has {found.st_size:,} bytes, more than {limit:,}")
+    check_regular(path, limit)
     with Path(path).open("rb") as stream:
         return stream.read(limit)
 
@@ -267,7 +361,7 @@ def read_json(path: Path) -> Json:
         ArtifactError: missing, damaged, or too large (see `MAX_JSON`).
     """
     try:
-        return parse_json(read_bytes(path, MAX_JSON).decode("utf-8"))
+        return parse_json(decode(read_bytes(path, MAX_JSON)))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as JSON: {error}.") from error
 

@@ -5,41 +5,61 @@ Only `push_to_hub`, and a name that is no local folder, touch the network.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
 import tempfile
 import threading
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from ..errors import ArtifactError, MansuError
+from ..errors import ArtifactError, MansuError, ModelError
+from .files import read_json
 from .libraries import first_line
 
 Shared = TypeVar("Shared", bound="Shareable")
-HUB_HOST = ("huggingface.co", 443)
+ANSWER_WITHIN = 4.0
+"""Seconds in which the hub must answer."""
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+"""What is fetched of a model; never code, nor pickles."""
+OTHER_FILES = ["*/*", "consolidated*"]
+"""What matches these and is no part of the model: folders, and weights of another layout."""
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a name has the form that the hub accepts, and is no mistyped path."""
+def is_hub_name(name: str, plain: bool = False) -> bool:
+    """Whether a name has the form that the hub accepts, and is no mistyped path.
+
+    Arguments:
+        name: ``owner/name``.
+        plain: whether a name without an owner, such as ``gpt2``, is one as well.
+    """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1
+    return name.count("/") == 1 or (plain and "/" not in name)
 
 
-def _reachable(timeout: float = 3.0) -> bool:
-    """Whether the hub answers; name lookup can hang, so it runs in a thread of its own."""
+def endpoint() -> str:
+    """Where huggingface_hub asks: HF_ENDPOINT, or huggingface.co."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _reachable(timeout: float = ANSWER_WITHIN) -> bool:
+    """Whether the hub answers huggingface_hub, whose endpoint and proxies count; name lookup can
+    hang, so it asks in a thread of its own."""
     found: list[bool] = []
 
     def probe() -> None:
-        try:
-            socket.create_connection(HUB_HOST, timeout=timeout).close()
+        from huggingface_hub.utils import get_session
+
+        # Whatever the reason is, it is not to be had; and any answer is one.
+        with contextlib.suppress(Exception):
+            get_session().head(endpoint(), timeout=timeout)
             found.append(True)
-        except OSError:
-            pass
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
@@ -48,12 +68,77 @@ def _reachable(timeout: float = 3.0) -> bool:
 
 
 def check_online(what: str, kind: type[MansuError]) -> None:
-    """Raise ``kind`` unless the hub may be asked for ``what``, and answers within 3 s."""
+    """Raise ``kind`` unless the hub may be asked for ``what``, and answers in time."""
     if os.environ.get("HF_HUB_OFFLINE") == "1" or not _reachable():
         raise kind(
-            f"{what} is not on this machine, and the hub ({HUB_HOST[0]}) cannot be reached. "
+            f"{what} is not on this machine, and the hub ({endpoint()}) cannot be reached. "
             "Give a local one, or try again with a network."
         )
+
+
+def cached_model(name: str, revision: str | None, weights: bool = True) -> Path | None:
+    """The folder in which a model of the hub lies on this machine, if all of it does.
+
+    Arguments:
+        name: on the hub.
+        revision: branch, tag or commit; without one ``main``, or else the only snapshot there is.
+        weights: whether its weights are needed.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    try:
+        reference = home / "refs" / (revision or "main")
+        commits = [p.name for p in (home / "snapshots").iterdir()]
+        if reference.is_file():
+            commits = [reference.read_text("utf-8").strip()]
+        elif revision:
+            commits = [c for c in commits if len(revision) >= 7 and c.startswith(revision)]
+        folders = [f for c in commits if _complete(f := home / "snapshots" / c, weights)]
+    except (OSError, UnicodeDecodeError):
+        return None
+    return folders[0] if len(folders) == 1 else None
+
+
+def _complete(folder: Path, weights: bool) -> bool:
+    """Whether a snapshot has its configuration and, if they are needed, all its weights."""
+    if not (folder / "config.json").exists():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not weights or not index.exists():
+        return not weights or any(folder.glob("*.safetensors"))
+    try:
+        return all((folder / f).exists() for f in set(read_json(index)["weight_map"].values()))
+    except (ArtifactError, AttributeError, KeyError, TypeError):
+        return True  # damaged: loading tells
+
+
+def fetch_model(name: str, revision: str | None, weights: bool = True) -> Path:
+    """The folder of a model of the hub, fetched by huggingface_hub.
+
+    Arguments:
+        name: on the hub.
+        revision: branch, tag or commit; default ``main``.
+        weights: whether its weights are needed.
+
+    Raises:
+        ModelError: no such model or revision, or one that may not be read.
+    """
+    from huggingface_hub import snapshot_download
+
+    files = MODEL_FILES if weights else ["config.json"]
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=files, ignore_patterns=OTHER_FILES
+            )
+        )
+    except Exception as error:  # the network fails in many ways
+        at = f" at revision {revision!r}" if revision else ""
+        raise ModelError(
+            f"The hub ({endpoint()}) does not give the model {name!r}{at}: {first_line(error)}"
+        ) from error
 
 
 class Shareable:

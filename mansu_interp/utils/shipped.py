@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ DATA = Path(__file__).parents[1] / "data"
 
 def is_embedded(model: str) -> bool:
     """Whether a model ships with the package."""
-    return Path(model).name == model and (DATA / "models" / model / "config.json").exists()
+    # Path.exists raises over 255 characters
+    return Path(model).name == model and os.path.exists(DATA / "models" / model / "config.json")
 
 
 def split_names(given: Iterable[str]) -> tuple[str, ...]:

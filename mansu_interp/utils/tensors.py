@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArtifactError
-from .files import Json, atomic_path, finite, parse_json
+from .files import Json, atomic_path, check_regular, finite, parse_json, shown
 
 MAX_BYTES = 1 << 34
 """Size of the largest file that is opened: the ledger of a model of 200 billion weights."""
@@ -31,17 +31,23 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _sha256(header: dict[str, Json], tensors: dict[str, Tensor]) -> str:
+    """Hash of a whole file: of its header, but for this hash, and of its tensors."""
+    text = json.dumps(header, sort_keys=True) + tensors_sha256(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_tensors(
     path: Path, kind: str, schema: int, tensors: dict[str, Tensor], meta: Mapping[str, object]
 ) -> None:
-    """Write tensors atomically; the header is JSON: schema, ``meta``, and a hash of the tensors.
+    """Write tensors atomically; the header is JSON: schema, ``meta``, and a hash of all of it.
 
     Raises:
         ResourceError: the disk is full, or the like.
     """
     here = {n: t.detach().cpu() for n, t in tensors.items()}
-    header = {"schema": schema, **meta, "sha256": tensors_sha256(here)}
-    text = json.dumps(finite(header), allow_nan=False)
+    header = finite({"schema": schema, **meta})
+    text = json.dumps({**header, "sha256": _sha256(header, here)}, allow_nan=False)
     with atomic_path(path) as temporary:
         save_file(here, temporary, {f"mansu_{kind}": text})
 
@@ -57,18 +63,20 @@ def read_tensors(path: Path, kind: str, schema: int) -> tuple[dict[str, Tensor],
         tensors, meta = _read(Path(path), kind)
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(f"{path} is not a readable {kind}: {error}.") from error
-    if meta.pop("schema", None) != schema:
-        raise ArtifactError(f"{path} has an unknown {kind} schema; expected {schema}.")
-    sha = meta.pop("sha256", None)  # masks written before 0.2 have none
-    if (sha or kind != "mask") and sha != tensors_sha256(tensors):
+    if meta.get("schema") != schema:
+        raise ArtifactError(
+            f"{path} has the {kind} schema {shown(meta.get('schema'))}; this version reads "
+            f"{schema}. Make it again."
+        )
+    sha = meta.pop("sha256", None)
+    if sha != _sha256(meta, tensors):
         raise ArtifactError(f"{path} was changed after it was written: its hash does not match.")
+    del meta["schema"]
     return tensors, meta
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Json]]:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"it has {size:,} bytes, more than {MAX_BYTES:,}")
+    check_regular(path, MAX_BYTES)
     with path.open("rb") as stream:
         if int.from_bytes(stream.read(8), "little") > MAX_HEADER:
             raise ValueError(f"its header is longer than {MAX_HEADER:,} bytes")

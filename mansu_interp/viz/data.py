@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # at run time only its fields are used, so pictures need no t
     from ..circuits.compare import Divergence
 
 SCHEMA = 2
-"""2: edge classes silent and weakened (formerly erased and suppressed), ``comparison``."""
+"""2: edge classes silent and weakened, or suppressed and erased where a graph after relearning
+tells them apart; ``comparison``."""
 
 FILE = {
     "schema": int,
@@ -43,7 +44,7 @@ FILE = {
     "weights": {...: [str]},
     "cad": ({"verdict": str, "sentence": str}, None),
     "comparison": ({...: dict}, None),
-    "counts?": {name: int for name in CLASSES[1:]},
+    "counts?": {f"{name}?": int for name in CLASSES[1:]},
     "present_from?": float,
 }
 """What is checked of a file."""
@@ -145,7 +146,8 @@ class GraphData:
             else None,
         }
         if self.counts:
-            out |= {"classes": list(CLASSES), "meaning": dict(MEANING), "counts": dict(self.counts)}
+            meaning = {name: MEANING[name] for name in self.counts}
+            out |= {"classes": list(CLASSES), "meaning": meaning, "counts": dict(self.counts)}
             out["present_from"] = self.present_from
         return out
 

@@ -13,6 +13,8 @@ EDGE_STYLES: dict[str, tuple[str, str, str]] = {
     "silent": ("#000000", "#F2F2F2", "1 4"),
     "weakened": ("#E69F00", "#E69F00", "6 3"),
     "recovered": ("#D55E00", "#EC7A24", "12 3"),
+    "suppressed": ("#E69F00", "#E69F00", "6 3"),
+    "erased": ("#000000", "#F2F2F2", "1 4"),
     "new": ("#CC79A7", "#CC79A7", "8 3 2 3"),
     "other": ("#8A9099", "#7A828C", ""),
     "quiet": ("#8A9099", "#7A828C", ""),

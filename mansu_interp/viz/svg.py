@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
 from ..models.graph import Architecture
-from ..utils import number_of
+from ..utils.words import number_of
 from .data import GraphData
 from .layout import LEFT, ROOM, Box, Layout, box_id, crowded, curve, place, reader_name
 from .styles import EDGE_STYLES
@@ -338,7 +338,7 @@ def _view_legend(data: GraphData, n: int, largest: float) -> list[tuple[str, str
     """Style and text of each line below a view."""
     legend = list(_SIGN_TEXT.items())
     if data.counts:
-        legend = [(c, f"{MEANING[c]} ({data.counts[c]:,})") for c in CLASSES[1:]]
+        legend = [(c, f"{MEANING[c]} ({n:,})") for c, n in data.counts.items()]
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data.unit}."))
     legend.append(("", f"Drawn: the strongest {n:,} of {number_of(data.total, 'edge')}."))
     if crowded(data.architecture):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..errors import ViewError
-from ..models.stream import Recorder
+from ..models.hook_points import Recorder
 from ..tasks.pairs import Pair, collate
 from ..utils.files import write_text
 from ..utils.libraries import library

@@ -22,15 +22,16 @@ from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
 from ..utils.files import atomic_path, write_json, write_text
 from ..utils.libraries import library
+from ..utils.ranges import expect_kind
 from .data import EdgeData, GraphData, Judged, NodeData
 from .layout import box_id
 from .page import graph_page
 from .svg import view_svg
 
 if TYPE_CHECKING:  # at run time only their attributes are used
-    from ..circuits.attribution import Attribution
     from ..circuits.circuit import Circuit
     from ..circuits.compare import GraphComparison
+    from ..circuits.scores import Attribution
     from ..masks.mask import Mask
     from ..models.language_model import LanguageModel
     from .widget import GraphWidget
@@ -227,9 +228,11 @@ def circuit_view(
         limit: edges in the view: so many, the strongest, and all of the circuit; None: every edge.
         title: default: the model's name.
     """
+    expect_kind(ViewError, "circuit", circuit, "Circuit")
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
+    facts += [circuit.meta.caveat] if circuit.meta.caveat else []
     title = title or f"Circuit{f' of {name}' if name else ''}"
     data = _graph_data(title, circuit, {"": circuit.scores}, limit)
     top = min(TOP, circuit.n_edges) or TOP
@@ -237,12 +240,33 @@ def circuit_view(
     return View(replace(data, facts=facts, top=top, weights=weights))
 
 
+def attribution_view(
+    scores: Attribution, *, limit: int | None = LIMIT, title: str = "Edge scores"
+) -> View:
+    """The strongest edges of a graph.
+
+    Arguments:
+        scores: from `attribute`.
+        limit: edges in the view, the strongest; None: every edge.
+        title: of the page.
+    """
+    from ..circuits.circuit import Circuit
+
+    nothing = np.zeros_like(scores.graph.exists)
+    circuit = Circuit(scores.graph, scores.scores, nothing)
+    data = _graph_data(title, circuit, {"": np.asarray(scores.scores)}, limit)
+    facts = [f"metric {scores.clean:.3g} on clean prompts, {scores.corrupt:.3g} on corrupt ones"]
+    return View(replace(data, facts=facts))
+
+
 def changes_view(
     circuit: Circuit,
     before: Attribution,
     after: Attribution,
     quantized: Attribution | None = None,
+    relearned: Attribution | None = None,
     *,
+    never_taught: Attribution | None = None,
     cad: Verdict | None = None,
     comparison: GraphComparison | None = None,
     model: LanguageModel | None = None,
@@ -251,13 +275,17 @@ def changes_view(
     limit: int | None = LIMIT,
     title: str = "",
 ) -> View:
-    """Before, after and quantized side by side, with what became of every edge and component.
+    """Before, after, quantized and relearned side by side, with what became of every edge and
+    component.
 
     Arguments:
         circuit: the original's circuit.
         before: `attribute` of the original model on some held-out forget pairs.
         after: the same of the edited model, on the same pairs with the same metric.
         quantized: the same of its quantized form.
+        relearned: the same of the edited model after relearning half of the facts; the pairs of all
+            four are then of the other half.
+        never_taught: the same of a reference model after the same relearning; it is not drawn.
         cad: the verdict on the edit, shown on top (from `judge_erasure`).
         comparison: how the graphs differ in numbers, shown on top (from `compare`).
         model: the original, to name the weights behind each component.
@@ -270,12 +298,17 @@ def changes_view(
     Raises:
         CircuitError: scores of another architecture, or not finite.
     """
-    named = {"before": before, "after": after}
-    if quantized is not None:
-        named["quantized"] = quantized
-    panes = {name: np.asarray(a.scores) for name, a in named.items()}
-    edges = classify(*panes.values(), threshold=threshold)
-    nodes = classify(*(s.sum(1) for s in panes.values()))
+    expect_kind(ViewError, "circuit", circuit, "Circuit")
+    for name, scores in (("before", before), ("after", after)):
+        expect_kind(ViewError, name, scores, "Attribution")
+    more = {"quantized": quantized, "relearned": relearned, "never_taught": never_taught}
+    for name, scores in more.items():
+        expect_kind(ViewError, name, scores, "Attribution", None)
+    named = {"before": before, "after": after, **more}
+    found = {name: np.asarray(a.scores) for name, a in named.items() if a is not None}
+    edges = classify(**found, threshold=threshold)
+    nodes = classify(**{name: s.sum(1) for name, s in found.items()})
+    panes = {name: s for name, s in found.items() if name != "never_taught"}
     name = circuit.meta.model
     title = title or f"What became of the graph{f' of {name}' if name else ''}"
     data, counts = _graph_data(title, circuit, panes, limit), edges.counts()
@@ -286,7 +319,10 @@ def changes_view(
             edges=replace(data.edges, classes=classes),
             nodes=replace(data.nodes, classes=nodes.codes.tolist()),
             top=max(1, min(TOP, sum(counts.values()))),  # not what is quiet in all
-            facts=[f"an edge is present from |score| {edges.threshold:.3g}"],
+            facts=[
+                f"an edge is present from |score| {edges.threshold:.3g}",
+                *([circuit.meta.caveat] if circuit.meta.caveat else []),
+            ],
             weights=_weights(circuit.graph, model, mask),
             cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
             comparison=comparison.models if comparison is not None else None,

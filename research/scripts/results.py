@@ -68,7 +68,9 @@ def scored(
         "task": task.name,
         "scores": [to_json(row) for row in scores.rows],
         "perplexity": [to_json(text) for text in scores.perplexity],
-        "flips": to_json(Flips.between(*(scores.first[version.after(q)] for q in (None, "nf4")))),
+        "flips": to_json(
+            Flips.between(*(scores.right[version.after(q)]["choice"] for q in (None, "nf4")))
+        ),
         "survival": to_json(survived),
         "dev_choice": dev_choice(edited, task),
         "edited": everything,

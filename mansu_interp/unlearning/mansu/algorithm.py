@@ -39,6 +39,7 @@ from ..training import (
     arithmetic,
     forgetting_level,
     may_stop,
+    packed,
     retain_loss,
     text_kl,
 )
@@ -148,7 +149,10 @@ def _partial_losses(
     parts = []
     for kind, groups, loss in (("forget", forget, forget_part), ("retain", retain, retain_part)):
         n = sum(map(len, groups))
-        parts += [partial(weighed, kind, len(p) / n, partial(loss, p)) for p in groups]
+        parts += [
+            partial(weighed, kind, len(p) / n, partial(loss, p))
+            for p in packed(groups, student.d_model)
+        ]
     if text is not None:
         parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, teacher, text)))
     return parts

@@ -34,12 +34,15 @@ def z_scores(
 ) -> Float[Tensor, " batch"]:
     """Standard deviations by which the right answer's score lies above the mean of its relation's
     answers."""
-    found = []
-    for x, pair in zip(read, pairs, strict=True):
-        scores = rows[among[pair.relation]] @ x
-        own = rows[pair.answer] @ x
-        found.append((own - scores.mean()) / (scores.std(correction=0) + 1e-6))
-    return torch.stack(found)
+    found = torch.zeros(len(pairs), device=read.device)
+    own = (rows[[p.answer for p in pairs]] * read).sum(1)
+    for relation, tokens in among.items():
+        of = torch.tensor([k for k, p in enumerate(pairs) if p.relation == relation])
+        of = of.to(read.device)
+        scores = read[of] @ rows[tokens].T
+        spread = scores.std(1, correction=0) + 1e-6
+        found = found.index_put((of,), (own[of] - scores.mean(1)) / spread)
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,86 +17,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import dataclass
 
-from ..errors import TaskError
-from ..models.language_model import LanguageModel
-from ..utils.files import expect
-from .pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
+from ...errors import TaskError
+from ...models.language_model import LanguageModel
+from ...utils.libraries import first_line
+from ..pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash, gap
+from ..schema import RowOptions
+from ..task import Asked, Task, distinct
 from .rows import SHOWN, SPLITS, Row
-from .schema import Strategy
-from .task import Task
 
 LETTERS = "ABCD"
 TRIES = 32
 """Candidates looked at for a corrupt prompt or a distractor."""
 LONGEST = 64
 """Symbols that may stand for one subject."""
-OPTIONS = {
-    "prefix": str,
-    "phrasings": dict,
-    "chat": bool,
-    "letters": bool,
-    "corrupt": (str, None),
-    "symbol": str,
-    "normalise": bool,
-    "seed": int,
-}
-"""What a task file must hold for each field of `RowOptions`."""
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """How rows are asked; the keys of a task file over rows."""
-
-    prefix: str = ""
-    """Put before every prompt exactly as written (not with ``chat``)."""
-    phrasings: dict[str, list[str]] = field(default_factory=dict)
-    """Split -> texts around ``{s}``, the row's prompt; a row without a split is asked in all."""
-    chat: bool = False
-    """The prompt is the user's turn in the tokenizer's chat template; the answer begins the
-    assistant's."""
-    letters: bool = False
-    """The prompt lists the answer and its distractors as A to D in an order drawn for each prompt;
-    the answer is its letter."""
-    corrupt: Strategy | None = None
-    """How corrupt prompts are made; default: rotate with letters, else swap."""
-    symbol: str = "_"
-    """What stands for the subject (``symbol``)."""
-    normalise: bool = False
-    """Compare choices by log-probability per token instead of by its sum."""
-    seed: int = 0
-    """Seed of every draw."""
-
-    def __post_init__(self) -> None:
-        for name, shape in OPTIONS.items():
-            value = getattr(self, name)
-            try:
-                expect(value, shape)
-            except ValueError as error:
-                wanted = shape[0] if isinstance(shape, tuple) else shape
-                raise TaskError(f"{name} must be {wanted.__name__}; got {value!r}.") from error
-        if self.corrupt is not None and self.corrupt not in get_args(Strategy):
-            raise TaskError(
-                f"corrupt is {self.corrupt!r}; expected {', '.join(get_args(Strategy))}."
-            )
-        if self.corrupt == "rotate" and not self.letters:
-            raise TaskError("corrupt: rotate needs letters.")
-        for split, texts in self.phrasings.items():
-            good = isinstance(texts, list) and all(
-                isinstance(t, str) and t.count("{s}") == 1 for t in texts
-            )
-            if split not in SPLITS or not good:
-                raise TaskError(
-                    f"phrasings: expected {', '.join(SPLITS)}, each a list of texts with {{s}} "
-                    f"exactly once; got {split!r}: {texts!r}."
-                )
-
-    @property
-    def strategy(self) -> Strategy:
-        """``corrupt``, or its default."""
-        return self.corrupt or ("rotate" if self.letters else "swap")
 
 
 @dataclass(frozen=True)
@@ -173,14 +108,22 @@ class _Pairing:
         if not self.options.chat:
             return self.options.prefix + text
         turn = [{"role": "user", "content": text}]
-        found = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            found = self.tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a stranger's program
+            raise TaskError(
+                f"The chat template of {self.model.name} does not take a user's turn: "
+                f"{type(error).__name__}: {first_line(error)} Set chat false, or mend the template."
+            ) from error
         return str(found)
 
     def _answer(self, prompt: str, tokens: Tokens, answer: str) -> Tokens:
-        """The answer's tokens behind a prompt: after one space, or at once in an assistant's turn
+        """The answer's tokens behind a prompt: after its `gap`, or at once in an assistant's turn
         and on a new line."""
-        gap = "" if self.options.chat or prompt.endswith("\n") else " "
-        both = self._encode(prompt + gap + answer)
+        between = "" if self.options.chat or prompt.endswith("\n") else gap(prompt, answer)
+        both = self._encode(prompt + between + answer)
         if both[: len(tokens)] != tokens or len(both) == len(tokens):
             raise _Drop("the tokenizer joins the prompt's end with the answer")
         return both[len(tokens) :]
@@ -359,17 +302,19 @@ def task_from_rows(
         reference_models: embedded models that were never taught the forget facts.
 
     Raises:
-        TaskError: a role without usable rows in ``train`` or ``unseen``; says why they were left
-            out. What is left out otherwise is counted in `Task.dropped`, with its lines.
+        TaskError: prompts contradict each other, or a role has no usable rows in ``train`` or
+            ``unseen``; says why. What is left out otherwise is counted in `Task.dropped`.
     """
     made = _Pairing(model, rows, options or RowOptions())
-    found = {(r, s): made.pairs(r, s) for r in ("forget", "retain") for s in SPLITS}
-    found |= {("neighbour", s): made.pairs("neighbour", s) for s in ("dev", "unseen")}
-    retain_unscored = made.pairs("retain_unscored", "train")
-    dropped = made.left_out()
+    places = [Asked(r, s, "") for r in ("forget", "retain") for s in SPLITS]
+    places += [Asked("neighbour", s, "") for s in ("dev", "unseen")]
+    places.append(Asked("retain_unscored", "train", ""))
+    found, left_out = distinct(name, {at: made.pairs(at.role, at.split) for at in places})
+    unscored = tuple(found[Asked("retain_unscored", "train", "")])
+    dropped = made.left_out() | left_out
     for role in ("forget", "retain"):
         for split in ("train", "unseen"):
-            if not found[role, split]:
+            if not found[Asked(role, split, "")]:
                 why = "".join(f"\n  {n} prompts: {reason}" for reason, n in dropped.items())
                 raise TaskError(
                     f"Task {name!r} has no usable {role} prompt in the split {split}. Give rows of "
@@ -378,18 +323,16 @@ def task_from_rows(
 
     def sets(role: str, split: str) -> dict[str, PairSet]:
         by: dict[str, list[Pair]] = {}
-        for pair in found.get((role, split), []):
+        for pair in found[Asked(role, split, "")]:
             by.setdefault(pair.relation, []).append(pair)
         return {r: PairSet(f"{role}/{r}", tuple(p)).sample(score_pairs, 0) for r, p in by.items()}
 
     return Task(
         name=name,
         title=title or name,
-        forget=PairSet("forget", tuple(found["forget", "train"])),
-        retain=PairSet("retain", tuple(found["retain", "train"])),
-        retain_unscored=PairSet("retain_unscored", tuple(retain_unscored))
-        if retain_unscored
-        else None,
+        forget=PairSet("forget", tuple(found[Asked("forget", "train", "")])),
+        retain=PairSet("retain", tuple(found[Asked("retain", "train", "")])),
+        retain_unscored=PairSet("retain_unscored", unscored) if unscored else None,
         scored={
             split: {role: sets(role, split) for role in ("forget", "retain", "neighbour")}
             for split in ("dev", "unseen")

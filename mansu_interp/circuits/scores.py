@@ -1,0 +1,238 @@
+"""Edge scores: what `attribute` returns, as tables, graphs and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import networkx as nx
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from ..errors import ArtifactError, CircuitError
+from ..models.graph import Architecture, Graph, Node
+from ..utils.files import expect
+from ..utils.tensors import read_tensors, write_tensors
+from .changes import classify
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ..viz.view import View
+
+SCHEMA = 1
+"""Version of the file's format."""
+SCORES_FILE = {"architecture": dict, "clean": float, "corrupt": float}
+"""What is checked of its header."""
+
+
+@dataclass(frozen=True)
+class ScoredEdge:
+    """One edge and its score."""
+
+    source: str
+    """Id of the writer."""
+    target: str
+    """Id of the reader."""
+    score: float
+    """In units of the metric; positive: supports the answer."""
+
+
+def ranked_edges(
+    graph: Graph,
+    scores: Float[np.ndarray, "writers readers"],
+    n: int | None = None,
+    edges: Bool[np.ndarray, "writers readers"] | None = None,
+) -> list[ScoredEdge]:
+    """Edges by |score|, the strongest first.
+
+    Arguments:
+        graph: whose edges.
+        scores: of every edge.
+        n: at most so many; default: all.
+        edges: True for those that count; default: all of the graph.
+    """
+    rows, columns = np.nonzero(graph.exists if edges is None else edges)
+    order = np.argsort(-np.abs(scores[rows, columns]), kind="stable")[:n]
+    return [
+        ScoredEdge(graph.writers[i].id, graph.readers[j].id, float(scores[i, j]))
+        for i, j in zip(rows[order], columns[order], strict=True)
+    ]
+
+
+def to_networkx(
+    graph: Graph,
+    scores: Float[np.ndarray, "writers readers"],
+    edges: Bool[np.ndarray, "writers readers"],
+) -> nx.DiGraph:
+    """Some edges as a directed graph; see `Circuit.to_networkx`."""
+    out = nx.DiGraph()
+
+    def add(node: Node) -> str:
+        out.add_node(node.id, kind=node.kind, layer=node.layer, head=node.head)
+        return node.id
+
+    for i, j in np.argwhere(edges):
+        u, v = graph.writers[i], graph.readers[j]
+        out.add_edge(add(u), add(v), score=float(scores[i, j]), kind="residual")
+    for j in np.flatnonzero(edges.any(0)):
+        v = graph.readers[j]
+        if v.kind in "qkv":
+            for row in graph.feeds[j]:
+                if edges[row].any():
+                    out.add_edge(v.id, graph.writers[row].id, score=0.0, kind="inside")
+    return out
+
+
+def edge_frame(edges: Sequence[ScoredEdge]) -> pandas.DataFrame:
+    """Edges as a data frame with the columns source, target and score."""
+    import pandas
+
+    return pandas.DataFrame(
+        [(e.source, e.target, e.score) for e in edges], columns=["source", "target", "score"]
+    )
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Edge scores over a pair set."""
+
+    graph: Graph
+    scores: Float[np.ndarray, "writers readers"]
+    """Mean over pairs, in units of the metric; 0 where no edge exists."""
+    clean: float
+    """Mean metric of the clean runs."""
+    corrupt: float
+    """Mean metric of the corrupt runs."""
+    by_position: Float[np.ndarray, "pos writers readers"] | None = None
+    """The same by token position, counted from the start; the sum over positions is ``scores``."""
+    neurons: dict[str, Float[np.ndarray, " n"]] = field(default_factory=dict)
+    """Scores of each MLP's neurons (``m3``) and each head's output dimensions (``a3.h5``), in units
+    of the metric; their sum over a writer is its node score."""
+
+    def node_scores(self) -> dict[str, float]:
+        """Score of each writer: the sum of its outgoing edges, because its total gradient is the
+        sum of its readers' gradients."""
+        return dict(zip(self.graph.writer_index, self.scores.sum(1).tolist(), strict=True))
+
+    def edge(self, source: str, target: str) -> float:
+        """Score of an edge by its ids, such as ``("a0.h1", "m3")``.
+
+        Raises:
+            CircuitError: no such edge.
+        """
+        return float(self.scores[self.graph.edge(source, target)])
+
+    def top(self, n: int = 10) -> list[ScoredEdge]:
+        """The strongest edges by |score|."""
+        return ranked_edges(self.graph, self.scores, n)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Every edge that has a score, as a directed graph (see `Circuit.to_networkx`)."""
+        return to_networkx(self.graph, self.scores, self.scores != 0)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Every edge as a row: source, target, score; the strongest first."""
+        return edge_frame(ranked_edges(self.graph, self.scores))
+
+    def save(self, path: Path) -> None:
+        """Write the scores as safetensors."""
+        header = {
+            "architecture": asdict(self.graph.architecture),
+            "clean": self.clean,
+            "corrupt": self.corrupt,
+        }
+        write_tensors(path, "scores", SCHEMA, {"scores": torch.from_numpy(self.scores)}, header)
+
+    @classmethod
+    def load(cls, path: Path) -> Attribution:
+        """Read what `save` wrote: scores by edge, not those by position or neuron.
+
+        Raises:
+            ArtifactError: no such file, or one that is damaged or of another kind.
+        """
+        tensors, header = read_tensors(path, "scores", SCHEMA)
+        try:
+            expect(header, SCORES_FILE, "the header")
+            graph = Graph(Architecture(**header["architecture"]))
+            scores = tensors["scores"].numpy()
+            if scores.shape != graph.exists.shape or not np.isfinite(scores).all():
+                raise ValueError("the scores do not fit the architecture, or are not finite")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} holds no edge scores: {error}.") from error
+        return cls(graph, scores, header["clean"], header["corrupt"])
+
+    def view(self) -> View:
+        """The graph, drawn (see `circuit_view`)."""
+        from ..viz.view import attribution_view
+
+        return attribution_view(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Attribution({self.graph.n_edges:,} edges; metric {self.clean:.3g} clean, "
+            f"{self.corrupt:.3g} corrupt)"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self!r}; the strongest:", self.top())
+
+
+def edge_changes(
+    before: Attribution,
+    after: Attribution,
+    quantized: Attribution | None = None,
+    *,
+    threshold: float | None = None,
+) -> pandas.DataFrame:
+    """What became of each edge, as a table: one row an edge that any of the models has.
+
+    Arguments:
+        before: `attribute` of the original model.
+        after: the same of the edited model, on the same pairs with the same metric.
+        quantized: the same of its quantized form.
+        threshold: |score| from which an edge counts as present (see `classify`).
+
+    Returns:
+        The columns source, target, before, after, quantized (if given), left (after / before) and
+        change (see `classify`), the strongest of the original first. Edges that vanished are
+        ``table[table.change == "silent"]``.
+
+    Raises:
+        CircuitError: graphs of different architectures.
+    """
+    import pandas
+
+    given = [x for x in (before, after, quantized) if x is not None]
+    if any(x.graph.architecture != before.graph.architecture for x in given):
+        raise CircuitError("These are graphs of different architectures; give scores of one model.")
+    classes = classify(*(x.scores for x in given), threshold=threshold).names()
+    rows, columns = np.nonzero(before.graph.exists & (classes != "quiet"))
+    order = np.argsort(-np.abs(before.scores[rows, columns]), kind="stable")
+    at = rows[order], columns[order]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = after.scores[at] / before.scores[at]
+    table = {
+        "source": [before.graph.writers[i].id for i in at[0]],
+        "target": [before.graph.readers[j].id for j in at[1]],
+        "before": before.scores[at],
+        "after": after.scores[at],
+        **({"quantized": quantized.scores[at]} if quantized is not None else {}),
+        "left": left,
+        "change": classes[at],
+    }
+    return pandas.DataFrame(table)
+
+
+def html_table(caption: str, edges: Sequence[ScoredEdge]) -> str:
+    """A short table for notebooks."""
+    rows = "".join(
+        f"<tr><td><code>{e.source}</code></td><td><code>{e.target.replace('<', '&lt;')}</code></td>"
+        f"<td style='text-align:right'>{e.score:+.3f}</td></tr>"
+        for e in edges
+    )
+    head = "<tr><th>source</th><th>target</th><th>score</th></tr>"
+    return f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>"

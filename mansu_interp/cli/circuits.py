@@ -1,0 +1,196 @@
+"""The commands for circuits alone: discover, attribute, view, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ArtifactError, ConfigError
+from ..runs.defaults import default_task
+from .console import Output, say, say_json
+from .progress import Progress
+from .settings import AttributeConfig, CompareConfig, DiscoverConfig, ViewConfig
+
+if TYPE_CHECKING:
+    from ..circuits.circuit import Circuit
+    from ..circuits.scores import Attribution, ScoredEdge
+    from ..models.language_model import LanguageModel
+    from ..tasks.pairs import PairSet
+
+SHOWN = 10
+"""Edges that a result prints."""
+
+
+def _pairs(
+    config: DiscoverConfig | AttributeConfig, model: LanguageModel
+) -> tuple[PairSet, PairSet | None]:
+    """The pairs to explain and, of a task, those that must stay."""
+    from ..tasks.data.prompts import read_prompts
+    from ..tasks.load import load_task
+
+    if config.pairs is not None:
+        if config.task is not None:
+            raise ConfigError("Give --pairs or --task, not both.")
+        return read_prompts(config.pairs, model), None
+    task = load_task(config.task or default_task(config.model), model)
+    return task.forget, task.retain
+
+
+def _print_edges(edges: Sequence[ScoredEdge]) -> None:
+    width = max(len(e.source) for e in edges)
+    for e in edges:
+        say(f"  {e.source:>{width}} -> {e.target:<12}{e.score:+9.3f}")
+
+
+def do_discover(config: DiscoverConfig, output: Output) -> int:
+    """Discover a circuit, and write it with a page to look at."""
+    from ..circuits.discover import discover
+    from ..models.load import load_model
+    from ..utils.files import atomic_folder
+    from ..viz.view import circuit_view
+
+    model = load_model(config.model, config.device)
+    forget, retain = _pairs(config, model)
+    progress = Progress(output.quiet or output.json)
+    if not (output.quiet or output.json):
+        say(f"{model.name}: {model.graph.n_edges:,} edges; {len(forget):,} pairs", flush=True)
+    with atomic_folder(config.out, new=True) as folder:
+        try:
+            found = discover(
+                model,
+                forget,
+                config=config.circuit,
+                retain=retain,
+                seed=config.seed,
+                on_step=progress,
+            )
+        finally:
+            progress.close()
+        found.save(folder / "circuit.json")
+        found.save_graphml(folder / "circuit.graphml")
+        circuit_view(found, model=model).to_html(folder / "circuit.html")
+    if output.json:
+        top = [asdict(e) for e in found.top(SHOWN)]
+        faithful = found.meta.faithfulness
+        say_json({"edges": found.n_edges, "faithfulness": faithful, "strongest": top})
+        return 0
+    say(f"{found!r}. The strongest edges (nats of {config.circuit.metric}):")
+    _print_edges(found.top(SHOWN))
+    if not output.quiet:
+        say(f"Open {config.out / 'circuit.html'}")
+    return 0
+
+
+def do_attribute(config: AttributeConfig, output: Output) -> int:
+    """Score every edge, and write the scores."""
+    from ..circuits.attribution import attribute
+    from ..models.load import load_model
+    from ..utils.files import write_text
+
+    if config.out.suffix not in (".safetensors", ".csv"):
+        raise ConfigError(f"--out must end with .safetensors or .csv; got {config.out}.")
+    model = load_model(config.model, config.device)
+    pairs = _pairs(config, model)[0].sample(config.attribution.pairs, config.seed)
+    progress = Progress(output.quiet or output.json)
+    try:
+        found = attribute(
+            model,
+            pairs,
+            config=config.attribution,
+            on_batch=lambda done, n: progress("attribution", done, n),
+        )
+    finally:
+        progress.close()
+    if config.out.suffix == ".csv":
+        write_text(config.out, found.to_pandas().to_csv(index=False))
+    else:
+        found.save(config.out)
+    if output.json:
+        say_json({"edges": [asdict(e) for e in found.top(SHOWN)], "clean": found.clean})
+        return 0
+    say(f"{found!r}. The strongest edges:")
+    _print_edges(found.top(SHOWN))
+    if not output.quiet:
+        say(f"All of them: {config.out}")
+    return 0
+
+
+def _read(path: Path) -> Circuit | Attribution:
+    """A circuit, or edge scores."""
+    from ..circuits.circuit import Circuit
+    from ..circuits.scores import Attribution
+
+    if path.suffix == ".safetensors":
+        return Attribution.load(path)
+    return Circuit.load(path / "circuit.json" if path.is_dir() else path)
+
+
+def do_view(config: ViewConfig, output: Output) -> int:
+    """Draw what a file holds."""
+    from ..circuits.scores import Attribution
+    from ..report.records import Report
+    from ..viz.data import GraphData
+    from ..viz.view import View, attribution_view, circuit_view
+
+    path = config.path
+    report = path / "report.json"
+    if report.exists() and (graph := Report.load(report).graph):
+        view = View(GraphData.from_json(graph))
+    else:
+        found = _read(path)
+        draw = attribution_view if isinstance(found, Attribution) else circuit_view
+        view = draw(found)  # type: ignore[arg-type]
+    out = config.out or (path / "graph.html" if path.is_dir() else path.with_suffix(".html"))
+    if out.suffix == ".html":
+        view.to_html(out)
+    elif out.suffix == ".svg":
+        view.to_svg(out)
+    elif out.suffix == ".png":
+        view.to_png(out)
+    else:
+        raise ConfigError(f"--out must end with .html, .svg or .png; got {out}.")
+    say(str(out) if output.quiet else f"{view!r}. Open {out}")
+    return 0
+
+
+def do_compare(config: CompareConfig, output: Output) -> int:
+    """Say how two circuits, or the scores of two models, differ."""
+    from ..circuits.circuit import Circuit
+    from ..circuits.scores import Attribution, edge_changes
+
+    first, second = _read(config.first), _read(config.second)
+    if isinstance(first, Circuit) and isinstance(second, Circuit):
+        both, alone, other = first & second, first - second, second - first
+        union = (first | second).n_edges
+        counts = {
+            "both": int((first.edges & second.edges).sum()),
+            "first only": alone.n_edges,
+            "second only": other.n_edges,
+        }
+        overlap = counts["both"] / union if union else 1.0
+        if output.json:
+            say_json({**counts, "overlap": overlap})
+            return 0
+        say(f"{first!r}\n{second!r}")
+        say(", ".join(f"{n} edges in {k}" for k, n in counts.items()) + f"; overlap {overlap:.2f}")
+        for label, part in (("both", both), ("first only", alone), ("second only", other)):
+            if part.n_edges:
+                say(f"{label}, the strongest:")
+                _print_edges(part.top(SHOWN))
+        return 0
+    if isinstance(first, Attribution) and isinstance(second, Attribution):
+        table = edge_changes(first, second)
+        if output.json:
+            say_json(table.to_dict("records"))
+            return 0
+        counts = table.change.value_counts().to_dict()
+        say(f"{first!r}\n{second!r}")
+        say("edges: " + ", ".join(f"{n} {k}" for k, n in counts.items()))
+        say(table.head(2 * SHOWN).to_string(index=False, float_format="{:+.3f}".format))
+        return 0
+    raise ArtifactError(
+        f"{config.first} and {config.second} are of different kinds. Give two circuits, or two "
+        "files of scores from mansu attribute."
+    )

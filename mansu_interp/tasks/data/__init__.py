@@ -1,0 +1,1 @@
+"""Rows that users bring: read, checked, and made into pairs."""

@@ -1,0 +1,291 @@
+"""Rows brought by the user, checked one by one.
+
+A row is one prompt with its answer (see `Row`); rows of published data become such rows (see
+`shapes`). Every bad row is named with its line and reason; none is dropped, except choices among
+too few, which are counted in the line that tells how rows were read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeGuard, TypeVar
+
+from ...errors import TaskError
+from ...utils.files import half_pair, shown
+from .shapes import OWN, as_list, convert, fold
+from .sources import Numbered, records
+
+ROLES = ("forget", "retain", "retain_unscored", "neighbour")
+SPLITS = ("train", "dev", "unseen")
+SHOWN = 10
+"""Bad rows that a message lists; it counts the others."""
+FIELDS = OWN
+NO_ROLE = ": give each row one, or one file a role (mansu task rows --forget FILE --retain FILE)"
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt and its answer."""
+
+    role: str
+    """forget, retain, retain_unscored (retained, never scored) or neighbour (scored, never trained
+    on)."""
+    prompt: str
+    """The text before the answer."""
+    answer: str
+    split: str = ""
+    """train, dev or unseen; empty: every split that the task has phrasings for."""
+    corrupt: str = ""
+    """A prompt of as many tokens with another answer; empty: made (see `row_pairs`)."""
+    counterfactual: str = ""
+    """The corrupt prompt's answer; empty: that of the row it was made from."""
+    distractors: tuple[str, ...] = ()
+    """Three wrong answers (of more, the first three are taken); empty: other rows' answers."""
+    relation: str = ""
+    """What is asked; rows of one relation lend each other prompts and answers; empty: the role."""
+    subject: str = ""
+    """Whom it is asked of; all rows of a subject are one fact; empty: the answer stands for it."""
+    phrasing: str = ""
+    """How it is asked, where the rows of a relation differ in that."""
+    line: int = 0
+    """Where the row stood."""
+
+    @property
+    def fact(self) -> str:
+        """The subject, or the answer in its place."""
+        return self.subject or self.answer
+
+
+def sift(
+    records: Iterable[Numbered], make: Callable[[int, Mapping[str, object]], Made], where: str
+) -> list[Made]:
+    """What becomes of each record; one error lists the bad ones by line.
+
+    Arguments:
+        records: line and mapping; a string in a mapping's place says why there is none.
+        make: what to make of a line and its mapping; raises a TaskError that says why it cannot.
+        where: named in the message.
+
+    Raises:
+        TaskError: there are bad records; lists the first `SHOWN` with line and reason.
+    """
+    out: list[Made] = []
+    bad: list[tuple[int, str]] = []
+    n = 0
+    for line, record in records:
+        n += 1
+        if not isinstance(record, Mapping):
+            bad.append((line, record if isinstance(record, str) else "not an object with fields"))
+            continue
+        try:
+            out.append(make(line, record))
+        except TaskError as error:
+            bad.append((line, str(error)))
+    if bad:
+        lines = [f"  line {line}: {why}" for line, why in bad[:SHOWN]]
+        more = [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        head = f"{where}: {len(bad)} of {n} rows are bad. Mend or remove them:"
+        raise TaskError("\n".join([head, *lines, *more]))
+    return out
+
+
+def _text(value: object) -> object:
+    """Missing values of CSV and pandas as empty strings, and whole numbers as text.
+
+    Raises:
+        TaskError: a number with a point, of which it is not known how it was written.
+    """
+    value = as_list(value)
+    nan = isinstance(value, float) and math.isnan(value)
+    if value is None or nan or type(value).__name__ in ("NAType", "NaTType"):
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        raise TaskError(f"{value!r} is a number with a point: write it as text, as it is to stand")
+    return value
+
+
+def _why_bad(row: Mapping[str, object]) -> str:
+    """What is wrong with the fields of a row, or nothing."""
+    if unknown := sorted(set(map(str, row)) - set(FIELDS)):
+        return f"unknown field {', '.join(unknown)}; expected some of {', '.join(FIELDS)}"
+    for name in ("role", "prompt", "answer"):
+        if not row.get(name):
+            return f"{name} is missing or empty{NO_ROLE if name == 'role' else ''}"
+    for name, value in row.items():
+        if name != "distractors" and not isinstance(value, str):
+            return f"{name} must be text; got {type(value).__name__}"
+    text = {k: v for k, v in row.items() if isinstance(v, str)}
+    for name, value in (*text.items(), ("distractors", row.get("distractors"))):
+        if half := half_pair("".join(value) if _are_texts(value) else str(value)):
+            return f"{name} holds {half}, half of a surrogate pair, which is no text"
+    role, split, answer = text["role"], text.get("split", ""), text["answer"]
+    if role not in ROLES:
+        return f"role {role!r}; expected {', '.join(ROLES)}"
+    if split and split not in SPLITS:
+        return f"split {split!r}; expected {', '.join(SPLITS)}"
+    if role == "retain_unscored" and split in ("dev", "unseen"):
+        return "retain_unscored rows are never scored: give them the split train or none"
+    if role == "neighbour" and split == "train":
+        return "neighbour rows are never trained on: give them the split dev, unseen or none"
+    if not text["prompt"].strip():
+        return "the prompt is nothing but white space"
+    return _why_bad_answers(row.get("distractors") or [], answer, text.get("counterfactual"))
+
+
+def _are_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
+def _why_bad_answers(wrong: object, answer: str, counterfactual: str | None) -> str:
+    """The same of its wrong answers."""
+    if not (_are_texts(wrong) and all(wrong)):
+        return "distractors must be a list of texts (in CSV: separated by |)"
+    if wrong and len(set(wrong)) < 3:
+        return f"{len(set(wrong))} different distractors; expected three or none"
+    if answer in (*wrong, counterfactual):
+        return f"the answer {answer!r} is also a wrong one"
+    return ""
+
+
+@dataclass
+class Reading:
+    """Rows, and what was done to read them."""
+
+    rows: list[Row]
+    told: str
+    """In one line."""
+
+
+@dataclass
+class _Notes:
+    """What is counted while rows are read."""
+
+    shapes: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Fields that no row of ours has."""
+    trimmed: int = 0
+    few: int = 0
+
+    def line(self, where: str, how: str) -> str:
+        """All of it."""
+        told = [f"{n:,} as {name}" for name, n in self.shapes.most_common()]
+        if self.few:
+            told.append(f"{self.few:,} with fewer than four choices left out")
+        if self.trimmed:
+            told.append(f"white space around {self.trimmed:,} texts removed")
+        if self.left_out:
+            names = [shown(name) for name in list(self.left_out)[:SHOWN]]
+            told.append(f"fields not used: {', '.join(names)}")
+        return f"{where}: {how}, rows read {'; '.join(told)}"
+
+
+def _trimmed(row: dict[str, object], notes: _Notes) -> dict[str, object]:
+    """The row without white space around its texts; a prompt may end in a new line, which tells
+    how the answer follows."""
+    out = dict(row)
+    for name, value in row.items():
+        if name in ("prompt", "corrupt") and isinstance(value, str):
+            out[name] = value.rstrip(" \t")
+        elif name in ("answer", "counterfactual", "split") and isinstance(value, str):
+            out[name] = value.strip()
+        elif name == "role" and isinstance(value, str):
+            row[name] = out[name] = value.strip().replace("-", "_")
+        elif name == "distractors" and isinstance(value, list):
+            out[name] = [x.strip() if isinstance(x, str) else x for x in value]
+    notes.trimmed += sum(out[name] != row[name] for name in out)
+    return out
+
+
+def _row(made: Mapping[str, object], line: int, given: Mapping[str, str], notes: _Notes) -> Row:
+    """One row, checked; raises a TaskError that says what is wrong with it."""
+    own = {k: _text(v) for k, v in made.items() if k != "distractors"}
+    row: dict[str, object] = {**given}
+    row |= {k: v for k, v in own.items() if not (isinstance(v, str) and not v)}
+    wrong = as_list(made.get("distractors"))
+    if isinstance(wrong, str):
+        wrong = [d.strip() for d in wrong.split("|")] if wrong.strip() else None
+    if isinstance(wrong, list):
+        wrong = [_text(d) for d in wrong]
+    elif not _text(wrong):
+        wrong = None
+    row = _trimmed({**row, "distractors": wrong} if wrong else row, notes)
+    if given.get("role", row.get("role")) != row.get("role"):
+        raise TaskError(
+            f"its own role is {row['role']!r:.80}, but it stands among those given as "
+            f"{given['role']!r}: correct one of them"
+        )
+    if why := _why_bad(row):
+        raise TaskError(why)
+    wrong = row.pop("distractors", [])
+    text = {k: str(v) for k, v in row.items()}
+    return Row(**text, distractors=tuple(wrong) if _are_texts(wrong) else (), line=line)
+
+
+def _parse(numbered: Iterable[Numbered], where: str, how: str, kind: str, **given: str) -> Reading:
+    notes = _Notes()
+
+    def make(line: int, record: Mapping[str, object]) -> list[Row]:
+        shape, made, left_out = convert(fold(record), kind)
+        rows = [_row(one, line, given, notes) for one in made]
+        notes.shapes[shape.name] += bool(made)
+        notes.few += not made
+        notes.left_out.update(left_out)
+        return rows
+
+    rows = [row for rows in sift(numbered, make, where) for row in rows]
+    if not rows:
+        raise TaskError(f"{where}: there is no row{' of four choices' if notes.few else ''}.")
+    return Reading(rows, notes.line(where, how))
+
+
+def parse_rows(records: Iterable[Numbered], where: str = "rows", **given: str) -> list[Row]:
+    """Rows from plain records.
+
+    Arguments:
+        records: line and mapping; a string in a mapping's place says why there is none.
+        where: named in messages.
+        given: fields that every row gets unless it has its own; a row of another ``role`` than is
+            given is a bad one.
+
+    Raises:
+        TaskError: no row, or bad ones; lists the first `SHOWN` with line and reason.
+    """
+    return _parse(records, where, where, "rows", **given).rows
+
+
+def read(source: str | Path | Iterable[object], kind: str = "rows", **given: str) -> Reading:
+    """Rows of any known shape, checked, and how they were read.
+
+    Arguments:
+        source: see `sources.records`.
+        kind: rows, tofu, muse or wmdp, which know fewer shapes (`shapes.KINDS`).
+        given: fields that every row gets unless it has its own (such as ``role="forget"``).
+
+    Raises:
+        TaskError: as `sources.records`; or bad rows, listed with line and reason.
+    """
+    found = records(source)
+    return _parse(found.records, found.where, found.how, kind, **given)
+
+
+def read_rows(source: str | Path | Iterable[object], **given: str) -> list[Row]:
+    """Rows of the schema of `Row`, or of another known shape (docs/tasks.md), checked.
+
+    Arguments:
+        source: path of a .jsonl, .json, .csv, .tsv or .parquet file, or of a folder that `datasets`
+            reads; a name on the hub, ``owner/name[:configuration[:split]]``; a pandas DataFrame;
+            or any iterable of mappings, such as a `datasets.Dataset`.
+        given: fields that every row gets unless it has its own (such as ``role="forget"``).
+
+    Raises:
+        TaskError: no such source, an unreadable one, or an unreachable hub (within 5 s); or bad
+            rows, listed with line and reason.
+    """
+    return read(source, **given).rows
