@@ -10,7 +10,7 @@ from ..evaluation.properties import Property
 from ..evaluation.scores import METRICS, Metric, Score, ScoreRow
 from ..evaluation.versions import ModelVersion
 from ..utils.words import number_of
-from ..viz.svg import lines_svg
+from ..viz.plots import lines_svg
 from .blocks import Block, Cards, Code, Picture, Section, Table
 from .graphs import circuit_blocks, graph_blocks
 from .records import (

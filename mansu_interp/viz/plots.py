@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
-from .svg import escape, open_svg
+from .svg import escape, legend_svg, open_svg
 
 _LEFT, _RIGHT, _ROW = 150.0, 560.0, 18.0
 _LETTER = 6.0
@@ -186,4 +187,45 @@ def scatter_svg(
             parts.append(
                 f'<text text-anchor="{anchor}" x="{at:.1f}" y="{line:.1f}">{escape(name)}</text>'
             )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+_LINES = ("kept", "recovered", "weakened", "new", "silent", "other")
+
+
+def lines_svg(curves: Mapping[str, Sequence[Sequence[object]]], x_label: str, y_label: str) -> str:
+    """A small line chart of shares (0 to 1), a line a name with its own colour and dashes.
+
+    Arguments:
+        curves: by name, [[x, share], ...] in any order; points that are not numbers are left out.
+        x_label: what x counts.
+        y_label: what the share is of.
+    """
+
+    def real(value: object) -> TypeGuard[float]:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
+    lines = {k: sorted((x, y) for x, y in v if real(x) and real(y)) for k, v in curves.items()}
+    most = max([1.0, *(x for points in lines.values() for x, _ in points)])
+    left, right, top, bottom = 44.0, 404.0, 16.0, 170.0
+    parts = [open_svg(420.0, 214.0 + 18 * len(lines), f"{y_label} by {x_label}")]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = bottom - (bottom - top) * share
+        parts.append(f'<path class="axis" d="M{left} {y:.1f}H{right}"/>')
+        parts.append(
+            f'<text class="soft" text-anchor="end" x="{left - 6}" y="{y + 4:.1f}">{share:g}</text>'
+        )
+    for x in sorted({x for points in lines.values() for x, _ in points}):
+        at = left + (right - left) * x / most
+        parts.append(f'<text class="soft mid" x="{at:.1f}" y="{bottom + 14}">{x:g}</text>')
+    middle = (left + right) / 2
+    parts.append(f'<text class="soft mid" x="{middle}" y="{bottom + 32}">{escape(x_label)}</text>')
+    for name, points in zip(_LINES * len(lines), lines.values(), strict=False):
+        path = " ".join(
+            f"{left + (right - left) * x / most:.1f} {bottom - (bottom - top) * y:.1f}"
+            for x, y in points
+        )
+        parts.append(f'<path class="{name}" stroke-width="2" d="M{path}"/>' if path else "")
+    legend = list(zip(_LINES * len(lines), lines, strict=False))
+    parts.append(legend_svg(legend, 8.0, 222.0))
     return "\n".join([*parts, "</svg>"]) + "\n"

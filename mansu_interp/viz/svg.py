@@ -12,7 +12,7 @@ import html
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
@@ -162,7 +162,8 @@ def _box(box: Box, note: str, active: bool) -> str:
     )
 
 
-def _legend(items: Sequence[tuple[str, str]], x: float, y: float) -> str:
+def legend_svg(items: Sequence[tuple[str, str]], x: float, y: float) -> str:
+    """A line an item: its style, if any, and its text."""
     lines = []
     for i, (name, text) in enumerate(items):
         at = y + 18 * i
@@ -231,7 +232,7 @@ def circuit_svg(
         share = abs(score) / largest if largest else 0.0
         parts.append(_edge(layout, edge, score, share, weakest, name(edge)))
     parts += [_box(b, notes[b.id], True) for b in layout.boxes.values() if b.id in active]
-    parts.append(_legend(legend, 8.0, layout.height + 12))
+    parts.append(legend_svg(legend, 8.0, layout.height + 12))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -293,47 +294,6 @@ def curve_svg(
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-_LINES = ("kept", "recovered", "weakened", "new", "silent", "other")
-
-
-def lines_svg(curves: Mapping[str, Sequence[Sequence[object]]], x_label: str, y_label: str) -> str:
-    """A small line chart of shares (0 to 1), a line a name with its own colour and dashes.
-
-    Arguments:
-        curves: by name, [[x, share], ...] in any order; points that are not numbers are left out.
-        x_label: what x counts.
-        y_label: what the share is of.
-    """
-
-    def real(value: object) -> TypeGuard[float]:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-
-    lines = {k: sorted((x, y) for x, y in v if real(x) and real(y)) for k, v in curves.items()}
-    most = max([1.0, *(x for points in lines.values() for x, _ in points)])
-    left, right, top, bottom = 44.0, 404.0, 16.0, 170.0
-    parts = [open_svg(420.0, 214.0 + 18 * len(lines), f"{y_label} by {x_label}")]
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = bottom - (bottom - top) * share
-        parts.append(f'<path class="axis" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(
-            f'<text class="soft" text-anchor="end" x="{left - 6}" y="{y + 4:.1f}">{share:g}</text>'
-        )
-    for x in sorted({x for points in lines.values() for x, _ in points}):
-        at = left + (right - left) * x / most
-        parts.append(f'<text class="soft mid" x="{at:.1f}" y="{bottom + 14}">{x:g}</text>')
-    middle = (left + right) / 2
-    parts.append(f'<text class="soft mid" x="{middle}" y="{bottom + 32}">{escape(x_label)}</text>')
-    for name, points in zip(_LINES * len(lines), lines.values(), strict=False):
-        path = " ".join(
-            f"{left + (right - left) * x / most:.1f} {bottom - (bottom - top) * y:.1f}"
-            for x, y in points
-        )
-        parts.append(f'<path class="{name}" stroke-width="2" d="M{path}"/>' if path else "")
-    legend = list(zip(_LINES * len(lines), lines, strict=False))
-    parts.append(_legend(legend, 8.0, 222.0))
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
 _WIDE = 1100
 """Pixels across at most: what pages of notebooks show without cutting or shrinking."""
 
@@ -370,7 +330,7 @@ def view_svg(data: GraphData, *, top: int = 200, theme: str | None = None) -> st
         x, y = p % across * layout.width, top_y + p // across * row + title
         parts.append(f'<g transform="translate({x:.0f} {y:.0f})">')
         parts += [*_pane(data, layout, names[:n], p, largest), "</g>"]
-    parts.append(_legend(legend, 8.0, top_y + down * row + 12))
+    parts.append(legend_svg(legend, 8.0, top_y + down * row + 12))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
