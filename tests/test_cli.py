@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -505,6 +506,11 @@ def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path):
     )
     assert (tmp_path / "s.csv").read_text().startswith("source,target,score\n")
     assert main(["view", str(out), "--out", str(tmp_path / "p.html")]) == 0
+    for words in (
+        ["view", str(out), "--out", str(tmp_path / "p.html")],
+        ["attribute", "--pairs", str(file), "--out", str(scores)],
+    ):
+        assert main(words) == 1  # nothing is written over
     assert main(["view", str(scores), "--out", str(tmp_path / "p.svg")]) == 0
     assert (tmp_path / "p.svg").read_text().lstrip().startswith("<svg")
 
@@ -533,3 +539,20 @@ def test_compared_circuits_and_scores(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_the_version(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"mansu {__version__}\n"
+
+
+def test_a_polite_kill_ends_a_command_as_ctrl_c_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """In the midst of writing: nothing half-written is left, and the handler is as before."""
+
+    def killed(*_: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("mansu_interp.export.ledger.delta", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["delta", "facts", "facts", "--out", str(tmp_path / "d")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before

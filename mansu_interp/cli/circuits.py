@@ -87,10 +87,11 @@ def do_attribute(config: AttributeConfig, output: Output) -> int:
     """Score every edge, and write the scores."""
     from ..circuits.attribution import attribute
     from ..models.load import load_model
-    from ..utils.files import write_text
+    from ..utils.files import atomic_path, check_free
 
     if config.out.suffix not in (".safetensors", ".csv"):
         raise ConfigError(f"--out must end with .safetensors or .csv; got {config.out}.")
+    check_free(config.out)
     model = load_model(config.model, config.device)
     pairs = _pairs(config, model)[0].sample(config.attribution.pairs, config.seed)
     progress = Progress(output.quiet or output.json)
@@ -103,10 +104,11 @@ def do_attribute(config: AttributeConfig, output: Output) -> int:
         )
     finally:
         progress.close()
-    if config.out.suffix == ".csv":
-        write_text(config.out, found.to_pandas().to_csv(index=False))
-    else:
-        found.save(config.out)
+    with atomic_path(config.out, new=True) as file:
+        if config.out.suffix == ".csv":
+            file.write_text(found.to_pandas().to_csv(index=False), encoding="utf-8")
+        else:
+            found.save(file)
     if output.json:
         say_json({"edges": [asdict(e) for e in found.top(SHOWN)], "clean": found.clean})
         return 0
@@ -131,6 +133,7 @@ def do_view(config: ViewConfig, output: Output) -> int:
     """Draw what a file holds."""
     from ..circuits.scores import Attribution
     from ..report.records import Report
+    from ..utils.files import check_free
     from ..viz.data import GraphData
     from ..viz.view import View, attribution_view, circuit_view
 
@@ -143,6 +146,7 @@ def do_view(config: ViewConfig, output: Output) -> int:
         draw = attribution_view if isinstance(found, Attribution) else circuit_view
         view = draw(found)  # type: ignore[arg-type]
     out = config.out or (path / "graph.html" if path.is_dir() else path.with_suffix(".html"))
+    check_free(out)
     if out.suffix == ".html":
         view.to_html(out)
     elif out.suffix == ".svg":
