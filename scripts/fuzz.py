@@ -441,7 +441,7 @@ def _load_rows(data: bytes) -> object:
     """A JSON object of rows, a format and options; anything else is a file of rows itself."""
     from mansu_interp.tasks.data.row_pairs import task_from_rows
     from mansu_interp.tasks.data.rows import read_rows
-    from mansu_interp.tasks.schema import RowOptions
+    from mansu_interp.tasks.schema import RowOptions, parse_task
 
     source, options = _file("r.jsonl", data), {}
     with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError, RecursionError):

@@ -473,7 +473,7 @@ def test_a_change_outside_the_quantized_layers(copy: Path, capsys):
     change(copy / "model" / "model.safetensors", "model.norm.weight", 0, 7.0)
     assert main(["verify", "facts", str(copy / "model")]) == 3
     said = capsys.readouterr().out
-    assert "1 values changed outside the linear layers and the embedding" in said
+    assert "1 value changed outside the linear layers and the embedding" in said
 
 
 def test_an_edit_of_the_embedding_must_leave_its_cell_too(facts: LanguageModel, copy: Path, capsys):
@@ -512,7 +512,7 @@ CONFIG: dict[str, tuple[dict[str, object], str]] = {
     "norm": ({"rms_norm_eps": 1e-3}, "rms_norm_eps of config.json is 0.001, not 1e-06"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act of config.json is 'gelu', not 'silu'"),
     "rope": ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "rope_parameters"),
-    "dtype": ({"dtype": "float32"}, "it is stored as torch.float32, not torch.bfloat16"),
+    "dtype": ({"dtype": "float32"}, "dtype of config.json is 'float32', not 'bfloat16'"),
     "class": ({"architectures": ["Other"]}, "architectures of config.json is ['Other']"),
     "unknown": ({"auto_map": {"AutoModel": "x.y"}}, "auto_map of config.json is"),
 }

@@ -151,7 +151,20 @@ def _config_changes(original: LanguageModel, edited: LanguageModel) -> list[str]
     named = edited.config.architectures or []
     if named not in (original.config.architectures or [], [type(edited.hf).__name__]):
         out.append(f"architectures of config.json is {named!r:.60}")
+    out += _dtype_change(original, edited)
     return list(dict.fromkeys(out))
+
+
+def _dtype_change(original: LanguageModel, edited: LanguageModel) -> list[str]:
+    """A dtype in config.json, in which others load, that is neither the original's nor the one in
+    which the weights are stored."""
+    named, usual = (
+        (raw.get("dtype") or raw.get("torch_dtype"))
+        for raw in (_raw(m, "config.json") for m in (edited, original))
+    )
+    own = str(edited.saved_dtype).removeprefix("torch.")
+    known = (None, usual, own)
+    return [] if named in known else [f"dtype of config.json is {named!r:.60}, not {own!r}"]
 
 
 def _generation(model: LanguageModel) -> dict[str, Json]:
