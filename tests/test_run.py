@@ -31,7 +31,13 @@ from mansu_interp.errors import (
     ResourceError,
     TaskError,
 )
-from mansu_interp.evaluation.versions import EDITED, NEVER_TAUGHT, ORIGINAL
+from mansu_interp.evaluation.versions import (
+    EDITED,
+    NEVER_TAUGHT,
+    NEVER_TAUGHT_RELEARNED,
+    ORIGINAL,
+    RELEARNED,
+)
 from mansu_interp.export.ledger import Ledger
 from mansu_interp.export.verify import verify
 from mansu_interp.masks.mask import Mask
@@ -144,7 +150,13 @@ def test_artefacts_say_the_same(finished: RunResult, facts: LanguageModel):
     every = {v.after(q) for v in (ORIGINAL, EDITED) for q in (None, "nf4")}
     assert set(report.scores[0].models) == every
     assert report.cad and report.cad.verdict in (folder / "report.md").read_text(encoding="utf-8")
-    assert [c.model for c in report.comparison] == [EDITED, EDITED.after("nf4"), NEVER_TAUGHT]
+    assert [c.model for c in report.comparison] == [
+        EDITED,
+        EDITED.after("nf4"),
+        RELEARNED,
+        NEVER_TAUGHT_RELEARNED,
+        NEVER_TAUGHT,
+    ]
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -586,6 +598,8 @@ def test_passes_and_memory_are_those_of_a_real_run(
         counts["backward"] += outputs.ndim == 0  # the metric's, not a norm's
         return metric_grad(outputs, *args)
 
+    # One pair is run some times to see that the model is rebuilt exactly; not counted.
+    monkeypatch.setattr(attribution, "check_exact", lambda *_: None)
     monkeypatch.setattr(attribution.Stream, "logits", counted)
     monkeypatch.setattr(attribution, "_difference", measured)
     monkeypatch.setattr(torch.autograd, "grad", grad)
