@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ModelError, TaskError
-from ..utils.files import half_pair
 from ..utils.libraries import first_line, is_out_of_memory, quiet
+from ..utils.words import half_pair
 from .graph import Architecture, Graph
 from .hook_points import Component
 from .hugging_face import (

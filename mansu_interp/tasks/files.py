@@ -8,8 +8,9 @@ import itertools
 from pathlib import Path
 
 from ..errors import ArtifactError, TaskError
-from ..utils.files import decode, read_bytes, read_json
+from ..utils.files import read_bytes, read_json
 from ..utils.shipped import DATA, is_embedded
+from ..utils.words import decode
 from .data.sources import SUFFIXES, is_file, is_rows, separator
 from .schema import SCHEMA, Relation, RowTask, TaskFile, parse_task
 

@@ -13,8 +13,9 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import TaskError
-from ..utils.files import Json, expect, half_pair, shown
+from ..utils.files import Json, expect
 from ..utils.renamed import TASK_KEYS
+from ..utils.words import half_pair, shown
 from .data.rows import SPLITS
 
 SCHEMA = 2

@@ -6,7 +6,6 @@ checked before it is used.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import errno
 import hashlib
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from filelock import FileLock, Timeout
 
 from ..errors import ArtifactError, MansuError, ResourceError
+from .words import decode, half_pair, shown
 
 MAX_JSON = 64 << 20
 """Bytes of the largest JSON file that is read: a circuit of half a million edges."""
@@ -38,7 +38,6 @@ _LIVE: dict[str, Path] = {}
 """Those of this process, and what they are to become; others of its number are of a dead one that
 had it, too."""
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _WORDS = {
     errno.ENOSPC: "the disk is full",
@@ -282,29 +281,6 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a finite number")
 
 
-def decode(data: bytes) -> str:
-    """The text of a file that somebody wrote: UTF-8, or what its first bytes (a byte order mark, as
-    Excel and Notepad write it) say.
-
-    Raises:
-        ValueError: it is in another encoding.
-    """
-    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return data.decode("utf-16" if marked else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"byte {error.start:,} is no {'UTF-16' if marked else 'UTF-8'} (save it as UTF-8)"
-        ) from error
-
-
-def half_pair(text: str) -> str:
-    """The first half of a surrogate pair that stands alone in a text, escaped; else nothing. Such a
-    text can be neither written nor tokenized."""
-    found = _HALF_PAIR.search(text)
-    return ascii(found.group())[1:-1] if found else ""
-
-
 def parse_json(text: str) -> Json:
     """Strict JSON from a string.
 
@@ -364,12 +340,6 @@ def read_json(path: Path) -> Json:
         return parse_json(decode(read_bytes(path, MAX_JSON)))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as JSON: {error}.") from error
-
-
-def shown(value: object) -> str:
-    """A value as messages name it: short ones as they are, others by their type."""
-    text = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
-    return text if len(text) < 80 else text[:77] + "..."
 
 
 def expect(value: object, shape: object, where: str = "it") -> None:

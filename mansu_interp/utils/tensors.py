@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArtifactError
-from .files import Json, atomic_path, check_regular, finite, parse_json, shown
+from .files import Json, atomic_path, check_regular, finite, parse_json
+from .words import shown
 
 MAX_BYTES = 1 << 34
 """Size of the largest file that is opened: the ledger of a model of 200 billion weights."""

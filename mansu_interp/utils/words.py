@@ -1,8 +1,42 @@
-"""Numbers with their nouns."""
+"""Words and texts: numbers with their nouns, values as messages name them, what is no text."""
 
 from __future__ import annotations
+
+import codecs
+import re
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def number_of(n: int, noun: str) -> str:
     """1 -> "1 prompt", 1234 -> "1,234 prompts"; the noun is one that takes an s."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def shown(value: object) -> str:
+    """A value as messages name it: short ones as they are, others by their type."""
+    text = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def decode(data: bytes) -> str:
+    """The text of a file that somebody wrote: UTF-8, or what its first bytes (a byte order mark, as
+    Excel and Notepad write it) say.
+
+    Raises:
+        ValueError: it is in another encoding.
+    """
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"byte {error.start:,} is no {'UTF-16' if marked else 'UTF-8'} (save it as UTF-8)"
+        ) from error
+
+
+def half_pair(text: str) -> str:
+    """The first half of a surrogate pair that stands alone in a text, escaped; else nothing. Such a
+    text can be neither written nor tokenized."""
+    found = _HALF_PAIR.search(text)
+    return ascii(found.group())[1:-1] if found else ""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeGuard, TypeVar
 
 from ...errors import TaskError
-from ...utils.files import half_pair, shown
+from ...utils.words import half_pair, shown
 from .shapes import OWN, as_list, convert, fold
 from .sources import Numbered, records
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import TaskError
-from ...utils.files import shown
+from ...utils.words import shown
 
 Record = Mapping[str, object]
 Made = list[dict[str, object]]

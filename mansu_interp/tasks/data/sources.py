@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from ...errors import TaskError
-from ...utils.files import decode, read_bytes
+from ...utils.files import read_bytes
 from ...utils.hub import check_online, is_hub_name
 from ...utils.libraries import first_line, library
+from ...utils.words import decode
 from .shapes import KNOWN
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
