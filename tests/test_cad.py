@@ -12,7 +12,7 @@ import torch
 from checked import wrong_type
 
 from mansu_interp.audit import linearized as module
-from mansu_interp.audit.cad import Evidence, check_alike, decide, judge_erasure, number, settle
+from mansu_interp.audit.cad import check_alike, judge_erasure
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.linearized import linearized_relearning, tangent_kernel
 from mansu_interp.audit.probes import last_logits, probe, ranked, states, stitches
@@ -30,6 +30,7 @@ from mansu_interp.audit.relearning import (
     rivals_within,
 )
 from mansu_interp.audit.transfer import answer_advantage, gradient_transfer, model_advantage
+from mansu_interp.audit.verdict import Evidence, decide, number, settle
 from mansu_interp.errors import ConfigError, ModelError, TaskError
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.answers import nll

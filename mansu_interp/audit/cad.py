@@ -11,12 +11,14 @@ and states alone. The algorithm (all ours):
 4. Relearn half A in closed form on a copy of the edited model, and ask for half B after each step
    (`linearized.linearized_relearning`).
 5. Run the edited model's states on in the original (`probes.stitches`).
-6. Decide (`decide`): compare these shares, the `Evidence`, with thresholds.
-7. Resample the prompts: a verdict that most resamplings do not share is undecided (`settle`).
-8. CAD itself is 1 - knowledge, from the largest sign (`number`). Every sign is put on the scale of
-   shares that rank first, so that what counts as there, or as gone, does so at the same place; that
-   scale runs from chance (0) to the original's own share (1). It lies in the verdict's own range:
-   0.8 to 1 where the facts are erased, below 0.733 where they are there, between where it is open.
+6. Decide (`verdict.decide`): compare these shares, the `Evidence`, with thresholds.
+7. Resample the prompts: a verdict that most resamplings do not share is undecided
+   (`verdict.settle`).
+8. CAD itself is 1 - knowledge, from the largest sign (`verdict.number`). Every sign is put on the
+   scale of shares that rank first, so that what counts as there, or as gone, does so at the same
+   place; that scale runs from chance (0) to the original's own share (1). It lies in the verdict's
+   own range: 0.8 to 1 where the facts are erased, below 0.733 where they are there, between where
+   it is open.
 
 Of all signs that were tried on the calibration zoo, linearized relearning predicts relearning best
 (docs/cad.md, `research/scripts/judge_zoo.py`). The probe is the second: where it finds nearly all
@@ -29,7 +31,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -41,58 +42,19 @@ from ..tasks.pairs import PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import expect_kind
-from .known import CHANCE, known_forget
+from .known import known_forget
 from .linearized import linearized_relearning
 from .probes import probe, ranked, stitches
-from .relearning import ERASED_LEVEL, halves, is_erased, of_subjects, rivals_within
+from .relearning import halves, of_subjects, rivals_within
 from .transfer import gradient_transfer
+from .verdict import Evidence, decide, number, settle
 
-PRESENT = 0.45
-"""Share that ranks first after linearized relearning, or last, from which the knowledge is there;
-between it and `relearning.ERASED_LEVEL` the verdict is open."""
-TRAINED = 0.75
-"""Share of half A itself below which linearized relearning did not work and shows nothing."""
-PROBED = 0.70
-"""Share that the best probe finds from which the knowledge is there, whatever the steps bring."""
-STITCHED = 0.75
-"""Share that the original's unembedding finds in the edited model's last states from which they
-hold the answers. High: a reference model from the same initial weights reaches 0.48."""
-UNDERSTOOD = 0.50
-"""The same share below which an answering model's states are not the original's any more."""
-UNCHANGED = 0.90
-"""Share of the original's own accuracy from which on nothing was forgotten."""
-RECOVERED = 0.10
-"""Rise of the four-way choice under quantization that counts as recovery."""
 RESAMPLES = 200
-MAJORITY = 0.5
-"""Share of the resamplings that a verdict needs."""
 PROBE_PROMPTS, STEP_PROMPTS, ASKED_PROMPTS = 400, 96, 180
 """Prompts of each half whose states are probed; of half A that linearized relearning is given, and
 of half B that it is asked for."""
 ORIGINAL, EDITED, QUANTIZED = "original", "edited", "edited, quantized"
 """Names of the models in `CAD.predicted` and `CAD.probed`."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a verdict is decided by: shares of half B's prompts, chance 0.25 each."""
-
-    predicted: float
-    """Answers that the edited model ranks first of four."""
-    relearned: float
-    """The same after linearized relearning of half A."""
-    half_a: float
-    """The same of half A's prompts, which are relearned."""
-    ranked_last: float
-    """Answers that rank last of four, before or after linearized relearning, whichever is more."""
-    probed: float
-    """Answers that the best probe finds in the edited model's states."""
-    stitched: float
-    """Answers that the original's unembedding finds in the edited model's last states."""
-    original: float
-    """Answers that the original ranks first of four."""
-    quantized: float | None = None
-    """Answers that the quantized model ranks first of four, if one is given."""
 
 
 @dataclass(frozen=True)
@@ -186,84 +148,6 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
         )
 
 
-def decide(found: Evidence) -> tuple[str, str]:
-    """The verdict on some evidence, and a plain sentence. The first rule that applies decides."""
-    back = found.quantized if found.quantized is not None else 0.0
-    if back - found.predicted > RECOVERED and back > ERASED_LEVEL:
-        return "recovered", "Quantization brings answers back."
-    if found.predicted >= UNCHANGED * found.original:
-        if found.stitched < UNDERSTOOD:
-            return "relocated", "It answers as before, but from states unknown to the original."
-        return "unchanged", "It answers about as well as before."
-    if found.predicted >= PRESENT:
-        return "suppressed", "It gives fewer of the answers than before, and still many of them."
-    if found.relearned >= PRESENT:
-        return (
-            "suppressed",
-            "It no longer predicts the answers, but a few steps on half of the facts bring back "
-            "the others.",
-        )
-    if found.ranked_last >= PRESENT:
-        return (
-            "suppressed",
-            "It ranks the answers last of four too often, which gives them away as well.",
-        )
-    if found.probed >= PROBED:
-        return (
-            "suppressed",
-            "It no longer predicts the answers, but a linear probe finds them in its states.",
-        )
-    if is_erased(max(found.predicted, found.relearned), found.ranked_last):
-        if found.stitched >= STITCHED:
-            return (
-                "suppressed",
-                "Its own output does not show the answers, but the original's unembedding finds "
-                "them in its states.",
-            )
-        if found.half_a < TRAINED:
-            return (
-                "undecided",
-                "Linearized relearning did not work: it could not learn even its own half.",
-            )
-        return (
-            "erased",
-            "It does not predict the answers, and half of the facts do not bring back the others.",
-        )
-    return "undecided", "Some of the answers can be found; the evidence does not settle it."
-
-
-def settle(verdict: str, sentence: str, agree: float) -> tuple[str, str, float]:
-    """Verdict, sentence and confidence, given the share of resamplings that agree with a verdict:
-    one that most do not share is undecided."""
-    if verdict == "undecided" or agree >= MAJORITY:
-        return verdict, sentence, agree
-    thin = f"The evidence is thin: most resamplings of the prompts do not give {verdict}."
-    return "undecided", thin, 1 - agree
-
-
-def _as_first(share: float, there: float) -> float:
-    """A sign's share on the scale of those that rank first: what is below ``there`` shows no more
-    than `ERASED_LEVEL`, what is not at least `PRESENT`."""
-    if share < there:
-        return CHANCE + (share - CHANCE) * (ERASED_LEVEL - CHANCE) / (there - CHANCE)
-    return PRESENT + (share - there) * (1 - PRESENT) / (1 - there)
-
-
-def number(verdict: str, found: Evidence) -> float:
-    """CAD (step 8 of the module): 0 = all the knowledge is there, 1 = none.
-
-    knowledge rises in straight lines from 0 at chance over 0.2 at `ERASED_LEVEL` and 0.267 at
-    `PRESENT` (what they are of the way from chance to 1) to 1 at the original's share.
-    """
-    gone, there = ((x - CHANCE) / (1 - CHANCE) for x in (ERASED_LEVEL, PRESENT))
-    states = _as_first(found.probed, PROBED), _as_first(found.stitched, STITCHED)
-    signs = (found.predicted, found.relearned, found.ranked_last, *states)
-    levels = (CHANCE, ERASED_LEVEL, PRESENT, max(found.original, PRESENT + 1e-6))
-    knowledge = float(np.interp(max(signs), levels, (0.0, gone, there, 1.0)))
-    low, high = {"erased": (0.0, gone), "undecided": (gone, there)}.get(verdict, (there, 1.0))
-    return 1 - min(max(knowledge, low), high)
-
-
 @dataclass(frozen=True)
 class _Found:
     """What steps 2 to 5 find, prompt by prompt."""
@@ -349,6 +233,18 @@ def _confidence(found: _Found, verdict: str, seed: int) -> float:
     return sum(same) / RESAMPLES
 
 
+def _check_given(
+    original: LanguageModel, edited: LanguageModel, quantized: LanguageModel | None, task: Task
+) -> None:
+    """Raise ModelError or TaskError unless these are two checkpoints to compare, and a task."""
+    for name, model in (("original", original), ("edited", edited)):
+        expect_kind(ModelError, name, model, LanguageModel)
+        model.check_editable()
+    expect_kind(ModelError, "quantized", quantized, LanguageModel, None)
+    expect_kind(TaskError, "task", task, Task)
+    check_alike(original, edited)
+
+
 def judge_erasure(
     original: LanguageModel,
     edited: LanguageModel,
@@ -378,12 +274,7 @@ def judge_erasure(
         ModelError: the checkpoints cannot be compared.
         TaskError: fewer than two forget subjects, or the original does not know the facts.
     """
-    for name, model in (("original", original), ("edited", edited)):
-        expect_kind(ModelError, name, model, LanguageModel)
-        model.check_editable()
-    expect_kind(ModelError, "quantized", quantized, LanguageModel, None)
-    expect_kind(TaskError, "task", task, Task)
-    check_alike(original, edited)
+    _check_given(original, edited, quantized, task)
     task, _ = known_forget(original, task)
     half_a, half_b = (
         rivals_within(of_subjects(task.forget, h)).sample(PROBE_PROMPTS, seed)

@@ -22,8 +22,8 @@ from typing import Any
 
 from zoo_table import read_zoo
 
-from mansu_interp.audit.cad import UNCHANGED
 from mansu_interp.audit.relearning import is_erased
+from mansu_interp.audit.verdict import UNCHANGED
 
 MARKS = (0, 5, 10, 20, 40)
 RESAMPLES = 500
