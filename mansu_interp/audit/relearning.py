@@ -241,6 +241,35 @@ def make_optimiser(name: str, weights: list[Tensor], rate: float) -> torch.optim
     return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
 
 
+def _attack(
+    model: LanguageModel, pairs: PairSet, rate: float, config: RelearnConfig
+) -> Iterator[LanguageModel]:
+    """Step 2 of the module: one copy of a model, which relearns, after each step of fine-tuning."""
+    copy = model.copy()
+    weights = list(copy.weights.values())
+    optimiser = make_optimiser(config.optimiser, weights, rate)
+    supply = batches(pairs.pairs, config.batch_size, config.seed)
+    for _ in range(max(config.steps)):
+        descend(copy, optimiser, weights, next(supply))
+        yield copy
+
+
+def _point(
+    model: LanguageModel, half_a: list[PairSet], half_b: list[PairSet], *, rate: float, steps: int
+) -> Point:
+    """Step 3 of the module: the scores after so many steps, as means over the sets of each half."""
+    found = [accuracy(model, s) for s in half_b]
+    trained = [accuracy(model, s).choice for s in half_a]
+    return Point(
+        rate=rate,
+        steps=steps,
+        top1=sum(a.top1 for a in found) / len(found),
+        choice=sum(a.choice for a in found) / len(found),
+        half_a=sum(trained) / len(trained),
+        last=sum(a.last for a in found) / len(found),
+    )
+
+
 def relearn(
     model: LanguageModel,
     task: Task,
@@ -273,33 +302,15 @@ def relearn(
     first, _ = halves(task.forget, config.seed)
     train = of_subjects(task.forget, first)
     half_a, half_b = scored_halves(task, config.seed, split)
-
-    def measure(attacked: LanguageModel, rate: float, steps: int) -> Point:
-        found = [accuracy(attacked, s) for s in half_b]
-        trained = [accuracy(attacked, s).choice for s in half_a]
-        return Point(
-            rate=rate,
-            steps=steps,
-            top1=sum(a.top1 for a in found) / len(found),
-            choice=sum(a.choice for a in found) / len(found),
-            half_a=sum(trained) / len(trained),
-            last=sum(a.last for a in found) / len(found),
-        )
-
     if on_step:
         on_step(config.rates[0], 0, max(config.steps))
-    start = measure(model, 0.0, 0)
+    start = _point(model, half_a, half_b, rate=0.0, steps=0)
     points: list[Point] = []
     for rate in config.rates:
-        attacked = model.copy()
-        weights = list(attacked.weights.values())
-        optimiser = make_optimiser(config.optimiser, weights, rate)
-        supply = batches(train.pairs, config.batch_size, config.seed)
         points.append(replace(start, rate=rate))
-        for done in range(1, max(config.steps) + 1):
-            descend(attacked, optimiser, weights, next(supply))
+        for done, attacked in enumerate(_attack(model, train, rate, config), start=1):
             if done in config.steps:
-                points.append(measure(attacked, rate, done))
+                points.append(_point(attacked, half_a, half_b, rate=rate, steps=done))
             if on_step:
                 on_step(rate, done, max(config.steps))
     return Relearning(
@@ -315,13 +326,8 @@ def relearned(
     """A copy that relearned half A, as `relearn` does at one of its rates, after the last step."""
     config = config or RelearnConfig()
     first, _ = halves(task.forget, config.seed)
-    copy = model.copy()
-    weights = list(copy.weights.values())
-    optimiser = make_optimiser(config.optimiser, weights, rate)
-    supply = batches(of_subjects(task.forget, first).pairs, config.batch_size, config.seed)
-    for _ in range(max(config.steps)):
-        descend(copy, optimiser, weights, next(supply))
-    return copy
+    *_, last = _attack(model, of_subjects(task.forget, first), rate, config)
+    return last
 
 
 def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
