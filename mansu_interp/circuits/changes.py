@@ -110,27 +110,42 @@ def classify(
     Raises:
         CircuitError: shapes that differ, scores that are not finite, or a negative threshold.
     """
-    given = {
-        "before": before,
-        "after": after,
-        "quantized": quantized,
-        "relearned": relearned,
-        "never_taught": never_taught,
-    }
+    found = _checked(
+        before=before,
+        after=after,
+        quantized=quantized,
+        relearned=relearned,
+        never_taught=never_taught,
+    )
+    if threshold is None:
+        threshold = NOISE_SHARE * float(np.abs(found["before"]).max(initial=0.0))
+    if threshold < 0:
+        raise CircuitError(f"threshold must not be negative; got {threshold}.")
+    return Changes(_codes(found, threshold), float(threshold), relearned is not None)
+
+
+def _checked(**given: object) -> dict[str, Float[np.ndarray, ...]]:
+    """The scores that were given, by name.
+
+    Raises:
+        CircuitError: another kind of object, shapes that differ, or scores that are not finite.
+    """
     for name, scores in given.items():
         expect_kind(CircuitError, name, scores, np.ndarray, float, None)
     found = {k: np.asarray(v, dtype=np.float64) for k, v in given.items() if v is not None}
-    b, a = found["before"], found["after"]
-    if shapes := {k: v.shape for k, v in found.items() if v.shape != b.shape}:
+    shape = found["before"].shape
+    if shapes := {k: v.shape for k, v in found.items() if v.shape != shape}:
         raise CircuitError(
-            f"Scores of one graph must have one shape, {b.shape} as before; got {shapes}."
+            f"Scores of one graph must have one shape, {shape} as before; got {shapes}."
         )
     if not all(np.isfinite(v).all() for v in found.values()):
         raise CircuitError("Some scores are not finite. Attribute those models again.")
-    if threshold is None:
-        threshold = NOISE_SHARE * float(np.abs(b).max(initial=0.0))
-    if threshold < 0:
-        raise CircuitError(f"threshold must not be negative; got {threshold}.")
+    return found
+
+
+def _codes(found: dict[str, Float[np.ndarray, ...]], threshold: float) -> Int8[np.ndarray, ...]:
+    """The class of every edge, by the table of the module."""
+    b, a = found["before"], found["after"]
     present = (np.abs(b) >= threshold) & (b != 0)
     later = np.maximum(np.abs(a), np.abs(found.get("quantized", a)))
     left = {k: v / np.where(present, b, 1.0) for k, v in found.items()}
@@ -146,10 +161,10 @@ def classify(
         "kept": carries("after"),
         "recovered": carries("quantized"),
         "suppressed": carries("relearned"),
-        "erased": np.full_like(present, relearned is not None),
+        "erased": np.full_like(present, "relearned" in found),
         "silent": np.abs(left["after"]) < SILENT_SHARE,
     }
     codes = np.select(
         [*rules.values()], [CLASSES.index(n) for n in rules], CLASSES.index("weakened")
     )
-    return Changes(codes.astype(np.int8), float(threshold), relearned is not None)
+    return codes.astype(np.int8)

@@ -65,6 +65,24 @@ class Survival:
     """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
 
 
+def _of_both(
+    before: LanguageModel,
+    after: LanguageModel,
+    quantizer: Quantizer,
+    calibration: Sequence[Sequence[int]],
+    embedding: bool,
+) -> list[tuple[str, Quantizer, Quantizer]]:
+    """Each weight that is quantized in both checkpoints, with what quantizes it in either."""
+    if embedding:
+        names = [before.embedding_name]
+        layers = [{n: quantizer for n in names if quantizer.touches(before.weights[n])}] * 2
+    else:
+        names = before.linear_names
+        layers = [quantizer.fit(model, calibration) for model in (before, after)]
+    first, second = layers
+    return [(n, first[n], second[n]) for n in names if n in first and n in second]
+
+
 @torch.no_grad()
 def survival(
     before: LanguageModel,
@@ -85,18 +103,11 @@ def survival(
     expect_kind(ConfigError, "quantizer", quantizer, Quantizer)
     edited = survived = collateral = intended = 0
     update = bins = along = noise = 0.0
-    if embedding:
-        names = [before.embedding_name]
-        layers = [{n: quantizer for n in names if quantizer.touches(before.weights[n])}] * 2
-    else:
-        names = before.linear_names
-        layers = [quantizer.fit(model, calibration) for model in (before, after)]
-    for name in names:
+    for name, first, second in _of_both(before, after, quantizer, calibration, embedding):
         a, b = before.weights[name].cpu(), after.weights[name].cpu()
         moved = (a != b).flatten()
-        first, second = (found.get(name) for found in layers)
         # The same quantizer gives the same weight the same codes; a calibrated one need not.
-        if first is None or second is None or (first is second and not moved.any()):
+        if first is second and not moved.any():
             continue
         cells_a, cells_b = first.cells(a), second.cells(b)
         changed = cells_a.codes != cells_b.codes

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..circuits.changes import classify
+from ..circuits.changes import Changes, classify
 from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
 from ..utils.files import atomic_path, write_json, write_text
@@ -259,6 +259,34 @@ def attribution_view(
     return View(replace(data, facts=facts))
 
 
+def _scores_of(
+    needed: Mapping[str, Attribution], more: Mapping[str, Attribution | None]
+) -> dict[str, Float[np.ndarray, "writers readers"]]:
+    """The scores of several models, by name, without those that are None.
+
+    Raises:
+        ViewError: something else than attributions.
+    """
+    for name, scores in needed.items():
+        expect_kind(ViewError, name, scores, "Attribution")
+    for name, scores in more.items():
+        expect_kind(ViewError, name, scores, "Attribution", None)
+    return {n: np.asarray(a.scores) for n, a in {**needed, **more}.items() if a is not None}
+
+
+def _with_classes(data: GraphData, edges: Changes, nodes: Changes) -> GraphData:
+    """The same with what became of every edge and component."""
+    counts, classes = edges.counts(), edges.codes[data.edges.source, data.edges.target].tolist()
+    return replace(
+        data,
+        edges=replace(data.edges, classes=classes),
+        nodes=replace(data.nodes, classes=nodes.codes.tolist()),
+        top=max(1, min(TOP, sum(counts.values()))),  # not what is quiet in all
+        counts=counts,
+        present_from=edges.threshold,
+    )
+
+
 def changes_view(
     circuit: Circuit,
     before: Attribution,
@@ -299,26 +327,17 @@ def changes_view(
         CircuitError: scores of another architecture, or not finite.
     """
     expect_kind(ViewError, "circuit", circuit, "Circuit")
-    for name, scores in (("before", before), ("after", after)):
-        expect_kind(ViewError, name, scores, "Attribution")
     more = {"quantized": quantized, "relearned": relearned, "never_taught": never_taught}
-    for name, scores in more.items():
-        expect_kind(ViewError, name, scores, "Attribution", None)
-    named = {"before": before, "after": after, **more}
-    found = {name: np.asarray(a.scores) for name, a in named.items() if a is not None}
+    found = _scores_of({"before": before, "after": after}, more)
     edges = classify(**found, threshold=threshold)
     nodes = classify(**{name: s.sum(1) for name, s in found.items()})
     panes = {name: s for name, s in found.items() if name != "never_taught"}
     name = circuit.meta.model
     title = title or f"What became of the graph{f' of {name}' if name else ''}"
-    data, counts = _graph_data(title, circuit, panes, limit), edges.counts()
-    classes = edges.codes[data.edges.source, data.edges.target].tolist()
+    data = _with_classes(_graph_data(title, circuit, panes, limit), edges, nodes)
     return View(
         replace(
             data,
-            edges=replace(data.edges, classes=classes),
-            nodes=replace(data.nodes, classes=nodes.codes.tolist()),
-            top=max(1, min(TOP, sum(counts.values()))),  # not what is quiet in all
             facts=[
                 f"an edge is present from |score| {edges.threshold:.3g}",
                 *([circuit.meta.caveat] if circuit.meta.caveat else []),
@@ -326,7 +345,5 @@ def changes_view(
             weights=_weights(circuit.graph, model, mask),
             cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
             comparison=comparison.models if comparison is not None else None,
-            counts=counts,
-            present_from=edges.threshold,
         )
     )
