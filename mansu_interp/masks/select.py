@@ -65,8 +65,7 @@ def circuit_mask(
         circuit: from `discover`, or read from a file.
         model: the model it was discovered on.
         budget: share of all the model's parameters, in (0, 1].
-        retain: what must stay (`Task.retain_sets`), each set with equal weight; without it
-            parameters are chosen by forget gain alone.
+        retain: what must stay (`Task.retain_sets`), sets of equal weight; empty: gain alone counts.
         forget: pairs for the forget gradient; default: those of the discovery.
         seed: which pairs are drawn.
         n_pairs: how many pairs each gradient and the Fisher use.
@@ -84,13 +83,7 @@ def circuit_mask(
         MaskError: budget out of range, or nothing to edit.
         CircuitError: no forget pairs known, or another checkpoint.
     """
-    expect_kind(CircuitError, "circuit", circuit, Circuit)
-    expect_kind(ModelError, "model", model, LanguageModel)
-    model.check_editable()
-    expect_kind(MaskError, "retain", retain, list, tuple)
-    for pairs in retain:
-        expect_kind(MaskError, "a set of retain", pairs, PairSet)
-    expect_kind(MaskError, "forget", forget, PairSet, None)
+    _check_kinds(circuit, model, retain, forget)
     pairs = _forget_pairs(circuit, model, forget)
     components, regions = _regions(circuit, model, frozen_layers)
     if not 0 < budget <= 1 or not regions:
@@ -107,9 +100,21 @@ def circuit_mask(
         besides=own,
         on_step=on_step,
     )
-    mask.meta["components"] = [n.id for n, _ in components]
-    mask.meta["provenance"] = circuit.meta.provenance
+    mask.meta.update(components=[n.id for n, _ in components], provenance=circuit.meta.provenance)
     return mask
+
+
+def _check_kinds(
+    circuit: Circuit, model: LanguageModel, retain: Sequence[PairSet], forget: PairSet | None
+) -> None:
+    """Raise the error of the first argument of `circuit_mask` that is of another kind."""
+    expect_kind(CircuitError, "circuit", circuit, Circuit)
+    expect_kind(ModelError, "model", model, LanguageModel)
+    model.check_editable()
+    expect_kind(MaskError, "retain", retain, list, tuple)
+    for pairs in retain:
+        expect_kind(MaskError, "a set of retain", pairs, PairSet)
+    expect_kind(MaskError, "forget", forget, PairSet, None)
 
 
 def _forget_pairs(circuit: Circuit, model: LanguageModel, forget: PairSet | None) -> PairSet:

@@ -28,6 +28,7 @@ from ..report.card import model_card
 from ..report.records import Report
 from ..report.write import report_files
 from ..tasks.load import load_task
+from ..tasks.task import Task
 from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
 from ..utils.files import locked
@@ -49,7 +50,7 @@ from .folder import (
     result_affecting,
 )
 from .measure import deployed, measure
-from .plan import Plan, plan, what_is_known
+from .plan import Knowledge, Plan, plan, what_is_known
 
 
 @dataclass
@@ -96,23 +97,9 @@ def run(
         ResourceError: disk or memory ran out, or another run writes to the folder.
     """
     expect_kind(ConfigError, "config", config, RunConfig)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    check_folder(config)
-    if isinstance(config.unlearn, Mansu):
-        quantizer_set(config.unlearn.survive)
-    for name in config.quantizers:
-        get_quantizer(name)
     note = on_progress or (lambda *_: None)
-    note("loading model and task", 0, 0)
-    model = load_model(config.model, config.device)
-    arch = model.architecture
-    check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
-    note = on_progress or (lambda *_: None)
-    task = load_task(config.task or default_task(config.model), model, config.score_pairs)
-    task, known = what_is_known(model, task, deployed(config), config.seed, note)
-    if config.relearn_steps:
-        scored_halves(task, config.seed)
+    _check_settings(config)
+    model, task, known = _load(config, note)
     made_from = provenance(model, config.seed, result_affecting(config_json(config)), task.sha256)
     with locked(config.out) if rank() == 0 else contextlib.nullcontext():
         folder = begin(config, made_from) if rank() == 0 else RunFolder(config.out)
@@ -133,13 +120,42 @@ def run(
         with enough_memory("measuring the result", "Free memory and run the same command again."):
             report = measure(context, edited)
         if context.writes:
-            picture = circuit_svg(edited.circuit) if edited.circuit else ""
-            folder.check_whole()
-            card = model_card(report, licence_terms(model.folder))
-            folder.write_text(f"{MODEL}/{CARD}", card)
-            for name, text in report_files(report, picture).items():
-                folder.write_text(name, text)
+            _write_report(context, report, edited.circuit)
     return RunResult(report, edited.circuit, edited.mask, edited.model, config.out, clock.seconds)
+
+
+def _check_settings(config: RunConfig) -> None:
+    """What of step 1 needs no model; sets the number of threads, too."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    check_folder(config)
+    if isinstance(config.unlearn, Mansu):
+        quantizer_set(config.unlearn.survive)
+    for name in config.quantizers:
+        get_quantizer(name)
+
+
+def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Knowledge]:
+    """The rest of step 1: the model, the task without what it does not know, and what it knows."""
+    note("loading model and task", 0, 0)
+    model = load_model(config.model, config.device)
+    arch = model.architecture
+    check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
+    task = load_task(config.task or default_task(config.model), model, config.score_pairs)
+    task, known = what_is_known(model, task, deployed(config), config.seed, note)
+    if config.relearn_steps:
+        scored_halves(task, config.seed)
+    return model, task, known
+
+
+def _write_report(run: RunContext, report: Report, circuit: Circuit | None) -> None:
+    """Step 5: the model card and the report in every form."""
+    picture = circuit_svg(circuit) if circuit else ""
+    run.folder.check_whole()
+    card = model_card(report, licence_terms(run.model.folder))
+    run.folder.write_text(f"{MODEL}/{CARD}", card)
+    for name, text in report_files(report, picture).items():
+        run.folder.write_text(name, text)
 
 
 def _spent(clock: Clock) -> list[str]:
