@@ -225,5 +225,5 @@ def test_no_hook_is_left_behind():
 
 
 def test_anything_else_is_refused():
-    with pytest.raises(CircuitError, match="HookedTransformer; got Linear"):
+    with pytest.raises(CircuitError, match="got a Linear, expected a LanguageModel"):
         attribute(torch.nn.Linear(2, 2), PAIRS)

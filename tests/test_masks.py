@@ -337,7 +337,11 @@ def test_damaged_files(tmp_path: Path, tiny_model: TinyModel, damage: str):
         save_file(mask.indices, path)
     elif damage == "schema":
         save_file(mask.indices, path, {"mansu_mask": json.dumps({"schema": 99})})
-    message = "unknown mask schema; expected 1" if damage == "schema" else "not a readable mask"
+    message = (
+        "has the mask schema 99; this version reads 2"
+        if damage == "schema"
+        else "not a readable mask"
+    )
     with pytest.raises(ArtifactError, match=message):
         Mask.load(path)
 

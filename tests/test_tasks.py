@@ -333,14 +333,28 @@ CITIES = {"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Peru": "Lima",
 CJK = {"法国": "巴黎", "日本": "东京", "英国": "伦敦", "德国": "柏林", "埃及": "开罗"}
 
 
-def own_table(folder: Path, facts_: dict[str, str], phrasing: str, **written: str) -> Path:
-    """A task over one table of these facts, which are forgotten and retained."""
+def own_table(
+    folder: Path, facts_: dict[str, str], phrasing: str, word: str = "x", **written: str
+) -> Path:
+    """A task over one table of these facts, which are forgotten and retained; every split and role
+    has a phrasing of its own, with so many more words in front."""
     by, mark = written.get("by", ","), written.get("encoding", "utf-8")
     lines = [f"country{by}capital", *(by.join(f) for f in facts_.items())]
     (folder / "own.csv").write_text("\n".join(lines) + "\n", encoding=mark)
-    asked = {"train": [phrasing], "dev": {"d": [phrasing]}, "unseen": {"u": [phrasing]}}
-    table = {"table": "own.csv", "subject": "country", "answer": "capital", "phrasings": asked}
-    value = {"schema": 2, "name": "own", "relations": {"a": table, "b": table}}
+    tables = {
+        name: {
+            "table": "own.csv",
+            "subject": "country",
+            "answer": "capital",
+            "phrasings": {
+                "train": [f"{word} " * k + phrasing],
+                "dev": {"d": [f"{word} " * (k + 1) + phrasing]},
+                "unseen": {"u": [f"{word} " * (k + 2) + phrasing]},
+            },
+        }
+        for name, k in (("a", 0), ("b", 3))
+    }
+    value = {"schema": 2, "name": "own", "relations": tables}
     path = folder / "task.json"
     text = json.dumps({**value, "forget": {"relations": ["a"]}, "retain": ["b"]})
     path.write_text(text, encoding=mark)
@@ -393,7 +407,8 @@ def test_tables_and_task_files_as_excel_writes_them(
     tmp_path: Path, facts: LanguageModel, capitals: Task, by: str, encoding: str
 ):
     known = {p.subject: p.answer_text for p in capitals.forget[:24]}
-    path = own_table(tmp_path, known, "the capital of {s} is", by=by, encoding=encoding)
+    asked = "the capital of {s} is"
+    path = own_table(tmp_path, known, asked, "is", by=by, encoding=encoding)
     assert {p.subject for p in load_task(path, facts).forget} <= known.keys()
     (tmp_path / "own.csv").write_bytes("country,capital\nPérou,Lima\n".encode("latin-1"))
     with pytest.raises(TaskError, match=r"byte 17 is no UTF-8 \(save it as UTF-8\)"):

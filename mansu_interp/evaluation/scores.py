@@ -244,6 +244,7 @@ def evaluate(
     }
     total = len(sets) * len(models)
     for m, (version, model) in enumerate(models.items()):
+        model.check_finite()  # fused attention can make numbers of NaN
         for k, (of, _, pairs) in enumerate(sets):
             result = accuracy(model, pairs)
             if of == "forget":
