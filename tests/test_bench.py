@@ -220,6 +220,7 @@ def test_figures_are_those_of_the_saved_checkpoint(
     assert len(list((out / "trials" / "facts-capitals").glob("*.json"))) == 1 + 4 + 2
 
 
+@pytest.mark.slow
 def test_results_round_trip_and_damaged_ones_are_refused(
     ran: tuple[Path, list[TableRow]], tmp_path: Path
 ):
@@ -242,6 +243,7 @@ def test_results_round_trip_and_damaged_ones_are_refused(
             TrialResult.load(tmp_path / "bad.json")
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(
     ran: tuple[Path, list[TableRow]], monkeypatch: pytest.MonkeyPatch
 ):
@@ -340,6 +342,7 @@ def test_killed_at_any_moment_and_side_by_side_the_table_is_the_same(
             assert a[key] == b[key], key
 
 
+@pytest.mark.slow
 def test_pages(ran: tuple[Path, list[TableRow]], tmp_path: Path):
     _, rows = ran
     write_scoreboard(tmp_path, [replace(r, method=f"<b>{r.method}") for r in rows])

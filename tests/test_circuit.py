@@ -248,6 +248,7 @@ def test_exported_files_fit_the_model(model, name: str):
     assert mask.limit == int(0.005 * model.n_parameters)
 
 
+@pytest.mark.slow
 def test_rediscovery_finds_the_exported_circuit(model):
     task = load_task("capitals", model)
     found = discover(model, task.forget, retain=task.retain)

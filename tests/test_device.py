@@ -142,6 +142,7 @@ def test_faithfulness(device: str, ablation: str):
     assert Ablation(moved, make_pairs(), ablation=ablation)(edges) == pytest.approx(wanted, 1e-4)
 
 
+@pytest.mark.slow
 def test_circuit_and_mask(facts: LanguageModel, there: LanguageModel, task: Task):
     """Ties and rounding may send single candidates the other way."""
     config = CircuitConfig(pairs=8, top=200, ig_steps=1, faithfulness_pairs=8)
@@ -303,6 +304,7 @@ def test_verdict_and_attack(facts: LanguageModel, there: LanguageModel, task: Ta
     assert a == pytest.approx(b, abs=0.05)
 
 
+@pytest.mark.slow
 def test_retain_bound(
     facts: LanguageModel, there: LanguageModel, task: Task, edited: LanguageModel
 ):

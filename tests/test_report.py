@@ -469,6 +469,7 @@ def test_a_damaged_graph_costs_no_more_than_itself(part: str, svg: str) -> None:
         assert render_markdown(report) and console_summary(report, 80)
 
 
+@pytest.mark.slow
 def test_what_is_taken_is_rendered(svg: str) -> None:
     """Whatever stands in a report, it is refused, or shown without a crash and without a None."""
     data = with_graph().to_json()

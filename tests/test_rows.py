@@ -449,6 +449,7 @@ def test_a_missing_split_says_what_to_do(facts: LanguageModel):
     assert isinstance(caught.value, MansuError)
 
 
+@pytest.mark.slow
 def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measure, "CAD_PAIRS", 4)
     bos = [{**r, "prompt": "<bos>" + r["prompt"]} for r in fact_rows()]

@@ -562,6 +562,7 @@ def random_few(facts: LanguageModel) -> Mask:
     return random_mask(facts, 0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mansu", "mansu-no-floor", "npo", "sure", "task-vector"])
 def test_a_killed_loop_ends_the_same(
     facts: LanguageModel,
@@ -641,6 +642,7 @@ def test_another_batch_size_stays_within_the_tolerance(facts: LanguageModel, cap
     assert (again[0] == scores).all() and again[1:] == (chosen, losses)
 
 
+@pytest.mark.slow
 def test_another_thread_count_stays_within_the_tolerance(facts: LanguageModel, capitals: Task):
     config = CircuitConfig(pairs=2, ig_steps=1)
     scores, threads = [], torch.get_num_threads()
