@@ -289,6 +289,7 @@ def test_a_checkpoint_that_is_gone_is_trained_again_and_nothing_measured_is_lost
     assert [replace(r, **blank) for r in again] == [replace(r, **blank) for r in rows]
 
 
+@pytest.mark.slow
 def test_a_failed_try_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

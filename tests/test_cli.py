@@ -124,6 +124,7 @@ def test_list_names_what_ships():
     assert "reference" not in done.stdout
 
 
+@pytest.mark.slow
 def test_json_output_is_json_and_nothing_else():
     found = json.loads(mansu("list", "--json").stdout)
     assert found["models"] == ["facts"] and "mansu" in found["methods"]

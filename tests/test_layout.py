@@ -99,6 +99,7 @@ def oriented(model: LanguageModel, pairs: PairSet) -> PairSet:
     return PairSet("oriented", tuple(turned))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tied"),
     [*((f, False) for f in FAMILIES if f != "llama mqa"), ("gpt2", True), ("gemma3", True)],

@@ -461,6 +461,7 @@ def test_the_report_says_what_the_margins_took_and_reached(tmp_path: Path):
     assert f"Final margin: {said}." in summary
 
 
+@pytest.mark.slow
 def test_a_baseline_needs_no_circuit_and_no_mask(tmp_path: Path):
     unlearning = GradDiff(lr=1e-3, steps=2, batch_size=UNLEARN.batch_size)
     config = replace(settings(tmp_path / "dense"), unlearn=unlearning, relearn_steps=0)

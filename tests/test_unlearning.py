@@ -269,6 +269,7 @@ def test_without_the_floor_edits_are_continuous(
         assert torch.equal(found.weights[name], found.weights[name].bfloat16().float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "less"),
     [(MansuNoProjection, {"projection": 0.0}), (MansuNoOffsets, {"offset_rate": 0.0})],
@@ -538,6 +539,7 @@ def test_what_is_read_falls(facts: LanguageModel, capitals: Task):
     assert levels[-1] < 0.7 * levels[0]
 
 
+@pytest.mark.slow
 def test_unlearning_takes_it_along(facts: LanguageModel, capitals: Task):
     mask = random_mask(facts, 0.02)
     config = Mansu(batch_size=8, steps=3, lr=0.3)
