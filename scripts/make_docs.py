@@ -102,18 +102,14 @@ def circuit_picture() -> str:
 
 
 def changes_picture(run: Path) -> str:
-    """What flows in the graph of a finished run before and after, by sign, from its report."""
+    """What became of the graph in a finished run: its four panes, from the report."""
     from mansu_interp.viz.data import GraphData
     from mansu_interp.viz.view import View
 
     data = json.loads((run / "report.json").read_text(encoding="utf-8"))["graph"]
-    for part in (data["edges"], data["nodes"]):  # two panes, without the classes of edges
-        part["scores"] = part["scores"][:2]
-        part.pop("class", None)
-    for key in ("classes", "meaning", "counts", "present_from"):
-        data.pop(key, None)
-    data.update(title="", cad=None, comparison=None, panes=["original", "unlearned"])
-    return larger(View(GraphData.from_json(data)).svg())
+    data.update(title="", cad=None, comparison=None)
+    data["panes"] = ["original", "unlearned", "unlearned, nf4", "unlearned, half relearned"]
+    return View(GraphData.from_json(data)).svg()
 
 
 def main(argv: list[str] | None = None) -> None:
