@@ -70,7 +70,9 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "audit.config": ("RelearnConfig",),
     "audit.relearning": (
         "Relearning",
+        "other_half",
         "relearn",
+        "relearned",
     ),
     "audit.cad": (
         "CAD",
@@ -119,7 +121,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .audit.cad import CAD, judge_erasure
     from .audit.config import RelearnConfig
-    from .audit.relearning import Relearning, relearn
+    from .audit.relearning import Relearning, other_half, relearn, relearned
     from .circuits.ablation import Ablation
     from .circuits.attribution import attribute
     from .circuits.changes import Changes, classify

@@ -88,11 +88,6 @@ def cli_page() -> str:
     return MADE + "\n".join(lines).rstrip() + "\n"
 
 
-def larger(svg: str) -> str:
-    """A picture with larger letters, for pages that show it at half its width."""
-    return svg.replace("font:11px", "font:16px")
-
-
 def circuit_picture() -> str:
     """The shipped circuit of ``capitals``."""
     from mansu_interp.circuits.circuit import Circuit

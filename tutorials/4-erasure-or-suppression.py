@@ -1,13 +1,14 @@
 # %% [markdown]
 # # 4. Erasure or suppression?
 #
-# A model can stop predicting answers that are still in its weights. Two ways to look: its attribution graph before and
-# after the edit and after quantization; and a reference model that was never taught the facts.
+# A model can stop predicting answers that are still in its weights. What tells the two apart is what comes back when half
+# of the facts are taught again. We look at it in the attribution graph, and beside a reference model that was never taught.
 
 # %%
 from mansu_interp import (
     circuit_mask,
     CircuitConfig,
+    RelearnConfig,
     Mansu,
     attribute,
     compare,
@@ -15,7 +16,9 @@ from mansu_interp import (
     judge_erasure,
     load_model,
     load_task,
+    other_half,
     quantize,
+    relearned,
     unlearn,
 )
 from mansu_interp.viz.view import changes_view
@@ -29,39 +32,53 @@ edited = unlearn(model, task, mask, Mansu(steps=40)).model
 nf4 = quantize(edited)
 
 # %% [markdown]
-# The same held-out forget prompts for all, in the same metric:
+# The capitals are split in two halves at random. One is relearned, for 20 steps; the graphs are those of the *other* half's
+# prompts, in a phrasing that was never trained on, in the same metric:
 
 # %%
-unseen = task.scored["unseen"]["forget"]["capital"].sample(16, seed=0)
+unseen = other_half(task, task.scored["unseen"]["forget"]["capital"]).sample(16, seed=0)
+after_half = relearned(edited, task, rate=1e-3, config=RelearnConfig(steps=(20,)))
 never = load_model(task.reference_models[0])  # trained from scratch without the capitals
-models = {"unlearned": edited, "unlearned nf4": nf4}
+never_after_half = relearned(never, task, rate=1e-3, config=RelearnConfig(steps=(20,)))
+models = {"unlearned": edited, "unlearned nf4": nf4, "half relearned": after_half}
 comparison = compare(circuit, model, models, unseen, reference=never)
 for name, found in comparison.models.items():
     print(f"{name:14} mass {found.mass:.2f}, alignment {found.alignment:.2f}")
 
 # %% [markdown]
-# Every edge falls into one class: *kept*, *silent*, *weakened* (or reversed), *recovered* (brought back by quantization) or
-# *new*. Colours and dashes tell them apart.
+# Every edge falls into one class: *kept*, *recovered* (brought back by quantization), *suppressed* (brought back by the other
+# half of the facts, more than in the reference model), *erased* (by neither) or *new*.
 
 # %%
-before, after, quantized = (attribute(m, unseen) for m in (model, edited, nf4))
+graphs = [attribute(m, unseen) for m in (model, edited, nf4, after_half)]
 view = changes_view(
-    circuit, before, after, quantized, comparison=comparison, model=model, mask=mask
+    circuit,
+    *graphs,
+    never_taught=attribute(never_after_half, unseen),
+    comparison=comparison,
+    model=model,
+    mask=mask,
 )
 print(view.data.counts)
-view.widget()
+view
 
 # %% [markdown]
-# And the reference model in the place of the unlearned one: the graph of a model that was never taught the capitals.
+# After unlearning the graph is nearly empty, and after relearning half it is there again: the edit only *suppressed* the
+# capitals. And the reference model in the place of the unlearned one, which has nothing to bring back:
 
 # %%
-changes_view(circuit, before, attribute(never, unseen), title="A model that was never taught")
+changes_view(
+    circuit,
+    graphs[0],
+    attribute(never, unseen),
+    relearned=attribute(never_after_half, unseen),
+    title="A model that was never taught",
+)
 
 # %% [markdown]
-# Edges do not settle it: attribution follows the metric, so whatever silences the answer empties the graph. What settles
-# it is relearning: teach one half of the facts again, ask for the *other* half. A model that was never taught has nothing
-# to bring back. `mansu relearn` trains a copy; the verdict below takes six steps in closed form instead, and a linear probe
-# of the states after every block (see [How to read CAD](../docs/cad.md)):
+# The answers decide: after half of the facts were taught again, how many of the *other* half come back? `mansu relearn` trains
+# copies at several rates; the verdict below takes six steps in closed form instead, and a linear probe of the states after
+# every block (see [How to read CAD](../docs/cad.md)):
 
 # %%
 for name, other in {"unlearned": edited, "never taught": never}.items():

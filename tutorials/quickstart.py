@@ -118,7 +118,7 @@ for name, d in compare(circuit, model, named, unseen).models.items():
     print(f"{name:<15}mass {d.mass:.2f}, projected share {d.projected_share:+.2f}")
 
 # %% [markdown]
-# They do not settle it: the graph of a silent model is empty, whatever is still stored. CAD asks what half of the facts,
+# They do not settle it: the graph of a model that no longer answers is empty, whatever is still stored. CAD asks what half of the facts,
 # learnt again, would bring back of the others:
 
 # %%

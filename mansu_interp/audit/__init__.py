@@ -1,5 +1,5 @@
 """Is the knowledge gone? Relearning, probes, stitching, linearized relearning, CAD.
 
-Public, from `mansu_interp`: RelearnConfig, Relearning, relearn, CAD, judge_erasure. The rest is
-implementation.
+Public, from `mansu_interp`: RelearnConfig, Relearning, other_half, relearn, relearned, CAD,
+judge_erasure. The rest is implementation.
 """

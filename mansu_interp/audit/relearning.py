@@ -162,6 +162,11 @@ def of_subjects(pairs: PairSet, subjects: set[str]) -> PairSet:
     return PairSet(pairs.name, tuple(p for p in pairs if p.subject in subjects))
 
 
+def other_half(task: Task, pairs: PairSet, *, seed: int = 0) -> PairSet:
+    """Those of some forget pairs that are of half B, which is asked for and never relearned."""
+    return of_subjects(pairs, halves(task.forget, seed)[1])
+
+
 def rivals_within(pairs: PairSet) -> PairSet:
     """The same prompts with distractors drawn among the set's own answers, by fact.
 

@@ -8,7 +8,7 @@ import torch
 
 from ..audit.cad import CAD, judge_erasure
 from ..audit.config import RelearnConfig
-from ..audit.relearning import Relearning, halves, of_subjects, relearn, relearned
+from ..audit.relearning import Relearning, other_half, relearn, relearned
 from ..circuits.circuit import Circuit
 from ..circuits.compare import compare
 from ..circuits.scores import Attribution
@@ -206,7 +206,7 @@ def compare_graphs(
     compared = {v: models[v] for v in (EDITED, quantized)}
     if attacked:
         settings, rate = attacked[EDITED].meta.settings, attacked[EDITED].worst_rate()
-        pairs = of_subjects(pairs, halves(run.task.forget, settings.seed)[1])
+        pairs = other_half(run.task, pairs, seed=settings.seed)
         both = {RELEARNED: models[EDITED], NEVER_TAUGHT_RELEARNED: reference}
         for version, model in both.items():
             if model is not None:
