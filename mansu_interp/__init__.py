@@ -98,6 +98,8 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "report.records": ("Report",),
     "runs.config": ("RunConfig",),
+    "runs.defaults": ("default_config",),
+    "runs.edit": ("make_mask",),
     "runs.run": ("run",),
     "errors": ("MansuError",),
 }
@@ -143,6 +145,8 @@ if TYPE_CHECKING:
     from .quantizers.survival import Survival, quantize, survival
     from .report.records import Report
     from .runs.config import RunConfig
+    from .runs.defaults import default_config
+    from .runs.edit import make_mask
     from .runs.run import run
     from .tasks.data.prompts import read_prompts
     from .tasks.data.row_pairs import task_from_rows

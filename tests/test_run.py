@@ -23,6 +23,7 @@ from mansu_interp.bench.config import BenchConfig
 from mansu_interp.circuits import attribution
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
+from mansu_interp.circuits.discover import discover
 from mansu_interp.errors import (
     ArtifactError,
     CircuitError,
@@ -48,12 +49,14 @@ from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure
 from mansu_interp.runs import measure as measuring
 from mansu_interp.runs.config import PlanConfig, RunConfig
+from mansu_interp.runs.edit import make_mask
 from mansu_interp.runs.folder import RunFolder
 from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines, what_is_known
 from mansu_interp.runs.run import RunResult, run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import METHODS, GradDiff, Mansu
+from mansu_interp.unlearning.unlearn import unlearn
 from mansu_interp.utils.files import read_json
 from mansu_interp.utils.shipped import DATA
 
@@ -107,6 +110,17 @@ def finished(
 
 def test_every_artefact_is_there(finished: RunResult):
     assert {p.name for p in finished.folder.iterdir()} == FILES
+
+
+def test_python_gives_the_edits_of_the_command(finished: RunResult, facts: LanguageModel):
+    """The lines of the README, with the run's settings."""
+    config = settings(finished.folder)
+    task = load_task("capitals", facts, config.score_pairs)
+    circuit = discover(facts, task.forget, config=config.circuit, retain=task.retain)
+    mask = make_mask(config, facts, task, circuit)
+    edited = unlearn(facts, task, mask, config.unlearn).model
+    assert all(torch.equal(edited.weights[n], w) for n, w in finished.model.weights.items())
+    assert mask.indices.keys() == finished.mask.indices.keys()  # type: ignore[union-attr]
 
 
 def test_erasure_is_judged_by_the_attack(finished: RunResult):
