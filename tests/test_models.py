@@ -368,7 +368,14 @@ class FakeHub(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         path = self.path.split("//")[-1].partition("/")[2] if "//" in self.path else self.path[1:]
         body, kind = b"", "application/json"
-        if path.startswith("api/models/gpt2"):
+        if path.startswith("api/models/gpt2/tree/"):
+            files = [(p.name, p.stat().st_size, hashlib.sha1(p.read_bytes())) for p in self.files]
+            tree = [
+                {"type": "file", "path": name, "size": size, "oid": oid.hexdigest()}
+                for name, size, oid in files
+            ]
+            body = json.dumps(tree).encode()
+        elif path.startswith("api/models/gpt2"):
             names = [{"rfilename": p.name} for p in self.files]
             body = json.dumps({"id": "gpt2", "sha": "a" * 40, "siblings": names}).encode()
         elif path.startswith("gpt2/resolve/"):
