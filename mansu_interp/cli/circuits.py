@@ -11,7 +11,7 @@ from ..errors import ArtifactError, ConfigError
 from ..runs.defaults import default_task
 from .console import Output, say, say_json
 from .progress import Progress
-from .settings import AttributeConfig, CompareConfig, DiscoverConfig, ViewConfig
+from .settings import AttributeConfig, CompareConfig, DiscoverConfig, OnPrompts, ViewConfig
 
 if TYPE_CHECKING:
     from ..circuits.circuit import Circuit
@@ -23,9 +23,7 @@ SHOWN = 10
 """Edges that a result prints."""
 
 
-def _pairs(
-    config: DiscoverConfig | AttributeConfig, model: LanguageModel
-) -> tuple[PairSet, PairSet | None]:
+def _pairs(config: OnPrompts, model: LanguageModel) -> tuple[PairSet, PairSet | None]:
     """The pairs to explain and, of a task, those that must stay."""
     from ..tasks.data.prompts import read_prompts
     from ..tasks.load import load_task

@@ -58,8 +58,8 @@ class RelearnRun:
 
 
 @dataclass(frozen=True)
-class DiscoverConfig:
-    """Find the circuit that carries some answers."""
+class OnPrompts:
+    """What is explained, of which model."""
 
     model: str = "facts"
     """Embedded model, Hugging Face folder, or hub name, such as gpt2."""
@@ -68,35 +68,29 @@ class DiscoverConfig:
     task: str | None = None
     """Shipped task or path of a task file, whose forget pairs are explained; default: the one that
     goes with the model."""
-    out: Path = Path("runs/circuit")
-    """New folder for circuit.json, circuit.graphml and circuit.html."""
     seed: int = 0
     """Which pairs are drawn."""
     device: str = "auto"
     """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
     models below ten million parameters, which do not gain."""
+
+
+@dataclass(frozen=True)
+class DiscoverConfig(OnPrompts):
+    """Find the circuit that carries some answers."""
+
+    out: Path = Path("runs/circuit")
+    """New folder for circuit.json, circuit.graphml and circuit.html."""
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
     """How the circuit is discovered."""
 
 
 @dataclass(frozen=True)
-class AttributeConfig:
+class AttributeConfig(OnPrompts):
     """Score every edge of a model by what it does for some answers."""
 
-    model: str = "facts"
-    """Embedded model, Hugging Face folder, or hub name, such as gpt2."""
-    pairs: Path | None = None
-    """Rows with clean, corrupt, answer and wrong (JSONL, CSV, ...); default: those of the task."""
-    task: str | None = None
-    """Shipped task or path of a task file, whose forget pairs are explained; default: the one that
-    goes with the model."""
     out: Path = Path("scores.safetensors")
     """The file to write: .safetensors, for view and compare, or .csv."""
-    seed: int = 0
-    """Which pairs are drawn."""
-    device: str = "auto"
-    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
-    models below ten million parameters, which do not gain."""
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     """How edges are scored."""
 
