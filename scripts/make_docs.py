@@ -37,7 +37,22 @@ ROOMS = {
 """Heading of each room on the API page."""
 BESIDE = ("viz.tokens", "viz.widget")
 """Modules documented beside the public names."""
-COMMANDS = ("run", "bench", "plan", "relearn", "cad", "verify", "delta", "apply", "export", "task")
+COMMANDS = (
+    "run",
+    "discover",
+    "attribute",
+    "view",
+    "compare",
+    "bench",
+    "plan",
+    "relearn",
+    "cad",
+    "verify",
+    "delta",
+    "apply",
+    "export",
+    "task",
+)
 
 
 def api_page() -> str:
