@@ -51,6 +51,7 @@ def test_metrics_by_hand():
     assert choice_margin(logits, small(), logits).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @KV
 @pytest.mark.parametrize("metric", METRICS)
 def test_input_edges_sum_to_the_whole_effect_as_steps_grow(

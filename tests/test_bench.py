@@ -70,6 +70,7 @@ def test_the_fair_stop(tries: list[DevScores | None], expected: tuple[int, bool]
     assert best_retained(tries, 0.30) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["table.csv", "scoreboard.html", "trials", "work", "bench.json"])
 def test_a_folder_of_others_is_not_written_to(tmp_path: Path, name: str):
     mine = tmp_path / name
@@ -82,6 +83,7 @@ def test_a_folder_of_others_is_not_written_to(tmp_path: Path, name: str):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_a_benchmark_knows_its_own_folder(tmp_path: Path):
     config = BenchConfig(out=tmp_path, table_only=True)
     (tmp_path / "notes.txt").write_text("mine")

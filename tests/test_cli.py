@@ -231,6 +231,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["run --help", "list"])
 def test_a_reader_that_has_seen_enough(words: str):
     """mansu run --help | head -1, and one that reads nothing at all: no stack trace."""
@@ -428,11 +429,13 @@ def shell(line: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_closed_output_is_no_error():
     done = shell("$MANSU list >&-; echo $?; $MANSU list --nonsense 2>&-; echo $?")
     assert done.stdout.splitlines() == ["0", "2"] and done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_output_is_one_clear_error():
     done = shell("for x in 'list --json' --help; do $MANSU $x >/dev/full; echo $?; done")

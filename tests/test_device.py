@@ -118,6 +118,7 @@ def test_what_it_says(facts: LanguageModel, there: LanguageModel, task: Task):
     assert there.generate("The capital of") == facts.generate("The capital of")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["eap", "eap-ig"])
 @pytest.mark.parametrize("metric", ["logit_diff", "log_prob", "choice_margin", "kl"])
 def test_attribution(device: str, method: str, metric: str):
@@ -132,6 +133,7 @@ def test_attribution(device: str, method: str, metric: str):
         alike(torch.tensor(found.neurons[name]), torch.tensor(value), 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_faithfulness(device: str, ablation: str):
     model = make_tiny(4)

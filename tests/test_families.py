@@ -329,6 +329,7 @@ class ByHand:
         return float(logits[self.batch.answer[0]] - logits[self.batch.counterfactual[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MORE)
 def test_single_edges_are_those_of_the_patched_model(family: str):
     """In float64: ablating edges, and their scores as slopes, against transformers alone."""

@@ -398,6 +398,7 @@ def test_every_option_is_checked():
     assert list(OPTIONS) == [f.name for f in fields(RowOptions)]
 
 
+@pytest.mark.slow
 def test_contradictory_prompts_are_refused(facts: LanguageModel):
     """One prompt with two answers, and a prompt that is to be forgotten and to be retained."""
     two = fact_rows()
