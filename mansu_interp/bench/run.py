@@ -166,7 +166,15 @@ def _choose(bench: BenchConfig, model: LanguageModel, trials: Sequence[Trial]) -
             shutil.rmtree(trial.checkpoint, ignore_errors=True)
     won = trials[best]
     others = [
-        make_trial(bench, model, won.task, won.method, seed, won.level, won.strength)
+        make_trial(
+            bench,
+            model,
+            task=won.task,
+            method=won.method,
+            seed=seed,
+            level=won.level,
+            strength=won.strength,
+        )
         for seed in bench.seeds[1:]
     ]
     return Chosen([won, *others], reached)

@@ -94,13 +94,31 @@ def _judged(name: str, limits: Sequence[_Limit], sentence: str, also: str = "") 
     reason = _and([*(limit.reason for limit in limits if limit.reason), *([also] if also else [])])
     told = f"Not met: {reason}. {sentence}" if reason else sentence
     headroom = shown.most - shown.value
-    return Property(name, not reason, shown.value, shown.most, headroom, shown.unit, told, reason)
+    return Property(
+        name,
+        not reason,
+        value=shown.value,
+        target=shown.most,
+        headroom=headroom,
+        unit=shown.unit,
+        sentence=told,
+        reason=reason,
+    )
 
 
 def _not_tested(name: str, target: float, reason: str) -> Property:
     """A property that nothing is known of."""
     sentence = f"Not tested: {reason}."
-    return Property(name, None, None, target, None, "not tested", sentence, reason)
+    return Property(
+        name,
+        None,
+        value=None,
+        target=target,
+        headroom=None,
+        unit="not tested",
+        sentence=sentence,
+        reason=reason,
+    )
 
 
 def _and(names: Sequence[str]) -> str:
@@ -262,7 +280,9 @@ def _gap(scores: Scores, quantizer: str, metric: Metric) -> _Gap:
     facts, prompts = sum(r.facts or r.n for r in rows), sum(r.n for r in rows)
     guess = p_of_guess(level, facts, prompts, chance) > ALPHA
     flips = scores.flips(EDITED, after, metric)
-    return _Gap(quantizer, metric, value, level, chance, flips, guess)
+    return _Gap(
+        quantizer, metric, value=value, ends_at=level, chance=chance, flips=flips, guess=guess
+    )
 
 
 def _recovery(name: str, scores: Scores, quantizers: Sequence[str]) -> Property:
@@ -294,8 +314,16 @@ def _recovery(name: str, scores: Scores, quantizers: Sequence[str]) -> Property:
     prompts = sum(r.n for r in scores.of_role("forget"))
     if worst.counted <= 0 and nothing and 2 * 0.5**prompts > ALPHA:
         reason = f"{prompts} prompts are too few to tell a rise from none"
-        return Property(name, None, worst.value, 0.0, -worst.value, "not tested",
-                        f"Not tested: {reason}. {sentence}", reason)  # fmt: skip
+        return Property(
+            name,
+            None,
+            value=worst.value,
+            target=0.0,
+            headroom=-worst.value,
+            unit="not tested",
+            sentence=f"Not tested: {reason}. {sentence}",
+            reason=reason,
+        )
     what = WORDS[worst.metric]
     words = f"{worst.quantizer} raised {what} forget accuracy by {worst.counted:.3f}"
     unit = f"{worst.quantizer} minus full precision, forget accuracy"

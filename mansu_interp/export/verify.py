@@ -120,5 +120,11 @@ def verify(
         mismatches += _mask_mismatches(mask, found, original)
     also = compare_deployed(original, edited)
     return Verification(
-        rows, embedding, outside, also.changed, also.uncovered, mismatches, sum(moved.values())
+        rows,
+        embedding,
+        outside=outside,
+        changed=also.changed,
+        uncovered=also.uncovered,
+        mismatches=mismatches,
+        edited=sum(moved.values()),
     )

@@ -199,7 +199,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
         )
     unread = tuple(sorted(found["unexpected_keys"]))
     dtype, sha = _stored_dtype(name, files), file_sha256(*files)
-    return LanguageModel(str(name), hf, tokenizer, dtype, sha, place, unread)
+    return LanguageModel(str(name), hf, tokenizer, dtype, sha, folder=place, unread=unread)
 
 
 def _stored_dtype(name: str | Path, files: Sequence[Path]) -> torch.dtype:

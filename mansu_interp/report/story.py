@@ -51,12 +51,12 @@ def heading(report: Report) -> Heading:
     return Heading(
         report.task.title or report.task.name,
         subtitle,
-        word,
-        report.verdict.passed,
-        report.verdict.sentence,
-        f"{sum(p.passed is True for p in report.properties)} of {len(report.properties)} "
+        status=word,
+        passed=report.verdict.passed,
+        sentence=report.verdict.sentence,
+        summary=f"{sum(p.passed is True for p in report.properties)} of {len(report.properties)} "
         "properties hold.",
-        tuple(p for p in report.properties if not p.passed),
+        missed=tuple(p for p in report.properties if not p.passed),
     )
 
 

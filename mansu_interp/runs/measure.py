@@ -143,7 +143,13 @@ def quantizer_rows(
     for k, q in enumerate(names):
         run.note("what quantizers leave of the edit", k, len(names))
         found = quantizer_row(
-            run.model, edited, get_quantizer(q), run.task, q in promised, scores, run.note
+            run.model,
+            edited,
+            quantizer=get_quantizer(q),
+            task=run.task,
+            promised=q in promised,
+            scores=scores,
+            note=run.note,
         )
         rows.append(found)
     return tuple(rows)

@@ -110,7 +110,9 @@ def run(
                 folder.check_held()
             note(stage, done, total)
 
-        context = RunContext(config, model, task, made_from, held, clock, folder)
+        context = RunContext(
+            config, model, task=task, provenance=made_from, note=held, clock=clock, folder=folder
+        )
         if on_plan:
             held("timing a small batch", 0, 0)
             made = plan(config, model, task, known)

@@ -158,24 +158,37 @@ def place(
     rows = {n: first + pitch * (len(drawn) - 1 - k) for k, n in enumerate(drawn)}
     input_y = max([logits_y, *rows.values()]) + 0.9 * pitch
 
-    boxes = [Box("input", "input", "input", end_x, input_y, end_width, 24.0)]
+    boxes: dict[str, Box] = {}
+
+    def add(name: str, kind: str, *, at: tuple[float, float], size: tuple[float, float]) -> None:
+        label = "" if kind == "kv" else name
+        (x, y), (width, height) = at, size
+        boxes[name] = Box(name, kind, label, x=x, y=y, width=width, height=height)
+
+    add("input", "input", at=(end_x, input_y), size=(end_width, 24.0))
     group = a.n_heads // a.n_kv_heads
     for layer, row in drawn.items():
         y, at = rows[layer], {h: LEFT + column * (k + 0.5) for k, h in enumerate(row.heads)}
         for h, x in at.items():
-            name = f"a{layer}.h{h}"
-            boxes.append(Box(name, "head", name, x, y, head_width, tall))
+            add(f"a{layer}.h{h}", "head", at=(x, y), size=(head_width, tall))
         for k in range(a.n_kv_heads if group > 1 else 0):
             if over := [x for h, x in at.items() if h // group == k]:
                 x, width = (over[0] + over[-1]) / 2, over[-1] - over[0] + head_width
-                boxes.append(Box(f"a{layer}.kv{k}", "kv", "", x, y + tall / 2 + 5, width, 4.0))
+                add(f"a{layer}.kv{k}", "kv", at=(x, y + tall / 2 + 5), size=(width, 4.0))
         if row.mlp:
-            name = f"m{layer}"
-            boxes.append(Box(name, "mlp", name, mlp_x, y - raised, _MLP_WIDTH, tall))
-    boxes.append(Box("logits", "logits", "logits", end_x, logits_y, end_width, 24.0))
+            add(f"m{layer}", "mlp", at=(mlp_x, y - raised), size=(_MLP_WIDTH, tall))
+    add("logits", "logits", at=(end_x, logits_y), size=(end_width, 24.0))
     height = input_y + 12 + BOTTOM
     width = margin + RIGHT
-    return Layout(width, height, pitch, column, {b.id: b for b in boxes}, rows, margin)
+    return Layout(
+        width,
+        height,
+        pitch=pitch,
+        column=column,
+        boxes=boxes,
+        rows=rows,
+        margin=margin,
+    )
 
 
 def ports(layout: Layout, source: str, target: str) -> tuple[float, float, float, float]:
