@@ -67,8 +67,10 @@ def circuit_mask(
         budget: share of all the model's parameters, in (0, 1].
         retain: what must stay (`Task.retain_sets`), sets of equal weight; empty: gain alone counts.
         forget: pairs for the forget gradient; default: those of the discovery.
-        seed, n_pairs: which pairs each gradient and the Fisher use, and how many.
-        damage_damping, retain_gradient_weight: see `choose_parameters`.
+        seed: which pairs are drawn.
+        n_pairs: how many pairs each gradient and the Fisher use.
+        damage_damping: see `choose_parameters`.
+        retain_gradient_weight: see `choose_parameters`.
         frozen_layers: share of the layers, from the input on, in which nothing may be edited.
         survive: quantizers that every edit must survive.
         by_layer: gradients and Fisher of a layer at a time: the same mask, less memory, more time.
@@ -85,10 +87,8 @@ def circuit_mask(
     if not 0 < budget <= 1 or not regions:
         return choose_parameters(model, regions, budget, {})  # raises the right error
     own = {model.embedding_name: embedding_rows(model, pairs, survive)} if subject_rows else None
-    names = list(regions)
-    found = _gradients(
-        model, names, forget=pairs, retain=retain, n_pairs=n_pairs, seed=seed, by_layer=by_layer
-    )
+    how = {"n_pairs": n_pairs, "seed": seed}
+    found = _gradients(model, list(regions), pairs, retain, by_layer=by_layer, **how)
     mask = choose_parameters(
         model,
         regions,
