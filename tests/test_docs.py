@@ -186,6 +186,7 @@ def test_the_site_has_research_and_tutorials(site: Path):
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
 
 
+@pytest.mark.slow
 def test_the_example_makes_a_task_that_the_model_knows(tmp_path: Path, facts: LanguageModel):
     found = re.search(r"cat > my\.py <<'END'\n(.*?)END\n", PAGE.read_text("utf-8"), re.S)
     assert found

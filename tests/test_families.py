@@ -199,6 +199,7 @@ def test_the_full_circuit_is_the_clean_run(family: str, ablation: str):
         assert (empty - clean).abs().max() > 0.05
 
 
+@pytest.mark.slow
 @EACH
 def test_scores_are_complete(family: str):
     """The input's edges sum to the whole effect, and every score has its sign."""
@@ -208,6 +209,7 @@ def test_scores_are_complete(family: str):
     assert found.scores[0].sum() == pytest.approx(effect, abs=0.02 * max(1.0, abs(effect)))
 
 
+@pytest.mark.slow
 @EACH
 def test_the_edges_into_the_logits_are_exact(family: str):
     """With one edge u -> logits ablated, the final stream moves by u's own difference; for a small

@@ -182,6 +182,7 @@ def test_all_bad_rows_are_counted_and_the_first_listed(tmp_path: Path):
     assert len(text) == SHOWN + 2 and text[-1] == f"  and {22 - SHOWN} more"
 
 
+@pytest.mark.slow
 def test_random_rows_are_accepted_or_refused_by_our_own_error():
     """At least a third are accepted, so that what lies behind the parser is reached."""
     rng = random.Random(0)
@@ -267,6 +268,7 @@ def test_what_cannot_be_paired_is_counted_with_its_lines(task: Task):
     assert task.dropped == {why: 1}
 
 
+@pytest.mark.slow
 def test_symbol_and_any(facts: LanguageModel):
     made = parse_rows(enumerate(fact_rows(), 1))
     symbol = task_from_rows(made, facts, replace(BOS, corrupt="symbol"))
