@@ -456,6 +456,7 @@ def test_a_console_that_knows_ascii_alone():
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 from mansu_interp import __main__
 from mansu_interp.cli import commands, main
 def twice(*_):
