@@ -339,17 +339,12 @@ def quantization_margin(run: RunContext, last: StepRecord) -> QuantizationMargin
 
 def circuit_facts(circuit: Circuit) -> CircuitSummary:
     """The circuit, for the report."""
-    ranked = sorted(circuit.to_networkx().edges(data=True), key=lambda e: -abs(e[2]["score"]))
     return CircuitSummary(
         edges=circuit.n_edges,
         of=circuit.graph.n_edges,
         faithfulness=circuit.meta.faithfulness,
         curve=tuple(CurvePoint(n, f) for n, f in circuit.meta.curve),
-        top_edges=tuple(
-            CircuitEdge(u, v, d["score"])
-            for u, v, d in ranked[:TOP_EDGES]
-            if d["kind"] == "residual"
-        ),
+        top_edges=tuple(CircuitEdge(e.source, e.target, e.score) for e in circuit.top(TOP_EDGES)),
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...errors import TaskError
 from ...models.language_model import LanguageModel
-from ..pairs import Pair, PairSet, Tokens, WholeAnswers
+from ..pairs import Pair, PairSet, Tokens, WholeAnswers, gap
 from .rows import sift
 from .shapes import as_list
 from .sources import records
@@ -105,8 +105,9 @@ def _following(model: LanguageModel, k: int, prompt: str, answer: str) -> Tokens
     """The answer's tokens behind its prompt."""
     if not answer:
         raise TaskError(f"Pair {k} has an empty answer.")
-    gap = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
-    begin, both = (_encode(model, k, text) for text in (prompt, prompt + gap + answer))
+    spaced = prompt[-1:].isspace() or answer[:1].isspace()
+    between = "" if spaced else gap(prompt, answer)
+    begin, both = (_encode(model, k, text) for text in (prompt, prompt + between + answer))
     if both[: len(begin)] != begin or len(both) == len(begin):
         raise TaskError(
             f"Pair {k}: the tokenizer joins the end of {prompt!r} with {answer!r}. End the prompt "
