@@ -426,3 +426,5 @@ def test_prompts_that_the_model_cannot_take(tiny_model: TinyModel):
             call(model, long)
     with pytest.raises(ModelError, match="65 tokens"):
         model.last_logits(torch.ones(1, 65, dtype=torch.long), torch.tensor([64]))
+    with pytest.raises(ModelError, match="no tokens"):
+        model.last_logits(torch.ones(1, 0, dtype=torch.long), torch.tensor([0]))

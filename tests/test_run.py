@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
+import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -32,6 +35,8 @@ from mansu_interp.errors import (
     ResourceError,
     TaskError,
 )
+from mansu_interp.evaluation import scores
+from mansu_interp.evaluation.scores import Perplexity
 from mansu_interp.evaluation.versions import (
     EDITED,
     NEVER_TAUGHT,
@@ -50,14 +55,14 @@ from mansu_interp.report.values import figure
 from mansu_interp.runs import measure as measuring
 from mansu_interp.runs.config import PlanConfig, RunConfig
 from mansu_interp.runs.edit import make_mask
-from mansu_interp.runs.folder import RunFolder
+from mansu_interp.runs.folder import Results, RunFolder
 from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines, what_is_known
 from mansu_interp.runs.run import RunResult, run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import METHODS, GradDiff, Mansu
 from mansu_interp.unlearning.unlearn import unlearn
-from mansu_interp.utils.files import read_json
+from mansu_interp.utils.files import LOCK, read_json, write_json
 from mansu_interp.utils.shipped import DATA
 
 CIRCUIT = CircuitConfig(pairs=8, ig_steps=2, faithfulness=0.5, faithfulness_pairs=4)
@@ -353,6 +358,73 @@ def test_a_run_stopped_before_its_report_keeps_the_model(finished: RunResult, tm
     assert "unlearning" not in stages
     assert again.report.edit == finished.report.edit
     assert {p.name for p in out.iterdir()} == FILES
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_not_measured_again(
+    finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped while scoring, and in the midst of the attack: at most one result is lost."""
+    out, did = tmp_path / "run", Counter[str]()
+    shutil.copytree(finished.folder, out)
+    for name in ("report.json", "report.md", "report.html"):
+        (out / name).unlink()
+
+    def counted(module: Any, name: str) -> None:
+        true = getattr(module, name)
+
+        def call(*given: Any, **more: Any) -> Any:
+            did[name] += 1
+            return true(*given, **more)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(scores, "accuracy")
+    counted(measuring, "relearn")
+    counted(measuring, "judge_erasure")
+
+    def go(stop: tuple[str, int] | None = None) -> RunResult | None:
+        """One go, which ends there; counts what is done after the check of what is known."""
+
+        def step(stage: str, done: int, total: int) -> None:
+            if stage == "quantizing":
+                did.clear()
+            if (stage, done) == stop:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            return run(settings(out), step)
+
+    go((f"scores of {EDITED}", 15))
+    kept = read_json(out / "results.json")["results"]
+    assert len(kept) == did["accuracy"] == 15
+    go((f"relearning {NEVER_TAUGHT} at 0.001", 2))
+    n = len(finished.report.scores) * 4
+    assert did == {"accuracy": n - 15, "judge_erasure": 1, "relearn": 2}
+    again = go()
+    assert did == {"relearn": 1} and {p.name for p in out.iterdir()} == FILES
+    assert again and again.report == replace(finished.report, config=again.report.config)
+    assert "results.json" not in read_json(out / "written.json")["files"]
+
+
+def test_results_of_another_model_or_of_others_are_not_used(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / LOCK).write_text(str(os.getpid()))
+    keep = Results(folder, "a")
+    first, second = (Perplexity(ORIGINAL, x) for x in (3.25, None))
+    assert keep("p", Perplexity, lambda: first) == first
+    assert keep("p", Perplexity, lambda: second) == first
+    assert Results(folder, "a")("p", Perplexity, lambda: second) == first
+    folder.check()
+    assert Results(folder, "b")("p", Perplexity, lambda: second) == second
+    altered(tmp_path / "results.json")
+    with pytest.raises(ArtifactError, match=r"results\.json was changed after this run wrote it"):
+        RunFolder(tmp_path).check()
+    write_json(tmp_path / "results.json", {"of": "b", "results": {"p": {"value": "high"}}})
+    with pytest.raises(ArtifactError, match="does not hold what it should"):
+        Results(folder, "b")("p", Perplexity, lambda: second)
+    folder.remove("results.json")
+    assert "results.json" not in RunFolder(tmp_path).files
 
 
 def altered(file: Path) -> None:

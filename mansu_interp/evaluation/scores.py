@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,12 @@ from typing import Literal
 
 from ..audit.known import CHANCE, beyond_guesses, p_of_guess
 from ..errors import ModelError, TaskError
-from ..losses.accuracy import accuracy, perplexity
+from ..losses.accuracy import Accuracy, accuracy, perplexity
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
 from ..utils.ranges import expect_kind, expect_values
+from ..utils.records import Keep, make_anew
 from .versions import ModelVersion
 
 Metric = Literal["top1", "choice"]
@@ -221,6 +223,7 @@ def evaluate(
     split: str = "unseen",
     on_step: Callable[[str, int, int], None] | None = None,
     role: str | None = None,
+    keep: Keep = make_anew,
 ) -> Scores:
     """Score models on every set of a split.
 
@@ -230,6 +233,7 @@ def evaluate(
         split: ``unseen`` for reports, ``dev`` while choosing settings.
         on_step: called with (what, sets done, sets in all).
         role: score its sets alone, and no perplexity.
+        keep: called for every score of a model on a set, so that none need be made twice.
     """
     expect_values(ModelError, "models", models, LanguageModel, ModelVersion)
     expect_kind(TaskError, "task", task, Task)
@@ -245,8 +249,9 @@ def evaluate(
     total = len(sets) * len(models)
     for m, (version, model) in enumerate(models.items()):
         model.check_finite()  # fused attention can make numbers of NaN
-        for k, (of, _, pairs) in enumerate(sets):
-            result = accuracy(model, pairs)
+        for k, (of, label, pairs) in enumerate(sets):
+            key = f"{version} on {split} {of}: {label}"
+            result = keep(key, Accuracy, functools.partial(accuracy, model, pairs))
             if of == "forget":
                 right[version]["top1"] += result.predicted
                 right[version]["choice"] += result.first
@@ -266,13 +271,18 @@ def evaluate(
         for k, (of, label, s) in enumerate(sets)
     )
     text = task.text.get(split) or task.text.get("unseen") if role is None else None
-    on_text = []
+    values = []
     for m, (version, model) in enumerate(models.items() if text else ()):
         if on_step:
             on_step("perplexity", m, len(models))
-        on_text.append((version, perplexity(model, text or ())))
-    values = tuple(Perplexity(v, x if math.isfinite(x) else None) for v, x in on_text)
-    return Scores(rows, values, right)
+        made = functools.partial(_perplexity, version, model, text or ())
+        values.append(keep(f"perplexity of {version}, {split}", Perplexity, made))
+    return Scores(rows, tuple(values), right)
+
+
+def _perplexity(version: ModelVersion, model: LanguageModel, text: Sequence[str]) -> Perplexity:
+    value = perplexity(model, text)
+    return Perplexity(version, value if math.isfinite(value) else None)
 
 
 def _guess(sets: Sequence[PairSet]) -> dict[str, float]:

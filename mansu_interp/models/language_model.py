@@ -262,7 +262,15 @@ class LanguageModel:
 
         Tokens that all rows begin with (an instruction, few-shot examples) are computed once, and
         their keys and values shared: the same logits and gradients, several times faster.
+
+        Raises:
+            ModelError: no tokens, too many, or some that the model does not have.
         """
+        if not tokens.numel():
+            raise ModelError(
+                f"{self.name} is asked to go on from no tokens. Give a prompt of which its "
+                "tokenizer makes at least one."
+            )
         low, high = tokens.aminmax()
         check_tokens(self.name, self.sizes, int(low), int(high), tokens.shape[1])
         tokens, rows, at = (t.to(self.device) for t in (tokens, rows, at))

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar, cast
 
 from ..errors import ArtifactError, ResourceError
 from ..models.provenance import Provenance, differences
-from ..utils.distributed import rank
+from ..utils.distributed import first_says, rank
 from ..utils.files import (
     LOCK,
     Json,
@@ -26,6 +27,7 @@ from ..utils.files import (
     write_json,
     write_text,
 )
+from ..utils.records import Record, from_json, to_json
 from ..utils.renamed import renamed_setting
 from .config import RunConfig
 
@@ -33,10 +35,15 @@ REPORTS = ("report.json", "report.md", "report.html")
 PROVENANCE, CIRCUIT, GRAPHML = "provenance.json", "circuit.json", "circuit.graphml"
 MASK, HISTORY, LEDGER = "mask.safetensors", "history.json", "ledger.safetensors"
 MODEL, CARD = "model", "README.md"
-NAMES = (PROVENANCE, CIRCUIT, GRAPHML, MASK, HISTORY, LEDGER, *REPORTS)
+RESULTS = "results.json"
+"""What was measured so far; gone when the report is written."""
+NAMES = (PROVENANCE, CIRCUIT, GRAPHML, MASK, HISTORY, LEDGER, RESULTS, *REPORTS)
 """The files of a run whose hashes it records, but for those in the folder of the model."""
 RECORD = "written.json"
 """Where it records them."""
+
+
+T = TypeVar("T")
 
 
 def config_json(config: RunConfig) -> dict[str, Json]:
@@ -163,6 +170,13 @@ class RunFolder:
         with self.file(name) as made:
             write_text(made, text)
 
+    def remove(self, name: str) -> None:
+        """Remove a file of the run, and the record of it."""
+        self.check_held()
+        (self.out / name).unlink(missing_ok=True)
+        self.files.pop(name, None)
+        self._note({})
+
     def check(self) -> None:
         """Raise ArtifactError over a file that this run did not write as it is now.
 
@@ -246,6 +260,43 @@ def begin(config: RunConfig, made_from: Provenance) -> RunFolder:
         )
     folder.check()
     return folder
+
+
+class Results:
+    """What was measured of an edited model, kept one by one (a `Keep`): an interruption loses at
+    most one of them.
+
+    All processes of a run read the file before the first one writes it.
+    """
+
+    def __init__(self, folder: RunFolder, of: str) -> None:
+        """Read what an earlier go measured.
+
+        Arguments:
+            folder: where they are kept.
+            of: SHA-256 of the edited model; results of another one are not used.
+        """
+        self.folder, self.of = folder, of
+        self.file = folder.out / RESULTS
+        self.found: dict[str, Json] = {}
+        if self.file.exists():
+            before = read_json(self.file)
+            try:
+                expect(before, {"of": str, "results": {...: {}}}, "it")
+            except ValueError as error:
+                raise ArtifactError(f"{self.file} holds no results: {error}. Delete it.") from error
+            self.found = before["results"] if before["of"] == of else {}
+        first_says(True)
+
+    def __call__(self, key: str, kind: type[T], make: Callable[[], T]) -> T:
+        """See `Keep`."""
+        if key in self.found:
+            return from_json(kind, self.found[key], f"{self.file}, {key!r}")
+        value = make()
+        self.found[key] = to_json(cast(Record, value))
+        if rank() == 0:
+            self.folder.write_json(RESULTS, {"of": self.of, "results": self.found})
+        return value
 
 
 class Clock:

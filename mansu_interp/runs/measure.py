@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -51,12 +52,14 @@ from ..tasks.load import reference_model
 from ..tasks.task import Task
 from ..unlearning.history import StepRecord, read_history
 from ..unlearning.methods import Mansu
+from ..utils.records import Keep
+from ..utils.tensors import tensors_sha256
 from ..viz.view import View, changes_view
 from .command import command_line
 from .config import RunConfig
 from .context import OnProgress, RunContext
 from .edit import Edited
-from .folder import HISTORY, config_json
+from .folder import HISTORY, Results, config_json
 from .plan import CAD_PAIRS
 
 SAMPLES = 8
@@ -86,11 +89,12 @@ def measure(run: RunContext, edited: Edited) -> Report:
         EDITED: edited.model,
         EDITED.after(QUANTIZER): quantize(edited.model, QUANTIZER),
     }
-    scores = score(run, models)
-    rows = quantizer_rows(run, edited.model, scores)
+    keep = Results(run.folder, tensors_sha256(edited.model.weights))
+    scores = score(run, models, keep)
+    rows = quantizer_rows(run, edited.model, scores, keep)
     run.clock.lap("evaluate")
-    reference = reference_model(run.task, run.model)
-    attacked, cad = attack(run, models, reference) if run.config.relearn_steps else ({}, None)
+    reference, asked = reference_model(run.task, run.model), run.config.relearn_steps
+    attacked, cad = attack(run, models, reference, keep) if asked else ({}, None)
     compared, view = compare_graphs(run, edited, models, reference, attacked)
     run.clock.lap("compare")
     held = properties(scores, deployed(run.config), attacked.get(EDITED))
@@ -124,25 +128,26 @@ def deployed(config: RunConfig) -> list[str]:
     return list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
 
 
-def score(run: RunContext, models: Models) -> Scores:
+def score(run: RunContext, models: Models, keep: Keep) -> Scores:
     """Original and edited model on every unseen set, in full precision and after each quantizer
     of the set."""
-    scores = evaluate(models, run.task, on_step=run.note)
+    scores = evaluate(models, run.task, on_step=run.note, keep=keep)
     for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
         pair = {v.after(name): quantize(models[v], name) for v in (ORIGINAL, EDITED)}
-        scores = scores.beside(evaluate(pair, run.task, on_step=run.note))
+        scores = scores.beside(evaluate(pair, run.task, on_step=run.note, keep=keep))
     return scores
 
 
 def quantizer_rows(
-    run: RunContext, edited: LanguageModel, scores: Scores
+    run: RunContext, edited: LanguageModel, scores: Scores, keep: Keep
 ) -> tuple[QuantizerRow, ...]:
     """What each quantizer makes of the edit; nf4 first."""
     names = list(dict.fromkeys((*deployed(run.config), *run.config.quantizers)))
     promised, rows = run.config.unlearn.promised, []
     for k, q in enumerate(names):
         run.note("what quantizers leave of the edit", k, len(names))
-        found = quantizer_row(
+        made = functools.partial(
+            quantizer_row,
             run.model,
             edited,
             quantizer=get_quantizer(q),
@@ -151,7 +156,7 @@ def quantizer_rows(
             scores=scores,
             note=run.note,
         )
-        rows.append(found)
+        rows.append(keep(f"what {q} leaves of the edit", QuantizerRow, made))
     return tuple(rows)
 
 
@@ -245,12 +250,13 @@ def compare_graphs(
 
 
 def attack(
-    run: RunContext, models: Models, reference: LanguageModel | None
+    run: RunContext, models: Models, reference: LanguageModel | None, keep: Keep
 ) -> tuple[dict[ModelVersion, Relearning], CAD]:
     """Relearning of the edited model and of the reference model, and CAD's judgement."""
     config = run.config
     quantized = models[EDITED.after(QUANTIZER)]
-    cad = judge_erasure(
+    judged = functools.partial(
+        judge_erasure,
         run.model,
         models[EDITED],
         run.task,
@@ -258,6 +264,7 @@ def attack(
         seed=config.seed,
         on_step=run.note,
     )
+    cad = keep("CAD", CAD, judged)
     settings = RelearnConfig(steps=relearning_marks(config.relearn_steps), seed=config.seed)
     targets = {EDITED: models[EDITED], **({NEVER_TAUGHT: reference} if reference else {})}
     found: dict[ModelVersion, Relearning] = {}
@@ -266,7 +273,8 @@ def attack(
         def note(rate: float, done: int, total: int, version: ModelVersion = version) -> None:
             run.note(f"relearning {version} at {rate:g}", done, total)
 
-        found[version] = relearn(target, run.task, config=settings, on_step=note)
+        made = functools.partial(relearn, target, run.task, config=settings, on_step=note)
+        found[version] = keep(f"relearning of {version}", Relearning, made)
     run.clock.lap("relearn")
     return found, cad
 

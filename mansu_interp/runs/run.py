@@ -42,6 +42,7 @@ from .edit import edit
 from .folder import (
     CARD,
     MODEL,
+    RESULTS,
     Clock,
     RunFolder,
     begin,
@@ -154,6 +155,7 @@ def _write_report(run: RunContext, report: Report, circuit: Circuit | None) -> N
     """Step 5: the model card and the report in every form."""
     picture = circuit_svg(circuit) if circuit else ""
     run.folder.check_whole()
+    run.folder.remove(RESULTS)
     card = model_card(report, licence_terms(run.model.folder))
     run.folder.write_text(f"{MODEL}/{CARD}", card)
     for name, text in report_files(report, picture).items():

@@ -7,6 +7,7 @@ figure has is refused with one clear error, so that nothing that reads a record 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import Field, asdict
 from functools import cache
 from types import GenericAlias
@@ -25,6 +26,26 @@ class Record(Protocol):
     """A dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+
+@runtime_checkable
+class Keep(Protocol):
+    """Gives back a record that was kept, or makes it and keeps it."""
+
+    def __call__(self, key: str, kind: type[T], make: Callable[[], T]) -> T:
+        """The record of a key.
+
+        Arguments:
+            key: what it is of; the same in every go.
+            kind: its dataclass.
+            make: called if none was kept.
+        """
+        ...
+
+
+def make_anew(_key: str, _kind: type[T], make: Callable[[], T]) -> T:
+    """A `Keep` that keeps nothing."""
+    return make()
 
 
 def to_json(record: Record) -> dict[str, Json]:
