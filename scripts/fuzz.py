@@ -27,6 +27,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import os
@@ -516,6 +517,163 @@ def _load_arguments(data: bytes) -> object:
             return None
 
 
+@functools.cache
+def _things() -> dict[str, Any]:
+    """What people hold while they work, by a name: arguments of calls."""
+    import numpy as np
+    import torch
+
+    import mansu_interp as mansu
+    from mansu_interp.circuits.circuit import CircuitMeta
+    from mansu_interp.tasks.schema import RowOptions
+
+    folder = _scratch() / "model"
+    said = [f"{row['prompt']} {row['answer']}" for row in _plain_rows()]
+    _tiny_folder(folder, 0, more=" ".join(said))
+    model, other = mansu.load_model(folder), mansu.load_model(folder)
+    rows = mansu.read_rows(_plain_rows())
+    words = {"train": ["{s}"], "unseen": ["of {s}"]}
+    task = mansu.task_from_rows(rows, model, RowOptions(phrasings=words))
+    texts = ["the capital", "of Peru"]
+    pairs = mansu.PairSet.from_prompts(model, texts, texts[::-1], ["is", "Lima"], ["Lima", "is"])
+    config = mansu.AttributionConfig(ig_steps=1, pairs=2)
+    attribution = mansu.attribute(model, pairs, config=config)
+    graph = model.graph
+    circuit = mansu.Circuit(graph, attribution.scores, graph.exists, CircuitMeta("m"))
+    version = mansu.ModelVersion("original")
+    mask = mansu.Mask({"model.layers.0.mlp.down_proj.weight": torch.arange(4)}, {})
+    return {
+        "model": model, "other": other, "hf": model.hf, "tokenizer": model.tokenizer,
+        "pairs": pairs, "forget": task.forget, "pair": pairs.pairs[0], "list": list(pairs),
+        "tuple": pairs.pairs, "task": task, "rows": rows, "circuit": circuit,
+        "edges": circuit.edges, "scores": circuit.scores, "graph": graph,
+        "attribution": attribution, "mask": mask, "ablation": mansu.Ablation(model, pairs),
+        "unlearned": mansu.Unlearned(model, []), "version": version, "versions": {version: model},
+        "models": {"unlearned": other}, "nf4": "nf4", "quantizer": mansu.NF4(), "texts": texts,
+        "folder": folder, "path": folder / "nothing", "name": "facts", "word": "Lima",
+        "empty": "", "none": None, "zero": 0, "one": 1, "minus": -1, "indices": mask.indices,
+        "half": 0.5, "nan": float("nan"), "yes": True, "large": 10**30, "nothing": [], "dict": {},
+        "bytes": b"x", "tensor": torch.zeros(2), "long": torch.zeros(1, 2, dtype=torch.long),
+        "array": np.zeros(3), "class": dict, "attribute config": config,
+        "run config": mansu.RunConfig(model="nowhere"),
+        "circuit config": mansu.CircuitConfig(pairs=2, ig_steps=1, top=9, faithfulness_pairs=2),
+        "relearn config": mansu.RelearnConfig(steps=(1,), rates=(1e-3,)),
+        "row options": RowOptions(), "mansu config": mansu.Mansu(steps=1, batch_size=2),
+        "set": {"a"}, "sets": (pairs,), "file": folder / "x", "kl": "kl", "survive": ("nf4",),
+        "steps": (1, 2), "view": mansu.circuit_view(circuit),
+    }  # fmt: skip
+
+
+CALLS: dict[str, dict[str, str]] = {
+    "load_model": {"name": "folder"},
+    "load_task": {"name": "word", "model": "model"},
+    "read_prompts": {"source": "path", "model": "model"},
+    "read_rows": {"source": "rows"},
+    "task_from_rows": {"rows": "rows", "model": "model", "options": "row options"},
+    "PairSet": {"name": "word", "pairs": "tuple"},
+    "PairSet.from_prompts": {"model": "model", "clean": "texts", "corrupt": "texts",
+                             "answers": "texts", "wrong": "texts"},
+    "PairSet.sample": {"self": "pairs", "n": "one", "seed": "zero"},
+    "LanguageModel": {"name": "word", "hf": "hf", "tokenizer": "tokenizer"},
+    "LanguageModel.generate": {"self": "model", "prompt": "word", "max_new_tokens": "one"},
+    "LanguageModel.encode": {"self": "model", "text": "word"},
+    "attribute": {"model": "model", "pairs": "pairs", "config": "attribute config"},
+    "edge_changes": {"before": "attribution", "after": "attribution"},
+    "Attribution.edge": {"self": "attribution", "source": "word", "target": "word"},
+    "Attribution.top": {"self": "attribution", "n": "one"},
+    "Ablation": {"model": "model", "pairs": "pairs", "metric": "kl"},
+    "Ablation.faithfulness": {"self": "ablation", "edges": "edges"},
+    "circuit_metric": {"model": "model", "pairs": "pairs", "edges": "edges"},
+    "faithfulness_curve": {"ablation": "ablation", "scores": "scores"},
+    "discover": {"model": "model", "forget": "pairs", "config": "circuit config"},
+    "Circuit": {"graph": "graph", "scores": "scores", "edges": "edges"},
+    "Circuit.top": {"self": "circuit", "n": "one"},
+    "Circuit.ablate": {"self": "circuit", "model": "model", "pairs": "pairs"},
+    "Circuit.load": {"path": "path"},
+    "Circuit.save": {"self": "circuit", "path": "file"},
+    "Mask.save": {"self": "mask", "path": "file"},
+    "Attribution.save": {"self": "attribution", "path": "file"},
+    "classify": {"before": "scores", "after": "scores"},
+    "compare": {"circuit": "circuit", "original": "model", "models": "models", "pairs": "pairs",
+                "config": "attribute config"},
+    "get_quantizer": {"name": "nf4"},
+    "quantize": {"model": "model", "quantizer": "nf4"},
+    "survival": {"before": "model", "after": "other", "quantizer": "nf4"},
+    "Mask": {"indices": "indices", "meta": "dict"},
+    "Mask.load": {"path": "path"},
+    "circuit_mask": {"circuit": "circuit", "model": "model", "budget": "half", "forget": "pairs",
+                     "retain": "sets"},
+    "other_half": {"task": "task", "pairs": "forget"},
+    "relearn": {"model": "model", "task": "task", "config": "relearn config"},
+    "relearned": {"model": "model", "task": "task", "rate": "half", "config": "relearn config"},
+    "judge_erasure": {"original": "model", "edited": "other", "task": "task"},
+    "get_method": {"name": "word"},
+    "unlearn": {"model": "model", "task": "task", "mask": "mask", "config": "mansu config"},
+    "ModelVersion": {"name": "word", "quantizer": "nf4"},
+    "evaluate": {"models": "versions", "task": "task"},
+    "circuit_view": {"circuit": "circuit", "model": "model"},
+    "attribution_view": {"scores": "attribution"},
+    "changes_view": {"circuit": "circuit", "before": "attribution", "after": "attribution"},
+    "View.svg": {"self": "view"},
+    "default_config": {"model": "name"},
+    "make_mask": {"config": "run config", "model": "model", "task": "task", "circuit": "circuit"},
+    "run": {"config": "run config"},
+    "AttributionConfig": {"ig_steps": "one", "metric": "kl"},
+    "CircuitConfig": {"top": "one", "faithfulness": "half"},
+    "Mansu": {"steps": "one", "lr": "half", "survive": "survive"},
+    "RelearnConfig": {"steps": "steps", "seed": "zero"},
+    "RunConfig": {"model": "name", "budget": "half", "circuit": "circuit config"},
+    "RowOptions": {"prefix": "word"},
+}  # fmt: skip
+"""Calls as people mean them: argument -> what is held."""
+
+
+def _slip_seeds() -> list[bytes]:
+    _things()
+    return [json.dumps({"call": name, "given": given}).encode() for name, given in CALLS.items()]
+
+
+def mutate_call(data: bytes, rng: random.Random) -> bytes:
+    """A call with one or two arguments replaced, exchanged, left out or put in."""
+    value = json.loads(data)
+    if rng.random() < 0.3:
+        name = rng.choice([*CALLS])
+        value = {"call": name, "given": dict(CALLS[name])}
+    given = value["given"]
+    for _ in range(rng.randint(1, 2)):
+        names, how = [n for n in given if n != "self"], rng.randrange(8)
+        if how == 0 and len(names) > 1:
+            a, b = rng.sample(names, 2)
+            given[a], given[b] = given[b], given[a]
+        elif how == 1:
+            parameters = [*inspect.signature(_callee(value["call"])).parameters]
+            added = rng.choice([p for p in parameters if p != "self"] or ["x"])
+            given[added] = rng.choice([*_things()])
+        elif names:
+            given[rng.choice(names)] = rng.choice([*_things()])
+    return json.dumps(value).encode()
+
+
+def _callee(name: str) -> Callable[..., object]:
+    """A public function, class or method by its name."""
+    import mansu_interp
+
+    return functools.reduce(getattr, name.split("."), mansu_interp)
+
+
+def _call(data: bytes) -> object:
+    """Call as the input says; what Python itself says of an argument that is not there is fine."""
+    try:
+        value = json.loads(data)
+        callee = _callee(str(value["call"])) if value["call"] in CALLS else None
+        given = {str(k): _things()[v] for k, v in value["given"].items()}
+        assert callee is not None
+        inspect.signature(callee).bind(**given)
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
+        raise MansuError("no call") from None
+    return callee(**given)
+
+
 def _settings_seeds() -> list[bytes]:
     unlearn = {"steps": 5, "lr": 0.1, "survive": ["nf4"], "precision": "bf16", "stop_at": 0.3}
     settings = {"budget": 0.1, "by_layer": True, "quantizers": ["fp4"], "unlearn": unlearn}
@@ -624,6 +782,7 @@ LOADERS = {
     "settings": Loader(_settings_seeds, _load_settings, mutate_text, 20_000),
     "task": Loader(_task_seeds, _load_task, mutate_text, 20_000),
     "rows": Loader(_row_seeds, _load_rows, mutate_rows, 100_000),
+    "slips": Loader(_slip_seeds, _call, mutate_call, 20_000),
     "arguments": Loader(_argument_seeds, _load_arguments, mutate_words, 5_000),
     "state": Loader(_state_seeds, _load_state, mutate_tensors, 230_000),
     "ledger": Loader(_ledger_seeds, _load_ledger, mutate_tensors, 290_000),
@@ -862,14 +1021,14 @@ MEANINGFUL = (
 )  # fmt: skip
 
 
-def _tiny_folder(folder: Path, seed: int, shards: bool = False) -> None:
+def _tiny_folder(folder: Path, seed: int, shards: bool = False, more: str = "") -> None:
     """A Llama of a few hundred weights with a word tokenizer and a chat template."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
-    words = ["<unk>", "<bos>", "<eos>", *dict.fromkeys(" ".join(TEXTS[:1]).split())]
+    words = ["<unk>", "<bos>", "<eos>", *dict.fromkeys(f"{TEXTS[0]} {more}".split())]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(

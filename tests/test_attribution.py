@@ -373,7 +373,7 @@ def test_settings_out_of_range(settings: dict[str, int]):
 
 @wrong_type
 def test_unknown_method():
-    with pytest.raises(ConfigError, match="Unknown method 'atp' at 'corrupt'"):
+    with pytest.raises(ConfigError, match="method: got 'atp', expected 'eap-ig' or 'eap'"):
         AttributionConfig(method="atp")  # type: ignore[arg-type]
 
 

@@ -428,7 +428,9 @@ def test_an_attack_learns_its_half(capitals: Task):
     [
         ({"steps": (20, 10)}, "steps must be positive and ascending"),
         ({"rates": ()}, "rates must be positive"),
-        pytest.param({"optimiser": "lion"}, "Unknown optimiser 'lion'", marks=wrong_type),
+        pytest.param(
+            {"optimiser": "lion"}, "got 'lion', expected 'adam' or 'sgd'", marks=wrong_type
+        ),
     ],
 )
 def test_bad_settings(wrong: dict[str, object], message: str):

@@ -25,6 +25,7 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.runs import measure
 from mansu_interp.runs import run as pipeline
 from mansu_interp.runs.config import RunConfig
+from mansu_interp.tasks.data import sources
 from mansu_interp.tasks.data.benchmarks import TaskConfig, adapt, make_task
 from mansu_interp.tasks.data.row_pairs import LETTERS, task_from_rows
 from mansu_interp.tasks.data.rows import SHOWN, Row, parse_rows, read, read_rows
@@ -223,6 +224,15 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     assert time.monotonic() - start < 5
     with pytest.raises(TaskError, match="'no such thing' is neither a file nor a folder, nor a"):
         read_rows("no such thing")
+
+
+def test_a_folder_of_everything_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`datasets` would look through all of it, pattern by pattern."""
+    monkeypatch.setattr(sources, "MOST_FILES", 3)
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+    with pytest.raises(TaskError, match="holds more than 3 files and folders"):
+        read_rows(tmp_path)
 
 
 @wrong_type

@@ -99,11 +99,11 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
     ),
     "one set for many": (
         lambda m, t: mansu.circuit_mask(circuit_of(MODEL), MODEL, retain=PAIRS),
-        r"retain: got a PairSet, expected a list or a tuple\. Did you mean \[pairs\]",
+        r"retain: got a PairSet, expected a Sequence of PairSet\. Did you mean \[pairs\]",
     ),
     "attributions for scores": (
         lambda m, t: mansu.classify(mansu.attribute(MODEL, PAIRS), mansu.attribute(MODEL, PAIRS)),
-        r"before: got an Attribution, expected an ndarray or a float\. Did you mean its \.scores",
+        r"before: got an Attribution, expected an ndarray\. Did you mean its \.scores",
     ),
     "pairs for a task": (
         lambda m, t: mansu.relearn(m, t.forget),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError
-from ..utils.ranges import check_range, check_seeds
+from ..utils.ranges import check_kinds, check_range, check_seeds
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class RelearnConfig:
     """Which half of the subjects is relearned, and the order of batches."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not self.steps or list(self.steps) != sorted(set(self.steps)) or self.steps[0] < 1:
             raise ConfigError(f"steps must be positive and ascending; got {self.steps}.")
         if not self.rates or min(self.rates) <= 0 or self.batch_size < 1:
@@ -34,5 +35,3 @@ class RelearnConfig:
             )
         check_range(self, "rates")
         check_seeds(self, "seed")
-        if self.optimiser not in ("adam", "sgd"):
-            raise ConfigError(f"Unknown optimiser {self.optimiser!r}; expected adam or sgd.")

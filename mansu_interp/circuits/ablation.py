@@ -31,7 +31,7 @@ from ..models.hugging_face import check_tokens
 from ..models.stream import Reading, Stream, widen
 from ..tasks.pairs import Batch, PairSet, collate
 from ..utils.distributed import shard, sum_over_processes
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance, expect_kind
 from .metrics import Metric, get_metric
 
 ABLATIONS = ("corrupt", "mean", "zero")
@@ -270,6 +270,7 @@ class Ablation(Rebuilder):
             self._ends = full, empty
         return self._ends
 
+    @entrance(CircuitError)
     def faithfulness(self, edges: Edges) -> float:
         """0 for the empty circuit, 1 for the full one; may lie outside [0, 1]."""
         full, empty = self.ends

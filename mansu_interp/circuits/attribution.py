@@ -41,7 +41,7 @@ from ..models.hooked import AnyModel
 from ..models.stream import Stream, widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import shard, sum_over_processes, world_size
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from .ablation import Rebuilder, check_exact
 from .config import AttributionConfig
 from .metrics import Logits, Metric, get_metric
@@ -284,12 +284,13 @@ def _add_batch(
     return values[0], values[1]
 
 
+@entrance(CircuitError)
 def attribute(
     model: AnyModel,
     pairs: PairSet,
     *,
     config: AttributionConfig | None = None,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     positions: bool = False,
     neurons: bool = False,
@@ -303,8 +304,8 @@ def attribute(
         model: from `load_model` (its bridge is built on first use), or a HookedTransformer.
         pairs: all of them are used (see `PairSet.sample`).
         config: method, steps, metric, batch size and memory.
-        metric: any function of (last-position logits [batch, vocab], batch, logits of the clean
-            run) -> [batch]; replaces ``config.metric``.
+        metric: a name, or any function of (last-position logits [batch, vocab], batch, logits of
+            the clean run) -> [batch]; replaces ``config.metric``.
         on_batch: called with (pairs done, pairs in all).
         positions: score every token position separately as well.
         neurons: score every MLP neuron and head dimension as well.
@@ -317,8 +318,6 @@ def attribute(
             with weights that are not finite, too little memory, or scores that are not finite.
     """
     config = config or AttributionConfig()
-    expect_kind(CircuitError, "pairs", pairs, PairSet)
-    expect_kind(CircuitError, "config", config, AttributionConfig)
     function = get_metric(metric or config.metric)
     rebuilder = Rebuilder(model)
     check_exact(rebuilder, pairs)

@@ -38,7 +38,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int8, Shaped
 
 from ..errors import CircuitError
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
+
+Floats, Codes = Float[np.ndarray, "..."], Int8[np.ndarray, "..."]
+Flags, Names = Bool[np.ndarray, "..."], Shaped[np.ndarray, "..."]
 
 KEPT_SHARE = 0.5
 """An edge with at least this signed share of its old score is kept (or recovered)."""
@@ -63,7 +66,7 @@ MEANING = {
 class Changes:
     """The class of every edge (or node)."""
 
-    codes: Int8[np.ndarray, ...]
+    codes: Codes
     """Index into ``CLASSES``, in the shape of the scores."""
     threshold: float
     """What counted as present, in metric units."""
@@ -77,18 +80,19 @@ class Changes:
         names = [n for n in CLASSES[1:] if n not in never]
         return {n: int((self.codes == CLASSES.index(n)).sum()) for n in names}
 
-    def names(self) -> Shaped[np.ndarray, ...]:
+    def names(self) -> Names:
         """The classes as text."""
         return np.asarray(CLASSES)[self.codes]
 
 
+@entrance(CircuitError)
 def classify(
-    before: Float[np.ndarray, ...],
-    after: Float[np.ndarray, ...],
-    quantized: Float[np.ndarray, ...] | None = None,
+    before: Floats,
+    after: Floats,
+    quantized: Floats | None = None,
     *,
-    relearned: Float[np.ndarray, ...] | None = None,
-    never_taught: Float[np.ndarray, ...] | None = None,
+    relearned: Floats | None = None,
+    never_taught: Floats | None = None,
     threshold: float | None = None,
 ) -> Changes:
     """What became of each edge; see the module for the classes.
@@ -124,14 +128,12 @@ def classify(
     return Changes(_codes(found, threshold), float(threshold), relearned is not None)
 
 
-def _checked(**given: object) -> dict[str, Float[np.ndarray, ...]]:
+def _checked(**given: object) -> dict[str, Floats]:
     """The scores that were given, by name.
 
     Raises:
-        CircuitError: another kind of object, shapes that differ, or scores that are not finite.
+        CircuitError: shapes that differ, or scores that are not finite.
     """
-    for name, scores in given.items():
-        expect_kind(CircuitError, name, scores, np.ndarray, float, None)
     found = {k: np.asarray(v, dtype=np.float64) for k, v in given.items() if v is not None}
     shape = found["before"].shape
     if shapes := {k: v.shape for k, v in found.items() if v.shape != shape}:
@@ -143,7 +145,7 @@ def _checked(**given: object) -> dict[str, Float[np.ndarray, ...]]:
     return found
 
 
-def _codes(found: dict[str, Float[np.ndarray, ...]], threshold: float) -> Int8[np.ndarray, ...]:
+def _codes(found: dict[str, Floats], threshold: float) -> Codes:
     """The class of every edge, by the table of the module."""
     b, a = found["before"], found["after"]
     present = (np.abs(b) >= threshold) & (b != 0)
@@ -151,7 +153,7 @@ def _codes(found: dict[str, Float[np.ndarray, ...]], threshold: float) -> Int8[n
     left = {k: v / np.where(present, b, 1.0) for k, v in found.items()}
     beyond = left.get("never_taught", np.full_like(b, -np.inf))
 
-    def carries(name: str) -> Bool[np.ndarray, ...]:
+    def carries(name: str) -> Flags:
         share = left.get(name)
         return np.zeros_like(present) if share is None else (share >= KEPT_SHARE) & (share > beyond)
 

@@ -18,6 +18,7 @@ from ..models.provenance import Provenance, find_mismatch
 from ..tasks.pairs import PairSet
 from ..utils.files import Json, atomic_path, expect, read_json, write_json
 from ..utils.hub import Shareable
+from ..utils.ranges import entrance
 from .config import CircuitConfig
 from .scores import ScoredEdge, html_table, ranked_edges, to_networkx
 
@@ -155,10 +156,12 @@ class Circuit(Shareable):
         """Number of edges in the circuit."""
         return int(self.edges.sum())
 
+    @entrance(CircuitError)
     def top(self, n: int = 10) -> list[ScoredEdge]:
         """The circuit's strongest edges by |score|."""
         return ranked_edges(self.graph, self.scores, n, self.edges)
 
+    @entrance(CircuitError)
     def ablate(
         self,
         model: AnyModel,
@@ -270,7 +273,8 @@ class Circuit(Shareable):
         out.graph.update((k, v) for k, v in meta.items() if isinstance(v, (str, int, float)))
         return out
 
-    def save(self, path: Path) -> None:
+    @entrance(CircuitError)
+    def save(self, path: Path | str) -> None:
         """Write the circuit's edges as node-link JSON (networkx's own layout)."""
         data = nx.node_link_data(self.to_networkx(), edges="links")
         data["graph"] = {
@@ -278,26 +282,29 @@ class Circuit(Shareable):
             "architecture": asdict(self.graph.architecture),
             **self.meta.to_json(),
         }
-        write_json(path, data)
+        write_json(Path(path), data)
 
-    def save_graphml(self, path: Path) -> None:
+    @entrance(CircuitError)
+    def save_graphml(self, path: Path | str) -> None:
         """Write GraphML, for Gephi, Cytoscape and the like."""
-        with atomic_path(path) as temporary:
+        with atomic_path(Path(path)) as temporary:
             nx.write_graphml(self.to_networkx(), temporary)
 
-    def save_gexf(self, path: Path) -> None:
+    @entrance(CircuitError)
+    def save_gexf(self, path: Path | str) -> None:
         """Write GEXF, for Gephi."""
-        with atomic_path(path) as temporary:
+        with atomic_path(Path(path)) as temporary:
             nx.write_gexf(self.to_networkx(), temporary)
 
     @classmethod
-    def load(cls, path: Path) -> Circuit:
+    @entrance(CircuitError)
+    def load(cls, path: Path | str) -> Circuit:
         """Read a circuit; the scores of edges outside it are 0.
 
         Raises:
             ArtifactError: missing, damaged, or naming an edge or score that cannot exist.
         """
-        data = read_json(path)
+        data = read_json(path := Path(path))
         try:
             _check_schema(path, data)
             expect(data, FILE, "the file")

@@ -28,7 +28,7 @@ from ..errors import CircuitError
 from ..models.hooked import AnyModel, as_model
 from ..tasks.pairs import PairSet
 from ..utils.files import Json
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from .attribution import attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
@@ -95,6 +95,7 @@ def divergence(
     )
 
 
+@entrance(CircuitError)
 def compare(
     circuit: Circuit,
     original: AnyModel,
@@ -126,10 +127,6 @@ def compare(
     Raises:
         CircuitError: nothing to compare, another architecture, or a circuit of another original.
     """
-    expect_kind(CircuitError, "circuit", circuit, Circuit)
-    expect_kind(CircuitError, "models", models, Mapping)
-    expect_kind(CircuitError, "pairs", pairs, PairSet)
-    expect_kind(CircuitError, "config", config, AttributionConfig, None)
     original = as_model(original)
     if not models:
         raise CircuitError("compare() needs at least one model besides the original.")

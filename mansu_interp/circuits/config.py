@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError
-from ..utils.ranges import check_range
+from ..utils.ranges import check_kinds, check_range
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class AttributionConfig:
     per pass if need be."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if min(self.ig_steps, self.pairs, self.batch_size) < 1:
             raise ConfigError(
                 "ig_steps, pairs and batch_size must be at least 1; got "
@@ -38,11 +39,6 @@ class AttributionConfig:
         if self.memory_gb is not None and self.memory_gb <= 0:
             raise ConfigError(f"memory_gb must be positive; got {self.memory_gb}.")
         check_range(self, "memory_gb")
-        if self.method not in ("eap", "eap-ig") or self.at not in ("corrupt", "clean"):
-            raise ConfigError(
-                f"Unknown method {self.method!r} at {self.at!r}; expected eap or eap-ig, at "
-                "corrupt or clean."
-            )
 
     def path(self) -> list[float]:
         """Positions on the line, 0 = corrupt, 1 = clean; each has equal weight."""

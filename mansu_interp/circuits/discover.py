@@ -21,7 +21,7 @@ from ..models.hooked import AnyModel, HookedModel, as_model
 from ..models.language_model import LanguageModel
 from ..models.provenance import provenance
 from ..tasks.pairs import PairSet
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from .ablation import Ablation
 from .attribution import attribute, pairs_per_batch
 from .circuit import Circuit, CircuitMeta
@@ -47,6 +47,7 @@ def selective_scores(
     return np.sign(forget) * np.maximum(size - discount * np.abs(retain), 0.1 * size)
 
 
+@entrance(CircuitError)
 def discover(
     model: AnyModel,
     forget: PairSet,
@@ -74,9 +75,6 @@ def discover(
         CircuitError: a model that cannot be attributed, or settings out of range.
     """
     config, model = config or CircuitConfig(), as_model(model)
-    expect_kind(CircuitError, "forget", forget, PairSet)
-    expect_kind(CircuitError, "retain", retain, PairSet, None)
-    expect_kind(CircuitError, "config", config, CircuitConfig)
     note = on_step or (lambda *_: None)
 
     def score(which: str, pairs: PairSet) -> Attribution:

@@ -22,7 +22,7 @@ from ..errors import CircuitError
 from ..models.graph import Graph
 from ..models.hooked import AnyModel, as_model
 from ..tasks.pairs import Pair, PairSet
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from .ablation import Ablation, Edges
 from .metrics import Metric
 
@@ -33,6 +33,7 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all edges at which a curve is measured, as in the MIB benchmark."""
 
 
+@entrance(CircuitError)
 def circuit_metric(
     model: AnyModel,
     pairs: PairSet,
@@ -129,6 +130,7 @@ def _area(x: Sequence[float], y: Float[np.ndarray, " n"]) -> float:
     return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
 
 
+@entrance(CircuitError)
 def faithfulness_curve(
     ablation: Ablation,
     scores: Float[np.ndarray, "writers readers"],
@@ -147,8 +149,6 @@ def faithfulness_curve(
     Raises:
         CircuitError: fractions out of order or range.
     """
-    expect_kind(CircuitError, "ablation", ablation, Ablation)
-    expect_kind(CircuitError, "scores", scores, np.ndarray)
     graph = ablation.graph
     if list(fractions) != sorted(set(fractions)) or not 0 < fractions[0] <= fractions[-1] <= 1:
         raise CircuitError(f"Fractions must ascend within (0, 1]; got {tuple(fractions)}.")

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from ..errors import ArtifactError, CircuitError
 from ..models.graph import Architecture, Graph, Node
 from ..utils.files import expect
+from ..utils.ranges import entrance
 from ..utils.tensors import read_tensors, write_tensors
 from .changes import classify
 
@@ -118,6 +119,7 @@ class Attribution:
         sum of its readers' gradients."""
         return dict(zip(self.graph.writer_index, self.scores.sum(1).tolist(), strict=True))
 
+    @entrance(CircuitError)
     def edge(self, source: str, target: str) -> float:
         """Score of an edge by its ids, such as ``("a0.h1", "m3")``.
 
@@ -126,6 +128,7 @@ class Attribution:
         """
         return float(self.scores[self.graph.edge(source, target)])
 
+    @entrance(CircuitError)
     def top(self, n: int = 10) -> list[ScoredEdge]:
         """The strongest edges by |score|."""
         return ranked_edges(self.graph, self.scores, n)
@@ -138,23 +141,27 @@ class Attribution:
         """Every edge as a row: source, target, score; the strongest first."""
         return edge_frame(ranked_edges(self.graph, self.scores))
 
-    def save(self, path: Path) -> None:
+    @entrance(CircuitError)
+    def save(self, path: Path | str) -> None:
         """Write the scores as safetensors."""
         header = {
             "architecture": asdict(self.graph.architecture),
             "clean": self.clean,
             "corrupt": self.corrupt,
         }
-        write_tensors(path, "scores", SCHEMA, {"scores": torch.from_numpy(self.scores)}, header)
+        write_tensors(
+            Path(path), "scores", SCHEMA, {"scores": torch.from_numpy(self.scores)}, header
+        )
 
     @classmethod
-    def load(cls, path: Path) -> Attribution:
+    @entrance(CircuitError)
+    def load(cls, path: Path | str) -> Attribution:
         """Read what `save` wrote: scores by edge, not those by position or neuron.
 
         Raises:
             ArtifactError: no such file, or one that is damaged or of another kind.
         """
-        tensors, header = read_tensors(path, "scores", SCHEMA)
+        tensors, header = read_tensors(Path(path), "scores", SCHEMA)
         try:
             expect(header, SCORES_FILE, "the header")
             graph = Graph(Architecture(**header["architecture"]))
@@ -181,6 +188,7 @@ class Attribution:
         return html_table(f"{self!r}; the strongest:", self.top())
 
 
+@entrance(CircuitError)
 def edge_changes(
     before: Attribution,
     after: Attribution,

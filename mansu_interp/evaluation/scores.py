@@ -14,7 +14,7 @@ from ..losses.accuracy import Accuracy, accuracy, perplexity
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import PairSet
 from ..tasks.task import Task
-from ..utils.ranges import expect_kind, expect_values
+from ..utils.ranges import entrance, expect_values
 from ..utils.records import Keep, make_anew
 from .versions import ModelVersion
 
@@ -217,6 +217,7 @@ def _merged(mine: tuple, theirs: tuple) -> tuple:
     return tuple({record.model: record for record in (*mine, *theirs)}.values())
 
 
+@entrance(ModelError)
 def evaluate(
     models: Mapping[ModelVersion, LanguageModel],
     task: Task,
@@ -236,7 +237,6 @@ def evaluate(
         keep: called for every score of a model on a set, so that none need be made twice.
     """
     expect_values(ModelError, "models", models, LanguageModel, ModelVersion)
-    expect_kind(TaskError, "task", task, Task)
     if split not in task.scored:
         raise TaskError(f"split: got {split!r:.60}, expected {' or '.join(task.scored)}.")
     every = [(of, label, s) for of, by in task.scored[split].items() for label, s in by.items()]

@@ -15,6 +15,7 @@ from ..models.language_model import LanguageModel
 from ..models.provenance import find_mismatch
 from ..utils.files import Json, expect
 from ..utils.hub import Shareable
+from ..utils.ranges import check_kinds, entrance, expect_kind
 from ..utils.tensors import read_tensors, write_tensors
 
 SCHEMA = 2
@@ -44,6 +45,9 @@ class Mask(Shareable):
     promise for ``survive``."""
 
     def __post_init__(self) -> None:
+        check_kinds(self, MaskError)
+        for name, index in self.indices.items():
+            expect_kind(MaskError, f"indices[{str(name)[:60]!r}]", index, Tensor)
         if not self.indices or not self.n_parameters:
             raise MaskError("The mask is empty: no parameter is left to edit.")
         for name, index in self.indices.items():
@@ -100,24 +104,25 @@ class Mask(Shareable):
             out[name] = (chosen.T if stored_in_out else chosen).to(parameter.device)
         return out
 
-    def save(self, path: Path) -> None:
+    @entrance(MaskError)
+    def save(self, path: Path | str) -> None:
         """Write safetensors; the metadata travels as JSON in the header.
 
         Raises:
             ResourceError: the disk is full, or the like.
         """
-        write_tensors(
-            path, "mask", SCHEMA, {n: i.to(torch.int32) for n, i in self.indices.items()}, self.meta
-        )
+        indices = {n: i.to(torch.int32) for n, i in self.indices.items()}
+        write_tensors(Path(path), "mask", SCHEMA, indices, self.meta)
 
     @classmethod
-    def load(cls, path: Path) -> Mask:
+    @entrance(MaskError)
+    def load(cls, path: Path | str) -> Mask:
         """Read a mask.
 
         Raises:
             ArtifactError: missing, damaged, changed since it was written, or not a mask.
         """
-        tensors, meta = read_tensors(path, "mask", SCHEMA)
+        tensors, meta = read_tensors(Path(path), "mask", SCHEMA)
         try:
             expect(meta, META, "its header")
             return cls({n: t.long() for n, t in tensors.items()}, meta)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..circuits.circuit import Circuit
-from ..errors import CircuitError, MaskError, ModelError
+from ..errors import CircuitError, MaskError
 from ..losses.accuracy import answered_correctly
 from ..losses.answers import answer_gradient
 from ..losses.counterfactual import forget_gradient
@@ -29,7 +29,7 @@ from ..models.graph import Node
 from ..models.language_model import LanguageModel
 from ..quantizers.base import Quantizer
 from ..tasks.pairs import PairSet
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from .components import embedding_rows, region
 from .floor import Set, floor, floor_step, quantizer_set
 from .mask import Mask
@@ -42,6 +42,7 @@ MASK_PAIRS = 192
 """Pairs behind each gradient of a mask."""
 
 
+@entrance(MaskError)
 def circuit_mask(
     circuit: Circuit,
     model: LanguageModel,
@@ -81,7 +82,7 @@ def circuit_mask(
         MaskError: budget out of range, or nothing to edit.
         CircuitError: no forget pairs known, or another checkpoint.
     """
-    _check_kinds(circuit, model, retain, forget)
+    model.check_editable()
     pairs = _forget_pairs(circuit, model, forget)
     components, regions = _regions(circuit, model, frozen_layers)
     if not 0 < budget <= 1 or not regions:
@@ -102,19 +103,6 @@ def circuit_mask(
     )
     mask.meta.update(components=[n.id for n, _ in components], provenance=circuit.meta.provenance)
     return mask
-
-
-def _check_kinds(
-    circuit: Circuit, model: LanguageModel, retain: Sequence[PairSet], forget: PairSet | None
-) -> None:
-    """Raise the error of the first argument of `circuit_mask` that is of another kind."""
-    expect_kind(CircuitError, "circuit", circuit, Circuit)
-    expect_kind(ModelError, "model", model, LanguageModel)
-    model.check_editable()
-    expect_kind(MaskError, "retain", retain, list, tuple)
-    for pairs in retain:
-        expect_kind(MaskError, "a set of retain", pairs, PairSet)
-    expect_kind(MaskError, "forget", forget, PairSet, None)
 
 
 def _forget_pairs(circuit: Circuit, model: LanguageModel, forget: PairSet | None) -> PairSet:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, TaskError
 from ..utils.libraries import first_line, is_out_of_memory, quiet
+from ..utils.ranges import entrance
 from ..utils.words import half_pair
 from .graph import Architecture, Graph
 from .hook_points import Component
@@ -222,6 +223,7 @@ class LanguageModel:
                     "finite weights."
                 )
 
+    @entrance(ModelError)
     def encode(self, text: str) -> list[int]:
         """Token ids of a text exactly as written: nothing is prepended.
 
@@ -351,6 +353,7 @@ class LanguageModel:
         return self.hf(input_ids=tokens.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
+    @entrance(ModelError)
     def generate(self, prompt: str, max_new_tokens: int = 4) -> str:
         """Greedy continuation of a prompt, as text."""
         ids = torch.tensor([self.encode(prompt)], device=self.device)

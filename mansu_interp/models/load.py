@@ -13,7 +13,7 @@ from ..errors import ConfigError, ModelError, ResourceError
 from ..utils.files import Json, expect, file_sha256, read_json
 from ..utils.hub import cached_model, check_online, fetch_model, is_hub_name
 from ..utils.libraries import first_line, is_out_of_memory, quiet
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from ..utils.shipped import DATA
 from .files import weight_files
 from .language_model import LanguageModel
@@ -146,6 +146,7 @@ def pick_device(name: str | torch.device) -> torch.device:
     return found
 
 
+@entrance(ModelError)
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     """Load an embedded model, a local Hugging Face folder, or a model of the hub, in float32.
 
@@ -160,7 +161,6 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
         ModelError: unknown name, unreachable hub (within 5 s), no safetensors, or a checkpoint
             that is already packed to 4 or 8 bits.
     """
-    expect_kind(ModelError, "name", name, str, Path)
     target = pick_device(device)
     place = _locate(str(name))
     with quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import ConfigError
+from ..utils.ranges import entrance
 from .base import Quantizer
 from .bitsandbytes import FourBit, Int8
 from .calibrated import Calibrated
@@ -24,6 +25,7 @@ QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in _ALL}
 """Every quantizer, by the name that settings and the command line use."""
 
 
+@entrance(ConfigError)
 def get_quantizer(name: str) -> Quantizer:
     """A quantizer by name.
 

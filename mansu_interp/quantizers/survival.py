@@ -9,12 +9,13 @@ import torch
 
 from ..errors import ConfigError, ModelError
 from ..models.language_model import LanguageModel
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance, expect_kind
 from .base import Quantizer
 from .registry import get_quantizer
 
 
 @torch.no_grad()
+@entrance(ModelError)
 def quantize(
     model: LanguageModel,
     quantizer: Quantizer | str = "nf4",
@@ -33,7 +34,6 @@ def quantize(
     Raises:
         ConfigError: unknown quantizer, its library is missing, or calibration prompts are.
     """
-    expect_kind(ModelError, "model", model, LanguageModel)
     model.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     expect_kind(ConfigError, "quantizer", quantizer, Quantizer)
@@ -84,6 +84,7 @@ def _of_both(
 
 
 @torch.no_grad()
+@entrance(ModelError)
 def survival(
     before: LanguageModel,
     after: LanguageModel,
@@ -95,8 +96,6 @@ def survival(
 
     With ``embedding``: over the input embedding alone, were it quantized as linear layers are.
     """
-    expect_kind(ModelError, "before", before, LanguageModel)
-    expect_kind(ModelError, "after", after, LanguageModel)
     before.check_editable()
     after.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..circuits.config import AttributionConfig, CircuitConfig
 from ..errors import ConfigError
 from ..unlearning.methods import Mansu, MethodConfig
-from ..utils.ranges import check_range, check_seeds
+from ..utils.ranges import check_kinds, check_range, check_seeds
 from ..utils.shipped import split_names
 
 
@@ -59,6 +59,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "quantizers", split_names(self.quantizers))
+        check_kinds(self)
         check_seeds(self, "seed")
         if not 0 < self.budget <= 1:
             raise ConfigError(

@@ -14,6 +14,7 @@ from ..tasks.data.sources import is_file
 from ..tasks.files import ROBUST
 from ..unlearning.methods import Mansu, get_method
 from ..utils.files import Json, expect, read_json
+from ..utils.ranges import entrance
 from ..utils.records import Record
 from ..utils.renamed import renamed_key, renamed_setting
 from ..utils.shipped import DATA, is_embedded
@@ -27,6 +28,7 @@ def default_task(model: str) -> str:
     return "capitals" if is_embedded(model) else "world-capitals"
 
 
+@entrance(ConfigError)
 def default_config(
     model: str = "facts", task: str | None = None, robust: bool = False, *, method: str = "mansu"
 ) -> RunConfig:

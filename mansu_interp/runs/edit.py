@@ -10,7 +10,7 @@ import torch
 
 from ..circuits.circuit import Circuit
 from ..circuits.discover import discover
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, MaskError
 from ..evaluation.versions import QUANTIZER
 from ..export.deployed import save_edited
 from ..export.ledger import Ledger
@@ -23,6 +23,7 @@ from ..unlearning.history import StepRecord
 from ..unlearning.methods import Mansu, MansuRandomMask, MansuWholeModel
 from ..unlearning.unlearn import unlearn
 from ..utils.libraries import enough_memory
+from ..utils.ranges import entrance
 from .config import RunConfig
 from .context import RunContext
 from .folder import CIRCUIT, GRAPHML, HISTORY, LEDGER, MASK, MODEL
@@ -98,6 +99,7 @@ def find_circuit(run: RunContext) -> Circuit:
     return circuit
 
 
+@entrance(MaskError)
 def make_mask(
     config: RunConfig,
     model: LanguageModel,

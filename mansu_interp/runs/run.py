@@ -33,7 +33,7 @@ from ..unlearning.methods import Mansu
 from ..utils.distributed import rank
 from ..utils.files import locked
 from ..utils.libraries import enough_memory
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext
@@ -68,6 +68,7 @@ class RunResult:
     """Per stage."""
 
 
+@entrance(ConfigError)
 def run(
     config: RunConfig,
     on_progress: OnProgress | None = None,
@@ -97,7 +98,6 @@ def run(
         MansuError: bad input, always before long work starts.
         ResourceError: disk or memory ran out, or another run writes to the folder.
     """
-    expect_kind(ConfigError, "config", config, RunConfig)
     note = on_progress or (lambda *_: None)
     _check_settings(config)
     model, task, known = _load(config, note)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..errors import ModelError, TaskError
+from ..errors import TaskError
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from ..utils.shipped import is_embedded
 from .data.row_pairs import task_from_rows
 from .data.rows import read
@@ -69,6 +69,7 @@ def _load_rows(spec: RowTask, place: Path, model: LanguageModel, score_pairs: in
     return replace(task, text=_running_text(spec, folder, model), read=found.told)
 
 
+@entrance(TaskError)
 def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) -> Task:
     """Build a task for a model's tokenizer.
 
@@ -82,8 +83,6 @@ def load_task(name: str | Path, model: LanguageModel, score_pairs: int = 200) ->
         TaskError: unknown task, malformed file, an empty forget set, a table that the tokenizer
             does not know, a relation with too few answers, or prompts that contradict each other.
     """
-    expect_kind(TaskError, "name", name, str, Path)
-    expect_kind(ModelError, "model", model, LanguageModel)
     spec, folder = read_task_file(name)
     if isinstance(spec, RowTask):
         return _load_rows(spec, folder, model, score_pairs)

@@ -21,6 +21,7 @@ from jaxtyping import Int, Num
 from torch import Tensor
 
 from ..errors import TaskError
+from ..utils.ranges import check_kinds, entrance
 
 if TYPE_CHECKING:
     from ..models.language_model import LanguageModel
@@ -298,10 +299,12 @@ class PairSet(Sequence[Pair]):
     pairs: tuple[Pair, ...]
 
     def __post_init__(self) -> None:
+        check_kinds(self, TaskError)
         if not self.pairs:
             raise TaskError(f"The set {self.name!r} is empty: no fact is left to ask about.")
 
     @classmethod
+    @entrance(TaskError)
     def from_prompts(
         cls,
         model: LanguageModel,
@@ -371,6 +374,7 @@ class PairSet(Sequence[Pair]):
         left = tuple(p for p in self.pairs if p.fact not in facts)
         return PairSet(self.name, left) if left else None
 
+    @entrance(TaskError)
     def sample(self, n: int, seed: int) -> PairSet:
         """At most ``n`` pairs, drawn evenly over phrasings."""
         rng = random.Random(seed)

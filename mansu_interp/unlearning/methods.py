@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar, get_args
 
 from ..errors import ConfigError
-from ..utils.ranges import check_range
+from ..utils.ranges import check_kinds, check_range, entrance
 from ..utils.renamed import METHODS as RENAMED
 from ..utils.shipped import split_names
 
@@ -39,6 +39,7 @@ class MethodConfig:
     """Stop when four-way forget accuracy on the dev phrasings is at most this."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_range(self, "steps", "batch_size", at_least=1)
         check_range(self, "lr", above=0)
         check_range(self, "stop_at")
@@ -73,6 +74,7 @@ def method(name: str, *, needs: Collection[Need] = ()) -> Callable[[type[C]], ty
     return register
 
 
+@entrance(ConfigError)
 def get_method(name: str) -> type[MethodConfig]:
     """The settings of a method.
 
@@ -148,21 +150,12 @@ class Mansu(MethodConfig):
     """Settings of MANSU that are always 0, in ablations."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "survive", names := split_names(self.survive))
         super().__post_init__()
-        names = split_names(self.survive)
-        object.__setattr__(self, "survive", names)
         if not names or len(set(names)) < len(names):
             raise ConfigError(
                 f"survive names one or more different quantizers; got {', '.join(names) or 'none'}."
             )
-        for name, allowed in (
-            ("forget_loss", ("counterfactual", "ga")),
-            ("precision", ("fp32", "bf16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be {' or '.join(allowed)}; got {getattr(self, name)!r}."
-                )
         for name in self.lacks:
             if getattr(self, name) != 0:
                 raise ConfigError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import ConfigError, MaskError, ModelError, TaskError
+from ..errors import ConfigError, ModelError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..tasks.task import Task
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from .baselines.dense import Objective, train_dense
 from .baselines.dpo import dpo, idkdpo
 from .baselines.ga import ga
@@ -46,6 +46,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 """What each dense method minimises, made from (model, task, its settings, seed)."""
 
 
+@entrance(ModelError)
 def unlearn(
     model: LanguageModel,
     task: Task,
@@ -80,9 +81,6 @@ def unlearn(
         ArtifactError: ``resume`` is damaged, or was written by another run.
         ModelError: training diverged.
     """
-    expect_kind(ModelError, "model", model, LanguageModel)
-    expect_kind(TaskError, "task", task, Task)
-    expect_kind(MaskError, "mask", mask, Mask, None)
     model.check_editable()
     config = config or Mansu()
     if not isinstance(config, (Mansu, DenseConfig)) or config.method not in METHODS:

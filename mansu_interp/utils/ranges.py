@@ -5,10 +5,19 @@ Knows the project's classes by their names alone, so that every room can use it.
 
 from __future__ import annotations
 
+import builtins
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, wraps
+from numbers import Integral, Real
+from types import FunctionType, UnionType
+from typing import Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, MansuError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MEANT = {
     ("PairSet", "Task"): "task.forget, or another of its sets",
@@ -31,8 +40,8 @@ MEANT = {
     ("Circuit", "Mask"): "the circuit from which the mask was made",
     ("Attribution", "Circuit"): "attribute(model, pairs)",
     ("ModelVersion", "str"): "ModelVersion(name, quantizer)",
-    ("list", "PairSet"): "[pairs], or task.retain_sets",
-    ("list", "Task"): "task.retain_sets",
+    ("Sequence", "PairSet"): "[pairs], or task.retain_sets",
+    ("Sequence", "Task"): "task.retain_sets",
     ("Mapping", "LanguageModel"): '{"unlearned": model}',
     ("Mapping", "Unlearned"): '{"unlearned": result.model}',
     ("ndarray", "Circuit"): "circuit.edges, or circuit.scores for a ranking",
@@ -86,7 +95,7 @@ def _is_finite(value: float) -> bool:
 
 
 def _a(name: str) -> str:
-    return f"{'an' if name[0] in 'AEIOUn' else 'a'} {name}"
+    return f"{'an' if name[0] name[0] in 'AEIOUaeioun' else 'a'} {name}"
 
 
 def expect_kind(
@@ -103,21 +112,133 @@ def expect_kind(
     """
     if value is None and None in kinds:
         return
-    names = [c.__name__ for c in type(value).__mro__]
-    wanted = [kind if isinstance(kind, str) else kind.__name__ for kind in kinds if kind]
     if isinstance(value, tuple(k for k in kinds if isinstance(k, type))):
         return
-    if any(isinstance(k, str) and k in names for k in kinds):
+    if any(isinstance(k, str) and k in _classes(value) for k in kinds):
         return
-    first = wanted[0]
+    wanted = [kind if isinstance(kind, str) else kind.__name__ for kind in kinds if kind]
+    raise error(_unexpected(argument, value, wanted))
+
+
+def _classes(value: object) -> list[str]:
+    """Names of a value's class and of those that it inherits from."""
+    return [c.__name__ for c in type(value).__mro__]
+
+
+def _unexpected(argument: str, value: object, wanted: Sequence[str]) -> str:
+    """One sentence: what came, what was expected, and what was probably meant."""
+    names, first = _classes(value), wanted[0].split()[0]
     meant = next((MEANT[first, n] for n in names if (first, n) in MEANT), "")
     if first == "LanguageModel" and "PreTrainedModel" in names:
         meant = "LanguageModel(name, model, tokenizer)"
     if isinstance(value, dict) and first.endswith("Config"):
         meant = f"{first}(**settings)"
     given = f"{value!r:.60}" if isinstance(value, (str, int, float)) else _a(names[0])
-    message = f"{argument}: got {given}, expected {' or '.join(map(_a, wanted))}."
-    raise error(message + (f" Did you mean {meant}?" if meant else ""))
+    if (shape := getattr(value, "shape", None)) is not None and "ndarray" in str(wanted):
+        given += f" of shape {tuple(shape)}"
+    words = [w if w[0] in "'0123456789" else _a(w) for w in wanted[: 1 if meant else None]]
+    message = f"{argument}: got {given}, expected {' or '.join(words)}."
+    return message + (f" Did you mean {meant}?" if meant else "")
+
+
+class _ByName(type):
+    """Class of a stand-in for a class that a module imports for its annotations alone."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return cls.__name__ in _classes(value)
+
+
+class _Names(dict[str, object]):
+    """What an annotation's names mean in a module."""
+
+    def __missing__(self, name: str) -> object:
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        return _ByName(name, (), {})
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value is what an annotation says, and what a sequence holds, too."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return any(type(value) is type(a) and value == a for a in args)
+    if origin is Callable:
+        return callable(value)
+    if hint is None or hint in (int, float):
+        number = {int: Integral, float: Real}
+        return value is None if hint is None else isinstance(value, number[cast(type, hint)])
+    kind = origin or hint
+    if not isinstance(kind, type):  # type variables, say
+        return True
+    if not isinstance(value, kind) or (isinstance(value, (str, bytes)) and args):
+        return False
+    if isinstance(value, Collection) and (len(args) == 1 or args[1:] == (...,)):
+        return all(_fits(v, args[0]) for v in value)
+    return True
+
+
+def _words(hint: object, value: object) -> list[str]:
+    """The classes, or values, that an annotation names to somebody with this value; None is not
+    told."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return [word for a in args if a not in (None, type(None)) for word in _words(a, value)]
+    if origin is Literal:
+        return [repr(a) for a in args]
+    if origin is Callable:
+        return ["function"]
+    array = getattr(hint, "array_type", None)  # jaxtyping's
+    kind = array if array and not isinstance(value, array) else origin or hint
+    name = getattr(kind, "__name__", str(hint))
+    inner = _words(args[0], value) if len(args) == 1 or args[1:] == (...,) else []
+    return [f"{name} of {' or '.join(inner)}" if inner else name]
+
+
+def entrance(error: type[MansuError]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates a public function or method: its arguments are what their annotations say, or
+    ``error`` is raised before anything is done.
+
+    Arguments:
+        error: of the room whose function it is.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+        owner = cast(FunctionType, inspect.unwrap(function))
+
+        @cache
+        def hints() -> dict[str, object]:
+            names = _Names(owner.__globals__)
+            return {
+                name: eval(parameter.annotation, {}, names)  # our own source
+                for name, parameter in signature.parameters.items()
+                if isinstance(parameter.annotation, str)
+                and parameter.kind is not parameter.VAR_KEYWORD
+            }
+
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            given = signature.bind(*args, **kwargs).arguments
+            for name, hint in hints().items():
+                if name in given and not _fits(given[name], hint):
+                    raise error(_unexpected(name, given[name], _words(hint, given[name])))
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+_fields = cache(get_type_hints)
+
+
+def check_kinds(record: object, error: type[MansuError] = ConfigError) -> None:
+    """Raise ``error`` unless every field of a dataclass is what its annotation says."""
+    for name, hint in _fields(type(record)).items():
+        if not _fits(value := getattr(record, name), hint):
+            raise error(_unexpected(name, value, _words(hint, value)))
 
 
 def expect_values(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ...errors import TaskError
 from ...models.language_model import LanguageModel
+from ...utils.ranges import entrance
 from ..pairs import Pair, PairSet, Tokens, WholeAnswers, gap
 from .rows import sift
 from .shapes import as_list
@@ -127,6 +128,7 @@ def _encode(model: LanguageModel, k: int, text: str) -> Tokens:
     return (*begin, *tokens) if begins else tokens
 
 
+@entrance(TaskError)
 def read_prompts(source: str | Path, model: LanguageModel) -> PairSet:
     """Prompt pairs from a file of rows, or whatever else `sources.records` reads.
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from ...errors import TaskError
 from ...models.language_model import LanguageModel
 from ...utils.libraries import first_line
+from ...utils.ranges import entrance
 from ..pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash, gap
 from ..schema import RowOptions
 from ..task import Asked, Task, distinct
@@ -280,6 +281,7 @@ class _Pairing:
         return out
 
 
+@entrance(TaskError)
 def task_from_rows(
     rows: Sequence[Row],
     model: LanguageModel,

@@ -29,6 +29,8 @@ LARGEST = 1 << 28
 """Bytes of a row file beyond which it is refused unread."""
 MOST = 1_000_000
 """Rows of a Parquet file, which may be far smaller than what it holds."""
+MOST_FILES = 10_000
+"""In the folder of a data set, folders included."""
 SEPARATORS = ",;\t|"
 Numbered = tuple[int, object]
 """Line (or row, from 1) and what it holds; a string in a mapping's place says why there is none."""
@@ -210,6 +212,18 @@ def row_file(path: Path) -> Source:
     return read(path)
 
 
+def _check_few_files(folder: Path) -> None:
+    """Raise TaskError over a folder with so many files that `datasets` would look for minutes."""
+    seen = 0
+    for _, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > MOST_FILES:
+            raise TaskError(
+                f"{folder} holds more than {MOST_FILES:,} files and folders. Name the folder of "
+                "the data set alone, or one of its files."
+            )
+
+
 def _from_name(source: str) -> Source:
     place = Path(source).expanduser()
     if is_file(place):
@@ -224,6 +238,8 @@ def _from_name(source: str) -> Source:
                     "(owner/name[:configuration[:split]])."
                 )
             check_online(f"The data set {hub!r}", TaskError)
+    if place.is_dir():
+        _check_few_files(place)
     return Source(source, "a data set", _dataset(source, place))
 
 
