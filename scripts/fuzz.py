@@ -938,7 +938,7 @@ def spoil(folder: Path, other: Path, rng: random.Random) -> list[str]:
         file = rng.choice(files)
         how = rng.choice(HOW)
         done.append(f"{how.__name__.strip('_')} {file.relative_to(folder)}")
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # no longer JSON, say
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # no JSON, say
             how(file, folder, other, rng)
     return done
 

@@ -385,6 +385,17 @@ def test_every_error_and_printed_text_is_escaped(capsys: pytest.CaptureFixture[s
     assert printable("Zürich 东京 👩\u200d🚀 a\xa0b") == "Zürich 东京 👩\u200d🚀 a\xa0b"
 
 
+@pytest.mark.parametrize("words", [[f"--x{EVIL}"], ["--seed", EVIL], [EVIL]])
+def test_words_that_no_command_knows_are_escaped(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main(["run", *words])
+    out, err = capsys.readouterr()
+    assert not out and "\\x1b[31m" in err
+    assert not set(err) - set("\n") & {c for c in EVIL if not c.isprintable()}
+
+
 def test_only_the_console_prints():
     """So that nothing passes it by."""
     for path in (ROOT / "mansu_interp").rglob("*.py"):

@@ -39,7 +39,7 @@ def test_unknown_model_names_what_ships():
     assert isinstance(caught.value, MansuError) and "facts" in embedded_models()
 
 
-@pytest.mark.parametrize("name", ["../facts", "/no/such/folder", "a/b/c", "facts/", ""])
+@pytest.mark.parametrize("name", ["../facts", "/no/such/folder", "a/b/c", "facts/", "x" * 300, ""])
 def test_names_that_are_no_path_and_no_hub_name(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hub, "_reachable", lambda: pytest.fail("touched the network"))
     if name:

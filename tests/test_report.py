@@ -431,6 +431,14 @@ def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     assert "Quantization margin: 50 edits, 0.45 of 0.50 nats." in text
 
 
+def test_what_one_must_know_of_the_scores_stands_beside_them() -> None:
+    circuit = replace(CIRCUIT, caveat="mixture of experts: sums need not add up")
+    for render in (render_markdown, lambda r: render_html(r, "")):
+        text = render(replace(make_report(), circuit=circuit))
+        assert "This is a mixture of experts: sums need not add up." in text
+    assert "This is a" not in render_markdown(make_report())
+
+
 def test_a_method_without_a_circuit_has_no_section_on_it() -> None:
     report = replace(
         make_report(), circuit=None, comparison=(), edit=replace(EDIT, budget=None), samples=()

@@ -40,8 +40,10 @@ from jaxtyping import Bool, Float, Int8, Shaped
 from ..errors import CircuitError
 from ..utils.ranges import entrance
 
-Floats, Codes = Float[np.ndarray, "..."], Int8[np.ndarray, "..."]
-Flags, Names = Bool[np.ndarray, "..."], Shaped[np.ndarray, "..."]
+Floats = Float[np.ndarray, "..."]
+Codes = Int8[np.ndarray, "..."]
+Flags = Bool[np.ndarray, "..."]
+Names = Shaped[np.ndarray, "..."]
 
 KEPT_SHARE = 0.5
 """An edge with at least this signed share of its old score is kept (or recovered)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import signal
 import sys
 import threading
@@ -244,8 +245,14 @@ def parse(argv: list[str]) -> object:
     words = ["--help" if word == HELP_ALL else word for word in argv] or ["--help"]
     brief = HELP_ALL not in argv and bool({"-h", "--help"} & {*words})
     commands = _commands(argv, brief)
-    with console.writing():  # tyro prints help and errors itself
-        config = tyro.cli(commands, args=words, prog="mansu", description=ABOUT)
+    told = io.StringIO()  # tyro prints help and errors itself
+    try:
+        with console.writing(), contextlib.redirect_stderr(told):
+            config = tyro.cli(commands, args=words, prog="mansu", description=ABOUT)
+    except SystemExit:
+        if told.getvalue():
+            console.warn(told.getvalue().rstrip("\n"))
+        raise
     return config.run_config() if isinstance(config, RunCommand) else config
 
 

@@ -12,7 +12,7 @@ from ..audit.known import CHANCE, beyond_guesses, p_of_guess
 from ..errors import ModelError, TaskError
 from ..losses.accuracy import Accuracy, accuracy, perplexity
 from ..models.language_model import LanguageModel
-from ..tasks.pairs import PairSet
+from ..tasks.pairs import PairSet, Tokens
 from ..tasks.task import Task
 from ..utils.ranges import entrance, expect_values
 from ..utils.records import Keep, make_anew
@@ -280,7 +280,7 @@ def evaluate(
     return Scores(rows, tuple(values), right)
 
 
-def _perplexity(version: ModelVersion, model: LanguageModel, text: Sequence[str]) -> Perplexity:
+def _perplexity(version: ModelVersion, model: LanguageModel, text: Sequence[Tokens]) -> Perplexity:
     value = perplexity(model, text)
     return Perplexity(version, value if math.isfinite(value) else None)
 

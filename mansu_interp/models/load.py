@@ -14,7 +14,7 @@ from ..utils.files import Json, expect, file_sha256, read_json
 from ..utils.hub import cached_model, check_online, fetch_model, is_hub_name
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from ..utils.ranges import entrance
-from ..utils.shipped import DATA
+from ..utils.shipped import DATA, is_embedded
 from .files import weight_files
 from .language_model import LanguageModel
 
@@ -44,10 +44,10 @@ def embedded_models() -> list[str]:
 
 def _locate(name: str, weights: bool = True) -> Path:
     """The folder of an embedded or local model, or of one of the hub, fetched if need be."""
-    if (EMBEDDED / name / "config.json").exists() and not re.search(r"[\\/]|^\.", name):
+    if is_embedded(name):
         return EMBEDDED / name
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # Path.is_dir raises over 255 characters
         if not (folder / "config.json").exists():
             raise ModelError(
                 f"The folder {name} holds no config.json. "

@@ -63,6 +63,8 @@ def circuit_blocks(circuit: CircuitSummary, svg: str) -> list[Block]:
         f"{percent(circuit.faithfulness)} of the difference between the answer and its rival when "
         "everything outside them is ablated (faithfulness)."
     ]
+    if circuit.caveat:
+        blocks.append(f"This is a {circuit.caveat}.")
     if svg:
         blocks.append(Picture(svg))
     curve = sorted((p.edges, f) for p in circuit.curve if (f := known(p.faithfulness)) is not None)

@@ -156,6 +156,8 @@ class CircuitSummary:
     curve: tuple[CurvePoint, ...]
     top_edges: tuple[CircuitEdge, ...]
     """The strongest first."""
+    caveat: str = ""
+    """What else one must know of the scores; empty: nothing."""
 
 
 @dataclass(frozen=True)

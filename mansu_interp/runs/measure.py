@@ -353,6 +353,7 @@ def circuit_facts(circuit: Circuit) -> CircuitSummary:
         faithfulness=circuit.meta.faithfulness,
         curve=tuple(CurvePoint(n, f) for n, f in circuit.meta.curve),
         top_edges=tuple(CircuitEdge(e.source, e.target, e.score) for e in circuit.top(TOP_EDGES)),
+        caveat=circuit.meta.caveat,
     )
 
 

@@ -95,7 +95,7 @@ def _is_finite(value: float) -> bool:
 
 
 def _a(name: str) -> str:
-    return f"{'an' if name[0] name[0] in 'AEIOUaeioun' else 'a'} {name}"
+    return f"{'an' if name[0] in 'AEIOUaeioun' else 'a'} {name}"
 
 
 def expect_kind(

@@ -43,7 +43,7 @@ class Keep(Protocol):
         ...
 
 
-def make_anew(_key: str, _kind: type[T], make: Callable[[], T]) -> T:
+def make_anew(key: str, kind: type[T], make: Callable[[], T]) -> T:
     """A `Keep` that keeps nothing."""
     return make()
 
