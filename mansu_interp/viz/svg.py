@@ -1,6 +1,6 @@
 """Static, self-contained SVG: a circuit, and its faithfulness curve.
 
-Width and opacity of an edge follow |score|, colour and dashes its sign (see `styles`). With a
+Width and opacity of an edge follow |score|, colour and dashes its sign (see `EDGE_STYLES`). With a
 ``status`` map (edge -> ``kept``, ``silent``, ``weakened``, ``recovered`` or ``new``) they show the
 status instead, and the sign is left to the tooltip. Light and dark follow ``prefers-color-scheme``.
 No scripts; tooltips are ``<title>``.
@@ -18,9 +18,8 @@ from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
 from ..models.graph import Architecture
 from ..utils.words import number_of
-from .data import GraphData
+from .data import EDGE_STYLES, GraphData
 from .layout import LEFT, ROOM, Box, Layout, box_id, crowded, curve, place, reader_name
-from .styles import EDGE_STYLES
 
 if TYPE_CHECKING:  # at run time only its methods are used, so pictures need no torch
     from ..circuits.circuit import Circuit
