@@ -68,7 +68,7 @@ FILE = {
             "tokens": [str],
             "answer": str,
             "attention": {...: [int]},
-            "effects": {...: {"tokens": [str], "values": [float]}},
+            "effects": {...: {"tokens": [str], "values": [float], "answer": float}},
         }
     ],
     "positions?": {"tokens": [str], "scores": [[float]]},
@@ -111,6 +111,8 @@ class Effect:
     tokens: list[str]
     values: list[float]
     """By token, in logits; the mean over all tokens is 0."""
+    answer: float
+    """The effect on the answer's own token."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ border-top:1px solid var(--faint)}
 .mg input[type=range]{width:150px;accent-color:var(--accent);margin:0}
 .mg input[type=number],.mg input[type=search]{font:inherit;color:var(--ink);background:var(--paper);
 border:1px solid var(--faint);border-radius:5px;padding:2px 6px;width:68px}
-.mg input[type=search]{width:176px}
+.mg input[type=search]{width:min(100%,220px)}
 .mg button{font:inherit;color:var(--soft);background:none;border:1px solid var(--faint);
 border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg button[aria-pressed=true]{color:var(--ink);background:var(--box);border-color:var(--soft)}
@@ -722,7 +722,9 @@ class GraphView {
         c.stroke();
       }
       c.setLineDash([]);
-      if (boxes.length) c.fillText(name, boxes[0].x - this.widthOf(boxes[0], z) / 2, boxes[0].y - boxes[0].height / 2 - 11 / z);
+      if (!boxes.length) continue;
+      const [first] = boxes, x = Math.min(first.x - this.widthOf(first, z) / 2, this.layout.width - 2 - c.measureText(name).width);
+      c.fillText(name, Math.max(2, x), first.y - first.height / 2 - 11 / z);
     }
   }
 

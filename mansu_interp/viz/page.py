@@ -20,7 +20,8 @@ from .svg import escape, view_svg
 _MOUNT = """
 for (const el of document.querySelectorAll("[data-mansu-graph]")) {
   try {
-    const name = el.dataset.mansuGraph, data = JSON.parse(document.getElementById(name).textContent);
+    const name = el.dataset.mansuGraph;
+    const data = JSON.parse(document.getElementById(name).textContent);
     const view = mount(el, data, null, name);
     if (view) (window.mansuViews ??= []).push(view);
   } catch (error) {

@@ -227,10 +227,10 @@ function attentionTable(view, prompt, shares) {
   return make("div", { class: "attention" }, make("div", { class: "soft", text: "attention (row: the token that looks)" }), make("table", { class: "heat" }, head, ...rows));
 }
 
-function effectTable({ tokens, values }) {
+function effectTable({ tokens, values, answer }, name) {
   const rows = tokens.map((t, k) => [t, values[k]]), up = rows.filter(([, v]) => v > 0), down = rows.filter(([, v]) => v <= 0).reverse();
   const lines = Array.from({ length: Math.max(up.length, down.length) }, (_, k) => [up[k], down[k]].flatMap((r) => (r ? [r[0], fmt(r[1])] : ["", ""])));
-  return make("div", { class: "effect" }, make("div", { class: "soft", text: "direct effect on the logits" }), table([["raises", "", "lowers", ""], ...lines]));
+  return make("div", { class: "effect" }, make("div", { class: "soft" }, "direct effect on the logits; on ", make("b", { text: name }), ` ${fmt(answer)}`), table([["raises", "", "lowers", ""], ...lines]));
 }
 
 // Attention and direct effect on a prompt at a time.
@@ -244,7 +244,7 @@ function insideOf(view, id) {
   const words = make("div", { class: "soft" }, `${prompt.tokens.join("")} → `, make("span", { class: "chips" }, ...choose));
   const parts = [];
   if (id in prompt.attention) parts.push(attentionTable(view, prompt, prompt.attention[id]));
-  if (id in prompt.effects) parts.push(effectTable(prompt.effects[id]));
+  if (id in prompt.effects) parts.push(effectTable(prompt.effects[id], prompt.answer));
   return [make("div", { class: "inside" }, words, make("div", { class: "cols" }, ...parts))];
 }
 
@@ -275,6 +275,8 @@ function pinBar(view) {
 
 // ---- token positions ----------------------------------------------------------------------------
 
+const LEAST_SHARE = 0.02;
+
 // Components by token position: the sum over a component's drawn edges. A position restricts the graph.
 function positionGrid(view) {
   const places = view.data.positions;
@@ -285,13 +287,15 @@ function positionGrid(view) {
     if (!parts.has(id)) parts.set(id, new Float64Array(n));
     for (let p = 0; p < n; p++) parts.get(id)[p] += places.scores[p][i];
   }
-  const rows = view.boxes.filter((b) => parts.has(b.id)).reverse();
-  const largest = Math.max(1e-12, ...[...parts.values()].flatMap((r) => [...r].map(Math.abs)));
+  const most = (id) => Math.max(0, ...parts.get(id).map(Math.abs)), largest = Math.max(1e-12, ...[...parts.keys()].map(most));
+  const rows = view.boxes.filter((b) => parts.has(b.id) && most(b.id) >= LEAST_SHARE * largest).reverse();
+  const left = parts.size - rows.length;
   const choose = (p, text) => make("button", { type: "button", text, "aria-pressed": String(view.at === p), "aria-label": p === null ? "all positions" : `position ${p}: ${text}`, onclick: () => view.setPosition(p) });
   const head = make("tr", {}, make("th", {}, choose(null, "all")), ...places.tokens.map((t, p) => make("th", {}, choose(p, t))));
   const line = (b) => make("tr", { "data-key": b.id }, make("td", { text: b.id }),
     ...[...parts.get(b.id)].map((v, p) => heatCell(Math.abs(v) / largest, v < 0 ? "neg" : "pos", view, `${b.id} at ${places.tokens[p]}: ${fmt(v)}`)));
   return [make("div", { class: "soft", text: "by token position: what a component's drawn edges carry; press a token to see the graph there" }),
+    make("div", { class: "soft", text: left ? `${left} components are left out: they carry less than a fiftieth of the most anywhere` : "" }),
     make("table", { class: "heat" }, head, ...rows.map(line))];
 }
 
