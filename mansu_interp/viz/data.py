@@ -65,6 +65,7 @@ FILE = {
     "present_from?": float,
     "prompts?": [
         {
+            "text": str,
             "tokens": [str],
             "answer": str,
             "attention": {...: [int]},
@@ -119,6 +120,7 @@ class Effect:
 class PromptData:
     """What happens inside the components on one prompt."""
 
+    text: str
     tokens: list[str]
     answer: str
     attention: dict[str, list[int]]

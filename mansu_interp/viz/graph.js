@@ -330,6 +330,7 @@ class GraphView {
       type: "search", placeholder: "find, e.g. a2.h1 or m0 → m3", "aria-label": "find: the edges of what has this in its name, weights, tokens, class, group or note",
       oninput: () => { this.query = this.search.value.trim().toLowerCase(); this.refilter(); },
     });
+    this.search.value = this.query;
     return make("div", { class: "bar" },
       make("label", {}, "|score| ≥", this.slider, this.thresholdOut),
       make("label", {}, "top", this.topInput), this.countOut,

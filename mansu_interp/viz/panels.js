@@ -32,6 +32,7 @@ border-radius:5px;padding:2px 6px;width:130px}
 .mg .heat .down{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;height:auto;padding:4px 0;color:var(--soft)}
 .mg .heat button{font-size:11px;padding:2px 5px}
 .mg .heat .cell{border:1px solid var(--faint)}
+.mg .effect td:nth-child(3),.mg .effect th:nth-child(3){text-align:left}
 .mg .places{margin-top:10px;overflow-x:auto;border-top:1px solid var(--faint);padding-top:7px}
 .mg .foot{border-top:1px solid var(--faint);margin-top:9px;padding-top:8px;display:flex;flex-wrap:wrap;gap:6px 8px;align-items:center}
 @container (min-width:900px){
@@ -134,7 +135,9 @@ class List {
 
   head() {
     const d = this.view.data, panes = this.view.paneNames(), became = d.edges.class ? ["became"] : [];
-    return this.kind === "nodes" ? ["node", ...panes, "edges in", "edges out", ...became, "group", "note"] : ["from → to", ...panes, ...became];
+    if (this.kind === "edges") return ["from → to", ...panes, ...became];
+    const own = ["groups", "notes"].filter((name) => Object.keys(this.view[name]).length).map((name) => name.slice(0, -1));
+    return ["node", ...panes, "edges in", "edges out", ...became, ...own];
   }
 
   // Every row: what it stands for and its cells, numbers as numbers.
@@ -147,13 +150,14 @@ class List {
     }
     const into = new Map(), out = new Map(), add = (map, id) => map.set(id, (map.get(id) || 0) + 1);
     for (const i of view.drawn) { add(out, boxOf(view.source[i])); add(into, boxOf(view.target[i])); }
+    const more = this.head().filter((name) => name === "group" || name === "note");
     const boxes = view.boxes.filter((b) => view.active.has(b.id) || (view.query && view.matches(b.id)));
     return boxes.map(({ id }) => {
       const row = view.nodeRow[id], score = (s) => (row === undefined ? null : s[row]);
       return {
         key: id,
         cells: [id, ...d.nodes.scores.map(score), into.get(id) || 0, out.get(id) || 0,
-          ...(d.edges.class ? [row === undefined ? "" : d.classes[d.nodes.class[row]]] : []), view.groupOf(id) || "", view.notes[id] || ""],
+          ...(d.edges.class ? [row === undefined ? "" : d.classes[d.nodes.class[row]]] : []), ...more.map((name) => (name === "group" ? view.groupOf(id) : view.notes[id]) || "")],
       };
     });
   }
@@ -238,10 +242,10 @@ function insideOf(view, id) {
   const prompts = view.data.prompts || [], prompt = prompts[view.prompt] || prompts[0];
   if (!prompt || !(id in prompt.effects || id in prompt.attention)) return [];
   const choose = prompts.map((p, k) => make("button", {
-    type: "button", text: p.answer, "aria-pressed": String(p === prompt), "aria-label": `prompt ${k + 1}: ${p.tokens.join("")} ${p.answer}`,
+    type: "button", text: p.answer, "aria-pressed": String(p === prompt), "aria-label": `prompt ${k + 1}: ${p.text} ${p.answer}`,
     onclick: () => { view.prompt = k; view.showDetail(); },
   }));
-  const words = make("div", { class: "soft" }, `${prompt.tokens.join("")} → `, make("span", { class: "chips" }, ...choose));
+  const words = make("div", { class: "soft" }, `${prompt.text} → `, make("span", { class: "chips" }, ...choose));
   const parts = [];
   if (id in prompt.attention) parts.push(attentionTable(view, prompt, prompt.attention[id]));
   if (id in prompt.effects) parts.push(effectTable(prompt.effects[id], prompt.answer));

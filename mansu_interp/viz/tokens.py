@@ -110,7 +110,7 @@ def look_inside(
                     attention[name] = pattern[rows, columns].tolist()
         tokens = [str(decode([t])) for t in pair.clean]
         effects = _effects(model, stream, run, nodes, pair.answer)
-        out.append(PromptData(tokens, pair.answer_text, attention, effects))
+        out.append(PromptData(pair.prompt, tokens, pair.answer_text, attention, effects))
     return out
 
 
