@@ -315,13 +315,13 @@ def _only(record: type, values: Mapping[str, Json]) -> dict[str, Json]:
 
 def _prompt(values: Mapping[str, Json]) -> PromptData:
     """A prompt whose patterns have a share for every token that may be looked at."""
-    made = PromptData(**_only(PromptData, values))
+    effects = {name: Effect(**_only(Effect, e)) for name, e in values["effects"].items()}
+    made = PromptData(**{**_only(PromptData, values), "effects": effects})
     n = len(made.tokens)
     _same_length("attention", n * (n + 1) // 2, list(made.attention.values()))
-    effects = {name: Effect(**_only(Effect, e)) for name, e in values["effects"].items()}
     for effect in effects.values():
         _same_length("effects", len(effect.tokens), [effect.values])
-    return replace(made, effects=effects)
+    return made
 
 
 def _same_length(what: str, n: int, columns: Sequence[Sequence[object]]) -> None:
