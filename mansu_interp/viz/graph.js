@@ -39,7 +39,7 @@ border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg button[aria-pressed=true]{color:var(--ink);background:var(--box);border-color:var(--soft)}
 .mg :focus-visible{outline:2px solid var(--accent);outline-offset:1px}
 .mg .chips{display:inline-flex;gap:4px;align-items:center;color:var(--soft)}
-.mg .panes{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--pane)),1fr));gap:8px}
+.mg .panes{display:grid;gap:8px}
 .mg figure{margin:0;min-width:0;overflow-x:auto}
 .mg figcaption{color:var(--soft);font-weight:600;padding:0 0 3px 2px;font-size:13px;text-align:left}
 .mg canvas{display:block;border-radius:6px;cursor:grab;touch-action:pan-x pan-y}
@@ -90,6 +90,9 @@ function table(rows) {
   const entry = (tag) => (text) => make(tag, Object.hasOwn(TERMS, text) ? { text, title: TERMS[text] } : { text });
   return make("table", {}, ...rows.map((r, i) => make("tr", {}, ...r.map(entry(i ? "td" : "th")))));
 }
+
+// Columns for some panes where so many fit: rows of one length, where that is possible.
+function evenly(panes, fit) { return Math.ceil(panes / Math.ceil(panes / Math.max(1, fit))); }
 
 // Where everything is: the same rules as `place` in layout.py (a test compares them). `shown`: ids of
 // the boxes that carry something, or null for all.
@@ -639,7 +642,8 @@ class GraphView {
     this.letters = c.measureText(layout.longest).width + 1.5;
     c.restore();
     this.least = Math.min(1, Math.max(this.letters / (0.96 * layout.column), (FONT + 2) / layout.tall));
-    this.panesEl.style.setProperty("--pane", `${Math.ceil(layout.width * this.least)}px`);
+    const across = evenly(this.panes.length, Math.floor((this.panesEl.clientWidth + 8) / (Math.ceil(layout.width * this.least) + 8)));
+    this.panesEl.style.gridTemplateColumns = `repeat(${across},minmax(0,1fr))`;
   }
 
   paint(p) {
@@ -946,7 +950,7 @@ class GraphView {
     const heads = ["", ...this.paneNames(), ...(d.edges.class ? ["became"] : [])];
     const cols = [["strongest in", into], ["strongest out", from]].filter(([, list]) => list.length)
       .map(([title, list]) => make("div", {}, table([[title, ...heads.slice(1)], ...this.edgeRows(list.slice(0, 8))])));
-    return [make("div", { class: "card" }, make("div", { class: "cols" }, make("div", {}, ...out, noteField(this, id)), ...cols), ...insideOf(this, id))];
+    return [make("div", { class: "part" }, make("div", { class: "cols" }, make("div", {}, ...out, noteField(this, id)), ...cols), ...insideOf(this, id))];
   }
 
   describeEdge(i) {

@@ -21,7 +21,7 @@ const PANEL_CSS = `
 .mg .rows tr.on td+td{box-shadow:none}
 .mg .rows tr.dim td{opacity:.45}
 .mg .pins{display:flex;flex-wrap:wrap;gap:5px 8px;align-items:center;margin-bottom:6px}
-.mg .card+.card{border-top:1px solid var(--faint);margin-top:8px;padding-top:8px}
+.mg .part+.part{border-top:1px solid var(--faint);margin-top:8px;padding-top:8px}
 .mg textarea{font:inherit;color:var(--ink);background:var(--paper);border:1px solid var(--faint);border-radius:5px;
 padding:3px 6px;width:min(100%,420px);height:2.9em;display:block;margin-top:6px;resize:vertical}
 .mg input[type=text]{font:inherit;color:var(--ink);background:var(--paper);border:1px solid var(--faint);
@@ -372,7 +372,7 @@ function download(view, kind, text, type) {
 
 // Title, panes with their captions, and what the edges mean: where each goes in a picture.
 function pictureOf(view) {
-  const across = Math.max(1, Math.min(view.panes.length, Math.floor(1600 / view.layout.width))), down = Math.ceil(view.panes.length / across);
+  const across = evenly(view.panes.length, Math.floor(1600 / view.layout.width)), down = Math.ceil(view.panes.length / across);
   const { width, height } = view.layout, caption = view.panes.some(Boolean) ? 18 : 0, top = 30;
   const legend = view.meanings(), at = (p) => [(p % across) * width, top + Math.floor(p / across) * (height + caption) + caption];
   return { width: width * across, height: top + down * (height + caption) + 18 * legend.length + 12, at, legend, legendY: top + down * (height + caption) + 10 };

@@ -309,8 +309,9 @@ def view_svg(data: GraphData, *, top: int = 200, theme: str | None = None) -> st
     panes, names = data.panes, data.edge_ids()
     n = min(len(names), max(top, 0), max(data.top, 1))
     layout = _layout(data.architecture, names[:n], ROOM if len(panes) == 1 else 2 / 3 * ROOM)
-    across = max(1, min(len(panes), int(_WIDE / layout.width)))
-    down = -(-len(panes) // across)
+    fit = max(1, min(len(panes), int(_WIDE / layout.width)))
+    down = -(-len(panes) // fit)
+    across = -(-len(panes) // down)  # rows of one length, where that is possible
     shown = [s for scores in data.edges.scores for s in scores[: max(n, 1)]]
     largest = max((abs(s) for s in shown), default=0.0)
     legend = _view_legend(data, n, largest)
