@@ -408,7 +408,7 @@ def test_the_search_finds_any_label(driver: Any, tmp_path: Path):
 
 def with_prompts(data: GraphData) -> GraphData:
     prompts = [
-        PromptData("the sea", ["the", "sea"], "blue", {"a1.h2": [100, 25, 75]},
+        PromptData("the sea", ["the", " ", "sea"], "blue", {"a1.h2": [100, 25, 75, 5, 15, 80]},
                    {"a1.h2": Effect(["blue", "red"], [2.5, -1.5], 2.5)}),
         PromptData("<b>", ["<b>"], "red", {"a1.h2": [100]}, {}),
     ]  # fmt: skip
@@ -427,10 +427,11 @@ def test_the_card_shows_attention_and_direct_effect(driver: Any, tmp_path: Path)
     cells = driver.find_elements("css selector", ".attention .cell")
     shares = [c.get_attribute("title") for c in cells]
     assert shares == [
-        "the looks at the: 100%", "sea looks at the: 25%", "sea looks at sea: 75%",
+        "the looks at the: 100%", "  looks at the: 25%", "  looks at  : 75%",
+        "sea looks at the: 5%", "sea looks at  : 15%", "sea looks at sea: 80%",
     ]  # fmt: skip
     alphas = [c.value_of_css_property("background-color") for c in cells]
-    assert " 0.25)" in alphas[1] and " 0.75)" in alphas[2]
+    assert " 0.25)" in alphas[1] and " 0.8)" in alphas[5]
     text = driver.find_element("css selector", ".detail").text
     assert "the sea →" in text and "on blue +2.5" in text
     effect = driver.find_element("css selector", ".effect table").text.split()
