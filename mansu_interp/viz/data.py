@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import ArtifactError
@@ -138,6 +138,21 @@ class PositionData:
     """What stands at each position."""
     scores: list[list[float]]
     """A list a position, by edge."""
+
+
+@runtime_checkable
+class Verdict(Protocol):
+    """What is shown of `audit.cad.CAD`."""
+
+    @property
+    def verdict(self) -> str:
+        """One word."""
+        ...
+
+    @property
+    def sentence(self) -> str:
+        """The same as a sentence."""
+        ...
 
 
 @dataclass(frozen=True)

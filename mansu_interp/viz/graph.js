@@ -224,6 +224,7 @@ class GraphView {
     this.build();
     this.refilter();
     this.remembered = JSON.stringify(stateOf(this));
+    if (this.remembered !== "{}") this.syncTraits();
   }
 
   fromModel() {
@@ -411,7 +412,15 @@ class GraphView {
     }
     this.buildLegend();
     this.refilter();
-    if (this.model) this.syncSelection();
+    this.syncTraits();
+  }
+
+  // After a state was restored: what Python reads one by one.
+  syncTraits() {
+    if (!this.model) return;
+    this.model.set("threshold", this.threshold === this.first.threshold ? null : this.threshold);
+    this.model.set("changed_only", this.changedOnly);
+    this.syncSelection();
   }
 
   // Soon: an address or a model that follows every move of a slider would be slow.

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from ..circuits.changes import Changes, classify
 from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
-from ..utils.files import atomic_path, write_json, write_text
+from ..utils.files import atomic_path, read_json, write_json, write_text
 from ..utils.libraries import library
 from ..utils.ranges import expect_kind
-from .data import EdgeData, GraphData, Judged, NodeData, PositionData
+from .data import EdgeData, GraphData, Judged, NodeData, PositionData, Verdict
 from .layout import box_id
 from .page import graph_page
 from .svg import view_svg
@@ -45,27 +45,22 @@ PROMPTS = 3
 """Prompts on which attention and direct effects are shown."""
 
 
-@runtime_checkable
-class Verdict(Protocol):
-    """What is shown of `audit.cad.CAD`."""
-
-    @property
-    def verdict(self) -> str:
-        """One word."""
-        ...
-
-    @property
-    def sentence(self) -> str:
-        """The same as a sentence."""
-        ...
-
-
 @dataclass(frozen=True)
 class View:
     """A drawing of one or several attribution graphs of one architecture."""
 
     data: GraphData
     """Everything that is shown."""
+
+    @classmethod
+    def from_json(cls, path: Path | str) -> View:
+        """What `to_json` wrote, or a page's or widget's *save as JSON*: with its pins, groups and
+        notes.
+
+        Raises:
+            ArtifactError: no such file, or one that is damaged or of another kind.
+        """
+        return cls(GraphData.from_json(read_json(Path(path))))
 
     def widget(self) -> GraphWidget:
         """The interactive widget."""
