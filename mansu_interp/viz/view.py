@@ -218,8 +218,9 @@ def _with_tokens(
     """The same with what happens at the tokens of some prompts, and scores by token position.
 
     Raises:
-        ViewError: pairs without a model.
+        ViewError: pairs without a model, or something else than pairs.
     """
+    expect_kind(ViewError, "pairs", pairs, "PairSet", "tuple", "list", None)
     if pairs is not None and model is None:
         raise ViewError("Attention and direct effects on pairs need the model: give model=, too.")
     places, at = None, (data.edges.source, data.edges.target)
