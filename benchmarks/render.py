@@ -3,7 +3,8 @@
     python benchmarks/render.py
 
 Prints medians over 30 repetitions: loading the page, one frame of the canvas, one move of the
-slider, one hover, and the same 500 edges as SVG elements, for one pane and for three.
+slider, one hover, its paths, the list, and the same 500 edges as SVG elements, for one pane and for
+three.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ out.slider = median((i) => { v.setThreshold(v.atRank(500 - i)); force(); });
 v.setThreshold(v.atRank(500));
 const r = v.canvases[0].getBoundingClientRect();
 out.hover = median((i) => v.hit({clientX: r.left + 50 + 9 * i, clientY: r.top + 40 + 7 * i}, 0));
+out.paths = median((i) => { v.hover = {box: v.boxes[i % v.boxes.length].id}; v.light(); });
+v.hover = null;
+v.light();
+out.list = median(() => v.list.render());
 const box = document.createElement("div");
 document.body.append(box);
 out.svg = median(() => {
@@ -82,7 +87,8 @@ def main() -> None:
             print(
                 f"  ms: load {load:.0f}, frame {m['frame']:.1f}, slider {m['slider']:.1f}, ", end=""
             )
-            print(f"hover {m['hover']:.2f}; SVG elements made, not painted, {m['svg']:.1f}")
+            print(f"hover {m['hover']:.2f}, paths {m['paths']:.2f}, list {m['list']:.1f}; ", end="")
+            print(f"SVG elements made, not painted, {m['svg']:.1f}")
 
 
 if __name__ == "__main__":

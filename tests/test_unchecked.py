@@ -133,6 +133,10 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
         lambda m, t: mansu.circuit_view(mansu.attribute(MODEL, PAIRS)),
         "circuit: got an Attribution, expected a Circuit",
     ),
+    "a task to draw on": (
+        lambda m, t: mansu.attribution_view(mansu.attribute(MODEL, PAIRS), model=MODEL, pairs=t),
+        "pairs: got a Task, expected a PairSet",
+    ),
     "a mask's path": (lambda m, t: mansu.unlearn(m, t, "m.safetensors"), "Did you mean Mask.load"),
     "settings of a run as words": (lambda m, t: mansu.run("capitals"), "expected a RunConfig"),
 }

@@ -21,22 +21,25 @@ import numpy as np
 import pytest
 import torch
 
+from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.changes import CLASSES, classify
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import Divergence, GraphComparison
+from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.circuits.scores import Attribution
 from mansu_interp.errors import ArtifactError, CircuitError, ViewError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.files import finite
-from mansu_interp.viz.data import GraphData, Judged
+from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
 from mansu_interp.viz.page import module_source, page_script, policy
 from mansu_interp.viz.plots import Axis, Dots, make_axis, scatter_svg, strip_svg
 from mansu_interp.viz.svg import view_svg
-from mansu_interp.viz.tokens import attention_patterns, plain_token, token_log_probs
-from mansu_interp.viz.view import changes_view, circuit_view
+from mansu_interp.viz.tokens import attention_patterns, look_inside, plain_token, token_log_probs
+from mansu_interp.viz.view import attribution_view, changes_view, circuit_view
 
 
 def make_circuit(layers: int = 3, heads: int = 4, kv: int = 4, n: int = 40) -> Circuit:
@@ -154,6 +157,118 @@ def test_damaged_data_is_refused(where: tuple[Any, ...], value: Any, message: st
         GraphData.from_json(values)
     with pytest.raises(ArtifactError, match="The graph is damaged: the graph is list"):
         GraphData.from_json([])
+
+
+def token_data() -> GraphData:
+    """A view with prompts, positions and a state."""
+    circuit = make_circuit(kv=2)
+    by_position = np.stack([0.25 * circuit.scores, 0.75 * circuit.scores])
+    scores = Attribution(circuit.graph, circuit.scores, 1.0, 0.0, by_position)
+    prompt = PromptData("a b", ["a", "b"], "c", {"a1.h2": [100, 40, 60]},
+                        {"m0": Effect(["c", "d"], [1.5, -2.0], 1.5)})  # fmt: skip
+    data = attribution_view(scores, limit=50).data
+    return replace(data, prompts=[prompt], state={"pinned": ["m0"]})
+
+
+def test_what_happens_at_the_tokens_comes_back_from_json():
+    data = token_data()
+    assert data.positions is not None and data.positions.tokens == ["0", "1"]
+    small, large = (np.array(x) for x in data.positions.scores)
+    assert small * 3 == pytest.approx(large, rel=2e-3)
+    assert small + large == pytest.approx(np.array(data.edges.scores[0]), rel=2e-3)
+    values = json.loads(json.dumps(data.to_json(), allow_nan=False))
+    assert GraphData.from_json(values) == data
+    assert values["prompts"][0]["effects"] == {
+        "m0": {"tokens": ["c", "d"], "values": [1.5, -2.0], "answer": 1.5}
+    }
+    plain = circuit_view(make_circuit()).data.to_json()
+    assert not {"prompts", "positions", "state"} & set(plain)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("prompts", 0, "attention", "a1.h2"), [1], "attention has a column of 1 entries, exp"),
+        (("prompts", 0, "effects", "m0", "values"), [], "effects has a column of 0 entries"),
+        (("prompts", 0, "tokens", 0), 5, "tokens"),
+        (("positions", "scores", 1), [], "positions has a column of 0 entries"),
+        (("positions", "tokens"), [], "positions has a column of 0 entries"),
+        (("state",), [], "state is list, expected dict"),
+    ],
+)
+def test_damaged_token_data_are_refused(where: tuple[Any, ...], value: Any, message: str):
+    values = json.loads(json.dumps(token_data().to_json()))
+    inner: Any = values
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    with pytest.raises(ArtifactError, match=message):
+        GraphData.from_json(values)
+
+
+def test_attention_and_direct_effects_by_hand(facts: LanguageModel, capitals: Task):
+    """Against hooks on the Hugging Face model's own modules."""
+    pair, hf = capitals.forget[0], facts.hf
+    (prompt,) = look_inside(facts, [pair], ["a0.h1", "a3.h7", "m3"])
+    assert prompt.text == pair.prompt and prompt.answer == pair.answer_text
+    assert set(prompt.attention) == {"a0.h1", "a3.h7"}
+    assert set(prompt.effects) == {*prompt.attention, "m3"}
+    tokens, base = torch.tensor([pair.clean]), hf.base_model
+    seen: dict[str, torch.Tensor] = {}
+
+    def without(write: torch.Tensor) -> torch.Tensor:
+        hook = base.norm.register_forward_pre_hook(lambda m, i: (i[0] - write,))
+        with torch.no_grad():
+            found = facts.all_logits(tokens)[0, -1]
+        hook.remove()
+        return found
+
+    attention = base.layers[0].self_attn
+    hooks = [
+        base.layers[3].mlp.register_forward_hook(lambda m, i, o: seen.update(m3=o)),
+        attention.o_proj.register_forward_pre_hook(lambda m, i: seen.update(z=i[0])),
+    ]
+    whole = without(torch.zeros(1))
+    for hook in hooks:
+        hook.remove()
+    size = facts.d_model // facts.architecture.n_heads
+    head = seen["z"].clone()
+    head[..., :size] = head[..., 2 * size :] = 0
+    for name, write in (("m3", seen["m3"]), ("a0.h1", head @ attention.o_proj.weight.T)):
+        effect = whole - without(write)
+        effect = effect - effect.mean()
+        found = prompt.effects[name]
+        assert found.answer == pytest.approx(float(effect[pair.answer]), rel=0.02, abs=2e-3)
+        assert found.values[0] == pytest.approx(float(effect.max()), rel=0.01)
+        assert found.values[-1] == pytest.approx(float(effect.min()), rel=0.01)
+        assert found.tokens[0] == facts.get_tokenizer().decode([int(effect.argmax())])
+        assert len(found.tokens) == 12
+    hf.set_attn_implementation("eager")
+    with torch.no_grad():
+        shares = hf(tokens, output_attentions=True).attentions[3][0, 7]
+    hf.set_attn_implementation("sdpa")
+    n = len(pair.clean)
+    assert prompt.attention["a3.h7"] == [
+        round(100 * float(shares[q, k])) for q in range(n) for k in range(q + 1)
+    ]
+
+
+def test_views_with_prompts(facts: LanguageModel, capitals: Task):
+    pairs = PairSet("few", capitals.forget.pairs[:4])
+    scores = attribute(facts, pairs, config=AttributionConfig(method="eap"), positions=True)
+    data = attribution_view(scores, model=facts, pairs=pairs, limit=300).data
+    assert len(data.prompts) == 3 and data.weights["m0"]
+    assert data.positions is not None
+    first = [facts.get_tokenizer().decode([t]) for t in pairs[0].clean]
+    assert data.positions.tokens[0] == first[0]
+    assert [t.removesuffix("…") for t in data.positions.tokens[: len(first)]] == first
+    drawn = {end.split("<")[0] for edge in data.edge_ids()[: data.top] for end in edge}
+    assert set(data.prompts[0].effects) == {n for n in drawn if "kv" not in n} - {"logits"}
+    with pytest.raises(ViewError, match="need the model: give model=, too"):
+        attribution_view(scores, pairs=pairs)
+    longer = PairSet("longer", (replace(pairs[0], clean=(1,) * 30, corrupt=(1,) * 30),))
+    with pytest.raises(ViewError, match=r"of \d positions and the longest prompt has 30 tokens"):
+        attribution_view(scores, model=facts, pairs=longer)
 
 
 def test_the_verdict_is_shown_on_top():
@@ -298,7 +413,11 @@ def test_a_selection_becomes_a_circuit():
     source, target = names[0][0], next(v for u, v in found.to_networkx().edges if u == names[0][0])
     widget.selected_edge = [source, target]
     assert widget.circuit(circuit).n_edges == 1
-    widget.selected_edge, widget.selected = [], ["a9.h9"]
+    widget.selected_edge = []
+    widget.state = {"groups": {"mine": ["a1.h2", "m0"]}}
+    widget.selected = widget.groups["mine"]
+    assert (widget.circuit(circuit).edges == found.edges).all()
+    widget.selected = ["a9.h9"]
     with pytest.raises(ViewError, match=r"'a9\.h9' is no component"):
         widget.circuit(circuit)
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import subprocess
 import sys
+import time
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import browser
+import networkx as nx
 import numpy as np
 import pytest
 from test_view import SHOWN, make_attributions, make_circuit
 
-from mansu_interp.circuits.circuit import CircuitMeta
+from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import GraphComparison
+from mansu_interp.circuits.scores import Attribution
 from mansu_interp.models.graph import Architecture, Graph
-from mansu_interp.viz.data import Judged
+from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
 from mansu_interp.viz.layout import Layout, curve, place
 from mansu_interp.viz.page import module_source
-from mansu_interp.viz.view import changes_view, circuit_view
+from mansu_interp.viz.view import View, attribution_view, changes_view, circuit_view
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
 
@@ -264,6 +270,373 @@ def test_names_are_legible_and_none_is_cut(
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
+POINT = """
+const [v, x, y] = [window.mansuViews[0], arguments[0], arguments[1]];
+const c = v.canvases[0], r = c.getBoundingClientRect(), z = v.fit * v.view.k;
+c.dispatchEvent(new PointerEvent("pointermove", {clientX: r.left + v.shift + x * z,
+  clientY: r.top + y * z, bubbles: true, pointerId: 1}));
+"""
+INK = """
+const c = window.mansuViews[0].canvases[0];
+const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+let ink = 0;
+for (let i = 0; i < d.length; i += 4) ink += 255 - Math.min(d[i], d[i + 1], d[i + 2]);
+return ink;
+"""
+
+
+def on_paths(circuit: Circuit, box: str) -> dict[tuple[str, str], int]:
+    """By networkx: edges from input through a box to the logits, and whether they touch it."""
+    graph = circuit.to_networkx()
+    own = {n for n in graph if n.split("<")[0] == box}
+    after = own | {d for n in own for d in nx.descendants(graph, n)}
+    before = own | {d for n in own for d in nx.ancestors(graph, n)}
+    ends = nx.ancestors(graph, "logits") | {"logits"}
+    begins = nx.descendants(graph, "input") | {"input"}
+    found = {}
+    for u, v, kind in graph.edges(data="kind"):
+        if kind == "residual":
+            near = u in own or v in own
+            if near or (u in after and v in ends) or (v in before and u in begins):
+                found[u, v] = 2 if near else 1
+    return found
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_what_one_points_at_lights_its_paths(driver: Any, tmp_path: Path, kv: int):
+    circuit = make_circuit(kv=kv, n=25)
+    page = circuit_view(circuit).to_html(tmp_path / "paths.html")
+    opened(driver, page)
+    layout = place(circuit.graph.architecture)
+    lit = "v.lit && [...v.lit.edges].map(([i, level]) => [v.source[i], v.target[i], level])"
+    seen = []
+    for name in ("m2", "m0", "a1.h2", "a2.h1", "a0.h1"):
+        driver.execute_script(POINT, layout.boxes[name].x, layout.boxes[name].y)
+        settle(driver)
+        found = {(u, v): level for u, v, level in view(driver, lit)}
+        assert found == on_paths(circuit, name), name
+        seen.append(len(found))
+    assert sum(0 < n < 25 for n in seen) > 2, seen
+    # what is off the paths fades
+    faded = driver.execute_script(INK)
+    driver.execute_script("window.mansuViews[0].point(null)")
+    settle(driver)
+    assert view(driver, "v.lit") is None
+    assert faded < 0.8 * driver.execute_script(INK)
+    assert [c for c in browser.complaints(driver) if "readback" not in c] == []
+
+
+def listed(driver: Any) -> list[list[str]]:
+    return driver.execute_script(
+        "return [...document.querySelectorAll('.list tbody tr')]"
+        ".map((r) => [...r.cells].map((c) => c.textContent))"
+    )
+
+
+def test_the_list_sorts_and_follows_the_graph(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    page = circuit_view(circuit).to_html(tmp_path / "list.html")
+    opened(driver, page)
+    rows = listed(driver)
+    strongest = [f"{e.source} → {e.target}" for e in circuit.top(40)]
+    assert [name for name, _ in rows] == strongest
+    assert rows[0][1] == f"{circuit.top(1)[0].score:+.4g}".replace("-", "−")
+    score = driver.find_element("xpath", "//div[@class='list']//th[2]/button")
+    score.click()
+    assert [name for name, _ in listed(driver)] == strongest[::-1]
+    assert driver.find_element("css selector", "th[aria-sort=ascending]").text == "score ▴"
+    # a row lights its edge, and a click pins it
+    row = driver.find_element("css selector", ".list tbody tr")
+    row.find_element("css selector", "button").click()
+    settle(driver)
+    assert view(driver, "v.selectedEdge") == strongest[-1].split(" → ")
+    assert view(driver, "v.hover.edge") == int(row.get_attribute("data-key"))
+    driver.find_element("xpath", "//button[text()='nodes']").click()
+    names = {name: rest for name, *rest in listed(driver)}
+    assert set(names) == set(view(driver, "[...v.active]"))
+    graph = circuit.to_networkx()
+    assert names["m0"][1:] == [str(graph.in_degree("m0")), str(graph.out_degree("m0"))]
+    driver.find_element("css selector", "tr[data-key=m0] button").click()
+    settle(driver)
+    assert view(driver, "[...v.selected]") == ["m0"]
+    # and the graph marks its row
+    box = place(circuit.graph.architecture).boxes["a1.h2"]
+    driver.execute_script(POINT, box.x, box.y)
+    settle(driver)
+    marked = "[...document.querySelectorAll('.list tr.{}')].map((r) => r.dataset.key)"
+    assert view(driver, marked.format("over")) == ["a1.h2"]
+    assert view(driver, marked.format("on")) == ["m0"]
+    quiet(driver, page)
+
+
+def find(driver: Any, text: str) -> set[tuple[str, str]]:
+    driver.execute_script(
+        "const s = window.mansuViews[0].search; s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input'))", text,
+    )  # fmt: skip
+    return {(u, v) for u, v in view(driver, "v.drawn.map((i) => [v.source[i], v.target[i]])")}
+
+
+def test_the_search_finds_any_label(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    made = changes_view(circuit, *make_attributions(circuit))
+    weights = {"a1.h2": ["layers.1.attention rows 8–15"], "m0": ["layers.0.mlp rows 0–31"]}
+    prompt = PromptData("so", ["so"], "", {}, {"m1": Effect(["Paris", "Rome"], [1.0, -1.0], 0.0)})
+    data = replace(made.data, weights=weights, prompts=[prompt])
+    page = View(data).to_html(tmp_path / "find.html")
+    opened(driver, page)
+    driver.execute_script("const v = window.mansuViews[0]; v.setThreshold(0);")
+    everything = find(driver, "")
+
+    def touching(name: str) -> set[tuple[str, str]]:
+        return {(u, v) for u, v in everything if name in (u, v.split("<")[0])}
+
+    assert find(driver, "attention") == touching("a1.h2") == find(driver, "A1.H2")
+    assert find(driver, "paris") == touching("m1")
+    one_way = {(u, v) for u, v in everything if u == "m0" and v.startswith("a2")}
+    assert find(driver, "m0 → a2") == find(driver, "m0->a2") == one_way and one_way
+    found = find(driver, "recovered")
+    classes = set(view(driver, "v.drawn.map((i) => v.nameOf(i))"))
+    assert found and "recovered" in classes
+    driver.execute_script(
+        "const v = window.mansuViews[0]; v.notes.m0 = 'copies subjects';v.group('verbs', ['a2.h3'])"
+    )
+    assert find(driver, "copies") == touching("m0")
+    assert find(driver, "verbs") == touching("a2.h3")
+    quiet(driver, page)
+
+
+def with_prompts(data: GraphData) -> GraphData:
+    prompts = [
+        PromptData("the sea", ["the", " ", "sea"], "blue", {"a1.h2": [100, 25, 75, 5, 15, 80]},
+                   {"a1.h2": Effect(["blue", "red"], [2.5, -1.5], 2.5)}),
+        PromptData("<b>", ["<b>"], "red", {"a1.h2": [100]}, {}),
+    ]  # fmt: skip
+    return replace(data, prompts=prompts)
+
+
+def test_the_card_shows_attention_and_direct_effect(driver: Any, tmp_path: Path):
+    page = View(with_prompts(circuit_view(make_circuit()).data)).to_html(tmp_path / "card.html")
+    opened(driver, page)
+    canvas = driver.find_element("css selector", "canvas")
+    driver.execute_script("const v = window.mansuViews[0]; v.focus = 'a1.h2';")
+    press = "arguments[0].dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'}))"
+    driver.execute_script(press, canvas)
+    settle(driver)
+    assert view(driver, "[...v.selected]") == ["a1.h2"]
+    cells = driver.find_elements("css selector", ".attention .cell")
+    shares = [c.get_attribute("title") for c in cells]
+    assert shares == [
+        "the looks at the: 100%", "  looks at the: 25%", "  looks at  : 75%",
+        "sea looks at the: 5%", "sea looks at  : 15%", "sea looks at sea: 80%",
+    ]  # fmt: skip
+    alphas = [c.value_of_css_property("background-color") for c in cells]
+    assert " 0.25)" in alphas[1] and " 0.8)" in alphas[5]
+    text = driver.find_element("css selector", ".detail").text
+    assert "the sea →" in text and "on blue +2.5" in text
+    effect = driver.find_element("css selector", ".effect table").text.split()
+    assert effect == ["raises", "lowers", "blue", "+2.5", "red", "−1.5"]
+    driver.find_element("xpath", "//div[@class='inside']//button[text()='red']").click()
+    text = driver.find_element("css selector", ".detail").text
+    assert "<b> →" in text and not driver.find_elements("css selector", ".effect")
+    assert len(driver.find_elements("css selector", ".attention .cell")) == 1
+    quiet(driver, page)
+
+
+def saved(driver: Any, folder: Path, kind: str) -> Path:
+    """The file that a button saves."""
+    place = {"behavior": "allow", "downloadPath": str(folder)}
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", place)
+    driver.find_element("xpath", f"//div[@class='foot']/button[text()='{kind}']").click()
+    for _ in range(100):
+        if found := list(folder.glob(f"*.{kind.lower()}")):
+            return found[0]
+        time.sleep(0.05)
+    raise AssertionError(f"no {kind} in {folder}")
+
+
+def test_what_is_saved(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    made = changes_view(circuit, *make_attributions(circuit), title="=of 'facts'/x")
+    page = made.to_html(tmp_path / "save.html")
+    opened(driver, page)
+    driver.execute_script("const v = window.mansuViews[0]; v.notes.m0 = '=1'; v.pin(['m0'])")
+    drawn = view(driver, "v.drawn.length")
+    svg = ET.fromstring(saved(driver, tmp_path, "SVG").read_text("utf-8"))
+    curves = [e for e in svg.iter() if e.tag.endswith("path") and "C" in e.get("d", "")]
+    assert len(curves) == 3 * drawn
+    words = [e.text for e in svg.iter() if e.tag.endswith("text")]
+    assert {"before", "after", "quantized", "a2.h3", "=of 'facts'/x"} <= set(words)
+    rows = list(csv.reader(saved(driver, tmp_path, "CSV").read_text("utf-8").splitlines()))
+    assert rows[0] == ["from → to", "before", "after", "quantized", "became"]
+    assert len(rows) == 1 + drawn
+    top = view(driver, "v.order[0]")
+    scores = view(driver, f"v.data.edges.scores.map((s) => s[{top}])")
+    assert [float(x) for x in rows[1][1:4]] == scores
+    again = View.from_json(saved(driver, tmp_path, "JSON")).data
+    assert again.state == {"pinned": ["m0"], "notes": {"m0": "=1"}}
+    assert replace(again, state={}) == made.data
+    image = pytest.importorskip("PIL.Image").open(saved(driver, tmp_path, "PNG"))
+    pixels = np.asarray(image.convert("RGB").resize((400, 300))).reshape(-1, 3)
+    assert image.width > 1500 and len(np.unique(pixels, axis=0)) > 100
+    driver.find_element("xpath", "//button[text()='nodes']").click()
+    (tmp_path / "of-facts-x.csv").unlink()
+    assert '"\'=1"' in saved(driver, tmp_path, "CSV").read_text("utf-8")  # no formula
+    # the saved graph opens as it was left
+    opened(driver, View(again).to_html(tmp_path / "again.html"))
+    assert view(driver, "[[...v.selected], v.notes]") == [["m0"], {"m0": "=1"}]
+    assert browser.complaints(driver) == []
+
+
+STATE = (
+    "[[...v.selected], v.query, v.rank(v.threshold), v.changedOnly, [...v.hidden], [...v.kinds],"
+    " v.groups, v.notes, v.list.kind, v.list.by, v.list.up]"
+)
+
+
+def test_a_link_restores_the_view(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    page = changes_view(circuit, *make_attributions(circuit)).to_html(tmp_path / "link.html")
+    opened(driver, page)
+    fresh = view(driver, STATE)
+    driver.execute_async_script(
+        "const v = window.mansuViews[0]; v.pin(['a1.h2', 'm0']); v.group('x', ['a1.h2', 'm0']);"
+        "v.notes.m0 = 'a & b'; v.setThreshold(v.atRank(30)); v.hidden.add('new');"
+        "v.kinds.delete('q'); v.search.value = 'a1'; v.search.dispatchEvent(new Event('input'));"
+        "v.changedButton.click(); v.list.show('nodes'); v.list.up = true; v.remember();"
+        "setTimeout(arguments[0], 400)"
+    )
+    wanted, link = view(driver, STATE), driver.current_url
+    assert wanted != fresh and "#graph=" in link
+    driver.get("about:blank")
+    driver.get(link)
+    settle(driver)
+    assert view(driver, STATE) == wanted
+    assert driver.find_element("css selector", "input[type=search]").get_attribute("value") == "a1"
+    pressed = "v.changedButton.getAttribute('aria-pressed')"
+    assert view(driver, pressed) == "true"
+    assert view(driver, "v.legend.querySelectorAll('[aria-pressed=false]').length") == 1
+    # following a link in the same tab does the same, and an anchor of the page is none
+    driver.execute_script("location.hash = 'part-1'")
+    settle(driver)
+    assert view(driver, STATE) == wanted
+    driver.execute_async_script(
+        "window.mansuViews[0].list.show('edges'); setTimeout(arguments[0], 400)"
+    )
+    assert "#graph=" in driver.current_url and "part-1" not in driver.current_url
+    driver.execute_async_script(
+        "location.hash = 'graph=' + encodeURIComponent('{\"pinned\":[\"m1\"]}');"
+        "setTimeout(arguments[0], 50)"
+    )
+    assert view(driver, STATE) == [["m1"], *fresh[1:]]
+    assert view(driver, pressed) == "false"
+    assert browser.complaints(driver) == []
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "{", "null", "[]", '"x"', '{"pinned":5,"edge":[1],"find":{},"hide":["<b>"],"groups":[1]}',
+        '{"pinned":["<img src=x>"],"edge":["a","b"],"threshold":1e400,"sort":[99,1],"at":7}',
+        '{"notes":{"m0":"</script><img src=x onerror=1>"},"groups":{"<img>":["m0","zz"]}}',
+        '{"unfolded":[-1,1e9,"x"],"all":"yes","notes":{"__proto__":"x"},"list":"x"}',
+    ],
+)  # fmt: skip
+def test_a_hostile_link_does_no_harm(driver: Any, tmp_path: Path, hostile: str):
+    page = circuit_view(make_circuit()).to_html(tmp_path / "link.html")
+    browser.complaints(driver), browser.requests(driver)
+    driver.get(f"{page.as_uri()}#graph={quote(hostile)}")
+    settle(driver)
+    assert view(driver, "v.drawn.length") == 40
+    assert set(view(driver, "[...v.selected]")) == set()
+    assert not driver.find_elements("css selector", "img")
+    driver.execute_script("window.mansuViews[0].pin(['m0'])")
+    settle(driver)
+    assert not driver.find_elements("css selector", "img")
+    assert browser.complaints(driver) == []
+
+
+def test_folded_layers_unfold(driver: Any, tmp_path: Path):
+    circuit = make_circuit(30, 9, 9, n=12)
+    page = circuit_view(circuit).to_html(tmp_path / "folds.html")
+    opened(driver, page)
+    folds = view(driver, "v.folds.map((f) => [f.layers, f.y, f.sign ?? null])")
+    assert sorted(n for layers, *_ in folds for n in layers) == list(range(30))
+    assert {sign for *_, sign in folds} == {"+", None}
+    before = len(view(driver, "v.boxes"))
+    layers, y, _ = max(folds, key=lambda f: len(f[0]))
+    driver.execute_script(POINT, 15, y)
+    tip = driver.find_element("css selector", ".tip").text
+    assert tip.startswith(f"layers {layers[0]} to {layers[-1]} are folded")
+    driver.execute_script(CLICK, 15, y)
+    settle(driver)
+    boxes = {b["id"] for b in view(driver, "v.boxes")}
+    assert len(boxes) == before + 10 * len(layers)
+    assert {f"a{layers[0]}.h8", f"m{layers[-1]}"} <= boxes
+    # and fold again, from the keyboard
+    canvas = driver.find_element("css selector", "canvas")
+    for layer in layers:
+        driver.execute_script(
+            "window.mansuViews[0].focus = arguments[1];"
+            "arguments[0].dispatchEvent(new KeyboardEvent('keydown', {key: 'u'}))",
+            canvas, f"a{layer}.h0",
+        )  # fmt: skip
+    assert len(view(driver, "v.boxes")) == before
+    quiet(driver, page)
+
+
+def test_token_positions(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    share = np.random.default_rng(3).dirichlet([1.0, 1.0, 1.0], circuit.scores.shape)
+    by_position = np.moveaxis(share, -1, 0) * circuit.scores
+    scores = Attribution(circuit.graph, circuit.scores, 1.0, 0.0, by_position)
+    page = attribution_view(scores).to_html(tmp_path / "positions.html")
+    opened(driver, page)
+    titles = [
+        c.get_attribute("title") for c in driver.find_elements("css selector", ".places .cell")
+    ]
+    drawn = view(driver, "v.drawn.map((i) => [v.source[i], v.target[i]])")
+    for p in range(3):
+        total = sum(by_position[p][circuit.graph.edge(u, v)] for u, v in drawn if u == "m0")
+        (title,) = [t for t in titles if t.startswith(f"m0 at {p}: ")]
+        assert float(title.split(": ")[1].replace("−", "-")) == pytest.approx(total, abs=2e-3)
+    driver.find_element("css selector", "[aria-label='position 1: 1']").click()
+    settle(driver)
+    u, v = view(driver, "[v.source[v.order[0]], v.target[v.order[0]]]")
+    at = np.unravel_index(np.abs(by_position[1]).argmax(), by_position[1].shape)
+    assert circuit.graph.edge(u, v) == at
+    assert listed(driver)[0][1] == f"{by_position[1][at]:+.4g}".replace("-", "−")
+    driver.find_element("css selector", "[aria-label='all positions']").click()
+    assert view(driver, "v.at") is None
+    quiet(driver, page)
+
+
+def test_groups_and_notes(driver: Any, tmp_path: Path):
+    circuit = make_circuit()
+    page = circuit_view(circuit).to_html(tmp_path / "groups.html")
+    opened(driver, page)
+    driver.execute_script("window.mansuViews[0].pin(['a1.h2', 'm0'])")
+    name = driver.find_element("css selector", ".pins input")
+    name.send_keys("early\n")
+    assert view(driver, "v.groups") == {"early": ["a1.h2", "m0"]}
+    total = sum(circuit.scores[circuit.graph.writer_index[n]].sum() for n in ("a1.h2", "m0"))
+    shown = f"early: 2, {total:+.4g}".replace("-", "−")
+    assert driver.find_element("css selector", "button.group").text == shown
+    note = driver.find_element("css selector", "textarea")
+    note.send_keys("moves the subject")
+    settle(driver)
+    assert view(driver, "v.notes") == {"a1.h2": "moves the subject"}
+    driver.find_element("xpath", "//button[text()='nodes']").click()
+    row = next(row for row in listed(driver) if row[0] == "a1.h2")
+    assert row[-2:] == ["early", "moves the subject"]
+    driver.execute_script("window.mansuViews[0].click(null)")
+    driver.find_element("css selector", "button.group").click()
+    assert view(driver, "[...v.selected]") == ["a1.h2", "m0"]
+    driver.find_element("css selector", "[aria-label='dissolve the group early']").click()
+    assert view(driver, "v.groups") == {}
+    quiet(driver, page)
+
+
 WIDGET = """<!doctype html><meta charset="utf-8"><body><div id="w" style="width:1000px"></div>
 <script type="application/json" id="d">DATA</script>
 <script type="module">MODULE
@@ -306,6 +679,16 @@ def test_the_widget_module_speaks_to_its_model(driver: Any, tmp_path: Path):
     assert driver.find_element("css selector", "#w .count").text.startswith("0 of")
     driver.execute_script("window.model.fromPython('selected', ['m1'])")
     assert "m1" in driver.find_element("css selector", "#w .detail").text
+    driver.execute_async_script("setTimeout(arguments[0], 400)")
+    assert driver.execute_script("return window.saved.at(-1).state") == {
+        "pinned": ["m1"], "threshold": 1e9,
+    }  # fmt: skip
+    driver.execute_script("window.model.fromPython('state', {find: 'a1', notes: {m0: 'so'}})")
+    last = driver.execute_script("return window.saved.at(-1)")
+    assert last["selected"] == [] and last["threshold"] is None
+    find = driver.find_element("css selector", "#w input[type=search]")
+    assert find.get_attribute("value") == "a1"
+    assert not driver.find_element("css selector", "#w .count").text.startswith("0 of")
     driver.execute_script("window.stop()")
     assert browser.complaints(driver) == []
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..circuits.changes import CLASSES, MEANING
 from ..errors import ArtifactError
 from ..models.graph import Architecture, Graph
 from ..utils.files import Json, expect
 from .layout import CONSTANTS
-from .styles import EDGE_STYLES
 
 if TYPE_CHECKING:  # at run time only its fields are used, so pictures need no torch
     from ..circuits.compare import Divergence
@@ -23,6 +22,24 @@ if TYPE_CHECKING:  # at run time only its fields are used, so pictures need no t
 SCHEMA = 2
 """2: edge classes silent and weakened, or suppressed and erased where a graph after relearning
 tells them apart; ``comparison``."""
+
+EDGE_STYLES: dict[str, tuple[str, str, str]] = {
+    "pos": ("#0072B2", "#4BA3DB", ""),
+    "neg": ("#D55E00", "#EC7A24", "6 3"),
+    "kept": ("#0072B2", "#4BA3DB", ""),
+    "silent": ("#000000", "#F2F2F2", "1 4"),
+    "weakened": ("#E69F00", "#E69F00", "6 3"),
+    "recovered": ("#D55E00", "#EC7A24", "12 3"),
+    "suppressed": ("#E69F00", "#E69F00", "6 3"),
+    "erased": ("#000000", "#F2F2F2", "1 4"),
+    "new": ("#CC79A7", "#CC79A7", "8 3 2 3"),
+    "other": ("#8A9099", "#7A828C", ""),
+    "quiet": ("#8A9099", "#7A828C", ""),
+}
+"""How edges are drawn, here and in graph.js, by class: light colour, dark colour, dash pattern.
+
+Colours are the colour-blind safe set of Okabe and Ito, and never the only cue: a positive edge (it
+supports the answer) is solid blue, a negative one (it opposes) dashed vermillion."""
 
 FILE = {
     "schema": int,
@@ -46,6 +63,17 @@ FILE = {
     "comparison": ({...: dict}, None),
     "counts?": {f"{name}?": int for name in CLASSES[1:]},
     "present_from?": float,
+    "prompts?": [
+        {
+            "text": str,
+            "tokens": [str],
+            "answer": str,
+            "attention": {...: [int]},
+            "effects": {...: {"tokens": [str], "values": [float], "answer": float}},
+        }
+    ],
+    "positions?": {"tokens": [str], "scores": [[float]]},
+    "state?": dict,
 }
 """What is checked of a file."""
 
@@ -74,6 +102,57 @@ class NodeData:
     """A list a pane: the sum over a writer's outgoing edges, in metric units."""
     classes: list[int] | None = None
     """Index into ``CLASSES``; in change views alone."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a component adds to the logits by itself: the tokens it raises most, then those it
+    lowers most."""
+
+    tokens: list[str]
+    values: list[float]
+    """By token, in logits; the mean over all tokens is 0."""
+    answer: float
+    """The effect on the answer's own token."""
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """What happens inside the components on one prompt."""
+
+    text: str
+    tokens: list[str]
+    answer: str
+    attention: dict[str, list[int]]
+    """By head, in percent: the first token's attention to itself, the second's to the first and to
+    itself, and so on."""
+    effects: dict[str, Effect]
+    """By component."""
+
+
+@dataclass(frozen=True)
+class PositionData:
+    """The edges' scores by token position, in metric units."""
+
+    tokens: list[str]
+    """What stands at each position."""
+    scores: list[list[float]]
+    """A list a position, by edge."""
+
+
+@runtime_checkable
+class Verdict(Protocol):
+    """What is shown of `audit.cad.CAD`."""
+
+    @property
+    def verdict(self) -> str:
+        """One word."""
+        ...
+
+    @property
+    def sentence(self) -> str:
+        """The same as a sentence."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -110,6 +189,12 @@ class GraphData:
     """Edges of each class over the whole graph, without ``quiet``; in change views alone."""
     present_from: float | None = None
     """|score| from which an edge counts as present, in metric units; in change views alone."""
+    prompts: list[PromptData] = field(default_factory=list)
+    """A few prompts, and what the components do on them."""
+    positions: PositionData | None = None
+    """Scores by token position; in views of one pane."""
+    state: dict[str, Json] = field(default_factory=dict)
+    """Pins, groups, notes and filters that are restored, as `GraphWidget.state`."""
 
     def edge_ids(self) -> list[tuple[str, str]]:
         """Node ids of every edge, in order."""
@@ -149,7 +234,12 @@ class GraphData:
             meaning = {name: MEANING[name] for name in self.counts}
             out |= {"classes": list(CLASSES), "meaning": meaning, "counts": dict(self.counts)}
             out["present_from"] = self.present_from
-        return out
+        more = {
+            "prompts": [asdict(p) for p in self.prompts],
+            "positions": asdict(self.positions) if self.positions else None,
+            "state": dict(self.state),
+        }
+        return out | {name: value for name, value in more.items() if value}
 
     @classmethod
     def from_json(cls, data: object) -> GraphData:
@@ -199,11 +289,17 @@ def _checked(data: Mapping[str, Json]) -> GraphData:
         cad=Judged(**data["cad"]) if data["cad"] else None,
         counts=data.get("counts", {}),
         present_from=data.get("present_from"),
+        prompts=[_prompt(p) for p in data.get("prompts", ())],
+        positions=PositionData(**_only(PositionData, p)) if (p := data.get("positions")) else None,
+        state=data.get("state", {}),
     )
     graph, n = Graph(made.architecture), len(made.edges.source)
     _same_length("edges", n, [made.edges.target, made.edges.in_circuit, *made.edges.scores])
     _same_length("nodes", len(graph.writers), made.nodes.scores)
     _same_length("panes", len(made.panes), [made.edges.scores, made.nodes.scores])
+    if at := made.positions:
+        _same_length("positions", n, at.scores)
+        _same_length("positions", len(at.scores), [at.tokens])
     for part, length in ((made.edges.classes, n), (made.nodes.classes, len(graph.writers))):
         if (part is not None) != bool(made.counts):
             raise ValueError("classes and counts must come together")
@@ -225,6 +321,22 @@ def _checked(data: Mapping[str, Json]) -> GraphData:
         for model, parts in data["comparison"].items()
     }
     return replace(made, comparison=shown)
+
+
+def _only(record: type, values: Mapping[str, Json]) -> dict[str, Json]:
+    """The values that are fields of a record."""
+    return {f.name: values[f.name] for f in fields(record)}
+
+
+def _prompt(values: Mapping[str, Json]) -> PromptData:
+    """A prompt whose patterns have a share for every token that may be looked at."""
+    effects = {name: Effect(**_only(Effect, e)) for name, e in values["effects"].items()}
+    made = PromptData(**{**_only(PromptData, values), "effects": effects})
+    n = len(made.tokens)
+    _same_length("attention", n * (n + 1) // 2, list(made.attention.values()))
+    for effect in effects.values():
+        _same_length("effects", len(effect.tokens), [effect.values])
+    return made
 
 
 def _same_length(what: str, n: int, columns: Sequence[Sequence[object]]) -> None:

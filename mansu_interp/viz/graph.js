@@ -1,6 +1,6 @@
-// The interactive graph: one ES module for the notebook widget (anywidget calls `render`) and for
-// saved pages (they inline this file and call `mount`). No dependency, no request. Everything that
-// comes from data is written with textContent. The data's format is described in docs/viewing.md.
+// The interactive graph: with panels.js in front of it, one ES module for the notebook widget (anywidget
+// calls `render`) and for saved pages (they inline it and call `mount`). No dependency, no request.
+// Everything that comes from data is written with textContent; its format: docs/viewing.md.
 
 const PALETTE = {
   light: { paper: "#fff", ink: "#1d2329", soft: "#5c6670", faint: "#dfe3e7", box: "#f4f6f8", accent: "#0b6bcb" },
@@ -33,13 +33,13 @@ border-top:1px solid var(--faint)}
 .mg input[type=range]{width:150px;accent-color:var(--accent);margin:0}
 .mg input[type=number],.mg input[type=search]{font:inherit;color:var(--ink);background:var(--paper);
 border:1px solid var(--faint);border-radius:5px;padding:2px 6px;width:68px}
-.mg input[type=search]{width:176px}
+.mg input[type=search]{width:min(100%,220px)}
 .mg button{font:inherit;color:var(--soft);background:none;border:1px solid var(--faint);
 border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg button[aria-pressed=true]{color:var(--ink);background:var(--box);border-color:var(--soft)}
 .mg :focus-visible{outline:2px solid var(--accent);outline-offset:1px}
 .mg .chips{display:inline-flex;gap:4px;align-items:center;color:var(--soft)}
-.mg .panes{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--pane)),1fr));gap:8px}
+.mg .panes{display:grid;gap:8px}
 .mg figure{margin:0;min-width:0;overflow-x:auto}
 .mg figcaption{color:var(--soft);font-weight:600;padding:0 0 3px 2px;font-size:13px;text-align:left}
 .mg canvas{display:block;border-radius:6px;cursor:grab;touch-action:pan-x pan-y}
@@ -57,7 +57,7 @@ border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 border:1px solid var(--soft);border-radius:6px;padding:6px 10px;font-size:12px;max-width:min(430px,90vw);
 box-shadow:0 3px 12px #0003}
 @media print{.mg .bar,.mg .detail{display:none}}
-`;
+${PANEL_CSS}`;
 
 const fmt = (x) => (x === null || x === undefined ? "–" : (x < 0 ? "−" : "+") + short(Math.abs(x)));
 const short = (x) => (x === 0 ? "0" : x < 1e-4 ? x.toExponential(1) : Number(x.toPrecision(4)).toString());
@@ -90,6 +90,9 @@ function table(rows) {
   const entry = (tag) => (text) => make(tag, Object.hasOwn(TERMS, text) ? { text, title: TERMS[text] } : { text });
   return make("table", {}, ...rows.map((r, i) => make("tr", {}, ...r.map(entry(i ? "td" : "th")))));
 }
+
+// Columns for some panes where so many fit: rows of one length, where that is possible.
+function evenly(panes, fit) { return Math.ceil(panes / Math.ceil(panes / Math.max(1, fit))); }
 
 // Where everything is: the same rules as `place` in layout.py (a test compares them). `shown`: ids of
 // the boxes that carry something, or null for all.
@@ -178,29 +181,70 @@ function isDark(el) {
   return matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
+// Heads and MLP of a layer.
+function layerOf(a, layer) { return [...Array.from({ length: a.n_heads }, (_, h) => `a${layer}.h${h}`), `m${layer}`]; }
+
+// What can be unfolded: layers in a row that are left out altogether, and layers of which a part is.
+function foldsOf({ layout, data, unfolded }) {
+  const a = data.architecture, out = [], gaps = new Map(), ys = [...layout.rows];
+  for (let layer = 0; layer < a.n_layers; layer++) {
+    const missing = layerOf(a, layer).filter((id) => !layout.box[id]).length, y = layout.rows.get(layer);
+    if (y === undefined) {
+      const above = ys.find(([n]) => n > layer), key = above ? above[0] : a.n_layers;
+      gaps.set(key, [...(gaps.get(key) || []), layer]);
+    } else if (missing || unfolded.has(layer)) {
+      const words = missing ? `layer ${layer}: ${missing} of ${a.n_heads + 1} components are folded; click to unfold` : `layer ${layer}: click to fold what carries nothing`;
+      out.push({ row: layer, y, layers: [layer], sign: missing ? "+" : "−", words });
+    }
+  }
+  for (const [above, layers] of gaps) {
+    const under = layout.rows.get(layers[0] - 1) ?? layout.box.input.y;
+    const y = layout.rows.has(above) ? layout.rows.get(above) + layout.pitch / 2 : under - layout.pitch / 2;
+    out.push({ y, layers, words: `layers ${layers[0]} to ${layers.at(-1)} are folded: no drawn edge touches them; click to unfold` });
+  }
+  return out;
+}
+
 class GraphView {
-  constructor(el, data, model) {
-    Object.assign(this, { el, data, model, panes: data.panes, hidden: new Set(), query: "" });
+  // `link`: the name under which a page's address holds the state; null in a notebook.
+  constructor(el, data, model, link = null) {
+    Object.assign(this, { el, data, model, link, panes: data.panes, at: null, prompt: 0, hover: null });
+    const a = data.architecture;
     this.index();
-    this.kinds = new Set(["q", "k", "v", "mlp", "logits"]);
-    this.selected = new Set(model ? model.get("selected") : []);
-    this.selectedEdge = model ? model.get("selected_edge") : [];
-    this.changedOnly = model ? model.get("changed_only") : false;
-    this.circuitOnly = false;
+    this.nodeRow = Object.fromEntries(data.writers.map((id, i) => [id, i]));
+    this.known = new Set([...data.writers, ...data.readers].map(boxOf));
+    this.readers = ["q", "k", "v", "mlp", "logits"];
+    // What carries nothing is drawn, too, where there is room.
+    this.first = { threshold: this.atRank(data.top), all: a.n_layers * (a.n_heads + 1) <= data.layout.crowded };
     this.view = { k: 1, x: 0, y: 0 };
-    this.threshold = (model && model.get("threshold")) ?? this.atRank(data.top);
     this.stop = new AbortController();
+    this.list = new List(this);
+    restoreState(this, (link && readLink(link)) || data.state);
+    if (model) this.fromModel();
     this.build();
     this.refilter();
+    this.remembered = JSON.stringify(stateOf(this));
+    if (this.remembered !== "{}") this.syncTraits();
   }
+
+  fromModel() {
+    const saved = this.model.get("state");
+    if (isRecord(saved) && Object.keys(saved).length) restoreState(this, saved);
+    if (this.model.get("selected").length) this.selected = new Set(this.model.get("selected"));
+    if (this.model.get("selected_edge").length) this.selectedEdge = this.model.get("selected_edge");
+    this.changedOnly ||= this.model.get("changed_only");
+    this.threshold = this.model.get("threshold") ?? this.threshold;
+  }
+
+  scores(p) { return this.at === null ? this.data.edges.scores[p] : this.data.positions.scores[this.at]; }
 
   index() {
     const d = this.data, e = d.edges;
-    const n = e.source.length;
+    const n = e.source.length, scores = this.panes.map((_, p) => this.scores(p));
     this.strength = new Float64Array(n);
     this.largest = 0;
     for (let i = 0; i < n; i++) {
-      for (const s of e.scores) this.strength[i] = Math.max(this.strength[i], Math.abs(s[i]));
+      for (const s of scores) this.strength[i] = Math.max(this.strength[i], Math.abs(s[i]));
       this.largest = Math.max(this.largest, this.strength[i]);
     }
     this.order = Array.from({ length: n }, (_, i) => i).sort((a, b) => this.strength[b] - this.strength[a]);
@@ -208,21 +252,20 @@ class GraphView {
     this.source = e.source.map((i) => d.writers[i]);
     this.target = e.target.map((j) => d.readers[j]);
     this.kind = this.target.map((id) => readerOf(id) || (id === "logits" ? "logits" : "mlp"));
-    this.nodeRow = Object.fromEntries(d.writers.map((id, i) => [id, i]));
-    const a = d.architecture;
-    this.all = a.n_layers * (a.n_heads + 1) <= d.layout.crowded; // draw what carries nothing, too
   }
 
   // Boxes of the edges above the threshold, whatever else hides them: filters do not move anything.
   arrange() {
     const shown = this.all ? null : new Set([...this.selected].map(boxOf));
     if (shown) for (const i of this.order.slice(0, this.rank(this.threshold))) shown.add(boxOf(this.source[i])).add(boxOf(this.target[i]));
+    if (shown) for (const layer of this.unfolded) for (const id of layerOf(this.data.architecture, layer)) shown.add(id);
     const key = shown ? [...shown].sort().join() : "all";
     if (key === this.arranged) return;
     this.arranged = key;
     this.layout = place(this.data.architecture, this.data.layout, shown);
     this.boxes = this.layout.boxes;
     this.curves = new Array(this.order.length);
+    this.folds = this.all ? [] : foldsOf(this);
     if (!this.layout.box[this.focus]) this.focus = null;
   }
 
@@ -258,6 +301,25 @@ class GraphView {
     this.root = make("div", { class: "mg" });
     const head = make("div", { class: "head" }, make("span", { class: "title", text: d.title }));
     for (const fact of d.facts || []) head.append(make("span", { class: "soft", text: fact }));
+    this.panesEl = make("div", { class: "panes" });
+    this.canvases = this.panes.map((name, p) => this.pane(name, p));
+    this.legend = make("div", { class: "legend" });
+    this.detail = make("div", { class: "detail", "aria-live": "polite" });
+    this.places = make("div", { class: "places", hidden: "" });
+    this.places.addEventListener("mouseover", (event) => {
+      const key = event.target.closest("tr")?.dataset.key;
+      this.point(key ? { box: key } : null);
+    });
+    this.places.addEventListener("mouseleave", () => this.point(null));
+    this.tip = make("div", { class: "tip", hidden: "" });
+    this.work = make("div", { class: `work listed${this.panes.length > 1 ? "" : " single"}` },
+      this.panesEl, this.legend, this.places, this.detail, this.list.element);
+    this.root.append(make("style", { text: CSS }), head, ...this.verdict(), this.controls(), this.work, footOf(this), this.tip);
+    this.el.append(this.root);
+    this.watch();
+  }
+
+  controls() {
     this.slider = make("input", {
       type: "range", min: 0, max: 1000, "aria-label": "threshold on |score|",
       oninput: () => this.setThreshold(this.largest * Math.pow(this.low / this.largest, 1 - this.slider.value / 1000)),
@@ -268,52 +330,64 @@ class GraphView {
       onchange: () => this.setThreshold(this.atRank(Number(this.topInput.value) || 1)),
     });
     this.countOut = make("output", { "aria-live": "polite", class: "count" });
-    const bar = make("div", { class: "bar" },
+    this.search = make("input", {
+      type: "search", placeholder: "find, e.g. a2.h1 or m0 → m3", "aria-label": "find: the edges of what has this in its name, weights, tokens, class, group or note",
+      oninput: () => { this.query = this.search.value.trim().toLowerCase(); this.refilter(); },
+    });
+    this.search.value = this.query;
+    return make("div", { class: "bar" },
       make("label", {}, "|score| ≥", this.slider, this.thresholdOut),
-      make("label", {}, "top", this.topInput), this.countOut);
-    const chips = make("span", { class: "chips" }, "read as");
-    for (const kind of ["q", "k", "v", "mlp", "logits"]) {
-      chips.append(this.toggle(kind, true, (on) => {
-        this.kinds[on ? "add" : "delete"](kind);
-        this.refilter();
-      }));
-    }
-    bar.append(chips);
+      make("label", {}, "top", this.topInput), this.countOut,
+      make("span", { class: "chips" }, "read as", ...this.readers.map((kind) => this.readerButton(kind))),
+      ...this.toggles(), this.search,
+      make("button", { type: "button", text: "reset view", "aria-label": "reset view (key 0)", onclick: () => this.resetView() }));
+  }
+
+  readerButton(kind) {
+    const button = this.toggle(kind, this.kinds.has(kind), (on) => {
+      this.kinds[on ? "add" : "delete"](kind);
+      this.refilter();
+    });
+    button.shows = () => this.kinds.has(kind);
+    return button;
+  }
+
+  // Buttons with two states; `shows` says which, after a state was restored.
+  toggles() {
+    const d = this.data, out = [], put = (text, name, act) => {
+      const button = this.toggle(text, this[name], act ?? ((on) => { this[name] = on; this.refilter(); }));
+      button.shows = () => this[name];
+      out.push(button);
+      return button;
+    };
     if (d.edges.class) {
-      this.changedButton = this.toggle("changed only", this.changedOnly, (on) => {
+      this.changedButton = put("changed only", "changedOnly", (on) => {
         this.changedOnly = on;
         this.sync("changed_only", on);
         this.refilter();
       });
-      bar.append(this.changedButton);
     }
-    if (d.edges.in_circuit.some((x) => !x)) {
-      bar.append(this.toggle("circuit only", false, (on) => { this.circuitOnly = on; this.refilter(); }));
-    }
-    const everything = this.toggle("all components", this.all, (on) => { this.all = on; this.refilter(); });
-    everything.title = "off: layers and heads that no drawn edge touches are left out";
-    bar.append(everything);
-    this.search = make("input", {
-      type: "search", placeholder: "find node, e.g. a2.h1", "aria-label": "find node",
-      oninput: () => { this.query = this.search.value.trim().toLowerCase(); this.refilter(); },
-    });
-    bar.append(this.search, make("button", { type: "button", text: "reset view", title: "key 0", onclick: () => this.resetView() }));
+    if (d.edges.in_circuit.some((x) => !x)) put("circuit only", "circuitOnly");
+    put("all components", "all").title = "off: layers and heads that no drawn edge touches are left out; press a layer's number to unfold it";
+    out.push(this.toggle("list", true, (on) => {
+      this.work.classList.toggle("listed", on);
+      this.list.element.hidden = !on;
+      this.draw();
+    }));
+    return out;
+  }
 
-    this.panesEl = make("div", { class: "panes" });
-    this.canvases = this.panes.map((name, p) => {
-      const canvas = make("canvas", {
-        tabindex: 0, role: "img",
-        "aria-label": `Attribution graph${name ? ", " + name : ""}. Arrow keys move between components, Enter selects, plus and minus zoom, square brackets move the threshold.`,
-      });
-      this.listen(canvas, p);
-      this.panesEl.append(make("figure", {}, ...(name ? [make("figcaption", { text: name })] : []), canvas));
-      return canvas;
+  pane(name, p) {
+    const canvas = make("canvas", {
+      tabindex: 0, role: "img",
+      "aria-label": `Attribution graph${name ? ", " + name : ""}. Arrow keys move between components, Enter pins, u unfolds a layer, plus and minus zoom, square brackets move the threshold, slash searches.`,
     });
-    this.legend = make("div", { class: "legend" });
-    this.detail = make("div", { class: "detail", "aria-live": "polite" });
-    this.tip = make("div", { class: "tip", hidden: "" });
-    this.root.append(make("style", { text: CSS }), head, ...this.verdict(), bar, this.panesEl, this.legend, this.detail, this.tip);
-    this.el.append(this.root);
+    this.listen(canvas, p);
+    this.panesEl.append(make("figure", {}, ...(name ? [make("figcaption", { text: name })] : []), canvas));
+    return canvas;
+  }
+
+  watch() {
     const redraw = () => this.draw(); // which asks for the theme
     const signal = this.stop.signal;
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw, { signal });
@@ -322,7 +396,45 @@ class GraphView {
     watcher.observe(document.documentElement, { attributes: true, attributeFilter: ["class", "data-theme"] });
     const resize = new ResizeObserver(() => this.draw());
     resize.observe(this.panesEl);
-    signal.addEventListener("abort", () => { watcher.disconnect(); resize.disconnect(); });
+    signal.addEventListener("abort", () => { watcher.disconnect(); resize.disconnect(); clearTimeout(this.writing); });
+    if (!this.link) return;
+    addEventListener("hashchange", () => { // only a link that somebody followed: `remember` makes no such event
+      const state = readLink(this.link);
+      if (state) this.restore(state);
+    }, { signal });
+  }
+
+  restore(state) {
+    restoreState(this, state);
+    this.search.value = this.query;
+    for (const button of this.root.querySelectorAll(".bar button")) {
+      if (button.shows) button.setAttribute("aria-pressed", String(button.shows()));
+    }
+    this.buildLegend();
+    this.refilter();
+    this.syncTraits();
+  }
+
+  // After a state was restored: what Python reads one by one.
+  syncTraits() {
+    if (!this.model) return;
+    this.model.set("threshold", this.threshold === this.first.threshold ? null : this.threshold);
+    this.model.set("changed_only", this.changedOnly);
+    this.syncSelection();
+  }
+
+  // Soon: an address or a model that follows every move of a slider would be slow.
+  remember() {
+    clearTimeout(this.writing);
+    this.writing = setTimeout(() => this.writeState(), 150);
+  }
+
+  writeState() {
+    const state = stateOf(this), text = JSON.stringify(state);
+    if (text === this.remembered) return;
+    this.remembered = text;
+    if (this.link) writeLink(this.link, state);
+    this.sync("state", state);
   }
 
   toggle(text, on, act) {
@@ -370,7 +482,17 @@ class GraphView {
     } else {
       this.legend.append(make("span", {}, swatch("pos"), "supports the answer"), make("span", {}, swatch("neg"), "opposes it"));
     }
-    this.legend.append(make("span", { text: `Width: |score|, largest ${short(this.largest)} ${d.unit}` }));
+    this.legend.append(make("span", { text: this.widths() }));
+  }
+
+  widths() { return `Width: |score|, largest ${short(this.largest)} ${this.data.unit}`; }
+
+  // Style and words of what a picture's legend says.
+  meanings() {
+    const d = this.data;
+    const classes = (d.classes || []).filter((c) => c in d.counts).map((c) => [c, `${d.meaning[c]} (${count(d.counts[c])})`]);
+    const signs = [["pos", "supports the answer"], ["neg", "opposes it"]];
+    return [...(d.edges.class ? classes : signs), ["", this.widths()]];
   }
 
   // Notebooks render while detached and switch themes later: asked before every drawing.
@@ -387,7 +509,7 @@ class GraphView {
 
   nameOf(i) {
     const d = this.data;
-    return d.edges.class ? d.classes[d.edges.class[i]] : d.edges.scores[0][i] < 0 ? "neg" : "pos";
+    return d.edges.class ? d.classes[d.edges.class[i]] : this.scores(0)[i] < 0 ? "neg" : "pos";
   }
 
   sync(name, value) {
@@ -403,14 +525,14 @@ class GraphView {
   }
 
   refilter() {
-    const d = this.data, e = d.edges, q = this.query;
-    const matches = (id) => !q || boxOf(id).includes(q) || id.includes(q);
+    const d = this.data, e = d.edges, finds = this.finder();
     const k = this.rank(this.threshold);
     this.arrange();
     this.drawn = this.order.slice(0, k).filter((i) =>
       this.kinds.has(this.kind[i]) && (!this.circuitOnly || e.in_circuit[i]) &&
       (!e.class || (!this.hidden.has(d.classes[e.class[i]]) && (!this.changedOnly || !["kept", "quiet"].includes(d.classes[e.class[i]])))) &&
-      (matches(this.source[i]) || matches(this.target[i])));
+      finds(i));
+    this.flow = this.lit = null;
     this.active = new Set(this.drawn.flatMap((i) => [boxOf(this.source[i]), boxOf(this.target[i])]));
     const span = Math.log(this.low / this.largest) || 1;
     this.slider.value = Math.round(1000 * (1 - Math.log(Math.max(this.threshold, this.low) / this.largest) / span));
@@ -418,10 +540,74 @@ class GraphView {
     if (document.activeElement !== this.topInput) this.topInput.value = k;
     const more = this.order.length < d.total ? ` in this view, ${count(d.total)} in all` : "";
     this.countOut.textContent = `${count(this.drawn.length)} of ${count(this.order.length)} edges${more}`;
-    if (this.selectedEdge.length && !this.edgeIndex(this.selectedEdge)) this.selectedEdge = [];
+    if (this.selectedEdge.length && this.edgeIndex(this.selectedEdge) === undefined) this.selectedEdge = [];
+    this.list.stale = true;
+    const grid = positionGrid(this);
+    this.places.hidden = !grid.length;
+    this.places.replaceChildren(...grid);
     this.showDetail();
+    this.remember();
     this.draw();
   }
+
+  // What can be found of a component: its names, weights, class, group, note and tokens.
+  words(id) {
+    const d = this.data, row = this.nodeRow[id], prompts = d.prompts || [];
+    const kind = d.nodes.class && row !== undefined ? d.classes[d.nodes.class[row]] : "";
+    return [id, ...(d.weights[id] || []), kind, this.groupOf(id), this.notes[id], ...prompts.flatMap((p) => p.effects[id]?.tokens || [])].join(" ").toLowerCase();
+  }
+
+  matches(id) { return this.words(id).includes(this.query); }
+
+  // Which edges the search shows: those of a component, or, with an arrow, from one to another.
+  finder() {
+    const found = new Map(), [from, to] = this.query.split(/→|->/).map((x) => x.trim());
+    if (!this.query) return () => true;
+    const has = (id, q) => {
+      const key = `${q} ${id}`;
+      if (!found.has(key)) found.set(key, id.includes(q) || this.words(boxOf(id)).includes(q));
+      return found.get(key);
+    };
+    if (to !== undefined) return (i) => has(this.source[i], from) && has(this.target[i], to);
+    return (i) => has(this.source[i], from) || has(this.target[i], from) || (this.data.edges.class && this.nameOf(i).includes(from));
+  }
+
+  setPosition(p) {
+    this.at = p === this.at ? null : p;
+    this.index();
+    this.threshold = this.atRank(this.data.top);
+    this.buildLegend();
+    this.refilter();
+  }
+
+  // ---- pins and groups ------------------------------------------------------------------------
+  pin(ids) {
+    this.selected = new Set(ids);
+    this.selectedEdge = [];
+    this.syncSelection();
+    this.refilter();
+  }
+
+  // A name for some components; none: the group is dissolved.
+  group(name, ids) {
+    if (!name) return;
+    for (const id of ids) this.ungroup(id);
+    if (ids.length) this.groups[name] = ids;
+    else delete this.groups[name];
+    this.refilter();
+  }
+
+  ungroup(id) {
+    for (const [name, members] of Object.entries(this.groups)) {
+      const left = members.filter((x) => x !== id);
+      if (left.length) this.groups[name] = left;
+      else delete this.groups[name];
+    }
+  }
+
+  groupOf(id) { return Object.keys(this.groups).find((name) => this.groups[name].includes(id)); }
+
+  groupScore(ids) { return sum(ids.map((id) => this.data.nodes.scores[0][this.nodeRow[id]] || 0)); }
 
   edgeIndex([source, target]) { return this.drawn.find((i) => this.source[i] === source && this.target[i] === target); }
 
@@ -438,8 +624,22 @@ class GraphView {
       this.missed = 0;
       this.theme();
       this.fitPanes();
+      this.light();
+      if (this.list.stale) this.list.render();
+      else this.list.mark();
+      this.list.stale = false;
       this.canvases.forEach((_, p) => this.paint(p));
     });
+  }
+
+  // What is lit: the paths through what is pointed at, or else through what is pinned.
+  light() {
+    const { hover } = this, edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
+    if (hover?.box) this.lit = pathsThrough(this, [hover.box]);
+    else if (hover?.edge !== undefined) this.lit = pathsThrough(this, [], hover.edge);
+    else if (this.focus) this.lit = pathsThrough(this, [this.focus]);
+    else if (this.selected.size) this.lit = pathsThrough(this, [...this.selected]);
+    else this.lit = edge === undefined ? null : pathsThrough(this, [], edge);
   }
 
   // The scale at which the widest name fits its column, and letters their box; panes that have no room
@@ -451,7 +651,8 @@ class GraphView {
     this.letters = c.measureText(layout.longest).width + 1.5;
     c.restore();
     this.least = Math.min(1, Math.max(this.letters / (0.96 * layout.column), (FONT + 2) / layout.tall));
-    this.panesEl.style.setProperty("--pane", `${Math.ceil(layout.width * this.least)}px`);
+    const across = evenly(this.panes.length, Math.floor((this.panesEl.clientWidth + 8) / (Math.ceil(layout.width * this.least) + 8)));
+    this.panesEl.style.gridTemplateColumns = `repeat(${across},minmax(0,1fr))`;
   }
 
   paint(p) {
@@ -472,27 +673,26 @@ class GraphView {
     c.fillStyle = css.paper;
     c.fillRect(0, 0, width, height);
     c.setTransform(ratio * z, 0, 0, ratio * z, ratio * (this.shift + view.x), ratio * view.y);
-    const thin = Math.max(1, 0.75 / z); // lines stay visible when zoomed out
-    const shown = this.selected.size || this.selectedEdge.length;
-    const touches = (i) => this.selected.has(boxOf(this.source[i])) || this.selected.has(boxOf(this.target[i])) || this.isSelectedEdge(i);
+    this.paintOn(c, p, z);
+  }
+
+  // Onto any canvas whose unit is one of the layout's, `z` pixels wide.
+  paintOn(c, p, z) {
+    const { css, layout } = this, thin = Math.max(1, 0.75 / z); // lines stay visible when zoomed out
     c.font = `${FONT / z}px system-ui, sans-serif`;
     c.textBaseline = "middle";
     c.textAlign = "left";
     c.fillStyle = css.soft;
-    const each = Math.ceil((FONT + 2) / (layout.pitch * z));
-    [...layout.rows].forEach(([layer, y], i) => { if (i % each === 0) c.fillText(`L${layer}`, 6, y); });
-    for (const box of this.boxes) if (!this.active.has(box.id)) this.paintBox(c, box, p, false, z);
-    const scores = this.data.edges.scores[p];
-    const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1));
-    for (let n = this.drawn.length - 1; n >= 0; n--) { // the strongest end up in front
-      const i = this.drawn[n], share = Math.sqrt(Math.abs(scores[i]) / this.largest), name = this.nameOf(i);
-      const hot = this.hover && this.hover.edge === i;
-      const alpha = hot ? 1 : shown && !touches(i) ? 0.07 : weakest + (0.95 - weakest) * share;
-      const at = this.curve(i).p;
+    const each = Math.ceil((FONT + 2) / (layout.pitch * z)), open = new Map(this.folds.map((f) => [f.row, f]));
+    [...layout.rows].forEach(([layer, y], i) => { if (i % each === 0) c.fillText(`L${layer}${open.get(layer)?.sign ?? ""}`, 6, y); });
+    for (const fold of this.folds) if (fold.row === undefined) c.fillText(`⋮${fold.layers.length}`, 10, fold.y);
+    for (const box of this.boxes) if (!this.active.has(box.id)) this.paintBox(c, box, false, z);
+    for (const i of this.backToFront(p)) {
+      const { alpha, width, colour, dash } = this.look(i, p), at = this.curve(i).p;
       c.globalAlpha = alpha;
-      c.strokeStyle = this.colour(name);
-      c.lineWidth = (0.9 + 3.1 * share * share + (hot ? 2 : 0)) * thin;
-      c.setLineDash(this.data.styles[name][2].split(" ").filter(Boolean).map((x) => x * thin));
+      c.strokeStyle = colour;
+      c.lineWidth = width * thin;
+      c.setLineDash(dash.map((x) => x * thin));
       c.beginPath();
       c.moveTo(at[0], at[1]);
       c.bezierCurveTo(at[2], at[3], at[4], at[5], at[6], at[7]);
@@ -500,12 +700,52 @@ class GraphView {
     }
     c.setLineDash([]);
     c.globalAlpha = 1;
-    for (const box of this.boxes) if (this.active.has(box.id)) this.paintBox(c, box, p, true, z);
+    for (const box of this.boxes) if (this.active.has(box.id)) this.paintBox(c, box, true, z);
+    this.paintGroups(c, z);
   }
 
-  paintBox(c, box, p, on, z) {
+  // The drawn edges: the strongest in front, and what is lit in front of all.
+  backToFront() {
+    const back = [...this.drawn].reverse(), level = (i) => this.lit.edges.get(i) || 0;
+    return this.lit ? [0, 1, 2].flatMap((k) => back.filter((i) => level(i) === k)) : back;
+  }
+
+  // How an edge is drawn in a pane.
+  look(i, p) {
+    const share = Math.sqrt(Math.abs(this.scores(p)[i]) / this.largest), name = this.nameOf(i), hot = this.hover?.edge === i;
+    const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1)), own = weakest + (0.95 - weakest) * share;
+    const level = this.lit ? this.lit.edges.get(i) || 0 : -1;
+    return {
+      alpha: hot ? 1 : level < 0 ? own : level === 2 ? Math.max(own, 0.8) : level === 1 ? Math.min(own, 0.55) : 0.06,
+      width: 0.9 + 3.1 * share * share + (hot ? 2 : 0), colour: this.colour(name),
+      dash: this.data.styles[name][2].split(" ").filter(Boolean).map(Number),
+    };
+  }
+
+  // A frame around each member of a group, and the group's name over its first.
+  paintGroups(c, z) {
+    c.textAlign = "left";
+    for (const [name, members] of Object.entries(this.groups)) {
+      const boxes = this.boxes.filter((b) => members.includes(b.id)).reverse();
+      c.strokeStyle = c.fillStyle = this.css.accent;
+      c.lineWidth = 1.5 / z;
+      c.setLineDash([4 / z, 2 / z]);
+      for (const b of boxes) {
+        c.beginPath();
+        c.roundRect(b.x - this.widthOf(b, z) / 2 - 3, b.y - b.height / 2 - 3, this.widthOf(b, z) + 6, b.height + 6, 7);
+        c.stroke();
+      }
+      c.setLineDash([]);
+      if (!boxes.length) continue;
+      const [first] = boxes, x = Math.min(first.x - this.widthOf(first, z) / 2, this.layout.width - 2 - c.measureText(name).width);
+      c.fillText(name, Math.max(2, x), first.y - first.height / 2 - 11 / z);
+    }
+  }
+
+  paintBox(c, box, on, z) {
     const { css } = this, d = this.data, row = this.nodeRow[box.id];
-    const chosen = this.selected.has(box.id), found = this.query && box.id.includes(this.query);
+    const chosen = this.selected.has(box.id), found = this.query && this.matches(box.id);
+    c.globalAlpha = this.lit && !this.lit.boxes.has(box.id) ? 0.3 : 1;
     let line = on ? css.soft : css.faint, dash = "";
     if (on && d.nodes.class && row !== undefined && d.nodes.class[row]) {
       const name = d.classes[d.nodes.class[row]];
@@ -530,11 +770,17 @@ class GraphView {
     c.setLineDash([]);
     if (box.label && c.measureText(box.label).width <= width) {
       c.fillStyle = on || chosen ? css.ink : css.soft;
-      c.globalAlpha = on || chosen ? 1 : 0.7;
+      c.globalAlpha *= on || chosen ? 1 : 0.7;
       c.textAlign = "center";
       c.fillText(box.label, box.x, box.y + 0.5);
-      c.globalAlpha = 1;
     }
+    if (this.notes[box.id]) {
+      c.beginPath();
+      c.fillStyle = css.accent;
+      c.arc(x + width, y, 3.5 / z, 0, 7);
+      c.fill();
+    }
+    c.globalAlpha = 1;
   }
 
   // Wide enough for its name, where that leaves a gap to the next.
@@ -554,6 +800,8 @@ class GraphView {
     const [x, y] = this.toWorld(event, p), z = this.fit * this.view.k;
     const box = this.boxes.find((b) => Math.abs(x - b.x) <= this.widthOf(b, z) / 2 + 1 && Math.abs(y - b.y) <= b.height / 2 + (b.kind === "kv" ? 3 : 1));
     if (box) return { box: box.id };
+    const fold = this.folds.find((f) => x < this.layout.constants.left - 2 && Math.abs(y - f.y) * z < 9);
+    if (fold) return { fold };
     let best = null, least = (6 / z) ** 2;
     for (const i of this.drawn) {
       const l = this.curve(i).line;
@@ -576,13 +824,12 @@ class GraphView {
         if (moved) { this.view.x = start.vx + dx; this.view.y = start.vy + dy; this.draw(); }
         return;
       }
-      const hover = this.hit(event, p), was = this.hover;
-      this.hover = hover;
+      const hover = this.hit(event, p);
       canvas.classList.toggle("over", !!hover);
+      this.point(hover);
       this.showTip(event);
-      if (hover?.box !== was?.box || hover?.edge !== was?.edge) this.draw();
     });
-    canvas.addEventListener("pointerleave", () => { this.hover = null; this.tip.hidden = true; this.draw(); });
+    canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; this.point(null); });
     canvas.addEventListener("pointerdown", (event) => {
       if (event.button) return;
       start = { x: event.clientX, y: event.clientY, vx: this.view.x, vy: this.view.y };
@@ -607,6 +854,20 @@ class GraphView {
     canvas.addEventListener("keydown", (event) => this.key(event, canvas));
   }
 
+  // What the pointer is on, in the graph or in the list.
+  point(hit) {
+    const was = this.hover;
+    this.hover = hit;
+    if (hit?.box !== was?.box || hit?.edge !== was?.edge) this.draw();
+  }
+
+  // Unfold a layer, or some in a row; or fold it again.
+  fold(layers) {
+    const open = layers.every((n) => this.unfolded.has(n));
+    for (const n of layers) this.unfolded[open ? "delete" : "add"](n);
+    this.refilter();
+  }
+
   zoom(by, x, y) {
     const k = Math.max(0.5, Math.min(12, this.view.k * by)), f = k / this.view.k;
     x -= this.shift; // what lies under the pointer stays there
@@ -628,6 +889,7 @@ class GraphView {
       this.slider.value = Number(this.slider.value) + (event.key === "[" ? -20 : 20);
       this.slider.dispatchEvent(new Event("input"));
     } else if (event.key === "/") this.search.focus();
+    else if (event.key === "u" && this.focus?.match(/\d/)) this.fold([Number(this.focus.match(/\d+/)[0])]);
     else return;
     event.preventDefault();
     event.stopPropagation();
@@ -644,6 +906,7 @@ class GraphView {
   }
 
   click(hit, add = false) {
+    if (hit?.fold) return this.fold(hit.fold.layers);
     if (hit && hit.box) {
       const had = this.selected.has(hit.box);
       if (!add) this.selected.clear();
@@ -658,13 +921,17 @@ class GraphView {
       this.selectedEdge = [];
     }
     this.focus = null;
-    if (this.model) {
-      this.model.set("selected", [...this.selected]);
-      this.model.set("selected_edge", this.selectedEdge);
-      this.model.save_changes();
-    }
+    this.syncSelection();
     this.showDetail();
+    this.remember();
     this.draw();
+  }
+
+  syncSelection() {
+    if (!this.model) return;
+    this.model.set("selected", [...this.selected]);
+    this.model.set("selected_edge", this.selectedEdge);
+    this.model.save_changes();
   }
 
   // ---- words ----------------------------------------------------------------------------------
@@ -672,7 +939,7 @@ class GraphView {
 
   edgeRows(list) {
     const e = this.data.edges;
-    return list.map((i) => [`${this.source[i]} → ${this.target[i]}`, ...e.scores.map((s) => fmt(s[i])), ...(e.class ? [this.nameOf(i)] : [])]);
+    return list.map((i) => [`${this.source[i]} → ${this.target[i]}`, ...this.panes.map((_, p) => fmt(this.scores(p)[i])), ...(e.class ? [this.nameOf(i)] : [])]);
   }
 
   describeBox(id, full) {
@@ -692,7 +959,7 @@ class GraphView {
     const heads = ["", ...this.paneNames(), ...(d.edges.class ? ["became"] : [])];
     const cols = [["strongest in", into], ["strongest out", from]].filter(([, list]) => list.length)
       .map(([title, list]) => make("div", {}, table([[title, ...heads.slice(1)], ...this.edgeRows(list.slice(0, 8))])));
-    return [make("div", { class: "cols" }, make("div", {}, ...out), ...cols)];
+    return [make("div", { class: "part" }, make("div", { class: "cols" }, make("div", {}, ...out, noteField(this, id)), ...cols), ...insideOf(this, id))];
   }
 
   describeEdge(i) {
@@ -706,7 +973,7 @@ class GraphView {
     const { hover, tip } = this;
     tip.hidden = !hover;
     if (!hover) return;
-    tip.replaceChildren(...(hover.box ? this.describeBox(hover.box, false) : this.describeEdge(hover.edge)));
+    tip.replaceChildren(...(hover.fold ? [hover.fold.words] : hover.box ? this.describeBox(hover.box, false) : this.describeEdge(hover.edge)));
     const { width, height } = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 6))}px`;
     tip.style.top = `${event.clientY + 16 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 16}px`;
@@ -715,17 +982,17 @@ class GraphView {
   showDetail(id) {
     const edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
     const ids = id ? [id] : [...this.selected];
-    const hint = "Click a component or an edge (shift-click adds); drag to move, double-click, + and − to zoom; arrows and Enter work too.";
-    this.detail.replaceChildren(...(ids.length ? ids.slice(0, 4).flatMap((x) => this.describeBox(x, true))
+    const hint = "Point at a component or an edge to see its paths; click to pin it (shift-click adds). Drag to move, double-click, + and − to zoom; arrows and Enter work too.";
+    this.detail.replaceChildren(...pinBar(this), ...(ids.length ? ids.slice(0, 4).flatMap((x) => this.describeBox(x, true))
       : edge !== undefined ? this.describeEdge(edge) : [make("span", { class: "soft", text: hint })]));
   }
 
   close() { this.stop.abort(); cancelAnimationFrame(this.pending); }
 }
 
-export function mount(el, data, model = null) {
+export function mount(el, data, model = null, link = null) {
   try {
-    return new GraphView(el, data, model);
+    return new GraphView(el, data, model, link);
   } catch (error) { // a picture that fails must not take the page with it
     el.textContent = `This graph cannot be drawn: ${error.message}`;
     return null;
@@ -738,6 +1005,9 @@ export default {
     if (!view) return;
     const on = (name, act) => { model.on(`change:${name}`, act); return () => model.off(`change:${name}`, act); };
     const off = [
+      on("state", () => {
+        if (JSON.stringify(model.get("state")) !== view.remembered) view.restore(model.get("state"));
+      }),
       on("selected", () => { view.selected = new Set(model.get("selected")); view.refilter(); }),
       on("selected_edge", () => { view.selectedEdge = model.get("selected_edge"); view.showDetail(); view.draw(); }),
       on("threshold", () => { if (model.get("threshold") !== null) { view.threshold = model.get("threshold"); view.refilter(); } }),

@@ -20,7 +20,9 @@ from .svg import escape, view_svg
 _MOUNT = """
 for (const el of document.querySelectorAll("[data-mansu-graph]")) {
   try {
-    const view = mount(el, JSON.parse(document.getElementById(el.dataset.mansuGraph).textContent));
+    const name = el.dataset.mansuGraph;
+    const data = JSON.parse(document.getElementById(name).textContent);
+    const view = mount(el, data, null, name);
     if (view) (window.mansuViews ??= []).push(view);
   } catch (error) {
     el.textContent = `This graph cannot be drawn: ${error.message}`;
@@ -35,7 +37,8 @@ main{max-width:1500px;margin:0 auto}@media (max-width:600px){body{padding:8px}}"
 
 def module_source() -> str:
     """The ES module that widget and pages share."""
-    return (Path(__file__).parent / "graph.js").read_text(encoding="utf-8")
+    parts = (Path(__file__).parent / name for name in ("panels.js", "graph.js"))
+    return "\n".join(part.read_text(encoding="utf-8") for part in parts)
 
 
 @cache

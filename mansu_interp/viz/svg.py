@@ -1,6 +1,6 @@
 """Static, self-contained SVG: a circuit, and its faithfulness curve.
 
-Width and opacity of an edge follow |score|, colour and dashes its sign (see `styles`). With a
+Width and opacity of an edge follow |score|, colour and dashes its sign (see `EDGE_STYLES`). With a
 ``status`` map (edge -> ``kept``, ``silent``, ``weakened``, ``recovered`` or ``new``) they show the
 status instead, and the sign is left to the tooltip. Light and dark follow ``prefers-color-scheme``.
 No scripts; tooltips are ``<title>``.
@@ -18,9 +18,8 @@ from ..circuits.changes import CLASSES, MEANING
 from ..errors import CircuitError
 from ..models.graph import Architecture
 from ..utils.words import number_of
-from .data import GraphData
+from .data import EDGE_STYLES, GraphData
 from .layout import LEFT, ROOM, Box, Layout, box_id, crowded, curve, place, reader_name
-from .styles import EDGE_STYLES
 
 if TYPE_CHECKING:  # at run time only its methods are used, so pictures need no torch
     from ..circuits.circuit import Circuit
@@ -310,8 +309,9 @@ def view_svg(data: GraphData, *, top: int = 200, theme: str | None = None) -> st
     panes, names = data.panes, data.edge_ids()
     n = min(len(names), max(top, 0), max(data.top, 1))
     layout = _layout(data.architecture, names[:n], ROOM if len(panes) == 1 else 2 / 3 * ROOM)
-    across = max(1, min(len(panes), int(_WIDE / layout.width)))
-    down = -(-len(panes) // across)
+    fit = max(1, min(len(panes), int(_WIDE / layout.width)))
+    down = -(-len(panes) // fit)
+    across = -(-len(panes) // down)  # rows of one length, where that is possible
     shown = [s for scores in data.edges.scores for s in scores[: max(n, 1)]]
     largest = max((abs(s) for s in shown), default=0.0)
     legend = _view_legend(data, n, largest)

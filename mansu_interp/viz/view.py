@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from ..circuits.changes import Changes, classify
 from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
-from ..utils.files import atomic_path, write_json, write_text
+from ..utils.files import atomic_path, read_json, write_json, write_text
 from ..utils.libraries import library
 from ..utils.ranges import expect_kind
-from .data import EdgeData, GraphData, Judged, NodeData
+from .data import EdgeData, GraphData, Judged, NodeData, PositionData, Verdict
 from .layout import box_id
 from .page import graph_page
 from .svg import view_svg
@@ -34,27 +34,15 @@ if TYPE_CHECKING:  # at run time only their attributes are used
     from ..circuits.scores import Attribution
     from ..masks.mask import Mask
     from ..models.language_model import LanguageModel
+    from ..tasks.pairs import Pair
     from .widget import GraphWidget
 
 LIMIT = 3000
 """Edges in a view by default: the strongest in any pane and those of the circuit."""
 TOP = 200
 """Edges drawn at first; more are a hairball."""
-
-
-@runtime_checkable
-class Verdict(Protocol):
-    """What is shown of `audit.cad.CAD`."""
-
-    @property
-    def verdict(self) -> str:
-        """One word."""
-        ...
-
-    @property
-    def sentence(self) -> str:
-        """The same as a sentence."""
-        ...
+PROMPTS = 3
+"""Prompts on which attention and direct effects are shown."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +51,16 @@ class View:
 
     data: GraphData
     """Everything that is shown."""
+
+    @classmethod
+    def from_json(cls, path: Path | str) -> View:
+        """What `to_json` wrote, or a page's or widget's *save as JSON*: with its pins, groups and
+        notes.
+
+        Raises:
+            ArtifactError: no such file, or one that is damaged or of another kind.
+        """
+        return cls(GraphData.from_json(read_json(Path(path))))
 
     def widget(self) -> GraphWidget:
         """The interactive widget."""
@@ -211,11 +209,42 @@ def _graph_data(
     )
 
 
+def _with_tokens(
+    data: GraphData,
+    model: LanguageModel | None,
+    pairs: Sequence[Pair] | None,
+    by_position: Float[np.ndarray, "pos writers readers"] | None = None,
+) -> GraphData:
+    """The same with what happens at the tokens of some prompts, and scores by token position.
+
+    Raises:
+        ViewError: pairs without a model, or something else than pairs.
+    """
+    expect_kind(ViewError, "pairs", pairs, "PairSet", "tuple", "list", None)
+    if pairs is not None and model is None:
+        raise ViewError("Attention and direct effects on pairs need the model: give model=, too.")
+    places, at = None, (data.edges.source, data.edges.target)
+    if by_position is not None:
+        names = [str(k) for k in range(len(by_position))]
+        places = PositionData(names, [_round(scores[at]) for scores in by_position])
+    if pairs is not None and model is not None:
+        from .tokens import look_inside, position_names
+
+        if places is not None:
+            places = replace(places, tokens=position_names(pairs, model, len(places.tokens)))
+        edges = zip(data.edge_ids(), data.edges.in_circuit, strict=True)
+        drawn = [edge for k, (edge, inside) in enumerate(edges) if k < data.top or inside]
+        nodes = {box_id(end) for edge in drawn for end in edge}
+        data = replace(data, prompts=look_inside(model, pairs[:PROMPTS], nodes))
+    return replace(data, positions=places)
+
+
 def circuit_view(
     circuit: Circuit,
     *,
     model: LanguageModel | None = None,
     mask: Mask | None = None,
+    pairs: Sequence[Pair] | None = None,
     limit: int | None = LIMIT,
     title: str = "",
 ) -> View:
@@ -225,8 +254,12 @@ def circuit_view(
         circuit: from `discover`, or read from a file (then only its own edges have scores).
         model: its model, to name the weights behind each component.
         mask: to count the parameters of the mask in them.
+        pairs: prompts: with a model, the first three show attention and direct effects.
         limit: edges in the view: so many, the strongest, and all of the circuit; None: every edge.
         title: default: the model's name.
+
+    Raises:
+        ViewError: not a circuit, or pairs without a model.
     """
     expect_kind(ViewError, "circuit", circuit, "Circuit")
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
@@ -236,19 +269,30 @@ def circuit_view(
     title = title or f"Circuit{f' of {name}' if name else ''}"
     data = _graph_data(title, circuit, {"": circuit.scores}, limit)
     top = min(TOP, circuit.n_edges) or TOP
-    weights = _weights(circuit.graph, model, mask)
-    return View(replace(data, facts=facts, top=top, weights=weights))
+    data = replace(data, facts=facts, top=top, weights=_weights(circuit.graph, model, mask))
+    return View(_with_tokens(data, model, pairs))
 
 
 def attribution_view(
-    scores: Attribution, *, limit: int | None = LIMIT, title: str = "Edge scores"
+    scores: Attribution,
+    *,
+    model: LanguageModel | None = None,
+    pairs: Sequence[Pair] | None = None,
+    limit: int | None = LIMIT,
+    title: str = "Edge scores",
 ) -> View:
-    """The strongest edges of a graph.
+    """The strongest edges of a graph; by token position, too, if they were scored so.
 
     Arguments:
         scores: from `attribute`.
+        model: its model, to name the weights behind each component.
+        pairs: those it was scored on: with a model, their tokens name the positions, and the first
+            three show attention and direct effects.
         limit: edges in the view, the strongest; None: every edge.
         title: of the page.
+
+    Raises:
+        ViewError: pairs without a model, or other ones than were scored.
     """
     from ..circuits.circuit import Circuit
 
@@ -256,7 +300,8 @@ def attribution_view(
     circuit = Circuit(scores.graph, scores.scores, nothing)
     data = _graph_data(title, circuit, {"": np.asarray(scores.scores)}, limit)
     facts = [f"metric {scores.clean:.3g} on clean prompts, {scores.corrupt:.3g} on corrupt ones"]
-    return View(replace(data, facts=facts))
+    data = replace(data, facts=facts, weights=_weights(scores.graph, model, None))
+    return View(_with_tokens(data, model, pairs, scores.by_position))
 
 
 def _scores_of(
@@ -299,6 +344,7 @@ def changes_view(
     comparison: GraphComparison | None = None,
     model: LanguageModel | None = None,
     mask: Mask | None = None,
+    pairs: Sequence[Pair] | None = None,
     threshold: float | None = None,
     limit: int | None = LIMIT,
     title: str = "",
@@ -318,6 +364,7 @@ def changes_view(
         comparison: how the graphs differ in numbers, shown on top (from `compare`).
         model: the original, to name the weights behind each component.
         mask: to count the parameters of the mask in them.
+        pairs: prompts: with a model, the first three show its attention and direct effects.
         threshold: |score| from which an edge counts as present; see `circuits.changes.classify`.
         limit: edges in the view: so many, the strongest in any pane, and all of the circuit; None:
             every edge.
@@ -325,6 +372,7 @@ def changes_view(
 
     Raises:
         CircuitError: scores of another architecture, or not finite.
+        ViewError: other objects than these, or pairs without a model.
     """
     expect_kind(ViewError, "circuit", circuit, "Circuit")
     more = {"quantized": quantized, "relearned": relearned, "never_taught": never_taught}
@@ -334,16 +382,14 @@ def changes_view(
     panes = {name: s for name, s in found.items() if name != "never_taught"}
     name = circuit.meta.model
     title = title or f"What became of the graph{f' of {name}' if name else ''}"
-    data = _with_classes(_graph_data(title, circuit, panes, limit), edges, nodes)
-    return View(
-        replace(
-            data,
-            facts=[
-                f"an edge is present from |score| {edges.threshold:.3g}",
-                *([circuit.meta.caveat] if circuit.meta.caveat else []),
-            ],
-            weights=_weights(circuit.graph, model, mask),
-            cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
-            comparison=comparison.models if comparison is not None else None,
-        )
+    data = replace(
+        _with_classes(_graph_data(title, circuit, panes, limit), edges, nodes),
+        facts=[
+            f"an edge is present from |score| {edges.threshold:.3g}",
+            *([circuit.meta.caveat] if circuit.meta.caveat else []),
+        ],
+        weights=_weights(circuit.graph, model, mask),
+        cad=Judged(cad.verdict, cad.sentence) if cad is not None else None,
+        comparison=comparison.models if comparison is not None else None,
     )
+    return View(_with_tokens(data, model, pairs))

@@ -36,8 +36,16 @@ class GraphWidget(anywidget.AnyWidget):
     """Smallest |score| that is drawn; None until it is set or moved (then the strongest 200)."""
     changed_only = traitlets.Bool(False).tag(sync=True)
     """Change view: leave out what was kept."""
+    state = traitlets.Dict().tag(sync=True)
+    """Pins, groups, notes, search, filters, sort order: read it to keep a view, set it to restore
+    one. What is as at first is left out."""
     view: View
     """The view it was made from: its static forms."""
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Components by the name of their group."""
+        return dict(self.state.get("groups", {}))
 
     def circuit(self, circuit: Circuit) -> Circuit:
         """The part of a circuit that is selected and above the threshold.
@@ -75,6 +83,6 @@ class GraphWidget(anywidget.AnyWidget):
 
 def graph_widget(view: View) -> GraphWidget:
     """A widget of a view."""
-    widget = GraphWidget(data=finite(view.data.to_json()))
+    widget = GraphWidget(data=finite(view.data.to_json()), state=view.data.state)
     widget.view = view
     return widget

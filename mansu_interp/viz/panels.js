@@ -1,0 +1,469 @@
+// What stands around the drawing: the list, the card of a component, token positions, files, and the
+// state that a link restores. page.py puts this in front of graph.js; together they are one ES module.
+
+const SVG_NS = "http://www.w3.org/2000/svg";
+const isRecord = (x) => x !== null && typeof x === "object" && !Array.isArray(x);
+const strings = (x) => (Array.isArray(x) ? x.filter((s) => typeof s === "string") : []);
+const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+
+const PANEL_CSS = `
+.mg .work{display:grid;grid-template-columns:minmax(0,1fr);gap:0 18px}
+.mg .list{margin-top:10px;min-width:0}
+.mg .list .bar{border-top:1px solid var(--faint);padding:7px 0 6px;gap:6px 10px}
+.mg .rows{overflow:auto;max-height:300px;border:1px solid var(--faint);border-radius:6px}
+.mg .rows table{margin:0;width:100%}
+.mg .rows th{position:sticky;top:0;background:var(--paper);padding:3px 10px;z-index:1;box-shadow:0 1px var(--faint)}
+.mg .rows td{padding:1px 10px;border-top:1px solid var(--faint)}
+.mg .rows th:first-child,.mg .rows td:first-child,.mg .rows .word{text-align:left}
+.mg .rows button{border:0;padding:1px 0;text-align:inherit;color:inherit;font-variant-numeric:inherit;white-space:nowrap}
+.mg .rows tr.over td{background:var(--box)}
+.mg .rows tr.on td{background:var(--box);box-shadow:inset 3px 0 var(--accent)}
+.mg .rows tr.on td+td{box-shadow:none}
+.mg .rows tr.dim td{opacity:.45}
+.mg .pins{display:flex;flex-wrap:wrap;gap:5px 8px;align-items:center;margin-bottom:6px}
+.mg .part+.part{border-top:1px solid var(--faint);margin-top:8px;padding-top:8px}
+.mg textarea{font:inherit;color:var(--ink);background:var(--paper);border:1px solid var(--faint);border-radius:5px;
+padding:3px 6px;width:min(100%,420px);height:2.9em;display:block;margin-top:6px;resize:vertical}
+.mg input[type=text]{font:inherit;color:var(--ink);background:var(--paper);border:1px solid var(--faint);
+border-radius:5px;padding:2px 6px;width:130px}
+.mg .heat{width:auto;font-size:11px}
+.mg .heat td,.mg .heat th{padding:0 4px;height:17px;min-width:17px;text-align:center;color:var(--ink);text-decoration:none;cursor:default}
+.mg .heat th:first-child,.mg .heat td:first-child{text-align:right;color:var(--soft);padding-right:6px}
+.mg .heat .down{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;height:auto;padding:4px 0;color:var(--soft)}
+.mg .heat button{font-size:11px;padding:2px 5px}
+.mg .heat .cell{border:1px solid var(--faint)}
+.mg .effect td:nth-child(3),.mg .effect th:nth-child(3){text-align:left}
+.mg .places{margin-top:10px;overflow-x:auto;border-top:1px solid var(--faint);padding-top:7px}
+.mg .foot{border-top:1px solid var(--faint);margin-top:9px;padding-top:8px;display:flex;flex-wrap:wrap;gap:6px 8px;align-items:center}
+@container (min-width:900px){
+.mg .work.single{grid-template-columns:minmax(0,1fr) minmax(320px,400px);grid-template-rows:auto auto auto 1fr}
+.mg .work.single.listed>*{grid-column:1}.mg .work.single.listed>.list{grid-column:2;grid-row:1/span 4;margin-top:0}
+.mg .work.single.listed>.list .bar{border-top:0;padding-top:0}
+.mg .work.single.listed .rows{max-height:720px}
+.mg .work.single:not(.listed){grid-template-columns:minmax(0,1fr)}}
+@media print{.mg .list,.mg .foot{display:none}}
+`;
+
+// ---- paths ------------------------------------------------------------------------------------
+
+// Boxes from which a walk along `links` gets to, with those it starts from.
+function reach(starts, links) {
+  const seen = new Set(starts), todo = [...starts];
+  while (todo.length) {
+    for (const next of links.get(todo.pop()) || []) {
+      if (!seen.has(next)) { seen.add(next); todo.push(next); }
+    }
+  }
+  return seen;
+}
+
+// What the drawn edges connect, by box, along and against the flow. Shared keys and values lead to
+// their heads by themselves.
+function linksOf(view) {
+  const ahead = new Map(), behind = new Map(), { n_heads: heads, n_kv_heads: kv } = view.data.architecture;
+  const put = (map, from, to) => (map.has(from) ? map.get(from).add(to) : map.set(from, new Set([to])));
+  const add = (from, to) => { put(ahead, from, to); put(behind, to, from); };
+  for (const i of view.drawn) add(boxOf(view.source[i]), boxOf(view.target[i]));
+  for (const { id, kind } of view.boxes) {
+    const [, layer, k] = kind === "kv" ? id.match(/^a(\d+)\.kv(\d+)$/) : [];
+    for (let h = (k * heads) / kv; h < ((+k + 1) * heads) / kv; h++) add(id, `a${layer}.h${h}`);
+  }
+  return { ahead, behind, ends: reach(["logits"], behind), begins: reach(["input"], ahead) };
+}
+
+// The drawn edges on the paths from input through some boxes, or through one edge, to the logits:
+// edge -> 2 where it touches them, 1 further on; and the boxes on the way.
+function pathsThrough(view, boxes, edge = null) {
+  const links = (view.flow ??= linksOf(view));
+  const from = edge === null ? boxes : [boxOf(view.target[edge])], to = edge === null ? boxes : [boxOf(view.source[edge])];
+  const after = reach(from, links.ahead), before = reach(to, links.behind), own = new Set(boxes);
+  const edges = new Map(), on = new Set(edge === null ? boxes : [...from, ...to]);
+  for (const i of view.drawn) {
+    const s = boxOf(view.source[i]), t = boxOf(view.target[i]);
+    const near = i === edge || own.has(s) || own.has(t);
+    if (!near && !(after.has(s) && links.ends.has(t)) && !(before.has(t) && links.begins.has(s))) continue;
+    edges.set(i, near ? 2 : 1);
+    on.add(s).add(t);
+  }
+  return { edges, boxes: on };
+}
+
+// ---- the list of nodes and edges ----------------------------------------------------------------
+
+const ROWS = 150; // more on demand
+
+class List {
+  constructor(view) {
+    Object.assign(this, { view, kind: "edges", by: 1, up: false, all: false, rows: new Map() });
+    this.table = make("table");
+    this.more = make("button", { type: "button", onclick: () => { this.all = true; this.render(); } });
+    this.tabs = ["nodes", "edges"].map((kind) => make("button", { type: "button", text: kind, "aria-pressed": "false", onclick: () => this.show(kind) }));
+    this.element = make("div", { class: "list" },
+      make("div", { class: "bar" }, make("span", { class: "chips" }, ...this.tabs), this.more),
+      make("div", { class: "rows", tabindex: 0, role: "region", "aria-label": "list of nodes and edges" }, this.table));
+    const over = (event) => view.point(this.hitOf(event.target));
+    this.table.addEventListener("mouseover", over);
+    this.table.addEventListener("focusin", over);
+    this.table.addEventListener("mouseleave", () => view.point(null));
+    this.table.addEventListener("focusout", () => view.point(null));
+    this.table.addEventListener("click", (event) => this.press(event));
+  }
+
+  show(kind) {
+    if (kind !== this.kind) Object.assign(this, { kind, by: 1, up: false, all: false });
+    this.render();
+    this.view.remember();
+  }
+
+  hitOf(target) {
+    const key = target.closest("tr")?.dataset.key;
+    return key === undefined ? null : this.kind === "nodes" ? { box: key } : { edge: Number(key) };
+  }
+
+  press(event) {
+    const column = event.target.closest("th");
+    if (column) {
+      const by = column.cellIndex, first = !this.isWord(by); // numbers: the largest first
+      Object.assign(this, by === this.by ? { up: !this.up } : { by, up: !first });
+      this.render();
+      this.view.remember();
+      this.table.querySelectorAll("th button")[by].focus();
+    } else if (event.target.closest("tr")) this.view.click(this.hitOf(event.target), event.shiftKey);
+  }
+
+  isWord(column) { return typeof this.items[0]?.cells[column] !== "number"; }
+
+  head() {
+    const d = this.view.data, panes = this.view.paneNames(), became = d.edges.class ? ["became"] : [];
+    if (this.kind === "edges") return ["from → to", ...panes, ...became];
+    const own = ["groups", "notes"].filter((name) => Object.keys(this.view[name]).length).map((name) => name.slice(0, -1));
+    return ["node", ...panes, "edges in", "edges out", ...became, ...own];
+  }
+
+  // Every row: what it stands for and its cells, numbers as numbers.
+  collect() {
+    const { view } = this, d = view.data;
+    if (this.kind === "edges") {
+      return view.drawn.map((i) => ({
+        key: i, cells: [`${view.source[i]} → ${view.target[i]}`, ...view.panes.map((_, p) => view.scores(p)[i]), ...(d.edges.class ? [view.nameOf(i)] : [])],
+      }));
+    }
+    const into = new Map(), out = new Map(), add = (map, id) => map.set(id, (map.get(id) || 0) + 1);
+    for (const i of view.drawn) { add(out, boxOf(view.source[i])); add(into, boxOf(view.target[i])); }
+    const more = this.head().filter((name) => name === "group" || name === "note");
+    const boxes = view.boxes.filter((b) => view.active.has(b.id) || (view.query && view.matches(b.id)));
+    return boxes.map(({ id }) => {
+      const row = view.nodeRow[id], score = (s) => (row === undefined ? null : s[row]);
+      return {
+        key: id,
+        cells: [id, ...d.nodes.scores.map(score), into.get(id) || 0, out.get(id) || 0,
+          ...(d.edges.class ? [row === undefined ? "" : d.classes[d.nodes.class[row]]] : []), ...more.map((name) => (name === "group" ? view.groupOf(id) : view.notes[id]) || "")],
+      };
+    });
+  }
+
+  sorted() {
+    this.items = this.collect();
+    const { by, up } = this, size = (x) => (typeof x === "number" ? Math.abs(x) : -1);
+    if (this.isWord(by) && by) this.items.sort((a, b) => String(a.cells[by]).localeCompare(String(b.cells[by])));
+    else if (by) this.items.sort((a, b) => size(a.cells[by]) - size(b.cells[by]));
+    else { // names in the order in which they compute
+      const place = new Map(this.view.boxes.map((b, k) => [b.id, k])), at = (id) => place.get(boxOf(id)) ?? -1;
+      const order = ({ key }) => (this.kind === "nodes" ? at(key) : at(this.view.source[key]) * 1e4 + at(this.view.target[key]));
+      this.items.sort((a, b) => order(a) - order(b));
+    }
+    return up ? this.items : this.items.reverse();
+  }
+
+  render() {
+    const items = this.sorted(), shown = this.all ? items : items.slice(0, ROWS), head = this.head();
+    this.tabs.forEach((tab) => tab.setAttribute("aria-pressed", String(tab.textContent === this.kind)));
+    this.more.hidden = shown.length === items.length;
+    this.more.textContent = `show all ${count(items.length)}`;
+    const title = (text, k) => {
+      const sort = k === this.by ? (this.up ? "ascending" : "descending") : "none";
+      const mark = k === this.by ? (this.up ? " ▴" : " ▾") : "";
+      return make("th", { "aria-sort": sort, ...(this.wordy(k, head) ? { class: "word" } : {}) }, make("button", { type: "button", text: text + mark }));
+    };
+    const cell = (x, k) => (k === 0 ? make("td", {}, make("button", { type: "button", text: x }))
+      : make("td", this.wordy(k, head) ? { class: "word", text: x } : { text: head[k].startsWith("edges ") ? count(x) : fmt(x) }));
+    this.rows = new Map(shown.map(({ key, cells }) => [String(key), make("tr", { "data-key": key }, ...cells.map(cell))]));
+    this.table.replaceChildren(make("thead", {}, make("tr", {}, ...head.map(title))), make("tbody", {}, ...this.rows.values()));
+    this.mark();
+  }
+
+  wordy(k, head) { return k === 0 || ["became", "group", "note"].includes(head[k]); }
+
+  // The rows of what is pointed at, pinned, and off the paths that are lit.
+  mark() {
+    const { hover, selected, lit } = this.view;
+    for (const [key, row] of this.rows) {
+      const node = this.kind === "nodes", id = node ? key : Number(key);
+      row.classList.toggle("over", !!hover && (node ? hover.box === id : hover.edge === id));
+      row.classList.toggle("on", node ? selected.has(id) : this.view.isSelectedEdge(id));
+      row.classList.toggle("dim", !!lit && !(node ? lit.boxes : lit.edges).has(id));
+    }
+  }
+
+  csv() {
+    const quote = (x) => {
+      if (typeof x === "number" || x === null) return x ?? "";
+      return `"${(/^[=+\-@\t\r]/.test(x) ? `'${x}` : x).replaceAll('"', '""')}"`; // never a formula
+    };
+    return [this.head(), ...this.sorted().map((item) => item.cells)].map((row) => row.map(quote).join(",") + "\r\n").join("");
+  }
+}
+
+// ---- the card of a component --------------------------------------------------------------------
+
+function heatCell(share, sign, view, title) {
+  const cell = make("td", { class: "cell", title });
+  cell.style.background = `color-mix(in srgb, ${view.colour(sign)} ${Math.round(100 * Math.min(1, share))}%, transparent)`;
+  return cell;
+}
+
+// Where a head looks: a row a token, a column a token that it may look at.
+function attentionTable(view, prompt, shares) {
+  const { tokens } = prompt, at = (q, k) => shares[(q * (q + 1)) / 2 + k];
+  const head = make("tr", {}, make("th", {}), ...tokens.map((t) => make("th", {}, make("div", { class: "down", text: t }))));
+  const rows = tokens.map((t, q) => make("tr", {}, make("td", { text: t }),
+    ...tokens.slice(0, q + 1).map((key, k) => heatCell(at(q, k) / 100, "pos", view, `${t} looks at ${key}: ${at(q, k)}%`))));
+  return make("div", { class: "attention" }, make("div", { class: "soft", text: "attention (row: the token that looks)" }), make("table", { class: "heat" }, head, ...rows));
+}
+
+function effectTable({ tokens, values, answer }, name) {
+  const rows = tokens.map((t, k) => [t, values[k]]), up = rows.filter(([, v]) => v > 0), down = rows.filter(([, v]) => v <= 0).reverse();
+  const lines = Array.from({ length: Math.max(up.length, down.length) }, (_, k) => [up[k], down[k]].flatMap((r) => (r ? [r[0], fmt(r[1])] : ["", ""])));
+  return make("div", { class: "effect" }, make("div", { class: "soft" }, "direct effect on the logits; on ", make("b", { text: name }), ` ${fmt(answer)}`), table([["raises", "", "lowers", ""], ...lines]));
+}
+
+// Attention and direct effect on a prompt at a time.
+function insideOf(view, id) {
+  const prompts = view.data.prompts || [], prompt = prompts[view.prompt] || prompts[0];
+  if (!prompt || !(id in prompt.effects || id in prompt.attention)) return [];
+  const choose = prompts.map((p, k) => make("button", {
+    type: "button", text: p.answer, "aria-pressed": String(p === prompt), "aria-label": `prompt ${k + 1}: ${p.text} ${p.answer}`,
+    onclick: () => { view.prompt = k; view.showDetail(); },
+  }));
+  const words = make("div", { class: "soft" }, `${prompt.text} → `, make("span", { class: "chips" }, ...choose));
+  const parts = [];
+  if (id in prompt.attention) parts.push(attentionTable(view, prompt, prompt.attention[id]));
+  if (id in prompt.effects) parts.push(effectTable(prompt.effects[id], prompt.answer));
+  return [make("div", { class: "inside" }, words, make("div", { class: "cols" }, ...parts))];
+}
+
+function noteField(view, id) {
+  const field = make("textarea", { placeholder: `note on ${id}`, "aria-label": `note on ${id}`, maxlength: 2000, oninput: () => {
+    if (field.value) view.notes[id] = field.value;
+    else delete view.notes[id];
+    view.list.stale = true;
+    view.remember();
+    view.draw();
+  } });
+  field.value = view.notes[id] || "";
+  return field;
+}
+
+// What is pinned, and the groups that it is in or may become.
+function pinBar(view) {
+  const pins = [...view.selected].map((id) => make("button", { type: "button", text: `${id} ×`, "aria-label": `unpin ${id}`, onclick: () => view.click({ box: id }, true) }));
+  const name = make("input", { type: "text", placeholder: "name of a group", "aria-label": "name of a group", maxlength: 40 });
+  const group = make("form", { class: "chips" }, name, make("button", { type: "submit", text: "group" }));
+  group.addEventListener("submit", (event) => { event.preventDefault(); view.group(name.value.trim(), [...view.selected]); });
+  const groups = Object.entries(view.groups).map(([title, members]) => make("span", { class: "chips" },
+    make("button", { type: "button", class: "group", text: `${title}: ${members.length}, ${fmt(view.groupScore(members))}`, "aria-label": `pin the group ${title}`, onclick: () => view.pin(members) }),
+    make("button", { type: "button", text: "×", "aria-label": `dissolve the group ${title}`, onclick: () => view.group(title, []) })));
+  if (!pins.length && !groups.length) return [];
+  return [make("div", { class: "pins" }, ...(pins.length ? ["pinned", ...pins, group] : []), ...(groups.length ? ["groups", ...groups] : []))];
+}
+
+// ---- token positions ----------------------------------------------------------------------------
+
+const LEAST_SHARE = 0.02;
+
+// Components by token position: the sum over a component's drawn edges. A position restricts the graph.
+function positionGrid(view) {
+  const places = view.data.positions;
+  if (!places) return [];
+  const parts = new Map(), n = places.tokens.length;
+  for (const i of view.drawn) {
+    const id = boxOf(view.source[i]);
+    if (!parts.has(id)) parts.set(id, new Float64Array(n));
+    for (let p = 0; p < n; p++) parts.get(id)[p] += places.scores[p][i];
+  }
+  const most = (id) => Math.max(0, ...parts.get(id).map(Math.abs)), largest = Math.max(1e-12, ...[...parts.keys()].map(most));
+  const rows = view.boxes.filter((b) => parts.has(b.id) && most(b.id) >= LEAST_SHARE * largest).reverse();
+  const left = parts.size - rows.length;
+  const choose = (p, text) => make("button", { type: "button", text, "aria-pressed": String(view.at === p), "aria-label": p === null ? "all positions" : `position ${p}: ${text}`, onclick: () => view.setPosition(p) });
+  const head = make("tr", {}, make("th", {}, choose(null, "all")), ...places.tokens.map((t, p) => make("th", {}, choose(p, t))));
+  const line = (b) => make("tr", { "data-key": b.id }, make("td", { text: b.id }),
+    ...[...parts.get(b.id)].map((v, p) => heatCell(Math.abs(v) / largest, v < 0 ? "neg" : "pos", view, `${b.id} at ${places.tokens[p]}: ${fmt(v)}`)));
+  return [make("div", { class: "soft", text: "by token position: what a component's drawn edges carry; press a token to see the graph there" }),
+    make("div", { class: "soft", text: left ? `${left} components are left out: they carry less than a fiftieth of the most anywhere` : "" }),
+    make("table", { class: "heat" }, head, ...rows.map(line))];
+}
+
+// ---- state --------------------------------------------------------------------------------------
+
+// What a link, a saved JSON and the widget's `state` restore; nothing that is as at first.
+function stateOf(view) {
+  const off = { pinned: [...view.selected], edge: view.selectedEdge, find: view.query, hide: [...view.hidden], unfolded: [...view.unfolded],
+    groups: view.groups, notes: view.notes, not_read: view.readers.filter((k) => !view.kinds.has(k)) };
+  const out = Object.fromEntries(Object.entries(off).filter(([, x]) => (isRecord(x) ? Object.keys(x) : x).length));
+  if (view.threshold !== view.first.threshold) out.threshold = view.threshold;
+  if (view.all !== view.first.all) out.all = view.all;
+  if (view.changedOnly) out.changed_only = true;
+  if (view.circuitOnly) out.circuit_only = true;
+  if (view.at !== null) out.at = view.at;
+  if (view.list.kind !== "edges") out.list = view.list.kind;
+  if (view.list.by !== 1 || view.list.up) out.sort = [view.list.by, view.list.up];
+  return structuredClone(out);
+}
+
+// Whatever of a state is possible in this graph; it may come from a link that anybody wrote.
+function restoreState(view, state) {
+  const s = isRecord(state) ? state : {}, known = (x) => strings(x).filter((id) => view.known.has(id));
+  const some = (x, names) => strings(x).filter((name) => names.includes(name));
+  view.selected = new Set(known(s.pinned));
+  view.selectedEdge = strings(s.edge).length === 2 ? strings(s.edge) : [];
+  view.query = typeof s.find === "string" ? s.find.slice(0, 200).toLowerCase() : "";
+  view.hidden = new Set(some(s.hide, view.data.classes || []));
+  view.kinds = new Set(view.readers.filter((k) => !strings(s.not_read).includes(k)));
+  view.unfolded = new Set((Array.isArray(s.unfolded) ? s.unfolded : []).filter((n) => Number.isInteger(n) && n >= 0 && n < view.data.architecture.n_layers));
+  const groups = Object.entries(isRecord(s.groups) ? s.groups : {}).map(([name, ids]) => [name.slice(0, 40), known(ids)]);
+  view.groups = Object.fromEntries(groups.filter(([, ids]) => ids.length));
+  view.notes = Object.fromEntries(Object.entries(isRecord(s.notes) ? s.notes : {}).filter(([id, text]) => view.known.has(id) && typeof text === "string").map(([id, text]) => [id, text.slice(0, 2000)]));
+  view.at = Number.isInteger(s.at) && view.data.positions?.scores[s.at] ? s.at : null;
+  view.index();
+  view.threshold = Number.isFinite(s.threshold) ? s.threshold : view.first.threshold;
+  view.all = typeof s.all === "boolean" ? s.all : view.first.all;
+  view.changedOnly = s.changed_only === true;
+  view.circuitOnly = s.circuit_only === true;
+  view.list.kind = s.list === "nodes" ? "nodes" : "edges";
+  const [by, up] = Array.isArray(s.sort) ? s.sort : [];
+  Object.assign(view.list, Number.isInteger(by) && by >= 0 && by < view.list.head().length ? { by, up: up === true } : { by: 1, up: false });
+}
+
+// The state in the address of a page, under the graph's name; null where there is none.
+function readLink(name) {
+  try {
+    return JSON.parse(new URLSearchParams(location.hash.slice(1)).get(name));
+  } catch {
+    return null;
+  }
+}
+
+function writeLink(name, state) {
+  const found = new URLSearchParams(location.hash.slice(1));
+  for (const [key, value] of [...found]) if (!value) found.delete(key); // an anchor of the page
+  if (Object.keys(state).length) found.set(name, JSON.stringify(state));
+  else found.delete(name);
+  if (String(found) !== location.hash.slice(1)) history.replaceState(null, "", `#${found}`);
+}
+
+// ---- files --------------------------------------------------------------------------------------
+
+function download(view, kind, text, type) {
+  const name = view.data.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "graph";
+  const url = URL.createObjectURL(text instanceof Blob ? text : new Blob([text], { type }));
+  make("a", { href: url, download: `${name}.${kind}` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
+}
+
+// Title, panes with their captions, and what the edges mean: where each goes in a picture.
+function pictureOf(view) {
+  const across = evenly(view.panes.length, Math.floor(1600 / view.layout.width)), down = Math.ceil(view.panes.length / across);
+  const { width, height } = view.layout, caption = view.panes.some(Boolean) ? 18 : 0, top = 30;
+  const legend = view.meanings(), at = (p) => [(p % across) * width, top + Math.floor(p / across) * (height + caption) + caption];
+  return { width: width * across, height: top + down * (height + caption) + 18 * legend.length + 12, at, legend, legendY: top + down * (height + caption) + 10 };
+}
+
+function svgText(view) {
+  const { css, layout } = view, picture = pictureOf(view), { width, height } = picture;
+  const node = (tag, props, ...children) => {
+    const made = document.createElementNS(SVG_NS, tag);
+    for (const [k, v] of Object.entries(props)) if (v !== "") made.setAttribute(k, v);
+    made.append(...children);
+    return made;
+  };
+  const text = (words, x, y, more = {}) => node("text", { x, y, fill: css.ink, ...more }, words);
+  const root = node("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "font-family": "system-ui,sans-serif", "font-size": FONT },
+    node("rect", { width, height, fill: css.paper }), text(view.data.title, 8, 18, { "font-weight": 600, "font-size": 13 }));
+  view.panes.forEach((name, p) => {
+    const [x, y] = picture.at(p), pane = node("g", { transform: `translate(${x} ${y})` });
+    if (name) pane.append(text(name, layout.constants.left, -5, { "font-weight": 600 }));
+    for (const [layer, at] of layout.rows) pane.append(text(`L${layer}`, 6, at + 4, { fill: css.soft }));
+    for (const i of view.backToFront(p)) {
+      const { alpha, width: line, colour, dash } = view.look(i, p), c = view.curve(i).p;
+      pane.append(node("path", { d: `M${c[0]} ${c[1]}C${c.slice(2).join(" ")}`, fill: "none", stroke: colour, "stroke-width": line, "stroke-dasharray": dash.join(" "), opacity: alpha }));
+    }
+    for (const b of view.boxes) {
+      const on = view.active.has(b.id), frame = view.selected.has(b.id) ? css.accent : on ? css.soft : css.faint;
+      pane.append(node("rect", { x: b.x - b.width / 2, y: b.y - b.height / 2, width: b.width, height: b.height, rx: b.kind === "kv" ? 2 : 5, fill: b.kind === "kv" ? frame : on ? css.box : "none", stroke: frame }));
+      if (b.label) pane.append(text(b.label, b.x, b.y + 4, { "text-anchor": "middle", fill: on ? css.ink : css.soft }));
+    }
+    root.append(pane);
+  });
+  picture.legend.forEach(([style, words], k) => {
+    const y = picture.legendY + 18 * k;
+    if (style) root.append(node("path", { d: `M8 ${y}h34`, stroke: view.colour(style), "stroke-width": 2.5, "stroke-dasharray": view.data.styles[style][2] }));
+    root.append(text(words, style ? 52 : 8, y + 4, { fill: css.soft }));
+  });
+  return new XMLSerializer().serializeToString(root);
+}
+
+function pngBlob(view) {
+  const picture = pictureOf(view), canvas = make("canvas"), c = canvas.getContext("2d"), z = 2;
+  canvas.width = picture.width * z;
+  canvas.height = picture.height * z;
+  c.scale(z, z);
+  c.fillStyle = view.css.paper;
+  c.fillRect(0, 0, picture.width, picture.height);
+  const write = (words, x, y, font = `${FONT}px`) => { c.font = `${font} system-ui, sans-serif`; c.fillText(words, x, y); };
+  c.fillStyle = view.css.ink;
+  write(view.data.title, 8, 18, "600 13px");
+  view.panes.forEach((name, p) => {
+    const [x, y] = picture.at(p);
+    c.save();
+    c.translate(x, y);
+    c.fillStyle = view.css.ink;
+    write(name, view.layout.constants.left, -5, `600 ${FONT}px`);
+    view.paintOn(c, p, 1);
+    c.restore();
+  });
+  picture.legend.forEach(([style, words], k) => {
+    const y = picture.legendY + 18 * k;
+    if (style) {
+      c.beginPath();
+      c.strokeStyle = view.colour(style);
+      c.lineWidth = 2.5;
+      c.setLineDash(view.data.styles[style][2].split(" ").filter(Boolean).map(Number));
+      c.moveTo(8, y);
+      c.lineTo(42, y);
+      c.stroke();
+    }
+    c.fillStyle = view.css.soft;
+    write(words, style ? 52 : 8, y + 4);
+  });
+  return new Promise((done) => canvas.toBlob(done, "image/png"));
+}
+
+function footOf(view) {
+  const save = {
+    PNG: async () => download(view, "png", await pngBlob(view)),
+    SVG: () => download(view, "svg", svgText(view), "image/svg+xml"),
+    JSON: () => download(view, "json", JSON.stringify({ ...view.data, state: stateOf(view) }), "application/json"),
+    CSV: () => download(view, "csv", view.list.csv(), "text/csv"),
+  };
+  const buttons = Object.entries(save).map(([kind, act]) => make("button", { type: "button", text: kind, "aria-label": kind === "CSV" ? "save the list as CSV" : `save as ${kind}`, onclick: act }));
+  const link = make("button", { type: "button", text: "copy link to this view", onclick: async () => {
+    view.writeState();
+    try {
+      await navigator.clipboard.writeText(location.href);
+      link.textContent = "copied";
+    } catch { // not allowed here: the address bar has it
+      link.textContent = "the link is in the address bar";
+    }
+  } });
+  return make("div", { class: "foot" }, make("span", { class: "soft", text: "save as" }), ...buttons, ...(view.link ? [link] : []));
+}
