@@ -32,6 +32,7 @@ from mansu_interp.tasks.load import load_task
 from mansu_interp.unlearning.methods import METHODS, NPO, Mansu
 from mansu_interp.utils import renamed
 from mansu_interp.utils.shipped import DATA
+from mansu_interp.viz.view import circuit_view
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -526,6 +527,9 @@ def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path):
         ["attribute", "--pairs", str(file), "--out", str(scores)],
     ):
         assert main(words) == 1  # nothing is written over
+    circuit_view(Circuit.load(out / "circuit.json")).to_json(tmp_path / "saved.json")
+    assert main(["view", str(tmp_path / "saved.json")]) == 0 and (tmp_path / "saved.html").exists()
+    assert '"prompts"' in (out / "circuit.html").read_text()
     assert main(["view", str(scores), "--out", str(tmp_path / "p.svg")]) == 0
     assert (tmp_path / "p.svg").read_text().lstrip().startswith("<svg")
 

@@ -135,7 +135,7 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
     ),
     "a task to draw on": (
         lambda m, t: mansu.attribution_view(mansu.attribute(MODEL, PAIRS), model=MODEL, pairs=t),
-        "pairs: got a Task, expected a PairSet",
+        r"pairs: got a Task, expected a Sequence of Pair\. Did you mean task\.forget",
     ),
     "a mask's path": (lambda m, t: mansu.unlearn(m, t, "m.safetensors"), "Did you mean Mask.load"),
     "settings of a run as words": (lambda m, t: mansu.run("capitals"), "expected a RunConfig"),

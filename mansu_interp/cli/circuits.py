@@ -68,7 +68,7 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
             progress.close()
         found.save(folder / "circuit.json")
         found.save_graphml(folder / "circuit.graphml")
-        circuit_view(found, model=model).to_html(folder / "circuit.html")
+        circuit_view(found, model=model, pairs=found.pairs).to_html(folder / "circuit.html")
     if output.json:
         top = [asdict(e) for e in found.top(SHOWN)]
         faithful = found.meta.faithfulness
@@ -131,7 +131,7 @@ def do_view(config: ViewConfig, output: Output) -> int:
     """Draw what a file holds."""
     from ..circuits.scores import Attribution
     from ..report.records import Report
-    from ..utils.files import check_free
+    from ..utils.files import check_free, read_json
     from ..viz.data import GraphData
     from ..viz.view import View, attribution_view, circuit_view
 
@@ -139,6 +139,8 @@ def do_view(config: ViewConfig, output: Output) -> int:
     report = path / "report.json"
     if report.exists() and (graph := Report.load(report).graph):
         view = View(GraphData.from_json(graph))
+    elif path.suffix == ".json" and "panes" in read_json(path):  # what a page or `to_json` saved
+        view = View.from_json(path)
     else:
         found = _read(path)
         draw = attribution_view if isinstance(found, Attribution) else circuit_view

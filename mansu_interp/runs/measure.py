@@ -223,12 +223,13 @@ def compare_graphs(
             if model is not None:
                 run.note(f"relearning for the graph of {version}", 0, 0)
                 compared[version] = relearned(model, run.task, rate=rate, config=settings)
+    pairs = pairs.sample(CAD_PAIRS, run.config.seed)
     graphs: dict[str, Attribution] = {}
     found = compare(
         edited.circuit,
         run.model,
         {str(v): m for v, m in compared.items()},
-        pairs.sample(CAD_PAIRS, run.config.seed),
+        pairs,
         config=run.config.circuit,
         on_step=lambda name, d, n: run.note(f"attribution of {name}", d, n),
         reference=reference,
@@ -243,6 +244,7 @@ def compare_graphs(
         never_taught=graphs.get(str(NEVER_TAUGHT_RELEARNED)),
         model=run.model,
         mask=edited.mask,
+        pairs=pairs,
         limit=GRAPH_LIMIT,
     )
     versions = {str(v): v for v in (*compared, NEVER_TAUGHT)}

@@ -40,8 +40,9 @@ MEANT = {
     ("Circuit", "Mask"): "the circuit from which the mask was made",
     ("Attribution", "Circuit"): "attribute(model, pairs)",
     ("ModelVersion", "str"): "ModelVersion(name, quantizer)",
-    ("Sequence", "PairSet"): "[pairs], or task.retain_sets",
-    ("Sequence", "Task"): "task.retain_sets",
+    ("Sequence of PairSet", "PairSet"): "[pairs], or task.retain_sets",
+    ("Sequence of PairSet", "Task"): "task.retain_sets",
+    ("Sequence of Pair", "Task"): "task.forget, or another of its sets",
     ("Mapping", "LanguageModel"): '{"unlearned": model}',
     ("Mapping", "Unlearned"): '{"unlearned": result.model}',
     ("ndarray", "Circuit"): "circuit.edges, or circuit.scores for a ranking",
@@ -127,7 +128,7 @@ def _classes(value: object) -> list[str]:
 
 def _unexpected(argument: str, value: object, wanted: Sequence[str]) -> str:
     """One sentence: what came, what was expected, and what was probably meant."""
-    names, first = _classes(value), wanted[0].split()[0]
+    names, first = _classes(value), wanted[0]
     meant = next((MEANT[first, n] for n in names if (first, n) in MEANT), "")
     if first == "LanguageModel" and "PreTrainedModel" in names:
         meant = "LanguageModel(name, model, tokenizer)"

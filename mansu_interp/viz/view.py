@@ -22,7 +22,7 @@ from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
 from ..utils.files import atomic_path, read_json, write_json, write_text
 from ..utils.libraries import library
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from .data import EdgeData, GraphData, Judged, NodeData, PositionData, Verdict
 from .layout import box_id
 from .page import graph_page
@@ -105,6 +105,7 @@ class View:
         write_json(path, self.data.to_json())
         return path
 
+    @entrance(ViewError)
     def svg(self, top: int = TOP, theme: str | None = None) -> str:
         """The static picture; ``theme`` (light, dark) fixes the colours, else they follow the
         reader's."""
@@ -218,9 +219,8 @@ def _with_tokens(
     """The same with what happens at the tokens of some prompts, and scores by token position.
 
     Raises:
-        ViewError: pairs without a model, or something else than pairs.
+        ViewError: pairs without a model.
     """
-    expect_kind(ViewError, "pairs", pairs, "PairSet", "tuple", "list", None)
     if pairs is not None and model is None:
         raise ViewError("Attention and direct effects on pairs need the model: give model=, too.")
     places, at = None, (data.edges.source, data.edges.target)
@@ -239,6 +239,7 @@ def _with_tokens(
     return replace(data, positions=places)
 
 
+@entrance(ViewError)
 def circuit_view(
     circuit: Circuit,
     *,
@@ -261,7 +262,6 @@ def circuit_view(
     Raises:
         ViewError: not a circuit, or pairs without a model.
     """
-    expect_kind(ViewError, "circuit", circuit, "Circuit")
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
@@ -273,6 +273,7 @@ def circuit_view(
     return View(_with_tokens(data, model, pairs))
 
 
+@entrance(ViewError)
 def attribution_view(
     scores: Attribution,
     *,
@@ -307,15 +308,7 @@ def attribution_view(
 def _scores_of(
     needed: Mapping[str, Attribution], more: Mapping[str, Attribution | None]
 ) -> dict[str, Float[np.ndarray, "writers readers"]]:
-    """The scores of several models, by name, without those that are None.
-
-    Raises:
-        ViewError: something else than attributions.
-    """
-    for name, scores in needed.items():
-        expect_kind(ViewError, name, scores, "Attribution")
-    for name, scores in more.items():
-        expect_kind(ViewError, name, scores, "Attribution", None)
+    """The scores of several models, by name, without those that are None."""
     return {n: np.asarray(a.scores) for n, a in {**needed, **more}.items() if a is not None}
 
 
@@ -332,6 +325,7 @@ def _with_classes(data: GraphData, edges: Changes, nodes: Changes) -> GraphData:
     )
 
 
+@entrance(ViewError)
 def changes_view(
     circuit: Circuit,
     before: Attribution,
@@ -374,7 +368,6 @@ def changes_view(
         CircuitError: scores of another architecture, or not finite.
         ViewError: other objects than these, or pairs without a model.
     """
-    expect_kind(ViewError, "circuit", circuit, "Circuit")
     more = {"quantized": quantized, "relearned": relearned, "never_taught": never_taught}
     found = _scores_of({"before": before, "after": after}, more)
     edges = classify(**found, threshold=threshold)
