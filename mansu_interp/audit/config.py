@@ -36,3 +36,7 @@ class RelearnConfig:
         check_seeds(self, "seed")
         if self.optimiser not in ("adam", "sgd"):
             raise ConfigError(f"Unknown optimiser {self.optimiser!r}; expected adam or sgd.")
+
+
+SUITE = RelearnConfig(steps=(5, 20, 80, 200), rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+"""Of the attack suite; `RelearnConfig()` is the quick attack."""
