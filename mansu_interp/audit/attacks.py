@@ -178,17 +178,18 @@ def rates_of(arm: str, config: RelearnConfig) -> tuple[float, ...]:
     return tuple(rates if arm == "half-a" else rates[middle : middle + 2])
 
 
-def why_not(arm: str, model: LanguageModel, task: Task, seed: int, split: str) -> str:
+def why_not(arm: str, model: LanguageModel, task: Task, given: Given, seed: int, split: str) -> str:
     """Why an arm cannot be tried; empty if it can.
 
     Arguments:
         arm: one of `ARMS`.
         model: what is to be attacked.
         task: whose forget facts are split.
+        given: what there is to train on.
         seed: of the split.
         split: whose phrasings are asked.
     """
-    given, sets = Given.of(task, seed, split), ARMS[arm].sets
+    sets = ARMS[arm].sets
     if "retained" in sets and given.retained is None:
         return "every retained fact states a fact of half B"
     if "phrasings" in sets and given.phrasings is None:

@@ -190,11 +190,16 @@ class Suite:
     @cached_property
     def skipped(self) -> dict[str, dict[str, str]]:
         """By model, the arms that cannot be tried, and why."""
+        how = self.task, self._given, self.config.seed, self.split
         found = {
-            label: {a: why_not(a, m, self.task, self.config.seed, self.split) for a in self.arms}
-            for label, m in self.models.items()
+            label: {a: why_not(a, m, *how) for a in self.arms} for label, m in self.models.items()
         }
         return {label: {a: why for a, why in by.items() if why} for label, by in found.items()}
+
+    @cached_property
+    def _given(self) -> Given:
+        """What attackers train on."""
+        return Given.of(self.task, self.config.seed, self.split)
 
     @cached_property
     def attacks(self) -> list[Attack]:
@@ -251,9 +256,8 @@ class Suite:
         """Estimate what is left to do by timing a step of training and one of scoring."""
         todo = [a for a in self.attacks if self._read(a) is None]
         model = max(self.models.values(), key=lambda m: m.n_parameters)
-        first = Given.of(self.task, self.config.seed, self.split).half_a
         with one_thread():
-            training = fine_tune(model.copy(), [first], 1e-9, self.config)
+            training = fine_tune(model.copy(), [self._given.half_a], 1e-9, self.config)
             copy = next(training)
             next(training)  # the first warms up
             start = time.perf_counter()
@@ -323,12 +327,11 @@ class Suite:
 
     def _results(self, label: str, found: Mapping[Attack, list[Point]]) -> AttackResults:
         """One model's attacks by arm."""
-        given = Given.of(self.task, self.config.seed, self.split)
         asked = sum(map(len, scored_halves(self.task, self.config.seed, self.split)[1]))
         arms = {}
         for arm in dict.fromkeys(a.arm for a in self.attacks if a.label == label):
             rates = rates_of(arm, self.config)
-            trained = sum(len(getattr(given, name)) for name in ARMS[arm].sets)
+            trained = sum(len(getattr(self._given, name)) for name in ARMS[arm].sets)
             settings = replace(self.config, rates=rates) if ARMS[arm].sets else self.config
             meta = RelearningMeta(self.models[label].name, self.task.name, self.split, settings)
             points = [p for rate in rates for p in found[Attack(label, arm, rate)]]
