@@ -170,12 +170,12 @@ ARMS: dict[str, Arm] = {
 
 
 def rates_of(arm: str, config: RelearnConfig) -> tuple[float, ...]:
-    """The learning rates at which an arm is tried: all for ``half-a``, for the others the middle
-    one and the next above; 0 without training."""
+    """The learning rates at which an arm is tried: all for ``half-a``, the middle one for the
+    others (of two the larger), 0 without training."""
     if not ARMS[arm].sets:
         return (0.0,)
-    rates, middle = sorted(config.rates), len(config.rates) // 2
-    return tuple(rates if arm == "half-a" else rates[middle : middle + 2])
+    rates = sorted(config.rates)
+    return tuple(rates) if arm == "half-a" else (rates[len(rates) // 2],)
 
 
 def why_not(arm: str, model: LanguageModel, task: Task, given: Given, seed: int, split: str) -> str:

@@ -45,10 +45,10 @@ from .relearning import (
     scored_halves,
 )
 
-SCHEMA, MARK = 1, "relearn.json"
-"""MARK says that a folder holds attacks."""
+MARK, MARKED = "relearn.json", {"kind": "relearn", "schema": 1}
+"""The file that says that a folder holds attacks."""
 COPIES = 4
-"""Of the weights in memory during an attack besides the models: copy, gradients, Adam's moments."""
+"""Of the weights in memory besides the models: the copy, its gradients and Adam's moments."""
 
 OnStep = Callable[[int, int], object]
 
@@ -132,7 +132,7 @@ def check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file. Name a folder with --out.")
     marked = read_json(out / MARK) if (out / MARK).exists() else None
-    if marked == {"kind": "relearn", "schema": SCHEMA}:
+    if marked == MARKED:
         return
     if marked is not None or (out.exists() and not all(is_leftover(p) for p in out.iterdir())):
         raise ArtifactError(f"{out} holds files that no attack wrote. Name another --out.")
@@ -152,10 +152,8 @@ class Cost:
     """Of one process."""
 
 
-Compute = Callable[
-    [Callable[[Attack], tuple[Attack, list[Point]]], Sequence[Attack]],
-    Iterable[tuple[Attack, list[Point]]],
-]
+Made = tuple[Attack, list[Point]]
+Compute = Callable[[Callable[[Attack], Made], Sequence[Attack]], Iterable[Made]]
 """Does one thing for many items, in any order, such as an engine of `bench.workers`."""
 
 
@@ -183,9 +181,9 @@ class Suite:
         if self.out is not None:
             check_folder(self.out)
         scored_halves(self.task, self.config.seed, self.split)
-        for label, skipped in self.skipped.items():
-            if len(skipped) == len(self.arms):
-                raise ConfigError(f"No arm to attack {label!r} in: {skipped or 'none was named'}.")
+        for label, out in self.skipped.items():
+            if len(out) == len({*self.arms}):
+                raise ConfigError(f"No arm to attack {label!r} in: {out or 'none was named'}.")
 
     @cached_property
     def skipped(self) -> dict[str, dict[str, str]]:
@@ -287,7 +285,7 @@ class Suite:
         """
         with locked(self.out) if self.out else nullcontext():
             if self.out:
-                write_json(self.out / MARK, {"kind": "relearn", "schema": SCHEMA})
+                write_json(self.out / MARK, MARKED)
             kept = {a: self._read(a) for a in self.attacks}
             todo = [a for a, points in kept.items() if points is None]
             found = {a: points for a, points in kept.items() if points is not None}
@@ -298,7 +296,7 @@ class Suite:
 
     def _make(
         self, todo: Sequence[Attack], compute: Compute | None, on_step: OnStep
-    ) -> Iterator[tuple[Attack, list[Point]]]:
+    ) -> Iterator[Made]:
         """Make some attacks, and tell of the steps."""
         total, before = sum(map(self.steps, todo)), 0
         if compute is not None:
@@ -329,7 +327,7 @@ class Suite:
         """One model's attacks by arm."""
         asked = sum(map(len, scored_halves(self.task, self.config.seed, self.split)[1]))
         arms = {}
-        for arm in dict.fromkeys(a.arm for a in self.attacks if a.label == label):
+        for arm in (a for a in dict.fromkeys(self.arms) if a not in self.skipped[label]):
             rates = rates_of(arm, self.config)
             trained = sum(len(getattr(self._given, name)) for name in ARMS[arm].sets)
             settings = replace(self.config, rates=rates) if ARMS[arm].sets else self.config
@@ -361,7 +359,7 @@ def _loaded(place: _Place) -> LanguageModel:
 
 def _attack_loaded(
     places: Mapping[str, _Place], task: Task, config: RelearnConfig, split: str, attack: Attack
-) -> tuple[Attack, list[Point]]:
+) -> Made:
     """One attack of a suite in another process."""
     model = _loaded(places[attack.label])
     return attack, attack_once(model, task, attack.arm, attack.rate, config=config, split=split)
@@ -384,7 +382,7 @@ def attack_suite(
             never taught the facts; none is changed.
         task: its forget facts are split by subject and seed.
         config: steps, learning rates, optimiser, batch size, seed. The arm ``half-a`` is tried at
-            all rates, the others at the middle one and the next above.
+            all rates, the others at the middle one.
         arms: some of ``half-a``, ``half-a+retained``, ``retained``, ``phrasings``, ``lora``,
             ``noise``, ``quantize`` and ``few-shot``.
         split: whose phrasings are asked: ``unseen`` for reports, ``dev`` while choosing settings.
