@@ -131,10 +131,9 @@ def check_folder(out: Path) -> None:
     """Raise ArtifactError if a folder holds files of others."""
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file. Name a folder with --out.")
-    marked = read_json(out / MARK) if (out / MARK).exists() else None
-    if marked == MARKED:
+    if (out / MARK).exists() and read_json(out / MARK) == MARKED:
         return
-    if marked is not None or (out.exists() and not all(is_leftover(p) for p in out.iterdir())):
+    if out.exists() and not all(is_leftover(p) for p in out.iterdir()):
         raise ArtifactError(f"{out} holds files that no attack wrote. Name another --out.")
 
 
@@ -180,7 +179,7 @@ class Suite:
             model.check_editable()
         if self.out is not None:
             check_folder(self.out)
-        scored_halves(self.task, self.config.seed, self.split)
+        scored_halves(self.task, self.config.seed, self.split)  # or there is nothing to ask
         for label, out in self.skipped.items():
             if len(out) == len({*self.arms}):
                 raise ConfigError(f"No arm to attack {label!r} in: {out or 'none was named'}.")
@@ -252,10 +251,10 @@ class Suite:
 
     def cost(self) -> Cost:
         """Estimate what is left to do by timing a step of training and one of scoring."""
-        todo = [a for a in self.attacks if self._read(a) is None]
+        todo, two = [a for a in self.attacks if not self._read(a)], replace(self.config, steps=(2,))
         model = max(self.models.values(), key=lambda m: m.n_parameters)
         with one_thread():
-            training = fine_tune(model.copy(), [self._given.half_a], 1e-9, self.config)
+            training = fine_tune(model.copy(), [self._given.half_a], 1e-9, two)
             copy = next(training)
             next(training)  # the first warms up
             start = time.perf_counter()
