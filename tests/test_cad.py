@@ -743,6 +743,26 @@ def test_an_attack_that_destroys_the_model_ends_there(few: Task):
 
 
 @pytest.mark.slow
+def test_retained_facts_find_permuted_subjects_and_half_a_does_not(
+    facts: LanguageModel, capitals: Task
+):
+    """The edit of docs/cad.md: the embedding rows that are the subjects' own, permuted."""
+    permuted = facts.copy()
+    elements = {t for p in capitals.retain if p.relation in ("symbol", "number") for t in p.clean}
+    rows = sorted({t for p in capitals.forget for t in {*p.clean} - {*p.corrupt}} - elements)
+    mixed = rows[:]
+    random.Random(0).shuffle(mixed)
+    weight = permuted.weights[permuted.embedding_name]
+    weight[rows] = weight[mixed].clone()
+    arms, config = ("half-a", "retained"), RelearnConfig(steps=(80,), rates=(1e-3,))
+    models = {"permuted": permuted, "never": load_model(capitals.reference_models[0])}
+    found = attack_suite(models, capitals, config=config, arms=arms)
+    assert found["permuted"].strongest == "retained" and not found["permuted"].erased
+    assert found["permuted"].most("half-a") < 0.4 and found["permuted"].most("retained") > 0.55
+    assert found["never"].erased
+
+
+@pytest.mark.slow
 def test_the_number_of_processes_does_not_matter(facts: LanguageModel, few: Task):
     tried = Suite({"known": facts}, few, SHORT, ("half-a", "noise", "few-shot"))
     alone = tried.run()
