@@ -670,7 +670,7 @@ def test_a_killed_suite_goes_on_where_it_was(
 
     def attack(model: LanguageModel, task: Task, arm: str, *rest: float, **how: object):
         if arm in made:
-            raise KeyboardInterrupt
+            raise AssertionError(f"{arm} is made again")
         made.append(arm)
         return attack_once(model, task, arm, *rest, **how)  # type: ignore[arg-type]
 

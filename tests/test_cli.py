@@ -584,15 +584,12 @@ def test_relearn_says_what_it_does_and_goes_on(tmp_path: Path, capsys: pytest.Ca
     assert "arms     half-a, few-shot\ncost     4 attacks, about " in out
     assert "in 1 process of one thread\n" in out
     assert "facts-capitals-reference-1: erased. Strongest arm: " in out
-    assert main([*words, "--quiet"]) == 0
-    table = capsys.readouterr().out
-    assert out.endswith(table) and table.startswith("Half B: 89 prompts asked, unseen phrasings")
+    assert main(words) == 0
+    again = capsys.readouterr().out
+    assert "cost     0 attacks, about 0 s" in again and "; 4 finished before\n" in again
+    table = out[out.index("Half B: 89 prompts asked, unseen phrasings") :]
+    assert again.endswith(table)
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["facts-capitals-reference-1"]["erased"] is True
     assert list(found["never taught"]["arms"]) == ["half-a", "few-shot"]
-    assert main(words) == 0
-    assert "cost     0 attacks, about 0 s" in (out := capsys.readouterr().out)
-    assert "; 4 finished before\n" in out
-    assert main([*words[:-1], str(tmp_path / "attacks")]) == 1
-    assert "holds files that no attack wrote. Name another --out." in capsys.readouterr().err
