@@ -270,11 +270,12 @@ def attack_lines(found: Mapping[str, AttackResults]) -> list[str]:
         said = "erased" if results.erased else "NOT erased"
         beside = reference if reference and results is not reference else None
         never = f"; {NEVER_TAUGHT}: {beside.most():.2f}, {beside.strongest}" if beside else ""
+        column = NEVER_TAUGHT if beside else ""
         marks = sorted({m for r in results.arms.values() for m in r.marks})
         out += [
             "",
             f"{label}: {said}. Strongest arm: {results.strongest}, {results.most():.2f}{never}",
-            "steps".ljust(16) + "".join(f"{m:<17}" for m in marks) + NEVER_TAUGHT * bool(beside),
+            ("steps".ljust(16) + "".join(f"{m:<17}" for m in marks) + column).rstrip(),
         ]
         for arm in sorted(results.arms, key=results.most, reverse=True):
             r = results.arms[arm]
