@@ -74,6 +74,10 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "relearn",
         "relearned",
     ),
+    "audit.suite": (
+        "AttackResults",
+        "attack_suite",
+    ),
     "audit.cad": (
         "CAD",
         "judge_erasure",
@@ -124,6 +128,7 @@ if TYPE_CHECKING:
     from .audit.cad import CAD, judge_erasure
     from .audit.config import RelearnConfig
     from .audit.relearning import Relearning, other_half, relearn, relearned
+    from .audit.suite import AttackResults, attack_suite
     from .circuits.ablation import Ablation
     from .circuits.attribution import attribute
     from .circuits.changes import Changes, classify

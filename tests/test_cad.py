@@ -6,12 +6,15 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from checked import wrong_type
 
 from mansu_interp.audit import linearized as module
+from mansu_interp.audit import relearning, suite
+from mansu_interp.audit.attacks import ARMS, Given, attack_once, few_shot, noisy, rates_of, why_not
 from mansu_interp.audit.cad import check_alike, judge_erasure
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.linearized import linearized_relearning, tangent_kernel
@@ -22,23 +25,28 @@ from mansu_interp.audit.relearning import (
     Relearning,
     RelearningMeta,
     batches,
+    fine_tune_low_rank,
     halves,
     is_erased,
     of_subjects,
     relearn,
-    relearning_lines,
     rivals_within,
+    scored_halves,
 )
+from mansu_interp.audit.suite import AttackResults, Suite, attack_suite
 from mansu_interp.audit.transfer import answer_advantage, gradient_transfer, model_advantage
 from mansu_interp.audit.verdict import Evidence, decide, number, settle
-from mansu_interp.errors import ConfigError, ModelError, TaskError
+from mansu_interp.bench.workers import engine
+from mansu_interp.cli.commands import attack_lines
+from mansu_interp.errors import ArtifactError, ConfigError, ModelError, TaskError
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.answers import nll
 from mansu_interp.losses.counterfactual import CounterfactualTargets
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
-from mansu_interp.tasks.pairs import PairSet, answer_tokens, collate
-from mansu_interp.tasks.task import Task
+from mansu_interp.quantizers.survival import quantize
+from mansu_interp.tasks.pairs import Pair, PairSet, answer_tokens, collate
+from mansu_interp.tasks.task import Statements, Task
 from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning, ranking_loss
 from mansu_interp.unlearning.methods import Mansu
 
@@ -412,8 +420,6 @@ def test_the_attack_tells_a_reference_model_from_a_hidden_one(facts: LanguageMod
     assert never.points == again.points  # by seed
     assert never.marks == [0, 10]
     assert all(torch.equal(before[n], w) for n, w in facts.weights.items())
-    lines = relearning_lines({"known": known, "never taught": never})
-    assert "dev phrasings" in lines[0] and lines[-2].endswith("1.000 / 0.000 / 1.000")
 
 
 def test_an_attack_learns_its_half(capitals: Task):
@@ -436,6 +442,339 @@ def test_an_attack_learns_its_half(capitals: Task):
 def test_bad_settings(wrong: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
         RelearnConfig(**wrong)  # type: ignore[arg-type]
+
+
+# The attack suite: what each arm is given and does, and that a killed one goes on.
+
+SHORT = RelearnConfig(steps=(1, 2), rates=(1e-3,), batch_size=6)
+
+
+@pytest.fixture(scope="module")
+def few(capitals: Task) -> Task:
+    """The capitals with few scored prompts."""
+    return replace(
+        capitals,
+        scored={
+            split: {"forget": {"few": PairSet("few", roles["forget"]["capital"].pairs[::8])}}
+            for split, roles in capitals.scored.items()
+        },
+    )
+
+
+def trained_on(
+    model: LanguageModel, task: Task, arm: str, monkeypatch: pytest.MonkeyPatch
+) -> list[list[Pair]]:
+    """The batches that an arm trains on."""
+    seen: list[list[Pair]] = []
+
+    def record(model: LanguageModel, pairs: list[Pair]) -> torch.Tensor:
+        seen.append(list(pairs))
+        return nll(model, pairs)
+
+    monkeypatch.setattr(relearning, "nll", record)
+    attack_once(model, task, arm, 1e-3, config=replace(SHORT, steps=(3,)))
+    return seen
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_no_arm_is_given_the_facts_that_are_asked(
+    facts: LanguageModel, few: Task, arm: str, monkeypatch: pytest.MonkeyPatch
+):
+    first, second = halves(few.forget, 0)
+    asked = {p.phrasing for p in few.held_out}
+    steps = trained_on(facts, few, arm, monkeypatch)
+    assert len(steps) == (0 if arm == "few-shot" else 3)
+    seen = [p for step in steps for p in step]
+    forget = [p for p in seen if p.relation == "capital"]
+    assert {p.subject for p in forget} <= first
+    assert not {p.phrasing for p in forget} & asked
+    assert len(forget) == {"retained": 0, "half-a+retained": 9, "few-shot": 0}.get(arm, 18)
+    train = {p.phrasing for p in few.forget}
+    if arm == "phrasings":
+        assert not {p.phrasing for p in forget} & train
+    elif arm != "few-shot":
+        assert {p.phrasing for p in forget} <= train
+    about_b = {p.subject for p in Given.of(few, 0, "unseen").retained or ()} & second
+    assert about_b == second  # what is retained of half B's subjects is there
+
+
+def test_either_split_gives_the_other_ones_phrasings(few: Task):
+    for split, other in (("unseen", "dev"), ("dev", "unseen")):
+        given = Given.of(few, 0, split).phrasings
+        assert given is not None
+        own = {p.phrasing for s in few.scored[other]["forget"].values() for p in s}
+        assert {p.phrasing for p in given} == own
+    model = load_model(few.reference_models[0])
+    alone = replace(few, scored={"unseen": few.scored["unseen"]})
+    assert "no phrasings but those of training and of unseen" in why_not(
+        "phrasings", model, alone, Given.of(alone, 0, "unseen"), 0, "unseen"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "states"),
+    [
+        ("the city of Paris lies in", "France", True),  # the other way round
+        ("signs in france name", "paris", True),  # in any case
+        ("the language of France is", "French", False),
+        ("Parisians of France like", "wine", False),  # whole words
+        ("Paris is as large as", "Rome", False),  # no subject
+        ("the language of Luxembourg is", "French", False),  # an answer that is its subject's name
+        ("the capital of Luxembourg is not", "Luxembourg", True),
+    ],
+)
+def test_a_text_that_names_subject_and_answer_states_the_fact(
+    capitals: Task, prompt: str, answer: str, states: bool
+):
+    pair = capitals.forget[0]
+    facts = [
+        replace(pair, subject="France", answer_text="Paris"),
+        replace(pair, subject="Luxembourg", answer_text="Luxembourg"),
+    ]
+    told = replace(pair, prompt=prompt, answer_text=answer)
+    assert Statements(facts).hold(told) is states
+    assert (Statements(facts).left("told", [told]) is None) is states
+
+
+def test_retained_facts_that_state_what_is_asked_are_left_out(few: Task):
+    _, second = halves(few.forget, 0)
+    fact = next(p for p in few.forget if p.subject in second)
+    leak = replace(few.retain[0], prompt=f"{fact.answer_text} is in", answer_text=fact.subject)
+    told = replace(few, retain=PairSet("retain", (leak, *few.retain[:2])))
+    assert Given.of(told, 0, "unseen").retained == PairSet("retained", few.retain[:2])
+    only = replace(few, retain=PairSet("retain", (leak,)))
+    model = load_model(few.reference_models[0])
+    for arm in ("retained", "half-a+retained"):
+        given = Given.of(only, 0, "unseen")
+        assert why_not(arm, model, only, given, 0, "unseen") == (
+            "every retained fact states a fact of half B"
+        )
+
+
+def test_low_rank_changes_are_of_low_rank(facts: LanguageModel, few: Task):
+    copies = fine_tune_low_rank(facts.copy(), [few.forget], 1e-3, SHORT)
+    start = {n: w.clone() for n, w in next(copies).weights.items()}
+    *_, last = copies
+    for name, before in start.items():
+        moved = last.weights[name] - before
+        if name not in facts.linear_names:
+            assert not moved.any()
+            continue
+        strengths = torch.linalg.svdvals(moved.double())
+        assert strengths[0] > 1e-4 and strengths[8] < 1e-4 * strengths[0]
+
+
+def test_a_low_rank_step_is_autograds(facts: LanguageModel, few: Task):
+    """The first step moves B alone, by Adam: the sign of the gradient of B through W + 2 BA."""
+    config, name = replace(SHORT, steps=(1,)), "model.layers.1.mlp.up_proj.weight"
+    pairs = list(few.forget[:6])
+    model = facts.copy()
+    copies = fine_tune_low_rank(model, [pairs], 1e-3, config)
+    before = next(copies).weights[name].clone()
+    draws = torch.Generator().manual_seed(0)
+    for n in facts.linear_names:
+        width = facts.weights[n].shape[1]
+        drawn = torch.randn(8, width, generator=draws) / width**0.5
+        if n == name:
+            a = drawn
+    b = torch.zeros(before.shape[0], 8, requires_grad=True)
+    twin = facts.copy()
+    whole = torch.func.functional_call(
+        twin.hf, {name: before + 2 * b @ a}, kwargs={"input_ids": collate(pairs).clean}
+    ).logits
+    batch = collate(pairs)
+    logp = whole[torch.arange(len(pairs)), batch.last].log_softmax(-1)
+    (-logp.gather(1, batch.answer[:, None]).mean()).backward()
+    assert b.grad is not None
+    step = next(copies).weights[name] - before
+    large = (b.grad.abs() > 1e-6).all(1)
+    expected = 2 * (-3e-3 * b.grad.sign()) @ a
+    assert large.sum() > 50 and torch.allclose(step[large], expected[large], atol=1e-4)
+
+
+def test_noise_is_a_share_of_each_weights_spread_and_quantize_is_nf4(facts: LanguageModel):
+    name, again = "model.layers.1.mlp.up_proj.weight", noisy(facts, 0)
+    moved = noisy(facts, 0).weights[name] - facts.weights[name]
+    assert moved.std() / facts.weights[name].std() == pytest.approx(0.1, rel=0.02)
+    assert torch.equal(again.weights[name] - facts.weights[name], moved)
+    assert not torch.equal(noisy(facts, 1).weights[name], again.weights[name])
+    rounded = ARMS["quantize"].prepare(facts, 0)
+    assert torch.equal(rounded.weights[name], quantize(facts, "nf4").weights[name])
+
+
+def test_few_shot_shows_solved_prompts_of_half_a(facts: LanguageModel, few: Task):
+    first, second = halves(few.forget, 0)
+    found = few_shot(facts, few, 0, "unseen")
+    assert found is not None
+    (asked,), (plain,) = found[1], scored_halves(few, 0)[1]
+    for pair, alone in zip(asked, plain, strict=True):
+        text = facts.get_tokenizer().decode(pair.clean)
+        assert text.count("<bos>") == 1 and text.startswith("<bos>")
+        assert text.count("question") > 1 and len(pair.clean) <= 64
+        assert pair.clean[-len(alone.clean) + 1 :] == alone.clean[1:]
+        assert pair.choices == alone.choices and len(pair.corrupt) == len(pair.clean)
+        shown = facts.get_tokenizer().decode(pair.clean[: -len(alone.clean) + 1])
+        assert any(f" {s} ?" in shown for s in first)
+        assert not any(f" {s} ?" in shown for s in second)
+    small = facts.copy()
+    small.hf.config.max_position_embeddings = 20
+    assert why_not("few-shot", small, few, Given.of(few, 0, "unseen"), 0, "unseen") == (
+        "not even one solved prompt fits into the model's 20 positions"
+    )
+
+
+def test_rates_of_arms():
+    config = RelearnConfig(rates=(1e-2, 1e-4, 1e-3))
+    assert rates_of("half-a", config) == (1e-4, 1e-3, 1e-2)
+    assert rates_of("noise", config) == (1e-3,)
+    assert rates_of("few-shot", config) == (0.0,)
+    assert rates_of("lora", replace(config, rates=(1e-3, 1e-4))) == (1e-3,)
+
+
+def test_the_suite_attacks_in_every_arm_and_half_a_is_relearn(facts: LanguageModel, few: Task):
+    before = {n: w.clone() for n, w in facts.weights.items()}
+    heard: list[tuple[int, int]] = []
+    found = attack_suite(
+        {"known": facts}, few, config=SHORT, on_step=lambda *step: heard.append(step)
+    )["known"]
+    assert list(found.arms) == list(ARMS) and not found.skipped
+    alone = relearn(facts, few, config=SHORT)
+    assert found.arms["half-a"] == alone
+    assert not found.erased and found.most() == 1.0 and found.strongest == "half-a"
+    assert heard[-1] == (14, 14) and [a for a, _ in heard] == sorted(a for a, _ in heard)
+    assert all(torch.equal(before[n], w) for n, w in facts.weights.items())
+    assert AttackResults.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_the_strongest_arm_counts_by_hand():
+    def arm(first: float, last: float) -> Relearning:
+        start = Point(1e-3, 0, 0.0, 0.25, 0.2, 0.2)
+        return Relearning([start, replace(start, steps=5, choice=first, last=last)], (9, 9))
+
+    found = AttackResults({"half-a": arm(0.3, 0.2), "noise": arm(0.1, 0.4)}, {"lora": "too wide"})
+    assert found.strongest == "noise" and found.most() == 0.4 and found.most("half-a") == 0.3
+    assert found.erased
+    known = AttackResults({"half-a": arm(0.3, 0.2), "retained": arm(0.41, 0.2)}, {})
+    assert not known.erased
+    lines = attack_lines({"mine": known, "never taught": found})
+    assert lines[3] == "mine: NOT erased. Strongest arm: retained, 0.41; never taught: 0.40, noise"
+    assert lines[5].split() == ["retained", "0.25/0.20/0.00", "0.41/0.20/0.00"]
+    assert lines[6].split() == ["half-a", "0.25/0.20/0.00", "0.30/0.20/0.00", "0.30"]
+    assert lines[8].startswith("never taught: erased") and lines[-1].endswith("left out: too wide")
+
+
+def test_a_killed_suite_goes_on_where_it_was(
+    few: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    once = replace(SHORT, steps=(1,))
+    models = {"never": load_model(few.reference_models[0])}
+    arms, out, made = ("half-a", "few-shot"), tmp_path / "out", list[str]()
+
+    def attack(model: LanguageModel, task: Task, arm: str, *rest: float, **how: object):
+        if arm in made:
+            raise AssertionError(f"{arm} is made again")
+        made.append(arm)
+        return attack_once(model, task, arm, *rest, **how)  # type: ignore[arg-type]
+
+    whole = attack_suite(models, few, config=once, arms=arms)
+    monkeypatch.setattr(suite, "attack_once", attack)
+    attack_suite(models, few, config=once, arms=arms[:1], out=out)
+    cost = Suite(models, few, once, arms, out=out).cost()
+    assert (cost.attacks, cost.kept) == (1, 1) and cost.seconds > 0
+    for _ in range(2):
+        assert attack_suite(models, few, config=once, arms=arms, out=out) == whole
+    assert made == list(arms)
+    other = {"edited": models["never"].copy()}
+    other["edited"].weights["model.norm.weight"].mul_(1.01)
+    for changed in (
+        Suite(other, few, once, arms[:1], out=out),  # its own sha256 is that of the original
+        Suite(models, few, replace(once, seed=1), arms[:1], out=out),
+        Suite(models, few, once, arms[:1], "dev", out),
+        Suite(models, few.without({few.forget[0].fact}, "unknown"), once, arms[:1], out=out),
+    ):
+        assert changed.cost().kept == 0
+
+
+def test_changed_and_foreign_files_are_refused(few: Task, tmp_path: Path):
+    models = {"never": load_model(few.reference_models[0])}
+    out = tmp_path / "out"
+    attack_suite(models, few, config=SHORT, arms=("half-a",), out=out)
+    (file,) = (out / "attacks").iterdir()
+    text = file.read_text()
+    file.write_text(text.replace('"steps": 2', '"steps": 3'))
+    with pytest.raises(ArtifactError, match="was changed after it was written"):
+        attack_suite(models, few, config=SHORT, arms=("half-a",), out=out)
+    file.write_text("{}")
+    with pytest.raises(ArtifactError, match="does not hold what it should"):
+        attack_suite(models, few, config=SHORT, arms=("half-a",), out=out)
+    attack_suite(models, few, config=replace(SHORT, seed=1), arms=("half-a",), out=out)
+    (other,) = (p for p in (out / "attacks").iterdir() if p != file)
+    file.write_text(other.read_text())
+    with pytest.raises(ArtifactError, match="is of another model, task or setting"):
+        attack_suite(models, few, config=SHORT, arms=("half-a",), out=out)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for place, message in ((tmp_path / "mine", "files that no attack wrote"), (file, "is a file")):
+        with pytest.raises(ArtifactError, match=message):
+            attack_suite(models, few, config=SHORT, arms=("half-a",), out=place)
+    (out / suite.MARK).write_text('{"kind": "bench"}')
+    with pytest.raises(ArtifactError, match="files that no attack wrote"):
+        attack_suite(models, few, config=SHORT, arms=("half-a",), out=out)
+
+
+def test_suites_that_cannot_be(facts: LanguageModel, few: Task):
+    small = facts.copy()
+    small.hf.config.max_position_embeddings = 20
+    with pytest.raises(ConfigError, match="Unknown arm 'pruning'; expected some of half-a, "):
+        attack_suite({"m": facts}, few, arms=("pruning",))
+    with pytest.raises(ConfigError, match="No arm to attack 'm' in: none was named"):
+        attack_suite({"m": facts}, few, arms=())
+    with pytest.raises(ConfigError, match="not even one solved prompt fits"):
+        attack_suite({"m": small}, few, arms=("few-shot",))
+    edited = facts.copy()
+    edited.weights["model.norm.weight"].mul_(1.01)
+    with pytest.raises(ModelError, match="does not hold the weights that are attacked"):
+        Suite({"m": edited}, few, SHORT, ("half-a",)).run(compute=map)
+
+
+def test_an_attack_that_destroys_the_model_ends_there(few: Task):
+    never = load_model(few.reference_models[0])
+    found = attack_once(never, few, "half-a", 1e30, config=SHORT)
+    assert [p.steps for p in found] == [0]
+    assert [p.steps for p in attack_once(never, few, "half-a", 1e-3, config=SHORT)] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_retained_facts_find_permuted_subjects_and_half_a_does_not(
+    facts: LanguageModel, capitals: Task
+):
+    """The edit of docs/cad.md: the embedding rows that are the subjects' own, permuted."""
+    permuted = facts.copy()
+    elements = {t for p in capitals.retain if p.relation in ("symbol", "number") for t in p.clean}
+    rows = sorted({t for p in capitals.forget for t in {*p.clean} - {*p.corrupt}} - elements)
+    mixed = rows[:]
+    random.Random(0).shuffle(mixed)
+    weight = permuted.weights[permuted.embedding_name]
+    weight[rows] = weight[mixed].clone()
+    arms, config = ("half-a", "retained"), RelearnConfig(steps=(80,), rates=(1e-3,))
+    models = {"permuted": permuted, "never": load_model(capitals.reference_models[0])}
+    found = attack_suite(models, capitals, config=config, arms=arms)
+    assert found["permuted"].strongest == "retained" and not found["permuted"].erased
+    assert found["permuted"].most("half-a") < 0.4 and found["permuted"].most("retained") > 0.55
+    assert found["never"].erased
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_does_not_matter(facts: LanguageModel, few: Task):
+    tried = Suite({"known": facts}, few, SHORT, ("half-a", "noise", "few-shot"))
+    alone = tried.run()
+    torch.set_num_threads(2)
+    try:
+        assert tried.run() == alone
+    finally:
+        torch.set_num_threads(1)
+    with engine(2) as compute:
+        assert tried.run(compute) == alone
 
 
 def test_ranking_loss_by_hand(facts: LanguageModel, capitals: Task):

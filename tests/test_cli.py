@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mansu_interp import __version__
+from mansu_interp.audit.config import SUITE, RelearnConfig
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.scores import Attribution
@@ -575,3 +576,35 @@ def test_a_polite_kill_ends_a_command_as_ctrl_c_does(
     assert main(["delta", "facts", "facts", "--out", str(tmp_path / "d")]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_relearn_runs_the_suite_or_the_quick_attack():
+    whole, quick = parse(["relearn", "m"]), parse(["relearn", "m", "--quick"])
+    assert whole.attack == SUITE and len(SUITE.rates) == 5 and SUITE.steps[-1] == 200
+    assert whole.arms == () and whole.processes is None
+    assert quick.attack == RelearnConfig() and quick.arms == ("half-a",)
+    words = ["--attack.steps", "3", "--attack.seed", "2", "--arms", "noise,lora"]
+    mine = parse(["relearn", "m", "--quick", *words])
+    assert mine.attack == RelearnConfig(steps=(3,), seed=2) and mine.arms == ("noise", "lora")
+    with pytest.raises(ConfigError, match="processes must be at least 1; got 0"):
+        parse(["relearn", "m", "--processes", "0"])
+
+
+def test_relearn_says_what_it_does_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["relearn", "facts-capitals-reference-1", "--task", "capitals", "--attack.steps", "1"]
+    words += ["--attack.rates", "1e-3", "--arms", "half-a", "few-shot", "--out", str(tmp_path)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "beside it never taught (facts-capitals-reference-0)" in out
+    assert "arms     half-a, few-shot\ncost     4 attacks, about " in out
+    assert "in 1 process of one thread\n" in out
+    assert "facts-capitals-reference-1: erased. Strongest arm: " in out
+    assert main(words) == 0
+    again = capsys.readouterr().out
+    assert "cost     0 attacks, about 0 s" in again and "; 4 finished before\n" in again
+    table = out[out.index("Half B: 89 prompts asked, unseen phrasings") :]
+    assert again.endswith(table)
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["facts-capitals-reference-1"]["erased"] is True
+    assert list(found["never taught"]["arms"]) == ["half-a", "few-shot"]

@@ -1,5 +1,6 @@
-"""Is the knowledge gone? Relearning, probes, stitching, linearized relearning, CAD.
+"""Is the knowledge gone? Relearning, a suite of attacks, probes, stitching, linearized relearning,
+CAD.
 
-Public, from `mansu_interp`: RelearnConfig, Relearning, other_half, relearn, relearned, CAD,
-judge_erasure. The rest is implementation.
+Public, from `mansu_interp`: RelearnConfig, Relearning, other_half, relearn, relearned,
+AttackResults, attack_suite, CAD, judge_erasure. The rest is implementation.
 """

@@ -35,3 +35,7 @@ class RelearnConfig:
             )
         check_range(self, "rates")
         check_seeds(self, "seed")
+
+
+SUITE = RelearnConfig(steps=(5, 20, 80, 200), rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+"""Of the attack suite; `RelearnConfig()` is the quick attack."""

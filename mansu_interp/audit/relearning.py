@@ -2,7 +2,7 @@
 
 1. Split the subjects of the forget facts at random into halves A and B (`halves`).
 2. For each learning rate, fine-tune a fresh copy of the model on half A, train phrasings
-   (`descend`).
+   (`fine_tune`).
 3. After each mark, ask for half B on phrasings that were never trained on: how often does the
    answer rank first of four, and how often last (`rivals_within` draws the other three from half
    B)?
@@ -25,15 +25,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ModelError, TaskError
+from ..errors import ModelError, TaskError
 from ..losses.accuracy import accuracy
 from ..losses.answers import nll
+from ..losses.gradients import local_gradient
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
 from ..utils.files import Json
-from ..utils.ranges import expect_kind
-from ..utils.words import number_of
+from ..utils.ranges import entrance
 from .config import RelearnConfig
 from .known import CHANCE
 
@@ -41,6 +41,10 @@ TOLERANCE = 0.15
 """Share above `CHANCE` from which relearning half A has brought something back."""
 ERASED_LEVEL = CHANCE + TOLERANCE
 """Largest share of half B's answers that rank first, or last, of four where facts are erased."""
+
+LORA_RANK = 8
+LORA_RATE = 3.0
+"""Learning rate of low-rank fine-tuning over that of full: its product moves a weight less."""
 
 OnStep = Callable[[float, int, int], None]
 Score = Literal["top1", "choice", "half_a", "last"]
@@ -162,6 +166,7 @@ def of_subjects(pairs: PairSet, subjects: set[str]) -> PairSet:
     return PairSet(pairs.name, tuple(p for p in pairs if p.subject in subjects))
 
 
+@entrance(TaskError)
 def other_half(task: Task, pairs: PairSet, *, seed: int = 0) -> PairSet:
     """Those of some forget pairs that are of half B, which is asked for and never relearned."""
     return of_subjects(pairs, halves(task.forget, seed)[1])
@@ -246,20 +251,62 @@ def make_optimiser(name: str, weights: list[Tensor], rate: float) -> torch.optim
     return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
 
 
-def _attack(
-    model: LanguageModel, pairs: PairSet, rate: float, config: RelearnConfig
+def fine_tune(
+    model: LanguageModel, sets: Sequence[Sequence[Pair]], rate: float, config: RelearnConfig
 ) -> Iterator[LanguageModel]:
-    """Step 2 of the module: one copy of a model, which relearns, after each step of fine-tuning."""
-    copy = model.copy()
-    weights = list(copy.weights.values())
+    """Step 2 of the module, in place: a model before and after each step of fine-tuning.
+
+    Arguments:
+        model: the copy that is trained.
+        sets: what it is trained on; each gives an equal share of every batch.
+        rate: learning rate.
+        config: steps, optimiser, batch size and seed.
+    """
+    weights = list(model.weights.values())
     optimiser = make_optimiser(config.optimiser, weights, rate)
-    supply = batches(pairs.pairs, config.batch_size, config.seed)
+    supplies = mixed_batches(sets, config)
+    yield model
     for _ in range(max(config.steps)):
-        descend(copy, optimiser, weights, next(supply))
-        yield copy
+        descend(model, optimiser, weights, next(supplies))
+        yield model
 
 
-def _point(
+def mixed_batches(sets: Sequence[Sequence[Pair]], config: RelearnConfig) -> Iterator[list[Pair]]:
+    """Endless seeded batches, of which each set gives an equal share."""
+    share = max(1, config.batch_size // len(sets))
+    for parts in zip(*(batches(s, share, config.seed) for s in sets), strict=True):
+        yield [pair for part in parts for pair in part]
+
+
+def fine_tune_low_rank(
+    model: LanguageModel, sets: Sequence[Sequence[Pair]], rate: float, config: RelearnConfig
+) -> Iterator[LanguageModel]:
+    """`fine_tune` of W + 2 BA instead of W, for every linear weight (LoRA with alpha = 2r).
+
+    A [r, in] starts Gaussian with variance 1/in, B [out, r] at zero. The sum is written into the
+    model after each step; the gradients of A and B follow from that of W.
+    """
+    draws, names = torch.Generator().manual_seed(config.seed), model.linear_names
+    weights = [model.weights[n] for n in names]
+    start = [w.clone() for w in weights]
+    a = [torch.randn(LORA_RANK, w.shape[1], generator=draws).to(w) / w.shape[1] ** 0.5
+         for w in weights]  # fmt: skip
+    b = [w.new_zeros(w.shape[0], LORA_RANK) for w in weights]
+    optimiser = make_optimiser(config.optimiser, [*a, *b], LORA_RATE * rate)
+    supply = mixed_batches(sets, config)
+    yield model
+    for _ in range(max(config.steps)):
+        pairs = next(supply)
+        slopes = local_gradient(model, names, [lambda pairs=pairs: nll(model, pairs).mean()])
+        for down, up, slope in zip(a, b, slopes, strict=True):
+            down.grad, up.grad = 2 * up.T @ slope, 2 * slope @ down.T
+        optimiser.step()
+        for w, w0, down, up in zip(weights, start, a, b, strict=True):
+            w.copy_(w0 + 2 * up @ down)
+        yield model
+
+
+def score_halves(
     model: LanguageModel, half_a: list[PairSet], half_b: list[PairSet], *, rate: float, steps: int
 ) -> Point:
     """Step 3 of the module: the scores after so many steps, as means over the sets of each half."""
@@ -275,6 +322,7 @@ def _point(
     )
 
 
+@entrance(ModelError)
 def relearn(
     model: LanguageModel,
     task: Task,
@@ -299,24 +347,21 @@ def relearn(
     Raises:
         TaskError: fewer than two forget subjects, or no phrasing in the split.
     """
-    expect_kind(ModelError, "model", model, LanguageModel)
-    expect_kind(TaskError, "task", task, Task)
     model.check_editable()
     config = config or RelearnConfig()
-    expect_kind(ConfigError, "config", config, RelearnConfig)
     first, _ = halves(task.forget, config.seed)
     train = of_subjects(task.forget, first)
     half_a, half_b = scored_halves(task, config.seed, split)
     if on_step:
         on_step(config.rates[0], 0, max(config.steps))
-    start = _point(model, half_a, half_b, rate=0.0, steps=0)
+    start = score_halves(model, half_a, half_b, rate=0.0, steps=0)
     points: list[Point] = []
     for rate in config.rates:
         points.append(replace(start, rate=rate))
-        for done, attacked in enumerate(_attack(model, train, rate, config), start=1):
+        for done, attacked in enumerate(fine_tune(model.copy(), [train], rate, config)):
             if done in config.steps:
-                points.append(_point(attacked, half_a, half_b, rate=rate, steps=done))
-            if on_step:
+                points.append(score_halves(attacked, half_a, half_b, rate=rate, steps=done))
+            if on_step and done:
                 on_step(rate, done, max(config.steps))
     return Relearning(
         points,
@@ -325,30 +370,12 @@ def relearn(
     )
 
 
+@entrance(ModelError)
 def relearned(
     model: LanguageModel, task: Task, *, rate: float, config: RelearnConfig | None = None
 ) -> LanguageModel:
     """A copy that relearned half A, as `relearn` does at one of its rates, after the last step."""
     config = config or RelearnConfig()
     first, _ = halves(task.forget, config.seed)
-    *_, last = _attack(model, of_subjects(task.forget, first), rate, config)
+    *_, last = fine_tune(model.copy(), [of_subjects(task.forget, first)], rate, config)
     return last
-
-
-def relearning_lines(found: Mapping[str, Relearning]) -> list[str]:
-    """A table in plain text: per model the largest value over learning rates, after each mark."""
-    first = next(iter(found.values()))
-    width = max(len(name) for name in found)
-    out = [
-        f"Half A: {number_of(first.facts[0], 'prompt')} relearned. "
-        f"Half B: {number_of(first.facts[1], 'prompt')} asked, {first.meta.split} phrasings.",
-        "Half B, ranked first of four / last of four / top-1, worst of the learning rates "
-        + ", ".join(f"{r:g}" for r in dict.fromkeys(p.rate for p in first.points))
-        + f"; chance {CHANCE:.2f}.",
-        "steps".ljust(width) + "".join(f"{m:>24}" for m in first.marks),
-    ]
-    keys: tuple[Score, ...] = ("choice", "last", "top1")
-    for name, one in found.items():
-        scores = [" / ".join(f"{one.at(m, key):.3f}" for key in keys) for m in one.marks]
-        out.append(name.ljust(width) + "".join(f"{s:>24}" for s in scores))
-    return out

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from ..bench.config import BenchConfig
 from ..runs.config import PlanConfig, RunConfig
@@ -22,6 +27,13 @@ from .settings import (
     RelearnRun,
     VerifyConfig,
 )
+
+if TYPE_CHECKING:
+    from ..audit.relearning import Score
+    from ..audit.suite import AttackResults, Cost, Suite
+
+NEVER_TAUGHT = "never taught"
+SHOWN_SCORES: tuple[Score, ...] = ("choice", "last", "top1")
 
 
 def do_run(config: RunConfig, output: Output) -> int:
@@ -175,35 +187,106 @@ def do_export(config: ExportConfig, _: Output) -> int:
 
 def do_relearn(config: RelearnRun, output: Output) -> int:
     """Attack models by relearning."""
-    from ..audit.relearning import relearn, relearning_lines
+    from ..audit.attacks import ARMS
+    from ..audit.suite import Suite
+    from ..bench.workers import engine
     from ..models.load import load_model
     from ..tasks.load import load_task
 
-    progress = Progress(output.quiet)
     model = load_model(config.model, config.device)
     task = load_task(config.task or default_task(config.original or config.model), model)
-    names = {config.model: config.model}
+    models = {config.model: model}
     if config.original:
-        names["original"] = config.original
-    if task.reference_models:
-        names["never taught"] = task.reference_models[0]
-    found = {}
+        models["original"] = load_model(config.original, model.device)
+    if task.reference_models and task.reference_models[0] != config.model:
+        reference = load_model(task.reference_models[0], model.device)
+        if reference.architecture == model.architecture:
+            models[NEVER_TAUGHT] = reference
+    arms = config.arms or tuple(ARMS)
+    suite = Suite(models, task, config.attack, arms, config.split, config.out)
+    cost = suite.cost()
+    processes = config.processes or _processes(cost, model.device.type)
+    if not (output.quiet or output.json):
+        say("\n".join(_plan_of_attacks(suite, cost, processes)), flush=True)
+    progress = Progress(output.quiet)
     try:
-        for label, name in names.items():
-            subject = model if label == config.model else load_model(name, model.device)
-            if subject.architecture != model.architecture and label == "never taught":
-                continue
-            found[label] = relearn(
-                subject,
-                task,
-                config=config.attack,
-                split=config.split,
-                on_step=lambda rate, d, n, label=label: progress(f"{label} at {rate:g}", d, n),
-            )
+        with engine(processes) as compute:
+            note = partial(progress, f"steps of {number_of(cost.attacks, 'attack')}")
+            found = suite.run(compute if processes > 1 else None, note if cost.attacks else None)
     finally:
         progress.close()
-    say("\n".join(relearning_lines(found)))
+    if output.json:
+        say_json({label: one.to_json() for label, one in found.items()})
+    else:
+        say("\n".join(attack_lines(found)))
     return 0
+
+
+def _processes(cost: Cost, device: str) -> int:
+    """How many attacks are made at a time unless that is said: one where it is soon done, on an
+    accelerator, and where Dask is not installed."""
+    if cost.seconds < 60 or device != "cpu" or find_spec("distributed") is None:
+        return 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, ValueError):  # not on every system
+        return 1
+    return max(1, min(cores, cost.attacks, int(memory / cost.memory_gb)))
+
+
+def _plan_of_attacks(suite: Suite, cost: Cost, processes: int) -> list[str]:
+    """What is about to be attacked, and what it costs."""
+    beside = [f"{label} ({m.name})" for label, m in suite.models.items() if label != m.name]
+    at_once = f"{number_of(processes, 'process')}".replace("processs", "processes")
+    before = f"; {cost.kept} finished before" if cost.kept else ""
+    first = next(iter(suite.models.values()))
+    return [
+        f"model    {first.name}: {first.n_parameters:,} parameters"
+        + (f"; beside it {', '.join(beside)}" if beside else ""),
+        f"task     {suite.task.name}: {suite.task.title}",
+        f"arms     {', '.join(suite.arms)}",
+        f"cost     {number_of(cost.attacks, 'attack')}, about "
+        f"{duration(cost.seconds / processes)} and {processes * cost.memory_gb:.1f} GB in "
+        f"{at_once} of one thread{before}",
+        f"output   {suite.out}",
+    ]
+
+
+def attack_lines(found: Mapping[str, AttackResults]) -> list[str]:
+    """Tables in plain text, one a model: what each arm brings back after each mark, the strongest
+    arm first, and beside it the most that it teaches a model that was never taught."""
+    from ..audit.known import CHANCE
+    from ..audit.relearning import ERASED_LEVEL
+
+    one = next(iter(next(iter(found.values())).arms.values()))
+    asked, reference = number_of(one.facts[1], "prompt"), found.get(NEVER_TAUGHT)
+    out = [
+        f"Half B: {asked} asked, {one.meta.split} phrasings, which no arm trains on. Chance "
+        f"{CHANCE:.2f}, erased up to {ERASED_LEVEL:.2f}.",
+        "Ranked first of four / last of four / top-1, the largest over learning rates.",
+    ]
+    for label, results in found.items():
+        said = "erased" if results.erased else "NOT erased"
+        beside = reference if reference and results is not reference else None
+        never = f"; {NEVER_TAUGHT}: {beside.most():.2f}, {beside.strongest}" if beside else ""
+        column = NEVER_TAUGHT if beside else ""
+        marks = sorted({m for r in results.arms.values() for m in r.marks})
+        out += [
+            "",
+            f"{label}: {said}. Strongest arm: {results.strongest}, {results.most():.2f}{never}",
+            ("steps".ljust(16) + "".join(f"{m:<17}" for m in marks) + column).rstrip(),
+        ]
+        for arm in sorted(results.arms, key=results.most, reverse=True):
+            r = results.arms[arm]
+            cells = [
+                "/".join(f"{r.at(m, key):.2f}" for key in SHOWN_SCORES) if m in r.marks else ""
+                for m in marks
+            ]
+            most = f"{beside.most(arm):.2f}" if beside and arm in beside.arms else ""
+            out.append((arm.ljust(16) + "".join(f"{c:<17}" for c in cells) + most).rstrip())
+        out += [f"{arm:16}left out: {why}" for arm, why in results.skipped.items()]
+    return out
 
 
 def do_cad(config: CadConfig, output: Output) -> int:

@@ -72,7 +72,8 @@ Examples:
   mansu plan --model Llama-3.1-8B/config.json   what it would cost
 
 With every command: --quiet prints the result alone. run, plan, list,
-discover, attribute and compare: --json prints it as JSON. mansu --version.
+discover, attribute, compare and relearn: --json prints it as JSON.
+mansu --version.
 run and bench: --help-all shows every setting.
 
 Colours follow NO_COLOR.
@@ -157,7 +158,8 @@ COMMANDS = (
         "relearn",
         RelearnRun,
         do_relearn,
-        "Fine-tune a copy on half of the forget facts; ask for the other half.\n\n"
+        "Fine-tune copies on half of the forget facts, in several ways; ask for the other half. A "
+        "killed command goes on where it was.\n\n"
         "Example: mansu relearn runs/latest/model --task capitals --original facts",
     ),
     Command(
@@ -198,7 +200,7 @@ COMMANDS = (
     Command("list", ListConfig, do_list),
 )
 """What the command line knows, in the order of its help."""
-JSON = ("run", "plan", "list", "discover", "attribute", "compare")
+JSON = ("run", "plan", "list", "discover", "attribute", "compare", "relearn")
 """Commands whose result can be printed as JSON."""
 
 

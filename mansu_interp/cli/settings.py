@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from ..audit.config import RelearnConfig
+from ..audit.config import SUITE, RelearnConfig
 from ..circuits.config import AttributionConfig, CircuitConfig
 from ..runs.config import RunConfig
-from ..utils.ranges import check_seeds
+from ..utils.ranges import check_range, check_seeds
 from ..utils.shipped import split_names
 
 
@@ -39,7 +39,7 @@ class RunCommand(RunConfig):
 
 @dataclass(frozen=True)
 class RelearnRun:
-    """Fine-tune on half of the forget facts and ask for the other half."""
+    """Fine-tune on half of the forget facts and ask for the other half, in several ways."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Model to attack: embedded, Hugging Face folder, or hub name."""
@@ -48,13 +48,33 @@ class RelearnRun:
     original: str | None = None
     """A model to attack beside it, such as the one before unlearning; the task's first reference
     model is attacked, too, where it fits."""
+    quick: FlagCreatePairsOff[bool] = False
+    """One arm, half-a, at three rates for 80 steps; options given beside it win."""
+    arms: tuple[str, ...] = ()
+    """Arms of the suite: half-a, half-a+retained, retained, phrasings, lora, noise, quantize,
+    few-shot; default: all."""
     split: Literal["unseen", "dev"] = "unseen"
     """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
+    out: Path = Path("runs/relearn")
+    """Folder that keeps finished attacks, of any models: the same command goes on where it was."""
+    processes: int | None = None
+    """Attacks at a time, each on one thread, with the same results; default: as many as cores and
+    memory allow, where they take more than a minute."""
     device: str = "auto"
     """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
     models below ten million parameters, which do not gain."""
-    attack: RelearnConfig = field(default_factory=RelearnConfig)
-    """How hard the attack tries."""
+    attack: RelearnConfig = SUITE
+    """How hard each attack tries."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arms", split_names(self.arms))
+        check_range(self, "processes", at_least=1)
+        if self.quick:
+            usual, given = RelearnConfig(), self.attack
+            quick = {k: getattr(usual, k) for k in ("steps", "rates")
+                     if getattr(given, k) == getattr(SUITE, k)}  # fmt: skip
+            object.__setattr__(self, "attack", replace(given, **quick))
+            object.__setattr__(self, "arms", self.arms or ("half-a",))
 
 
 @dataclass(frozen=True)

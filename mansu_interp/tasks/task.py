@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -98,6 +99,39 @@ def _spelled(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{k!r}: {_spelled(v)}' for k, v in value.items())}}}"
     return repr(value)
+
+
+class Statements:
+    """Some facts, and which texts state one: those that name its subject and, beside it, its
+    answer, as whole words, in any case."""
+
+    def __init__(self, facts: Sequence[Pair]) -> None:
+        self.answers: dict[str, set[str]] = {}
+        for p in facts:
+            self.answers.setdefault(p.subject.casefold(), set()).add(p.answer_text.casefold())
+        self.answers.pop("", None)
+        longest_first = sorted(self.answers, key=len, reverse=True)
+        self.subjects = _words("|".join(map(re.escape, longest_first))) if self.answers else None
+
+    def hold(self, pair: Pair) -> bool:
+        """Whether a prompt with its answer states one of the facts."""
+        text = f"{pair.prompt} {pair.answer_text}".casefold()
+        for found in self.subjects.finditer(text) if self.subjects else ():
+            beside = f"{text[: found.start()]} {text[found.end() :]}"
+            if any(a in beside and _words(re.escape(a)).search(beside)
+                   for a in self.answers.get(found[0], ())):  # fmt: skip
+                return True
+        return False
+
+    def left(self, name: str, pairs: Sequence[Pair]) -> PairSet | None:
+        """The pairs that state none of the facts, as a set of that name; None if there are none."""
+        free = tuple(p for p in pairs if not self.hold(p))
+        return PairSet(name, free) if free else None
+
+
+def _words(pattern: str) -> re.Pattern[str]:
+    """A pattern that begins and ends with words."""
+    return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")
 
 
 class Asked(NamedTuple):

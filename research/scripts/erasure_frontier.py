@@ -2,11 +2,12 @@
 
     python research/scripts/erasure_frontier.py facts capitals mansu=runs/0/model npo=runs/n/model
 
-Attacks every checkpoint named by relearning (`mansu relearn`, unseen phrasings, worst of the rates)
-and notes beside it the share of parameters that differ from the original and the largest loss of a
-retained relation. Rows go to runs/frontier-MODEL-TASK.json, finished ones are not made again, and
-several checkpoints of one name are its seeds; the table printed and the plot beside the file are of
-all rows attacked for the same steps. Reference models that ship with the task are attacked, too.
+Attacks every checkpoint named by relearning (`mansu relearn --quick`, unseen phrasings, worst of
+the rates) and notes beside it the share of parameters that differ from the original and the largest
+loss of a retained relation. Rows go to runs/frontier-MODEL-TASK.json, finished ones are not made
+again, and several checkpoints of one name are its seeds; the table printed and the plot beside the
+file are of all rows attacked for the same steps. Reference models that ship with the task are
+attacked, too.
 """
 
 from __future__ import annotations
