@@ -204,6 +204,8 @@ def scored_halves(
         TaskError: fewer than two forget subjects, no phrasing in the split, or a label whose
             scored prompts all fall into one half.
     """
+    if split not in task.scored:
+        raise TaskError(f"split: got {split!r:.60}, expected {' or '.join(task.scored)}.")
     scored = {label: s for label, s in task.scored[split]["forget"].items() if len(s)}
     if not scored:
         raise TaskError(f"Task {task.name!r} has no {split} phrasing of what is forgotten.")
@@ -375,7 +377,7 @@ def relearned(
     model: LanguageModel, task: Task, *, rate: float, config: RelearnConfig | None = None
 ) -> LanguageModel:
     """A copy that relearned half A, as `relearn` does at one of its rates, after the last step."""
-    config = config or RelearnConfig()
+    config = replace(config or RelearnConfig(), rates=(rate,))  # which checks it
     first, _ = halves(task.forget, config.seed)
     *_, last = fine_tune(model.copy(), [of_subjects(task.forget, first)], rate, config)
     return last

@@ -191,6 +191,7 @@ class Ablation(Rebuilder):
             the same for the full and the empty circuit.
     """
 
+    @entrance(CircuitError)
     def __init__(
         self,
         model: AnyModel,
@@ -200,11 +201,12 @@ class Ablation(Rebuilder):
         ablation: str = "corrupt",
         batch_size: int = 16,
     ) -> None:
+        if batch_size < 1:
+            raise CircuitError(f"batch_size must be at least 1; got {batch_size}.")
         if ablation not in ABLATIONS:
             raise CircuitError(
                 f"Unknown ablation {ablation!r}; expected one of {', '.join(ABLATIONS)}."
             )
-        expect_kind(CircuitError, "pairs", pairs, PairSet)
         super().__init__(model)
         check_exact(self, pairs)
         self.metric = get_metric(metric)
