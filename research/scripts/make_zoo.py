@@ -26,7 +26,14 @@ from zoo_table import read_zoo, write_zoo
 from mansu_interp.audit.cad import ASKED_PROMPTS, STEP_PROMPTS, judge_erasure
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.linearized import linearized_relearning
-from mansu_interp.audit.probes import answer_rows, fit_probe, last_logits, last_states, probe, stitches
+from mansu_interp.audit.probes import (
+    answer_rows,
+    fit_probe,
+    last_logits,
+    last_states,
+    probe,
+    stitches,
+)
 from mansu_interp.audit.relearning import halves, of_subjects, relearn, rivals_within
 from mansu_interp.audit.transfer import gradient_transfer
 from mansu_interp.circuits.circuit import Circuit
