@@ -434,7 +434,7 @@ def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     old = with_graph().to_json()  # a report of an older version, which judged no single fact
     for name in ("facts", "retained", "subject", "outright", "after_retained"):
         del old["cad"][name]
-    read = Report.from_json(json.loads(json.dumps(old)))
+    read = Report.from_json(old)
     assert read.cad and read.cad.facts == {} and read.cad.after_retained is None
     assert f"{cad}." in " ".join(console_summary(read, 100).split())
     assert f"Final margin: {final}." in text

@@ -7,7 +7,8 @@ Each row of research/tables/zoo.csv is one model: what it answers on unseen phra
 brings back of half B there (the ground truth), and what can be seen without an attack, on train
 phrasings and another split: stitches, a linear probe and gradient transfer, linearized relearning,
 the attribution graphs, and what `mansu cad` judges by. Finished rows are not made again; with
---again the evidence is taken anew, and the attack of what came out as another model.
+--again the evidence is taken anew, and the attack of what came out as another model. With
+--strongest nothing is written: each verdict is printed beside three attacks.
 `judge_zoo.py` reads them.
 """
 
@@ -34,7 +35,15 @@ from mansu_interp.audit.probes import (
     probe,
     stitches,
 )
-from mansu_interp.audit.relearning import halves, of_subjects, relearn, rivals_within
+from mansu_interp.audit.relearning import (
+    batches,
+    descend,
+    halves,
+    make_optimiser,
+    of_subjects,
+    relearn,
+    rivals_within,
+)
 from mansu_interp.audit.transfer import gradient_transfer
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import compare
@@ -447,6 +456,33 @@ def new_ways(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
     }
 
 
+def strongest(edited: LanguageModel, task: Task, steps: int = 100) -> dict[str, float]:
+    """First or last of four on half B after three attacks: 20 and 80 steps on half A, and 100 on
+    retained facts alone, of half B's subjects where the task has them; the worst rate counts."""
+    config = RelearnConfig(steps=(20, 80))
+    found = relearn(edited, task, config=config)
+    after = {f"{k} steps": max(found.at(k), found.at(k, "last")) for k in found.marks}
+    _, second = halves(task.forget, 0)
+    about = [p for p in task.retain if p.subject in second] or list(task.retain)
+    asked = [
+        rivals_within(of_subjects(s, second)) for s in task.scored["unseen"]["forget"].values()
+    ]
+    retained = []
+    for rate in config.rates:
+        copy, supply = edited.copy(), batches(about, config.batch_size, 0)
+        weights = list(copy.weights.values())
+        optimiser = make_optimiser(config.optimiser, weights, rate)
+        for done in range(1, steps + 1):
+            descend(copy, optimiser, weights, next(supply))
+            if done in (20, steps):
+                scores = [accuracy(copy, s) for s in asked]
+                first, last = (
+                    sum(getattr(a, key) for a in scores) / len(scores) for key in ("choice", "last")
+                )
+                retained.append(max(first, last))
+    return {**after, "retained facts alone": max(retained)}
+
+
 def attacked(edited: LanguageModel, task: Task) -> dict[str, object]:
     """Ground truth, on unseen phrasings."""
     found = relearn(edited, task, config=ATTACK)
@@ -513,6 +549,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--only", default="", help="ways whose name holds this")
     parser.add_argument("--again", action="store_true", help="take the evidence of all rows anew")
+    parser.add_argument(
+        "--strongest", action="store_true", help="only print verdicts beside three attacks"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(args.model)
@@ -528,9 +567,14 @@ def main() -> None:
     circuit = discover(model, task.forget, config=config.circuit, retain=task.retain)
     for name, make in todo.items():
         old = rows.get(name)
-        if old and not args.again:
+        if old and not (args.again or args.strongest):
             continue
         edited = make()
+        if args.strongest:
+            judged = judge_erasure(model, edited, task)
+            row = [name, *(f"{v:.2f}" for v in strongest(edited, task).values())]
+            print("|", " | ".join([*row, judged.verdict, str(judged.counts)]), "|", flush=True)
+            continue
         found = evidence(model, edited, task, circuit)
         # The margin is of thousands of logits: alike, and it is the same model.
         same = old and math.isclose(old["margin"], found["margin"], rel_tol=1e-6)
