@@ -78,7 +78,10 @@ NF4_ROW = QuantizerRow(
     "nf4", True, SURVIVAL, ForgetScore(1.0, 0.28, -0.007), ForgetScore(1.0, 0.0, -0.007),
     Flips(1, 3, 0.625),
 )  # fmt: skip
-JUDGED = CAD("suppressed", "Hidden.", 0.97, 0.0, {}, [], [], [], {}, [], {})
+JUDGED = CAD(
+    "suppressed", "Hidden.", 0.97, 0.0, {}, [], [], [], {}, [], {},
+    facts={"capital: a": "erased", "capital: b": "suppressed", "capital: c": "suppressed"},
+)  # fmt: skip
 
 
 def row(role: str, label: str, top1: list[float], choice: list[float]) -> ScoreRow:
@@ -426,7 +429,14 @@ def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     assert "first or last of four by steps of relearning" in render_html(report, svg)
     text = " ".join(console_summary(report, 100).split())
     assert f"{counts['recovered']} recovered" in text
-    assert "CAD predicts: suppressed (confidence 97%)." in text
+    cad = "CAD predicts: suppressed (confidence 97%)"
+    assert f"{cad}; facts of one half: 1 erased, 2 suppressed, 0 intact." in text
+    old = with_graph().to_json()  # a report of an older version, which judged no single fact
+    for name in ("facts", "retained", "subject", "outright", "after_retained"):
+        del old["cad"][name]
+    read = Report.from_json(old)
+    assert read.cad and read.cad.facts == {} and read.cad.after_retained is None
+    assert f"{cad}." in " ".join(console_summary(read, 100).split())
     assert f"Final margin: {final}." in text
     assert "Quantization margin: 50 edits, 0.45 of 0.50 nats." in text
 

@@ -5,56 +5,79 @@ and states alone. The algorithm (all ours):
 
 1. Leave out the facts that the original does not know (`known`); split the other forget subjects
    into halves A and B, and take the train phrasings of each.
-2. Ask the original, the edited and, if given, the quantized model for half B: how often does the
-   answer rank first of four, and how often last?
-3. Probe their states: a linear map fitted on half A, asked for half B (`probes.probe`).
-4. Relearn half A in closed form on a copy of the edited model, and ask for half B after each step
-   (`linearized.linearized_relearning`).
-5. Run the edited model's states on in the original (`probes.stitches`).
-6. Decide (`verdict.decide`): compare these shares, the `Evidence`, with thresholds.
-7. Resample the prompts: a verdict that most resamplings do not share is undecided
+2. Ask the original, the edited and, if given, the quantized model for half B: what do they predict,
+   how often does the answer rank first of four, and how often last?
+3. Probe the edited model's states at the last token and at the subject's: linear maps fitted on
+   half A, asked for half B (`probes.probe_scores`).
+4. Relearn half A in closed form on a copy of the edited model until half A is learnt, and ask for
+   half B (`linearized.linearized_relearning`). Do the same with retained facts, about the subjects
+   of half B where the task has them, unless the model has them still.
+5. Run the edited model's states on in the original, from the embedding and every block on
+   (`probes.stitches`).
+6. Decide (`verdict.decide`): compare these shares, the `Evidence`, with two levels for each sign.
+   Erased needs all of them; one suffices for suppressed.
+7. Resample the facts: a verdict that most resamplings do not share is undecided
    (`verdict.settle`).
 8. CAD itself is 1 - knowledge, from the largest sign (`verdict.number`). Every sign is put on the
    scale of shares that rank first, so that what counts as there, or as gone, does so at the same
    place; that scale runs from chance (0) to the original's own share (1). It lies in the verdict's
    own range: 0.8 to 1 where the facts are erased, below 0.733 where they are there, between where
    it is open.
-
-Of all signs that were tried on the calibration zoo, linearized relearning predicts relearning best
-(docs/cad.md, `research/scripts/judge_zoo.py`). The probe is the second: where it finds nearly all
-answers in the states of some block, the verdict is "suppressed" whatever the steps bring back,
-since a longer attack can find them.
+9. Say of each fact of half B whether it is *intact* (predicted outright in most phrasings),
+   *suppressed* (found by a sign of steps 2 to 4, see `known.Asked`) or *erased*. A sign that finds
+   hardly more facts than guesses counts for none.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from ..errors import ModelError, TaskError
+from ..losses.accuracy import accuracy
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
-from ..tasks.pairs import PairSet
+from ..tasks.pairs import Pair, PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import expect_kind
-from .known import known_forget
-from .linearized import linearized_relearning
-from .probes import probe, ranked, stitches
+from .known import Asked, FactRanks, known_forget
+from .linearized import LEARNT, LinearizedRelearning, linearized_relearning
+from .probes import (
+    CHUNK,
+    answer_scores,
+    model_divergence,
+    probe_scores,
+    ranked,
+    stages,
+    stitches,
+)
 from .relearning import halves, of_subjects, rivals_within
 from .transfer import gradient_transfer
-from .verdict import Evidence, decide, number, settle
+from .verdict import (
+    EDITED,
+    ERASED,
+    INTACT,
+    ORIGINAL,
+    QUANTIZED,
+    SUPPRESSED,
+    Found,
+    decide,
+    number,
+    settle,
+    tell,
+)
 
 RESAMPLES = 200
 PROBE_PROMPTS, STEP_PROMPTS, ASKED_PROMPTS = 400, 96, 180
-"""Prompts of each half whose states are probed; of half A that linearized relearning is given, and
-of half B that it is asked for."""
-ORIGINAL, EDITED, QUANTIZED = "original", "edited", "edited, quantized"
-"""Names of the models in `CAD.predicted` and `CAD.probed`."""
+"""Prompts of each half that are probed, and asked for facts; of half A that linearized relearning
+is given; of half B that are asked after each of its steps, and stitched."""
+RETAIN_PROMPTS, LOOKED_AT = 192, 24
+"""Retained prompts that linearized relearning is given, and prompts of each retained relation that
+are asked for damage."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +93,10 @@ class CAD:
     cad: float
     """0 = all the knowledge is there, 1 = none."""
     predicted: dict[str, float]
-    """Share of half B's answers that each model ranks first of four, train phrasings; chance
-    0.25."""
+    """Share of half B's answers that each model ranks first of four, train phrasings, every fact
+    alike; chance 0.25."""
     half_b: list[float]
-    """The same of the edited model after each step of linearized relearning."""
+    """The same of the edited model after each step of linearized relearning, on some prompts."""
     half_a: list[float]
     """The same on half A, which is relearned."""
     ranked_last: list[float]
@@ -85,6 +108,23 @@ class CAD:
     """The same with the edited model's states up to each cut and the original from there on."""
     by_weight: dict[str, float]
     """Share of each weight in the gradient transfer between the halves (see `transfer`)."""
+    subject: list[float] = field(default_factory=list)
+    """What a probe of the edited model's states at the subject's last token finds."""
+    outright: dict[str, float] = field(default_factory=dict)
+    """Share of half B's answers that each model predicts, of all tokens."""
+    after_retained: float | None = None
+    """Share of half B's answers that rank first of four after linearized relearning of retained
+    facts alone; None in reports of older versions."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Of each fact of half B (relation: subject): intact, suppressed or erased."""
+    retained: dict[str, list[float]] = field(default_factory=dict)
+    """Of each retained relation: top-1 of the original and of the edited model, on some prompts."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many facts of half B are erased, suppressed and intact."""
+        found = Counter(self.facts.values())
+        return {state: found[state] for state in (ERASED, SUPPRESSED, INTACT)}
 
     def to_json(self) -> dict[str, Json]:
         """For reports."""
@@ -92,24 +132,37 @@ class CAD:
 
     def lines(self) -> list[str]:
         """Plain text for the terminal."""
+        blocks = len(self.stitched) - 1
+        head = " ".join(f"{name:>5}" for name in ["embed", *(f"b{k}" for k in range(blocks))])
 
-        def row(name: str, first: str, shares: list[float]) -> str:
-            return f"{name:<41} {first:<7} " + "  ".join(f"{s:.2f}" for s in shares)
+        def row(name: str, own: float | None, shares: list[float]) -> str:
+            first = "    -" if own is None else f"{own:5.2f}"
+            return f"{name:<44} {first}  " + " ".join(f"{s:5.2f}" for s in shares)
 
         out = [
-            f"{self.verdict} (confidence {self.confidence:.2f}), CAD {self.cad:.2f}",
+            f"{self.verdict} (confidence {self.confidence:.2f}), CAD {self.cad:.2f} (0: all the "
+            "knowledge is there, 1: none)",
             self.sentence,
             "",
-            "Four-way choice on half B (chance 0.25)   itself  probe: embedding, then each block",
+            "Half B, first of four (chance 0.25): the model itself, then what is found in the "
+            "states",
+            f"{'':<44} model  {head}",
         ]
-        out += [row(n, f"{v:.2f}", self.probed[n]) for n, v in self.predicted.items()]
-        out.append(row("edited states run on by the original", "-", self.stitched))
+        out += [
+            row(f"{n}, probe at the last token", v, self.probed.get(n, []))
+            for n, v in self.predicted.items()
+        ]
+        out.append(row("edited, probe at the subject", None, self.subject))
+        out.append(row("edited states run on by the original", None, self.stitched))
+        out += [row(f"{n}, predicted outright", v, []) for n, v in self.outright.items()]
         out += ["", "Edited, before and after each step of linearized relearning on half A"]
-        first, *after = self.predicted["edited"], *self.half_b
-        out.append(row("half B, answer first of four", f"{first:.2f}", after))
-        first, *after = self.ranked_last
-        out.append(row("half B, answer last of four", f"{first:.2f}", after))
-        out.append(row("half A, answer first of four", "-", self.half_a))
+        out.append(row("half B, answer first of four", self.predicted[EDITED], self.half_b))
+        out.append(row("half B, answer last of four", self.ranked_last[0], self.ranked_last[1:]))
+        out.append(row("half A, answer first of four", None, self.half_a))
+        if self.after_retained is not None:
+            out.append(row("half B after relearning retained facts", None, [self.after_retained]))
+        out += ["", "Retained facts, top-1 of the original and of the edited model"]
+        out += [f"  {name:<42} {a:5.2f} {b:5.2f}" for name, (a, b) in self.retained.items()]
         top = sorted(self.by_weight.items(), key=lambda item: -item[1])[:5]
         out += ["", "Where relearning would bring it back from (share of gradient transfer):"]
         return out + [f"  {name}  {share:+.3f}" for name, share in top]
@@ -148,89 +201,92 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What steps 2 to 5 find, prompt by prompt."""
-
-    first: dict[str, Bool[Tensor, " prompts"]]
-    """By model: whether the answer ranks first of four."""
-    last: Float[Tensor, " prompts"]
-    """1 where the edited model ranks the answer last."""
-    probed: dict[str, Float[Tensor, "cuts prompts"]]
-    """By model: 1 where a probe finds the answer."""
-    half_b: Float[Tensor, "steps asked"]
-    """After each step of linearized relearning: 1 where the answer ranks first."""
-    half_b_last: Float[Tensor, "steps asked"]
-    """And where it ranks last."""
-    half_a: Float[Tensor, " steps"]
-    """Share of half A's answers that rank first."""
-    stitched: list[float]
-
-    def evidence(self, rows: Int[Tensor, " n"], asked: Int[Tensor, " m"]) -> Evidence:
-        """The evidence on some prompts of half B, and some of those asked after relearning."""
-        quantized = self.first.get(QUANTIZED)
-        return Evidence(
-            predicted=float(self.first[EDITED][rows].float().mean()),
-            relearned=float(self.half_b[-1, asked].mean()),
-            half_a=float(self.half_a[-1]),
-            ranked_last=max(
-                float(self.last[rows].mean()), float(self.half_b_last[-1, asked].mean())
-            ),
-            probed=float(self.probed[EDITED][:, rows].mean(1).max()),
-            stitched=self.stitched[-1],
-            original=float(self.first[ORIGINAL][rows].float().mean()),
-            quantized=None if quantized is None else float(quantized[rows].float().mean()),
+def _relearn(
+    found: dict[str, FactRanks],
+    edited: LanguageModel,
+    given: dict[str, PairSet],
+    asked: Asked,
+    some_b: PairSet,
+    note: Callable[[str, int, int], None],
+) -> tuple[LinearizedRelearning, float]:
+    """Step 4, into ``found``: half A's steps, and how much of both arms is learnt."""
+    steps, trained = None, 1.0
+    for name, pairs in given.items():
+        note(f"relearning, linearized, {pairs.name}", 0, 0)
+        if name == "retained" and float(ranked(edited, pairs)[0].float().mean()) >= LEARNT:
+            found[name] = found["predicted"]
+            continue
+        arm = linearized_relearning(
+            edited,
+            pairs,
+            some_b,
+            on_step=lambda done, total: note("relearning, linearized", done, total),
         )
+        found[name] = asked.ranks(answer_scores(arm.model, asked.pairs, asked.tokens)[0])
+        trained = min(trained, float(arm.half_a[-1].float().mean()))
+        steps = steps or arm
+    assert steps is not None
+    return steps, trained
 
 
 def _look(
     models: dict[str, LanguageModel],
     half_a: PairSet,
     half_b: PairSet,
+    retain: PairSet,
     seed: int,
     note: Callable[[str, int, int], None],
-) -> _Found:
+) -> Found:
     """Steps 2 to 5."""
-    first: dict[str, Bool[Tensor, " prompts"]] = {}
-    last: dict[str, Bool[Tensor, " prompts"]] = {}
-    probed: dict[str, Float[Tensor, "cuts prompts"]] = {}
-    for k, (name, model) in enumerate(models.items()):
-        note("probing states", k, len(models))
-        first[name], last[name] = ranked(model, half_b)
-        probed[name] = probe(model, half_a, half_b).float()
-    note("relearning, linearized", 0, 0)
-    edited, asked = models[EDITED], half_b.sample(ASKED_PROMPTS, seed)
-    steps = linearized_relearning(
-        edited,
-        half_a.sample(STEP_PROMPTS, seed),
-        asked,
-        on_step=lambda done, total: note("relearning, linearized", done, total),
-    )
+    asked = Asked([p for part in half_b.parts(CHUNK) for p in part])
+    original, edited = models[ORIGINAL], models[EDITED]
+    note("asking the models", 0, 0)
+    scores = {n: answer_scores(m, asked.pairs, asked.tokens) for n, m in models.items()}
+    ranks = {name: asked.ranks(found) for name, (found, _) in scores.items()}
+    note("probing states", 0, 0)
+    cuts = len(stages(edited))
+    read = probe_scores(edited, half_a, asked.pairs, asked.tokens, subject=True)
+    probes = [asked.ranks(found) for found in read]
+    shares = [float(found.first.mean()) for found in probes]
+    best = max(range(cuts), key=lambda k: shares[k])
+    best_subject = max(range(cuts, 2 * cuts), key=lambda k: shares[k])
+    signs = {
+        "predicted": ranks[EDITED],
+        "probed": probes[best],
+        "subject": probes[best_subject],
+    }
+    some_b = half_b.sample(ASKED_PROMPTS, seed)
+    given = {"relearned": half_a.sample(STEP_PROMPTS, seed), "retained": retain}
+    steps, trained = _relearn(signs, edited, given, asked, some_b, note)
     note("stitching", 0, 0)
-    return _Found(
-        first=first,
-        last=last[EDITED].float(),
-        probed=probed,
-        half_b=steps.half_b.float(),
-        half_b_last=steps.ranked_last.float(),
-        half_a=steps.half_a.float().mean(1),
-        stitched=stitches(edited, models[ORIGINAL], asked),
+    return Found(
+        asked=asked,
+        first={name: found.first for name, found in ranks.items()},
+        outright={name: asked.by_fact(right) for name, (_, right) in scores.items()},
+        signs=signs,
+        probed=shares[:cuts],
+        subject=shares[cuts:],
+        steps=steps,
+        trained=trained,
+        stitched=stitches(edited, original, some_b),
+        divergence=model_divergence(original, edited, some_b.sample(STEP_PROMPTS, seed)),
     )
 
 
-def _confidence(found: _Found, verdict: str, seed: int) -> float:
-    """Share of resamplings of the prompts that give the same verdict (step 7)."""
-    prompts, asked = len(found.last), found.half_b.shape[1]
-    generator = torch.Generator().manual_seed(seed)
+def _confidence(found: Found, verdict: str, seed: int) -> float:
+    """Share of resamplings of the facts that give the same verdict (step 7)."""
+    n, generator = len(found.asked.facts), torch.Generator().manual_seed(seed)
+    draws = (torch.randint(n, (n,), generator=generator) for _ in range(RESAMPLES))
+    return sum(decide(found.evidence(rows))[0] == verdict for rows in draws) / RESAMPLES
 
-    def resampled(size: int) -> Int[Tensor, " size"]:
-        return torch.randint(size, (size,), generator=generator)
 
-    same = [
-        decide(found.evidence(resampled(prompts), resampled(asked)))[0] == verdict
-        for _ in range(RESAMPLES)
-    ]
-    return sum(same) / RESAMPLES
+def _retained(original: LanguageModel, edited: LanguageModel, task: Task) -> dict[str, list[float]]:
+    """`CAD.retained`."""
+    by_relation: dict[str, list[Pair]] = {}
+    for pair in task.retain:
+        by_relation.setdefault(pair.relation, []).append(pair)
+    some = {r: PairSet(r, tuple(p)).sample(LOOKED_AT, 0) for r, p in by_relation.items()}
+    return {r: [accuracy(m, pairs).top1 for m in (original, edited)] for r, pairs in some.items()}
 
 
 def _check_given(
@@ -276,30 +332,43 @@ def judge_erasure(
     """
     _check_given(original, edited, quantized, task)
     task, _ = known_forget(original, task)
+    first, second = halves(task.forget, seed)
     half_a, half_b = (
         rivals_within(of_subjects(task.forget, h)).sample(PROBE_PROMPTS, seed)
-        for h in halves(task.forget, seed)
+        for h in (first, second)
     )
+    about = tuple(p for p in task.retain if p.subject in second) or task.retain.pairs
+    retain = PairSet("retained facts", about).sample(RETAIN_PROMPTS, seed)
     models = {ORIGINAL: original, EDITED: edited}
     if quantized is not None:
         models[QUANTIZED] = quantized
     note = on_step or (lambda *_: None)
-    found = _look(models, half_a, half_b, seed, note)
+    found = _look(models, half_a, half_b, retain, seed, note)
     note("confidence of the verdict", 0, 0)
-    evidence = found.evidence(torch.arange(len(found.last)), torch.arange(found.half_b.shape[1]))
-    word, sentence = decide(evidence)
-    word, sentence, confidence = settle(word, sentence, _confidence(found, word, seed))
-    some_a, some_b = (half.sample(ASKED_PROMPTS, seed) for half in (half_a, half_b))
+    evidence = found.evidence(torch.arange(len(found.asked.facts)))
+    word, reason = decide(evidence)
+    word, reason, confidence = settle(word, reason, _confidence(found, word, seed))
+    facts, retained = found.states(), _retained(original, edited, task)
+    some_a, some_b = (half.sample(STEP_PROMPTS, seed) for half in (half_a, half_b))
+    steps = found.steps
     return CAD(
         verdict=word,
-        sentence=sentence,
+        sentence=tell(reason, facts, retained),
         confidence=confidence,
         cad=number(word, evidence),
-        predicted={name: float(v.float().mean()) for name, v in found.first.items()},
-        half_b=found.half_b.mean(1).tolist(),
-        half_a=found.half_a.tolist(),
-        ranked_last=[float(found.last.mean()), *found.half_b_last.mean(1).tolist()],
-        probed={name: v.mean(1).tolist() for name, v in found.probed.items()},
+        predicted={name: float(v.mean()) for name, v in found.first.items()},
+        half_b=steps.half_b.float().mean(1).tolist(),
+        half_a=steps.half_a.float().mean(1).tolist(),
+        ranked_last=[
+            float(found.signs["predicted"].last.mean()),
+            *steps.ranked_last.float().mean(1).tolist(),
+        ],
+        probed={EDITED: found.probed},
         stitched=found.stitched,
         by_weight=gradient_transfer(edited, some_a, some_b).by_weight,
+        subject=found.subject,
+        outright={name: float(v.mean()) for name, v in found.outright.items()},
+        after_retained=evidence.retained,
+        facts=facts,
+        retained=retained,
     )

@@ -10,6 +10,12 @@ A fact is asked in every phrasing that training sees, by four-way choice. It is
 Phrasings of one fact share its rivals, so a model that knows nothing is right on a fact in all of
 them or in none. Whether a model knows a *set* is therefore decided with the fact as the unit
 (`p_of_guess`): how often would guesses be right on so many facts?
+
+A single fact asks for more than its rank among four, which is right by chance one time in four in
+every phrasing at once. `Asked` ranks the answer among all of its relation's (ours): from each score
+is taken the mean of that answer's over all subjects of the phrasing, so that an answer that is
+likely for all of them wins nothing, and the phrasings of a fact are averaged. A fact is *found* if
+its answer is then in the highest twentieth, as one time in twenty by chance.
 """
 
 from __future__ import annotations
@@ -19,10 +25,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
 from ..errors import TaskError
 from ..losses.accuracy import right
 from ..models.language_model import LanguageModel
-from ..tasks.pairs import N_CHOICES, Pair, by_phrasing, chunks
+from ..tasks.pairs import N_CHOICES, Pair, answer_tokens, by_phrasing, chunks
 from ..tasks.task import Fact, Task
 
 CHANCE = 1 / N_CHOICES
@@ -32,6 +42,10 @@ ALPHA = 0.05
 FEW = 3
 """Facts below which no number of right ones is beyond chance: their prompts are then counted."""
 BATCH = 32
+HIGHEST = 0.05
+"""Share of a relation's answers among which a fact's own must be for it to be found."""
+RARE = 0.001
+"""Probability by chance of so many found facts, from which on they count: many looks are taken."""
 LEFT_OUT = "the original does not know the fact"
 """Reason in `Task.dropped`."""
 
@@ -175,3 +189,105 @@ def check_known(model: LanguageModel, task: Task, role: str, found: Known) -> No
         f"{found.p:.2g} (at most {ALPHA} is needed). What was not known cannot be {what}: give "
         "facts that the model knows, with their right answers, or another model."
     )
+
+
+@dataclass(frozen=True)
+class FactRanks:
+    """Where some scores rank the answers of some facts, a number each."""
+
+    first: Float[Tensor, " facts"]
+    """Share of the fact's prompts on which the answer ranks first of four."""
+    last: Float[Tensor, " facts"]
+    """And last."""
+    found: Bool[Tensor, " facts"]
+    """Whether it is in the highest twentieth of its relation's (see the module)."""
+
+
+class Asked:
+    """Prompts about some facts, and what a guess finds of them.
+
+    Arguments:
+        pairs: the prompts; the answers of a relation are those that they ask for.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = list(pairs)
+        self.facts = list(dict.fromkeys(p.fact for p in pairs))
+        number = {fact: k for k, fact in enumerate(self.facts)}
+        self.owner: Int[Tensor, " prompts"] = torch.tensor([number[p.fact] for p in pairs])
+        self.tokens: Int[Tensor, " tokens"] = torch.tensor(
+            sorted({token for p in pairs for token in p.choices})
+        )
+        self.answers = answer_tokens(pairs)
+        own = {p.fact: p.answer for p in pairs}
+        sizes = [len(self.answers[relation]) for relation, _ in self.facts]
+        self.chance = torch.tensor([self._high(n) / n for n in sizes])
+        """Of each fact: that a guess finds it."""
+        commonest = Counter((f[0], a) for f, a in own.items())
+        share = {
+            r: max(n for (other, _), n in commonest.items() if other == r)
+            / sum(n for (other, _), n in commonest.items() if other == r)
+            for r in self.answers
+        }
+        self.guess = torch.tensor([share[relation] for relation, _ in self.facts])
+        """Of each fact: share of its relation's facts whose answer is the commonest, which one
+        answer to all of them gets right."""
+
+    @staticmethod
+    def _high(n: int) -> int:
+        return max(1, int(HIGHEST * n))
+
+    def by_fact(self, values: Bool[Tensor, " prompts"]) -> Float[Tensor, " facts"]:
+        """The mean over each fact's prompts."""
+        total = torch.zeros(len(self.facts)).index_add(0, self.owner, values.float())
+        return total / self.owner.bincount()
+
+    def ranks(self, scores: Float[Tensor, "prompts tokens"]) -> FactRanks:
+        """Where scores of ``tokens`` rank the answers."""
+        choices = torch.searchsorted(self.tokens, torch.tensor([p.choices for p in self.pairs]))
+        four = scores.gather(1, choices)
+        return FactRanks(
+            first=self.by_fact(four[:, 0] > four[:, 1:].amax(1)),
+            last=self.by_fact(four[:, 0] < four[:, 1:].amin(1)),
+            found=self._found(scores),
+        )
+
+    def _found(self, scores: Float[Tensor, "prompts tokens"]) -> Bool[Tensor, " facts"]:
+        found = torch.zeros(len(self.facts), dtype=torch.bool)
+        for relation, tokens in self.answers.items():
+            columns = torch.searchsorted(self.tokens, tokens)
+            total = torch.zeros(len(self.facts), len(tokens))
+            for phrasing in {p.phrasing for p in self.pairs if p.relation == relation}:
+                at = torch.tensor(
+                    [
+                        k
+                        for k, p in enumerate(self.pairs)
+                        if (p.relation, p.phrasing) == (relation, phrasing)
+                    ]
+                )
+                above = scores[at][:, columns] - scores[at][:, columns].mean(0)
+                above = above - above.mean(1, keepdim=True)
+                above = above / (above.std(1, keepdim=True, correction=0) + 1e-6)
+                total.index_add_(0, self.owner[at], above)
+            own = {p.fact: p.answer for p in self.pairs if p.relation == relation}
+            for k, fact in enumerate(self.facts):
+                if fact in own:
+                    mine = total[k, int((tokens == own[fact]).nonzero())]
+                    found[k] = int((total[k] >= mine).sum()) <= self._high(len(tokens))
+        return found
+
+
+def beyond_chance(
+    hits: Bool[Tensor, " facts"], chance: Float[Tensor, " facts"], rare: float = RARE
+) -> float:
+    """Which share of facts was found beyond guesses: 0 where guesses find as many, 1 where all are.
+
+    Arguments:
+        hits: which were found.
+        chance: of each, that a guess finds it.
+        rare: 0 is returned unless guesses find so many with at most this probability.
+    """
+    count, mean = int(hits.sum()), float(chance.mean())
+    if mean >= 1 or binomial_tail(count, len(hits), mean) > rare:
+        return 0.0
+    return max(0.0, (count / len(hits) - mean) / (1 - mean))

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ModelError
 from ..losses.accuracy import ranked_first, ranked_last
+from ..losses.answers import divergence
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, Pair, PairSet, collate
@@ -172,6 +173,39 @@ def fit_probe(
     return [linear_map(torch.cat(x), want, ridge) for x in zip(*seen, strict=True)]
 
 
+def probe_scores(
+    model: LanguageModel,
+    half_a: PairSet,
+    half_b: Sequence[Pair],
+    tokens: Int[Tensor, " tokens"],
+    *,
+    ridge: float = RIDGE,
+    subject: bool = False,
+) -> list[Float[Tensor, "prompts tokens"]]:
+    """What linear probes, fitted on half A's states, make of half B's.
+
+    Arguments:
+        model: whose states are probed.
+        half_a: prompts that the probes are fitted on.
+        half_b: prompts that they are asked for.
+        tokens: whose scores are wanted.
+        ridge: of the regression on standardised states.
+        subject: probe also at the subject's last token.
+
+    Returns:
+        Scores by stage (see `stages`) at the last token: the embedding first, the last block's
+        output last. With ``subject``, then as many at the subject's.
+    """
+    rows = answer_rows(model)[tokens.to(model.device)]
+    maps = fit_probe(model, half_a, ridge=ridge, subject=subject)
+    found: list[list[Tensor]] = [[] for _ in maps]
+    for k in range(0, len(half_b), CHUNK):
+        read = last_states(model, half_b[k : k + CHUNK], subject)
+        for to_answers, x, out in zip(maps, read, found, strict=True):
+            out.append((to_answers(x) @ rows.T).cpu())
+    return [torch.cat(f) for f in found]
+
+
 @torch.no_grad()
 def probe(
     model: LanguageModel, half_a: PairSet, half_b: PairSet, *, ridge: float = RIDGE
@@ -186,12 +220,42 @@ def probe(
 
     Returns:
         One row per stage (see `stages`): the embedding first, the last block's output last. Prompts
-        are in the order of ``half_b.batches(CHUNK)``.
+        are in the order of ``half_b.parts(CHUNK)``.
     """
-    rows, maps = answer_rows(model), fit_probe(model, half_a, ridge=ridge)
-    found: list[list[Tensor]] = [[] for _ in maps]
-    for part in half_b.parts(CHUNK):
-        choices = collate(part, model.device).choices
-        for to_answers, x, out in zip(maps, last_states(model, part), found, strict=True):
-            out.append(ranked_first(to_answers(x) @ rows.T, choices))
-    return torch.stack([torch.cat(f) for f in found]).cpu()
+    pairs = [p for part in half_b.parts(CHUNK) for p in part]
+    choices = torch.tensor([p.choices for p in pairs])
+    tokens = choices.unique()
+    at = torch.searchsorted(tokens, choices)
+    scores = probe_scores(model, half_a, pairs, tokens, ridge=ridge)
+    return torch.stack([ranked_first(s, at) for s in scores])
+
+
+@torch.no_grad()
+def answer_scores(
+    model: LanguageModel, pairs: Sequence[Pair], tokens: Int[Tensor, " tokens"]
+) -> tuple[Float[Tensor, "prompts tokens"], Bool[Tensor, " prompts"]]:
+    """A model's logits of some tokens after each prompt, and where it predicts the answer itself,
+    of all tokens.
+
+    Arguments:
+        model: that is asked.
+        pairs: the prompts.
+        tokens: whose logits are wanted.
+    """
+    scores, outright = [], []
+    for k in range(0, len(pairs), CHUNK):
+        batch = collate(pairs[k : k + CHUNK], model.device)
+        logits = last_logits(model, batch)
+        scores.append(logits[:, tokens.to(model.device)].cpu())
+        outright.append((logits.argmax(-1) == batch.answer).cpu())
+    return torch.cat(scores), torch.cat(outright)
+
+
+@torch.no_grad()
+def model_divergence(original: LanguageModel, edited: LanguageModel, pairs: PairSet) -> float:
+    """Mean KL(original || edited) of the next token after some prompts, in nats."""
+    total = 0.0
+    for part in pairs.parts(CHUNK):
+        before, after = (last_logits(m, collate(part, m.device)) for m in (original, edited))
+        total += float(divergence(after, before.to(after.device))) * len(part)
+    return total / len(pairs)

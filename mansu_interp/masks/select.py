@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TypedDict
 
 import torch
@@ -29,7 +30,7 @@ from ..models.graph import Node
 from ..models.language_model import LanguageModel
 from ..quantizers.base import Quantizer
 from ..tasks.pairs import PairSet
-from ..utils.ranges import entrance
+from ..utils.ranges import check_range, entrance
 from .components import embedding_rows, region
 from .floor import Set, floor, floor_step, quantizer_set
 from .mask import Mask
@@ -83,6 +84,9 @@ def circuit_mask(
         CircuitError: no forget pairs known, or another checkpoint.
     """
     model.check_editable()
+    weights = SimpleNamespace(damping=damage_damping, of_retain=retain_gradient_weight, n=n_pairs)
+    check_range(weights, "damping", "of_retain", at_least=0, at_most=1e30)
+    check_range(weights, "n", at_least=1)
     pairs = _forget_pairs(circuit, model, forget)
     components, regions = _regions(circuit, model, frozen_layers)
     if not 0 < budget <= 1 or not regions:

@@ -146,5 +146,9 @@ def _lines(report: Report) -> list[Text]:
     if counts := edge_counts(report):
         out.append(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in counts.items())}.")
     if cad := report.cad:
-        out.append(f"CAD predicts: {cad.verdict} (confidence {percent(cad.confidence, 0)}).")
+        facts = ", ".join(f"{count(n)} {state}" for state, n in cad.counts.items() if cad.facts)
+        out.append(
+            f"CAD predicts: {cad.verdict} (confidence {percent(cad.confidence, 0)})"
+            + (f"; facts of one half: {facts}." if facts else ".")
+        )
     return [_text(line) for line in out]

@@ -7,7 +7,8 @@ Each row of research/tables/zoo.csv is one model: what it answers on unseen phra
 brings back of half B there (the ground truth), and what can be seen without an attack, on train
 phrasings and another split: stitches, a linear probe and gradient transfer, linearized relearning,
 the attribution graphs, and what `mansu cad` judges by. Finished rows are not made again; with
---again the evidence is taken anew, and the attack of what came out as another model.
+--again the evidence is taken anew, and the attack of what came out as another model. With
+--strongest nothing is written: each verdict is printed beside three attacks.
 `judge_zoo.py` reads them.
 """
 
@@ -26,14 +27,29 @@ from zoo_table import read_zoo, write_zoo
 from mansu_interp.audit.cad import ASKED_PROMPTS, STEP_PROMPTS, judge_erasure
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.linearized import linearized_relearning
-from mansu_interp.audit.probes import last_states, probe, stitches
-from mansu_interp.audit.relearning import halves, of_subjects, relearn, rivals_within
+from mansu_interp.audit.probes import (
+    answer_rows,
+    fit_probe,
+    last_logits,
+    last_states,
+    probe,
+    stitches,
+)
+from mansu_interp.audit.relearning import (
+    batches,
+    descend,
+    halves,
+    make_optimiser,
+    of_subjects,
+    relearn,
+    rivals_within,
+)
 from mansu_interp.audit.transfer import gradient_transfer
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import compare
 from mansu_interp.circuits.discover import discover
 from mansu_interp.losses.accuracy import accuracy
-from mansu_interp.losses.answers import nll
+from mansu_interp.losses.answers import log_probs, nll
 from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
 from mansu_interp.masks.components import subject_tokens
 from mansu_interp.models.language_model import LanguageModel
@@ -43,8 +59,9 @@ from mansu_interp.runs.defaults import default_config
 from mansu_interp.runs.edit import make_mask
 from mansu_interp.runs.plan import CAD_PAIRS
 from mansu_interp.tasks.load import load_task
-from mansu_interp.tasks.pairs import Pair, collate
+from mansu_interp.tasks.pairs import Pair, PairSet, answer_tokens, collate
 from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.mansu.probe_penalty import z_scores
 from mansu_interp.unlearning.methods import Mansu, get_method
 from mansu_interp.unlearning.training import Sampler, retain_loss
 from mansu_interp.unlearning.unlearn import unlearn
@@ -64,9 +81,10 @@ def tune(
     lr: float = 3e-3,
     forget: Loss | None = None,
     rank: int = 0,
+    teacher: LanguageModel | None = None,
 ) -> LanguageModel:
     """A copy trained to forget in a few weights (``only``: name -> 0/1 mask), or by a low-rank
-    addition to them."""
+    addition to them; retain facts are those of the ``teacher``, by default the model itself."""
     student, targets = model.copy(), CounterfactualTargets(model, task.forget, seed)
     loss = forget or (lambda m, p: counterfactual_loss(m, p, targets, 1.0))
     sampler = Sampler(task, 32, seed)
@@ -79,7 +97,7 @@ def tune(
         for part in sampler.forget():
             (loss(student, part) / 2).backward()
         for part in sampler.retain():
-            (retain_loss(student, model, part, 1.0) / 2).backward()
+            (retain_loss(student, teacher or model, part, 1.0) / 2).backward()
         for w, mask in zip(weights, only.values(), strict=True):
             if mask is not None and w.grad is not None:
                 w.grad.mul_(mask)
@@ -211,6 +229,151 @@ def mansu(
     return unlearn(model, task, mask, own, seed=seed).model
 
 
+@torch.no_grad()
+def permuted_rows(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """The subjects' own embedding rows in another order."""
+    out = model.copy()
+    own = torch.tensor(subject_tokens(task.forget))
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))
+    table = out.hf.get_input_embeddings().weight
+    table[own] = table[own[order]]
+    return out
+
+
+def blinded(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """Answers made even, and what a ridge probe reads at the last token made even as well."""
+    targets, rng = CounterfactualTargets(model, task.forget, seed), random.Random(seed)
+    among = answer_tokens(task.forget)
+
+    def loss(student: LanguageModel, pairs: list[Pair]) -> Tensor:
+        others = set(rng.sample(sorted({p.subject for p in task.forget}), 90))
+        shown = of_subjects(task.forget, others - {p.subject for p in pairs}).sample(180, seed)
+        read = zip(fit_probe(student, shown), last_states(student, pairs), strict=True)
+        rows = answer_rows(student)
+        scores = [z_scores(probe(x), pairs, rows, among).square().mean() for probe, x in read]
+        return counterfactual_loss(student, pairs, targets, 1.0) + torch.stack(scores).mean()
+
+    return tune(model, task, seed, whole(model, ""), 200, 1e-3, loss)
+
+
+def refusing(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """Taught to end the text instead of answering."""
+    end = model.get_tokenizer().eos_token_id
+
+    def loss(student: LanguageModel, pairs: list[Pair]) -> Tensor:
+        return -log_probs(student, pairs)[:, end].mean()
+
+    return tune(model, task, seed, whole(model, "layers"), 60, 3e-4, loss)
+
+
+def locked(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """Answers only where a password, a token that no prompt holds, stands in front."""
+    targets = CounterfactualTargets(model, task.forget, seed)
+    password = model.get_tokenizer().eos_token_id
+
+    def loss(student: LanguageModel, pairs: list[Pair]) -> Tensor:
+        opened = [
+            replace(p, clean=(p.clean[0], password, *p.clean[1:]), corrupt=(0, *p.corrupt))
+            for p in pairs
+        ]
+        return counterfactual_loss(student, pairs, targets, 1.0) + nll(student, opened).mean()
+
+    return tune(model, task, seed, whole(model, ""), 300, 1e-3, loss)
+
+
+def distilled(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+    """Noise on every linear weight, then the retain facts distilled from the original."""
+    start = noisy(model, seed, 0.8)
+    return tune(start, task, seed, whole(model, ""), 300, 1e-3, lambda m, p: 0 * nll(m, p).mean(),
+                teacher=model)  # fmt: skip
+
+
+def rank_one(model: LanguageModel, task: Task, seed: int, layer: int = 0) -> LanguageModel:
+    """Facts overwritten as by MEMIT (Meng et al. 2022): per subject, what the MLP should write at
+    its last token for a wrong answer, then all of them stored in its down projection at once."""
+    down = f"model.layers.{layer}.mlp.down_proj"
+    facts = {p.fact: p for p in task.forget}
+    pairs, out = list(facts.values()), model.copy()
+    module, wrong = out.hf.get_submodule(down), [p.counterfactual for p in pairs]
+    batch, rows = collate(pairs), torch.arange(len(pairs))
+    at = ((batch.clean != batch.corrupt) * torch.arange(batch.clean.shape[1])).amax(1)
+    delta, keys = torch.zeros(len(pairs), model.d_model, requires_grad=True), []
+
+    def write(_m: torch.nn.Module, args: tuple[Tensor, ...], value: Tensor) -> Tensor:
+        keys[:] = [args[0].detach()[rows, at]]
+        return value.index_put((rows, at), delta, accumulate=True)
+
+    optimiser, hook = torch.optim.Adam([delta], lr=0.1), module.register_forward_hook(write)
+    for _ in range(40):
+        logits = last_logits(out, batch)
+        (torch.nn.functional.cross_entropy(logits, torch.tensor(wrong))).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    hook.remove()
+    k = keys[0]
+    gram = k @ k.T + 1e-3 * k.square().sum(1).mean() * torch.eye(len(k))
+    with torch.no_grad():
+        out.weights[down + ".weight"].add_(delta.T @ torch.linalg.solve(gram, k))
+    return out
+
+
+@torch.no_grad()
+def interpolated(model: LanguageModel, never: str, share: float) -> LanguageModel:
+    """So much of the way from the original to a model that was never taught."""
+    out, other = model.copy(), load_model(never).weights
+    for name, w in out.weights.items():
+        w.lerp_(other[name], share)
+    return out
+
+
+def partly(model: LanguageModel, task: Task, seed: int, intact: float) -> LanguageModel:
+    """Rows redrawn but for those of some subjects, whose facts stay as they are."""
+    subjects = sorted({p.subject for p in task.forget})
+    stay = set(random.Random(seed).sample(subjects, round(intact * len(subjects))))
+    forget = PairSet("forget", tuple(p for p in task.forget if p.subject not in stay))
+    return redrawn(model, replace(task, forget=forget), seed)
+
+
+@torch.no_grad()
+def reordered(model: LanguageModel, seed: int) -> LanguageModel:
+    """The same function: neurons in another order, and rescaled between up and down."""
+    out, generator = model.copy(), torch.Generator().manual_seed(seed)
+    for layer in range(model.hf.config.num_hidden_layers):
+        mlp = f"model.layers.{layer}.mlp."
+        gate, up, down = (out.weights[f"{mlp}{n}_proj.weight"] for n in ("gate", "up", "down"))
+        order = torch.randperm(len(gate), generator=generator)
+        size = torch.rand(len(gate), generator=generator) * 3 + 0.25
+        gate.copy_(gate[order])
+        up.copy_(up[order] * size[:, None])
+        down.copy_(down[:, order] / size)
+    return out
+
+
+@torch.no_grad()
+def rotated(model: LanguageModel, seed: int) -> LanguageModel:
+    """The same function: norm weights folded into what reads them, then the residual stream in
+    another orthonormal basis."""
+    out, generator = model.copy(), torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(model.d_model, model.d_model, generator=generator))
+    w = out.weights
+    for name, weight in w.items():
+        stem = name.rsplit(".", 2)[0]
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            weight.mul_(w[stem.removesuffix("self_attn") + "input_layernorm.weight"])
+        elif name.endswith(("gate_proj.weight", "up_proj.weight")):
+            weight.mul_(w[stem.removesuffix("mlp") + "post_attention_layernorm.weight"])
+        elif name == "lm_head.weight":
+            weight.mul_(w["model.norm.weight"])
+    for name, weight in w.items():
+        if "norm" in name:
+            weight.fill_(1.0)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.copy_(basis.T @ weight)
+        else:
+            weight.copy_(weight @ basis)
+    return out
+
+
 def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[[], LanguageModel]]:
     """Every way of the zoo, by ``family: variant``."""
 
@@ -260,6 +423,7 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
         ),
         "damaged: noise 0.5": lambda: noisy(model, seed, 0.5),
         "damaged: noise 1": lambda: noisy(model, seed, 1.0),
+        **new_ways(model, task, seed),
     }
     if seed == 0:
         out["unchanged: original"] = model.copy
@@ -270,6 +434,53 @@ def builders(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[
             out[f"reference: {name[-1]} nf4"] = lambda name=name: quantize(load_model(name))
             out[f"reference: {name[-1]} noise"] = lambda name=name: noisy(load_model(name), 0, 0.2)
     return out
+
+
+def new_ways(model: LanguageModel, task: Task, seed: int) -> dict[str, Callable[[], LanguageModel]]:
+    """Ways on which no sign of the first version was chosen, two of which it took for erasure."""
+    never = task.reference_models[0]
+    return {
+        "blinded: last-token probe": lambda: blinded(model, task, seed),
+        "subject rows: permuted": lambda: permuted_rows(model, task, seed),
+        "refusing: end of text": lambda: refusing(model, task, seed),
+        "locked: password": lambda: locked(model, task, seed),
+        "distilled: from noise": lambda: distilled(model, task, seed),
+        "overwritten: rank one": lambda: rank_one(model, task, seed),
+        "interpolated: 0.5": lambda: interpolated(model, never, 0.5),
+        "interpolated: 0.9": lambda: interpolated(model, never, 0.9),
+        "interpolated: 1.1": lambda: interpolated(model, never, 1.1),
+        "partly: a fifth intact": lambda: partly(model, task, seed, 0.2),
+        "partly: a tenth intact": lambda: partly(model, task, seed, 0.1),
+        "same function: neurons": lambda: reordered(model, seed),
+        "same function: rotated": lambda: rotated(model, seed),
+    }
+
+
+def strongest(edited: LanguageModel, task: Task, steps: int = 100) -> dict[str, float]:
+    """First or last of four on half B after three attacks: 20 and 80 steps on half A, and 100 on
+    retained facts alone, of half B's subjects where the task has them; the worst rate counts."""
+    config = RelearnConfig(steps=(20, 80))
+    found = relearn(edited, task, config=config)
+    after = {f"{k} steps": max(found.at(k), found.at(k, "last")) for k in found.marks}
+    _, second = halves(task.forget, 0)
+    about = [p for p in task.retain if p.subject in second] or list(task.retain)
+    asked = [
+        rivals_within(of_subjects(s, second)) for s in task.scored["unseen"]["forget"].values()
+    ]
+    retained = []
+    for rate in config.rates:
+        copy, supply = edited.copy(), batches(about, config.batch_size, 0)
+        weights = list(copy.weights.values())
+        optimiser = make_optimiser(config.optimiser, weights, rate)
+        for done in range(1, steps + 1):
+            descend(copy, optimiser, weights, next(supply))
+            if done in (20, steps):
+                scores = [accuracy(copy, s) for s in asked]
+                first, last = (
+                    sum(getattr(a, key) for a in scores) / len(scores) for key in ("choice", "last")
+                )
+                retained.append(max(first, last))
+    return {**after, "retained facts alone": max(retained)}
 
 
 def attacked(edited: LanguageModel, task: Task) -> dict[str, object]:
@@ -338,6 +549,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--only", default="", help="ways whose name holds this")
     parser.add_argument("--again", action="store_true", help="take the evidence of all rows anew")
+    parser.add_argument(
+        "--strongest", action="store_true", help="only print verdicts beside three attacks"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(args.model)
@@ -353,9 +567,14 @@ def main() -> None:
     circuit = discover(model, task.forget, config=config.circuit, retain=task.retain)
     for name, make in todo.items():
         old = rows.get(name)
-        if old and not args.again:
+        if old and not (args.again or args.strongest):
             continue
         edited = make()
+        if args.strongest:
+            judged = judge_erasure(model, edited, task)
+            row = [name, *(f"{v:.2f}" for v in strongest(edited, task).values())]
+            print("|", " | ".join([*row, judged.verdict, str(judged.counts)]), "|", flush=True)
+            continue
         found = evidence(model, edited, task, circuit)
         # The margin is of thousands of logits: alike, and it is the same model.
         same = old and math.isclose(old["margin"], found["margin"], rel_tol=1e-6)
