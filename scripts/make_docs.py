@@ -3,6 +3,7 @@ the JSON schema of task files, by which editors complete and check them.
 
     python scripts/make_docs.py
     python scripts/make_docs.py --run runs/latest    # and the picture of what a run changed
+    python scripts/make_docs.py --circuits           # and circuits/: of each task of `facts`
 
 Tests check that pages and schema are up to date. The second picture, docs/pictures/changes.svg, is
 drawn from the report of a whole run, `mansu run`, and stays as it is without one.
@@ -122,6 +123,18 @@ def changes_picture(run: Path) -> str:
     return View(GraphData.from_json(data)).svg()
 
 
+def make_circuits(out: Path) -> None:
+    """Discover with the settings of each task of the embedded model; write circuits and masks."""
+    from mansu_interp import default_config, discover, load_model, load_task, make_mask
+
+    model = load_model("facts")
+    for name in ("capitals", "countries"):
+        task, config = load_task(name, model), default_config("facts", name)
+        circuit = discover(model, task.forget, config=config.circuit, retain=task.retain)
+        circuit.save(out / f"facts-{name}.json")
+        make_mask(config, model, task, circuit).save(out / f"facts-{name}.mask.safetensors")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write everything."""
     from mansu_interp.tasks.schema import json_schema
@@ -132,7 +145,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="folder of a finished run of `capitals`")
-    run: Path | None = parser.parse_args(argv).run
+    parser.add_argument("--circuits", action="store_true", help="make circuits/ again, too")
+    args = parser.parse_args(argv)
+    run: Path | None = args.run
     write_json(DATA / "task.schema.json", json_schema())
     docs = ROOT / "docs"
     (docs / "api.md").write_text(api_page(), encoding="utf-8")
@@ -140,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     (docs / "pictures" / "circuit.svg").write_text(circuit_picture(), encoding="utf-8")
     if run is not None:
         (docs / "pictures" / "changes.svg").write_text(changes_picture(run), encoding="utf-8")
+    if args.circuits:
+        make_circuits(ROOT / "circuits")
 
 
 if __name__ == "__main__":

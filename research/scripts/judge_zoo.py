@@ -8,6 +8,10 @@ relearned for up to --horizon steps at any rate. Per sign: AUROC, its 95 % inter
 models, and how many are right with the threshold chosen without their family (all seeds of one
 mechanism), without their seed, and without their task. For linearized relearning and the probe also
 the interval over resampled prompts. Verdicts are those of `mansu cad`, whose thresholds are fixed.
+
+In the table, one row a model, what was measured at several steps or cuts stands in one field,
+separated by spaces; ``into`` and ``from`` are the stitches, ``*_by_prompt`` holds one digit a
+prompt, and ``judged_*`` are the numbers that the verdict rests on.
 """
 
 from __future__ import annotations
@@ -18,16 +22,18 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
-from zoo_table import read_zoo
+from condense_runs import TABLES, Row, read_table, write_table
 
 from mansu_interp.audit.relearning import is_erased
 from mansu_interp.audit.verdict import UNCHANGED
 
+PATH = TABLES / "zoo.csv"
+LISTS = ("choice", "last", "top1", "linearized", "linearized_last", "into", "from")
+TEXTS = ("verdict", "probe_by_prompt", "linearized_by_prompt")
+JUDGED = "judged_"
 MARKS = (0, 5, 10, 20, 40)
 RESAMPLES = 500
-Row = dict[str, Any]
 Sign = Callable[[Row], float]
 SIGNS: dict[str, Sign] = {
     "what `cad` judges by": lambda r: max(r["judged"][k] for k in ("first", "relearned", "last")),
@@ -44,6 +50,51 @@ SIGNS: dict[str, Sign] = {
     "stitch, either way": lambda r: max(*r["into"][1:], *r["from"][:-1]),
     "probe or accuracy": lambda r: max(r["probe"], r["forget"]),
 }
+
+
+def read_zoo(task: str) -> dict[str, Row]:
+    """The rows of a task, by ``family: variant #seed``."""
+    return {
+        f"{row['name']} #{row['seed']}": _from_text(row)
+        for row in read_table(PATH)
+        if row["task"] == task
+    }
+
+
+def write_zoo(task: str, rows: dict[str, Row]) -> None:
+    """Write a task's rows in the place of those that are there."""
+    others = [row for row in read_table(PATH) if row["task"] != task]
+    own = []
+    for name, row in sorted(rows.items()):
+        what, _, seed = name.rpartition(" #")
+        own.append({"task": task, "name": what, "seed": seed, **_to_text(row)})
+    write_table(PATH, sorted([*others, *own], key=lambda r: r["task"]))
+
+
+def _to_text(row: Row) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for key, value in row.items():
+        if key == "judged":
+            out |= {JUDGED + k: repr(float(v)) for k, v in value.items()}
+        elif key in LISTS:
+            out[key] = " ".join(repr(float(v)) for v in value)
+        else:
+            out[key] = value if key in TEXTS else repr(float(value))
+    return out
+
+
+def _from_text(row: dict[str, str]) -> Row:
+    out: Row = {"judged": {}}
+    for key, value in row.items():
+        if key in ("task", "name", "seed"):
+            continue
+        if key.startswith(JUDGED):
+            out["judged"][key.removeprefix(JUDGED)] = float(value)
+        elif key in LISTS:
+            out[key] = [float(v) for v in value.split()]
+        else:
+            out[key] = value if key in TEXTS else float(value)
+    return out
 
 
 def load(tasks: Sequence[str], horizon: int) -> list[Row]:

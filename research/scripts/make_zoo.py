@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from judge_zoo import read_zoo, write_zoo
 from torch import Tensor
-from zoo_table import read_zoo, write_zoo
 
 from mansu_interp.audit.cad import ASKED_PROMPTS, STEP_PROMPTS, judge_erasure
 from mansu_interp.audit.config import RelearnConfig
