@@ -412,7 +412,7 @@ def test_names_of_runs_on_the_pages_stand_in_the_table():
 
 def test_the_zoo_reads_back_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = judge_zoo.read_zoo("countries")
-    monkeypatch.setattr(zoo_table, "PATH", tmp_path / "zoo.csv")
+    monkeypatch.setattr(judge_zoo, "PATH", tmp_path / "zoo.csv")
     judge_zoo.write_zoo("countries", rows)
     assert judge_zoo.read_zoo("countries") == rows and judge_zoo.read_zoo("capitals") == {}
 
