@@ -822,6 +822,7 @@ def test_the_strongest_arm_counts_by_hand():
     assert lines[8].startswith("never taught: erased") and lines[-1].endswith("left out: too wide")
 
 
+@pytest.mark.slow
 def test_a_killed_suite_goes_on_where_it_was(
     few: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

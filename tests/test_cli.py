@@ -590,6 +590,7 @@ def test_relearn_runs_the_suite_or_the_quick_attack():
         parse(["relearn", "m", "--processes", "0"])
 
 
+@pytest.mark.slow
 def test_relearn_says_what_it_does_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["relearn", "facts-capitals-reference-1", "--task", "capitals", "--attack.steps", "1"]
     words += ["--attack.rates", "1e-3", "--arms", "half-a", "few-shot", "--out", str(tmp_path)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, TaskError
 from ..utils.libraries import first_line, is_out_of_memory, quiet
-from ..utils.ranges import entrance
+from ..utils.ranges import entrance, expect_kind
 from ..utils.words import half_pair
 from .graph import Architecture, Graph
 from .hook_points import Component
@@ -223,13 +223,14 @@ class LanguageModel:
                     "finite weights."
                 )
 
-    @entrance(ModelError)
     def encode(self, text: str) -> list[int]:
         """Token ids of a text exactly as written: nothing is prepended.
 
         Raises:
             TaskError: it holds half of a surrogate pair, which no tokenizer takes.
         """
+        if not isinstance(text, str):  # asked of every text of a task: no `entrance`, which is slow
+            expect_kind(TaskError, "text", text, str)
         if half := half_pair(text):
             raise TaskError(
                 f"The text {text[:200]!r} holds {half}, half of a surrogate pair: remove it."

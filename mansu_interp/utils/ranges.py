@@ -176,7 +176,10 @@ def _fits(value: object, hint: object) -> bool:
     if not isinstance(value, kind) or (isinstance(value, (str, bytes)) and args):
         return False
     if isinstance(value, Collection) and (len(args) == 1 or args[1:] == (...,)):
-        return all(_fits(v, args[0]) for v in value)
+        inner = args[0]
+        if isinstance(inner, type) and not get_args(inner) and inner not in (int, float):
+            return all(isinstance(v, inner) for v in value)  # of many pairs, say
+        return all(_fits(v, inner) for v in value)
     return True
 
 
