@@ -76,9 +76,9 @@ changes_view(
 )
 
 # %% [markdown]
-# The answers decide: after half of the facts were taught again, how many of the *other* half come back? `mansu relearn` trains
-# copies at several rates; the verdict below takes six steps in closed form instead, and a linear probe of the states after
-# every block (see [How to read CAD](../docs/cad.md)):
+# The answers decide: after half of the facts were taught again, how many of the *other* half come back? `mansu relearn` attacks
+# copies in eight ways; the verdict below relearns in closed form instead, and probes the states after every block (see
+# [How to read CAD](../docs/cad.md)):
 
 # %%
 for name, other in {"unlearned": edited, "never taught": never}.items():
