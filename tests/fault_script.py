@@ -130,6 +130,7 @@ def killed() -> dict[str, Any]:
     folder, out = ROOT / "killed", []
     order = "config.json written.json provenance.json seconds.json circuit.json circuit.graphml"
     order += " mask.safetensors unlearning.safetensors history.json model ledger.safetensors"
+    order += " results.json"
     for name in [*order.split(), "README.md", "report.json", "report.md", "report.html"]:
         names.append(name)
         out.append(go(folder, at_write(name, die))[0])
