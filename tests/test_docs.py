@@ -68,6 +68,7 @@ def load(name: str) -> Any:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="help differs elsewhere")
 def test_the_command_line_page_is_up_to_date():
     made = load("make_docs").cli_page()

@@ -113,10 +113,12 @@ def finished(
     return run(settings(out), lambda stage, done, total: stages.append(stage), plans.append)
 
 
+@pytest.mark.slow
 def test_every_artefact_is_there(finished: RunResult):
     assert {p.name for p in finished.folder.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_python_gives_the_edits_of_the_command(finished: RunResult, facts: LanguageModel):
     """The lines of the README, with the run's settings."""
     config = settings(finished.folder)
@@ -128,6 +130,7 @@ def test_python_gives_the_edits_of_the_command(finished: RunResult, facts: Langu
     assert mask.indices.keys() == finished.mask.indices.keys()  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_erasure_is_judged_by_the_attack(finished: RunResult):
     """What half A brings back decides, not the attribution graph; the reference model stands
     beside it."""
@@ -144,6 +147,7 @@ def test_erasure_is_judged_by_the_attack(finished: RunResult):
     assert f"structural erasure ({erasure.reason})" in report.verdict.sentence
 
 
+@pytest.mark.slow
 def test_artefacts_say_the_same(finished: RunResult, facts: LanguageModel):
     folder = finished.folder
     report = Report.load(folder / "report.json")
@@ -179,6 +183,7 @@ def test_artefacts_say_the_same(finished: RunResult, facts: LanguageModel):
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_checkpoint_loads_in_transformers(finished: RunResult):
     model = AutoModelForCausalLM.from_pretrained(finished.folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / "model")
@@ -210,6 +215,7 @@ def test_samples_are_first_those_that_the_original_answers(capitals: Task):
     assert [s.prompt for s in shown[1:3]] == [forget[0].prompt, forget[7].prompt]
 
 
+@pytest.mark.slow
 def test_the_plan_comes_first(finished: RunResult, plans: list[Plan], stages: list[str]):
     (plan,) = plans
     text = "\n".join(plan.lines)
@@ -225,6 +231,7 @@ def test_the_plan_comes_first(finished: RunResult, plans: list[Plan], stages: li
     assert [s for s in order if s in wanted] == wanted
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_refused(finished: RunResult):
     before = (finished.folder / "report.json").read_bytes()
     with pytest.raises(ArtifactError, match=r"already holds this run, finished \(see .*html\)"):
@@ -232,6 +239,7 @@ def test_a_finished_folder_is_refused(finished: RunResult):
     assert (finished.folder / "report.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(finished: RunResult):
     with pytest.raises(ArtifactError, match=r"already holds another run or other files\. Name"):
         run(replace(settings(finished.folder), seed=1))
@@ -439,6 +447,7 @@ OURS = sorted(
 ) + [f"model/{name}.json" for name in ("config", "tokenizer", "generation_config")]
 
 
+@pytest.mark.slow
 def test_a_later_go_trusts_only_what_the_run_wrote(finished: RunResult, tmp_path: Path):
     """Every file, altered, replaced by another of the run, or put there."""
     begun = tmp_path / "begun"
