@@ -131,6 +131,16 @@ def test_the_json_is_the_documented_one():
     assert set(plain["edges"]) == {"source", "target", "in_circuit", "scores"}
 
 
+def refused(values: Any, where: tuple[Any, ...], value: Any, message: str) -> None:
+    """A graph's data with one value replaced are no graph's data."""
+    inner: Any = values
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    with pytest.raises(ArtifactError, match=message):
+        GraphData.from_json(values)
+
+
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
@@ -149,12 +159,7 @@ def test_the_json_is_the_documented_one():
 )
 def test_damaged_data_is_refused(where: tuple[Any, ...], value: Any, message: str):
     values = finite(change_data().to_json())
-    inner: Any = values
-    for key in where[:-1]:
-        inner = inner[key]
-    inner[where[-1]] = value
-    with pytest.raises(ArtifactError, match=message):
-        GraphData.from_json(values)
+    refused(values, where, value, message)
     with pytest.raises(ArtifactError, match="The graph is damaged: the graph is list"):
         GraphData.from_json([])
 
@@ -198,12 +203,7 @@ def test_what_happens_at_the_tokens_comes_back_from_json():
 )
 def test_damaged_token_data_are_refused(where: tuple[Any, ...], value: Any, message: str):
     values = json.loads(json.dumps(token_data().to_json()))
-    inner: Any = values
-    for key in where[:-1]:
-        inner = inner[key]
-    inner[where[-1]] = value
-    with pytest.raises(ArtifactError, match=message):
-        GraphData.from_json(values)
+    refused(values, where, value, message)
 
 
 def test_attention_and_direct_effects_by_hand(facts: LanguageModel, capitals: Task):

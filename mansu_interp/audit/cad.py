@@ -36,14 +36,14 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from ..errors import ModelError, TaskError
+from ..errors import ModelError
 from ..losses.accuracy import accuracy
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import Pair, PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
-from ..utils.ranges import expect_kind
+from ..utils.ranges import entrance
 from .known import Asked, FactRanks, known_forget
 from .linearized import LEARNT, LinearizedRelearning, linearized_relearning
 from .probes import (
@@ -289,18 +289,7 @@ def _retained(original: LanguageModel, edited: LanguageModel, task: Task) -> dic
     return {r: [accuracy(m, pairs).top1 for m in (original, edited)] for r, pairs in some.items()}
 
 
-def _check_given(
-    original: LanguageModel, edited: LanguageModel, quantized: LanguageModel | None, task: Task
-) -> None:
-    """Raise ModelError or TaskError unless these are two checkpoints to compare, and a task."""
-    for name, model in (("original", original), ("edited", edited)):
-        expect_kind(ModelError, name, model, LanguageModel)
-        model.check_editable()
-    expect_kind(ModelError, "quantized", quantized, LanguageModel, None)
-    expect_kind(TaskError, "task", task, Task)
-    check_alike(original, edited)
-
-
+@entrance(ModelError)
 def judge_erasure(
     original: LanguageModel,
     edited: LanguageModel,
@@ -330,7 +319,9 @@ def judge_erasure(
         ModelError: the checkpoints cannot be compared.
         TaskError: fewer than two forget subjects, or the original does not know the facts.
     """
-    _check_given(original, edited, quantized, task)
+    original.check_editable()
+    edited.check_editable()
+    check_alike(original, edited)
     task, _ = known_forget(original, task)
     first, second = halves(task.forget, seed)
     half_a, half_b = (

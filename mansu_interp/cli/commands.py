@@ -238,7 +238,6 @@ def _processes(cost: Cost, device: str) -> int:
 def _plan_of_attacks(suite: Suite, cost: Cost, processes: int) -> list[str]:
     """What is about to be attacked, and what it costs."""
     beside = [f"{label} ({m.name})" for label, m in suite.models.items() if label != m.name]
-    at_once = f"{number_of(processes, 'process')}".replace("processs", "processes")
     before = f"; {cost.kept} finished before" if cost.kept else ""
     first = next(iter(suite.models.values()))
     return [
@@ -248,7 +247,7 @@ def _plan_of_attacks(suite: Suite, cost: Cost, processes: int) -> list[str]:
         f"arms     {', '.join(suite.arms)}",
         f"cost     {number_of(cost.attacks, 'attack')}, about "
         f"{duration(cost.seconds / processes)} and {processes * cost.memory_gb:.1f} GB in "
-        f"{at_once} of one thread{before}",
+        f"{number_of(processes, 'process')} of one thread{before}",
         f"output   {suite.out}",
     ]
 

@@ -84,9 +84,13 @@ def circuit_mask(
         CircuitError: no forget pairs known, or another checkpoint.
     """
     model.check_editable()
-    weights = SimpleNamespace(damping=damage_damping, of_retain=retain_gradient_weight, n=n_pairs)
-    check_range(weights, "damping", "of_retain", at_least=0, at_most=1e30)
-    check_range(weights, "n", at_least=1)
+    given = SimpleNamespace(
+        damage_damping=damage_damping,
+        retain_gradient_weight=retain_gradient_weight,
+        n_pairs=n_pairs,
+    )
+    check_range(given, "damage_damping", "retain_gradient_weight", at_least=0, at_most=1e30)
+    check_range(given, "n_pairs", at_least=1)
     pairs = _forget_pairs(circuit, model, forget)
     components, regions = _regions(circuit, model, frozen_layers)
     if not 0 < budget <= 1 or not regions:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import ConfigError, ModelError
+from ..errors import ModelError
 from ..models.language_model import LanguageModel
-from ..utils.ranges import entrance, expect_kind
+from ..utils.ranges import entrance
 from .base import Quantizer
 from .registry import get_quantizer
 
@@ -36,7 +36,6 @@ def quantize(
     """
     model.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
-    expect_kind(ConfigError, "quantizer", quantizer, Quantizer)
     copy = model.copy()
     for name, layer in quantizer.fit(model, calibration).items():
         copy.weights[name].copy_(layer.round_trip(model.weights[name].cpu()))
@@ -99,7 +98,6 @@ def survival(
     before.check_editable()
     after.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
-    expect_kind(ConfigError, "quantizer", quantizer, Quantizer)
     edited = survived = collateral = intended = 0
     update = bins = along = noise = 0.0
     for name, first, second in _of_both(before, after, quantizer, calibration, embedding):

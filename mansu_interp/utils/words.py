@@ -9,8 +9,9 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def number_of(n: int, noun: str) -> str:
-    """1 -> "1 prompt", 1234 -> "1,234 prompts"; the noun is one that takes an s."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
+    """1 -> "1 prompt", 1234 -> "1,234 prompts"; the noun is one that takes an s, or es."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{n:,} {noun}{plural * (n != 1)}"
 
 
 def shown(value: object) -> str:
