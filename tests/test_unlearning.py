@@ -613,6 +613,35 @@ def test_a_killed_loop_ends_the_same(
         unlearn(facts, capitals, random_few, config, seed=1, resume=file)
 
 
+@pytest.mark.slow
+def test_a_killed_loop_ends_the_same_in_the_middle_of_an_attack(
+    facts: LanguageModel,
+    capitals: Task,
+    random_few: Mask,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """It goes on from the end of the attack before."""
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    config = replace(STEPS, steps=6, adversarial_steps=6, probe_weight=0.0)
+    file, steps = tmp_path / "checkpoint.safetensors", []
+    whole = unlearn(facts, capitals, random_few, config)
+
+    def die(done: int, *_: object) -> None:
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        unlearn(facts, capitals, random_few, config, on_step=die, resume=file)
+    again = unlearn(
+        facts, capitals, random_few, config,
+        on_step=lambda done, *_: steps.append(done), resume=file,
+    )  # fmt: skip
+    assert steps == [4, 5, 6] and again.history == whole.history
+    for name, weight in whole.model.weights.items():
+        assert torch.equal(weight, again.model.weights[name]), name
+
+
 def test_a_record_is_json_and_back():
     record = StepRecord(0.5, 0.25, probe=1.5, edited=3)
     assert record.to_json() == {"forget": 0.5, "retain": 0.25, "probe": 1.5, "edited": 3}

@@ -19,7 +19,7 @@ class RunConfig:
     model: str = "facts"
     """Embedded model, Hugging Face folder, or hub name (owner/name)."""
     task: str | None = None
-    """Shipped task or path of a task file; default: capitals for embedded models, else
+    """Shipped task or path of a task file; default: countries for embedded models, else
     world-capitals."""
     out: Path = Path("runs/latest")
     """Folder for everything the run writes."""
@@ -51,7 +51,8 @@ class RunConfig:
     """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
     models below ten million parameters, which do not gain."""
     threads: int | None = None
-    """CPU threads; default: torch's own choice."""
+    """CPU threads; default: one for models below ten million parameters, which do not gain from
+    more, else torch's own choice."""
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
     """How the circuit is discovered."""
     unlearn: MethodConfig = field(default_factory=Mansu)

@@ -25,7 +25,7 @@ Settings = TypeVar("Settings", bound=Record)
 
 def default_task(model: str) -> str:
     """The task that goes with a model when none is named."""
-    return "capitals" if is_embedded(model) else "world-capitals"
+    return "countries" if is_embedded(model) else "world-capitals"
 
 
 @entrance(ConfigError)

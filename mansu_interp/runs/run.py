@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 
 from ..audit.relearning import scored_halves
 from ..circuits.circuit import Circuit
@@ -21,7 +20,7 @@ from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..models.layout import check_layout
-from ..models.load import load_model
+from ..models.load import load_model, use_threads
 from ..models.provenance import provenance
 from ..quantizers.registry import get_quantizer
 from ..report.card import model_card
@@ -128,9 +127,7 @@ def run(
 
 
 def _check_settings(config: RunConfig) -> None:
-    """What of step 1 needs no model; sets the number of threads, too."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    """What of step 1 needs no model."""
     check_folder(config)
     if isinstance(config.unlearn, Mansu):
         quantizer_set(config.unlearn.survive)
@@ -142,6 +139,7 @@ def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Kno
     """The rest of step 1: the model, the task without what it does not know, and what it knows."""
     note("loading model and task", 0, 0)
     model = load_model(config.model, config.device)
+    use_threads(model, config.threads)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)

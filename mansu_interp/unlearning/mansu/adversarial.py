@@ -1,32 +1,41 @@
 """Adversarial relearning: each step also unlearns what relearning would bring back.
 
-1. Copy the model, and relearn a random half A of the forget subjects there, for a random number of
-   steps at a random rate.
-2. Take the gradient of a forget loss on the other half B *at the relearned point*, and apply it to
+1. Begin an attack: copy the model, to relearn a random half A of the forget subjects there at a
+   random rate.
+2. In each step the attack goes `STRIDE` relearning steps further. What the step before has changed
+   in the model is changed in the attacked copy, too, so that one attack serves many steps, and each
+   sees another depth of it.
+3. Take the gradient of a forget loss on the other half B *at the relearned point*, and apply it to
    the model before the relearning: first order, as in Reptile and TAR (arXiv 2408.00761).
+4. After ``adversarial_steps`` relearning steps another attack begins, on the next of the models
+   that take turns.
 
-The loss, the ranking among half B's answers, is ours (see `ranking_loss`).
+The loss, the ranking among half B's answers, and the attack that is kept up are ours (see
+`ranking_loss`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ...audit.relearning import batches, descend, halves, make_optimiser, of_subjects
 from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
 from ...models.language_model import LanguageModel
-from ...tasks.pairs import Pair, PairSet, answer_tokens
+from ...tasks.pairs import Pair, answer_tokens
 from ...tasks.task import Task
 from ..methods import Mansu
 from ..training import arithmetic, mean_gradient
 
 SPREAD = 3.0
 """The rate is drawn log-uniformly within this factor of `Mansu.adversarial_lr`."""
+STRIDE = 2
+"""Relearning steps between two gradients of one attack."""
 
 
 def ranking_loss(
@@ -44,20 +53,27 @@ def ranking_loss(
     return (model_answer_excess(model, pairs, targets, answers) + margin).abs().mean()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attack:
-    """The draws of one relearning attack."""
+    """A relearning attack under way."""
 
-    train: PairSet
-    """The half that is relearnt."""
+    copy: LanguageModel
+    """What has relearned half A so far."""
+    before: dict[str, Tensor]
+    """Those weights of the attacked model that unlearning edits, when they were last looked at."""
+    optimiser: torch.optim.Optimizer
+    supply: Iterator[list[Pair]]
+    """Batches of half A."""
     unseen: list[Pair]
-    """The other half."""
-    chosen: list[Pair]
-    """Those of it that give the gradient."""
-    steps: int
-    rate: float
-    seed: int
-    """Of the order of batches."""
+    """Half B."""
+
+    @torch.no_grad()
+    def follow(self, student: LanguageModel) -> None:
+        """Change in the copy what was changed in the attacked model since."""
+        for name, old in self.before.items():
+            new = student.weights[name]
+            self.copy.weights[name] += new - old
+            old.copy_(new)
 
 
 class AdversarialRelearning:
@@ -66,48 +82,69 @@ class AdversarialRelearning:
     Arguments:
         task: whose forget subjects are split in halves.
         config: steps, rate, batch size and margin.
-        seed: of the draws.
+        seed: of the draws, which depend on it and on the step alone.
     """
 
     def __init__(self, task: Task, config: Mansu, seed: int = 0) -> None:
-        self.task, self.config = task, config
-        self.rng = random.Random(f"attack {seed}")
+        self.task, self.config, self.seed = task, config, seed
+        self.attack: Attack | None = None
 
-    def draw(self) -> Attack:
-        """The next attack."""
-        rng, config = self.rng, self.config
+    @property
+    def length(self) -> int:
+        """Steps of unlearning that one attack serves."""
+        return max(1, -(-self.config.adversarial_steps // STRIDE))
+
+    def between(self, done: int) -> bool:
+        """Whether no attack is under way after so many steps."""
+        return done % self.length == 0
+
+    def begin(self, student: LanguageModel, names: Sequence[str], index: int) -> Attack:
+        """The attack of some number on a model."""
+        config, rng = self.config, random.Random(f"attack {self.seed} {index}")
         first, second = halves(self.task.forget, rng.getrandbits(32))
-        steps = rng.randint(0, config.adversarial_steps)
         rate = config.adversarial_lr * SPREAD ** rng.uniform(-1, 1)
-        seed = rng.getrandbits(32)
-        unseen = list(of_subjects(self.task.forget, second))
-        chosen = rng.sample(unseen, min(config.batch_size, len(unseen)))
-        return Attack(of_subjects(self.task.forget, first), unseen, chosen, steps, rate, seed)
-
-    def relearned(self, student: LanguageModel, attack: Attack) -> LanguageModel:
-        """A copy that relearned half A."""
+        train = of_subjects(self.task.forget, first).pairs
         copy = student.copy()
-        weights = list(copy.weights.values())
-        optimiser = make_optimiser("adam", weights, attack.rate)
-        supply = batches(attack.train.pairs, self.config.batch_size, attack.seed)
-        for _ in range(attack.steps):
-            with arithmetic(copy, self.config.precision):
-                descend(copy, optimiser, weights, next(supply))
-        return copy
+        return Attack(
+            copy=copy,
+            before={n: student.weights[n].clone() for n in names},
+            optimiser=make_optimiser("adam", list(copy.weights.values()), rate),
+            supply=batches(train, config.batch_size, rng.getrandbits(32)),
+            unseen=list(of_subjects(self.task.forget, second)),
+        )
 
     def gradient(
         self,
-        student: LanguageModel,
+        students: Sequence[LanguageModel],
         names: Sequence[str],
-        targets: CounterfactualTargets,
+        targets: Sequence[CounterfactualTargets],
+        done: int,
     ) -> tuple[list[Tensor], float]:
-        """Gradient at a relearned point with respect to some weights, and the loss there (nats)."""
-        attack = self.draw()
-        copy = self.relearned(student, attack)
-        among = answer_tokens(attack.unseen, student.device)
+        """Gradient at a relearned point with respect to some weights, and the loss there (nats).
+
+        Arguments:
+            students: the models that are attacked in turns.
+            names: the weights that unlearning edits.
+            targets: what each of them should predict.
+            done: steps of unlearning before this one; each is asked for once, in order.
+        """
+        config, (index, begun) = self.config, divmod(done, self.length)
+        side = index % len(students)
+        if self.attack is None or not begun:
+            self.attack = None  # freed before the next one is made
+            self.attack = self.begin(students[side], names, index)
+        attack = self.attack
+        attack.follow(students[side])
+        weights = list(attack.copy.weights.values())
+        for _ in range(min(STRIDE, config.adversarial_steps - begun * STRIDE)):
+            with arithmetic(attack.copy, config.precision):
+                descend(attack.copy, attack.optimiser, weights, next(attack.supply))
+        among = answer_tokens(attack.unseen, attack.copy.device)
+        some = min(config.batch_size, len(attack.unseen))
+        chosen = random.Random(f"chosen {self.seed} {done}").sample(attack.unseen, some)
 
         def loss(part: list[Pair]) -> Tensor:
-            with arithmetic(copy, self.config.precision):
-                return ranking_loss(copy, part, targets, among, self.config.training_margin)
+            with arithmetic(attack.copy, config.precision):
+                return ranking_loss(attack.copy, part, targets[side], among, config.training_margin)
 
-        return mean_gradient(copy, names, attack.chosen, loss)
+        return mean_gradient(attack.copy, names, chosen, loss)

@@ -101,7 +101,7 @@ def mansu(
             on_step(done + 1, config.steps, history[-1])
         if may_stop(history[-1].choice, config.stop_at):
             break
-        if checkpoint.is_due():
+        if checkpoint.is_due() and loop.is_between_attacks(done + 1):
             loop.latent.save(checkpoint, history)
     if loop.has_margins:
         if len(history) == config.steps:  # what follows may be as long as many steps
@@ -234,12 +234,14 @@ class _EditLoop:
         asked = self.config.final_margin is not None or self.config.quantization_margin > 0
         return self.config.floored and asked
 
+    def is_between_attacks(self, done: int) -> bool:
+        """Whether nothing but the latent weights decides how it goes on after so many steps."""
+        return self.adversary is None or self.adversary.between(done)
+
     def resume(self, checkpoint: Checkpoint, done: int) -> None:
         """Go on where a killed loop was: repeat the draws of its steps, restore its weights."""
         for step in range(done):
             self.sampler.batch(step, len(self.students))
-            if self.adversary:
-                self.adversary.draw()
             if self.probe:
                 self.probe.draw()
         self.latent.resume(checkpoint)
@@ -248,7 +250,8 @@ class _EditLoop:
         """One step, after ``done`` others: gradient, latent weights, edits, and a look at the
         forgetting level."""
         config, side = self.config, done % len(self.students) if self.config.floored else 0
-        gradients, losses = self._gradients(side, self.sampler.batch(done, len(self.students)))
+        batch = self.sampler.batch(done, len(self.students))
+        gradients, losses = self._gradients(side, batch, done)
         rate = learning_rate(config.lr, done, config.steps)
         self.latent.step(gradients, rate, done + 1, side)
         edited = self.latent.write()
@@ -262,7 +265,9 @@ class _EditLoop:
             choice=choice,
         )
 
-    def _gradients(self, side: int, batch: Batch) -> tuple[list[Tensor], dict[str, float]]:
+    def _gradients(
+        self, side: int, batch: Batch, done: int
+    ) -> tuple[list[Tensor], dict[str, float]]:
         """The gradient of one student's losses with respect to the mask's weights, and those."""
         config, names = self.config, self.latent.names
         student, targets = self.students[side], self.targets[side]
@@ -271,7 +276,8 @@ class _EditLoop:
         gradients = gradient(student, names, parts)
         losses = {kind: sum_number(value) for kind, value in losses.items()}
         if self.adversary:
-            more, losses["adversarial"] = self.adversary.gradient(student, names, targets)
+            sides = (self.students, self.targets) if config.floored else ([student], [targets])
+            more, losses["adversarial"] = self.adversary.gradient(sides[0], names, sides[1], done)
             for g, m in zip(gradients, more, strict=True):
                 g.add_(m, alpha=config.adversarial_weight)
         if self.probe:
