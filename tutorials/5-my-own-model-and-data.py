@@ -44,7 +44,7 @@ found.to_pandas().head(8)
 # %% [markdown]
 # ## The circuit
 #
-# Of some hundred thousand edges a few keep most of the difference. Layers and heads that carry nothing are folded in the
+# Of seventy thousand edges a few hundred keep most of the difference. Layers and heads that carry nothing are folded in the
 # picture; in a live notebook they unfold, and a click on a head shows where it looks and what it writes.
 
 # %%

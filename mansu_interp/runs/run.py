@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-
 from ..audit.relearning import scored_halves
 from ..circuits.circuit import Circuit
 from ..errors import ConfigError
