@@ -39,9 +39,9 @@ from mansu_interp.unlearning import checkpoint as state  # noqa: E402
 measure.CAD_PAIRS = 4
 state.SECONDS = 0.0  # a checkpoint at every step
 SMALL = (
-    "run --quiet --out run --relearn-steps 0 --score-pairs 12 --circuit.pairs 8 --circuit.top 60 "
-    "--circuit.ig-steps 1 --circuit.faithfulness-pairs 4 --unlearn.steps 4 --unlearn.batch-size 8 "
-    "--unlearn.lr 0.1"
+    "run --quiet --task capitals --out run --relearn-steps 0 --score-pairs 12 "
+    "--circuit.pairs 8 --circuit.top 60 --circuit.ig-steps 1 --circuit.faithfulness-pairs 4 "
+    "--unlearn.steps 4 --unlearn.batch-size 8 --unlearn.lr 0.1"
 )
 Hook = Callable[[], Any]
 

@@ -101,7 +101,7 @@ def test_help_shows_the_settings_of_the_method():
     assert "--unlearn.beta2 FLOAT" in text and "--unlearn.survive" not in text
     assert "(default: 0.0001)" in text  # its own learning rate
     usual = mansu("run", "--help").stdout
-    assert "--unlearn.survive" in usual and "beta" not in usual and "(default: 0.06)" in usual
+    assert "--unlearn.survive" in usual and "beta" not in usual and "(default: 0.12)" in usual
 
 
 def test_every_command_has_help_all():
@@ -283,7 +283,7 @@ def test_the_command_of_a_report_names_the_method(method: str):
 def test_what_a_task_says_of_mansu_is_not_for_baselines():
     """A step in units of a block's absmax would destroy the model as AdamW's learning rate."""
     mansu, npo = (default_config("facts", "countries", method=m) for m in ("mansu", "npo"))
-    assert mansu.unlearn.lr == 0.04 and npo.unlearn == NPO(batch_size=96)
+    assert mansu.unlearn.lr == 0.12 and npo.unlearn == NPO(batch_size=96)
     variant = default_config("facts", "countries", method="mansu-no-projection").unlearn
     assert isinstance(variant, Mansu) and variant.lr == 0.04 and variant.projection == 0.0
     assert replace(mansu.unlearn, projection=0.0) == Mansu(**vars(variant))

@@ -33,6 +33,7 @@ from mansu_interp.report.records import (
 )
 from mansu_interp.tasks.load import load_task
 from mansu_interp.utils.files import write_json
+from mansu_interp.utils.hub import cached_model
 from mansu_interp.utils.records import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,11 +138,12 @@ def test_rows_of_unusual_input_name_their_tests():
 
 def test_a_notebook_becomes_a_page_with_its_pictures():
     hooks = load("site_hooks")
-    text, pictures = hooks.notebook_page(ROOT / "tutorials" / "1-which-heads-move-the-subject.ipynb")
-    assert text.startswith("# 1. Which heads move the subject?") and "```python\nfrom mansu_interp" in text
-    assert list(pictures) == ["1-which-heads-move-the-subject-1.svg"]
-    assert "![What this cell draws](1-which-heads-move-the-subject-1.svg)" in text
-    assert pictures["1-which-heads-move-the-subject-1.svg"].lstrip().startswith("<svg")
+    name = "1-which-heads-move-the-subject"
+    text, pictures = hooks.notebook_page(ROOT / "tutorials" / f"{name}.ipynb")
+    assert text.startswith("# 1. Which heads move the subject?")
+    assert "```python\nfrom mansu_interp" in text and list(pictures) == [f"{name}-1.svg"]
+    assert f"![What this cell draws]({name}-1.svg)" in text
+    assert pictures[f"{name}-1.svg"].lstrip().startswith("<svg")
 
 
 @pytest.fixture(scope="module")

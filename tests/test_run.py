@@ -85,7 +85,9 @@ FILES = {
 
 
 def settings(out: Path) -> RunConfig:
-    return RunConfig(model="facts", out=out, circuit=CIRCUIT, unlearn=UNLEARN, relearn_steps=4)
+    return RunConfig(
+        model="facts", task="capitals", out=out, circuit=CIRCUIT, unlearn=UNLEARN, relearn_steps=4
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

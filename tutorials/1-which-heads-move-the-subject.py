@@ -5,7 +5,14 @@
 # carry the country there. We score every connection of a small model, keep the few that matter, and look at the heads.
 
 # %%
-from mansu_interp import AttributionConfig, CircuitConfig, attribute, discover, load_model, load_task
+from mansu_interp import (
+    AttributionConfig,
+    CircuitConfig,
+    attribute,
+    discover,
+    load_model,
+    load_task,
+)
 from mansu_interp.viz.tokens import attention_patterns
 from mansu_interp.viz.view import circuit_view
 

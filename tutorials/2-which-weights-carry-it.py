@@ -42,7 +42,7 @@ for _ in range(3):
     )
     optimiser.zero_grad()
     loss.backward()
-    for weight, index in zip(weights, mask.indices.values()):
+    for weight, index in zip(weights, mask.indices.values(), strict=True):
         kept = torch.zeros_like(weight.grad).view(-1)
         kept[index] = weight.grad.view(-1)[index]
         weight.grad = kept.view_as(weight)

@@ -30,9 +30,7 @@ circuit = discover(model, task.forget, config=settings, retain=task.retain)
 
 edited = {}
 for survive in (("nf4",), ("nf4", "fp4", "int4-g32", "q4_0")):
-    mask = circuit_mask(
-        circuit, model, budget=0.005, retain=task.retain_sets, survive=survive
-    )
+    mask = circuit_mask(circuit, model, budget=0.005, retain=task.retain_sets, survive=survive)
     config = Mansu(steps=60, lr=0.06, survive=survive)
     edited["for " + " ".join(survive)] = unlearn(model, task, mask, config).model
 
@@ -45,7 +43,9 @@ deployed = ("nf4", "fp4", "int4-g32", "q4_0", "int8")
 for name, m in edited.items():
     for quantizer in deployed:
         s = survival(model, m, quantizer)
-        print(f"{name:<26}{quantizer:<9}{s.survived:>6,} of {s.edited:,} survive; {s.collateral} collateral")
+        print(
+            f"{name:<26}{quantizer:<9}{s.survived:>6,} of {s.edited:,} survive; {s.collateral} collateral"
+        )
 
 # %% [markdown]
 # ## Does it come back?

@@ -45,7 +45,9 @@ second = unlearn(model, countries, other_mask, config.unlearn).model
 # %%
 for name, edited, task in (("capitals", first, capitals), ("countries", second, countries)):
     attack = relearn(edited, task, config=RelearnConfig(steps=(20,)))
-    print(f"{name:<10} before {attack.at(0):.2f}, after relearning the other half {attack.up_to(20):.2f}")
+    print(
+        f"{name:<10} before {attack.at(0):.2f}, after relearning the other half {attack.up_to(20):.2f}"
+    )
 
 # %% [markdown]
 # The capitals were hidden: half of them bring back the rest. The countries stay away. `judge_erasure` asks ten such questions
@@ -61,6 +63,7 @@ print(judge_erasure(model, second, countries).verdict)
 # Four graphs on one layout: the original, the edited model, the edited model in 4 bits, and the edited model after relearning
 # half, on prompts of the other half. Every edge is *kept*, *recovered* (quantization brought it back), *suppressed* (the other
 # half of the facts did, more than in a reference model that was never taught), *erased* (neither) or *new*.
+
 
 # %%
 def picture(task, circuit, mask, edited, title):

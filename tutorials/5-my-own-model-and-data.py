@@ -19,8 +19,18 @@ print(f"{model.n_parameters:,} parameters, {model.graph.n_edges:,} edges")
 # other prompt. A model never tells what it does not know: ask first.
 
 # %%
-facts = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Spain": "Madrid",
-         "Russia": "Moscow", "Greece": "Athens", "Germany": "Berlin", "Cuba": "Havana", "Peru": "Lima"}
+facts = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Japan": "Tokyo",
+    "Egypt": "Cairo",
+    "Spain": "Madrid",
+    "Russia": "Moscow",
+    "Greece": "Athens",
+    "Germany": "Berlin",
+    "Cuba": "Havana",
+    "Peru": "Lima",
+}
 names = list(facts)
 others = names[1:] + names[:1]
 pairs = PairSet.from_prompts(
@@ -31,7 +41,9 @@ pairs = PairSet.from_prompts(
     wrong=[[facts[x] for x in names[k + 1 :] + names[:k]][:3] for k in range(len(names))],
 )
 for pair in pairs:
-    print(f"{pair.prompt:<26} wants {pair.answer_text!r:<10} says {model.generate(pair.prompt, 1)!r}")
+    print(
+        f"{pair.prompt:<26} wants {pair.answer_text!r:<10} says {model.generate(pair.prompt, 1)!r}"
+    )
 
 # %% [markdown]
 # ## Which components carry the answer?
@@ -56,7 +68,11 @@ circuit_view(circuit, model=model)
 # Alone, with everything else corrupted, it still answers:
 
 # %%
-print(circuit.ablate(model, pairs).to_pandas()[["prompt", "predicted in circuit", "predicted in model"]].to_string(index=False))
+print(
+    circuit.ablate(model, pairs)
+    .to_pandas()[["prompt", "predicted in circuit", "predicted in model"]]
+    .to_string(index=False)
+)
 
 # %% [markdown]
 # To forget such facts, write them to a file, one row a line, and run. Before any long work the run says which of them the model
