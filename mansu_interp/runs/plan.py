@@ -22,6 +22,7 @@ from ..quantizers.survival import quantize
 from ..tasks.pairs import Pair, by_phrasing
 from ..tasks.task import Task
 from ..unlearning.mansu import margins
+from ..unlearning.mansu.adversarial import STRIDE
 from ..unlearning.methods import Mansu, MethodConfig, RetainingConfig
 from ..unlearning.training import CHUNK
 from .config import PlanConfig, RunConfig
@@ -246,8 +247,8 @@ def _step_tokens(method: MethodConfig, task: Task, forget: float, retain: float)
     # Forget: forward and backward. Retain: the teacher's forward pass besides.
     step = method.batch_size * (3 * forget + 4 * retain) + (64 * 4 if task.text else 0)
     if method.adversarial_steps:
-        # Half of the most steps on average, and the gradient at their end.
-        step += (method.adversarial_steps / 2 + 1) * method.batch_size * 3 * forget
+        # The attack's own steps, and the gradient at their end.
+        step += (min(STRIDE, method.adversarial_steps) + 1) * method.batch_size * 3 * forget
     if method.probe_weight:
         # A probe reads every prompt of a half, and a batch of the other gives the gradient.
         step += (len(task.forget) / 2 + method.batch_size * 3) * forget
