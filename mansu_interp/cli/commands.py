@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bench.config import BenchConfig
+from ..errors import MansuError
 from ..runs.config import PlanConfig, RunConfig
-from ..runs.defaults import default_task
+from ..runs.defaults import default_config, default_task
 from ..tasks.data.benchmarks import TaskConfig
 from ..utils.words import number_of
 from .console import Output, say, say_json, warn
@@ -25,12 +29,15 @@ from .settings import (
     ExportConfig,
     ListConfig,
     RelearnRun,
+    ReportConfig,
     VerifyConfig,
 )
 
 if TYPE_CHECKING:
     from ..audit.relearning import Score
     from ..audit.suite import AttackResults, Cost, Suite
+    from ..report.records import Report
+    from ..report.terminal import Place
 
 NEVER_TAUGHT = "never taught"
 SHOWN_SCORES: tuple[Score, ...] = ("choice", "last", "top1")
@@ -38,7 +45,6 @@ SHOWN_SCORES: tuple[Score, ...] = ("choice", "last", "top1")
 
 def do_run(config: RunConfig, output: Output) -> int:
     """Run the whole job, and summarise its report."""
-    from ..report.terminal import console_summary
     from ..runs.plan import Plan
     from ..runs.run import run
     from ..utils.distributed import group, rank
@@ -56,18 +62,58 @@ def do_run(config: RunConfig, output: Output) -> int:
             progress.close()
         if rank():
             return 0  # the first process says what came out
-    if output.json:
-        from ..utils.files import read_json
-
-        say_json(read_json(result.folder / "report.json"))
-        return 0
-    say("" if output.quiet else "\n", end="")
-    say(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
-    if not output.quiet:
+    if not (output.quiet or output.json):
         now, total = time.monotonic() - start, sum(result.seconds.values())
         spent = duration(now) + (f" ({duration(total)} in all goes)" if total > now + 1 else "")
-        say(f"\n{spent}. Open {result.folder / 'report.html'}")
+        say(f"\nDone in {spent}.")
+    _show(result.folder, result.report, output)
     return 0
+
+
+def do_report(config: ReportConfig, output: Output) -> int:
+    """Show a report again."""
+    from ..report.records import Report
+
+    _show(config.run, Report.load(config.run / "report.json"), output)
+    return 0
+
+
+def _show(folder: Path, report: Report, output: Output) -> None:
+    """What a run found, and unless it is to be quiet what to do next."""
+    from ..report.terminal import console_summary
+
+    if output.json:
+        say_json(report.to_json())
+        return
+    place = None if output.quiet else _place(folder, report)
+    width = min(100, shutil.get_terminal_size().columns)
+    say(console_summary(report, width, place=place))
+
+
+def _place(folder: Path, report: Report) -> Place:
+    """What can be done with a run on this machine."""
+    from ..export.gguf import exportable
+    from ..report.terminal import Place
+
+    task = report.config.get("task")
+    try:
+        default_config(report.model.name, task if isinstance(task, str) else None, robust=True)
+        robust = True
+    except MansuError:
+        robust = False
+    names = {"darwin": "open", "win32": "start"}
+    opener = names.get(sys.platform, "xdg-open")
+    found = opener if sys.platform == "win32" or shutil.which(opener) else ""
+    return Place(folder, _called(), found, robust, exportable(folder / "model"))
+
+
+def _called() -> str:
+    """The words that start this program as it was started, quoted for a shell."""
+    called = sys.argv[0]
+    if Path(called).stem != "mansu":  # python -m, or another program
+        return shlex.join([sys.executable, "-m", "mansu_interp"])
+    on_path = shutil.which("mansu")
+    return "mansu" if on_path and os.path.samefile(on_path, called) else shlex.quote(called)
 
 
 def do_bench(config: BenchConfig, output: Output) -> int:
@@ -160,8 +206,6 @@ def do_apply(config: ApplyConfig, _: Output) -> int:
 
 def do_export(config: ExportConfig, _: Output) -> int:
     """Write a GGUF file."""
-    from pathlib import Path
-
     from ..export.gguf import export_gguf
     from ..export.ledger import Ledger, unpromised
     from ..models.load import load_model
