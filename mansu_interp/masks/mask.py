@@ -68,6 +68,7 @@ class Mask(Shareable):
         """How many of them may be edited at once: the budget."""
         return int(self.meta.get("limit", self.n_parameters))
 
+    @entrance(MaskError)
     def check_fits(self, model: LanguageModel) -> None:
         """Raise MaskError unless every index lies inside the model's weights."""
         for name, index in self.indices.items():

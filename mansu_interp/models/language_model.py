@@ -49,6 +49,11 @@ def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> i
     return min(int(same), int(at.min()))
 
 
+def is_packed(weight: object) -> bool:
+    """Whether bitsandbytes has packed a weight to 4 bits."""
+    return getattr(weight, "quant_state", None) is not None
+
+
 @torch.no_grad()
 def unpack_4bit(packed: Component) -> nn.Linear:
     """A plain float32 linear layer with the weights that a bitsandbytes 4-bit layer stands for.
@@ -171,8 +176,9 @@ class LanguageModel:
             memo = {id(t): t for t in [*self.hf.parameters(), *self.hf.buffers()]}
             sharing = copy.deepcopy(self.hf, memo)
             for name, module in list(sharing.named_modules()):
-                if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-                    sharing.set_submodule(name, unpack_4bit(module))
+                if is_packed(getattr(module, "weight", None)):
+                    dtype = self.weights[self.embedding_name].dtype  # the stream's
+                    sharing.set_submodule(name, unpack_4bit(module).to(dtype))
             turn_back(sharing)
             sharing.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
@@ -194,6 +200,14 @@ class LanguageModel:
     def check_editable(self) -> None:
         """Raise ModelError unless every weight is float32, in which gradients and edits are
         computed."""
+        parameters = self.hf.named_parameters()
+        if name := next((n for n, w in parameters if is_packed(w)), ""):
+            raise ModelError(
+                f"{self.name}: {name} is packed to 4 bits by bitsandbytes. What edits or quantizes "
+                "needs the checkpoint that it was packed from, and of the values that the codes "
+                "stand for it would say nothing true: load that one, without a "
+                "quantization_config. Prompts are answered and circuits found as it is."
+            )
         for name, weight in self.weights.items():
             if weight.dtype != torch.float32:
                 packed = "packed as " if not weight.is_floating_point() else ""
@@ -245,7 +259,8 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise ModelError(
-                f"{self.name} has no tokenizer, which texts need: take a model from load_model()."
+                f"{self.name} has no tokenizer, which texts need: give (model, tokenizer) in place "
+                "of the model, or its name or folder."
             )
         return self.tokenizer
 
