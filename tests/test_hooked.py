@@ -29,8 +29,10 @@ from mansu_interp.errors import CircuitError, ModelError
 from mansu_interp.models.hooked import HookedStream, as_language_model, as_model
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.layout import turn_back
+from mansu_interp.runs.run import RunResult
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.utils.ranges import GUARDED
+from mansu_interp.utils.words import Shown
 
 HookedTransformer: Any
 try:
@@ -381,6 +383,46 @@ def test_weights_that_are_not_the_deployed_ones_are_refused(facts: LanguageModel
     made = type("HookedTransformer", (torch.nn.Linear,), {"cfg": None})(2, 2)
     with pytest.raises(ModelError, match="HookedTransformer, whose weights are converted"):
         mansu.quantize(made)
+
+
+def test_results_have_a_short_form_for_console_and_notebook(facts: LanguageModel, capitals: Any):
+    few = PairSet("few", capitals.forget.pairs[:8])
+    scores = attribute(facts, few, config=FEW)
+    circuit = discover(facts, few, config=CircuitConfig(method="eap", top=40))
+    edited = facts.copy()
+    name = edited.linear_names[0]
+    edited.weights[name][0, :8] += 0.5
+    original, after = mansu.ModelVersion("original"), mansu.ModelVersion("unlearned")
+    mask = mansu.Mask({n: torch.arange(9) for n in facts.linear_names}, {"limit": 5})
+    results = {
+        "LanguageModel('facts', parameters 1,033,344, saved as bfloat16, on cpu)": facts,
+        "Task('capitals', to forget 716 pairs, ": capitals,
+        "Attribution(1,055 edges": scores,
+        "Circuit(": circuit,
+        "Changes(kept ": mansu.classify(scores.scores, scores.scores),
+        "GraphComparison(unlearned mass ": compare(circuit, facts, {"unlearned": edited}, few),
+        "Survival(edited 8, survived ": mansu.survival(facts, edited, "nf4"),
+        "Mask(": mask,
+        "Scores(original, forget 1.000 four-way, ": mansu.evaluate(
+            {original: facts, after: edited}, capitals, role="forget"
+        ),
+        "PairSet('few', 8 pairs": few,
+        "Ablated(": circuit.ablate(facts, few),
+        "Curve(cpr ": mansu.faithfulness_curve(
+            Ablation(facts, few), scores.scores, fractions=(0.2, 0.5, 1.0)
+        ),
+    }
+    for start, result in results.items():
+        assert repr(result).startswith(start), repr(result)
+        shown = result._repr_html_()
+        assert len(repr(result)) <= 2000 and len(shown) <= 2000, start
+        assert shown.startswith("<table") and shown.endswith("</table>")
+    assert "parameters 9," in repr(mansu.Mask({name: torch.arange(9)}))
+    hostile = replace(capitals, title="<img src=x>\x1b[31m" + "long " * 2000)
+    assert "<img" not in hostile._repr_html_() and "\x1b" not in repr(hostile)
+    assert max(len(repr(hostile)), len(hostile._repr_html_())) <= 2000
+    for kind in (mansu.Report, RunResult):  # of a run: tests of runs make them
+        assert kind.__repr__ is Shown.__repr__ and kind._repr_html_ is Shown._repr_html_
 
 
 def test_every_public_function_has_the_one_guard():

@@ -39,7 +39,8 @@ from .hugging_face import (
     check_plain,
     has_experts,
 )
-from .language_model import LanguageModel, is_packed
+from .language_model import LanguageModel
+from .layout import is_packed
 from .load import load_model
 from .stream import Reading, Stream, widen
 
