@@ -43,6 +43,10 @@ class Task(Shown):
     read: str = ""
     """How the rows were read, in one line; empty for fact tables."""
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.forget):,} forget and {len(self.retain):,} retain pairs"
+        return f"Task({self.name!r}: {sizes})"
+
     def told(self) -> dict[str, object]:
         """For its short form."""
         return {
