@@ -642,14 +642,26 @@ def test_the_file_for_llama_cpp_is_one_that_the_edit_survives() -> None:
     assert without.command.startswith("mansu delta facts 'runs/my run/model' --out ")
 
 
+def after(row: ScoreRow, quantizers: list[str]) -> ScoreRow:
+    """A row with scores after other quantizers, too."""
+    more = [Score(v.after(q), 0.5, row[v].choice) for q in quantizers for v in (ORIGINAL, EDITED)]
+    return replace(row, scores=(*row.scores, *more))
+
+
+def test_many_precisions_take_several_tables() -> None:
+    report = make_report()
+    names = ["fp4", "int8", "q4_0", "q8_0", "hqq"]
+    report = replace(report, scores=tuple(after(one, names) for one in report.scores))
+    text = render_markdown(report)
+    for chance in ("", "chance | "):
+        assert f"| set | n | {chance}full precision | nf4 | fp4 | int8 | q4\\_0 |" in text
+        assert f"| set | n | {chance}q8\\_0 | hqq |" in text
+
+
 def test_a_set_of_quantizers_has_a_table_for_each_metric() -> None:
     report = make_report()
     assert "Top-1, original → unlearned:" not in render_markdown(report)
-    rows = []
-    for one in report.scores:
-        fp4 = [Score(v.after("fp4"), 0.5, one[v].choice) for v in (ORIGINAL, EDITED)]
-        rows.append(replace(one, scores=(*one.scores, *fp4)))
-    report = replace(report, scores=tuple(rows))
+    report = replace(report, scores=tuple(after(one, ["fp4"]) for one in report.scores))
     text = render_markdown(report)
     top1, choice = text.split("Top-1, original → unlearned:")[1].split("Choice, original")[:2]
     assert "| set | n | full precision | nf4 | fp4 |" in top1
@@ -842,6 +854,9 @@ def test_no_table_is_cut(width: int, svg: str, tmp_path: Path) -> None:
     )
     long = WeightEdits("model.layers.29.self_attn.query_key_value.weight", 1_234_567, 12_345_678)
     report = replace(report, quantizers=many, edit=replace(report.edit, by_weight=(long,)))
+    named = ["fp4", "int8", "torchao-int4-sym-g128", "int4-sym-g128", "q4_0", "hqq", "awq-g128"]
+    report = replace(report, scores=tuple(after(row, named) for row in report.scores))
+    assert "torchao-int4-sym-g128" in render_html(report, svg)
     page = tmp_path / "report.html"
     page.write_text(render_html(report, svg), "utf-8")
     with browser.chromium(width) as driver:
