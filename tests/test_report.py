@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shlex
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import fields, replace
 from html.parser import HTMLParser
@@ -19,7 +21,7 @@ from mansu_interp.audit.cad import CAD
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import Divergence
 from mansu_interp.circuits.scores import Attribution
-from mansu_interp.cli.main import parse
+from mansu_interp.cli.main import main, parse
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.evaluation.properties import Property, Verdict
 from mansu_interp.evaluation.scores import Flips, Perplexity, Score, ScoreRow
@@ -621,6 +623,8 @@ def test_what_was_not_tested_comes_first_and_a_stranger_starts_nothing(tmp_path:
     assert steps[1].reason.startswith("Erasure was not tested")
     assert steps[1].command.endswith("--quick")
     bad = replace(report, command="rm -rf ~; mansu run", model=replace(report.model, name="; ls"))
+    assert not any(step.words == "retain" for step in next_steps(bad, PLACE))
+    assert any(step.words == "retain" for step in next_steps(report, PLACE))
     for step in next_steps(bad, replace(PLACE, gguf=False)):
         assert "rm" not in shlex.split(step.command)
         assert ";" not in list(shlex.shlex(step.command, punctuation_chars=True))
@@ -628,6 +632,25 @@ def test_what_was_not_tested_comes_first_and_a_stranger_starts_nothing(tmp_path:
     missed = replace(report, properties=(replace(PROPERTIES[3], passed=False),))
     first = next_steps(missed, replace(PLACE, folder=tmp_path / "a"))[0].command
     assert first.endswith(f"--out {tmp_path}/a-erase-2")
+
+
+def test_a_report_is_told_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    write_report(tmp_path, make_report(), "")
+    assert main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(console_summary(make_report(), 100)) and "\nNext:\n" in text
+    started = f"{shlex.quote(sys.executable)} -m mansu_interp"  # as these tests can start it
+    assert f"{started} relearn {tmp_path}/model --task capitals --quick\n" in text
+    assert f"{started} delta facts {tmp_path}/model" in text  # there is no model to export
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    assert capsys.readouterr().out == console_summary(make_report(), 100) + "\n"
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == make_report().to_json()
+    assert main(["report", str(tmp_path / "none")]) == 1
+    assert "report.json" in capsys.readouterr().err
 
 
 def test_the_file_for_llama_cpp_is_one_that_the_edit_survives() -> None:

@@ -262,7 +262,7 @@ def _with(words: Sequence[str], options: Options) -> list[str]:
     kept, skip = [], False
     for word in words:
         if word.startswith("--"):
-            skip = word in options or word.replace("--no-", "--") in options
+            skip = word.replace("--no-", "--") in options
         if not skip and word != "--out":
             kept.append(word)
     for option, values in options.items():
