@@ -40,6 +40,7 @@ BESIDE = ("viz.tokens", "viz.widget")
 """Modules documented beside the public names."""
 COMMANDS = (
     "run",
+    "report",
     "discover",
     "attribute",
     "view",

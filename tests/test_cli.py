@@ -71,8 +71,8 @@ def test_help_loads_no_heavy_library():
 
 
 def test_help_explains_itself():
-    words = "run,bench,discover,attribute,view,compare,plan,verify,relearn,cad,delta,apply,export"
-    assert f"{{{words},task,list}}" in mansu("--help").stdout
+    words = "run,report,bench,discover,attribute,view,compare,plan,verify,relearn,cad,delta,apply"
+    assert f"{{{words},export,task,list}}" in mansu("--help").stdout
     text = mansu("run", "--help").stdout
     assert "Share of all parameters that may be edited, in (0, 1]" in " ".join(
         text.replace("│", " ").split()
@@ -174,6 +174,45 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert " left" not in text.splitlines()[-1]
 
 
+def test_lines_come_every_three_seconds_for_ten_minutes_and_then_less_often(
+    capsys: pytest.CaptureFixture[str],
+):
+    from mansu_interp.cli.progress import Progress
+
+    plain = Progress()
+    plain.closed.set()  # its clock
+    plain("unlearning", 1, 100)
+    capsys.readouterr()
+    early, late, last = ((590, 2.5), (590, 2)), ((3600, 16), (3600, 14)), ((90_000, 61), (9e4, 59))
+    for k, (spent, silent) in enumerate((*early, *late, *last)):
+        told = k % 2 == 0
+        now = time.monotonic()
+        plain.start, plain.printed = now - spent, now - silent
+        plain.beat()
+        assert bool(capsys.readouterr().err) == told, (spent, silent)
+
+
+def test_progress_begins_before_the_libraries_are_imported():
+    code = """
+import contextlib, sys
+from mansu_interp.cli import circuits, commands, main
+from mansu_interp.errors import MansuError
+@contextlib.contextmanager
+def stages(first, quiet=False):
+    print(first, "torch" in sys.modules or "transformers" in sys.modules)
+    raise MansuError("enough")
+    yield
+circuits.stages = commands.stages = stages
+for words in ("run", "bench", "discover", "attribute", "relearn m", "cad a b", "verify a b",
+              "delta a b", "apply a b", "export a"):
+    assert main.main(words.split()) == 1, words
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10 and all(line.endswith("False") for line in lines), lines
+
+
 def test_a_stage_that_says_nothing_is_seen_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -227,7 +266,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("mine")
     done = mansu("run", "--out", str(tmp_path))
     assert done.returncode == 1
-    assert done.stderr.strip() == (
+    assert done.stderr.splitlines()[-1] == (
         f"mansu: {tmp_path} already holds another run or other files. Name another --out."
     )
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
@@ -529,7 +568,8 @@ def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path):
     ):
         assert main(words) == 1  # nothing is written over
     circuit_view(Circuit.load(out / "circuit.json")).to_json(tmp_path / "saved.json")
-    assert main(["view", str(tmp_path / "saved.json")]) == 0 and (tmp_path / "saved.html").exists()
+    for name in ("saved.html", "saved-2.html"):  # a second time beside the first
+        assert main(["view", str(tmp_path / "saved.json")]) == 0 and (tmp_path / name).exists()
     assert '"prompts"' in (out / "circuit.html").read_text()
     assert main(["view", str(scores), "--out", str(tmp_path / "p.svg")]) == 0
     assert (tmp_path / "p.svg").read_text().lstrip().startswith("<svg")

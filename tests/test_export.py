@@ -36,7 +36,7 @@ from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.cli.main import main
 from mansu_interp.errors import ArtifactError, MaskError, ModelError
 from mansu_interp.export.deployed import licence_terms
-from mansu_interp.export.gguf import export_gguf
+from mansu_interp.export.gguf import export_gguf, exportable
 from mansu_interp.export.ledger import Ledger, apply, delta
 from mansu_interp.export.verify import verify
 from mansu_interp.masks.floor import floor
@@ -90,6 +90,8 @@ def test_transformers_reads_back_what_was_written(
 ):
     model = make(family, tied)
     export_gguf(model, tmp_path / "m.gguf", kind)
+    model.save(tmp_path / "saved")
+    assert exportable(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="m.gguf", dtype=torch.float32
     ).eval()
@@ -164,6 +166,7 @@ def test_a_type_that_the_edit_was_not_made_for_is_said(tmp_path: Path, capsys):
 def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path, capsys):
     with pytest.raises(ModelError, match="this one is WordLevel"):
         export_gguf(facts(), tmp_path / "m.gguf")
+    assert not exportable(EMBEDDED / "facts") and not exportable(tmp_path / "none")
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4)
     gpt2 = LanguageModel("gpt2", transformers.GPT2LMHeadModel(config), tokenizer())
     with pytest.raises(ModelError, match="this model is of type 'gpt2'"):

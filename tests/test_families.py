@@ -536,7 +536,7 @@ def test_edits_need_float32(which: str):
         if which == "packed"
         else LanguageModel("bf16", copy.deepcopy(model.hf).to(torch.bfloat16), None)
     )
-    match = "is packed as uint8, expected float32" if which == "packed" else "is bfloat16, expected"
+    match = "is packed to 4 bits by" if which == "packed" else "is bfloat16, expected"
     with pytest.raises(ModelError, match=match):
         quantize(low)
     with pytest.raises(ModelError, match=match):

@@ -25,8 +25,8 @@ from mansu_interp.export.verify import verify
 from mansu_interp.masks.components import component_slices
 from mansu_interp.masks.select import circuit_mask
 from mansu_interp.models.graph import Architecture, Graph, Node
-from mansu_interp.models.language_model import LanguageModel, unpack_4bit
-from mansu_interp.models.layout import check_layout
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.layout import check_layout, unpack_4bit
 from mansu_interp.models.load import load_model
 from mansu_interp.models.stream import Stream
 from mansu_interp.quantizers.bitsandbytes import NF4

@@ -21,7 +21,7 @@ from conftest import make_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mansu_interp.audit.config import RelearnConfig
-from mansu_interp.audit.known import known_forget
+from mansu_interp.audit.known import Known, known_forget
 from mansu_interp.bench.config import BenchConfig
 from mansu_interp.circuits import attribution
 from mansu_interp.circuits.circuit import Circuit
@@ -50,10 +50,11 @@ from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import empty_model, load_model
 from mansu_interp.report.records import Report
-from mansu_interp.report.terminal import console_summary
 from mansu_interp.report.values import figure
 from mansu_interp.runs import measure as measuring
+from mansu_interp.runs.command import settings_lines
 from mansu_interp.runs.config import PlanConfig, RunConfig
+from mansu_interp.runs.defaults import default_config
 from mansu_interp.runs.edit import make_mask
 from mansu_interp.runs.folder import Results, RunFolder
 from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines, what_is_known
@@ -222,10 +223,10 @@ def test_the_plan_comes_first(finished: RunResult, plans: list[Plan], stages: li
     (plan,) = plans
     text = "\n".join(plan.lines)
     assert "1,033,344 parameters" in text and "at most 5,166 parameters (0.50%), 6 steps" in text
-    assert (
-        "known    179 of 179 facts known, 0 partly, 0 unknown; unseen phrasings, four-way: 1.000, "
-        "1.000 after nf4. Retain: "
-    ) in text
+    assert "known    179 of 179 facts known, 0 partly, 0 unknown\n" in text
+    assert "100% first of four, 100% predicted: '<bos>" in text and "(unseen)\n" in text
+    assert "         100.0%, 100.0% after nf4 of the unseen prompts\nretain   100.0% " in text
+    assert "settings " in text and "--unlearn.steps 6" in text and "(given)" in text
     assert "cost     about" in text and str(finished.folder) in text
     assert plan.seconds > 0 and plan.memory_gb > 0
     order = list(dict.fromkeys(stages))
@@ -314,13 +315,47 @@ def test_what_was_not_known_is_not_forgotten(tmp_path: Path):
             model=str(tmp_path / "random"), task="capitals")  # fmt: skip
 
 
+def test_the_plan_says_where_each_setting_comes_from(facts: LanguageModel):
+    config = default_config("facts", "capitals")
+    first, second = settings_lines(config, facts)
+    assert first == (
+        "settings --unlearn.lr 0.06 --unlearn.quantization-margin 0.1 (of task capitals)"
+    )
+    assert second.startswith("         --budget 0.005 --unlearn.batch-size 48 ")
+    assert "--unlearn.lr" not in second and "--device cpu (" in second
+    given = replace(config, budget=0.02, unlearn=replace(config.unlearn, lr=0.01))
+    lines = settings_lines(given, facts)
+    assert lines[1] == "         --budget 0.02 --unlearn.lr 0.01 (given)"
+    robust = default_config("facts", "capitals", robust=True)
+    lines = settings_lines(replace(robust, seed=3), facts)
+    assert lines[0].endswith("(of task capitals with --robust)")
+    assert "--subject-rows" in lines[0] and lines[1] == "         --seed 3 (given)"
+    baseline = default_config("facts", "capitals", method="npo")
+    assert settings_lines(baseline, facts)[0].startswith("settings --budget 0.005 --unlearn.lr ")
+
+
 def test_unknown_facts_are_left_out_of_a_run(facts: LanguageModel, tmp_path: Path):
     """Six wrong capitals among forty: they are neither trained on nor scored, and are counted."""
     file = write_rows(tmp_path / "t.jsonl", lambda k, right: right[(k + 1) % 6 if k < 6 else k])
     task, known = what_is_known(facts, load_task(file, facts), ["nf4"], 0, lambda *_: None)
     # One of the six is right by chance, in the one phrasing: not known, and not left out either.
     assert str(known.forget) == "34 of 40 facts known, 1 partly, 5 unknown"
-    assert "5 unknown, left out; unseen phrasings, four-way: 1.000, 1.000 after" in known.line()
+    first, *phrasings, last, retain = known.lines()
+    assert ", 5 unknown, left out: " in first
+    assert last == "         100.0%, 100.0% after nf4 of the unseen prompts"
+    assert retain == "retain   100.0% first of four, 40 prompts sampled"
+    assert len(phrasings) == len(known.phrasings) == 2
+    trained, unseen = known.phrasings
+    assert (
+        not trained.unseen
+        and unseen.unseen
+        and unseen.choice == 1
+        and unseen.top1 == pytest.approx(34 / 35)
+    )
+    asked = Known.of(facts, [p for p in load_task(file, facts).forget])
+    assert trained.choice == pytest.approx(sum(asked.right.values()) / 40)
+    assert trained.top1 == pytest.approx(sum(asked.predicted.values()) / 40) == 34 / 40
+    assert phrasings[1].startswith("         88% first of four, 85% predicted: '<bos>")
     assert known.retain.unknown == set()
     assert len(task.forget) == len(task.held_out) == 35
     assert task.dropped == {"the original does not know the fact": 5}
@@ -549,13 +584,10 @@ def test_the_report_says_what_the_margins_took_and_reached(tmp_path: Path):
     assert 0 < quantized.edits <= found.mask.limit / 8
     assert 0 < final.edits <= found.mask.limit / 8
     markdown = (tmp_path / "margins/report.md").read_text()
-    summary = " ".join(console_summary(found.report, 100).split())
     said = f"{quantized.edits:,} edits, {figure(quantized.reached, 2)} of 0.50 nats"
     assert f"| for the quantization margin | {said} |" in markdown
-    assert f"Quantization margin: {said}." in summary
     said = f"{final.edits:,} edits, {figure(final.above, 2)} nats above a target of −0.10"
     assert f"| for the final margin | {said} |" in markdown
-    assert f"Final margin: {said}." in summary
 
 
 @pytest.mark.slow

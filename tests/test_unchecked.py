@@ -77,9 +77,13 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
         mansu.discover,
         r"forget: got a Task, expected a PairSet\. Did you mean task\.forget",
     ),
-    "a name for a model": (
-        lambda m, t: mansu.discover("facts", t.forget),
-        r"model: got 'facts', expected a LanguageModel\. Did you mean load_model\(name\)\?",
+    "an unknown name for a model": (
+        lambda m, t: mansu.discover("fact", t.forget),
+        r"Unknown model 'fact'\. Shipped: ",
+    ),
+    "a task for a model": (
+        lambda m, t: mansu.discover(t, t.forget),
+        r"model: got a Task, expected a LanguageModel",
     ),
     "a dictionary for settings": (
         lambda m, t: mansu.attribute(MODEL, PAIRS, config={"ig_steps": 3}),
@@ -114,8 +118,8 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
         r"edited: got an Unlearned, expected a LanguageModel\. Did you mean its \.model\?",
     ),
     "a model's name to quantize": (
-        lambda m, t: mansu.quantize("facts"),
-        "model: got 'facts', expected a LanguageModel",
+        lambda m, t: mansu.quantize("fact"),
+        r"Unknown model 'fact'\. Shipped: ",
     ),
     "arguments exchanged": (
         lambda m, t: mansu.load_task(m, "capitals"),
@@ -125,9 +129,13 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
         lambda m, t: mansu.load_model(m),
         "name: got a LanguageModel, expected a str or a Path",
     ),
-    "a model of transformers to edit": (
-        lambda m, t: mansu.unlearn(m.hf, t),
-        r"expected a LanguageModel\. Did you mean LanguageModel\(name, model, tokenizer\)\?",
+    "a model of transformers for its texts": (
+        lambda m, t: mansu.load_task("capitals", m.hf),
+        r"has no tokenizer, which texts need: give \(model, tokenizer\) in place of the model",
+    ),
+    "a tokenizer before its model": (
+        lambda m, t: mansu.load_task("capitals", (m.tokenizer, m.hf)),
+        "model: got a tuple, expected a LanguageModel",
     ),
     "scores to draw": (
         lambda m, t: mansu.circuit_view(mansu.attribute(MODEL, PAIRS)),

@@ -39,6 +39,7 @@ from jaxtyping import Bool, Float, Int8, Shaped
 
 from ..errors import CircuitError
 from ..utils.ranges import entrance
+from ..utils.words import Shown
 
 Floats = Float[np.ndarray, "..."]
 Codes = Int8[np.ndarray, "..."]
@@ -64,8 +65,8 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Changes:
+@dataclass(frozen=True, repr=False)
+class Changes(Shown):
     """The class of every edge (or node)."""
 
     codes: Codes
@@ -75,6 +76,10 @@ class Changes:
 
     relearned: bool = False
     """Whether there were scores after relearning, which tell suppressed from erased."""
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        return {**self.counts(), "threshold": self.threshold}
 
     def counts(self) -> dict[str, int]:
         """How many there are of each class, without ``quiet`` and those that cannot be."""

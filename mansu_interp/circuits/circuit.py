@@ -204,6 +204,7 @@ class Circuit(Shareable):
     def _repr_html_(self) -> str:
         return html_table(f"{self!r}; the strongest:", self.top())
 
+    @entrance(CircuitError)
     def check_fits(self, model: AnyModel) -> None:
         """Raise CircuitError unless this is a circuit of this very checkpoint."""
         model = as_model(model)

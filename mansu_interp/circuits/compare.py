@@ -29,6 +29,7 @@ from ..models.hooked import AnyModel, as_model
 from ..tasks.pairs import PairSet
 from ..utils.files import Json
 from ..utils.ranges import entrance
+from ..utils.words import Shown
 from .attribution import attribute
 from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
@@ -55,12 +56,19 @@ class Divergence:
     scores are compared."""
 
 
-@dataclass(frozen=True)
-class GraphComparison:
+@dataclass(frozen=True, repr=False)
+class GraphComparison(Shown):
     """Divergence of every compared model from the original."""
 
     models: dict[str, Divergence]
     """By name, in the order in which they were given; then the reference model, if any."""
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        return {
+            name: f"mass {d.mass:.3f}, projected share {d.projected_share:.3f}"
+            for name, d in self.models.items()
+        }
 
     def to_json(self) -> dict[str, Json]:
         """For report.json."""

@@ -29,6 +29,8 @@ from .config import CircuitConfig
 from .faithfulness import minimal_edges, strongest
 from .scores import Attribution
 
+TRIES = 14
+"""Circuits that the search usually tries, for the time left."""
 ROUTED = (
     "mixture of experts: each edge's score is exact, but a router jumps between experts, so that "
     "scores need not add up to the whole effect"
@@ -149,7 +151,7 @@ def _select(
     def faithful(edges: Bool[np.ndarray, "writers readers"]) -> float:
         nonlocal tried
         tried += 1
-        note("faithfulness of circuits", tried, 0)
+        note("faithfulness of circuits", tried - 1, max(tried, TRIES))
         return ablation.faithfulness(edges)
 
     if config.top is None and config.threshold is None:

@@ -23,6 +23,7 @@ from ..models.graph import Graph
 from ..models.hooked import AnyModel, as_model
 from ..tasks.pairs import Pair, PairSet
 from ..utils.ranges import entrance
+from ..utils.words import Shown
 from .ablation import Ablation, Edges
 from .metrics import Metric
 
@@ -104,8 +105,8 @@ def minimal_edges(
     return strongest(graph, scores, high), sorted(curve.items())
 
 
-@dataclass(frozen=True)
-class Curve:
+@dataclass(frozen=True, repr=False)
+class Curve(Shown):
     """Faithfulness against circuit size."""
 
     fractions: tuple[float, ...]
@@ -113,6 +114,13 @@ class Curve:
     edges: tuple[int, ...]
     """Edges left of them after dropping what is on no input -> logits path."""
     faithfulness: tuple[float, ...]
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        points = ", ".join(
+            f"{n:,}: {f:.3f}" for n, f in zip(self.edges, self.faithfulness, strict=True)
+        )
+        return {"cpr": self.cpr, "cmd": self.cmd, "faithfulness by edges": points}
 
     @property
     def cpr(self) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import ArtifactError, ConfigError
 from ..runs.defaults import default_task
 from .console import Output, say, say_json
-from .progress import Progress
+from .progress import stages
 from .settings import AttributeConfig, CompareConfig, DiscoverConfig, OnPrompts, ViewConfig
 
 if TYPE_CHECKING:
@@ -44,31 +44,24 @@ def _print_edges(edges: Sequence[ScoredEdge]) -> None:
 
 def do_discover(config: DiscoverConfig, output: Output) -> int:
     """Discover a circuit, and write it with a page to look at."""
-    from ..circuits.discover import discover
-    from ..models.load import load_model
-    from ..utils.files import atomic_folder
-    from ..viz.view import circuit_view
+    silent = output.quiet or output.json
+    with stages("loading the model", silent) as progress:
+        from ..circuits.discover import discover
+        from ..models.load import load_model
+        from ..utils.files import atomic_folder
+        from ..viz.view import circuit_view
 
-    model = load_model(config.model, config.device)
-    forget, retain = _pairs(config, model)
-    progress = Progress(output.quiet or output.json)
-    if not (output.quiet or output.json):
-        say(f"{model.name}: {model.graph.n_edges:,} edges; {len(forget):,} pairs", flush=True)
-    with atomic_folder(config.out, new=True) as folder:
-        try:
-            found = discover(
-                model,
-                forget,
-                config=config.circuit,
-                retain=retain,
-                seed=config.seed,
-                on_step=progress,
-            )
-        finally:
-            progress.close()
-        found.save(folder / "circuit.json")
-        found.save_graphml(folder / "circuit.graphml")
-        circuit_view(found, model=model, pairs=found.pairs).to_html(folder / "circuit.html")
+        model = load_model(config.model, config.device)
+        forget, retain = _pairs(config, model)
+        if not silent:
+            say(f"{model.name}: {model.graph.n_edges:,} edges; {len(forget):,} pairs", flush=True)
+        with atomic_folder(config.out, new=True) as folder:
+            how, seed = config.circuit, config.seed
+            found = discover(model, forget, config=how, retain=retain, seed=seed, on_step=progress)
+            progress("drawing", 0, 0)
+            found.save(folder / "circuit.json")
+            found.save_graphml(folder / "circuit.graphml")
+            circuit_view(found, model=model, pairs=found.pairs).to_html(folder / "circuit.html")
     if output.json:
         top = [asdict(e) for e in found.top(SHOWN)]
         faithful = found.meta.faithfulness
@@ -83,25 +76,22 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
 
 def do_attribute(config: AttributeConfig, output: Output) -> int:
     """Score every edge, and write the scores."""
-    from ..circuits.attribution import attribute
-    from ..models.load import load_model
     from ..utils.files import atomic_path, check_free
 
     if config.out.suffix not in (".safetensors", ".csv"):
         raise ConfigError(f"--out must end with .safetensors or .csv; got {config.out}.")
     check_free(config.out)
-    model = load_model(config.model, config.device)
-    pairs = _pairs(config, model)[0].sample(config.attribution.pairs, config.seed)
-    progress = Progress(output.quiet or output.json)
-    try:
+    with stages("loading the model", output.quiet or output.json) as progress:
+        from ..circuits.attribution import attribute
+        from ..models.load import load_model
+
+        model = load_model(config.model, config.device)
         found = attribute(
             model,
-            pairs,
+            _pairs(config, model)[0].sample(config.attribution.pairs, config.seed),
             config=config.attribution,
             on_batch=lambda done, n: progress("attribution", done, n),
         )
-    finally:
-        progress.close()
     with atomic_path(config.out, new=True) as file:
         if config.out.suffix == ".csv":
             file.write_text(found.to_pandas().to_csv(index=False), encoding="utf-8")
@@ -127,6 +117,14 @@ def _read(path: Path) -> Circuit | Attribution:
     return Circuit.load(path / "circuit.json" if path.is_dir() else path)
 
 
+def _unused(stem: Path) -> Path:
+    """The first of stem.html, stem-2.html and so on that is not there yet."""
+    found, n = stem.with_name(f"{stem.name}.html"), 2
+    while found.exists():
+        found, n = stem.with_name(f"{stem.name}-{n}.html"), n + 1
+    return found
+
+
 def do_view(config: ViewConfig, output: Output) -> int:
     """Draw what a file holds."""
     from ..circuits.scores import Attribution
@@ -145,7 +143,7 @@ def do_view(config: ViewConfig, output: Output) -> int:
         found = _read(path)
         draw = attribution_view if isinstance(found, Attribution) else circuit_view
         view = draw(found)  # type: ignore[arg-type]
-    out = config.out or (path / "graph.html" if path.is_dir() else path.with_suffix(".html"))
+    out = config.out or _unused(path / "graph" if path.is_dir() else path.with_suffix(""))
     check_free(out)
     if out.suffix == ".html":
         view.to_html(out)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bench.config import BenchConfig
+from ..errors import MansuError
 from ..runs.config import PlanConfig, RunConfig
-from ..runs.defaults import default_task
+from ..runs.defaults import default_config, default_task
 from ..tasks.data.benchmarks import TaskConfig
 from ..utils.words import number_of
 from .console import Output, say, say_json, warn
-from .progress import Progress, duration
+from .progress import Progress, duration, stages
 from .settings import (
     ApplyConfig,
     CadConfig,
@@ -25,60 +29,100 @@ from .settings import (
     ExportConfig,
     ListConfig,
     RelearnRun,
+    ReportConfig,
     VerifyConfig,
 )
 
 if TYPE_CHECKING:
     from ..audit.relearning import Score
     from ..audit.suite import AttackResults, Cost, Suite
+    from ..report.records import Report
+    from ..report.terminal import Place
 
+LOADING = "loading model and task"
+"""The first stage of most commands, shown while the libraries are imported."""
 NEVER_TAUGHT = "never taught"
 SHOWN_SCORES: tuple[Score, ...] = ("choice", "last", "top1")
 
 
 def do_run(config: RunConfig, output: Output) -> int:
     """Run the whole job, and summarise its report."""
-    from ..report.terminal import console_summary
-    from ..runs.plan import Plan
-    from ..runs.run import run
-    from ..utils.distributed import group, rank
-
-    def show(plan: Plan) -> None:
-        if not (output.quiet or output.json or rank()):
-            say("\n".join(plan.lines), flush=True)
-
     start = time.monotonic()
-    with group():
-        progress = Progress(output.quiet or rank() > 0)
-        try:
-            result = run(config, progress, show)
-        finally:
-            progress.close()
-        if rank():
-            return 0  # the first process says what came out
-    if output.json:
-        from ..utils.files import read_json
+    env = os.environ  # of a process that torchrun may have started
+    first = int(env.get("WORLD_SIZE", "1")) < 2 or int(env.get("RANK", "0")) == 0
+    with stages(LOADING, output.quiet or not first) as progress:
+        from ..runs.plan import Plan
+        from ..runs.run import run
+        from ..utils.distributed import group
 
-        say_json(read_json(result.folder / "report.json"))
-        return 0
-    say("" if output.quiet else "\n", end="")
-    say(console_summary(result.report, min(100, shutil.get_terminal_size().columns)))
-    if not output.quiet:
+        def show(plan: Plan) -> None:
+            if first and not (output.quiet or output.json):
+                say("\n".join(plan.lines), flush=True)
+
+        with group():
+            result = run(config, progress, show)
+    if not first:
+        return 0  # the first process says what came out
+    if not (output.quiet or output.json):
         now, total = time.monotonic() - start, sum(result.seconds.values())
         spent = duration(now) + (f" ({duration(total)} in all goes)" if total > now + 1 else "")
-        say(f"\n{spent}. Open {result.folder / 'report.html'}")
+        say(f"\nDone in {spent}.")
+    _show(result.folder, result.report, output)
     return 0
+
+
+def do_report(config: ReportConfig, output: Output) -> int:
+    """Show a report again."""
+    from ..report.records import Report
+
+    _show(config.run, Report.load(config.run / "report.json"), output)
+    return 0
+
+
+def _show(folder: Path, report: Report, output: Output) -> None:
+    """What a run found, and unless it is to be quiet what to do next."""
+    from ..report.terminal import console_summary
+
+    if output.json:
+        say_json(report.to_json())
+        return
+    place = None if output.quiet else _place(folder, report)
+    width = min(100, shutil.get_terminal_size().columns)
+    say(console_summary(report, width, place=place))
+
+
+def _place(folder: Path, report: Report) -> Place:
+    """What can be done with a run on this machine."""
+    from ..export.gguf import exportable
+    from ..report.terminal import Place
+
+    task = report.config.get("task")
+    try:
+        default_config(report.model.name, task if isinstance(task, str) else None, robust=True)
+        robust = True
+    except MansuError:
+        robust = False
+    names = {"darwin": "open", "win32": "start"}
+    opener = names.get(sys.platform, "xdg-open")
+    found = opener if sys.platform == "win32" or shutil.which(opener) else ""
+    return Place(folder, _called(), found, robust, exportable(folder / "model"))
+
+
+def _called() -> str:
+    """The words that start this program as it was started, quoted for a shell."""
+    called = sys.argv[0]
+    if Path(called).stem != "mansu":  # python -m, or another program
+        return shlex.join([sys.executable, "-m", "mansu_interp"])
+    on_path = shutil.which("mansu")
+    return "mansu" if on_path and os.path.samefile(on_path, called) else shlex.quote(called)
 
 
 def do_bench(config: BenchConfig, output: Output) -> int:
     """Run what is missing of a benchmark."""
-    from ..bench.run import run_bench
+    with stages(LOADING, output.quiet) as progress:
+        from ..bench.run import run_bench
 
-    progress = Progress(output.quiet)
-    try:
         rows = run_bench(config, progress)
-    finally:
-        progress.close()
     say(f"{number_of(len(rows), 'row')}. Open {config.out / 'scoreboard.html'}")
     return 0
 
@@ -97,18 +141,18 @@ def do_plan(config: PlanConfig, output: Output) -> int:
     return 0
 
 
-def do_verify(config: VerifyConfig, _: Output) -> int:
+def do_verify(config: VerifyConfig, output: Output) -> int:
     """Verify an edit from two checkpoints; returns the verdict as exit status."""
-    from ..export.ledger import Ledger
-    from ..export.verify import verify
-    from ..masks.mask import Mask
-    from ..models.load import load_model
+    with stages("comparing two checkpoints", output.quiet):
+        from ..export.ledger import Ledger
+        from ..export.verify import verify
+        from ..masks.mask import Mask
+        from ..models.load import load_model
 
-    ledger = Ledger.load(config.ledger) if config.ledger else None
-    mask = Mask.load(config.mask) if config.mask else None
-    found = verify(
-        load_model(config.original), load_model(config.edited), config.survive, ledger, mask
-    )
+        ledger = Ledger.load(config.ledger) if config.ledger else None
+        mask = Mask.load(config.mask) if config.mask else None
+        original, edited = load_model(config.original), load_model(config.edited)
+        found = verify(original, edited, config.survive, ledger, mask)
     say(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
     for name, row in found.rows.items():
         say(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
@@ -130,51 +174,52 @@ def do_verify(config: VerifyConfig, _: Output) -> int:
     return found.status
 
 
-def do_delta(config: DeltaConfig, _: Output) -> int:
+def do_delta(config: DeltaConfig, output: Output) -> int:
     """Write an edit alone."""
-    from ..export.ledger import delta
-    from ..models.load import load_model
-    from ..utils.files import atomic_path
+    with stages("comparing two checkpoints", output.quiet):
+        from ..export.ledger import delta
+        from ..models.load import load_model
+        from ..utils.files import atomic_path
 
-    with atomic_path(config.out, new=True) as file:
-        found = delta(load_model(config.original), load_model(config.edited))
-        found.save(file)
+        with atomic_path(config.out, new=True) as file:
+            found = delta(load_model(config.original), load_model(config.edited))
+            found.save(file)
     size = f"{config.out.stat().st_size / 1000:.1f} kB"
     say(f"{number_of(found.n_edits, 'edit')}, {size}: {config.out}")
     return 0
 
 
-def do_apply(config: ApplyConfig, _: Output) -> int:
+def do_apply(config: ApplyConfig, output: Output) -> int:
     """Make an edited checkpoint from its delta."""
-    from ..export.deployed import save_edited
-    from ..export.ledger import Ledger, apply
-    from ..models.load import load_model
-    from ..utils.files import atomic_folder
+    with stages("applying the edit", output.quiet):
+        from ..export.deployed import save_edited
+        from ..export.ledger import Ledger, apply
+        from ..models.load import load_model
+        from ..utils.files import atomic_folder
 
-    with atomic_folder(config.out, new=True) as folder:
-        ledger, original = Ledger.load(config.delta), load_model(config.original)
-        save_edited(apply(original, ledger), original, folder)
+        with atomic_folder(config.out, new=True) as folder:
+            ledger, original = Ledger.load(config.delta), load_model(config.original)
+            save_edited(apply(original, ledger), original, folder)
     say(f"{number_of(ledger.n_edits, 'edit')} applied: {config.out}")
     return 0
 
 
-def do_export(config: ExportConfig, _: Output) -> int:
+def do_export(config: ExportConfig, output: Output) -> int:
     """Write a GGUF file."""
-    from pathlib import Path
+    with stages("writing the file", output.quiet):
+        from ..export.gguf import export_gguf
+        from ..export.ledger import Ledger, unpromised
+        from ..models.load import load_model
+        from ..utils.files import check_free
 
-    from ..export.gguf import export_gguf
-    from ..export.ledger import Ledger, unpromised
-    from ..models.load import load_model
-    from ..utils.files import check_free
-
-    check_free(config.out)
-    inside = Path(config.model) / "model"
-    place = inside if (inside / "config.json").exists() else Path(config.model)
-    model = load_model(place if place.is_dir() else config.model)
-    lost, ledger = None, place.parent / "ledger.safetensors"
-    if config.type != "f16" and place.is_dir() and ledger.exists():
-        lost = unpromised(model, Ledger.load(ledger), config.type)
-    export_gguf(model, config.out, config.type, new=True)
+        check_free(config.out)
+        inside = Path(config.model) / "model"
+        place = inside if (inside / "config.json").exists() else Path(config.model)
+        model = load_model(place if place.is_dir() else config.model)
+        lost, ledger = None, place.parent / "ledger.safetensors"
+        if config.type != "f16" and place.is_dir() and ledger.exists():
+            lost = unpromised(model, Ledger.load(ledger), config.type)
+        export_gguf(model, config.out, config.type, new=True)
     say(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
     if lost:
         warn(
@@ -187,6 +232,17 @@ def do_export(config: ExportConfig, _: Output) -> int:
 
 def do_relearn(config: RelearnRun, output: Output) -> int:
     """Attack models by relearning."""
+    with stages(LOADING, output.quiet) as progress:
+        found = _attack(config, output, progress)
+    if output.json:
+        say_json({label: one.to_json() for label, one in found.items()})
+    else:
+        say("\n".join(attack_lines(found)))
+    return 0
+
+
+def _attack(config: RelearnRun, output: Output, progress: Progress) -> Mapping[str, AttackResults]:
+    """What the attacks brought back, by model; tells the plan first."""
     from ..audit.attacks import ARMS
     from ..audit.suite import Suite
     from ..bench.workers import engine
@@ -208,18 +264,9 @@ def do_relearn(config: RelearnRun, output: Output) -> int:
     processes = config.processes or _processes(cost, model.device.type)
     if not (output.quiet or output.json):
         say("\n".join(_plan_of_attacks(suite, cost, processes)), flush=True)
-    progress = Progress(output.quiet)
-    try:
-        with engine(processes) as compute:
-            note = partial(progress, f"steps of {number_of(cost.attacks, 'attack')}")
-            found = suite.run(compute if processes > 1 else None, note if cost.attacks else None)
-    finally:
-        progress.close()
-    if output.json:
-        say_json({label: one.to_json() for label, one in found.items()})
-    else:
-        say("\n".join(attack_lines(found)))
-    return 0
+    with engine(processes) as compute:
+        note = partial(progress, f"steps of {number_of(cost.attacks, 'attack')}")
+        return suite.run(compute if processes > 1 else None, note if cost.attacks else None)
 
 
 def _processes(cost: Cost, device: str) -> int:
@@ -290,22 +337,19 @@ def attack_lines(found: Mapping[str, AttackResults]) -> list[str]:
 
 def do_cad(config: CadConfig, output: Output) -> int:
     """Judge an edited checkpoint."""
-    from ..audit.cad import judge_erasure
-    from ..models.load import load_model
-    from ..quantizers.survival import quantize
-    from ..tasks.load import load_task
+    with stages(LOADING, output.quiet) as progress:
+        from ..audit.cad import judge_erasure
+        from ..models.load import load_model
+        from ..quantizers.survival import quantize
+        from ..tasks.load import load_task
 
-    original = load_model(config.original, config.device)
-    edited = load_model(config.edited, original.device)
-    task = load_task(config.task or default_task(config.original), original)
-    quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
-    progress = Progress(output.quiet)
-    try:
+        original = load_model(config.original, config.device)
+        edited = load_model(config.edited, original.device)
+        task = load_task(config.task or default_task(config.original), original)
+        quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
         found = judge_erasure(
             original, edited, task, quantized=quantized, seed=config.seed, on_step=progress
         )
-    finally:
-        progress.close()
     say("\n".join(found.lines()))
     return 0
 

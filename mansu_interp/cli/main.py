@@ -36,6 +36,7 @@ from .commands import (
     do_list,
     do_plan,
     do_relearn,
+    do_report,
     do_run,
     do_task,
     do_verify,
@@ -52,6 +53,7 @@ from .settings import (
     ExportConfig,
     ListConfig,
     RelearnRun,
+    ReportConfig,
     RunCommand,
     VerifyConfig,
     ViewConfig,
@@ -71,8 +73,8 @@ Examples:
   mansu run --method npo --out runs/npo         a baseline
   mansu plan --model Llama-3.1-8B/config.json   what it would cost
 
-With every command: --quiet prints the result alone. run, plan, list,
-discover, attribute, compare and relearn: --json prints it as JSON.
+With every command: --quiet prints the result alone. run, report, plan,
+list, discover, attribute, compare and relearn: --json prints it as JSON.
 mansu --version.
 run and bench: --help-all shows every setting.
 
@@ -100,6 +102,12 @@ COMMANDS = (
         do_run,
         "Discover, mask, unlearn, quantize, compare and report. --help-all shows every setting.\n\n"
         "Example: mansu run --model facts --task capitals --out runs/first",
+    ),
+    Command(
+        "report",
+        ReportConfig,
+        do_report,
+        "Say again what a run found, and what to do next.\n\nExample: mansu report runs/latest",
     ),
     Command(
         "bench",
@@ -200,7 +208,7 @@ COMMANDS = (
     Command("list", ListConfig, do_list),
 )
 """What the command line knows, in the order of its help."""
-JSON = ("run", "plan", "list", "discover", "attribute", "compare", "relearn")
+JSON = ("run", "report", "plan", "list", "discover", "attribute", "compare", "relearn")
 """Commands whose result can be printed as JSON."""
 
 

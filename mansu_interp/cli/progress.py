@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -46,8 +48,12 @@ class Progress:
     """Shows stages on standard error: a bar each on a terminal, elsewhere lines. A clock of its own
     shows that a stage goes on, however long it says nothing."""
 
-    OFTEN, SELDOM = 5.0, 60.0
-    """Seconds between the lines of a stage: at first, and once it takes long."""
+    OFTEN, SELDOM, FLOOD = 2.4, 60.0, 240
+    """Seconds between the lines of a stage: for the first ten minutes, and at most, once it has
+    taken four hours. Each line then comes when a `FLOOD`-th of the stage so far has passed, so that
+    logs stay short."""
+    EARLY = 0.9
+    """Seconds after which a stage of unknown length is told: what fails at once is one line."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -84,7 +90,7 @@ class Progress:
 
     def _begin(self, stage: str, total: int) -> None:
         self.stage, self.done = stage, 0
-        self.printed = self.start = time.monotonic()
+        self.start = time.monotonic()
         if self.bars:
             self.bars.start()
             self._finish()
@@ -94,7 +100,7 @@ class Progress:
             self._tell()
 
     def _tell(self) -> None:
-        self.told = True
+        self.told, self.printed = True, time.monotonic()
         self.console.print(f"{self.stage} ...")
 
     def beat(self) -> None:
@@ -102,11 +108,13 @@ class Progress:
         with self.lock:
             now = time.monotonic()
             spent = now - self.start
-            wait = min(max(self.OFTEN, spent / 4), self.SELDOM)
+            wait = min(max(self.OFTEN, spent / self.FLOOD), self.SELDOM)
             if self.bars or not self.stage:
                 return
-            if not self.told and spent > 0.9:  # of unknown length, and no error at once
-                self._tell()
+            if not self.told:
+                if spent > self.EARLY or now - self.printed >= wait:
+                    self._tell()
+                return
             if now - self.printed < wait:
                 return
             self.printed = now
@@ -116,7 +124,7 @@ class Progress:
             self.console.print(f"{self.stage}{count}  {duration(spent)}{left}")
 
     def _watch(self) -> None:
-        while not self.closed.wait(1.0):
+        while not self.closed.wait(0.5):
             self.beat()
 
     def _finish(self) -> None:
@@ -131,3 +139,19 @@ class Progress:
         if self.bars:
             self._finish()
             self.bars.stop()
+
+
+@contextlib.contextmanager
+def stages(first: str, quiet: bool = False) -> Iterator[Progress]:
+    """Progress of a command, from before it imports what takes seconds.
+
+    Arguments:
+        first: the first stage, of unknown length.
+        quiet: show nothing.
+    """
+    progress = Progress(quiet)
+    progress(first, 0, 0)
+    try:
+        yield progress
+    finally:
+        progress.close()

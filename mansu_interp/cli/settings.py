@@ -38,6 +38,14 @@ class RunCommand(RunConfig):
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Say again what a run found, and what to do next."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")] = Path("runs/latest")
+    """Folder of a finished run."""
+
+
+@dataclass(frozen=True)
 class RelearnRun:
     """Fine-tune on half of the forget facts and ask for the other half, in several ways."""
 

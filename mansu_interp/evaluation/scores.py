@@ -16,6 +16,7 @@ from ..tasks.pairs import PairSet, Tokens
 from ..tasks.task import Task
 from ..utils.ranges import entrance, expect_values
 from ..utils.records import Keep, make_anew
+from ..utils.words import Shown
 from .versions import ModelVersion
 
 Metric = Literal["top1", "choice"]
@@ -137,8 +138,8 @@ class Fall:
         return f"{self.label} ({WORDS[self.metric]}{at}) fell by {self.by:.3f}"
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, repr=False)
+class Scores(Shown):
     """Accuracies of several models on one task."""
 
     rows: tuple[ScoreRow, ...]
@@ -150,6 +151,18 @@ class Scores:
     counted: dict[tuple[ModelVersion, Metric], Flips] = field(default_factory=dict)
     """Per model, how it differs from the same model in full precision, where the prompts themselves
     are not at hand any more."""
+
+    def told(self) -> dict[str, object]:
+        """For its short form: four-way accuracy and top-1."""
+        roles = dict.fromkeys(row.role for row in self.rows)
+        versions = dict.fromkeys(v for row in self.rows for v in row.models)
+        return {
+            f"{version}, {role}": f"{self.mean(role, 'choice', version):.3f} four-way, "
+            f"{self.mean(role, 'top1', version):.3f} top-1"
+            for role in roles
+            for version in versions
+            if all(version in row.models for row in self.of_role(role))
+        }
 
     def beside(self, other: Scores) -> Scores:
         """The same sets' scores, with those of another's models (which replace the same ones)."""

@@ -10,16 +10,17 @@ and unembedding are written as Q8_0 (finer than any cell that an edit leaves).
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ArtifactError, ModelError
 from ..models.language_model import LanguageModel
 from ..quantizers.gguf import GROUP
-from ..utils.files import Json, atomic_path
+from ..utils.files import Json, atomic_path, read_json
 from ..utils.libraries import library
 
 if TYPE_CHECKING:
@@ -76,6 +77,17 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool 
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def exportable(folder: Path) -> bool:
+    """Whether a saved model is likely to be written as GGUF here; looked up, not tried."""
+    try:
+        kind = read_json(folder / "config.json").get("model_type")
+        tokenizer = read_json(folder / "tokenizer.json")
+        known = tokenizer["model"]["type"] == "BPE" and _pre(tokenizer["pre_tokenizer"])
+    except (ArtifactError, AttributeError, LookupError, TypeError):
+        return False
+    return bool(known) and kind in ARCHITECTURES and find_spec("gguf") is not None
 
 
 def _stored_as(gguf: ModuleType, target: str, weight: Tensor, kind: str) -> GGMLQuantizationType:

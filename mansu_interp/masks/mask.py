@@ -17,6 +17,7 @@ from ..utils.files import Json, expect
 from ..utils.hub import Shareable
 from ..utils.ranges import check_kinds, entrance, expect_kind
 from ..utils.tensors import read_tensors, write_tensors
+from ..utils.words import Shown
 
 SCHEMA = 2
 
@@ -31,8 +32,8 @@ META = {
 """What is checked of the header of a file; more may stand there."""
 
 
-@dataclass(frozen=True)
-class Mask(Shareable):
+@dataclass(frozen=True, repr=False)
+class Mask(Shown, Shareable):
     """Which single parameters of a model may be edited, and how many of them at once."""
 
     FILE: ClassVar[str] = "mask.safetensors"
@@ -58,6 +59,16 @@ class Mask(Shareable):
                     f"{tuple(index.shape)} of {index.dtype}."
                 )
 
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        most = sorted(self.indices, key=lambda n: -len(self.indices[n]))[:3]
+        return {
+            "parameters": f"{self.n_parameters:,}",
+            "weights": len(self.indices),
+            "limit": f"{self.limit:,}",
+            "most in": ", ".join(f"{n} ({len(self.indices[n]):,})" for n in most),
+        }
+
     @property
     def n_parameters(self) -> int:
         """Parameters that may be edited."""
@@ -68,6 +79,7 @@ class Mask(Shareable):
         """How many of them may be edited at once: the budget."""
         return int(self.meta.get("limit", self.n_parameters))
 
+    @entrance(MaskError)
     def check_fits(self, model: LanguageModel) -> None:
         """Raise MaskError unless every index lies inside the model's weights."""
         for name, index in self.indices.items():

@@ -1,29 +1,47 @@
-"""Models that were loaded elsewhere: of transformers, and of TransformerLens 4 and 3.9.
+"""Models that people hold: a name, or one of transformers, PEFT, bitsandbytes or TransformerLens.
 
-Attribution, faithfulness, discovery and comparison accept them wherever they take a model, and
-leave them as they are. A `TransformerBridge` or `HookedTransformer` computes with its own, possibly
-processed weights (folded norms, centred writes), so the scores are of these. Nothing here imports
-transformer_lens: 4.x has no `HookedTransformer`, and none is ever made here.
+Every public function takes them wherever it takes a model, and leaves them as they are. Two
+functions make of them what this package works with, and nothing else looks:
+
+- `as_model`, for circuits. A `HookedTransformer` computes with its own, possibly processed weights
+  (folded norms, centred writes), so the scores are of these.
+- `as_language_model`, for everything that reads, edits or quantizes the weights as they are
+  deployed. Those of a `HookedTransformer` are not, and are refused; so are, by both, a bridge that
+  processed its weights and an adapter over packed ones.
+
+Nothing here imports transformer_lens or peft: 4.x has no `HookedTransformer`, and none is ever made
+here.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import CircuitError
+from ..errors import CircuitError, ModelError
+from ..utils.libraries import quiet
 from ..utils.ranges import expect_kind
 from .graph import Architecture, Graph
 from .hook_points import Component
-from .hugging_face import PreTrainedModel, architecture_of, check_plain, has_experts
+from .hugging_face import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    architecture_of,
+    check_plain,
+    has_experts,
+)
 from .language_model import LanguageModel
+from .layout import is_packed
+from .load import load_model
 from .stream import Reading, Stream, widen
 
 
@@ -39,6 +57,11 @@ class HookedModel:
     def name(self) -> str:
         """As its configuration says."""
         return str(getattr(self.bridge.cfg, "model_name", None) or "HookedTransformer")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer, if it has one."""
+        return getattr(self.bridge, "tokenizer", None)
 
     @property
     def hf(self) -> nn.Module:
@@ -114,13 +137,18 @@ class BridgedModel(HookedModel):
 
 AnyModel = LanguageModel | HookedModel | nn.Module
 """What attribution reads: a `LanguageModel`, a ``PreTrainedModel`` of transformers, or a
-`TransformerBridge` or `HookedTransformer` of TransformerLens."""
+`TransformerBridge` or `HookedTransformer` of TransformerLens; `entrance` makes one of a name."""
 
 
-def view_of(hf: PreTrainedModel) -> LanguageModel:
-    """A model of transformers as a `LanguageModel` over the same weights; it stays as it is."""
+def view_of(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LanguageModel:
+    """A model of transformers as a `LanguageModel` over the same weights; it stays as it is.
+
+    Arguments:
+        hf: the model.
+        tokenizer: that goes with it; texts need one.
+    """
     check_plain(hf, type(hf).__name__)
-    packed = {id(p): p for p in hf.parameters() if getattr(p, "quant_state", None) is not None}
+    packed = {id(p): p for p in hf.parameters() if is_packed(p)}
     plain = {
         id(p): nn.Parameter(p.data, requires_grad=False)
         for p in hf.parameters()
@@ -128,27 +156,112 @@ def view_of(hf: PreTrainedModel) -> LanguageModel:
     }
     memo = {id(b): b for b in hf.buffers()} | plain | packed
     name = getattr(hf.config, "name_or_path", "") or type(hf).__name__
-    return LanguageModel(str(name), copy.deepcopy(hf, memo), None)
+    return LanguageModel(str(name), copy.deepcopy(hf, memo), tokenizer)
 
 
-def as_model(model: AnyModel) -> LanguageModel | HookedModel:
+def is_model(value: object) -> bool:
+    """Whether a value is something that `as_model` takes."""
+    if isinstance(value, tuple):
+        return len(value) == 2 and isinstance(value[0], nn.Module) and is_model(value[0])
+    names = {c.__name__ for c in type(value).__mro__}
+    kinds = {"HookedTransformer", "TransformerBridge", "PreTrainedModel"}
+    known = (str, Path, LanguageModel, HookedModel)
+    return isinstance(value, known) or bool(names & kinds) or hasattr(value, "peft_config")
+
+
+def as_model(model: object) -> LanguageModel | HookedModel:
     """A `LanguageModel` as it is; other models with the properties of one.
+
+    Arguments:
+        model: a model, its name or folder (loaded anew in every call), or a pair of a model of
+            transformers and its tokenizer.
 
     Raises:
         CircuitError: no model.
-        ModelError: a model with an adapter.
+        ModelError: a name that `load_model` does not know, or an adapter that cannot be merged.
     """
     if isinstance(model, (LanguageModel, HookedModel)):
         return model
-    names = {c.__name__ for c in type(model).__mro__}
+    if not is_model(model):
+        expect_kind(CircuitError, "model", model, LanguageModel)
+    if isinstance(model, (str, Path)):
+        return load_model(model)
+    pair = model if isinstance(model, tuple) else (model, None)
+    module, tokenizer = cast("tuple[nn.Module, PreTrainedTokenizerBase | None]", pair)
+    names = {c.__name__ for c in type(module).__mro__}
     if "HookedTransformer" in names:
-        return HookedModel(model)
+        return HookedModel(module)
     if "TransformerBridge" in names:
-        return BridgedModel(model)
-    if "PreTrainedModel" in names or hasattr(model, "peft_config"):
-        return view_of(cast("PreTrainedModel", model))
-    expect_kind(CircuitError, "model", model, LanguageModel)
-    raise AssertionError
+        if getattr(module, "_weights_processed", False):
+            raise ModelError(
+                "A TransformerBridge whose weights were processed (norms folded, writes centred) "
+                "has neither the deployed weights nor all hook points. Give it before "
+                "enable_compatibility_mode(), or the model of transformers, or its name."
+            )
+        return BridgedModel(module)
+    module = merged(module) if hasattr(module, "merge_and_unload") else module
+    return view_of(cast("PreTrainedModel", module), tokenizer)
+
+
+def as_language_model(model: object) -> LanguageModel:
+    """The weights of a model as they are deployed, with its tokenizer where it has one.
+
+    Of a model in float16 or bfloat16 a float32 copy is made, whose edits are saved in its own dtype
+    again; all others share the memory of what was given. Weights packed to 4 bits by bitsandbytes
+    stay packed: such a model answers, and what edits or quantizes refuses it.
+
+    Arguments:
+        model: as in `as_model`.
+
+    Raises:
+        CircuitError: no model.
+        ModelError: see `as_model`; or weights that are not the deployed ones.
+    """
+    found = as_model(model)
+    if isinstance(found, BridgedModel):
+        found = view_of(cast("PreTrainedModel", unwrapped(found.hf)), found.tokenizer)
+    if not isinstance(found, LanguageModel):
+        raise ModelError(
+            f"{found.name} is a HookedTransformer, whose weights are converted to another layout, "
+            "so they are not the deployed ones. Give the model of transformers that it was made "
+            "from, or its name. Circuits can be found in it as it is."
+        )
+    if not isinstance(model, LanguageModel):
+        found.hf.eval()  # a copy of the modules
+    narrow = {w.dtype for w in found.weights.values() if w.is_floating_point()} - {torch.float32}
+    packed = any(map(is_packed, found.hf.parameters()))
+    if isinstance(model, LanguageModel) or packed or not narrow:
+        return found
+    (dtype, *more) = narrow
+    hf = copy.deepcopy(found.hf).float()
+    return replace(found, hf=hf, saved_dtype=torch.float32 if more else dtype)
+
+
+def merged(adapted: nn.Module) -> nn.Module:
+    """A copy of a model wrapped by PEFT, with its adapter merged into the weights.
+
+    Raises:
+        ModelError: the weights are packed, so merging would round them anew.
+    """
+    if any(map(is_packed, adapted.parameters())):
+        raise ModelError(
+            f"{type(adapted).__name__}: an adapter over weights packed to 4 bits. Merging would "
+            "round them anew, so what is looked at would be another model. Load the base model in "
+            "full precision, put the adapter on it, and give that."
+        )
+    with quiet():
+        return copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module that a `TransformerBridge` has wrapped part by part, without the wrapping; its
+    parameters and buffers are the same tensors."""
+    module = module._modules.get("_original_component") or module
+    plain = copy.copy(module)
+    plain.__dict__ = dict(module.__dict__)
+    plain._modules = {k: m and unwrapped(m) for k, m in module._modules.items()}
+    plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return plain
 
 
 def open_stream(model: AnyModel) -> Stream:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ModelError, TaskError
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from ..utils.ranges import entrance, expect_kind
-from ..utils.words import half_pair
+from ..utils.words import Shown, half_pair
 from .graph import Architecture, Graph
 from .hook_points import Component
 from .hugging_face import (
@@ -33,7 +33,14 @@ from .hugging_face import (
     check_tokens,
     has_experts,
 )
-from .layout import linear_weights, output_embeddings, turn, turn_back
+from .layout import (
+    is_packed,
+    linear_weights,
+    output_embeddings,
+    turn,
+    turn_back,
+    unpack_4bit,
+)
 
 MIN_SHARED = 96.0
 """Token positions that sharing a prefix must save to be worth a second forward call on a CPU."""
@@ -49,33 +56,8 @@ def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> i
     return min(int(same), int(at.min()))
 
 
-@torch.no_grad()
-def unpack_4bit(packed: Component) -> nn.Linear:
-    """A plain float32 linear layer with the weights that a bitsandbytes 4-bit layer stands for.
-
-    On some processors such a layer repacks itself when it first runs; what it then does to the
-    unit vectors are its weights.
-    """
-    state, bias = packed.weight.quant_state, packed.bias
-    if getattr(state, "packing_format_for_cpu", False):
-        weight = packed(torch.eye(packed.in_features, dtype=torch.float32))
-        weight = (weight if bias is None else weight - bias).T.contiguous()
-    else:
-        from bitsandbytes.functional import dequantize_4bit
-
-        # Flat: the library's CPU kernel restores blocks that span rows with wrong scales.
-        flat = copy.copy(state)
-        flat.shape = torch.Size([state.shape.numel()])
-        weight = dequantize_4bit(packed.weight, flat).view(state.shape)
-    plain = torch.nn.Linear(packed.in_features, packed.out_features, bias is not None)
-    plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-    if bias is not None:
-        plain.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
-    return plain
-
-
-@dataclass
-class LanguageModel:
+@dataclass(repr=False)
+class LanguageModel(Shown):
     """A causal language model in float32, its tokenizer, and views of both.
 
     Examples:
@@ -101,6 +83,15 @@ class LanguageModel:
     """Tensors of those files that have no place in the model."""
     weights: dict[str, Tensor] = field(init=False, repr=False)
     """Every parameter by its Hugging Face name. In-place edits reach the bridge too."""
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        dtype = str(self.saved_dtype).removeprefix("torch.")
+        size = f"{self.n_parameters:,}"
+        without = {} if self.tokenizer else {"tokenizer": "none"}
+        return {
+            "": repr(self.name), "parameters": size, "saved as": dtype, "on": self.device, **without
+        }  # fmt: skip
 
     def __post_init__(self) -> None:
         check_plain(self.hf, self.name)
@@ -171,8 +162,9 @@ class LanguageModel:
             memo = {id(t): t for t in [*self.hf.parameters(), *self.hf.buffers()]}
             sharing = copy.deepcopy(self.hf, memo)
             for name, module in list(sharing.named_modules()):
-                if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-                    sharing.set_submodule(name, unpack_4bit(module))
+                if is_packed(getattr(module, "weight", None)):
+                    dtype = self.weights[self.embedding_name].dtype  # the stream's
+                    sharing.set_submodule(name, unpack_4bit(module).to(dtype))
             turn_back(sharing)
             sharing.set_attn_implementation("eager")
             arch = (self.config.architectures or [type(self.hf).__name__])[0]
@@ -194,6 +186,14 @@ class LanguageModel:
     def check_editable(self) -> None:
         """Raise ModelError unless every weight is float32, in which gradients and edits are
         computed."""
+        parameters = self.hf.named_parameters()
+        if name := next((n for n, w in parameters if is_packed(w)), ""):
+            raise ModelError(
+                f"{self.name}: {name} is packed to 4 bits by bitsandbytes. What edits or quantizes "
+                "needs the checkpoint that it was packed from, and of the values that the codes "
+                "stand for it would say nothing true: load that one, without a "
+                "quantization_config. Prompts are answered and circuits found as it is."
+            )
         for name, weight in self.weights.items():
             if weight.dtype != torch.float32:
                 packed = "packed as " if not weight.is_floating_point() else ""
@@ -245,7 +245,8 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise ModelError(
-                f"{self.name} has no tokenizer, which texts need: take a model from load_model()."
+                f"{self.name} has no tokenizer, which texts need: give (model, tokenizer) in place "
+                "of the model, or its name or folder."
             )
         return self.tokenizer
 

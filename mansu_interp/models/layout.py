@@ -7,6 +7,7 @@ saved, as transformers' bitsandbytes integration does before it quantizes one.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import NoReturn
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .hook_points import Component
 from .hugging_face import PreTrainedModel
 
 SEPARATE = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",)}
@@ -64,6 +66,36 @@ def turn_back(hf: PreTrainedModel) -> None:
 def _give(new: nn.Module, old: nn.Module) -> None:
     new.weight = nn.Parameter(old.get_parameter("weight").data.T, requires_grad=False)
     new.bias = nn.Parameter(old.get_parameter("bias").data, requires_grad=False)
+
+
+def is_packed(weight: object) -> bool:
+    """Whether bitsandbytes has packed a weight to 4 bits."""
+    return getattr(weight, "quant_state", None) is not None
+
+
+@torch.no_grad()
+def unpack_4bit(packed: Component) -> nn.Linear:
+    """A plain float32 linear layer with the weights that a bitsandbytes 4-bit layer stands for.
+
+    On some processors such a layer repacks itself when it first runs; what it then does to the
+    unit vectors are its weights.
+    """
+    state, bias = packed.weight.quant_state, packed.bias
+    if getattr(state, "packing_format_for_cpu", False):
+        weight = packed(torch.eye(packed.in_features, dtype=torch.float32))
+        weight = (weight if bias is None else weight - bias).T.contiguous()
+    else:
+        from bitsandbytes.functional import dequantize_4bit
+
+        # Flat: the library's CPU kernel restores blocks that span rows with wrong scales.
+        flat = copy.copy(state)
+        flat.shape = torch.Size([state.shape.numel()])
+        weight = dequantize_4bit(packed.weight, flat).view(state.shape)
+    plain = torch.nn.Linear(packed.in_features, packed.out_features, bias is not None)
+    plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        plain.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
+    return plain
 
 
 def output_embeddings(hf: PreTrainedModel) -> nn.Module:

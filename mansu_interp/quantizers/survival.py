@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from ..errors import ModelError
 from ..models.language_model import LanguageModel
 from ..utils.ranges import entrance
+from ..utils.words import Shown
 from .base import Quantizer
 from .registry import get_quantizer
 
@@ -42,8 +43,8 @@ def quantize(
     return copy
 
 
-@dataclass(frozen=True)
-class Survival:
+@dataclass(frozen=True, repr=False)
+class Survival(Shown):
     """What one quantizer makes of an edit."""
 
     edited: int
@@ -62,6 +63,10 @@ class Survival:
     """<dQ, d> / <d, d>: the share of the edit that is left in the quantized model, 1 = all."""
     noise_over_signal: float | None = None
     """||dQ - d|| / ||d||: what rounding adds to the edit, over the edit."""
+
+    def told(self) -> dict[str, object]:
+        """For its short form: what is known."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
 def _of_both(

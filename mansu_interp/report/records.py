@@ -14,6 +14,7 @@ from ..evaluation.versions import ModelVersion
 from ..quantizers.survival import Survival
 from ..utils.files import Json, read_json
 from ..utils.records import from_json, to_json
+from ..utils.words import Shown
 from .values import count, figure
 
 SCHEMA = 2
@@ -206,8 +207,8 @@ class Sample:
     outputs: tuple[Output, ...]
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """Everything a run found."""
 
     schema: int
@@ -239,6 +240,10 @@ class Report:
     graph: dict[str, Json] | None
     """Data of the interactive view (docs/viewing.md); None without a circuit."""
     samples: tuple[Sample, ...]
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        return {"model": self.model.name, "task": self.task.name, "verdict": self.verdict.sentence}
 
     def to_json(self) -> dict[str, Json]:
         """``report.json``."""

@@ -24,6 +24,8 @@ from .values import count, figure, measured, percent, status_of
 ROLES = ("forget", "neighbour", "retain")
 LABELS: dict[Metric, str] = {"top1": "top-1", "choice": "choice"}
 FULL = "full precision"
+ACROSS = 5
+"""Precisions side by side: with long names, as many as 1,200 pixels take."""
 WEIGHTS = 10
 """Weights with the most edits that are shown; the others are folded away."""
 
@@ -100,7 +102,7 @@ def scores_blocks(report: Report) -> list[Block]:
             "Answer ranked last of the four, original → unlearned; an answer that is avoided is "
             "given away as well:"
         )
-        blocks.append(_across(report.scores, groups, lambda s: s.last))
+        blocks += _across(report.scores, groups, lambda s: s.last)
     if report.perplexity:
         blocks.append("Perplexity of running text (lower is better):")
         rows = [[str(p.model), figure(p.value)] for p in report.perplexity]
@@ -163,7 +165,7 @@ def _by_metric(entries: Sequence[ScoreRow], groups: Groups) -> list[Block]:
     for metric in METRICS:
         name = LABELS[metric]
         blocks.append(f"{name[0].upper()}{name[1:]}, original → unlearned:")
-        blocks.append(_across(entries, groups, lambda s, m=metric: s.value(m), metric == "choice"))
+        blocks += _across(entries, groups, lambda s, m=metric: s.value(m), metric == "choice")
     return blocks
 
 
@@ -172,17 +174,21 @@ def _across(
     groups: Groups,
     share: Callable[[Score], float | None],
     chance: bool = True,
-) -> Table:
-    """A table of one share, a column a precision."""
+) -> list[Table]:
+    """One share, a column a precision; where they are many, in tables of `ACROSS` each."""
 
-    def cells(e: ScoreRow) -> list[str]:
-        return [percent(e.chance)] * chance + [
-            " → ".join(percent(share(e[v]) if v in e.models else None) for v in vs)
-            for vs in groups.values()
-        ]
+    def part(names: Sequence[str]) -> Table:
+        def cells(e: ScoreRow) -> list[str]:
+            return [percent(e.chance)] * chance + [
+                " → ".join(percent(share(e[v]) if v in e.models else None) for v in groups[name])
+                for name in names
+            ]
 
-    head = ["set", "n", *["chance"] * chance, *groups]
-    return Table(head, _by_role(entries, cells))
+        head = ["set", "n", *["chance"] * chance, *names]
+        return Table(head, _by_role(entries, cells))
+
+    names = list(groups)
+    return [part(names[k : k + ACROSS]) for k in range(0, len(names), ACROSS)]
 
 
 def _erasure(report: Report) -> list[Block]:

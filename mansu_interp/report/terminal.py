@@ -1,4 +1,4 @@
-"""A summary for the terminal, laid out by rich.
+"""A summary for the terminal, laid out by rich, and what to do next.
 
 Texts reach rich as `Text`, never as markup, and without control characters, so that no prompt or
 model name can style or steer the terminal.
@@ -8,39 +8,75 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count as numbers
+from pathlib import Path
 
 from rich.console import Console, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import printable
-from ..evaluation.scores import METRICS, Metric, ScoreRow
-from ..evaluation.versions import ModelVersion
+from ..evaluation.scores import ScoreRow
+from ..evaluation.versions import EDITED, ORIGINAL, ModelVersion
+from ..utils.files import Json
 from ..utils.words import number_of
-from .graphs import edge_counts
 from .records import Report
-from .story import (
-    ROLES,
-    heading,
-)
+from .story import FULL, ROLES, heading
 from .values import DASH, count, measured, percent, status_of
 
 MIN_WIDTH = 20
 ROOMY = 60
-"""Columns from which on targets and top-1 are shown."""
+"""Columns from which on the target of a property is shown."""
+LABEL = 24
+"""Columns of the words before a command."""
+SENTENCE = 300
+"""Letters of the verdict's sentence; the page has the rest of a longer one."""
 STYLES = {"pass": "bold green", "fail": "bold red", "undecided": "bold yellow"}
+_ONE_LINE = {"no_wrap": True, "overflow": "ellipsis"}
 
 
-def console_summary(report: Report, width: int, color: bool = False) -> str:
-    """The verdict, the four properties, mean scores, and the edit in a line.
+@dataclass(frozen=True)
+class Place:
+    """Where a report lies, and what can be done there: the next steps are made of it."""
+
+    folder: Path
+    """Of the run."""
+    mansu: str = "mansu"
+    """The words, quoted for a shell, that start this program."""
+    opener: str = ""
+    """And the one that opens a page; empty where there is none."""
+    robust: bool = False
+    """Whether the task's file has settings against relearning."""
+    gguf: bool = False
+    """Whether the edited model can be written as GGUF."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do next."""
+
+    words: str
+    command: str
+    """One line for a shell."""
+    reason: str = ""
+    """Why: of steps that mend a property."""
+
+
+def console_summary(
+    report: Report, width: int, color: bool = False, place: Place | None = None
+) -> str:
+    """The verdict, the four properties, mean scores and the edit in about ten lines; what is next.
 
     Arguments:
         report: what a run found.
-        width: no line is wider, in columns (at least 20).
+        width: no line is wider, in columns (at least 20), but those of commands, which stay whole
+            so that they can be pasted.
         color: with the codes that a terminal takes for colours; without them, nothing but
             printable text.
+        place: where the report lies; None: nothing is said of what to do next.
     """
     console = Console(
         file=io.StringIO(),
@@ -53,21 +89,19 @@ def console_summary(report: Report, width: int, color: bool = False) -> str:
         legacy_windows=False,
     )
     top = heading(report)
-    title = _text(f"{top.title} ({top.subtitle})")
+    title = _text(f"{top.title} ({report.model.name})")
     console.print(Text.assemble((top.status.upper(), STYLES[top.status]), "  ", title), **_ONE_LINE)
-    console.print(_text(_sum(report)))
-    narrow = console.width < ROOMY
-    console.print(_properties(report, narrow))
+    console.print(_text(_shortened(report.verdict.sentence, SENTENCE)))
+    console.print(_properties(report, console.width))
     if report.scores:
-        console.print(_text(f"Mean scores, {'' if narrow else 'top-1 / '}choice among four:"))
-        console.print(_role_means(report, ("choice",) if narrow else METRICS))
-    for line in _lines(report):
-        console.print(line)
+        console.print(_means(report))
+    console.print(_text(_edit(report)))
+    if place:
+        console.print("\nNext:")
+        for step in next_steps(report, place):
+            _print_step(console, step)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in lines)
-
-
-_ONE_LINE = {"no_wrap": True, "overflow": "ellipsis"}
 
 
 def _text(text: str, style: str = "") -> Text:
@@ -75,80 +109,243 @@ def _text(text: str, style: str = "") -> Text:
     return Text(re.sub(r"\s", " ", printable(text)), style)
 
 
-def _sum(report: Report) -> str:
-    """How many properties hold; the table below says which, and why."""
-    held = sum(p.passed is True for p in report.properties)
-    return f"{held} of {len(report.properties)} properties hold."
+def _properties(report: Report, width: int) -> Text:
+    """A line a property; the sentence above has the reason of one that is not met. Names give way
+    where there is little room, and targets where there is less."""
+    rows = report.properties
+    words = [status_of(item.passed)[0].upper() for item in rows]
+    ends = [f"  {measured(item.value):>6}" for item in rows]
+    if width >= ROOMY:
+        ends = [f"{e}  at most {measured(p.target)}" for e, p in zip(ends, rows, strict=True)]
+    first = max(map(len, words), default=0) + 2
+    names = [_text(item.name) for item in rows]
+    room = width - first - max(map(len, ends), default=0)
+    room = min(room, max(map(len, names), default=0))
+    lines = []
+    for word, name, end in zip(words, names, ends, strict=True):
+        name.truncate(room, overflow="ellipsis", pad=True)
+        lines.append(Text.assemble((word.ljust(first), STYLES[word.lower()]), name, end))
+    return Text("\n").join(lines)
 
 
-def _properties(report: Report, narrow: bool) -> RenderableType:
-    """A row a property, with the reason of one that is not met; where there is little room, without
-    its target."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("property", overflow="fold")
-    for name in ("value",) if narrow else ("value", "target", "headroom"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for item in report.properties:
-        word = status_of(item.passed)[0]
-        told = _text(item.name)
-        if item.reason:
-            told.append_text(_text(f": {_shortened(item.reason)}", "dim"))
-        numbers = [measured(item.value), measured(item.target), measured(item.headroom, True)]
-        shown = numbers[:1] if narrow else numbers
-        table.add_row(Text(word.upper(), STYLES[word]), told, *map(Text, shown))
-    return table
-
-
-def _shortened(text: str, most: int = 240) -> str:
+def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 2] + " …"
 
 
-def _role_means(report: Report, metrics: Sequence[Metric]) -> RenderableType:
-    """A row a model: scores averaged over all the facts of a role."""
-
-    def cell(role: str, version: ModelVersion) -> str:
-        rows = [e for e in report.scores if e.role == role]
-        return " / ".join(_mean(rows, version, metric) for metric in metrics)
-
+def _means(report: Report) -> RenderableType:
+    """A row a precision: four-way accuracy over all the facts of a role, before → after."""
     roles = [r for r in ROLES if any(e.role == r for e in report.scores)]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("", overflow="fold")
+    versions = dict.fromkeys(v for e in report.scores for v in e.models)
+    table = Table("right among four", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for role in roles:
         table.add_column(role, justify="right", overflow="fold")
-    for version in dict.fromkeys(v for e in report.scores for v in e.models):
-        table.add_row(_text(str(version)), *(Text(cell(role, version)) for role in roles))
-    return Padding(table, (0, 0, 0, 2))
+    for quantizer in dict.fromkeys(v.quantizer for v in versions):
+        cells = []
+        for role in roles:
+            rows = [e for e in report.scores if e.role == role]
+            ends = (_mean(rows, v.after(quantizer)) for v in (ORIGINAL, EDITED))
+            cells.append(" → ".join(ends))
+        table.add_row(_text(f"  {quantizer or FULL}"), *map(Text, cells))
+    return table
 
 
-def _mean(rows: list[ScoreRow], version: ModelVersion, metric: Metric) -> str:
+def _mean(rows: list[ScoreRow], version: ModelVersion) -> str:
     """Over the prompts of all sets that a model was scored on."""
-    scored = [(r.n, r[version].value(metric)) for r in rows if version in r.models]
+    scored = [(r.n, r[version].choice) for r in rows if version in r.models]
     total = sum(n for n, _ in scored)
-    return percent(sum(n * v for n, v in scored) / total) if total else DASH
+    return percent(sum(n * v for n, v in scored) / total, 0) if total else DASH
 
 
-def _lines(report: Report) -> list[Text]:
-    """The edit, its circuit, what was done after training, and CAD's prediction."""
-    edit, circuit = report.edit, report.circuit
-    line = f"Edit: {number_of(edit.edited, 'parameter')} ({percent(edit.share, 3)})"
+def _edit(report: Report) -> str:
+    """How much was edited, and how much of it survives what."""
+    edit = report.edit
+    line = f"Edited: {number_of(edit.edited, 'parameter')} ({percent(edit.share, 2)})"
     for row in report.quantizers[:1]:
         line += f", {count(row.survival.survived)} survive {row.name}"
     if edit.embedding:
-        line += f", {count(edit.embedding)} are in the embedding, which is not quantized"
-    if circuit:
-        line += f". Circuit: {count(circuit.edges)} of {count(circuit.of)} edges"
-    out = [f"{line}."]
-    if edit.final_margin:
-        out.append(f"Final margin: {edit.final_margin}.")
-    if edit.quantization_margin:
-        out.append(f"Quantization margin: {edit.quantization_margin}.")
-    if counts := edge_counts(report):
-        out.append(f"Edges: {', '.join(f'{count(n)} {name}' for name, n in counts.items())}.")
-    if cad := report.cad:
-        facts = ", ".join(f"{count(n)} {state}" for state, n in cad.counts.items() if cad.facts)
-        out.append(
-            f"CAD predicts: {cad.verdict} (confidence {percent(cad.confidence, 0)})"
-            + (f"; facts of one half: {facts}." if facts else ".")
-        )
-    return [_text(line) for line in out]
+        line += f"; {count(edit.embedding)} are in the embedding, which is not quantized"
+    return f"{line}."
+
+
+def _print_step(console: Console, step: Step) -> None:
+    """The reason, then words and command, on one line where they fit."""
+    if step.reason:
+        console.print(_text(step.reason, "dim"))
+    command = _text(step.command)
+    words = _text(f"  {step.words}:".ljust(LABEL))
+    if len(words) + len(command) <= console.width:
+        console.print(words + command, soft_wrap=True)
+        return
+    words.rstrip()
+    console.print(words)
+    console.print(Text("    ") + command, soft_wrap=True)
+
+
+def next_steps(report: Report, place: Place) -> list[Step]:
+    """What to do with a run: first what mends each property that is not met, then look, attack,
+    deploy.
+
+    Arguments:
+        report: of the run, of anybody's: its words are quoted for a shell.
+        place: where it lies.
+    """
+    mansu, folder = place.mansu, shlex.quote(str(place.folder))
+    model, task = shlex.quote(f"{place.folder}/model"), shlex.quote(report.task.name)
+    asked = report.config.get("task")
+    task = shlex.quote(asked) if isinstance(asked, str) else task
+    attack = f"{mansu} relearn {model} --task {task}"
+    steps = _mending(report, place)
+    if report.properties[-1:] and report.properties[-1].passed is None and not report.relearning:
+        reason = "Erasure was not tested; this relearns half of the facts and asks for the rest:"
+        steps.append(Step("attack it", f"{attack} --quick", reason))
+        attack = ""
+    page = f"{place.folder}/report.html"
+    opened = f"{place.opener} {shlex.quote(page)}" if place.opener else page
+    steps.append(Step("look at the page", opened))
+    if report.graph:
+        steps.append(Step("gone or only hidden", f"{mansu} view {folder}"))
+    if attack:
+        steps.append(Step("attack in eight ways", attack))
+    return [*steps, _deployed(report, place)]
+
+
+def _deployed(report: Report, place: Place) -> Step:
+    """The GGUF file that keeps the promise, or where there is no such file the edit alone."""
+    promised = {row.name for row in report.quantizers if row.promised}
+    if place.gguf:
+        kind = next((k for k in ("q4_0", "q8_0") if k in promised), "f16")
+        folder, out = (shlex.quote(f"{place.folder}{end}") for end in ("", f"-{kind}.gguf"))
+        command = f"{place.mansu} export {folder} --type {kind} --out {out}"
+        return Step("for llama.cpp", command)
+    before, after = shlex.quote(report.model.name), shlex.quote(f"{place.folder}/model")
+    out = shlex.quote(f"{place.folder}-delta.safetensors")
+    return Step("the edit alone", f"{place.mansu} delta {before} {after} --out {out}")
+
+
+def _mending(report: Report, place: Place) -> list[Step]:
+    """For each property that is missed, the run that is likely to meet it."""
+    try:
+        words = shlex.split(report.command)
+    except ValueError:
+        words = []
+    if words[:2] != ["mansu", "run"]:  # the report of a stranger
+        return []
+    makers = {
+        "structural erasure": _erase,
+        "no recovery under quantization": _survive,
+        "retain preservation": _retain,
+        "meaningful forgetting": _forget,
+    }
+    steps = []
+    for name, make in makers.items():
+        if any(p.name == name and p.passed is False for p in report.properties):
+            label, reason, options = make(report, place)
+            run = _with(words[2:], options)
+            folder = _free(place.folder, label.split()[0])
+            command = f"{place.mansu} run {shlex.join([*run, '--out', str(folder)])}"
+            steps.append(Step(label, command, reason))
+    return steps
+
+
+def _free(folder: Path, word: str) -> Path:
+    """A folder beside another that is not there yet."""
+    names = (f"{folder.name}-{word}{f'-{k}' if k > 1 else ''}" for k in numbers(1))
+    return next(p for name in names if not (p := folder.parent / name).exists())
+
+
+Options = Mapping[str, Sequence[str] | None]
+"""Option -> its words; None removes it."""
+
+
+def _with(words: Sequence[str], options: Options) -> list[str]:
+    """The words of a command line with other options."""
+    kept, skip = [], False
+    for word in words:
+        if word.startswith("--"):
+            skip = word.replace("--no-", "--") in options
+        if not skip and word != "--out":
+            kept.append(word)
+    for option, values in options.items():
+        kept += [] if values is None else [option, *values]
+    return kept
+
+
+_Made = tuple[str, str, Options]
+"""Words of the step, the reason, and the options that mend."""
+
+
+def _setting(report: Report, name: str, usual: float) -> float:
+    """A number of the run's settings."""
+    found: Json = report.config
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, (int, float)) else usual
+
+
+def _more(
+    report: Report, name: str, usual: float, least: float = 0.0, most: float = 1e9
+) -> Options:
+    """An option with twice the value that it has."""
+    value = min(max(2 * _setting(report, name, usual), least), most)
+    return {f"--{name}".replace("_", "-"): [f"{value:g}"]}
+
+
+def _is_mansu(report: Report) -> bool:
+    return str(report.config.get("method", "mansu")).startswith("mansu")
+
+
+def _without(report: Report, option: str) -> Options:
+    """An option and all of the method, removed."""
+    inner = report.config.get("unlearn")
+    names = inner if isinstance(inner, dict) else {}
+    return {option: None, **{f"--unlearn.{n}".replace("_", "-"): None for n in names}}
+
+
+def _erase(report: Report, place: Place) -> _Made:
+    steps = _setting(report, "unlearn.adversarial_steps", 0)
+    hidden = "The facts are hidden, not gone"
+    plain: Options = {} if _is_mansu(report) else _without(report, "--method")
+    if place.robust and not steps:
+        # Options beside --robust win over it: those that say how to unlearn go, not what is named.
+        given = {k: v for k, v in _without(report, "--budget").items() if k != "--unlearn.survive"}
+        reason = f"{hidden}; this trains against relearning, too, and takes longer:"
+        return "erase", reason, {**plain, **given, "--robust": []}
+    reason = f"{hidden}; this trains against relearning, and edits the subjects' embedding rows:"
+    if steps:
+        reason = f"{hidden}; this trains against a longer attack, with a larger budget:"
+        budget = _more(report, "budget", 0.005, most=1.0)
+        return "erase", reason, {**budget, **_more(report, "unlearn.adversarial_steps", 15)}
+    return "erase", reason, {**plain, "--subject-rows": [], "--unlearn.adversarial-steps": ["30"]}
+
+
+def _survive(report: Report, place: Place) -> _Made:
+    promised = [row.name for row in report.quantizers if row.promised]
+    others = [r.name for r in report.quantizers if not r.promised and (r.choice.gap or 0) > 0]
+    if not _is_mansu(report):
+        reason = "A quantizer may undo edits of this method; those of mansu it cannot:"
+        survive = [row.name for row in report.quantizers]
+        return "survive", reason, {**_without(report, "--method"), "--unlearn.survive": survive}
+    if others:
+        reason = f"The edit was not made to survive {', '.join(others)}; this is:"
+        return "survive", reason, {"--unlearn.survive": [*promised, *others]}
+    reason = "Answers came back; this lowers them further in the quantized models:"
+    return "survive", reason, _more(report, "unlearn.quantization_margin", 0.0, least=0.1)
+
+
+def _retain(report: Report, place: Place) -> _Made:
+    inner = report.config.get("unlearn")
+    if isinstance(inner, dict) and "retain_weight" in inner:
+        reason = "Too much else was lost; this weighs the retain answers more:"
+        return "retain", reason, _more(report, "unlearn.retain_weight", 2.0)
+    lr = _setting(report, "unlearn.lr", 1e-4) / 2
+    reason = "Too much else was lost, and this method does not train on it; smaller steps:"
+    return "retain", reason, {"--unlearn.lr": [f"{lr:g}"]}
+
+
+def _forget(report: Report, place: Place) -> _Made:
+    longer = _more(report, "unlearn.steps", 250)
+    if not _is_mansu(report):
+        return "forget", "The facts are still answered; this trains longer:", longer
+    budget = _more(report, "budget", 0.005, most=1.0)
+    reason = "The facts are still answered; this trains longer and lets more weights change:"
+    return "forget", reason, {**longer, **budget}

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 
-from ..audit.known import Known, check_known, known_forget
+from ..audit.known import LEFT_OUT, Known, check_known
 from ..circuits.attribution import pairs_per_batch
 from ..circuits.config import AttributionConfig
 from ..errors import TaskError
-from ..evaluation.scores import Scores, evaluate
+from ..evaluation.scores import Metric, Scores, evaluate
 from ..evaluation.versions import ORIGINAL, QUANTIZER
 from ..masks.select import MASK_PAIRS
 from ..models.language_model import LanguageModel
 from ..models.load import empty_model
 from ..quantizers.survival import quantize
 from ..tasks.pairs import Pair, by_phrasing
-from ..tasks.task import Task
+from ..tasks.task import Fact, Task
 from ..unlearning.mansu import margins
 from ..unlearning.mansu.adversarial import STRIDE
 from ..unlearning.methods import Mansu, MethodConfig, RetainingConfig
 from ..unlearning.training import CHUNK
+from ..utils.words import number_of
+from .command import settings_lines
 from .config import PlanConfig, RunConfig
 
 CAD_PAIRS = 48
@@ -32,8 +35,11 @@ CAD_PAIRS = 48
 OVERHEAD = 1.6
 """Seconds of a whole run over those that its counted passes would take at the timed speed: measured
 on SmolLM2-135M, two idle cores (12.8 min against 8)."""
-RETAIN_PAIRS = 400
-"""Retain prompts that are asked, drawn evenly over their phrasings."""
+NAMED, PHRASINGS, EXAMPLE = 12, 4, 50
+"""Unknown facts, phrasings, and letters of one that a plan shows."""
+RETAIN_PAIRS = 48
+"""Retain prompts that are asked, drawn evenly over their phrasings: enough to tell knowledge from
+guesses, and soon answered."""
 COPIES = 10.4
 """Peak memory of that run in copies of the float32 weights, with one quantizer to survive: the
 original, teachers, students, gradients and activations."""
@@ -127,6 +133,28 @@ def plan_lines(config: PlanConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Phrasing:
+    """How well the original answers the forget facts in one phrasing."""
+
+    example: str
+    """A prompt."""
+    unseen: bool
+    """Whether training does not see it, and reports score it."""
+    prompts: int
+    choice: float
+    """Share of the prompts whose answer ranks first of four; chance 0.25."""
+    top1: float
+    """Share whose answer is what the model predicts."""
+
+    def line(self) -> str:
+        """One line for the plan."""
+        which = "unseen" if self.unseen else "trained on"
+        text = self.example if len(self.example) <= EXAMPLE else f"{self.example[:EXAMPLE]}…"
+        shares = f"{self.choice:.0%} first of four, {self.top1:.0%} predicted"
+        return f"         {shares}: {text!r} ({which})"
+
+
+@dataclass(frozen=True)
 class Knowledge:
     """What the original knows of a task."""
 
@@ -137,18 +165,54 @@ class Knowledge:
     scores: Scores
     """On the unseen phrasings of the forget facts left, in full precision and after each
     quantizer."""
+    phrasings: tuple[Phrasing, ...] = ()
+    """Of all forget facts the training phrasings, of those left the unseen ones."""
 
-    def line(self) -> str:
-        """One line for the plan."""
-        out = f"{self.forget}{', left out' if self.forget.unknown else ''}"
+    def lines(self) -> list[str]:
+        """For the plan: which facts, in which phrasings, after which quantizers."""
+        names = sorted({s for _, s in self.forget.unknown})
+        shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+        out = [f"known    {self.forget}{f', left out: {shown}' if names else ''}"]
+        worst = sorted(self.phrasings, key=lambda p: (not p.unseen, p.choice))
+        out += [p.line() for p in worst[:PHRASINGS]]
+        if rest := worst[PHRASINGS:]:
+            out.append(
+                f"         {rest[0].choice:.0%} to {rest[-1].choice:.0%} in {len(rest)} more"
+            )
         rows, told = self.scores.rows, []
         for version in rows[0].models:
             share = self.scores.mean("forget", "choice", version)
             guess = "" if any(r.knows(version) for r in rows) else ", as guesses do"
-            after = f" after {version.quantizer}" if version.quantizer else ""
-            told.append(f"{share:.3f}{after}{guess}")
-        out += f"; unseen phrasings, four-way: {', '.join(told)}"
-        return f"{out}. Retain: {self.retain}"
+            told.append(f"{share:.1%}{f' after {q}' if (q := version.quantizer) else ''}{guess}")
+        out.append(f"         {', '.join(told)} of the unseen prompts")
+        asked = sum(self.retain.asked.values())
+        return [*out, f"retain   {self.retain.share:.1%} first of four, {asked:,} prompts sampled"]
+
+
+def _asked(model: LanguageModel, pairs: Sequence[Pair]) -> tuple[Known, list[Phrasing]]:
+    """What a model knows of some facts, in all and by phrasing."""
+    parts, phrasings = [], []
+    for group in by_phrasing(pairs):
+        part = Known.of(model, group)
+        n = sum(part.asked.values())
+        first, top1 = (sum(found.values()) / n for found in (part.right, part.predicted))
+        parts.append(part)
+        phrasings.append(Phrasing(group[0].prompt, False, n, first, top1))
+    sums = (Counter[Fact](), Counter[Fact](), Counter[Fact]())
+    for part in parts:
+        for total, found in zip(sums, (part.right, part.predicted, part.asked), strict=True):
+            total.update(found)
+    right, predicted, asked = (dict(total) for total in sums)
+    return Known(right, predicted, asked), phrasings
+
+
+def _unseen(pairs: Sequence[Pair], right: Mapping[Metric, Sequence[bool]]) -> Iterator[Phrasing]:
+    """The same of scored prompts, from the scores that are there."""
+    at = {id(pair): k for k, pair in enumerate(pairs)}
+    for group in by_phrasing(pairs):
+        hits = [sum(right[m][at[id(pair)]] for pair in group) for m in ("choice", "top1")]
+        first, top1 = (n / len(group) for n in hits)
+        yield Phrasing(group[0].prompt, True, len(group), first, top1)
 
 
 def what_is_known(
@@ -177,7 +241,9 @@ def what_is_known(
     """
     steps = 2 + len(quantizers)
     note("what the original knows", 0, steps)
-    task, forget = known_forget(model, task)
+    forget, phrasings = _asked(model, task.forget)
+    check_known(model, task, "forget", forget)
+    task = task.without(forget.unknown, LEFT_OUT)
     retain = Known.of(model, task.retain.sample(RETAIN_PAIRS, seed))
     check_known(model, task, "retain", retain)
     note("what the original knows", 1, steps)
@@ -194,8 +260,10 @@ def what_is_known(
         note("what the original knows", 2 + k, steps)
         after = evaluate({ORIGINAL.after(name): quantize(model, name)}, task, role="forget")
         scores = scores.beside(after)
+    unseen = [p for pairs in task.scored["unseen"]["forget"].values() for p in pairs]
+    phrasings += _unseen(unseen, scores.right[ORIGINAL])
     note("what the original knows", steps, steps)
-    return task, Knowledge(forget, retain, scores)
+    return task, Knowledge(forget, retain, scores, tuple(phrasings))
 
 
 @dataclass(frozen=True)
@@ -310,22 +378,22 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     # Every further quantizer to survive adds a teacher and a student.
     copies = COPIES + 2 * max(0, len(method.promised) - 1)
     memory = model.n_parameters * 4 * copies / 1e9 + 0.6
-    threads = torch.get_num_threads()
-    on_cores = f"{threads} CPU thread{'s' * (threads > 1)}"
-    where = on_cores if model.device.type == "cpu" else str(model.device)
-    edits, steps = "all parameters", f"{method.steps} steps of {method.method}"
+    threads = number_of(torch.get_num_threads(), "CPU thread")
+    where = threads if model.device.type == "cpu" else str(model.device)
+    edits = "all parameters"
     if "mask" in method.needs:
-        edits = f"at most {int(config.budget * model.n_parameters):,} parameters"
+        edits = f"at most {number_of(int(config.budget * model.n_parameters), 'parameter')}"
         edits += f" ({config.budget:.2%})"
+    facts = {p.fact for p in task.forget}
+    unseen = sum(len(s) for s in task.scored["unseen"]["forget"].values())
     lines = [
-        f"model    {model.name}: {model.n_parameters:,} parameters, {model.graph.n_edges:,} edges",
-        f"task     {task.name}: {task.title}",
+        f"model    {model.name}: {number_of(model.n_parameters, 'parameter')}",
+        f"task     {task.name}: {number_of(len(facts), 'fact')} to forget, scored on "
+        f"{number_of(unseen, 'unseen prompt')}",
         *([f"rows     {task.read}"] if task.read else []),
-        f"forget   {len({p.fact for p in task.forget})} facts in "
-        f"{len({(p.relation, p.phrasing) for p in task.forget})} phrasings; "
-        f"scored on {sum(len(s) for s in task.scored['unseen']['forget'].values())} unseen prompts",
-        f"known    {known.line()}",
-        f"edit     {edits}, {steps}",
+        *known.lines(),
+        f"edit     {edits}, {number_of(method.steps, 'step')} of {method.method}",
+        *settings_lines(config, model),
         f"cost     about {max(1, round(seconds / 60))} min and {memory:.1f} GB on {where}",
         f"output   {config.out}",
     ]

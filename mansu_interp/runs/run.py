@@ -32,6 +32,7 @@ from ..utils.distributed import rank
 from ..utils.files import locked
 from ..utils.libraries import enough_memory
 from ..utils.ranges import entrance
+from ..utils.words import Shown
 from ..viz.svg import circuit_svg
 from .config import RunConfig
 from .context import OnProgress, RunContext
@@ -52,8 +53,8 @@ from .measure import deployed, measure
 from .plan import Knowledge, Plan, plan, what_is_known
 
 
-@dataclass
-class RunResult:
+@dataclass(repr=False)
+class RunResult(Shown):
     """What a run leaves in memory."""
 
     report: Report
@@ -64,6 +65,11 @@ class RunResult:
     folder: Path
     seconds: dict[str, float]
     """Per stage."""
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        took = f"{sum(self.seconds.values()):.0f} s"
+        return {**self.report.told(), "folder": self.folder, "took": took}
 
 
 @entrance(ConfigError)

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ..errors import TaskError
+from ..utils.words import Shown, number_of
 from .pairs import Fact, Pair, PairSet, Tokens
 
 CALIBRATION_TEXTS, CALIBRATION_PROMPTS = 32, 512
@@ -18,8 +19,8 @@ SEEN = "the scored prompt is also trained on"
 REPEATED = "the prompt is there already"
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, repr=False)
+class Task(Shown):
     """What to forget and what to retain, tokenized for one model."""
 
     name: str
@@ -45,6 +46,15 @@ class Task:
     def __repr__(self) -> str:
         sizes = f"{len(self.forget):,} forget and {len(self.retain):,} retain pairs"
         return f"Task({self.name!r}: {sizes})"
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        return {
+            "": repr(self.name),
+            "to forget": number_of(len(self.forget), "pair"),
+            "to retain": number_of(sum(map(len, self.retain_sets)), "pair"),
+            "title": self.title,
+        }
 
     @property
     def retain_sets(self) -> list[PairSet]:

@@ -6,6 +6,7 @@ Knows the project's classes by their names alone, so that every room can use it.
 from __future__ import annotations
 
 import builtins
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,8 +29,6 @@ MEANT = {
     ("Task", "str"): "load_task(name, model)",
     ("Task", "PosixPath"): "load_task(path, model)",
     ("Task", "PairSet"): "the Task whose set this is",
-    ("LanguageModel", "str"): "load_model(name)",
-    ("LanguageModel", "PosixPath"): "load_model(path)",
     ("LanguageModel", "Unlearned"): "its .model",
     ("Mask", "Circuit"): "circuit_mask(circuit, model)",
     ("Mask", "str"): "Mask.load(Path(path))",
@@ -49,6 +48,15 @@ MEANT = {
     ("ndarray", "Attribution"): "its .scores",
 }
 """(expected class, class that came) -> what was probably meant."""
+
+
+GUARDED = "has_entrance"
+"""Attribute of a function that `entrance` decorates."""
+MADE = {
+    "LanguageModel": ("models.hooked", "is_model", "as_language_model"),
+    "HookedModel": ("models.hooked", "is_model", "as_model"),
+}
+"""Class -> the module that makes one of what people hold instead, whether it can, and how."""
 
 
 def check_range(
@@ -130,8 +138,6 @@ def _unexpected(argument: str, value: object, wanted: Sequence[str]) -> str:
     """One sentence: what came, what was expected, and what was probably meant."""
     names, first = _classes(value), wanted[0]
     meant = next((MEANT[first, n] for n in names if (first, n) in MEANT), "")
-    if first == "LanguageModel" and "PreTrainedModel" in names:
-        meant = "LanguageModel(name, model, tokenizer)"
     if isinstance(value, dict) and first.endswith("Config"):
         meant = f"{first}(**settings)"
     given = f"{value!r:.60}" if isinstance(value, (str, int, float)) else _a(names[0])
@@ -200,9 +206,35 @@ def _words(hint: object, value: object) -> list[str]:
     return [f"{name} of {' or '.join(inner)}" if inner else name]
 
 
+def _made(value: object, hint: object) -> object:
+    """A value, or what a function of the package makes of it where a class is expected that people
+    hold in other forms (`MADE`); of a mapping, of each of its values."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        makers = sorted(n for n in map(_name, args) if n in MADE)  # a HookedModel, if it may be
+        return value if _fits(value, hint) or not makers else _make(value, makers[0])
+    if _name(hint) in MADE and not _fits(value, hint):
+        return _make(value, _name(hint))
+    if isinstance(value, Mapping) and isinstance(origin, type) and issubclass(origin, Mapping):
+        return {k: _made(v, args[1]) for k, v in value.items()}
+    return value
+
+
+def _name(kind: object) -> str:
+    return getattr(kind, "__name__", "")
+
+
+def _make(value: object, wanted: str) -> object:
+    """The value, made into what is wanted if it can be."""
+    module, test, make = MADE[wanted]
+    found = importlib.import_module(f"..{module}", __package__)
+    return getattr(found, make)(value) if getattr(found, test)(value) else value
+
+
 def entrance(error: type[MansuError]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorates a public function or method: its arguments are what their annotations say, or
-    ``error`` is raised before anything is done.
+    ``error`` is raised before anything is done. Where a model is expected, what people hold instead
+    is made into one (`MADE`).
 
     Arguments:
         error: of the room whose function it is.
@@ -224,12 +256,17 @@ def entrance(error: type[MansuError]) -> Callable[[Callable[P, T]], Callable[P, 
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-            given = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments
             for name, hint in hints().items():
-                if name in given and not _fits(given[name], hint):
+                if name not in given:
+                    continue
+                given[name] = _made(given[name], hint)
+                if not _fits(given[name], hint):
                     raise error(_unexpected(name, given[name], _words(hint, given[name])))
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
 
+        setattr(checked, GUARDED, True)
         return checked
 
     return decorate

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import html
 import re
+from collections.abc import Mapping
+
+from ..errors import printable
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
@@ -41,3 +45,31 @@ def half_pair(text: str) -> str:
     text can be neither written nor tokenized."""
     found = _HALF_PAIR.search(text)
     return ascii(found.group())[1:-1] if found else ""
+
+
+class Shown:
+    """A result with a short form for the console and one for notebooks, from a few facts."""
+
+    MOST = 200
+    """Letters of a fact that are shown."""
+
+    def told(self) -> Mapping[str, object]:
+        """The facts: name -> value."""
+        raise NotImplementedError
+
+    def _cells(self) -> list[tuple[str, str]]:
+        def short(value: object) -> str:
+            text = printable(f"{value:.4g}" if isinstance(value, float) else str(value))
+            return text if len(text) <= self.MOST else text[: self.MOST - 2] + " …"
+
+        return [(short(k), short(v)) for k, v in list(self.told().items())[:12]]
+
+    def __repr__(self) -> str:
+        facts = ", ".join(" ".join(filter(None, cell)) for cell in self._cells())
+        return f"{type(self).__name__}({facts})"[:2000]
+
+    def _repr_html_(self) -> str:
+        cells = [(html.escape(k), html.escape(v)) for k, v in self._cells()]
+        title = " ".join([type(self).__name__, *(v for k, v in cells if not k)])
+        rows = "".join(f"<tr><td>{k}</td><td>{v}</td></tr>" for k, v in cells if k)
+        return f"<table><caption>{title}</caption><tbody>{rows}</tbody></table>"
