@@ -47,11 +47,12 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
     silent = output.quiet or output.json
     with stages("loading the model", silent) as progress:
         from ..circuits.discover import discover
-        from ..models.load import load_model
+        from ..models.load import load_model, use_threads
         from ..utils.files import atomic_folder
         from ..viz.view import circuit_view
 
         model = load_model(config.model, config.device)
+        use_threads(model)
         forget, retain = _pairs(config, model)
         if not silent:
             say(f"{model.name}: {model.graph.n_edges:,} edges; {len(forget):,} pairs", flush=True)
@@ -83,9 +84,10 @@ def do_attribute(config: AttributeConfig, output: Output) -> int:
     check_free(config.out)
     with stages("loading the model", output.quiet or output.json) as progress:
         from ..circuits.attribution import attribute
-        from ..models.load import load_model
+        from ..models.load import load_model, use_threads
 
         model = load_model(config.model, config.device)
+        use_threads(model)
         found = attribute(
             model,
             _pairs(config, model)[0].sample(config.attribution.pairs, config.seed),

@@ -246,10 +246,11 @@ def _attack(config: RelearnRun, output: Output, progress: Progress) -> Mapping[s
     from ..audit.attacks import ARMS
     from ..audit.suite import Suite
     from ..bench.workers import engine
-    from ..models.load import load_model
+    from ..models.load import load_model, use_threads
     from ..tasks.load import load_task
 
     model = load_model(config.model, config.device)
+    use_threads(model)
     task = load_task(config.task or default_task(config.original or config.model), model)
     models = {config.model: model}
     if config.original:
@@ -339,11 +340,12 @@ def do_cad(config: CadConfig, output: Output) -> int:
     """Judge an edited checkpoint."""
     with stages(LOADING, output.quiet) as progress:
         from ..audit.cad import judge_erasure
-        from ..models.load import load_model
+        from ..models.load import load_model, use_threads
         from ..quantizers.survival import quantize
         from ..tasks.load import load_task
 
         original = load_model(config.original, config.device)
+        use_threads(original)
         edited = load_model(config.edited, original.device)
         task = load_task(config.task or default_task(config.original), original)
         quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
