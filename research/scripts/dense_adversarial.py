@@ -86,7 +86,7 @@ def main() -> None:
             group["lr"] = lr * min(1.0, 0.95 * left + 0.05)
         parts = losses(student, model, targets, *sampler.batch(step, 1))
         grads = gradient(student, names, parts)
-        extra, _ = adversary.gradient(student, names, targets)
+        extra, _ = adversary.gradient([student], names, [targets], step)
         for name, w, g, more in zip(names, weights, grads, extra, strict=True):
             w.grad = g.add_(more, alpha=config.adversarial_weight)
             if name == table:
