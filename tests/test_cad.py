@@ -969,10 +969,10 @@ def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, 
 
 
 def test_an_attack_is_kept_up_while_the_model_changes(facts: LanguageModel, capitals: Task):
-    """Three relearning steps are two gradients; then the next model of those that take turns is
+    """Nine relearning steps are two gradients; then the next model of those that take turns is
     attacked. What changes in the model meanwhile changes in the attacked copy, and nothing else."""
     targets = CounterfactualTargets(facts, capitals.forget)
-    config = Mansu(adversarial_steps=3, batch_size=8, adversarial_lr=0.003)
+    config = Mansu(adversarial_steps=9, batch_size=8, adversarial_lr=0.003)
     models, both = [facts.copy(), facts.copy()], [targets, targets]
     models[1].weights[LAYER].zero_()
     adversary = AdversarialRelearning(capitals, config)
@@ -1005,10 +1005,10 @@ def test_the_attack_follows_the_precision(
     moved, gradients = [], []
     for c in (config, replace(config, precision="bf16")):
         adversary = AdversarialRelearning(capitals, c, seed=2)
-        found = [adversary.gradient([facts], [LAYER], [targets], n)[0][0] for n in range(2)]
+        found = adversary.gradient([facts], [LAYER], [targets], 0)[0][0]
         assert adversary.attack
         moved.append(adversary.attack.copy.weights[LAYER] - facts.weights[LAYER])
-        gradients.append(found[-1].flatten())
+        gradients.append(found.flatten())
     off = (moved[1] - moved[0]).norm() / moved[0].norm()
     assert 0 < off < 0.5  # Adam turns noise of tiny gradients into whole steps
     assert not torch.equal(*gradients)

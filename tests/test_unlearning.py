@@ -623,7 +623,7 @@ def test_a_killed_loop_ends_the_same_in_the_middle_of_an_attack(
 ):
     """It goes on from the end of the attack before."""
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
-    config = replace(STEPS, steps=6, adversarial_steps=6, probe_weight=0.0)
+    config = replace(STEPS, steps=6, adversarial_steps=18, probe_weight=0.0)
     file, steps = tmp_path / "checkpoint.safetensors", []
     whole = unlearn(facts, capitals, random_few, config)
 

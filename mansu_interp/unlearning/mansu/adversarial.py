@@ -34,8 +34,9 @@ from ..training import arithmetic, mean_gradient
 
 SPREAD = 3.0
 """The rate is drawn log-uniformly within this factor of `Mansu.adversarial_lr`."""
-STRIDE = 2
-"""Relearning steps between two gradients of one attack."""
+STRIDE = 6
+"""Relearning steps between two gradients of one attack; with two, successive gradients are too much
+alike (research/erasure.md)."""
 
 
 def ranking_loss(
