@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Make a small model forget capitals
+# # Make a small model forget 36 countries
 #
-# The whole job in a few lines: find the circuit that answers *"the capital of France is"*, edit a few of its
+# The whole job in a few lines: find the circuit that answers questions such as *"the capital of Japan is"*, edit a few of its
 # weights in steps that 4-bit quantization cannot undo, and check what is left. It runs on a CPU in about a minute, on
 # a one-million-parameter model that ships with the package and was taught about 950 facts.
 
@@ -9,24 +9,24 @@
 from IPython.display import SVG
 
 from mansu_interp import (
-    CircuitConfig,
-    Mansu,
     ModelVersion,
-    circuit_mask,
-    compare,
+    default_config,
     discover,
     evaluate,
     judge_erasure,
     load_model,
     load_task,
+    make_mask,
     quantize,
+    relearn,
     survival,
     unlearn,
 )
 from mansu_interp.viz.svg import circuit_svg
 
 model = load_model("facts")
-task = load_task("capitals", model)
+task = load_task("countries", model)
+config = default_config("facts", "countries")  # as `mansu run`
 print(f"{model.n_parameters:,} parameters, {model.graph.n_edges:,} edges between components")
 print(f"{len(task.forget)} prompts to forget, {len(task.retain)} to retain, for example:")
 pair = task.forget[0]
@@ -40,8 +40,7 @@ print(f"  {pair.prompt!r} -> {pair.answer_text!r}; predicted: {model.generate(pa
 # are corrupted. With `retain`, edges that the other facts need as much are discounted.
 
 # %%
-settings = CircuitConfig(pairs=48, faithfulness_pairs=16)
-circuit = discover(model, task.forget, config=settings, retain=task.retain)
+circuit = discover(model, task.forget, config=config.circuit, retain=task.retain)
 print(
     f"{circuit.n_edges} of {circuit.graph.n_edges:,} edges, "
     f"faithfulness {circuit.meta.faithfulness:.2f}"
@@ -61,21 +60,22 @@ for source, target, score in edges[:8]:
 # %% [markdown]
 # ## 2. The mask
 #
-# The weights behind the circuit's components are the candidates. `circuit_mask` ranks them by how much one step of a whole
-# quantizer cell would forget, against how much it would harm, and allows edits of half a percent of the model.
+# The weights behind the circuit's components are the candidates, and here the countries' own rows of the embedding.
+# They are ranked by how much one step of a whole quantizer cell would forget, against how much it would harm; half a percent
+# of the model may be edited.
 
 # %%
-mask = circuit_mask(circuit, model, budget=0.005, retain=task.retain_sets)
+mask = make_mask(config, model, task, circuit)
 print(f"{mask.n_parameters:,} candidates, of which at most {mask.limit:,} are edited at once")
 
 # %% [markdown]
 # ## 3. Unlearning
 #
 # Each weight either moves into another NF4 cell or has its exact old value. That is why quantization cannot bring
-# the old value back: the edited weight has another 4-bit code. (A real run takes more steps.)
+# the old value back: the edited weight has another 4-bit code.
 
 # %%
-edited = unlearn(model, task, mask, Mansu(steps=80)).model
+edited = unlearn(model, task, mask, config.unlearn).model
 nf4 = quantize(edited)  # the real bitsandbytes round trip
 print(survival(model, edited, "nf4"))
 
@@ -84,7 +84,7 @@ print(survival(model, edited, "nf4"))
 #
 # ## 4. What is left
 #
-# All scores are on a phrasing that unlearning never saw. Chance is 0.25 in four-way choice. The quantized original is there
+# All scores are on phrasings that unlearning never saw. Chance is 0.25 in four-way choice. The quantized original is there
 # because 4 bits cost something by themselves.
 
 # %%
@@ -108,18 +108,16 @@ for pair in task.scored["unseen"]["forget"]["capital"][:4]:
 # %% [markdown]
 # ## 5. Erased, or only suppressed?
 #
-# A model can stop predicting an answer that is still in its weights. The attribution graphs on the unseen phrasing say how
-# much still flows along the circuit:
+# A model can stop predicting an answer that is still in its weights. So half of the countries are taught again, and the *other*
+# half is asked for. A model that holds nothing has nothing to bring back (chance is 0.25):
 
 # %%
-unseen = task.scored["unseen"]["forget"]["capital"].sample(32, seed=0)
-named = {"unlearned": edited, "unlearned nf4": nf4}
-for name, d in compare(circuit, model, named, unseen).models.items():
-    print(f"{name:<15}mass {d.mass:.2f}, projected share {d.projected_share:+.2f}")
+attack = relearn(edited, task)
+for steps in attack.marks:
+    print(f"after {steps:>3} steps of relearning: {attack.at(steps):.2f}")
 
 # %% [markdown]
-# They do not settle it: the graph of a model that no longer answers is empty, whatever is still stored. CAD asks what half of the facts,
-# learnt again, would bring back of the others:
+# CAD asks ten questions without training anything, fact by fact:
 
 # %%
 print(judge_erasure(model, edited, task, quantized=nf4).verdict)
