@@ -323,18 +323,17 @@ def hold_out(name: str, rows: Sequence[Row], seed: int) -> tuple[list[Row], str]
         TaskError: no forget fact comes in two phrasings (to score the one that was trained on
             would not show that others are forgotten); shows two rows that would do.
     """
-    phrasings: dict[tuple[str, ...], list[str]] = {}
+    prompts: dict[tuple[str, ...], dict[str, None]] = {}
     for row in rows:
-        asked = phrasings.setdefault(_fact_of(row), [])
-        if row.prompt not in asked:
-            asked.append(row.prompt)
+        prompts.setdefault(_fact_of(row), {})[row.prompt] = None
+    phrasings = {fact: list(asked) for fact, asked in prompts.items()}
     by_role = {r: [fact for fact in phrasings if fact[0] == r] for r in ("forget", "retain")}
     several = {fact for facts in by_role.values() for fact in facts if len(phrasings[fact]) > 1}
     if by_role["forget"] and not several & set(by_role["forget"]):
         raise TaskError(_one_phrasing(name, next(row for row in rows if row.role == "forget")))
     single = {r: [f for f in facts if f not in several] for r, facts in by_role.items()}
     n = len(single["retain"])
-    drawn = random.Random(seed).sample(single["retain"], max(n // FIFTH, 1) if n > 1 else 0)
+    drawn = set(random.Random(seed).sample(single["retain"], max(n // FIFTH, 1) if n > 1 else 0))
 
     def split(row: Row) -> str:
         fact = _fact_of(row)
