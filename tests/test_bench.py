@@ -43,6 +43,7 @@ from mansu_interp.runs.defaults import default_config
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import BASELINES, NPO
 from mansu_interp.utils.shipped import DATA
+from mansu_interp.utils.words import p_value
 
 SCRIPT = Path(__file__).with_name("bench_script.py")
 
@@ -359,7 +360,7 @@ def test_pages(ran: tuple[Path, list[TableRow]], tmp_path: Path):
     (line,) = [x for x in text.splitlines() if "graddiff" in x and "e-0" in x]
     assert spread([r.forget_choice for r in rows[:2]]) in line
     counts = ", ".join(f"{r.back}/{r.gone}" for r in rows[:2])
-    assert f"{counts} (p {min(r.p for r in rows[:2]):.2f})" in line
+    assert f"{counts} ({p_value(min(r.p for r in rows[:2]))})" in line
     write_scoreboard(tmp_path, [replace(r, p=None) for r in rows])
     assert "(p " not in (tmp_path / "scoreboard.md").read_text()
     table = list(csv.DictReader((tmp_path / "table.csv").open()))

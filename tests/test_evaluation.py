@@ -219,6 +219,9 @@ def test_the_sentence_tells_what_is_behind_a_gap():
         "On 2 prompts the answer came back to the first rank, on 1 it went (p = 1.00"
         in gap.sentence
     )
+    right = with_choice({EDITED: [True] * 9, NF4: [False] * 9})
+    gap = properties(Scores((row(0.6, 0.3),), (), right))[2]
+    assert "on 9 it went (p < 0.01 by chance)" in gap.sentence
 
 
 @pytest.mark.parametrize(

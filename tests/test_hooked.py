@@ -20,6 +20,9 @@ import torch
 from conftest import make_pairs
 
 import mansu_interp as mansu
+from mansu_interp.audit.cad import CAD
+from mansu_interp.audit.relearning import Point, Relearning
+from mansu_interp.audit.suite import AttackResults
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.compare import compare
@@ -31,6 +34,8 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.layout import turn_back
 from mansu_interp.runs.run import RunResult
 from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.unlearning.history import StepRecord
+from mansu_interp.unlearning.training import Unlearned
 from mansu_interp.utils.ranges import GUARDED
 from mansu_interp.utils.words import Shown
 
@@ -394,6 +399,11 @@ def test_results_have_a_short_form_for_console_and_notebook(facts: LanguageModel
     edited.weights[name][0, :8] += 0.5
     original, after = mansu.ModelVersion("original"), mansu.ModelVersion("unlearned")
     mask = mansu.Mask({n: torch.arange(9) for n in facts.linear_names}, {"limit": 5})
+    history = [StepRecord(forget=1.0, edited=8.0) for _ in range(500)]
+    start = Point(1e-3, 0, 0.0, choice=0.25, half_a=0.2, last=0.2)
+    relearned = Relearning([start, replace(start, steps=5, choice=0.3)] * 50, (9, 9))
+    cad = CAD("suppressed", "Hidden.", 0.97, 0.0, {}, [0.5] * 500, [], [], {}, [], {},
+              facts={"capital: a": "erased"})  # fmt: skip
     results = {
         "LanguageModel('facts', parameters 1,033,344, saved as bfloat16, on cpu)": facts,
         "Task('capitals': 716 forget": capitals,
@@ -401,6 +411,12 @@ def test_results_have_a_short_form_for_console_and_notebook(facts: LanguageModel
         "Circuit(": circuit,
         "Changes(kept ": mansu.classify(scores.scores, scores.scores),
         "GraphComparison(unlearned mass ": compare(circuit, facts, {"unlearned": edited}, few),
+        "Unlearned('facts', steps 500, edited 8)": Unlearned(edited, history, 500),
+        "Relearning(erased, model –, steps 5, half B first, at most 0.300": relearned,
+        "AttackResults(erased True, most after half-a 0.300, skipped 1)": AttackResults(
+            {"half-a": relearned}, {"lora": "too wide"}
+        ),
+        "CAD(suppressed, CAD 0.00, confidence 0.97, erased 1, suppressed 0, intact 0": cad,
         "Survival(edited 8, survived ": mansu.survival(facts, edited, "nf4"),
         "Mask(": mask,
         "Scores(original, forget 1.000 four-way, ": mansu.evaluate(

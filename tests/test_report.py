@@ -58,7 +58,7 @@ from mansu_interp.runs.config import RunConfig
 from mansu_interp.runs.folder import config_json
 from mansu_interp.unlearning.methods import get_method
 from mansu_interp.utils.files import read_json
-from mansu_interp.utils.words import number_of
+from mansu_interp.utils.words import number_of, p_value
 from mansu_interp.viz.layout import place
 from mansu_interp.viz.page import module_source
 from mansu_interp.viz.svg import circuit_svg, curve_svg, escape
@@ -855,6 +855,12 @@ def test_of_many_weights_the_first_are_shown_and_the_others_folded() -> None:
     shown, folded = page.split("<summary>110 weights with fewer edits</summary>")
     assert shown.count("layers.") == 10 and folded.split("</details>")[0].count("layers.") == 110
     assert render_markdown(report).count("layers.") == 120
+
+
+def test_no_p_is_nothing() -> None:
+    found = [p_value(p) for p in (1.0, 0.042, 0.01, 0.0099, 1e-20)]
+    assert found == ["p = 1.00", "p = 0.04", "p = 0.01", "p < 0.01", "p < 0.01"]
+    assert str(Flips(9, 0, 0.0039)) == "9 back, 0 gone, p < 0.01"
 
 
 def test_one_has_no_plural_s() -> None:

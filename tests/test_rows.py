@@ -833,3 +833,67 @@ def test_half_a_surrogate_pair_is_refused_where_texts_come_in(facts: LanguageMod
 def test_no_space_where_the_script_has_none():
     assert gap("the capital is", "Paris") == gap("수도는", "서울") == " "
     assert gap("首都是", "Paris") == gap("the capital is", "东京") == gap("首都は", "x") == ""
+
+
+def unsplit(*asked: str) -> list[dict[str, Any]]:
+    """Facts in so many phrasings, without splits, as people first write them."""
+    rows = [r for r in fact_rows() if r["split"] in asked]
+    return [{k: v for k, v in r.items() if k not in ("split", "phrasing")} for r in rows]
+
+
+def test_without_splits_the_last_phrasing_is_held_out(facts: LanguageModel):
+    rows = [r for r in unsplit("train", "dev", "unseen") if not r["prompt"].endswith("capital in")]
+    task = task_from_rows(parse_rows(enumerate(rows, 1)), facts, BOS)
+    begins = {
+        "train": ("<bos>the capital of", "whose capital is"),
+        "dev": ("<bos>if you travel to", "its capital is"),
+        "unseen": ("<bos>question: what is", "answer:"),
+    }
+    found = {"train": task.forget}
+    found |= {s: task.scored[s]["forget"]["capital"] for s in ("dev", "unseen")}
+    for split, (begin, end) in begins.items():
+        assert len(found[split]) >= 36
+        assert all(p.prompt.startswith(begin) or p.prompt.endswith(end) for p in found[split])
+    assert not task.scored["dev"]["retain"]  # three phrasings
+    assert {p.prompt[:12] for p in task.scored["unseen"]["retain"]["language"]} == {"<bos>to work"}
+    assert task.read == (
+        "no split given: the last phrasing of 40 forget facts is unseen; the last phrasing of 40 "
+        "retain facts is unseen"
+    )
+    named = [*rows[:-1], {**rows[-1], "split": "unseen"}]  # one split, and nothing is held out
+    with pytest.raises(TaskError, match="no usable forget prompt in the split unseen"):
+        task_from_rows(parse_rows(enumerate(named, 1)), facts, BOS)
+
+
+def test_of_retain_facts_in_one_phrasing_a_fifth_is_held_out(facts: LanguageModel):
+    asked = unsplit("train", "unseen")
+    rows = [r for r in asked if r["role"] == "forget" or r["prompt"].startswith("the language")]
+    rows += rows[-3:]  # repeats are no second phrasing
+    task = task_from_rows(parse_rows(enumerate(rows, 1)), facts, BOS)
+    unseen = {p.subject for p in task.scored["unseen"]["retain"]["language"]}
+    trained = {p.subject for p in task.retain}
+    assert unseen and trained and not unseen & trained
+    assert task.read.endswith("; so are 8 of 40 retain facts that come in one phrasing")
+    again = task_from_rows(parse_rows(enumerate(rows, 1)), facts, BOS)
+    assert again.sha256 == task.sha256
+    other = task_from_rows(parse_rows(enumerate(rows, 1)), facts, replace(BOS, seed=1))
+    assert unseen != {p.subject for p in other.scored["unseen"]["retain"]["language"]}
+
+
+def test_forget_facts_in_one_phrasing_are_refused_with_rows_that_would_do(
+    tmp_path: Path, facts: LanguageModel
+):
+    rows = [r for r in unsplit("unseen") if r["role"] == "forget"][:30] + unsplit("dev")[40:]
+    rows = [{**r, "prompt": "<bos>" + r["prompt"]} for r in rows]
+    with pytest.raises(TaskError, match="every forget fact comes in one phrasing") as caught:
+        load_task(write_jsonl(tmp_path / "mine.jsonl", rows), facts)
+    shown = [json.loads(x) for x in str(caught.value).splitlines() if x.startswith("  {")]
+    assert [r["split"] for r in shown] == ["train", "unseen"]
+    assert shown[0]["prompt"] == rows[0]["prompt"] and "such as for line 1:" in str(caught.value)
+    other = {**rows[0], "prompt": f"<bos>the capital of {rows[0]['subject']} is"}
+    second = {**rows[1], "prompt": f"<bos>the capital of {rows[1]['subject']} is"}
+    task = load_task(write_jsonl(tmp_path / "mine.jsonl", [*rows, other, second]), facts)
+    assert {p.subject for p in task.held_out} == {r["subject"] for r in rows[:2]}
+    assert "; no split given: the last phrasing of 2 forget facts is unseen; " in task.read
+    assert task.read.endswith("; 28 forget facts in one phrasing: trained on, not scored")
+    assert measure.task_facts(task).read == task.read

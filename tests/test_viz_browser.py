@@ -369,6 +369,27 @@ def test_the_list_sorts_and_follows_the_graph(driver: Any, tmp_path: Path):
     quiet(driver, page)
 
 
+@pytest.mark.parametrize("kind", ["edges", "nodes"])
+def test_no_column_of_the_list_is_cut_on_a_telephone(driver: Any, tmp_path: Path, kind: str):
+    """Numbers stand below the names, each under its title."""
+    circuit = make_circuit()
+    page = changes_view(circuit, *make_attributions(circuit)).to_html(tmp_path / "narrow.html")
+    size = {"width": 430, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened(driver, page)
+    driver.find_element("xpath", f"//div[@class='list']//button[text()='{kind}']").click()
+    settle(driver)
+    assert len(listed(driver)[0]) > 4
+    cut = "[...document.querySelectorAll('.rows, .rows th, .rows td')].filter("
+    assert view(driver, f"{cut}(x) => x.scrollWidth > x.clientWidth).length") == 0
+    ends = "[...document.querySelectorAll('.rows tr')].slice(0, 2).map((r) => [...r.cells].map("
+    head, row = view(driver, f"{ends}(c) => c.getBoundingClientRect().right))")
+    assert head == row and row[1] < row[0]  # the first number stands below the name
+    size["width"] = 1280
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    quiet(driver, page)
+
+
 def find(driver: Any, text: str) -> set[tuple[str, str]]:
     driver.execute_script(
         "const s = window.mansuViews[0].search; s.value = arguments[0];"

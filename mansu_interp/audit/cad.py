@@ -44,6 +44,7 @@ from ..tasks.pairs import Pair, PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import entrance
+from ..utils.words import Shown
 from .known import Asked, FactRanks, known_forget
 from .linearized import LEARNT, LinearizedRelearning, linearized_relearning
 from .probes import (
@@ -80,8 +81,8 @@ RETAIN_PROMPTS, LOOKED_AT = 192, 24
 are asked for damage."""
 
 
-@dataclass(frozen=True)
-class CAD:
+@dataclass(frozen=True, repr=False)
+class CAD(Shown):
     """Whether the knowledge is gone, and where it sits if not."""
 
     verdict: str
@@ -119,6 +120,11 @@ class CAD:
     """Of each fact of half B (relation: subject): intact, suppressed or erased."""
     retained: dict[str, list[float]] = field(default_factory=dict)
     """Of each retained relation: top-1 of the original and of the edited model, on some prompts."""
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        told = {"": self.verdict, "CAD": f"{self.cad:.2f}", "confidence": f"{self.confidence:.2f}"}
+        return {**told, **self.counts, "sentence": self.sentence}
 
     @property
     def counts(self) -> dict[str, int]:

@@ -34,6 +34,7 @@ from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import entrance
+from ..utils.words import Shown
 from .config import RelearnConfig
 from .known import CHANCE
 
@@ -95,8 +96,8 @@ class RelearningMeta:
     settings: RelearnConfig = field(default_factory=RelearnConfig)
 
 
-@dataclass(frozen=True)
-class Relearning:
+@dataclass(frozen=True, repr=False)
+class Relearning(Shown):
     """What the attack brought back."""
 
     points: list[Point]
@@ -104,6 +105,19 @@ class Relearning:
     facts: tuple[int, int]
     """Prompts of half A trained on, and of half B asked for."""
     meta: RelearningMeta = field(default_factory=RelearningMeta)
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        if not self.points:
+            return {"": "not measured"}
+        steps = self.marks[-1]
+        return {
+            "": "erased" if self.erased else "not erased",
+            "model": self.meta.model or "–",
+            "steps": steps,
+            "half B first, at most": f"{self.up_to(steps):.3f}",
+            "last, at most": f"{self.up_to(steps, 'last'):.3f}",
+        }
 
     def at(self, steps: int, key: Score = "choice") -> float:
         """The largest value over learning rates at exactly so many steps."""

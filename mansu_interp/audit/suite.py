@@ -33,6 +33,7 @@ from ..utils.files import Json, is_leftover, locked, read_json, write_json
 from ..utils.ranges import entrance, expect_values
 from ..utils.records import from_json, to_json
 from ..utils.tensors import tensors_sha256
+from ..utils.words import Shown
 from .attacks import ARMS, Given, attack_once, one_thread, rates_of, why_not
 from .config import SUITE, RelearnConfig
 from .relearning import (
@@ -53,8 +54,8 @@ COPIES = 4
 OnStep = Callable[[int, int], object]
 
 
-@dataclass(frozen=True)
-class AttackResults:
+@dataclass(frozen=True, repr=False)
+class AttackResults(Shown):
     """What the attacks of a suite brought back of one model's knowledge."""
 
     arms: dict[str, Relearning]
@@ -62,15 +63,15 @@ class AttackResults:
     skipped: dict[str, str]
     """Arms that could not be tried, and why."""
 
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        most = {f"most after {arm}": f"{self.most(arm):.3f}" for arm in self.arms}
+        return {"erased": bool(self.arms) and self.erased, **most, "skipped": len(self.skipped)}
+
     def most(self, arm: str | None = None) -> float:
-        """The largest share of half B's answers that rank first of four, or last, at any rate after
-        any number of steps: of one arm, or of all."""
-        return max(
-            max(p.choice, p.last)
-            for name, found in self.arms.items()
-            for p in found.points
-            if arm in (None, name)
-        )
+        """Largest share of half B that ranks first of four, or last: of one arm, or of all."""
+        chosen = self.arms.values() if arm is None else [self.arms[arm]]
+        return max(max(p.choice, p.last) for found in chosen for p in found.points)
 
     @property
     def strongest(self) -> str:

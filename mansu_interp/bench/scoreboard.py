@@ -15,6 +15,7 @@ from ..report.html import render_page
 from ..report.markdown import markdown_block, markdown_text
 from ..report.values import DASH, known
 from ..utils.files import write_text
+from ..utils.words import p_value
 from ..viz.plots import Dots, scatter_svg, strip_svg
 from .table import TableRow
 
@@ -56,7 +57,7 @@ def _flips(rows: Sequence[TableRow]) -> str:
     if not ps:
         return DASH
     counts = ", ".join(f"{r.back}/{r.gone}" for r in rows if r.p is not None)
-    return f"{counts} (p {min(ps):.2f})"
+    return f"{counts} ({p_value(min(ps))})"
 
 
 def _by_method(rows: Iterable[TableRow]) -> dict[str, list[TableRow]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..audit.known import ALPHA, CHANCE, p_of_guess
 from ..audit.relearning import TOLERANCE, Relearning
-from ..utils.words import number_of
+from ..utils.words import number_of, p_value
 from .scores import METRICS, WORDS, Flips, Metric, ScoreRow, Scores
 from .versions import EDITED, ORIGINAL, QUANTIZER
 
@@ -168,7 +168,7 @@ def _not_known(rows: Sequence[ScoreRow]) -> str:
     best = max(rows, key=lambda r: r[ORIGINAL].choice)
     return (
         f"{best[ORIGINAL].choice:.3f} four-way on {best.label} at best, where guesses do as well "
-        f"with p = {best.p_of_guess(ORIGINAL):.2f}"
+        f"with {p_value(best.p_of_guess(ORIGINAL))}"
     )
 
 
@@ -304,7 +304,7 @@ def _recovery(name: str, scores: Scores, quantizers: Sequence[str]) -> Property:
         under = f"Under {worst.quantizer}, on" if len(quantizers) > 1 else "On"
         sentence += (
             f" {under} {number_of(flips.back, 'prompt')} the answer came back to the first rank, "
-            f"on {flips.gone} it went (p = {flips.p:.2f} by chance)."
+            f"on {flips.gone} it went ({p_value(flips.p)} by chance)."
         )
     rises = [g for g in gaps.values() if g.value > 0]
     if guesses := [str(g) for g in rises if g.guess]:

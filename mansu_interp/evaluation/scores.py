@@ -16,7 +16,7 @@ from ..tasks.pairs import PairSet, Tokens
 from ..tasks.task import Task
 from ..utils.ranges import entrance, expect_values
 from ..utils.records import Keep, make_anew
-from ..utils.words import Shown
+from ..utils.words import Shown, p_value
 from .versions import ModelVersion
 
 Metric = Literal["top1", "choice"]
@@ -39,7 +39,7 @@ class Flips:
     which takes the prompts for independent; those that ask for one fact are not)."""
 
     def __str__(self) -> str:
-        return f"{self.back} back, {self.gone} gone, p = {self.p:.2f}"
+        return f"{self.back} back, {self.gone} gone, {p_value(self.p)}"
 
     @classmethod
     def between(cls, before: Sequence[bool], after: Sequence[bool]) -> Flips:

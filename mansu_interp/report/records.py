@@ -40,6 +40,8 @@ class ReportTask:
     forget_facts: int
     dropped: dict[str, int]
     """Reason -> prompts or facts that could not be used."""
+    read: str = ""
+    """How rows were read and split; empty for fact tables, and in reports of older versions."""
 
 
 @dataclass(frozen=True)

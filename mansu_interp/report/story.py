@@ -339,6 +339,7 @@ def _reproduce(report: Report) -> list[Block]:
         ["task", report.task.name],
         ["facts to forget", count(report.task.forget_facts)],
     ]
+    facts += [["rows", report.task.read]] if report.task.read else []
     facts += [[f"dropped: {why}", count(n)] for why, n in report.task.dropped.items() if n]
     facts += [[f"{name} version", version] for name, version in report.versions.items()]
     settings = json.dumps(report.config, indent=2, ensure_ascii=False)

@@ -301,7 +301,7 @@ def model_facts(model: LanguageModel) -> ReportModel:
 def task_facts(task: Task) -> ReportTask:
     """The task, for the report."""
     facts = len({p.fact for p in task.forget})
-    return ReportTask(task.name, task.title, facts, task.dropped)
+    return ReportTask(task.name, task.title, facts, task.dropped, task.read)
 
 
 def edit_facts(run: RunContext, edited: Edited) -> Edit:

@@ -66,7 +66,8 @@ def _load_rows(spec: RowTask, place: Path, model: LanguageModel, score_pairs: in
         title=spec.title or None,
         reference_models=spec.reference_models,
     )
-    return replace(task, text=_running_text(spec, folder, model), read=found.told)
+    told = "; ".join(filter(None, (found.told, task.read)))
+    return replace(task, text=_running_text(spec, folder, model), read=told)
 
 
 @entrance(TaskError)

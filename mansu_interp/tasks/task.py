@@ -41,7 +41,8 @@ class Task(Shown):
     dropped: dict[str, int] = field(default_factory=dict)
     """How many (fact, phrasing) items were left out, by reason."""
     read: str = ""
-    """How the rows were read, in one line; empty for fact tables."""
+    """How rows were read, and which are held out where none names a split, in one line; empty for
+    fact tables."""
 
     def __repr__(self) -> str:
         sizes = f"{len(self.forget):,} forget and {len(self.retain):,} retain pairs"

@@ -17,6 +17,7 @@ from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, by_phrasing, chunks, collate, pack_answers
 from ..tasks.task import Task
 from ..utils.distributed import sum_number
+from ..utils.words import Shown
 from .history import History, StepRecord
 
 HINGE = 0.5
@@ -33,8 +34,8 @@ OnStep = Callable[[int, int, StepRecord], None]
 """on_step(steps done, steps in all, record)."""
 
 
-@dataclass
-class Unlearned:
+@dataclass(repr=False)
+class Unlearned(Shown):
     """What an unlearning method returns."""
 
     model: LanguageModel
@@ -43,6 +44,12 @@ class Unlearned:
     """A record per step."""
     stopped_at: int = 0
     """Steps taken."""
+
+    def told(self) -> dict[str, object]:
+        """For its short form."""
+        edited = next((r.edited for r in reversed(self.history) if r.edited is not None), None)
+        told: dict[str, object] = {"": repr(self.model.name), "steps": self.stopped_at}
+        return told if edited is None else {**told, "edited": f"{edited:,.0f}"}
 
 
 def mean_gradient(

@@ -18,6 +18,11 @@ def number_of(n: int, noun: str) -> str:
     return f"{n:,} {noun}{plural * (n != 1)}"
 
 
+def p_value(p: float) -> str:
+    """0.042 -> "p = 0.04"; below 0.01 -> "p < 0.01", since no p is 0.00."""
+    return "p < 0.01" if p < 0.01 else f"p = {p:.2f}"
+
+
 def shown(value: object) -> str:
     """A value as messages name it: short ones as they are, others by their type."""
     text = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__

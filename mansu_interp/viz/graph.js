@@ -12,7 +12,7 @@ const CSS = `
 .mg{${variables(PALETTE.light)}
 color:var(--ink);background:var(--paper);font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif;border:1px solid var(--faint);border-radius:8px;padding:12px 14px;
-text-align:left;container-type:inline-size}
+text-align:left;container:mg/inline-size}
 .mg.dark{${variables(PALETTE.dark)}color-scheme:dark}
 .mg *{box-sizing:border-box}.mg [hidden]{display:none!important}
 .mg .head{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline;margin-bottom:8px}

@@ -8,7 +8,7 @@ const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
 const PANEL_CSS = `
 .mg .work{display:grid;grid-template-columns:minmax(0,1fr);gap:0 18px}
-.mg .list{margin-top:10px;min-width:0}
+.mg .list{margin-top:10px;min-width:0;container:list/inline-size}
 .mg .list .bar{border-top:1px solid var(--faint);padding:7px 0 6px;gap:6px 10px}
 .mg .rows{overflow:auto;max-height:300px;border:1px solid var(--faint);border-radius:6px}
 .mg .rows table{margin:0;width:100%}
@@ -35,12 +35,22 @@ border-radius:5px;padding:2px 6px;width:130px}
 .mg .effect td:nth-child(3),.mg .effect th:nth-child(3){text-align:left}
 .mg .places{margin-top:10px;overflow-x:auto;border-top:1px solid var(--faint);padding-top:7px}
 .mg .foot{border-top:1px solid var(--faint);margin-top:9px;padding-top:8px;display:flex;flex-wrap:wrap;gap:6px 8px;align-items:center}
-@container (min-width:900px){
+@container mg (min-width:900px){
 .mg .work.single{grid-template-columns:minmax(0,1fr) minmax(320px,400px);grid-template-rows:auto auto auto 1fr}
 .mg .work.single.listed>*{grid-column:1}.mg .work.single.listed>.list{grid-column:2;grid-row:1/span 4;margin-top:0}
 .mg .work.single.listed>.list .bar{border-top:0;padding-top:0}
 .mg .work.single.listed .rows{max-height:720px}
 .mg .work.single:not(.listed){grid-template-columns:minmax(0,1fr)}}
+/* where many columns have no room, a row is two lines: words, then numbers */
+@container list (max-width:540px){
+.mg .rows .many,.mg .rows .many :is(thead,tbody){display:block}
+.mg .rows .many thead{position:sticky;top:0;z-index:1;background:var(--paper);box-shadow:0 1px var(--faint)}
+.mg .rows .many tr{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));padding:2px 4px;border-top:1px solid var(--faint)}
+.mg .rows .many thead tr{border:0}
+.mg .rows .many :is(th,td){padding:1px 4px;border:0;order:1}
+.mg .rows .many tr:is(.over,.on){background:var(--box)}.mg .rows .many tr.on{box-shadow:inset 3px 0 var(--accent)}.mg .rows .many tr.on td{background:none;box-shadow:none}
+.mg .rows .many th{position:static;box-shadow:none}
+.mg .rows .many .word,.mg .rows .many :is(th,td):first-child{grid-column:span 2;order:0}}
 @media print{.mg .list,.mg .foot{display:none}}
 `;
 
@@ -91,6 +101,7 @@ function pathsThrough(view, boxes, edge = null) {
 // ---- the list of nodes and edges ----------------------------------------------------------------
 
 const ROWS = 150; // more on demand
+const COLUMNS = 3; // that have room on a telephone
 
 class List {
   constructor(view) {
@@ -188,6 +199,7 @@ class List {
     const cell = (x, k) => (k === 0 ? make("td", {}, make("button", { type: "button", text: x }))
       : make("td", this.wordy(k, head) ? { class: "word", text: x } : { text: head[k].startsWith("edges ") ? count(x) : fmt(x) }));
     this.rows = new Map(shown.map(({ key, cells }) => [String(key), make("tr", { "data-key": key }, ...cells.map(cell))]));
+    this.table.className = head.length > COLUMNS ? "many" : "";
     this.table.replaceChildren(make("thead", {}, make("tr", {}, ...head.map(title))), make("tbody", {}, ...this.rows.values()));
     this.mark();
   }

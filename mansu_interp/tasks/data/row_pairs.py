@@ -26,7 +26,7 @@ from ...utils.ranges import entrance
 from ..pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash, gap
 from ..schema import RowOptions
 from ..task import Asked, Task, distinct
-from .rows import SHOWN, SPLITS, Row
+from .rows import SHOWN, SPLITS, Row, hold_out
 
 LETTERS = "ABCD"
 TRIES = 32
@@ -295,7 +295,7 @@ def task_from_rows(
     """Build a task from rows for a model's tokenizer.
 
     Arguments:
-        rows: from `read_rows`.
+        rows: from `read_rows`; where none names a split, some are held out (`rows.hold_out`).
         model: the model whose tokenizer is used.
         options: how rows are asked.
         score_pairs: at most so many prompts per scored set.
@@ -305,9 +305,14 @@ def task_from_rows(
 
     Raises:
         TaskError: prompts contradict each other, or a role has no usable rows in ``train`` or
-            ``unseen``; says why. What is left out otherwise is counted in `Task.dropped`.
+            ``unseen``, or none could be held out; says why. What is left out otherwise is counted
+            in `Task.dropped`.
     """
-    made = _Pairing(model, rows, options or RowOptions())
+    options = options or RowOptions()
+    told = ""
+    if not options.phrasings and not any(row.split for row in rows):
+        rows, told = hold_out(name, rows, options.seed)
+    made = _Pairing(model, rows, options)
     places = [Asked(r, s, "") for r in ("forget", "retain") for s in SPLITS]
     places += [Asked("neighbour", s, "") for s in ("dev", "unseen")]
     places.append(Asked("retain_unscored", "train", ""))
@@ -341,4 +346,5 @@ def task_from_rows(
         },
         reference_models=tuple(reference_models),
         dropped=dropped,
+        read=told,
     )

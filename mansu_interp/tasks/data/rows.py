@@ -7,15 +7,17 @@ too few, which are counted in the line that tells how rows were read.
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeGuard, TypeVar
 
 from ...errors import TaskError
-from ...utils.words import half_pair, shown
+from ...utils.words import half_pair, number_of, shown
 from .shapes import OWN, as_list, convert, fold
 from .sources import Numbered, records
 
@@ -25,6 +27,10 @@ SHOWN = 10
 """Bad rows that a message lists; it counts the others."""
 FIELDS = OWN
 NO_ROLE = ": give each row one, or one file a role (mansu task rows --forget FILE --retain FILE)"
+FEWEST_DEV = 4
+"""Phrasings of a fact of which one is for ``dev``, where rows are held out."""
+FIFTH = 5
+"""Of so many retain facts in one phrasing, one is held out."""
 Made = TypeVar("Made")
 
 
@@ -289,3 +295,82 @@ def read_rows(source: str | Path | Iterable[object], **given: str) -> list[Row]:
             rows, listed with line and reason.
     """
     return read(source, **given).rows
+
+
+def _fact_of(row: Row) -> tuple[str, ...]:
+    """What a row asks: of one role and relation, one subject and one answer."""
+    return row.role, row.relation, row.fact, row.answer
+
+
+def hold_out(name: str, rows: Sequence[Row], seed: int) -> tuple[list[Row], str]:
+    """Rows of which none names a split with splits, and in one line which.
+
+    Rows of one role, relation, subject and answer are one fact; its different prompts, in the order
+    of the file, are its phrasings.
+
+    1. The last of two or more phrasings of a fact is unseen, and of four or more the one before it
+       is for ``dev``; the others are trained on.
+    2. A fact in one phrasing is trained on; but of such retain facts a fifth, drawn by the seed, is
+       unseen.
+    3. ``retain_unscored`` rows are trained on; ``neighbour`` rows are unseen.
+
+    Arguments:
+        name: of the task.
+        rows: none of them names a split.
+        seed: of the draw.
+
+    Raises:
+        TaskError: no forget fact comes in two phrasings (to score the one that was trained on
+            would not show that others are forgotten); shows two rows that would do.
+    """
+    prompts: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        prompts.setdefault(_fact_of(row), {})[row.prompt] = None
+    phrasings = {fact: list(asked) for fact, asked in prompts.items()}
+    by_role = {r: [fact for fact in phrasings if fact[0] == r] for r in ("forget", "retain")}
+    several = {fact for facts in by_role.values() for fact in facts if len(phrasings[fact]) > 1}
+    if by_role["forget"] and not several & set(by_role["forget"]):
+        raise TaskError(_one_phrasing(name, next(row for row in rows if row.role == "forget")))
+    single = {r: [f for f in facts if f not in several] for r, facts in by_role.items()}
+    n = len(single["retain"])
+    drawn = set(random.Random(seed).sample(single["retain"], max(n // FIFTH, 1) if n > 1 else 0))
+
+    def split(row: Row) -> str:
+        fact = _fact_of(row)
+        if row.role == "neighbour" or fact in drawn:
+            return "unseen"
+        if fact not in several:
+            return "train"
+        asked = phrasings[fact]
+        if row.prompt == asked[-1]:
+            return "unseen"
+        return "dev" if len(asked) >= FEWEST_DEV and row.prompt == asked[-2] else "train"
+
+    told = [
+        f"the last phrasing of {number_of(len(found), f'{r} fact')} is unseen"
+        for r, facts in by_role.items()
+        if (found := several & set(facts))
+    ]
+    if drawn:
+        told.append(f"so are {len(drawn)} of {n} retain facts that come in one phrasing")
+    if single["forget"]:
+        once = number_of(len(single["forget"]), "forget fact")
+        told.append(f"{once} in one phrasing: trained on, not scored")
+    return [replace(row, split=split(row)) for row in rows], f"no split given: {'; '.join(told)}"
+
+
+def _one_phrasing(name: str, row: Row) -> str:
+    """Why rows without a split are refused, with two that would do in place of one of them."""
+    subject = row.answer if row.subject in ("", row.prompt) else row.subject
+    fact = {"role": "forget", "subject": subject, "answer": row.answer}
+    two = [
+        {**fact, "split": "train", "prompt": row.prompt},
+        {**fact, "split": "unseen", "prompt": "the same, asked in other words"},
+    ]
+    lines = "".join(f"\n  {json.dumps(one, ensure_ascii=False)}" for one in two)
+    return (
+        f"Task {name!r}: no row names a split, and every forget fact comes in one phrasing. That "
+        "it is forgotten there would not show that it is when asked in other words. Give facts "
+        "two phrasings, with the same subject and answer (then the last one is unseen), or splits, "
+        f"such as for line {row.line}:{lines}\nOr give phrasings in a task file (docs/tasks.md)."
+    )
