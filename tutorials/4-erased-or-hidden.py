@@ -70,12 +70,12 @@ def picture(task, circuit, mask, edited, title):
     unseen = other_half(task, task.held_out).sample(16, seed=0)
     never = load_model(task.reference_models[0])  # trained from scratch without the facts
     steps = RelearnConfig(steps=(20,))
-    after = {m: relearned(m, task, rate=1e-3, config=steps) for m in (edited, never)}
-    graphs = [attribute(m, unseen) for m in (model, edited, quantize(edited), after[edited])]
+    after, never_after = (relearned(m, task, rate=1e-3, config=steps) for m in (edited, never))
+    graphs = [attribute(m, unseen) for m in (model, edited, quantize(edited), after)]
     return changes_view(
         circuit,
         *graphs,
-        never_taught=attribute(after[never], unseen),
+        never_taught=attribute(never_after, unseen),
         model=model,
         mask=mask,
         title=title,
