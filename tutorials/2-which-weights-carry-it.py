@@ -48,7 +48,7 @@ for _ in range(3):
         weight.grad = kept.view_as(weight)
     optimiser.step()
 changed = sum(int((inside.weights[n] != w).sum()) for n, w in model.weights.items())
-print(f"{changed:,} parameters changed, all of {mask.n_parameters:,} in the mask")
+print(f"{changed:,} parameters changed; the mask holds {mask.n_parameters:,}")
 
 # %% [markdown]
 # `mask.save("mask.safetensors")` keeps it; `unlearn(model, task, mask)` is our own loop. Masks can be restricted to what you

@@ -30,7 +30,7 @@ capitals = load_task("capitals", model)  # one relation of every country
 settings = CircuitConfig(pairs=24, faithfulness_pairs=12)
 circuit = discover(model, capitals.forget, config=settings, retain=capitals.retain)
 mask = circuit_mask(circuit, model, budget=0.005, retain=capitals.retain_sets)
-first = unlearn(model, capitals, mask, Mansu(steps=40)).model
+first = unlearn(model, capitals, mask, Mansu(steps=120, lr=0.06)).model
 
 countries = load_task("countries", model)  # everything about 36 countries
 config = default_config("facts", "countries")  # as `mansu run`
@@ -39,7 +39,7 @@ other_mask = make_mask(config, model, countries, other_circuit)
 second = unlearn(model, countries, other_mask, config.unlearn).model
 
 # %% [markdown]
-# Both answer no better than a guess (0.25). Now one half of the forgotten subjects, drawn at random, is taught again for 20
+# Neither answers much better than a guess (0.25). Now one half of the forgotten subjects, drawn at random, is taught again for 20
 # steps, and the *other* half is asked for, in phrasings never trained on:
 
 # %%
