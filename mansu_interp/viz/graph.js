@@ -614,7 +614,7 @@ class GraphView {
   // What can be found of a component: its names, weights, class, group, note and tokens; of a closed
   // group, its name and what can be found of its members.
   words(id) {
-    if (isGroup(id)) return [id.slice(GROUP.length).toLowerCase(), ...this.membersOf(id).map((member) => this.words(member))].join(" ");
+    if (isGroup(id)) return [id.toLowerCase(), ...this.membersOf(id).map((member) => this.words(member))].join(" ");
     const d = this.data, row = this.nodeRow[id], prompts = d.prompts || [];
     const kind = d.nodes.class && row !== undefined ? d.classes[d.nodes.class[row]] : "";
     return [id, ...(d.weights[id] || []), kind, this.groupOf(id), this.notes[id], ...prompts.flatMap((p) => p.effects[id]?.tokens || [])].join(" ").toLowerCase();
