@@ -717,13 +717,13 @@ def test_a_closed_group_is_one_node_whose_edges_are_sums(driver: Any, tmp_path: 
     assert set(listing) == {f"{u} → {v}" for u, v in lines}
     driver.find_element("xpath", "//button[text()='nodes']").click()
     listing = {r[0]: r[1:] for r in listed(driver)}
-    assert not gone & set(listing)
+    assert not gone & set(listing) and {f"⊞ {name}open" for name in GROUPS} <= set(listing)
     members = [circuit.graph.writer_index[n] for n in GROUPS["early"]]
     total = sum(data.nodes.scores[0][m] for m in members)
-    row = listing["⊞ early"]
+    row = listing["⊞ earlyopen"]
     assert float(row[0].replace("−", "-")) == pytest.approx(total, rel=1e-3)
     into = sum(len(own) for (_, v), own in lines.items() if v == "⊞ early")
-    assert row[3] == str(into) and row[-1] == "earlyopen"
+    assert row[3] == str(into) and row[-1] == "early"
     quiet(driver, page)
 
 
@@ -743,13 +743,13 @@ def test_a_closed_group_says_what_its_edges_became(driver: Any, tmp_path: Path):
         line = f"v.drawn.find((i) => v.source[i] === {ends[0]!r} && v.target[i] === {ends[1]!r})"
         text = view(driver, f"v.describeEdge({line}).map((x) => x.textContent).join(' ')")
         became = [list(CLASSES)[data.edges.classes[i]] for i in own]
-        assert f"sum of {len(own)} drawn edge{'s' if len(own) > 1 else ''};" in text
+        one = " → ".join(ids[own[0]])
+        assert (f"sum of {len(own)} drawn edges;" if len(own) > 1 else f"for {one};") in text
         inside = sum(data.edges.in_circuit[i] for i in own)
         assert ("outside the circuit" in text) == (inside == 0)
         if len(set(became)) > 1:
-            strongest = " → ".join(ids[own[0]])
             assert "edges differ" in text and f"{became.count(became[0])} {became[0]}" in text
-            assert text.endswith(f"drawn as {became[0]}, the class of the strongest, {strongest}")
+            assert text.endswith(f"drawn as {became[0]}, the class of the strongest, {one}")
         else:
             assert text.endswith(f"all {became[0]}" if len(own) > 1 else became[0])
         seen.add((len(own) > 1, len(set(became)) > 1))
@@ -908,7 +908,7 @@ def test_closed_groups_cover_nothing(
     groups = {
         "x" * 40: ["a0.h0", f"a{last}.h0"], "three long names in one row": [f"a{last}.h1", "m0"],
         "y": ["a0.h3", f"a{last}.h3"], "low": ["a0.h1", "a0.h2"], "top": ["logits", f"m{last}"],
-        "start": ["input"],
+        "start": ["input"], "z" * 40: [f"a1.h{sizes[1] - 1}"],
     }  # fmt: skip
     driver.execute_script(CLOSE, groups)
     settle(driver)

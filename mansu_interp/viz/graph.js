@@ -56,6 +56,7 @@ border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg .tip{position:fixed;z-index:99999;pointer-events:none;background:var(--paper);color:var(--ink);
 border:1px solid var(--soft);border-radius:6px;padding:6px 10px;font-size:12px;max-width:min(430px,90vw);
 box-shadow:0 3px 12px #0003}
+.mg .tip td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:76px}
 @media print{.mg .bar,.mg .detail{display:none}}
 ${PANEL_CSS}`;
 
@@ -178,6 +179,9 @@ function bezier(p, t) {
   const s = 1 - t, a = s * s * s, b = 3 * s * s * t, c = 3 * s * t * t, d = t * t * t;
   return [a * p[0] + b * p[2] + c * p[4] + d * p[6], a * p[1] + b * p[3] + c * p[5] + d * p[7]];
 }
+
+// The scale at which the widest name of a head fits its column, and letters their box.
+function leastScale(layout, letters) { return Math.min(1, Math.max(letters / (0.96 * layout.column), (FONT + 2) / layout.tall)); }
 
 // As much of a name as fits.
 function fitted(c, text, width) {
@@ -724,15 +728,14 @@ class GraphView {
     else this.lit = edge === undefined ? null : pathsThrough(this, [], edge);
   }
 
-  // The scale at which the widest name fits its column, and letters their box; panes that have no room
-  // for it wrap, and scroll.
+  // The smallest scale; panes that have no room for it wrap, and scroll.
   fitPanes() {
     const c = this.canvases[0].getContext("2d"), { layout } = this;
     c.save();
     c.font = `${FONT}px system-ui, sans-serif`;
     this.letters = c.measureText(layout.longest).width + 1.5;
     c.restore();
-    this.least = Math.min(1, Math.max(this.letters / (0.96 * layout.column), (FONT + 2) / layout.tall));
+    this.least = leastScale(layout, this.letters);
     const across = evenly(this.panes.length, Math.floor((this.panesEl.clientWidth + 8) / (Math.ceil(layout.width * this.least) + 8)));
     this.panesEl.style.gridTemplateColumns = `repeat(${across},minmax(0,1fr))`;
   }
@@ -876,7 +879,7 @@ class GraphView {
 
   // Wide enough for its name, where that leaves a gap to the next.
   widthOf(box, z) {
-    if (box.kind === "group") return Math.max(box.width, Math.min(box.room, box.width / z));
+    if (box.kind === "group") return Math.min(box.width, box.wanted / z);
     return box.kind === "head" ? Math.max(box.width, Math.min(0.96 * this.layout.column, this.letters / z)) : box.width;
   }
 

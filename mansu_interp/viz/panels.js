@@ -112,9 +112,10 @@ function insideOfGroups(view) {
 }
 
 // Half a row above the heads of a layer nothing but its MLP is in the way: there a group stands, over
-// its highest member, at its members' mean; groups and MLP side by side. Nothing else moves.
+// its highest member, at its members' mean; groups and MLP side by side. Nothing else moves. The room
+// that it takes is what its name needs in the smallest drawing; it is drawn as wide as it must be.
 function closeBoxes(layout, inside, parallel) {
-  const rows = new Map(), members = new Map(), depth = ({ id }) => (id === "logits" ? Infinity : id === "input" ? -1 : Number(id.match(/\d+/)[0]));
+  const rows = new Map(), members = new Map(), least = leastScale(layout, layout.constants.letter * layout.longest.length), depth = ({ id }) => (id === "logits" ? Infinity : id === "input" ? -1 : Number(id.match(/\d+/)[0]));
   for (const box of layout.boxes) {
     const id = inside.get(box.id);
     if (id !== undefined) members.set(id, [...(members.get(id) || []), box]);
@@ -122,8 +123,8 @@ function closeBoxes(layout, inside, parallel) {
   for (const [id, own] of members) {
     const top = own.reduce((a, b) => (depth(b) >= depth(a) ? b : a)), layer = depth(top);
     const y = Number.isFinite(layer) && layer >= 0 ? layout.rows.get(layer) - layout.pitch / 2 : top.y;
-    const label = id.slice(GROUP.length), width = Math.max(40, Math.min(180, layout.constants.letter * label.length + 18));
-    const box = { id, kind: "group", label, x: sum(own.map((b) => b.x)) / own.length, y, width, height: layout.tall - 3, after: top };
+    const label = id.slice(GROUP.length), wanted = Math.max(40, Math.min(180, layout.constants.letter * label.length + 18));
+    const box = { id, kind: "group", label, x: sum(own.map((b) => b.x)) / own.length, y, width: wanted / least, wanted, height: layout.tall - 3, after: top };
     rows.set(y, [...(rows.get(y) || []), box]);
   }
   for (const [y, row] of rows) {
@@ -137,7 +138,6 @@ function closeBoxes(layout, inside, parallel) {
 }
 
 // Side by side between two ends, as near to their places as that allows; narrower if they must be.
-// `room`: how wide a box could be without touching a neighbour.
 function spread(row, left, right) {
   const gap = 12, wanted = sum(row.map((b) => b.width)) + gap * (row.length - 1), share = Math.min(1, (right - left) / wanted);
   row.sort((a, b) => a.x - b.x);
@@ -151,10 +151,6 @@ function spread(row, left, right) {
     b.x = Math.min(b.x, to - b.width / 2);
     to = b.x - b.width / 2 - gap * share;
   }
-  row.forEach((b, k) => {
-    const before = k ? row[k - 1].x + row[k - 1].width / 2 : left - gap, next = k + 1 < row.length ? row[k + 1].x - row[k + 1].width / 2 : right + gap;
-    b.room = Math.max(b.width, b.width + Math.min(b.x - b.width / 2 - before, next - b.x - b.width / 2) - gap * share);
-  });
 }
 
 // What is drawn of some edges: those that touch a closed group are summed by what is at their other
@@ -188,7 +184,8 @@ function sumEdges(view, kept) {
 
 // In words: how many edges a line stands for, and of what class.
 function sumWords(view, line) {
-  const parts = view.parts(line), n = parts.length, d = view.data, words = [`sum of ${n} drawn edge${n === 1 ? "" : "s"}`];
+  const parts = view.parts(line), n = parts.length, d = view.data, words = [`sum of ${n} drawn edges`];
+  if (n === 1) words[0] = `for ${view.source[parts[0]]} → ${view.target[parts[0]]}`;
   const inside = parts.filter((i) => d.edges.in_circuit[i]).length;
   words.push(inside === n ? "in the circuit" : inside ? `${inside} in the circuit` : "outside the circuit");
   if (d.edges.class) words.push(mixture(parts.map((i) => view.nameOf(i)), "edges", `${view.source[parts[0]]} → ${view.target[parts[0]]}`));
@@ -302,8 +299,9 @@ class List {
       const mark = k === this.by ? (this.up ? " ▴" : " ▾") : "";
       return make("th", { "aria-sort": sort, ...(this.wordy(k, head) ? { class: "word" } : {}) }, make("button", { type: "button", text: text + mark }));
     };
-    const cell = (x, k) => (k === 0 ? make("td", {}, make("button", { type: "button", text: x }))
-      : head[k] === "group" && x ? make("td", { class: "word", text: x }, closeButton(this.view, x))
+    const folds = (x, k) => this.kind === "nodes" && (k === 0 ? isGroup(x) : head[k] === "group" && x && !this.view.closed.has(x));
+    const cell = (x, k) => (k === 0 ? make("td", {}, make("button", { type: "button", text: x }), ...(folds(x, k) ? [closeButton(this.view, x.slice(GROUP.length))] : []))
+      : folds(x, k) ? make("td", { class: "word", text: x }, closeButton(this.view, x))
       : make("td", this.wordy(k, head) ? { class: "word", text: x } : { text: head[k].startsWith("edges ") ? count(x) : fmt(x) }));
     this.rows = new Map(shown.map(({ key, cells }) => [String(key), make("tr", { "data-key": key }, ...cells.map(cell))]));
     this.table.replaceChildren(make("thead", {}, make("tr", {}, ...head.map(title))), make("tbody", {}, ...this.rows.values()));
@@ -508,7 +506,7 @@ function pictureOf(view) {
   return { width: width * across, height: top + down * (height + caption) + 18 * legend.length + 12, at, legend, legendY: top + down * (height + caption) + 10 };
 }
 
-function shorten(text, letters) { return text.length > Math.max(3, letters) ? `${[...text].slice(0, Math.max(2, letters - 1)).join("")}…` : text; }
+function shorten(text, letters) { return [...text].length > letters ? `${[...text].slice(0, Math.max(1, Math.floor(letters) - 1)).join("")}…` : text; }
 
 function svgText(view) {
   const { css, layout } = view, picture = pictureOf(view), { width, height } = picture;
@@ -530,10 +528,10 @@ function svgText(view) {
       pane.append(node("path", { d: `M${c[0]} ${c[1]}C${c.slice(2).join(" ")}`, fill: "none", stroke: colour, "stroke-width": line, "stroke-dasharray": dash.join(" "), opacity: alpha }));
     }
     for (const b of view.boxes) {
-      const on = view.active.has(b.id), frame = isPinned(view, b.id) ? css.accent : on ? css.soft : css.faint;
-      if (b.kind === "group") pane.append(node("rect", { x: b.x - b.width / 2 + 3, y: b.y - b.height / 2 - 3, width: b.width, height: b.height, rx: 5, fill: css.paper, stroke: css.accent }));
-      pane.append(node("rect", { x: b.x - b.width / 2, y: b.y - b.height / 2, width: b.width, height: b.height, rx: b.kind === "kv" ? 2 : 5, fill: b.kind === "kv" ? frame : on ? css.box : "none", stroke: b.kind === "group" ? css.accent : frame }));
-      if (b.label) pane.append(text(shorten(b.label, (b.width - 8) / layout.constants.letter), b.x, b.y + 4, { "text-anchor": "middle", fill: on ? css.ink : css.soft }));
+      const on = view.active.has(b.id), wide = b.kind === "group" ? view.widthOf(b, 1) : b.width, frame = isPinned(view, b.id) ? css.accent : on ? css.soft : css.faint;
+      if (b.kind === "group") pane.append(node("rect", { x: b.x - wide / 2 + 3, y: b.y - b.height / 2 - 3, width: wide, height: b.height, rx: 5, fill: css.paper, stroke: css.accent }));
+      pane.append(node("rect", { x: b.x - wide / 2, y: b.y - b.height / 2, width: wide, height: b.height, rx: b.kind === "kv" ? 2 : 5, fill: b.kind === "kv" ? frame : on ? css.box : "none", stroke: b.kind === "group" ? css.accent : frame }));
+      if (b.label) pane.append(text(b.kind === "group" ? shorten(b.label, (wide - 8) / layout.constants.letter) : b.label, b.x, b.y + 4, { "text-anchor": "middle", fill: on ? css.ink : css.soft }));
     }
     root.append(pane);
   });
