@@ -608,6 +608,22 @@ def test_token_positions(driver: Any, tmp_path: Path):
     at = np.unravel_index(np.abs(by_position[1]).argmax(), by_position[1].shape)
     assert circuit.graph.edge(u, v) == at
     assert listed(driver)[0][1] == f"{by_position[1][at]:+.4g}".replace("-", "−")
+    # a closed group has a row: what its drawn edges carry to the outside
+    driver.execute_script(CLOSE, GROUPS)
+    settle(driver)
+    (line,) = view(driver, "v.drawn.map((i) => [v.target[i], v.source[i], v.score(i, 0),"
+                           " v.parts(i).map((k) => [v.data.writers[v.data.edges.source[k]],"
+                           " v.data.readers[v.data.edges.target[k]]])])"
+                           ".filter(([t, s]) => t === 'logits' && s === '⊞ early')")  # fmt: skip
+    own = sum(by_position[1][circuit.graph.edge(*edge)] for edge in line[3])
+    assert line[2] == pytest.approx(own, rel=1e-3)
+    out = view(driver, "v.drawn.filter((i) => v.source[i] === '⊞ early').map((i) => v.score(i, 0))")
+    titles = [
+        c.get_attribute("title") for c in driver.find_elements("css selector", ".places .cell")
+    ]
+    assert not [t for t in titles if t.startswith("m0 at")]
+    (title,) = [t for t in titles if t.startswith("⊞ early at 1: ")]
+    assert float(title.split(": ")[1].replace("−", "-")) == pytest.approx(sum(out), abs=2e-3)
     driver.find_element("css selector", "[aria-label='all positions']").click()
     assert view(driver, "v.at") is None
     quiet(driver, page)
@@ -978,6 +994,20 @@ def test_the_widget_module_speaks_to_its_model(driver: Any, tmp_path: Path):
     find = driver.find_element("css selector", "#w input[type=search]")
     assert find.get_attribute("value") == "a1"
     assert not driver.find_element("css selector", "#w .count").text.startswith("0 of")
+    # a closed group: Python hears of its members and its line, and may close one, too
+    driver.execute_script(
+        "window.model.fromPython('state', {groups: {x: ['m0', 'a0.h1']}, closed: ['x'], all: true})"
+    )
+    assert ", as " in driver.find_element("css selector", "#w .count").text
+    driver.find_element("css selector", "#w [aria-label='pin the group x']").click()
+    assert driver.execute_script("return window.saved.at(-1).selected") == ["m0", "a0.h1"]
+    rows = driver.find_elements("css selector", "#w .list tbody td:first-child button")
+    next(r for r in rows if r.text.startswith("⊞ x → ")).click()
+    assert driver.execute_script("return window.saved.at(-1).selected_edge")[0] == "⊞ x"
+    driver.find_element("css selector", "#w [aria-label='open the group x']").click()
+    driver.execute_async_script("setTimeout(arguments[0], 400)")
+    assert "closed" not in driver.execute_script("return window.saved.at(-1).state")
+    assert driver.execute_script("return window.saved.at(-1).selected_edge") == []
     driver.execute_script("window.stop()")
     assert browser.complaints(driver) == []
 

@@ -593,7 +593,7 @@ class GraphView {
       finds(i));
     const widest = this.widest;
     this.drawn = sumEdges(this, this.kept);
-    if (this.hover?.edge >= this.order.length) this.hover = null; // sums are numbered anew
+    if (this.hover?.edge >= this.order.length || (this.hover?.box && !this.layout.box[this.hover.box])) this.hover = null; // sums are numbered anew
     if (widest !== undefined && widest !== this.widest && this.css) this.buildLegend();
     this.flow = this.lit = null;
     this.active = new Set(this.drawn.flatMap((i) => [boxOf(this.source[i]), boxOf(this.target[i])]));
@@ -1097,7 +1097,8 @@ class GraphView {
   showDetail(id) {
     const edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
     const ids = id ? [id] : this.pins();
-    const hint = "Point at a component or an edge to see its paths; click to pin it (shift-click adds). Drag to move, double-click, + and − to zoom; double-click or g on a group closes and opens it; arrows and Enter work too.";
+    const hint = "Point at a component or an edge to see its paths; click to pin it (shift-click adds). Drag to move, double-click, + and − to zoom; arrows and Enter work too."
+      + (Object.keys(this.groups).length ? " Double-click or g on a group closes and opens it." : "");
     this.detail.replaceChildren(...pinBar(this), ...(ids.length ? ids.slice(0, 4).flatMap((x) => this.describeBox(x, true))
       : edge !== undefined ? this.describeEdge(edge, true) : [make("span", { class: "soft", text: hint })]));
   }
