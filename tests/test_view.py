@@ -422,6 +422,30 @@ def test_a_selection_becomes_a_circuit():
         widget.circuit(circuit)
 
 
+@pytest.mark.parametrize("kv", [4, 2])
+def test_the_line_of_a_closed_group_becomes_its_edges(kv: int):
+    pytest.importorskip("anywidget")
+    circuit = make_circuit(kv=kv, n=180)
+    widget = circuit_view(circuit).widget()
+    groups = {"late": ["a1.h0", "a1.h1", "m2"], "early": ["m0", "a0.h1"]}
+    widget.state = {"groups": groups, "closed": ["late", "early"]}
+    bars = {"a1.kv0"} if kv == 2 else set()  # what only they read
+    early, late = set(groups["early"]), {*groups["late"], *bars}
+    for edge, sources, targets in (
+        (["⊞ early", "⊞ late"], early, late),
+        (["⊞ early", "logits"], early, {"logits"}),
+        (["m1", "⊞ late"], {"m1"}, late),
+    ):
+        widget.selected_edge = edge
+        found = {(e.source, e.target) for e in widget.circuit(circuit).top(10**6)}
+        real = [(e.source, e.target) for e in circuit.top(10**6)]
+        wanted = {(u, v) for u, v in real if u in sources and v.split("<")[0] in targets}
+        assert found == wanted and wanted, edge
+    widget.selected_edge = ["⊞ gone", "logits"]
+    with pytest.raises(ViewError, match=r"'gone' is no group of this widget; its groups: early, l"):
+        widget.circuit(circuit)
+
+
 def test_the_module_asks_for_nothing():
     source = module_source()
     for needle in ("http:", "https:", "import ", "fetch(", "XMLHttp", "innerHTML", "eval("):

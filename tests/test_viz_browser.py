@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from test_view import SHOWN, make_attributions, make_circuit
 
+from mansu_interp.circuits.changes import CLASSES
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import GraphComparison
 from mansu_interp.circuits.scores import Attribution
@@ -561,6 +562,7 @@ def test_a_link_restores_the_view(driver: Any, tmp_path: Path):
         '{"pinned":["<img src=x>"],"edge":["a","b"],"threshold":1e400,"sort":[99,1],"at":7}',
         '{"notes":{"m0":"</script><img src=x onerror=1>"},"groups":{"<img>":["m0","zz"]}}',
         '{"unfolded":[-1,1e9,"x"],"all":"yes","notes":{"__proto__":"x"},"list":"x"}',
+        '{"groups":{"\\ud800<img src=x>":["zz"],"x":5},"closed":["x","toString",5,"__proto__"]}',
     ],
 )  # fmt: skip
 def test_a_hostile_link_does_no_harm(driver: Any, tmp_path: Path, hostile: str):
@@ -627,6 +629,22 @@ def test_token_positions(driver: Any, tmp_path: Path):
     at = np.unravel_index(np.abs(by_position[1]).argmax(), by_position[1].shape)
     assert circuit.graph.edge(u, v) == at
     assert listed(driver)[0][1] == f"{by_position[1][at]:+.4g}".replace("-", "−")
+    # a closed group has a row: what its drawn edges carry to the outside
+    driver.execute_script(CLOSE, GROUPS)
+    settle(driver)
+    (line,) = view(driver, "v.drawn.map((i) => [v.target[i], v.source[i], v.score(i, 0),"
+                           " v.parts(i).map((k) => [v.data.writers[v.data.edges.source[k]],"
+                           " v.data.readers[v.data.edges.target[k]]])])"
+                           ".filter(([t, s]) => t === 'logits' && s === '⊞ early')")  # fmt: skip
+    own = sum(by_position[1][circuit.graph.edge(*edge)] for edge in line[3])
+    assert line[2] == pytest.approx(own, rel=1e-3)
+    out = view(driver, "v.drawn.filter((i) => v.source[i] === '⊞ early').map((i) => v.score(i, 0))")
+    titles = [
+        c.get_attribute("title") for c in driver.find_elements("css selector", ".places .cell")
+    ]
+    assert not [t for t in titles if t.startswith("m0 at")]
+    (title,) = [t for t in titles if t.startswith("⊞ early at 1: ")]
+    assert float(title.split(": ")[1].replace("−", "-")) == pytest.approx(sum(out), abs=2e-3)
     driver.find_element("css selector", "[aria-label='all positions']").click()
     assert view(driver, "v.at") is None
     quiet(driver, page)
@@ -649,12 +667,299 @@ def test_groups_and_notes(driver: Any, tmp_path: Path):
     assert view(driver, "v.notes") == {"a1.h2": "moves the subject"}
     driver.find_element("xpath", "//button[text()='nodes']").click()
     row = next(row for row in listed(driver) if row[0] == "a1.h2")
-    assert row[-2:] == ["early", "moves the subject"]
+    assert row[-2:] == ["earlyclose", "moves the subject"]  # with the button that closes it
     driver.execute_script("window.mansuViews[0].click(null)")
     driver.find_element("css selector", "button.group").click()
     assert view(driver, "[...v.selected]") == ["a1.h2", "m0"]
     driver.find_element("css selector", "[aria-label='dissolve the group early']").click()
     assert view(driver, "v.groups") == {}
+    quiet(driver, page)
+
+
+GROUPS = {"early": ["a0.h1", "a0.h3", "m0", "a1.h0"], "late <q>": ["a2.h0", "a2.h1", "m2"]}
+CLOSE = (
+    "const v = window.mansuViews[0];"
+    "for (const [name, ids] of Object.entries(arguments[0])) v.group(name, ids);"
+    "for (const name of Object.keys(arguments[0])) v.toggleGroup(name);"
+)
+DOUBLE_CLICK = (
+    CLICK.replace('["pointermove", "pointerdown", "pointerup"]', '["down", "up", "down", "up"]')
+    .replace("PointerEvent(name, at)", "PointerEvent('pointer' + name, at)")
+    + "c.dispatchEvent(new MouseEvent('dblclick', at));"
+)  # fmt: skip
+
+
+def summed(data: GraphData, drawn: int) -> dict[tuple[str, str], list[int]]:
+    """By the ends of a line: the edges that it stands for, of those drawn with GROUPS closed."""
+    group_of = {id: f"⊞ {name}" for name, ids in GROUPS.items() for id in ids}
+    heads, kv = data.architecture.n_heads, data.architecture.n_kv_heads
+    for bar in range(kv if kv < heads else 0):
+        for layer in range(data.architecture.n_layers):
+            each = heads // kv
+            own = {group_of.get(f"a{layer}.h{bar * each + h}") for h in range(each)}
+            if len(own) == 1 and (one := own.pop()):
+                group_of[f"a{layer}.kv{bar}"] = one
+    lines: dict[tuple[str, str], list[int]] = {}
+    for i, (u, v) in enumerate(data.edge_ids()[:drawn]):
+        s, t = (group_of.get(x.split("<")[0], x) for x in (u, v))
+        if s != t or s not in group_of.values():
+            lines.setdefault((s, t), []).append(i)
+    return lines
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_a_closed_group_is_one_node_whose_edges_are_sums(driver: Any, tmp_path: Path, kv: int):
+    circuit = make_circuit(kv=kv, n=120)
+    data = changes_view(circuit, *make_attributions(circuit)).data
+    page = View(data).to_html(tmp_path / "closed.html")
+    opened(driver, page)
+    before = {b["id"]: b for b in view(driver, "v.boxes")}
+    open_edges = view(driver, "v.drawn.length")
+    driver.execute_script(CLOSE, GROUPS)
+    settle(driver)
+    lines = summed(data, open_edges)
+    names = list(CLASSES)
+    assert data.edges.classes is not None
+    wanted = {
+        ends: [len(own), names[data.edges.classes[own[0]]]]  # the strongest comes first
+        for ends, own in lines.items()
+    }
+    assert max(n for n, _ in wanted.values()) > 2 and len(lines) < open_edges
+    ends = "v.source[i], v.target[i]"
+    found = view(driver, f"v.drawn.map((i) => [{ends}, v.parts(i).length, v.nameOf(i)])")
+    assert {(u, v): rest for u, v, *rest in found} == wanted and len(found) == len(wanted)
+    scores = view(driver, "v.drawn.map((i) => v.panes.map((_, p) => v.score(i, p)))")
+    for (u, v, *_), shown in zip(found, scores, strict=True):
+        sums = [sum(pane[i] for i in lines[u, v]) for pane in data.edges.scores]
+        assert shown == pytest.approx(sums), (u, v)
+    strength = [max(map(abs, s)) for s in scores]
+    assert strength == sorted(strength, reverse=True)
+    assert view(driver, "v.widest") == pytest.approx(max(*strength, view(driver, "v.largest")))
+    # one box at the mean of the members', in the layer of the highest; nothing else moves
+    after = {b["id"]: b for b in view(driver, "v.boxes")}
+    gone = {id for ids in GROUPS.values() for id in ids}
+    assert set(after) - set(before) == {f"⊞ {name}" for name in GROUPS}
+    assert gone <= set(before) - set(after)
+    assert set(before) - set(after) - gone == (set() if kv == 4 else {"a2.kv0"})
+    assert all(after[id] == before[id] for id in set(before) & set(after))
+    rows = view(driver, "[...v.layout.rows.values()]")
+    early, late = after["⊞ early"], after["⊞ late <q>"]
+    assert early["x"] == pytest.approx(np.mean([before[n]["x"] for n in GROUPS["early"]]))
+    assert rows[1] > early["y"] > rows[2] and rows[2] > late["y"]
+    assert driver.find_element("css selector", ".count").text.startswith(
+        f"{open_edges} of {len(data.edges.source)} edges"
+    )
+    # a row of the list each
+    listing = {r[0]: r[1:] for r in listed(driver)}
+    assert set(listing) == {f"{u} → {v}" for u, v in lines}
+    driver.find_element("xpath", "//button[text()='nodes']").click()
+    listing = {r[0]: r[1:] for r in listed(driver)}
+    assert not gone & set(listing) and {f"⊞ {name}open" for name in GROUPS} <= set(listing)
+    members = [circuit.graph.writer_index[n] for n in GROUPS["early"]]
+    total = sum(data.nodes.scores[0][m] for m in members)
+    row = listing["⊞ earlyopen"]
+    assert float(row[0].replace("−", "-")) == pytest.approx(total, rel=1e-3)
+    into = sum(len(own) for (_, v), own in lines.items() if v == "⊞ early")
+    assert row[3] == str(into) and row[-1] == "early"
+    quiet(driver, page)
+
+
+def test_a_closed_group_says_what_its_edges_became(driver: Any, tmp_path: Path):
+    circuit = make_circuit(n=120)
+    data = changes_view(circuit, *make_attributions(circuit)).data
+    page = View(data).to_html(tmp_path / "said.html")
+    opened(driver, page)
+    drawn = view(driver, "v.drawn.length")
+    driver.execute_script(CLOSE, GROUPS)
+    settle(driver)
+    assert data.edges.classes is not None
+    seen, ids = set(), data.edge_ids()
+    for ends, own in summed(data, drawn).items():
+        if not any(end.startswith("⊞") for end in ends):
+            continue
+        line = f"v.drawn.find((i) => v.source[i] === {ends[0]!r} && v.target[i] === {ends[1]!r})"
+        text = view(driver, f"v.describeEdge({line}).map((x) => x.textContent).join(' ')")
+        became = [list(CLASSES)[data.edges.classes[i]] for i in own]
+        one = " → ".join(ids[own[0]])
+        assert (f"sum of {len(own)} drawn edges;" if len(own) > 1 else f"for {one};") in text
+        inside = sum(data.edges.in_circuit[i] for i in own)
+        assert ("outside the circuit" in text) == (inside == 0)
+        if len(set(became)) > 1:
+            assert "edges differ" in text and f"{became.count(became[0])} {became[0]}" in text
+            assert text.endswith(f"drawn as {became[0]}, the class of the strongest, {one}")
+        else:
+            assert text.endswith(f"all {became[0]}" if len(own) > 1 else became[0])
+        seen.add((len(own) > 1, len(set(became)) > 1))
+    assert seen == {(False, False), (True, False), (True, True)}
+    # classes that are hidden are not summed
+    driver.find_element("xpath", "//button[contains(., 'new: ')]").click()
+    left = view(driver, "v.drawn.flatMap((i) => v.parts(i)).map((i) => v.nameOf(i))")
+    assert "new" not in left and len(set(left)) > 2
+    quiet(driver, page)
+
+
+def test_closed_groups_open_by_mouse_key_and_button(driver: Any, tmp_path: Path):
+    page = circuit_view(make_circuit(n=80)).to_html(tmp_path / "open.html")
+    opened(driver, page)
+    driver.execute_script(CLOSE, GROUPS)
+    driver.execute_script("window.mansuViews[0].pin(['m1'])")
+    settle(driver)
+    at = "(({x, y}) => [x, y])(v.layout.box['⊞ early'])"
+    # a click pins the members, and unpins them
+    driver.execute_script(CLICK, *view(driver, at))
+    assert view(driver, "[...v.selected]") == GROUPS["early"]
+    card = driver.find_element("css selector", ".detail").text
+    assert "4 components: a0.h1, a0.h3, m0, a1.h0" in card and "of it within" in card
+    pins = driver.find_elements("css selector", ".pins [aria-label^=unpin]")
+    assert [p.text for p in pins] == ["⊞ early ×"]
+    driver.execute_script(CLICK, *view(driver, at))
+    assert view(driver, "[...v.selected]") == []
+    # two open it, and leave the pins
+    driver.execute_script("window.mansuViews[0].pin(['m1'])")
+    settle(driver)
+    driver.execute_script(DOUBLE_CLICK, *view(driver, at))
+    assert view(driver, "[[...v.closed], [...v.selected], v.view.k]") == [["late <q>"], ["m1"], 1]
+    settle(driver)
+    driver.execute_script(DOUBLE_CLICK, *view(driver, "(({x, y}) => [x, y])(v.layout.box.m0)"))
+    assert view(driver, "[...v.closed].sort()") == ["early", "late <q>"]
+    canvas = driver.find_element("css selector", "canvas")
+    press = "arguments[0].dispatchEvent(new KeyboardEvent('keydown', {key: 'g'}))"
+    driver.execute_script("const v = window.mansuViews[0]; v.point(null); v.focus = '⊞ early'")
+    driver.execute_script(press, canvas)
+    assert view(driver, "[[...v.closed], v.focus]") == [["late <q>"], "a0.h1"]
+    driver.execute_script(press, canvas)
+    assert view(driver, "[v.closed.size, v.focus]") == [2, "⊞ early"]
+    # the buttons beside the groups, and in the list
+    driver.find_element("css selector", ".pins [aria-label='open the group early']").click()
+    assert view(driver, "[...v.closed]") == ["late <q>"]
+    driver.find_element("xpath", "//button[text()='nodes']").click()
+    driver.find_element("css selector", ".list [aria-label='open the group late <q>']").click()
+    assert view(driver, "[...v.closed]") == []
+    settle(driver)
+    driver.find_element("css selector", ".list [aria-label='close the group early']").click()
+    assert view(driver, "[...v.closed]") == ["early"]
+    settle(driver)
+    # a group that is dissolved is not closed any more
+    driver.find_element("css selector", "[aria-label='dissolve the group early']").click()
+    assert view(driver, "[v.closed.size, v.boxes.filter((b) => b.kind === 'group').length]") == [
+        0, 0,
+    ]  # fmt: skip
+    assert view(driver, "v.drawn.length") == 80
+    quiet(driver, page)
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_paths_and_search_reach_into_closed_groups(driver: Any, tmp_path: Path, kv: int):
+    circuit = make_circuit(kv=kv, n=30)
+    made = circuit_view(circuit)
+    page = made.to_html(tmp_path / "inside.html")
+    opened(driver, page)
+    drawn = view(driver, "v.drawn.length")
+    lit = "[...v.lit.edges].map(([i, level]) => [v.source[i], v.target[i], level])"
+    driver.execute_script(CLOSE, GROUPS)
+    lines, ids = summed(made.data, drawn), made.data.edge_ids()
+
+    def pointed(what: str) -> dict[tuple[str, str], int]:
+        driver.execute_script(f"window.mansuViews[0].point({what})")
+        settle(driver)
+        return {(u, v): level for u, v, level in view(driver, lit)}
+
+    partly = 0
+    for name in ("a0.h0", "m1", "a1.h2"):
+        alone = on_paths(circuit, name)
+        wanted = {e: max(alone.get(ids[i], 0) for i in own) for e, own in lines.items()}
+        assert pointed(f"{{box: {name!r}}}") == {e: n for e, n in wanted.items() if n}, name
+        partly += 0 < sum(map(bool, wanted.values())) < len(lines)
+    assert partly
+    each = [on_paths(circuit, name) for name in GROUPS["early"]]
+    wanted = {e: max(p.get(ids[i], 0) for p in each for i in own) for e, own in lines.items()}
+    found = pointed("{box: '⊞ early'}")
+    assert found == {e: n for e, n in wanted.items() if n}
+    assert all(n == 2 for e, n in found.items() if "⊞ early" in e)
+    assert "⊞ early" in view(driver, "[...v.lit.boxes]")
+    # a line: itself, and what leads to its sources
+    graph, own = circuit.to_networkx(), lines["⊞ early", "logits"]
+    number = "v.drawn.find((i) => v.source[i] === '⊞ early' && v.target[i] === 'logits')"
+    before = {n for i in own for n in nx.ancestors(graph, ids[i][0]) | {ids[i][0]}}
+    begins = nx.descendants(graph, "input") | {"input"}
+    wanted = {
+        e: max(2 if i in own else int(ids[i][1] in before and ids[i][0] in begins) for i in parts)
+        for e, parts in lines.items()
+    }
+    assert pointed(f"{{edge: {view(driver, number)}}}") == {e: n for e, n in wanted.items() if n}
+    # names of group and members find all of its lines
+    touching = {e for e in lines if "⊞ early" in e}
+    assert find(driver, "early") == find(driver, "a1.h0") == touching
+    assert find(driver, "⊞ early → ") == {e for e in lines if e[0] == "⊞ early"}
+    assert find(driver, "a0.h1 → logits") == {e for e in lines if e == ("⊞ early", "logits")}
+    quiet(driver, page)
+
+
+def test_closed_groups_are_saved_and_restored(driver: Any, tmp_path: Path):
+    circuit = make_circuit(n=60)
+    made = changes_view(circuit, *make_attributions(circuit), title="closed")
+    page = made.to_html(tmp_path / "page.html")
+    opened(driver, page)
+    driver.execute_script(CLOSE, GROUPS)
+    driver.execute_script("const v = window.mansuViews[0]; v.click({edge: v.drawn.find("
+                          "(i) => v.source[i] === '⊞ early')})")  # fmt: skip
+    driver.execute_async_script("setTimeout(arguments[0], 400)")
+    state = "[v.drawn.map((i) => [v.source[i], v.target[i]]), v.selectedEdge, [...v.closed]]"
+    wanted, link = view(driver, state), driver.current_url
+    assert wanted[1][0] == "⊞ early" and wanted[2] == list(GROUPS)
+    svg = ET.fromstring(saved(driver, tmp_path, "SVG").read_text("utf-8"))
+    curves = [e for e in svg.iter() if e.tag.endswith("path") and "C" in e.get("d", "")]
+    assert len(curves) == 3 * len(wanted[0])
+    words = {e.text for e in svg.iter() if e.tag.endswith("text")}
+    assert {"early", "late <q>", "m1"} <= words and not {"m0", "a0.h1"} & words
+    rows = list(csv.reader(saved(driver, tmp_path, "CSV").read_text("utf-8").splitlines()))
+    assert len(rows) == 1 + len(wanted[0])
+    again = View.from_json(saved(driver, tmp_path, "JSON")).data
+    assert again.state == {"edge": wanted[1], "groups": GROUPS, "closed": list(GROUPS)}
+    assert saved(driver, tmp_path, "PNG").stat().st_size > 10_000
+    for where in (link, View(again).to_html(tmp_path / "again.html").as_uri()):
+        driver.get("about:blank")
+        driver.get(where)
+        settle(driver)
+        assert view(driver, state) == wanted
+    # opened: the line is gone, and with it its selection
+    driver.execute_script("window.mansuViews[0].toggleGroup('early')")
+    assert view(driver, "[v.selectedEdge, [...v.closed]]") == [[], ["late <q>"]]
+    assert browser.complaints(driver) == []
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 2), (12, 12, 12), (30, 9, 3), (4, 8, 8)])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_closed_groups_cover_nothing(
+    driver: Any, tmp_path: Path, sizes: tuple[int, int, int], parallel: bool
+):
+    """Also three in a row, with names of any length, an MLP beside them, and either end in one."""
+    graph = Graph(Architecture(*sizes, parallel=parallel))
+    shape = graph.exists.shape
+    scores = np.random.default_rng(0).standard_t(2, shape) * graph.exists
+    edges = np.abs(scores) >= np.sort(np.abs(scores[graph.exists]))[-80]
+    page = circuit_view(Circuit(graph, scores, edges & graph.exists)).to_html(tmp_path / "c.html")
+    opened(driver, page)
+    last = sizes[0] - 1
+    driver.execute_script("window.mansuViews[0].all = true; window.mansuViews[0].refilter()")
+    groups = {
+        "x" * 40: ["a0.h0", f"a{last}.h0"], "three long names in one row": [f"a{last}.h1", "m0"],
+        "y": ["a0.h3", f"a{last}.h3"], "low": ["a0.h1", "a0.h2"], "top": ["logits", f"m{last}"],
+        "start": ["input"], "z" * 40: [f"a1.h{sizes[1] - 1}"],
+    }  # fmt: skip
+    driver.execute_script(CLOSE, groups)
+    settle(driver)
+    boxes = [b for b in view(driver, "v.boxes")]
+    closed = [b for b in boxes if b["kind"] == "group"]
+    assert {b["label"] for b in closed} == set(groups)
+    size = view(driver, "[v.layout.width, v.layout.height]")
+    for one in closed:
+        assert one["x"] - one["width"] / 2 >= 0 and one["x"] + one["width"] / 2 <= size[0]
+        assert one["y"] - one["height"] / 2 >= 0 and one["y"] + one["height"] / 2 <= size[1]
+        for other in boxes:
+            across = (one["width"] + other["width"]) / 2 - abs(one["x"] - other["x"])
+            down = (one["height"] + other["height"]) / 2 - abs(one["y"] - other["y"])
+            assert one is other or across <= 0.01 or down <= 0.01, (one["id"], other["id"])
     quiet(driver, page)
 
 
@@ -710,6 +1015,20 @@ def test_the_widget_module_speaks_to_its_model(driver: Any, tmp_path: Path):
     find = driver.find_element("css selector", "#w input[type=search]")
     assert find.get_attribute("value") == "a1"
     assert not driver.find_element("css selector", "#w .count").text.startswith("0 of")
+    # a closed group: Python hears of its members and its line, and may close one, too
+    driver.execute_script(
+        "window.model.fromPython('state', {groups: {x: ['m0', 'a0.h1']}, closed: ['x'], all: true})"
+    )
+    assert ", as " in driver.find_element("css selector", "#w .count").text
+    driver.find_element("css selector", "#w [aria-label='pin the group x']").click()
+    assert driver.execute_script("return window.saved.at(-1).selected") == ["m0", "a0.h1"]
+    rows = driver.find_elements("css selector", "#w .list tbody td:first-child button")
+    next(r for r in rows if r.text.startswith("⊞ x → ")).click()
+    assert driver.execute_script("return window.saved.at(-1).selected_edge")[0] == "⊞ x"
+    driver.find_element("css selector", "#w [aria-label='open the group x']").click()
+    driver.execute_async_script("setTimeout(arguments[0], 400)")
+    assert "closed" not in driver.execute_script("return window.saved.at(-1).state")
+    assert driver.execute_script("return window.saved.at(-1).selected_edge") == []
     driver.execute_script("window.stop()")
     assert browser.complaints(driver) == []
 

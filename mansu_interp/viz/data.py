@@ -194,7 +194,7 @@ class GraphData:
     positions: PositionData | None = None
     """Scores by token position; in views of one pane."""
     state: dict[str, Json] = field(default_factory=dict)
-    """Pins, groups, notes and filters that are restored, as `GraphWidget.state`."""
+    """Pins, groups, closed groups, notes and filters to restore, as `GraphWidget.state`."""
 
     def edge_ids(self) -> list[tuple[str, str]]:
         """Node ids of every edge, in order."""

@@ -56,14 +56,16 @@ border-radius:5px;padding:2px 8px;cursor:pointer;line-height:1.4}
 .mg .tip{position:fixed;z-index:99999;pointer-events:none;background:var(--paper);color:var(--ink);
 border:1px solid var(--soft);border-radius:6px;padding:6px 10px;font-size:12px;max-width:min(430px,90vw);
 box-shadow:0 3px 12px #0003}
+.mg .tip td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:76px}
 @media print{.mg .bar,.mg .detail{display:none}}
 ${PANEL_CSS}`;
 
 const fmt = (x) => (x === null || x === undefined ? "–" : (x < 0 ? "−" : "+") + short(Math.abs(x)));
 const short = (x) => (x === 0 ? "0" : x < 1e-4 ? x.toExponential(1) : Number(x.toPrecision(4)).toString());
 const count = (n) => n.toLocaleString("en-US");
-const boxOf = (id) => id.split("<")[0];
-const readerOf = (id) => (id.includes("<") ? id.slice(id.indexOf("<") + 1, -1) : "");
+const isGroup = (id) => id.startsWith(GROUP);
+const boxOf = (id) => (isGroup(id) ? id : id.split("<")[0]);
+const readerOf = (id) => (!isGroup(id) && id.includes("<") ? id.slice(id.indexOf("<") + 1, -1) : "");
 
 // What the tables' headings mean: as in docs/glossary.md and the report's terms (a test compares them).
 export const TERMS = {
@@ -136,7 +138,8 @@ export function place(a, c, shown) {
   return { width: margin + c.right, height: inputY + 12 + c.bottom, pitch, column, tall, longest, boxes, box, rows, margin, constants: c };
 }
 
-// The four Bezier points of an edge: the same rule as `curve` in layout.py (a test compares them).
+// The four Bezier points of an edge: the same rule as `curve` in layout.py (a test compares them), but
+// for closed groups, which alone have edges to what is beside or below them.
 export function curve(layout, source, target) {
   const u = layout.box[boxOf(source)], v = layout.box[boxOf(target)], c = layout.constants;
   const offsets = v.kind === "kv" ? c.shared_ports : c.ports;
@@ -145,6 +148,10 @@ export function curve(layout, source, target) {
   if (u.kind === "input" && v.kind !== "logits") x0 += 0.75 * (x1 - u.x);
   if (v.kind === "logits" && u.kind !== "input") x1 += 0.75 * (x0 - v.x);
   const y0 = u.y - u.height / 2, y1 = v.y + v.height / 2, rise = y0 - y1;
+  if (rise < 0) {
+    const swing = Math.abs(x1 - x0) < layout.column ? (x1 < c.left + layout.column ? 1 : -1) * layout.column : 0, up = 0.6 * layout.pitch;
+    return [x0, y0, x0 + swing, y0 - up, x1 + swing, y1 + up, x1, y1];
+  }
   if (rise > 1.1 * layout.pitch && Math.abs(x1 - x0) < 0.6 * layout.column) {
     let swing;
     if (u.kind === "mlp" || v.kind === "mlp" || isEnd("input", "logits")) {
@@ -171,6 +178,17 @@ function roundEven(x) { // Python's round
 function bezier(p, t) {
   const s = 1 - t, a = s * s * s, b = 3 * s * s * t, c = 3 * s * t * t, d = t * t * t;
   return [a * p[0] + b * p[2] + c * p[4] + d * p[6], a * p[1] + b * p[3] + c * p[5] + d * p[7]];
+}
+
+// The scale at which the widest name of a head fits its column, and letters their box.
+function leastScale(layout, letters) { return Math.min(1, Math.max(letters / (0.96 * layout.column), (FONT + 2) / layout.tall)); }
+
+// As much of a name as fits.
+function fitted(c, text, width) {
+  const letters = [...text], cut = () => `${letters.join("")}…`;
+  if (c.measureText(text).width <= width) return text;
+  while (letters.length && c.measureText(cut()).width > width) letters.pop();
+  return letters.length ? cut() : "";
 }
 
 function isDark(el) {
@@ -208,7 +226,7 @@ function foldsOf({ layout, data, unfolded }) {
 class GraphView {
   // `link`: the name under which a page's address holds the state; null in a notebook.
   constructor(el, data, model, link = null) {
-    Object.assign(this, { el, data, model, link, panes: data.panes, at: null, prompt: 0, hover: null });
+    Object.assign(this, { el, data, model, link, panes: data.panes, at: null, prompt: 0, hover: null, sums: [], clicked: [new Set(), new Set()] });
     const a = data.architecture;
     this.index();
     this.nodeRow = Object.fromEntries(data.writers.map((id, i) => [id, i]));
@@ -236,6 +254,9 @@ class GraphView {
     this.threshold = this.model.get("threshold") ?? this.threshold;
   }
 
+  // Of an edge in a pane; a sum's, too.
+  score(i, p) { return i < this.order.length ? this.scores(p)[i] : this.sums[i - this.order.length].scores[p]; }
+
   scores(p) { return this.at === null ? this.data.edges.scores[p] : this.data.positions.scores[this.at]; }
 
   index() {
@@ -259,15 +280,30 @@ class GraphView {
     const shown = this.all ? null : new Set([...this.selected].map(boxOf));
     if (shown) for (const i of this.order.slice(0, this.rank(this.threshold))) shown.add(boxOf(this.source[i])).add(boxOf(this.target[i]));
     if (shown) for (const layer of this.unfolded) for (const id of layerOf(this.data.architecture, layer)) shown.add(id);
-    const key = shown ? [...shown].sort().join() : "all";
+    for (const name of this.closed) if (!Object.hasOwn(this.groups, name)) this.closed.delete(name);
+    const closed = [...this.closed].map((name) => [name, this.groups[name]]);
+    const key = JSON.stringify([shown && [...shown].sort(), closed]);
     if (key === this.arranged) return;
     this.arranged = key;
     this.layout = place(this.data.architecture, this.data.layout, shown);
+    this.folds = this.all ? [] : foldsOf(this);
+    this.inside = insideOfGroups(this);
+    closeBoxes(this.layout, this.inside, this.data.architecture.parallel);
     this.boxes = this.layout.boxes;
     this.curves = new Array(this.order.length);
-    this.folds = this.all ? [] : foldsOf(this);
     if (!this.layout.box[this.focus]) this.focus = null;
   }
+
+  // The edges that a drawn line stands for, strongest first.
+  parts(i) { return i < this.order.length ? [i] : this.sums[i - this.order.length].edges; }
+
+  // The box that stands for a component, and the components that a box stands for: those that were
+  // grouped, and with the keys and values that only they read.
+  boxIn(id) { return this.inside.get(id) ?? id; }
+
+  membersOf(id) { return isGroup(id) ? this.groups[id.slice(GROUP.length)] || [] : [id]; }
+
+  under(id) { return isGroup(id) ? [...this.inside].filter(([, group]) => group === id).map(([member]) => member) : [id]; }
 
   curve(i) {
     if (!this.curves[i]) {
@@ -380,7 +416,7 @@ class GraphView {
   pane(name, p) {
     const canvas = make("canvas", {
       tabindex: 0, role: "img",
-      "aria-label": `Attribution graph${name ? ", " + name : ""}. Arrow keys move between components, Enter pins, u unfolds a layer, plus and minus zoom, square brackets move the threshold, slash searches.`,
+      "aria-label": `Attribution graph${name ? ", " + name : ""}. Arrow keys move between components, Enter pins, u unfolds a layer, g closes or opens a group, plus and minus zoom, square brackets move the threshold, slash searches.`,
     });
     this.listen(canvas, p);
     this.panesEl.append(make("figure", {}, ...(name ? [make("figcaption", { text: name })] : []), canvas));
@@ -485,7 +521,7 @@ class GraphView {
     this.legend.append(make("span", { text: this.widths() }));
   }
 
-  widths() { return `Width: |score|, largest ${short(this.largest)} ${this.data.unit}`; }
+  widths() { return `Width: |score|, largest ${short(this.widest)} ${this.data.unit}`; }
 
   // Style and words of what a picture's legend says.
   meanings() {
@@ -507,10 +543,33 @@ class GraphView {
 
   colour(name) { return this.data.styles[name][this.dark ? 1 : 0]; }
 
+  // A sum's class is that of the strongest of its edges.
   nameOf(i) {
     const d = this.data;
-    return d.edges.class ? d.classes[d.edges.class[i]] : this.scores(0)[i] < 0 ? "neg" : "pos";
+    return d.edges.class ? d.classes[d.edges.class[this.parts(i)[0]]] : this.score(i, 0) < 0 ? "neg" : "pos";
   }
+
+  nodeRows(id) { return this.membersOf(id).map((member) => this.nodeRow[member]).filter((row) => row !== undefined); }
+
+  // Of a component, or of all in a closed group; null for what does not write.
+  nodeScore(id, p) {
+    const rows = this.nodeRows(id);
+    return rows.length ? sum(rows.map((row) => this.data.nodes.scores[p][row])) : null;
+  }
+
+  // Classes of a box's components, strongest first.
+  classesOf(id) {
+    const d = this.data, size = (row) => Math.max(...d.nodes.scores.map((s) => Math.abs(s[row])));
+    if (!d.nodes.class) return [];
+    return this.nodeRows(id).sort((a, b) => size(b) - size(a)).map((row) => [d.classes[d.nodes.class[row]], d.writers[row]]);
+  }
+
+  classOf(id) { return this.classesOf(id)[0]?.[0]; }
+
+  noteOn(id) { return this.membersOf(id).map((member) => this.notes[member]).filter(Boolean).join("; "); }
+
+  // What is pinned, by box.
+  pins() { return [...new Set([...this.selected].map((id) => this.boxIn(id)))]; }
 
   sync(name, value) {
     if (!this.model) return;
@@ -528,10 +587,14 @@ class GraphView {
     const d = this.data, e = d.edges, finds = this.finder();
     const k = this.rank(this.threshold);
     this.arrange();
-    this.drawn = this.order.slice(0, k).filter((i) =>
+    this.kept = this.order.slice(0, k).filter((i) =>
       this.kinds.has(this.kind[i]) && (!this.circuitOnly || e.in_circuit[i]) &&
       (!e.class || (!this.hidden.has(d.classes[e.class[i]]) && (!this.changedOnly || !["kept", "quiet"].includes(d.classes[e.class[i]])))) &&
       finds(i));
+    const widest = this.widest;
+    this.drawn = sumEdges(this, this.kept);
+    if (this.hover?.edge >= this.order.length || (this.hover?.box && !this.layout.box[this.hover.box])) this.hover = null; // sums are numbered anew
+    if (widest !== undefined && widest !== this.widest && this.css) this.buildLegend();
     this.flow = this.lit = null;
     this.active = new Set(this.drawn.flatMap((i) => [boxOf(this.source[i]), boxOf(this.target[i])]));
     const span = Math.log(this.low / this.largest) || 1;
@@ -539,8 +602,10 @@ class GraphView {
     this.thresholdOut.textContent = short(this.threshold);
     if (document.activeElement !== this.topInput) this.topInput.value = k;
     const more = this.order.length < d.total ? ` in this view, ${count(d.total)} in all` : "";
-    this.countOut.textContent = `${count(this.drawn.length)} of ${count(this.order.length)} edges${more}`;
-    if (this.selectedEdge.length && this.edgeIndex(this.selectedEdge) === undefined) this.selectedEdge = [];
+    const lines = this.sums.length ? `, as ${count(this.drawn.length)} lines` : "";
+    this.countOut.textContent = `${count(this.kept.length)} of ${count(this.order.length)} edges${more}${lines}`;
+    const edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
+    this.selectedEdge = edge === undefined ? [] : [this.source[edge], this.target[edge]];
     this.list.stale = true;
     const grid = positionGrid(this);
     this.places.hidden = !grid.length;
@@ -550,8 +615,10 @@ class GraphView {
     this.draw();
   }
 
-  // What can be found of a component: its names, weights, class, group, note and tokens.
+  // What can be found of a component: its names, weights, class, group, note and tokens; of a closed
+  // group, its name and what can be found of its members.
   words(id) {
+    if (isGroup(id)) return [id.toLowerCase(), ...this.membersOf(id).map((member) => this.words(member))].join(" ");
     const d = this.data, row = this.nodeRow[id], prompts = d.prompts || [];
     const kind = d.nodes.class && row !== undefined ? d.classes[d.nodes.class[row]] : "";
     return [id, ...(d.weights[id] || []), kind, this.groupOf(id), this.notes[id], ...prompts.flatMap((p) => p.effects[id]?.tokens || [])].join(" ").toLowerCase();
@@ -565,7 +632,7 @@ class GraphView {
     if (!this.query) return () => true;
     const has = (id, q) => {
       const key = `${q} ${id}`;
-      if (!found.has(key)) found.set(key, id.includes(q) || this.words(boxOf(id)).includes(q));
+      if (!found.has(key)) found.set(key, id.includes(q) || this.words(this.boxIn(boxOf(id))).includes(q));
       return found.get(key);
     };
     if (to !== undefined) return (i) => has(this.source[i], from) && has(this.target[i], to);
@@ -605,11 +672,30 @@ class GraphView {
     }
   }
 
-  groupOf(id) { return Object.keys(this.groups).find((name) => this.groups[name].includes(id)); }
+  // Draws a group as one node, or its members again.
+  toggleGroup(name) {
+    if (!Object.hasOwn(this.groups, name)) return;
+    const open = this.closed.has(name), focus = this.focus;
+    this.closed[open ? "delete" : "add"](name);
+    if (open && focus === GROUP + name) [this.focus] = this.groups[name];
+    if (!open && this.groups[name].includes(focus)) this.focus = GROUP + name;
+    this.hover = null;
+    this.tip.hidden = true;
+    const focused = this.focus;
+    this.refilter();
+    if (this.layout.box[focused]) this.focus = focused;
+    this.syncSelection();
+  }
+
+  groupOf(id) { return isGroup(id) ? id.slice(GROUP.length) : Object.keys(this.groups).find((name) => this.groups[name].includes(id)); }
 
   groupScore(ids) { return sum(ids.map((id) => this.data.nodes.scores[0][this.nodeRow[id]] || 0)); }
 
-  edgeIndex([source, target]) { return this.drawn.find((i) => this.source[i] === source && this.target[i] === target); }
+  // The drawn line of an edge: itself, or the sum that it is part of.
+  edgeIndex([source, target]) {
+    const is = (i) => this.source[i] === source && this.target[i] === target;
+    return this.drawn.find((i) => is(i) || this.parts(i).some(is));
+  }
 
   // ---- drawing --------------------------------------------------------------------------------
   draw() {
@@ -638,19 +724,18 @@ class GraphView {
     if (hover?.box) this.lit = pathsThrough(this, [hover.box]);
     else if (hover?.edge !== undefined) this.lit = pathsThrough(this, [], hover.edge);
     else if (this.focus) this.lit = pathsThrough(this, [this.focus]);
-    else if (this.selected.size) this.lit = pathsThrough(this, [...this.selected]);
+    else if (this.selected.size) this.lit = pathsThrough(this, this.pins());
     else this.lit = edge === undefined ? null : pathsThrough(this, [], edge);
   }
 
-  // The scale at which the widest name fits its column, and letters their box; panes that have no room
-  // for it wrap, and scroll.
+  // The smallest scale; panes that have no room for it wrap, and scroll.
   fitPanes() {
     const c = this.canvases[0].getContext("2d"), { layout } = this;
     c.save();
     c.font = `${FONT}px system-ui, sans-serif`;
     this.letters = c.measureText(layout.longest).width + 1.5;
     c.restore();
-    this.least = Math.min(1, Math.max(this.letters / (0.96 * layout.column), (FONT + 2) / layout.tall));
+    this.least = leastScale(layout, this.letters);
     const across = evenly(this.panes.length, Math.floor((this.panesEl.clientWidth + 8) / (Math.ceil(layout.width * this.least) + 8)));
     this.panesEl.style.gridTemplateColumns = `repeat(${across},minmax(0,1fr))`;
   }
@@ -712,7 +797,7 @@ class GraphView {
 
   // How an edge is drawn in a pane.
   look(i, p) {
-    const share = Math.sqrt(Math.abs(this.scores(p)[i]) / this.largest), name = this.nameOf(i), hot = this.hover?.edge === i;
+    const share = Math.sqrt(Math.abs(this.score(i, p)) / this.widest), name = this.nameOf(i), hot = this.hover?.edge === i;
     const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1)), own = weakest + (0.95 - weakest) * share;
     const level = this.lit ? this.lit.edges.get(i) || 0 : -1;
     return {
@@ -722,7 +807,7 @@ class GraphView {
     };
   }
 
-  // A frame around each member of a group, and the group's name over its first.
+  // A frame around each member of an open group, and the group's name over its first.
   paintGroups(c, z) {
     c.textAlign = "left";
     for (const [name, members] of Object.entries(this.groups)) {
@@ -743,22 +828,30 @@ class GraphView {
   }
 
   paintBox(c, box, on, z) {
-    const { css } = this, d = this.data, row = this.nodeRow[box.id];
-    const chosen = this.selected.has(box.id), found = this.query && this.matches(box.id);
+    const { css } = this, d = this.data, kind = on && this.classOf(box.id), several = box.kind === "group";
+    const chosen = isPinned(this, box.id), found = this.query && this.matches(box.id);
     c.globalAlpha = this.lit && !this.lit.boxes.has(box.id) ? 0.3 : 1;
     let line = on ? css.soft : css.faint, dash = "";
-    if (on && d.nodes.class && row !== undefined && d.nodes.class[row]) {
-      const name = d.classes[d.nodes.class[row]];
-      line = this.colour(name);
-      dash = d.styles[name][2];
-    }
+    if (kind && kind !== d.classes[0]) {
+      line = this.colour(kind);
+      dash = d.styles[kind][2];
+    } else if (several) line = css.accent;
     const width = this.widthOf(box, z), x = box.x - width / 2, y = box.y - box.height / 2;
+    if (several) { // one behind it
+      c.beginPath();
+      c.roundRect(x + 3, y - 3, width, box.height, 5);
+      c.fillStyle = css.paper;
+      c.strokeStyle = css.accent;
+      c.lineWidth = 1 / Math.min(z, 1);
+      c.fill();
+      c.stroke();
+    }
     c.beginPath();
     c.roundRect(x, y, width, box.height, box.kind === "kv" ? 2 : 5);
     if (box.kind === "kv") {
       c.fillStyle = on ? css.soft : css.faint;
       c.fill();
-    } else if (on) {
+    } else if (on || several) {
       c.fillStyle = css.box;
       c.fill();
     }
@@ -768,13 +861,14 @@ class GraphView {
     c.setLineDash(chosen || hot || found || focus ? [] : dash.split(" ").filter(Boolean).map(Number));
     if (box.kind !== "kv" || chosen || hot) c.stroke();
     c.setLineDash([]);
-    if (box.label && c.measureText(box.label).width <= width) {
+    const label = several ? fitted(c, box.label, width - 6 / z) : box.label;
+    if (label && c.measureText(label).width <= width) {
       c.fillStyle = on || chosen ? css.ink : css.soft;
       c.globalAlpha *= on || chosen ? 1 : 0.7;
       c.textAlign = "center";
-      c.fillText(box.label, box.x, box.y + 0.5);
+      c.fillText(label, box.x, box.y + 0.5);
     }
-    if (this.notes[box.id]) {
+    if (this.noteOn(box.id)) {
       c.beginPath();
       c.fillStyle = css.accent;
       c.arc(x + width, y, 3.5 / z, 0, 7);
@@ -785,6 +879,7 @@ class GraphView {
 
   // Wide enough for its name, where that leaves a gap to the next.
   widthOf(box, z) {
+    if (box.kind === "group") return Math.min(box.width, box.wanted / z);
     return box.kind === "head" ? Math.max(box.width, Math.min(0.96 * this.layout.column, this.letters / z)) : box.width;
   }
 
@@ -848,6 +943,11 @@ class GraphView {
       this.zoom(Math.exp(-event.deltaY / 400), event.clientX - r.left, event.clientY - r.top);
     }, { passive: false });
     canvas.addEventListener("dblclick", (event) => {
+      const group = this.groupOf(this.hit(event, p)?.box ?? "");
+      if (group !== undefined) {
+        this.selected = this.clicked[0]; // as before the two clicks
+        return this.toggleGroup(group);
+      }
       const r = canvas.getBoundingClientRect();
       this.zoom(1.8, event.clientX - r.left, event.clientY - r.top);
     });
@@ -889,14 +989,17 @@ class GraphView {
       this.slider.value = Number(this.slider.value) + (event.key === "[" ? -20 : 20);
       this.slider.dispatchEvent(new Event("input"));
     } else if (event.key === "/") this.search.focus();
-    else if (event.key === "u" && this.focus?.match(/\d/)) this.fold([Number(this.focus.match(/\d+/)[0])]);
-    else return;
+    else if (event.key === "u" && this.focus?.match(/^[am]\d/)) this.fold([Number(this.focus.match(/\d+/)[0])]);
+    else if (event.key === "g") {
+      const at = this.focus ? [this.focus] : this.hover?.box ? [this.hover.box] : this.pins();
+      for (const name of new Set(at.map((id) => this.groupOf(id)))) if (name !== undefined) this.toggleGroup(name);
+    } else return;
     event.preventDefault();
     event.stopPropagation();
   }
 
   moveFocus([dx, dy]) {
-    const from = this.layout.box[this.focus || [...this.selected].at(0)] || this.layout.box.input;
+    const from = this.layout.box[this.focus || this.pins()[0]] || this.layout.box.input || this.boxes[0];
     const ahead = this.boxes.filter((b) => b.kind !== "kv" && b.id !== from.id && (dx ? dx * (b.x - from.x) > 4 && Math.abs(b.y - from.y) < this.layout.pitch * 0.6 : dy * (b.y - from.y) > 4));
     const far = (b) => (dx ? Math.abs(b.x - from.x) + 3 * Math.abs(b.y - from.y) : 3 * Math.abs(b.y - from.y) + Math.abs(b.x - from.x));
     const next = ahead.sort((a, b) => far(a) - far(b))[0];
@@ -907,11 +1010,11 @@ class GraphView {
 
   click(hit, add = false) {
     if (hit?.fold) return this.fold(hit.fold.layers);
+    this.clicked = [this.clicked.at(-1), new Set(this.selected)];
     if (hit && hit.box) {
-      const had = this.selected.has(hit.box);
+      const members = this.membersOf(hit.box), had = isPinned(this, hit.box);
       if (!add) this.selected.clear();
-      if (had) this.selected.delete(hit.box);
-      else this.selected.add(hit.box);
+      for (const id of members) this.selected[had ? "delete" : "add"](id);
       this.selectedEdge = [];
     } else if (hit) {
       this.selected.clear();
@@ -939,19 +1042,22 @@ class GraphView {
 
   edgeRows(list) {
     const e = this.data.edges;
-    return list.map((i) => [`${this.source[i]} → ${this.target[i]}`, ...this.panes.map((_, p) => fmt(this.scores(p)[i])), ...(e.class ? [this.nameOf(i)] : [])]);
+    return list.map((i) => [`${this.source[i]} → ${this.target[i]}`, ...this.panes.map((_, p) => fmt(this.score(i, p))), ...(e.class ? [this.nameOf(i)] : [])]);
   }
 
+  // `full`: its card, else its tip.
   describeBox(id, full) {
-    const d = this.data, row = this.nodeRow[id], out = [make("b", { text: id })];
+    const d = this.data, out = [make("b", { text: id })], names = this.classesOf(id);
     const into = this.drawn.filter((i) => boxOf(this.target[i]) === id), from = this.drawn.filter((i) => boxOf(this.source[i]) === id);
-    out.push(make("span", { class: "soft", text: `  ${into.length} edge${into.length === 1 ? "" : "s"} in, ${from.length} out, as drawn` }));
-    if (row !== undefined) {
-      const values = d.nodes.scores.map((s) => s[row]);
+    const [ins, outs] = [into, from].map((lines) => sum(lines.map((i) => this.parts(i).length)));
+    out.push(make("span", { class: "soft", text: `  ${ins} edge${ins === 1 ? "" : "s"} in, ${outs} out, as drawn` }));
+    if (isGroup(id)) out.push(make("div", { class: "soft", text: `${this.membersOf(id).length} components: ${this.membersOf(id).join(", ")}` }));
+    if (names.length || this.nodeScore(id, 0) !== null) {
+      const values = this.panes.map((_, p) => this.nodeScore(id, p)), more = isGroup(id) ? this.within(id) : [];
       const left = this.panes.length > 1 ? ["left", ...values.map((v) => (values[0] ? `${Math.round((100 * v) / values[0])}%`.replace("-", "−") : "–"))] : null;
-      const kind = d.nodes.class ? d.classes[d.nodes.class[row]] : null;
-      out.push(table([["", ...this.paneNames()], ["node score", ...values.map(fmt)], ...(left ? [left] : [])]));
-      if (kind && kind !== "quiet") out.push(make("div", { class: "soft", text: d.meaning[kind] }));
+      out.push(table([["", ...this.paneNames()], ["node score", ...values.map(fmt)], ...(left ? [left] : []), ...more]));
+      if (names.length > 1) out.push(make("div", { class: "soft", text: mixture(names.map(([name]) => name), "components", names[0][1]) }));
+      else if (names.length && names[0][0] !== "quiet") out.push(make("div", { class: "soft", text: d.meaning[names[0][0]] }));
     }
     const weights = d.weights[id] || [];
     if (weights.length) out.push(make("div", { class: "mono soft" }, ...weights.flatMap((w) => [w, make("br")])));
@@ -959,14 +1065,23 @@ class GraphView {
     const heads = ["", ...this.paneNames(), ...(d.edges.class ? ["became"] : [])];
     const cols = [["strongest in", into], ["strongest out", from]].filter(([, list]) => list.length)
       .map(([title, list]) => make("div", {}, table([[title, ...heads.slice(1)], ...this.edgeRows(list.slice(0, 8))])));
-    return [make("div", { class: "part" }, make("div", { class: "cols" }, make("div", {}, ...out, noteField(this, id)), ...cols), ...insideOf(this, id))];
+    const note = isGroup(id) ? [] : [noteField(this, id)];
+    return [make("div", { class: "part" }, make("div", { class: "cols" }, make("div", {}, ...out, ...note), ...cols), ...insideOf(this, id))];
   }
 
-  describeEdge(i) {
-    const e = this.data.edges;
-    const heads = ["", ...this.paneNames(), ...(e.class ? ["became"] : [])];
-    return [table([heads, ...this.edgeRows([i])]),
-      make("div", { class: "soft", text: e.in_circuit[i] ? "in the circuit" : "outside the circuit" })];
+  // A row for the edges within a closed group, if any reaches the threshold: its node score counts them.
+  within(id) {
+    const own = this.kept.filter((i) => this.boxIn(boxOf(this.source[i])) === id && this.boxIn(boxOf(this.target[i])) === id);
+    return own.length ? [[`of it within (${count(own.length)})`, ...this.panes.map((_, p) => fmt(sum(own.map((i) => this.scores(p)[i]))))]] : [];
+  }
+
+  describeEdge(i, full) {
+    const e = this.data.edges, heads = ["", ...this.paneNames(), ...(e.class ? ["became"] : [])];
+    if (i < this.order.length) {
+      return [table([heads, ...this.edgeRows([i])]), make("div", { class: "soft", text: e.in_circuit[i] ? "in the circuit" : "outside the circuit" })];
+    }
+    const parts = full ? [table([["strongest of them", ...heads.slice(1)], ...this.edgeRows(this.parts(i).slice(0, 8))])] : [];
+    return [table([heads, ...this.edgeRows([i])]), make("div", { class: "soft", text: sumWords(this, i) }), ...parts];
   }
 
   showTip(event) {
@@ -981,10 +1096,11 @@ class GraphView {
 
   showDetail(id) {
     const edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
-    const ids = id ? [id] : [...this.selected];
-    const hint = "Point at a component or an edge to see its paths; click to pin it (shift-click adds). Drag to move, double-click, + and − to zoom; arrows and Enter work too.";
+    const ids = id ? [id] : this.pins();
+    const hint = "Point at a component or an edge to see its paths; click to pin it (shift-click adds). Drag to move, double-click, + and − to zoom; arrows and Enter work too."
+      + (Object.keys(this.groups).length ? " Double-click or g on a group closes and opens it." : "");
     this.detail.replaceChildren(...pinBar(this), ...(ids.length ? ids.slice(0, 4).flatMap((x) => this.describeBox(x, true))
-      : edge !== undefined ? this.describeEdge(edge) : [make("span", { class: "soft", text: hint })]));
+      : edge !== undefined ? this.describeEdge(edge, true) : [make("span", { class: "soft", text: hint })]));
   }
 
   close() { this.stop.abort(); cancelAnimationFrame(this.pending); }

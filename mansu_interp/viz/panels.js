@@ -1,5 +1,5 @@
-// What stands around the drawing: the list, the card of a component, token positions, files, and the
-// state that a link restores. page.py puts this in front of graph.js; together they are one ES module.
+// What stands around the drawing: paths, closed groups, the list, the card of a component, token
+// positions, files, and the state that a link restores. page.py puts this in front of graph.js; together they are one ES module.
 
 const SVG_NS = "http://www.w3.org/2000/svg";
 const isRecord = (x) => x !== null && typeof x === "object" && !Array.isArray(x);
@@ -21,6 +21,7 @@ const PANEL_CSS = `
 .mg .rows tr.on td+td{box-shadow:none}
 .mg .rows tr.dim td{opacity:.45}
 .mg .pins{display:flex;flex-wrap:wrap;gap:5px 8px;align-items:center;margin-bottom:6px}
+.mg .list .close{border:1px solid var(--faint);padding:0 6px;margin-left:8px;font-size:11px;color:var(--soft)}
 .mg .part+.part{border-top:1px solid var(--faint);margin-top:8px;padding-top:8px}
 .mg textarea{font:inherit;color:var(--ink);background:var(--paper);border:1px solid var(--faint);border-radius:5px;
 padding:3px 6px;width:min(100%,420px);height:2.9em;display:block;margin-top:6px;resize:vertical}
@@ -73,29 +74,141 @@ function linksOf(view) {
   const ahead = new Map(), behind = new Map(), { n_heads: heads, n_kv_heads: kv } = view.data.architecture;
   const put = (map, from, to) => (map.has(from) ? map.get(from).add(to) : map.set(from, new Set([to])));
   const add = (from, to) => { put(ahead, from, to); put(behind, to, from); };
-  for (const i of view.drawn) add(boxOf(view.source[i]), boxOf(view.target[i]));
-  for (const { id, kind } of view.boxes) {
-    const [, layer, k] = kind === "kv" ? id.match(/^a(\d+)\.kv(\d+)$/) : [];
+  for (const i of view.kept) add(boxOf(view.source[i]), boxOf(view.target[i]));
+  for (const id of view.known) {
+    const [, layer, k] = id.match(/^a(\d+)\.kv(\d+)$/) || [];
     for (let h = (k * heads) / kv; h < ((+k + 1) * heads) / kv; h++) add(id, `a${layer}.h${h}`);
   }
   return { ahead, behind, ends: reach(["logits"], behind), begins: reach(["input"], ahead) };
 }
 
 // The drawn edges on the paths from input through some boxes, or through one edge, to the logits:
-// edge -> 2 where it touches them, 1 further on; and the boxes on the way.
+// edge -> 2 where it touches them, 1 further on; and the boxes on the way. A closed group has the paths
+// of its members, through edges within it, too: what enters by one leaves only by where that one leads.
 function pathsThrough(view, boxes, edge = null) {
-  const links = (view.flow ??= linksOf(view));
-  const from = edge === null ? boxes : [boxOf(view.target[edge])], to = edge === null ? boxes : [boxOf(view.source[edge])];
-  const after = reach(from, links.ahead), before = reach(to, links.behind), own = new Set(boxes);
-  const edges = new Map(), on = new Set(edge === null ? boxes : [...from, ...to]);
-  for (const i of view.drawn) {
+  const links = (view.flow ??= linksOf(view)), parts = edge === null ? [] : view.parts(edge), within = new Set(parts);
+  const own = new Set(boxes.flatMap((id) => view.under(id)));
+  const from = edge === null ? [...own] : parts.map((i) => boxOf(view.target[i])), to = edge === null ? from : parts.map((i) => boxOf(view.source[i]));
+  const after = reach(from, links.ahead), before = reach(to, links.behind), found = new Map();
+  const edges = new Map(), on = new Set([...from, ...to].map((id) => view.boxIn(id)));
+  for (const i of view.kept) {
     const s = boxOf(view.source[i]), t = boxOf(view.target[i]);
-    const near = i === edge || own.has(s) || own.has(t);
+    const near = within.has(i) || own.has(s) || own.has(t);
     if (!near && !(after.has(s) && links.ends.has(t)) && !(before.has(t) && links.begins.has(s))) continue;
-    edges.set(i, near ? 2 : 1);
-    on.add(s).add(t);
+    found.set(i, near ? 2 : 1);
+    on.add(view.boxIn(s)).add(view.boxIn(t));
+  }
+  for (const line of view.drawn) {
+    const level = Math.max(...view.parts(line).map((i) => found.get(i) || 0));
+    if (level) edges.set(line, level);
   }
   return { edges, boxes: on };
+}
+
+// ---- closed groups ------------------------------------------------------------------------------
+
+const GROUP = "⊞ "; // before the name of a closed group: the id of its box
+
+// The boxes that closed groups stand for: id of a component -> id of its group. Keys and values that
+// only members of one group read belong to it.
+function insideOfGroups(view) {
+  const inside = new Map(), { n_layers: layers, n_heads: heads, n_kv_heads: kv } = view.data.architecture, each = heads / kv;
+  for (const name of view.closed) for (const id of view.groups[name]) inside.set(id, GROUP + name);
+  for (let k = 0; inside.size && each > 1 && k < layers * kv; k++) {
+    const layer = Math.floor(k / kv), readers = Array.from({ length: each }, (_, h) => inside.get(`a${layer}.h${(k % kv) * each + h}`));
+    if (readers[0] && readers.every((id) => id === readers[0])) inside.set(`a${layer}.kv${k % kv}`, readers[0]);
+  }
+  return inside;
+}
+
+// Half a row above the heads of a layer nothing but its MLP is in the way: there a group stands, over
+// its highest member, at its members' mean; groups and MLP side by side. Nothing else moves. The room
+// that it takes is what its name needs in the smallest drawing; it is drawn as wide as it must be.
+function closeBoxes(layout, inside, parallel) {
+  const rows = new Map(), members = new Map(), least = leastScale(layout, layout.constants.letter * layout.longest.length), depth = ({ id }) => (id === "logits" ? Infinity : id === "input" ? -1 : Number(id.match(/\d+/)[0]));
+  for (const box of layout.boxes) {
+    const id = inside.get(box.id);
+    if (id !== undefined) members.set(id, [...(members.get(id) || []), box]);
+  }
+  for (const [id, own] of members) {
+    const top = own.reduce((a, b) => (depth(b) >= depth(a) ? b : a)), layer = depth(top);
+    const y = Number.isFinite(layer) && layer >= 0 ? layout.rows.get(layer) - layout.pitch / 2 : top.y;
+    const label = id.slice(GROUP.length), wanted = Math.max(40, Math.min(180, layout.constants.letter * label.length + 18));
+    const box = { id, kind: "group", label, x: sum(own.map((b) => b.x)) / own.length, y, width: wanted / least, wanted, height: layout.tall - 3, after: top };
+    rows.set(y, [...(rows.get(y) || []), box]);
+  }
+  for (const [y, row] of rows) {
+    const mlp = layout.boxes.find((b) => b.kind === "mlp" && Math.abs(b.y - y) < b.height && !inside.has(b.id) && !parallel);
+    spread(row, layout.constants.left, mlp ? mlp.x - mlp.width / 2 - 12 : layout.margin);
+  }
+  const made = [...rows.values()].flat(), gone = layout.boxes.filter((b) => inside.has(b.id));
+  layout.boxes = layout.boxes.flatMap((b) => [...(inside.has(b.id) ? [] : [b]), ...made.filter((g) => g.after === b)]);
+  for (const b of gone) delete layout.box[b.id];
+  for (const b of made) layout.box[b.id] = b;
+}
+
+// Side by side between two ends, as near to their places as that allows; narrower if they must be.
+function spread(row, left, right) {
+  const gap = 12, wanted = sum(row.map((b) => b.width)) + gap * (row.length - 1), share = Math.min(1, (right - left) / wanted);
+  row.sort((a, b) => a.x - b.x);
+  let from = left, to = right;
+  for (const b of row) {
+    b.width *= share;
+    b.x = Math.max(b.x, from + b.width / 2);
+    from = b.x + b.width / 2 + gap * share;
+  }
+  for (const b of [...row].reverse()) {
+    b.x = Math.min(b.x, to - b.width / 2);
+    to = b.x - b.width / 2 - gap * share;
+  }
+}
+
+// What is drawn of some edges: those that touch a closed group are summed by what is at their other
+// end, and those within one are hidden. A sum is an edge like any other, with a number after the last.
+function sumEdges(view, kept) {
+  const n = view.order.length, lines = new Map(), out = [];
+  view.source.length = view.target.length = view.curves.length = n;
+  view.sums = [];
+  view.widest = view.largest;
+  if (!view.inside.size) return kept;
+  for (const i of kept) {
+    const from = view.inside.get(boxOf(view.source[i])), to = view.inside.get(boxOf(view.target[i]));
+    if (from === undefined && to === undefined) { out.push(i); continue; }
+    if (from === to) continue;
+    const ends = [from ?? view.source[i], to ?? view.target[i]], key = JSON.stringify(ends);
+    if (lines.has(key)) { lines.get(key).edges.push(i); continue; }
+    const line = { edges: [i] };
+    lines.set(key, line);
+    out.push(n + view.sums.length);
+    view.sums.push(line);
+    view.source.push(ends[0]);
+    view.target.push(ends[1]);
+  }
+  for (const line of view.sums) {
+    line.scores = view.panes.map((_, p) => sum(line.edges.map((i) => view.scores(p)[i])));
+    view.widest = Math.max(view.widest, ...line.scores.map(Math.abs));
+  }
+  const strength = (i) => Math.max(...view.panes.map((_, p) => Math.abs(view.score(i, p))));
+  return out.map((i) => [i, strength(i)]).sort((a, b) => b[1] - a[1]).map(([i]) => i);
+}
+
+// In words: how many edges a line stands for, and of what class.
+function sumWords(view, line) {
+  const parts = view.parts(line), n = parts.length, d = view.data, words = [`sum of ${n} drawn edges`];
+  if (n === 1) words[0] = `for ${view.source[parts[0]]} → ${view.target[parts[0]]}`;
+  const inside = parts.filter((i) => d.edges.in_circuit[i]).length;
+  words.push(inside === n ? "in the circuit" : inside ? `${inside} in the circuit` : "outside the circuit");
+  if (d.edges.class) words.push(mixture(parts.map((i) => view.nameOf(i)), "edges", `${view.source[parts[0]]} → ${view.target[parts[0]]}`));
+  return words.join("; ");
+}
+
+// Classes of several, strongest first.
+function mixture(names, what, strongest) {
+  const counts = new Map();
+  for (const name of names) counts.set(name, (counts.get(name) || 0) + 1);
+  if (counts.size < 2) return names.length > 1 ? `all ${names[0]}` : names[0];
+  const each = [...counts].sort((a, b) => b[1] - a[1]).map(([name, n]) => `${n} ${name}`).join(", ");
+  return `${what} differ (${each}); drawn as ${names[0]}, the class of the strongest, ${strongest}`;
 }
 
 // ---- the list of nodes and edges ----------------------------------------------------------------
@@ -132,6 +245,8 @@ class List {
   }
 
   press(event) {
+    const close = event.target.closest("button.close");
+    if (close) return this.view.toggleGroup(close.value);
     const column = event.target.closest("th");
     if (column) {
       const by = column.cellIndex, first = !this.isWord(by); // numbers: the largest first
@@ -156,19 +271,18 @@ class List {
     const { view } = this, d = view.data;
     if (this.kind === "edges") {
       return view.drawn.map((i) => ({
-        key: i, cells: [`${view.source[i]} → ${view.target[i]}`, ...view.panes.map((_, p) => view.scores(p)[i]), ...(d.edges.class ? [view.nameOf(i)] : [])],
+        key: i, cells: [`${view.source[i]} → ${view.target[i]}`, ...view.panes.map((_, p) => view.score(i, p)), ...(d.edges.class ? [view.nameOf(i)] : [])],
       }));
     }
-    const into = new Map(), out = new Map(), add = (map, id) => map.set(id, (map.get(id) || 0) + 1);
-    for (const i of view.drawn) { add(out, boxOf(view.source[i])); add(into, boxOf(view.target[i])); }
+    const into = new Map(), out = new Map(), add = (map, id, i) => map.set(id, (map.get(id) || 0) + view.parts(i).length);
+    for (const i of view.drawn) { add(out, boxOf(view.source[i]), i); add(into, boxOf(view.target[i]), i); }
     const more = this.head().filter((name) => name === "group" || name === "note");
     const boxes = view.boxes.filter((b) => view.active.has(b.id) || (view.query && view.matches(b.id)));
     return boxes.map(({ id }) => {
-      const row = view.nodeRow[id], score = (s) => (row === undefined ? null : s[row]);
       return {
         key: id,
-        cells: [id, ...d.nodes.scores.map(score), into.get(id) || 0, out.get(id) || 0,
-          ...(d.edges.class ? [row === undefined ? "" : d.classes[d.nodes.class[row]]] : []), ...more.map((name) => (name === "group" ? view.groupOf(id) : view.notes[id]) || "")],
+        cells: [id, ...view.panes.map((_, p) => view.nodeScore(id, p)), into.get(id) || 0, out.get(id) || 0,
+          ...(d.edges.class ? [view.classOf(id) || ""] : []), ...more.map((name) => (name === "group" ? view.groupOf(id) : view.noteOn(id)) || "")],
       };
     });
   }
@@ -196,7 +310,9 @@ class List {
       const mark = k === this.by ? (this.up ? " ▴" : " ▾") : "";
       return make("th", { "aria-sort": sort, ...(this.wordy(k, head) ? { class: "word" } : {}) }, make("button", { type: "button", text: text + mark }));
     };
-    const cell = (x, k) => (k === 0 ? make("td", {}, make("button", { type: "button", text: x }))
+    const folds = (x, k) => this.kind === "nodes" && (k === 0 ? isGroup(x) : head[k] === "group" && x && !this.view.closed.has(x));
+    const cell = (x, k) => (k === 0 ? make("td", {}, make("button", { type: "button", text: x }), ...(folds(x, k) ? [closeButton(this.view, x.slice(GROUP.length))] : []))
+      : folds(x, k) ? make("td", { class: "word", text: x }, closeButton(this.view, x))
       : make("td", this.wordy(k, head) ? { class: "word", text: x } : { text: head[k].startsWith("edges ") ? count(x) : fmt(x) }));
     this.rows = new Map(shown.map(({ key, cells }) => [String(key), make("tr", { "data-key": key }, ...cells.map(cell))]));
     this.table.className = head.length > COLUMNS ? "many" : "";
@@ -208,11 +324,11 @@ class List {
 
   // The rows of what is pointed at, pinned, and off the paths that are lit.
   mark() {
-    const { hover, selected, lit } = this.view;
+    const { hover, lit } = this.view;
     for (const [key, row] of this.rows) {
       const node = this.kind === "nodes", id = node ? key : Number(key);
       row.classList.toggle("over", !!hover && (node ? hover.box === id : hover.edge === id));
-      row.classList.toggle("on", node ? selected.has(id) : this.view.isSelectedEdge(id));
+      row.classList.toggle("on", node ? isPinned(this.view, id) : this.view.isSelectedEdge(id));
       row.classList.toggle("dim", !!lit && !(node ? lit.boxes : lit.edges).has(id));
     }
   }
@@ -276,17 +392,27 @@ function noteField(view, id) {
   return field;
 }
 
+const isPinned = (view, id) => view.membersOf(id).some((member) => view.selected.has(member));
+
+function closeButton(view, name) {
+  const text = view.closed.has(name) ? "open" : "close";
+  return make("button", { type: "button", class: "close", text, value: name, "aria-label": `${text} the group ${name}` });
+}
+
 // What is pinned, and the groups that it is in or may become.
 function pinBar(view) {
-  const pins = [...view.selected].map((id) => make("button", { type: "button", text: `${id} ×`, "aria-label": `unpin ${id}`, onclick: () => view.click({ box: id }, true) }));
+  const pins = view.pins().map((id) => make("button", { type: "button", text: `${id} ×`, "aria-label": `unpin ${id}`, onclick: () => view.click({ box: id }, true) }));
   const name = make("input", { type: "text", placeholder: "name of a group", "aria-label": "name of a group", maxlength: 40 });
   const group = make("form", { class: "chips" }, name, make("button", { type: "submit", text: "group" }));
   group.addEventListener("submit", (event) => { event.preventDefault(); view.group(name.value.trim(), [...view.selected]); });
   const groups = Object.entries(view.groups).map(([title, members]) => make("span", { class: "chips" },
     make("button", { type: "button", class: "group", text: `${title}: ${members.length}, ${fmt(view.groupScore(members))}`, "aria-label": `pin the group ${title}`, onclick: () => view.pin(members) }),
+    closeButton(view, title),
     make("button", { type: "button", text: "×", "aria-label": `dissolve the group ${title}`, onclick: () => view.group(title, []) })));
   if (!pins.length && !groups.length) return [];
-  return [make("div", { class: "pins" }, ...(pins.length ? ["pinned", ...pins, group] : []), ...(groups.length ? ["groups", ...groups] : []))];
+  const bar = make("div", { class: "pins" }, ...(pins.length ? ["pinned", ...pins, group] : []), ...(groups.length ? ["groups", ...groups] : []));
+  bar.addEventListener("click", (event) => { if (event.target.matches("button.close")) view.toggleGroup(event.target.value); });
+  return [bar];
 }
 
 // ---- token positions ----------------------------------------------------------------------------
@@ -301,7 +427,7 @@ function positionGrid(view) {
   for (const i of view.drawn) {
     const id = boxOf(view.source[i]);
     if (!parts.has(id)) parts.set(id, new Float64Array(n));
-    for (let p = 0; p < n; p++) parts.get(id)[p] += places.scores[p][i];
+    for (const j of view.parts(i)) for (let p = 0; p < n; p++) parts.get(id)[p] += places.scores[p][j];
   }
   const most = (id) => Math.max(0, ...parts.get(id).map(Math.abs)), largest = Math.max(1e-12, ...[...parts.keys()].map(most));
   const rows = view.boxes.filter((b) => parts.has(b.id) && most(b.id) >= LEAST_SHARE * largest).reverse();
@@ -320,7 +446,7 @@ function positionGrid(view) {
 // What a link, a saved JSON and the widget's `state` restore; nothing that is as at first.
 function stateOf(view) {
   const off = { pinned: [...view.selected], edge: view.selectedEdge, find: view.query, hide: [...view.hidden], unfolded: [...view.unfolded],
-    groups: view.groups, notes: view.notes, not_read: view.readers.filter((k) => !view.kinds.has(k)) };
+    groups: view.groups, closed: [...view.closed], notes: view.notes, not_read: view.readers.filter((k) => !view.kinds.has(k)) };
   const out = Object.fromEntries(Object.entries(off).filter(([, x]) => (isRecord(x) ? Object.keys(x) : x).length));
   if (view.threshold !== view.first.threshold) out.threshold = view.threshold;
   if (view.all !== view.first.all) out.all = view.all;
@@ -342,8 +468,10 @@ function restoreState(view, state) {
   view.hidden = new Set(some(s.hide, view.data.classes || []));
   view.kinds = new Set(view.readers.filter((k) => !strings(s.not_read).includes(k)));
   view.unfolded = new Set((Array.isArray(s.unfolded) ? s.unfolded : []).filter((n) => Number.isInteger(n) && n >= 0 && n < view.data.architecture.n_layers));
-  const groups = Object.entries(isRecord(s.groups) ? s.groups : {}).map(([name, ids]) => [name.slice(0, 40), known(ids)]);
+  const taken = new Set(), free = (id) => !taken.has(id) && taken.add(id); // a component is in one group
+  const groups = Object.entries(isRecord(s.groups) ? s.groups : {}).map(([name, ids]) => [name.slice(0, 40), known(ids).filter(free)]);
   view.groups = Object.fromEntries(groups.filter(([, ids]) => ids.length));
+  view.closed = new Set(some(s.closed, Object.keys(view.groups)));
   view.notes = Object.fromEntries(Object.entries(isRecord(s.notes) ? s.notes : {}).filter(([id, text]) => view.known.has(id) && typeof text === "string").map(([id, text]) => [id, text.slice(0, 2000)]));
   view.at = Number.isInteger(s.at) && view.data.positions?.scores[s.at] ? s.at : null;
   view.index();
@@ -390,6 +518,8 @@ function pictureOf(view) {
   return { width: width * across, height: top + down * (height + caption) + 18 * legend.length + 12, at, legend, legendY: top + down * (height + caption) + 10 };
 }
 
+function shorten(text, letters) { return [...text].length > letters ? `${[...text].slice(0, Math.max(1, Math.floor(letters) - 1)).join("")}…` : text; }
+
 function svgText(view) {
   const { css, layout } = view, picture = pictureOf(view), { width, height } = picture;
   const node = (tag, props, ...children) => {
@@ -410,9 +540,10 @@ function svgText(view) {
       pane.append(node("path", { d: `M${c[0]} ${c[1]}C${c.slice(2).join(" ")}`, fill: "none", stroke: colour, "stroke-width": line, "stroke-dasharray": dash.join(" "), opacity: alpha }));
     }
     for (const b of view.boxes) {
-      const on = view.active.has(b.id), frame = view.selected.has(b.id) ? css.accent : on ? css.soft : css.faint;
-      pane.append(node("rect", { x: b.x - b.width / 2, y: b.y - b.height / 2, width: b.width, height: b.height, rx: b.kind === "kv" ? 2 : 5, fill: b.kind === "kv" ? frame : on ? css.box : "none", stroke: frame }));
-      if (b.label) pane.append(text(b.label, b.x, b.y + 4, { "text-anchor": "middle", fill: on ? css.ink : css.soft }));
+      const on = view.active.has(b.id), wide = b.kind === "group" ? view.widthOf(b, 1) : b.width, frame = isPinned(view, b.id) ? css.accent : on ? css.soft : css.faint;
+      if (b.kind === "group") pane.append(node("rect", { x: b.x - wide / 2 + 3, y: b.y - b.height / 2 - 3, width: wide, height: b.height, rx: 5, fill: css.paper, stroke: css.accent }));
+      pane.append(node("rect", { x: b.x - wide / 2, y: b.y - b.height / 2, width: wide, height: b.height, rx: b.kind === "kv" ? 2 : 5, fill: b.kind === "kv" ? frame : on ? css.box : "none", stroke: b.kind === "group" ? css.accent : frame }));
+      if (b.label) pane.append(text(b.kind === "group" ? shorten(b.label, (wide - 8) / layout.constants.letter) : b.label, b.x, b.y + 4, { "text-anchor": "middle", fill: on ? css.ink : css.soft }));
     }
     root.append(pane);
   });

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Bool
 
 from ..errors import ViewError
+from ..models.graph import Graph, Node
 from ..utils.files import finite
 from ..utils.libraries import library
 from .layout import box_id
@@ -22,6 +25,22 @@ if TYPE_CHECKING:
     from .view import View
 
 
+_GROUP = "⊞ "
+"""Stands before the name of a closed group where one is the end of an edge, as in panels.js."""
+
+
+def _boxes_in(members: Collection[str], graph: Graph) -> set[str]:
+    """The boxes that a closed group stands for: its members, and keys and values that only they
+    read; the same rule as `insideOfGroups` in panels.js."""
+    a, found = graph.architecture, set(members)
+    each = a.n_heads // a.n_kv_heads
+    for layer in range(a.n_layers):
+        for k in range(a.n_kv_heads if each > 1 else 0):
+            if all(f"a{layer}.h{h}" in found for h in range(k * each, (k + 1) * each)):
+                found.add(f"a{layer}.kv{k}")
+    return found
+
+
 class GraphWidget(anywidget.AnyWidget):
     """An interactive view whose selection and threshold are shared with Python."""
 
@@ -31,14 +50,15 @@ class GraphWidget(anywidget.AnyWidget):
     selected = traitlets.List(traitlets.Unicode()).tag(sync=True)
     """Selected components, e.g. ``["a1.h2", "m3"]``; set it to select from Python."""
     selected_edge = traitlets.List(traitlets.Unicode(), maxlen=2).tag(sync=True)
-    """The selected edge as [source, target], or empty."""
+    """The selected edge as [source, target], or empty. A closed group stands as ``"⊞ "`` and its
+    name: then it is all edges that the line sums."""
     threshold = traitlets.Float(None, allow_none=True).tag(sync=True)
     """Smallest |score| that is drawn; None until it is set or moved (then the strongest 200)."""
     changed_only = traitlets.Bool(False).tag(sync=True)
     """Change view: leave out what was kept."""
     state = traitlets.Dict().tag(sync=True)
-    """Pins, groups, notes, search, filters, sort order: read it to keep a view, set it to restore
-    one. What is as at first is left out."""
+    """Pins, groups (closed ones, too), notes, search, filters, sort order: read it to keep a view,
+    set it to restore one. What is as at first is left out."""
     view: View
     """The view it was made from: its static forms."""
 
@@ -55,7 +75,7 @@ class GraphWidget(anywidget.AnyWidget):
         ``forget=``, gives the parameters behind the selection.
 
         Raises:
-            ViewError: a selected name that is not of this graph.
+            ViewError: a selected name that is not of this graph or of its groups.
         """
         graph = circuit.graph
         names = {box_id(n.id) for n in (*graph.writers, *graph.readers)}
@@ -63,15 +83,33 @@ class GraphWidget(anywidget.AnyWidget):
             raise ViewError(f"{unknown[0]!r} is no component of {graph.architecture}.")
         edges = circuit.edges & (np.abs(circuit.scores) >= (self.threshold or 0.0))
         if self.selected_edge:
-            only = np.zeros_like(edges)
-            only[graph.edge(*self.selected_edge)] = True
-            edges &= only
+            edges &= self._line(graph)
         elif self.selected:
             chosen = set(self.selected)
             rows = np.array([box_id(n.id) in chosen for n in graph.writers])
             columns = np.array([box_id(n.id) in chosen for n in graph.readers])
             edges &= rows[:, None] | columns[None, :]
         return replace(circuit, edges=edges, meta=circuit.meta.of_parts("selection"))
+
+    def _line(self, graph: Graph) -> Bool[np.ndarray, "writers readers"]:
+        """The edges behind the selected one: itself, or those that a closed group's line sums."""
+        only = np.zeros_like(graph.exists)
+        source, target = self.selected_edge
+        if not any(end.startswith(_GROUP) for end in (source, target)):
+            only[graph.edge(source, target)] = True
+            return only
+
+        def ends(nodes: Sequence[Node], end: str) -> Bool[np.ndarray, " nodes"]:
+            if not end.startswith(_GROUP):
+                return np.array([n.id == end for n in nodes])
+            if (name := end.removeprefix(_GROUP)) not in self.groups:
+                known = ", ".join(sorted(self.groups)) or "none"
+                raise ViewError(f"{name[:40]!r} is no group of this widget; its groups: {known}.")
+            boxes = _boxes_in(self.groups[name], graph)
+            return np.array([box_id(n.id) in boxes for n in nodes])
+
+        only |= ends(graph.writers, source)[:, None] & ends(graph.readers, target)[None, :]
+        return only & graph.exists
 
     def _repr_mimebundle_(self, **kwargs: object) -> object:
         """The live widget, with the static picture for whatever cannot run it."""
