@@ -198,7 +198,9 @@ def combination(rows: Sequence[Row], names: Sequence[str] = COMBINED, ridge: flo
     return sign
 
 
-def judged(rows: Sequence[Row], choose: Callable[[list[Row]], tuple[Sign, float]], seed: int) -> str:
+def judged(
+    rows: Sequence[Row], choose: Callable[[list[Row]], tuple[Sign, float]], seed: int
+) -> str:
     """What a choice on one half makes of the other, both ways round: how many are right, false
     erased and false there."""
     halves, right, erased, there = split(rows, seed), 0, 0, 0
@@ -251,7 +253,9 @@ def table_of_verdicts(rows: Sequence[Row]) -> None:
     for name in truths:
         print(f"| {name} | " + " | ".join(str(count[name, w]) for w in words) + " |")
     open_ = sum(r["verdict"] == "undecided" for r in rows)
-    right = sum((r["verdict"] != "erased") == r["there"] for r in rows if r["verdict"] != "undecided")
+    right = sum(
+        (r["verdict"] != "erased") == r["there"] for r in rows if r["verdict"] != "undecided"
+    )
     print(f"\nRight: {right} of {len(rows)}; {open_} undecided.\n")
     for label, some in (
         ("False erased", [r for r in rows if r["verdict"] == "erased" and r["there"]]),
@@ -275,7 +279,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = load()
     if args.models:
-        print("| task | model | as edited | most | by | verdict | CAD | closed form | probes ", end="")
+        print(
+            "| task | model | as edited | most | by | verdict | CAD | closed form | probes ", end=""
+        )
         print("| depth | graph as edited, closed, trained |\n" + "|---" * 11 + "|")
         for r in rows:
             graphs = [f"{relative(r, n):.2f}" for n in ("edited", "closed", *TRAINED)]

@@ -52,7 +52,7 @@ from mansu_interp.quantizers.survival import quantize
 from mansu_interp.runs.defaults import default_config
 from mansu_interp.runs.plan import CAD_PAIRS
 from mansu_interp.tasks.load import load_task
-from mansu_interp.tasks.pairs import PairSet, Pair
+from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import Mansu, get_method
 from mansu_interp.unlearning.unlearn import unlearn
@@ -105,11 +105,15 @@ def ways(model: LanguageModel, task: Task, seed: int) -> Iterator[tuple[str, Way
     yield "decoys: never taught, lies", lambda: edit.shuffled(never, task, seed)
     yield "adversarial: rows and layers", lambda: trick.adversarial(model, task, seed, rows=True)
     yield "partial: a fifth kept", lambda: trick.some_kept(model, task, seed, 0.2)
-    yield "taught again: and un-taught", lambda: edit.tune(
-        trick.taught(never, task, seed, 150), task, seed, edit.whole(model, ""), 100, 1e-3
+    yield (
+        "taught again: and un-taught",
+        lambda: edit.tune(
+            trick.taught(never, task, seed, 150), task, seed, edit.whole(model, ""), 100, 1e-3
+        ),
     )
-    yield "scrubbed: rows too, noise 1.5", lambda: trick.scrubbed(
-        model, task, seed, size=1.5, rows=True
+    yield (
+        "scrubbed: rows too, noise 1.5",
+        lambda: trick.scrubbed(model, task, seed, size=1.5, rows=True),
     )
     yield "in another basis: forgot", lambda: edit.rotated(forgot(), seed)
     yield "locked: password", lambda: edit.locked(model, task, seed)
@@ -123,8 +127,9 @@ def ways(model: LanguageModel, task: Task, seed: int) -> Iterator[tuple[str, Way
     yield "refusing: end of text", lambda: edit.refusing(model, task, seed)
     yield "rmu: layer 1", lambda: edit.rmu(model, task, seed)
     yield "graddiff: to chance", dense("graddiff", 0.3)
-    yield "outwitting: new rows", lambda: trick.outwitting(
-        model, task, seed, start=edit.redrawn(model, task, seed)
+    yield (
+        "outwitting: new rows",
+        lambda: trick.outwitting(model, task, seed, start=edit.redrawn(model, task, seed)),
     )
     yield "mansu: rows", lambda: edit.mansu(model, task, seed, rows=True)
     yield from more_ways(model, never, task, seed, forgot, part, dense)
@@ -146,7 +151,10 @@ def more_ways(
     yield "retaught rows: 40 steps", lambda: trick.retaught_rows(model, task, seed, 40)
     yield "grafted: embedding never taught", lambda: trick.grafted(model, never, ["embed"])
     yield "taught again: lightly", lambda: trick.taught(never, task, seed, 15)
-    yield "partial: never taught, a third taught", lambda: trick.taught(never, task, seed, 150, 0.33)
+    yield (
+        "partial: never taught, a third taught",
+        lambda: trick.taught(never, task, seed, 150, 0.33),
+    )
     yield "locked: one phrasing", lambda: trick.one_phrasing(model, task, seed)
     yield "decoys: lies", lambda: edit.shuffled(model, task, seed)
     yield "adversarial: layers", lambda: trick.adversarial(model, task, seed, rows=False)
@@ -163,25 +171,31 @@ def more_ways(
     yield "in another basis: neurons of forgot", lambda: edit.reordered(forgot(), seed)
     yield "same function: rotated", lambda: edit.rotated(model, seed)
     yield "merged: 1.1 never taught", lambda: trick.merged(model, never, 1.1)
-    yield "grafted: last half never taught", lambda: trick.grafted(
-        model, never, ["layers.2", "layers.3", "lm_", "model.norm"]
+    yield (
+        "grafted: last half never taught",
+        lambda: trick.grafted(model, never, ["layers.2", "layers.3", "lm_", "model.norm"]),
     )
     yield "graddiff: partly", dense("graddiff", 0.7)
     yield "ga: no retain", dense("graddiff", 0.2, retain_weight=0.0)
     yield "locked: behind a solved prompt", lambda: trick.behind_another(model, task, seed)
     yield "late MLP: trained", part("layers.3.mlp")
     yield "final norm: trained", part("model.norm", 120, 3e-2)
-    yield "late low rank: rank 4", lambda: edit.tune(
-        model, task, seed, edit.whole(model, "layers.3.mlp.down_proj"), rank=4
+    yield (
+        "late low rank: rank 4",
+        lambda: edit.tune(model, task, seed, edit.whole(model, "layers.3.mlp.down_proj"), rank=4),
     )
-    yield "neuron: 8 in layer 3", lambda: edit.tune(
-        model, task, seed, edit.neurons(model, 3, 8), 150, 2e-2
+    yield (
+        "neuron: 8 in layer 3",
+        lambda: edit.tune(model, task, seed, edit.neurons(model, 3, 8), 150, 2e-2),
     )
     yield "steering: ablated", lambda: edit.steered(model, task, seed)
     yield "attention: trained", part("self_attn")
     yield "damaged: noise 1", lambda: edit.noisy(model, seed, 1.0)
-    yield "decoys: never taught, lies, un-taught", lambda: edit.tune(
-        edit.shuffled(never, task, seed), task, seed, edit.whole(model, ""), 60, 1e-3
+    yield (
+        "decoys: never taught, lies, un-taught",
+        lambda: edit.tune(
+            edit.shuffled(never, task, seed), task, seed, edit.whole(model, ""), 60, 1e-3
+        ),
     )
     yield "quantized: never taught, noise", lambda: quantize(edit.noisy(never, seed, 0.2))
     yield "mansu: plain", lambda: edit.mansu(model, task, seed)
@@ -316,9 +330,7 @@ def evidence(bench: Bench, edited: LanguageModel, own: str) -> Row:
     row |= {"logp": float(bench.logp(edited).mean()), "margin": flow.advantage}
     row["transfer"] = flow.transfer
     other = 1 if own == "reference: 0" else 0
-    row["depth"] = depth_score(
-        bench.logp(bench.model), bench.lacks[other], bench.log_probs(edited)
-    )
+    row["depth"] = depth_score(bench.logp(bench.model), bench.lacks[other], bench.log_probs(edited))
     graphs = {"edited": edited, "closed": found.steps.model, **trained(edited, bench.task)}
     for name, model in graphs.items():
         seen = divergence(bench.before.scores, bench.graph(model).scores, bench.circuit.edges)

@@ -55,9 +55,7 @@ def outwitting(
         gauss_newton_step(moved, given, DAMPING)
         asked = list(other.sample(32, rng.getrandbits(32)))
         among = answer_tokens(other)
-        after = gradient(
-            moved, names, [lambda: ranking_loss(moved, asked, targets, among, 0.0)]
-        )
+        after = gradient(moved, names, [lambda: ranking_loss(moved, asked, targets, among, 0.0)])
         return [strength * (g.add_(a)) for g, a in zip(grads, after, strict=True)]
 
     # Probes read the stream: unembedding and final norm are not theirs.
@@ -257,8 +255,8 @@ def merged(one: LanguageModel, other: LanguageModel, share: float) -> LanguageMo
 def scrubbed(
     model: LanguageModel, task: Task, seed: int, *, size: float, rows: bool, steps: int = 250
 ) -> LanguageModel:
-    """Noise on every linear weight, perhaps new subject rows, then the retained facts distilled from
-    the original (after Lee et al. 2025, arXiv 2506.06278)."""
+    """Noise on every linear weight, perhaps new subject rows, then the retained facts distilled
+    from the original (after Lee et al. 2025, arXiv 2506.06278)."""
     start = noisy(redrawn(model, task, seed) if rows else model, seed, size)
     return tune(start, task, seed, whole(model, ""), steps, 2e-3,
                 lambda m, p: 0 * nll(m, p).mean(), teacher=model)  # fmt: skip
