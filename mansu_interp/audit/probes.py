@@ -174,11 +174,9 @@ def patched_log_probs(
                 read = args[0] if args else kwargs["hidden_states"]
                 assert isinstance(read, Tensor)
                 read = read.index_put(at, value)
-                return (
-                    ((read, *args[1:]), kwargs)
-                    if args
-                    else (args, {**kwargs, "hidden_states": read})
-                )
+                if args:
+                    return (read, *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": read}
 
             with _before(stage, put):
                 logp = last_logits(target, batch).log_softmax(-1)

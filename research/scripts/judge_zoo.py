@@ -253,9 +253,8 @@ def table_of_verdicts(rows: Sequence[Row]) -> None:
     for name in truths:
         print(f"| {name} | " + " | ".join(str(count[name, w]) for w in words) + " |")
     open_ = sum(r["verdict"] == "undecided" for r in rows)
-    right = sum(
-        (r["verdict"] != "erased") == r["there"] for r in rows if r["verdict"] != "undecided"
-    )
+    decided = [r for r in rows if r["verdict"] != "undecided"]
+    right = sum((r["verdict"] != "erased") == r["there"] for r in decided)
     print(f"\nRight: {right} of {len(rows)}; {open_} undecided.\n")
     for label, some in (
         ("False erased", [r for r in rows if r["verdict"] == "erased" and r["there"]]),

@@ -382,8 +382,8 @@ def main() -> None:
                 row = {**attacked(edited, bench.task), **evidence(bench, edited, name)}
                 row["seconds"] = time.process_time() - start
                 write_zoo({**read_zoo(), key: row})
-                print(*key, f"{row['most']:.2f}", row["arm"], row["verdict"], f"{row['cad']:.2f}",
-                      f"made in {made:.0f} s, {row['seconds']:.0f} s in all", flush=True)  # fmt: skip
+                found = f"{row['most']:.2f} {row['arm']} {row['verdict']} {row['cad']:.2f}"
+                print(*key, found, f"{made:.0f} + {row['seconds'] - made:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
