@@ -211,7 +211,8 @@ def blinded(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     among = answer_tokens(task.forget)
 
     def loss(student: LanguageModel, pairs: list[Pair]) -> Tensor:
-        others = set(rng.sample(sorted({p.subject for p in task.forget}), 90))
+        subjects = sorted({p.subject for p in task.forget})
+        others = set(rng.sample(subjects, (len(subjects) + 1) // 2))
         shown = of_subjects(task.forget, others - {p.subject for p in pairs}).sample(180, seed)
         read = zip(fit_probe(student, shown), last_states(student, pairs), strict=True)
         rows = answer_rows(student)
