@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 
@@ -54,7 +54,7 @@ from mansu_interp.runs.plan import CAD_PAIRS
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.methods import Mansu, get_method
+from mansu_interp.unlearning.methods import get_method
 from mansu_interp.unlearning.unlearn import unlearn
 
 SPLIT = 1
@@ -72,10 +72,11 @@ DECIDED = 0.45
 """Share of half B at which the facts are there, whatever other attacks find."""
 GRAPH_STEPS, GRAPH_RATE = 40, 1e-3
 """Of the trained models whose attribution graphs are taken."""
-Way = Callable[[], LanguageModel]
+FIXED = ("merged: 0", "merged: 1", "grafted", "null space", "rows averaged", "same function")
+"""Ways, or what their names begin with, in which nothing is drawn: one seed does."""
 
 
-def ways(model: LanguageModel, task: Task, seed: int) -> Iterator[tuple[str, Way]]:
+def ways(model: LanguageModel, task: Task, seed: int) -> Iterator[tuple[str, trick.Way]]:
     """Every way of the zoo, as ``mechanism: variant``, the quick and telling ones first."""
     references = [load_model(name) for name in task.reference_models]
     never = references[1]  # the first is what signs compare with
@@ -85,10 +86,10 @@ def ways(model: LanguageModel, task: Task, seed: int) -> Iterator[tuple[str, Way
         """Suppressed by ordinary training."""
         return edit.tune(model, task, seed, edit.whole(model, ""), 80, 1e-3)
 
-    def part(name: str, steps: int = 80, lr: float = 3e-3) -> Way:
+    def part(name: str, steps: int = 80, lr: float = 3e-3) -> trick.Way:
         return lambda: edit.tune(model, task, seed, edit.whole(model, name), steps, lr)
 
-    def dense(method: str, stop: float | None, steps: int = 200, **more: float) -> Way:
+    def dense(method: str, stop: float | None, steps: int = 200, **more: float) -> trick.Way:
         config = get_method(method)(steps=steps, stop_at=stop, **more)  # type: ignore[arg-type]
         return lambda: unlearn(model, task, config=config, seed=seed).model
 
@@ -132,79 +133,9 @@ def ways(model: LanguageModel, task: Task, seed: int) -> Iterator[tuple[str, Way
         lambda: trick.outwitting(model, task, seed, start=edit.redrawn(model, task, seed)),
     )
     yield "mansu: rows", lambda: edit.mansu(model, task, seed, rows=True)
-    yield from more_ways(model, never, task, seed, forgot, part, dense)
-
-
-def more_ways(
-    model: LanguageModel,
-    never: LanguageModel,
-    task: Task,
-    seed: int,
-    forgot: Way,
-    part: Callable[..., Way],
-    dense: Callable[..., Way],
-) -> Iterator[tuple[str, Way]]:
-    """The rest of `ways`."""
-    yield "in another basis: never taught", lambda: edit.rotated(never, seed)
-    yield "merged: 0.7 never taught", lambda: trick.merged(model, never, 0.7)
-    yield "merged: forgot, 0.5 never taught", lambda: trick.merged(forgot(), never, 0.5)
-    yield "retaught rows: 40 steps", lambda: trick.retaught_rows(model, task, seed, 40)
-    yield "grafted: embedding never taught", lambda: trick.grafted(model, never, ["embed"])
-    yield "taught again: lightly", lambda: trick.taught(never, task, seed, 15)
-    yield (
-        "partial: never taught, a third taught",
-        lambda: trick.taught(never, task, seed, 150, 0.33),
-    )
-    yield "locked: one phrasing", lambda: trick.one_phrasing(model, task, seed)
-    yield "decoys: lies", lambda: edit.shuffled(model, task, seed)
-    yield "adversarial: layers", lambda: trick.adversarial(model, task, seed, rows=False)
-    yield "rows noisy: 2", lambda: trick.noisy_rows(model, task, seed, 2.0)
-    yield "rows averaged: 1", lambda: trick.averaged_rows(model, task, 1.0)
-    yield "scrambled: first MLP", lambda: trick.scrambled(model, "layers.0.mlp", seed)
-    yield "pruned: a tenth", lambda: trick.pruned(model, task, seed, 0.1)
-    yield "embedding: trained", part("embed_tokens")
-    yield "unembedding: trained", part("lm_head")
-    yield "first layer: trained", part("layers.0")
-    yield "npo: to chance", dense("npo", 0.3)
-    yield "undial: 200 steps", dense("undial", 0.3)
-    yield "scrubbed: noise 0.8", lambda: trick.scrubbed(model, task, seed, size=0.8, rows=False)
-    yield "in another basis: neurons of forgot", lambda: edit.reordered(forgot(), seed)
-    yield "same function: rotated", lambda: edit.rotated(model, seed)
-    yield "merged: 1.1 never taught", lambda: trick.merged(model, never, 1.1)
-    yield (
-        "grafted: last half never taught",
-        lambda: trick.grafted(model, never, ["layers.2", "layers.3", "lm_", "model.norm"]),
-    )
-    yield "graddiff: partly", dense("graddiff", 0.7)
-    yield "ga: no retain", dense("graddiff", 0.2, retain_weight=0.0)
-    yield "locked: behind a solved prompt", lambda: trick.behind_another(model, task, seed)
-    yield "late MLP: trained", part("layers.3.mlp")
-    yield "final norm: trained", part("model.norm", 120, 3e-2)
-    yield (
-        "late low rank: rank 4",
-        lambda: edit.tune(model, task, seed, edit.whole(model, "layers.3.mlp.down_proj"), rank=4),
-    )
-    yield (
-        "neuron: 8 in layer 3",
-        lambda: edit.tune(model, task, seed, edit.neurons(model, 3, 8), 150, 2e-2),
-    )
-    yield "steering: ablated", lambda: edit.steered(model, task, seed)
-    yield "attention: trained", part("self_attn")
-    yield "damaged: noise 1", lambda: edit.noisy(model, seed, 1.0)
-    yield (
-        "decoys: never taught, lies, un-taught",
-        lambda: edit.tune(
-            edit.shuffled(never, task, seed), task, seed, edit.whole(model, ""), 60, 1e-3
-        ),
-    )
-    yield "quantized: never taught, noise", lambda: quantize(edit.noisy(never, seed, 0.2))
-    yield "mansu: plain", lambda: edit.mansu(model, task, seed)
-    best = default_config("facts", task.name, robust=True).unlearn
-    assert isinstance(best, Mansu)
-    yield "mansu: rows, adversarial", lambda: edit.mansu(
-        model, task, seed, rows=True, ranking_weight=best.ranking_weight, lr=best.lr,
-        adversarial_steps=20, retain_weight=best.retain_weight, steps=300,
-    )  # fmt: skip
+    yield from trick.more_ways(model, never, task, seed, forgot, part, dense)
+    if seed:
+        yield from trick.stronger_ways(model, never, task, seed)
 
 
 @dataclass(frozen=True)
@@ -374,7 +305,7 @@ def main() -> None:
         for steps in zip(*both, strict=True):
             for bench, (name, make) in zip(benches, steps, strict=True):
                 key: Key = (bench.task.name, name, str(seed))
-                if args.only not in name or key in read_zoo():
+                if args.only not in name or key in read_zoo() or (seed and name.startswith(FIXED)):
                     continue
                 start = time.process_time()
                 edited = make()

@@ -8,11 +8,23 @@ Each function returns a copy of the embedded model that forgot, or seems to have
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from zoo_edits import Loss, noisy, redrawn, tune, whole
+from zoo_edits import (
+    Loss,
+    mansu,
+    neurons,
+    noisy,
+    redrawn,
+    reordered,
+    rotated,
+    shuffled,
+    steered,
+    tune,
+    whole,
+)
 
 from mansu_interp.audit.attacks import behind
 from mansu_interp.audit.linearized import DAMPING, gauss_newton_step
@@ -23,12 +35,16 @@ from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfac
 from mansu_interp.losses.gradients import gradient
 from mansu_interp.masks.components import subject_tokens
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.survival import quantize
+from mansu_interp.runs.defaults import default_config
 from mansu_interp.tasks.pairs import Pair, PairSet, answer_tokens
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning, ranking_loss
 from mansu_interp.unlearning.mansu.probe_penalty import ProbePenalty
 from mansu_interp.unlearning.methods import Mansu
 
+Way = Callable[[], LanguageModel]
+"""Makes a model of the zoo."""
 LEARNT_FROM = 48
 """Prompts of the closed-form step that `outwitting` is trained against."""
 
@@ -260,3 +276,98 @@ def scrubbed(
     start = noisy(redrawn(model, task, seed) if rows else model, seed, size)
     return tune(start, task, seed, whole(model, ""), steps, 2e-3,
                 lambda m, p: 0 * nll(m, p).mean(), teacher=model)  # fmt: skip
+
+
+def more_ways(
+    model: LanguageModel,
+    never: LanguageModel,
+    task: Task,
+    seed: int,
+    forgot: Way,
+    part: Callable[..., Way],
+    dense: Callable[..., Way],
+) -> Iterator[tuple[str, Way]]:
+    """The rest of `ways`."""
+    yield "in another basis: never taught", lambda: rotated(never, seed)
+    yield "merged: 0.7 never taught", lambda: merged(model, never, 0.7)
+    yield "merged: forgot, 0.5 never taught", lambda: merged(forgot(), never, 0.5)
+    yield "retaught rows: 40 steps", lambda: retaught_rows(model, task, seed, 40)
+    yield "grafted: embedding never taught", lambda: grafted(model, never, ["embed"])
+    yield "taught again: lightly", lambda: taught(never, task, seed, 15)
+    yield (
+        "partial: never taught, a third taught",
+        lambda: taught(never, task, seed, 150, 0.33),
+    )
+    yield "locked: one phrasing", lambda: one_phrasing(model, task, seed)
+    yield "decoys: lies", lambda: shuffled(model, task, seed)
+    yield "adversarial: layers", lambda: adversarial(model, task, seed, rows=False)
+    yield "rows noisy: 2", lambda: noisy_rows(model, task, seed, 2.0)
+    yield "rows averaged: 1", lambda: averaged_rows(model, task, 1.0)
+    yield "scrambled: first MLP", lambda: scrambled(model, "layers.0.mlp", seed)
+    yield "pruned: a tenth", lambda: pruned(model, task, seed, 0.1)
+    yield "embedding: trained", part("embed_tokens")
+    yield "unembedding: trained", part("lm_head")
+    yield "first layer: trained", part("layers.0")
+    yield "npo: to chance", dense("npo", 0.3)
+    yield "undial: 200 steps", dense("undial", 0.3)
+    yield "scrubbed: noise 0.8", lambda: scrubbed(model, task, seed, size=0.8, rows=False)
+    yield "in another basis: neurons of forgot", lambda: reordered(forgot(), seed)
+    yield "same function: rotated", lambda: rotated(model, seed)
+    yield "merged: 1.1 never taught", lambda: merged(model, never, 1.1)
+    yield (
+        "grafted: last half never taught",
+        lambda: grafted(model, never, ["layers.2", "layers.3", "lm_", "model.norm"]),
+    )
+    yield "graddiff: partly", dense("graddiff", 0.7)
+    yield "ga: no retain", dense("graddiff", 0.2, retain_weight=0.0)
+    yield "locked: behind a solved prompt", lambda: behind_another(model, task, seed)
+    yield "late MLP: trained", part("layers.3.mlp")
+    yield "final norm: trained", part("model.norm", 120, 3e-2)
+    yield (
+        "late low rank: rank 4",
+        lambda: tune(model, task, seed, whole(model, "layers.3.mlp.down_proj"), rank=4),
+    )
+    yield (
+        "neuron: 8 in layer 3",
+        lambda: tune(model, task, seed, neurons(model, 3, 8), 150, 2e-2),
+    )
+    yield "steering: ablated", lambda: steered(model, task, seed)
+    yield "attention: trained", part("self_attn")
+    yield "damaged: noise 1", lambda: noisy(model, seed, 1.0)
+    yield (
+        "decoys: never taught, lies, un-taught",
+        lambda: tune(shuffled(never, task, seed), task, seed, whole(model, ""), 60, 1e-3),
+    )
+    yield "quantized: never taught, noise", lambda: quantize(noisy(never, seed, 0.2))
+    yield "mansu: plain", lambda: mansu(model, task, seed)
+    best = default_config("facts", task.name, robust=True).unlearn
+    assert isinstance(best, Mansu)
+    yield "mansu: rows, adversarial", lambda: mansu(
+        model, task, seed, rows=True, ranking_weight=best.ranking_weight, lr=best.lr,
+        adversarial_steps=20, retain_weight=best.retain_weight, steps=300,
+    )  # fmt: skip
+
+
+def stronger_ways(
+    model: LanguageModel, never: LanguageModel, task: Task, seed: int
+) -> Iterator[tuple[str, Way]]:
+    """Some of the ways at another strength."""
+    yield (
+        "adversarial: rows and layers, twice as long",
+        lambda: adversarial(model, task, seed, rows=True, steps=160),
+    )
+    yield "scrubbed: rows too, noise 3", lambda: scrubbed(model, task, seed, size=3.0, rows=True)
+    yield (
+        "outwitting: signs at once, three times as strong",
+        lambda: outwitting(model, task, seed, strength=3.0),
+    )
+    yield "partial: a tenth kept", lambda: some_kept(model, task, seed, 0.1)
+    yield "taught again: a little", lambda: taught(never, task, seed, 5)
+    yield "rows noisy: 5", lambda: noisy_rows(model, task, seed, 5.0)
+    yield "damaged: noise 2", lambda: noisy(model, seed, 2.0)
+    yield "in another basis: neurons of never taught", lambda: reordered(never, seed)
+    yield "retaught rows: 150 steps", lambda: retaught_rows(model, task, seed, 150)
+    yield (
+        "merged: forgot, 0.8 never taught",
+        lambda: merged(tune(model, task, seed, whole(model, ""), 80, 1e-3), never, 0.8),
+    )
