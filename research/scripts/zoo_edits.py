@@ -216,7 +216,8 @@ def blinded(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
         shown = of_subjects(task.forget, others - {p.subject for p in pairs}).sample(180, seed)
         read = zip(fit_probe(student, shown), last_states(student, pairs), strict=True)
         rows = answer_rows(student)
-        scores = [z_scores(probe(x), pairs, rows, among).square().mean() for probe, x in read]
+        own = {p.relation: among[p.relation] for p in pairs}
+        scores = [z_scores(probe(x), pairs, rows, own).square().mean() for probe, x in read]
         return counterfactual_loss(student, pairs, targets, 1.0) + torch.stack(scores).mean()
 
     return tune(model, task, seed, whole(model, ""), 200, 1e-3, loss)

@@ -339,13 +339,6 @@ def more_ways(
         lambda: tune(shuffled(never, task, seed), task, seed, whole(model, ""), 60, 1e-3),
     )
     yield "quantized: never taught, noise", lambda: quantize(noisy(never, seed, 0.2))
-    yield "mansu: plain", lambda: mansu(model, task, seed)
-    best = default_config("facts", task.name, robust=True).unlearn
-    assert isinstance(best, Mansu)
-    yield "mansu: rows, adversarial", lambda: mansu(
-        model, task, seed, rows=True, ranking_weight=best.ranking_weight, lr=best.lr,
-        adversarial_steps=20, retain_weight=best.retain_weight, steps=300,
-    )  # fmt: skip
 
 
 def stronger_ways(
@@ -371,3 +364,15 @@ def stronger_ways(
         "merged: forgot, 0.8 never taught",
         lambda: merged(tune(model, task, seed, whole(model, ""), 80, 1e-3), never, 0.8),
     )
+
+
+def slow_ways(model: LanguageModel, task: Task, seed: int) -> Iterator[tuple[str, Way]]:
+    """Minutes each."""
+    yield "mansu: rows", lambda: mansu(model, task, seed, rows=True)
+    yield "mansu: plain", lambda: mansu(model, task, seed)
+    best = default_config("facts", task.name, robust=True).unlearn
+    assert isinstance(best, Mansu)
+    yield "mansu: rows, adversarial", lambda: mansu(
+        model, task, seed, rows=True, ranking_weight=best.ranking_weight, lr=best.lr,
+        adversarial_steps=20, retain_weight=best.retain_weight, steps=300,
+    )  # fmt: skip
