@@ -418,13 +418,31 @@ def test_the_zoo_reads_back_as_written(tmp_path: Path, monkeypatch: pytest.Monke
     assert judge_zoo.read_zoo() == rows and list(judge_zoo.read_zoo()) == sorted(rows)
 
 
-def test_the_page_says_what_the_zoo_says(capsys: pytest.CaptureFixture[str]):
-    judge_zoo.table_of_verdicts(judge_zoo.load())
+def test_the_pages_say_what_the_zoo_says(capsys: pytest.CaptureFixture[str]):
+    rows = judge_zoo.load()
+    judge_zoo.table_of_verdicts(rows)
     printed, text = capsys.readouterr().out, (ROOT / "research" / "erasure.md").read_text("utf-8")
-    right = next(line for line in printed.splitlines() if line.startswith("Right: "))
-    assert right in text
+    said = [s for s in printed.splitlines() if s.startswith(("Right: ", "By mechanisms "))]
+    assert len(said) == 2 and all(line in text for line in said)
     wrong = printed[printed.index("False erased") : printed.index("False there")].splitlines()[1:]
     assert all(line.strip().split(":")[0].split(", ")[1] in text for line in wrong if line)
+    there = sum(r["there"] for r in rows)
+    page = (ROOT / "docs" / "cad.md").read_text("utf-8")
+    assert f"{len(rows)} versions of the embedded model" in page
+    assert f"in {there} of them the facts are there" in page
+    for name, sign in judge_zoo.SIGNS.items():
+        assert not (row := re.search(rf"(?m)^\| {re.escape(name)} \| (0\.\d+)", text)) or (
+            row[1] == f"{judge_zoo.auroc(rows, sign):.3f}"
+        )
+
+
+def test_what_was_never_taught_is_gone_by_construction():
+    changed = [
+        a["name"]
+        for a, b in zip(judge_zoo.load(), judge_zoo.load(by_construction=True), strict=True)
+        if a["there"] != b["there"]
+    ]
+    assert all(name.startswith(judge_zoo.NEVER) for name in changed)
 
 
 def test_signs_are_judged_on_mechanisms_that_chose_nothing():

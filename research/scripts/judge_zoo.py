@@ -2,13 +2,17 @@
 
     python research/scripts/judge_zoo.py
     python research/scripts/judge_zoo.py --models        # with a line for each model
+    python research/scripts/judge_zoo.py --by-construction
 
 Reads research/tables/zoo.csv. In a model the facts are *there* if half B's answers rank first of
 four, or last, more often than 0.40 in the strongest attack, or before any (`most`); else *gone*.
 Mechanisms (what stands before the colon of a name) are split in two halves at random, so that none
 is in both; thresholds and weights are chosen on one and judged on the other, both ways round. Per
-sign: AUROC over all models with its 95 % interval over resampled models, within each task, and what
-the thresholds make of the judged halves. *False erased*: called gone, and there.
+sign: AUROC over all models with its 95 % interval over resampled models, within each task, and over
+the silent models, which answer no more than that as they are; then what the thresholds make of the
+judged halves. *False erased*: called gone, and there. A maximum over many attacks lies above chance
+in any model: with --by-construction those that were made of never-taught models alone, and never
+told a forget fact, count as gone whatever the attacks say.
 
 Columns of the table, shares of half B unless said otherwise:
 
@@ -51,6 +55,21 @@ FIRST = ("first", "last", "most", "arm", "half-a", "half-a+retained", "retained"
 TEXTS = ("task", "name", "seed", "arm", "verdict")
 RESAMPLES = 1000
 TRAINED = ("half-a", "half-a+retained")
+SEEN = (
+    "reference", "unchanged", "subject rows", "blinded", "locked", "overwritten", "partly",
+    "refusing", "rmu", "graddiff", "ga", "npo", "mansu", "embedding", "unembedding", "first layer",
+    "late MLP", "final norm", "late low rank", "neuron", "steering", "damaged", "same function",
+    "merged",
+)  # fmt: skip
+"""Mechanisms that were looked at when the levels of the verdict were set."""
+NEVER = (
+    "reference: ",
+    "decoys: never taught",
+    "in another basis: never",
+    "in another basis: neurons of never",
+    "quantized: never",
+)
+"""What the names of models begin with that were never told a forget fact."""
 BORDER = 0.05
 """Distance from the level of what is there within which a truth is borderline."""
 
@@ -108,13 +127,16 @@ def write_zoo(rows: dict[Key, Row]) -> None:
     write_table(PATH, out)
 
 
-def load() -> list[Row]:
+def load(by_construction: bool = False) -> list[Row]:
     """Every row as numbers, with its mechanism, the truth, and the levels of its task's graphs."""
     rows: list[Row] = []
     for found in read_zoo().values():
         row: Row = {k: v if k in TEXTS else float(v or "nan") for k, v in found.items()}
         row["mechanism"] = row["name"].split(":")[0]
         row["there"] = row["most"] > ERASED_LEVEL
+        if by_construction and row["name"].startswith(NEVER):
+            row["there"] = False
+        row["silent"] = max(row["first"], row["last"]) <= ERASED_LEVEL
         rows.append(row)
     names = ("edited", "closed", *TRAINED)
     for task in {r["task"] for r in rows}:
@@ -225,17 +247,33 @@ def table_of_signs(rows: Sequence[Row], seed: int) -> None:
     """Print the comparison of signs."""
     tasks = sorted({r["task"] for r in rows})
     print("| sign | AUROC (95 % over models) |", " | ".join(tasks), end="")
-    print(" | judged half: right, false erased, false there | threshold |")
-    print("|---" * (4 + len(tasks)) + "|")
+    print(" | silent models | judged half: right, false erased, false there | threshold |")
+    print("|---" * (5 + len(tasks)) + "|")
     mixed = crossed(rows, seed)
     signs = {n: (rows, s) for n, s in SIGNS.items()}
     signs["combination of eight (fitted on the other half)"] = mixed, lambda r: r["combined"]
     for label, (some, sign) in signs.items():
         within = [f"{auroc([r for r in some if r['task'] == t], sign):.3f}" for t in tasks]
+        within.append(f"{auroc([r for r in some if r['silent']], sign):.3f}")
         cut = threshold(some, sign)
         how = judged(some, lambda own, sign=sign: (sign, threshold(own, sign)), seed)
         own = f"{auroc(some, sign):.3f} ({interval(some, sign, seed)})"
         print(f"| {label} | {own} | " + " | ".join(within) + f" | {how} | {cut:.3f} |")
+
+
+def right(rows: Sequence[Row]) -> str:
+    """How often the verdict is right."""
+    decided = [r for r in rows if r["verdict"] != "undecided"]
+    agree = sum((r["verdict"] != "erased") == r["there"] for r in decided)
+    false = sum(r["verdict"] == "erased" and r["there"] for r in decided)
+    return f"{agree} of {len(rows)}, {len(rows) - len(decided)} undecided, {false} false erased"
+
+
+def agreement(rows: Sequence[Row]) -> str:
+    """Of the graphs after closed-form relearning and after training."""
+    trained = [max(relative(r, n) for n in TRAINED) for r in rows]
+    closed = [relative(r, "closed") for r in rows]
+    return f"{np.corrcoef(closed, trained)[0, 1]:.2f}"
 
 
 def table_of_verdicts(rows: Sequence[Row]) -> None:
@@ -245,17 +283,16 @@ def table_of_verdicts(rows: Sequence[Row]) -> None:
     def truth(row: Row) -> str:
         if not row["there"]:
             return truths[2]
-        return truths[max(row["first"], row["last"]) <= ERASED_LEVEL]
+        return truths[row["silent"]]
 
     count = Counter((truth(r), r["verdict"]) for r in rows)
     words = sorted({r["verdict"] for r in rows})
     print("\n| truth |", " | ".join(words), "|\n|---" + "|---" * len(words) + "|")
     for name in truths:
         print(f"| {name} | " + " | ".join(str(count[name, w]) for w in words) + " |")
-    open_ = sum(r["verdict"] == "undecided" for r in rows)
-    decided = [r for r in rows if r["verdict"] != "undecided"]
-    right = sum((r["verdict"] != "erased") == r["there"] for r in decided)
-    print(f"\nRight: {right} of {len(rows)}; {open_} undecided.\n")
+    new = [r for r in rows if r["mechanism"] not in SEEN]
+    print(f"\nRight: {right(rows)}.")
+    print(f"By mechanisms that no level of the verdict had seen: {right(new)}.\n")
     for label, some in (
         ("False erased", [r for r in rows if r["verdict"] == "erased" and r["there"]]),
         ("False there", [r for r in rows if not r["there"]
@@ -274,9 +311,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare signs of erasure on the zoo.")
     parser.add_argument("--models", action="store_true", help="print a line for each model")
+    parser.add_argument(
+        "--by-construction", action="store_true", help="what was never taught is gone"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the halves and resamplings")
     args = parser.parse_args()
-    rows = load()
+    rows = load(args.by_construction)
     if args.models:
         print(
             "| task | model | as edited | most | by | verdict | CAD | closed form | probes ", end=""
@@ -295,6 +335,7 @@ def main() -> None:
     kinds = len({r["mechanism"] for r in rows})
     print(f"\n{len(rows)} models by {kinds} mechanisms; in {there} the facts are there.\n")
     table_of_signs(rows, args.seed)
+    print(f"\nGraphs after closed-form relearning and after training correlate: {agreement(rows)}.")
     table_of_verdicts(rows)
 
 
