@@ -7,7 +7,7 @@
 Each row of research/tables/zoo.csv is one model of the embedded kind. The truth is what attacks on
 unseen phrasings bring back (`attacked`); the signs are taken on train phrasings and another split
 of the subjects (`evidence`). Finished rows are not made again. `judge_zoo.py` reads them, and says
-what the columns are. --whole attacks models that withstood in all arms for 200 steps.
+what the columns are. --whole attacks some models that withstood in all arms, and for 200 steps.
 """
 
 from __future__ import annotations
@@ -272,17 +272,22 @@ def evidence(bench: Bench, edited: LanguageModel, own: str) -> Row:
     return row
 
 
-def whole_suite(tasks: list[str], count: int) -> None:
+def whole_suite(tasks: list[str], count: int, only: str) -> None:
     """Print, of some models that withstood, drawn at random, what the arms of `ATTACKS` find in 200
     steps, and the others of the suite in 80."""
     known = tuple(dict.fromkeys(arm for arm, _ in ATTACKS))
     for task in tasks:
         bench = Bench.of(task)
-        rows = [k for k, r in read_zoo().items() if k[0] == task and float(r["most"]) < DECIDED]
+        rows = [
+            key
+            for key, row in read_zoo().items()
+            if key[0] == task and only in key[1] and float(row["most"]) < DECIDED
+        ]
         random.Random(0).shuffle(rows)
         for _, name, seed in rows[:count]:
             edited = dict(ways(bench.model, bench.task, int(seed)))[name]()
-            for arms, steps in ((known, (80, 200)), (tuple({*ARMS} - {*known}), MARKS)):
+            others = tuple(arm for arm in ARMS if arm not in known)
+            for arms, steps in ((others, (20, 80)), (known, (80, 200))):
                 config = RelearnConfig(steps=steps, rates=(1e-3,))
                 found = attack_suite({name: edited}, bench.task, config=config, arms=arms)[name]
                 cells = [
@@ -302,7 +307,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.whole:
-        whole_suite(args.tasks, args.whole)
+        whole_suite(args.tasks, args.whole, args.only)
         return
     benches = [Bench.of(name) for name in args.tasks]
     for late, seed in product((False, True), args.seeds):
