@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checked import wrong_type
-from make_zoo import permuted_rows, reordered, rotated
+from zoo_edits import permuted_rows, reordered, rotated
 
 from mansu_interp.audit import linearized as module
 from mansu_interp.audit import relearning, suite
@@ -22,8 +23,10 @@ from mansu_interp.audit.known import Asked, beyond_chance
 from mansu_interp.audit.linearized import linearized_relearning, moved_names, tangent_kernel
 from mansu_interp.audit.probes import (
     answer_scores,
+    depth_score,
     last_logits,
     model_divergence,
+    patched_log_probs,
     probe,
     probe_scores,
     ranked,
@@ -83,6 +86,32 @@ def test_stitches_take_the_right_end(facts: LanguageModel, split: tuple[PairSet,
     mute.weights["lm_head.weight"].zero_()
     assert stitches(mute, facts, split[1]) == [1.0] * 5
     assert stitches(facts, mute, split[1]) == [0.0] * 5  # a tie counts against the model
+
+
+def test_the_depth_score_by_hand():
+    """Two prompts and three blocks. The first block costs nothing and counts for none; of what the
+    never-taught states cost, the edited model's show some, at most all, at least nothing."""
+    full = torch.tensor([-1.0, -2.0])
+    never = torch.tensor([[-1.0, -2.04], [-3.0, -6.0], [-5.0, -2.0]])
+    edited = torch.tensor([[-9.0, -9.0], [-2.0, -8.0], [-0.5, -7.0]])
+    # First prompt: 1 of 2 nats, 0 of 4; second: 4 of 4 nats in the one block that counts.
+    assert depth_score(full, never, edited) == pytest.approx((1 / 6 + 1) / 2)
+    assert depth_score(full, never, never) == 1
+    assert depth_score(full, never, full.expand(3, 2)) == 0
+    assert math.isnan(depth_score(full, full.expand(3, 2), edited))
+
+
+def test_patched_states_change_the_last_token_alone(
+    facts: LanguageModel, split: tuple[PairSet, PairSet]
+):
+    pairs = split[1].sample(20, 0)
+    own = patched_log_probs(facts, facts, pairs)
+    logp = -torch.cat([nll(facts, part) for part in pairs.parts(48)])
+    assert own.shape == (4, 20) and torch.allclose(own, logp.expand(4, -1), atol=1e-4)
+    # After the first block of a model that knows nothing, the subject's own states still answer.
+    never = load_model("facts-capitals-reference-0")
+    lost = logp - patched_log_probs(never, facts, pairs)
+    assert lost[0].mean() < lost[3].mean() and lost[3].min() > 1
 
 
 def test_states_are_those_of_transformers(tiny_model: TinyModel, pairs: PairSet):

@@ -420,16 +420,53 @@ def test_names_of_runs_on_the_pages_stand_in_the_table():
 
 
 def test_the_zoo_reads_back_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    rows = judge_zoo.read_zoo("countries")
+    rows = judge_zoo.read_zoo()
     monkeypatch.setattr(judge_zoo, "PATH", tmp_path / "zoo.csv")
-    judge_zoo.write_zoo("countries", rows)
-    assert judge_zoo.read_zoo("countries") == rows and judge_zoo.read_zoo("capitals") == {}
+    judge_zoo.write_zoo(dict(reversed(rows.items())))
+    assert judge_zoo.read_zoo() == rows and list(judge_zoo.read_zoo()) == sorted(rows)
 
 
-@pytest.mark.parametrize(("horizon", "right"), [(20, 103), (40, 104)])
-def test_the_verdicts_agree_with_the_attack_as_the_page_says(horizon: int, right: int):
-    rows = judge_zoo.load(["capitals", "countries"], horizon)
-    assert sum(r["verdict"] == judge_zoo.expected(r) for r in rows) == right
-    assert len(rows) == 110
-    text = (ROOT / "research" / "erasure.md").read_text("utf-8")
-    assert f"{right} " in text and "of 110" in text
+def test_the_pages_say_what_the_zoo_says(capsys: pytest.CaptureFixture[str]):
+    rows = judge_zoo.load()
+    judge_zoo.table_of_verdicts(rows)
+    printed, text = capsys.readouterr().out, (ROOT / "research" / "erasure.md").read_text("utf-8")
+    said = [s for s in printed.splitlines() if s.startswith(("Right: ", "By mechanisms "))]
+    assert len(said) == 2 and all(line in text for line in said)
+    wrong = printed[printed.index("False erased") : printed.index("False there")].splitlines()[1:]
+    assert all(line.strip().split(":")[0].split(", ")[1] in text for line in wrong if line)
+    there = sum(r["there"] for r in rows)
+    page = (ROOT / "docs" / "cad.md").read_text("utf-8")
+    assert f"{len(rows)} versions of the embedded model" in page
+    assert f"in {there} of them the facts are there" in page
+    for name, sign in judge_zoo.SIGNS.items():
+        assert not (row := re.search(rf"(?m)^\| {re.escape(name)} \| (0\.\d+)", text)) or (
+            row[1] == f"{judge_zoo.auroc(rows, sign):.3f}"
+        )
+
+
+def test_what_was_never_taught_is_gone_by_construction():
+    changed = [
+        a["name"]
+        for a, b in zip(judge_zoo.load(), judge_zoo.load(by_construction=True), strict=True)
+        if a["there"] != b["there"]
+    ]
+    assert all(name.startswith(judge_zoo.NEVER) for name in changed)
+
+
+def test_signs_are_judged_on_mechanisms_that_chose_nothing():
+    """By hand: the sign separates at 0.5 among b and c, and fails for a alone."""
+
+    def model(mechanism: str, sign: float, there: bool) -> judge_zoo.Row:
+        return {"mechanism": mechanism, "x": sign, "there": there}
+
+    rows = [model("a", 0.3, True), model("a", 0.2, False), model("b", 0.9, True)]
+    rows += [model("b", 0.4, False), model("c", 0.6, True), model("c", 0.1, False)]
+    sign = lambda r: r["x"]  # noqa: E731
+    assert judge_zoo.auroc(rows, sign) == pytest.approx(8 / 9)
+    assert judge_zoo.threshold(rows[2:], sign) == pytest.approx(0.5)
+    for seed in range(5):
+        first, second = judge_zoo.split(rows, seed)
+        assert not {r["mechanism"] for r in first} & {r["mechanism"] for r in second}
+        assert len(first) + len(second) == len(rows)
+    fixed = judge_zoo.judged(rows, lambda _: (sign, 0.5), 0)
+    assert fixed == "5/6, 1, 0"  # right, false erased, false there

@@ -235,15 +235,32 @@ def _relearn(
     return steps, trained
 
 
-def _look(
+def _split(task: Task, seed: int) -> tuple[PairSet, PairSet, PairSet]:
+    """Step 1 for a task whose facts are known: prompts of half A, of half B, and retained ones."""
+    first, second = halves(task.forget, seed)
+    half_a, half_b = (
+        rivals_within(of_subjects(task.forget, h)).sample(PROBE_PROMPTS, seed)
+        for h in (first, second)
+    )
+    about = tuple(p for p in task.retain if p.subject in second) or task.retain.pairs
+    return half_a, half_b, PairSet("retained facts", about).sample(RETAIN_PROMPTS, seed)
+
+
+def look(
     models: dict[str, LanguageModel],
-    half_a: PairSet,
-    half_b: PairSet,
-    retain: PairSet,
+    task: Task,
     seed: int,
-    note: Callable[[str, int, int], None],
+    note: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Found:
-    """Steps 2 to 5."""
+    """Steps 2 to 5: what is found of half B.
+
+    Arguments:
+        models: the original, the edited and perhaps the quantized model, by their names.
+        task: without facts that the original does not know.
+        seed: of the split and of the samples.
+        note: called with (stage, done, total).
+    """
+    half_a, half_b, retain = _split(task, seed)
     asked = Asked([p for part in half_b.parts(CHUNK) for p in part])
     original, edited = models[ORIGINAL], models[EDITED]
     note("asking the models", 0, 0)
@@ -329,23 +346,29 @@ def judge_erasure(
     edited.check_editable()
     check_alike(original, edited)
     task, _ = known_forget(original, task)
-    first, second = halves(task.forget, seed)
-    half_a, half_b = (
-        rivals_within(of_subjects(task.forget, h)).sample(PROBE_PROMPTS, seed)
-        for h in (first, second)
-    )
-    about = tuple(p for p in task.retain if p.subject in second) or task.retain.pairs
-    retain = PairSet("retained facts", about).sample(RETAIN_PROMPTS, seed)
     models = {ORIGINAL: original, EDITED: edited}
     if quantized is not None:
         models[QUANTIZED] = quantized
     note = on_step or (lambda *_: None)
-    found = _look(models, half_a, half_b, retain, seed, note)
+    found = look(models, task, seed, note)
     note("confidence of the verdict", 0, 0)
+    return conclude(found, models, task, seed)
+
+
+def conclude(found: Found, models: dict[str, LanguageModel], task: Task, seed: int) -> CAD:
+    """Steps 6 to 9, from what was found.
+
+    Arguments:
+        found: by `look`, of the same models, task and seed.
+        models: the original, the edited and perhaps the quantized model, by their names.
+        task: without facts that the original does not know.
+        seed: of the split and of the resamplings.
+    """
     evidence = found.evidence(torch.arange(len(found.asked.facts)))
     word, reason = decide(evidence)
     word, reason, confidence = settle(word, reason, _confidence(found, word, seed))
-    facts, retained = found.states(), _retained(original, edited, task)
+    facts, retained = found.states(), _retained(models[ORIGINAL], models[EDITED], task)
+    half_a, half_b, _ = _split(task, seed)
     some_a, some_b = (half.sample(STEP_PROMPTS, seed) for half in (half_a, half_b))
     steps = found.steps
     return CAD(
@@ -362,7 +385,7 @@ def judge_erasure(
         ],
         probed={EDITED: found.probed},
         stitched=found.stitched,
-        by_weight=gradient_transfer(edited, some_a, some_b).by_weight,
+        by_weight=gradient_transfer(models[EDITED], some_a, some_b).by_weight,
         subject=found.subject,
         outright={name: float(v.mean()) for name, v in found.outright.items()},
         after_retained=evidence.retained,

@@ -3,7 +3,8 @@
 The *probe* is a ridge regression from half A's states to the unembedding rows of their answers. It
 is asked for half B, whose answers it was not fitted on. *Stitching* runs the first layers of one
 model and the last of another (after Bansal et al. 2021, arXiv 2106.07682). Both score by four-way
-choice: chance is 0.25.
+choice: chance is 0.25. The *depth score* patches single states instead, and measures
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -148,6 +149,69 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
             with _before(stage, put):
                 right[k] += int(ranked_first(last_logits(last, batch), batch.choices).sum())
     return [r / len(pairs) for r in right]
+
+
+@torch.no_grad()
+def patched_log_probs(
+    source: LanguageModel, target: LanguageModel, pairs: PairSet
+) -> Float[Tensor, "blocks prompts"]:
+    """Log-probability (nats) of each answer's first token in ``target``, whose state at the last
+    token after one block is that of ``source``; one row for each block."""
+    ends = stages(target)[1:]
+    found: list[list[Tensor]] = [[] for _ in ends]
+    for batch in pairs.batches(CHUNK, source.device):
+        rows = torch.arange(len(batch), device=batch.clean.device)
+        values = [s[rows, batch.last] for s in states(source, batch)[1:]]
+        for k, (stage, value) in enumerate(zip(ends, values, strict=True)):
+
+            def put(
+                module: torch.nn.Module,
+                args: tuple[object, ...],
+                kwargs: dict[str, object],
+                value: Tensor = value,
+                at: tuple[Tensor, Tensor] = (rows, batch.last),
+            ) -> tuple[tuple[object, ...], dict[str, object]]:
+                read = args[0] if args else kwargs["hidden_states"]
+                assert isinstance(read, Tensor)
+                read = read.index_put(at, value)
+                if args:
+                    return (read, *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": read}
+
+            with _before(stage, put):
+                logp = last_logits(target, batch).log_softmax(-1)
+            found[k].append(logp[rows, batch.answer].cpu())
+    return torch.stack([torch.cat(f) for f in found])
+
+
+def depth_score(
+    full: Float[Tensor, " prompts"],
+    never: Float[Tensor, "blocks prompts"],
+    edited: Float[Tensor, "blocks prompts"],
+    *,
+    least: float = 0.05,
+) -> float:
+    """The Unlearning Depth Score (arXiv 2605.24614): 1 = erased at every depth, 0 = nowhere.
+
+    Per prompt, over the blocks at which the never-taught model's state costs the original more
+    than ``least`` nats, sum(d1 clip(d2 / d1, 0, 1)) / sum(d1), with d1 and d2 what the never-taught
+    and the edited model's states cost; then the mean over prompts. A prompt without such a block is
+    left out.
+
+    Arguments:
+        full: the original's log-probability of each answer (nats).
+        never: the same with the never-taught model's state patched in (`patched_log_probs`).
+        edited: the same with the edited model's.
+        least: of d1, in nats.
+
+    Returns:
+        The score, or NaN where no prompt has such a block.
+    """
+    lacks, shown = full - never, full - edited
+    lacks = torch.where(lacks > least, lacks, 0.0)
+    total = lacks.sum(0)
+    found = torch.minimum(shown.clamp_min(0.0), lacks).sum(0)
+    return float((found[total > 0] / total[total > 0]).mean())
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from make_zoo import redrawn
 from torch import Tensor
+from zoo_edits import redrawn
 
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.relearning import relearn

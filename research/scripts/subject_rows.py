@@ -17,8 +17,8 @@ import argparse
 import random
 
 import torch
-from make_zoo import redrawn
 from torch import Tensor
+from zoo_edits import redrawn
 
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.probes import answer_rows, last_states, linear_map
