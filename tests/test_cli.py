@@ -324,7 +324,7 @@ def test_what_a_task_says_of_mansu_is_not_for_baselines():
     mansu, npo = (default_config("facts", "countries", method=m) for m in ("mansu", "npo"))
     assert mansu.unlearn.lr == 0.12 and npo.unlearn == NPO(batch_size=96)
     variant = default_config("facts", "countries", method="mansu-no-projection").unlearn
-    assert isinstance(variant, Mansu) and variant.lr == 0.04 and variant.projection == 0.0
+    assert isinstance(variant, Mansu) and variant.lr == 0.12 and variant.projection == 0.0
     assert replace(mansu.unlearn, projection=0.0) == Mansu(**vars(variant))
 
 
