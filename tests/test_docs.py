@@ -263,6 +263,7 @@ def test_runs_and_prints_what_is_saved(script: Path, monkeypatch: pytest.MonkeyP
         pytest.skip(f"{REAL} is not in the hub's cache (scripts/get_smollm2.py makes its folder)")
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a worker has one core
     notebook = maker.notebook_of(script)
     maker.execute(notebook)  # raises on the first error, with its traceback
     for was, now in zip(code(saved(script)), code(notebook), strict=True):
