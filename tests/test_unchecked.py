@@ -21,6 +21,7 @@ from mansu_interp.tasks.task import Task
 TESTS = Path(__file__).resolve().parent
 
 
+@pytest.mark.slow
 def test_wrong_types_are_told_by_the_package():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "wrong_type"],

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -219,6 +220,12 @@ def as_language_model(model: object) -> LanguageModel:
     """
     found = as_model(model)
     if isinstance(found, BridgedModel):
+        if version("transformer-lens").startswith("3."):
+            raise ModelError(
+                "A TransformerBridge of TransformerLens 3 changes the model inside (the "
+                "unembedding gets a bias), so its weights are not the deployed ones. Give the "
+                "model of transformers, or its name; or take TransformerLens 4."
+            )
         found = view_of(cast("PreTrainedModel", unwrapped(found.hf)), found.tokenizer)
     if not isinstance(found, LanguageModel):
         raise ModelError(
