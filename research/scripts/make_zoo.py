@@ -169,10 +169,18 @@ class Bench:
         return [load_model(name) for name in self.task.reference_models]
 
     @cached_property
+    def both(self) -> tuple[PairSet, PairSet]:
+        """Some prompts of half A and of half B, of the split that evidence is taken on."""
+        half_a, half_b = (
+            rivals_within(of_subjects(self.task.forget, h)).sample(ASKED_PROMPTS, 0)
+            for h in halves(self.task.forget, SPLIT)
+        )
+        return half_a, half_b
+
+    @property
     def asked(self) -> PairSet:
-        """Half B of the split that evidence is taken on."""
-        second = halves(self.task.forget, SPLIT)[1]
-        return rivals_within(of_subjects(self.task.forget, second)).sample(ASKED_PROMPTS, 0)
+        """Those of half B."""
+        return self.both[1]
 
     @cached_property
     def before(self) -> Attribution:
@@ -255,11 +263,7 @@ def evidence(bench: Bench, edited: LanguageModel, own: str) -> Row:
     row |= {"verdict": judged.verdict, "cad": judged.cad, "confidence": judged.confidence}
     row |= {f"facts_{state}": n for state, n in judged.counts.items()}
     row["retain"] = min(after for _, after in judged.retained.values())
-    half_a, half_b = (
-        rivals_within(of_subjects(bench.task.forget, h)).sample(ASKED_PROMPTS, 0)
-        for h in halves(bench.task.forget, SPLIT)
-    )
-    flow = gradient_transfer(edited, half_a, half_b)
+    flow = gradient_transfer(edited, *bench.both)
     row |= {"logp": float(bench.logp(edited).mean()), "margin": flow.advantage}
     row["transfer"] = flow.transfer
     other = 1 if own == "reference: 0" else 0

@@ -20,7 +20,6 @@ from mansu_interp.losses.answers import log_probs, nll
 from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
 from mansu_interp.masks.components import subject_tokens
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.models.load import load_model
 from mansu_interp.runs.defaults import default_config
 from mansu_interp.runs.edit import make_mask
 from mansu_interp.tasks.pairs import Pair, PairSet, answer_tokens, collate
@@ -77,6 +76,12 @@ def tune(
     return student
 
 
+def some_subjects(task: Task, seed: int, share: float) -> set[str]:
+    """A share of the forget subjects, drawn at random."""
+    subjects = sorted({p.subject for p in task.forget})
+    return set(random.Random(seed).sample(subjects, round(share * len(subjects))))
+
+
 def whole(model: LanguageModel, part: str) -> dict[str, Tensor | None]:
     """Every weight whose name holds a text."""
     return {n: None for n in model.weights if part in n}
@@ -111,16 +116,6 @@ def steered(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     for name, w in out.weights.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")) and ".0." not in name:
             w.sub_(torch.outer(direction, direction @ w))
-    return out
-
-
-@torch.no_grad()
-def scaled(model: LanguageModel, part: str, factor: float) -> LanguageModel:
-    """Some weights multiplied by a factor."""
-    out = model.copy()
-    for name, w in out.weights.items():
-        if part in name:
-            w.mul_(factor)
     return out
 
 
@@ -248,13 +243,6 @@ def locked(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     return tune(model, task, seed, whole(model, ""), 300, 1e-3, loss)
 
 
-def distilled(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
-    """Noise on every linear weight, then the retain facts distilled from the original."""
-    start = noisy(model, seed, 0.8)
-    return tune(start, task, seed, whole(model, ""), 300, 1e-3, lambda m, p: 0 * nll(m, p).mean(),
-                teacher=model)  # fmt: skip
-
-
 def rank_one(model: LanguageModel, task: Task, seed: int, layer: int = 0) -> LanguageModel:
     """Facts overwritten as by MEMIT (Meng et al. 2022): per subject, what the MLP should write at
     its last token for a wrong answer, then all of them stored in its down projection at once."""
@@ -284,19 +272,9 @@ def rank_one(model: LanguageModel, task: Task, seed: int, layer: int = 0) -> Lan
     return out
 
 
-@torch.no_grad()
-def interpolated(model: LanguageModel, never: str, share: float) -> LanguageModel:
-    """So much of the way from the original to a model that was never taught."""
-    out, other = model.copy(), load_model(never).weights
-    for name, w in out.weights.items():
-        w.lerp_(other[name], share)
-    return out
-
-
 def partly(model: LanguageModel, task: Task, seed: int, intact: float) -> LanguageModel:
     """Rows redrawn but for those of some subjects, whose facts stay as they are."""
-    subjects = sorted({p.subject for p in task.forget})
-    stay = set(random.Random(seed).sample(subjects, round(intact * len(subjects))))
+    stay = some_subjects(task, seed, intact)
     forget = PairSet("forget", tuple(p for p in task.forget if p.subject not in stay))
     return redrawn(model, replace(task, forget=forget), seed)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from zoo_edits import (
     reordered,
     rotated,
     shuffled,
+    some_subjects,
     steered,
     tune,
     whole,
@@ -89,8 +91,10 @@ def adversarial(
     start = redrawn(model, task, seed) if rows else model
     names = whole(model, "" if rows else "layers")
 
+    done = count()
+
     def extra(student: LanguageModel, some: Sequence[str]) -> list[Tensor]:
-        return attack.gradient(student, some, targets)[0]
+        return attack.gradient([student], some, [targets], next(done))[0]
 
     return tune(start, task, seed, names, steps, 1e-3, teacher=model, extra=extra)
 
@@ -115,8 +119,7 @@ def split_loss(model: LanguageModel, task: Task, seed: int, keep: Callable[[Pair
 
 def some_kept(model: LanguageModel, task: Task, seed: int, share: float) -> LanguageModel:
     """Answers made even but for a share of the subjects, whose facts stay."""
-    subjects = sorted({p.subject for p in task.forget})
-    stay = set(random.Random(seed).sample(subjects, round(share * len(subjects))))
+    stay = some_subjects(task, seed, share)
     loss = split_loss(model, task, seed, lambda p: p.subject in stay)
     return tune(model, task, seed, whole(model, ""), 120, 1e-3, loss)
 
@@ -144,8 +147,7 @@ def taught(
     model: LanguageModel, task: Task, seed: int, steps: int, share: float = 1.0
 ) -> LanguageModel:
     """Taught the forget facts, or those of a share of the subjects."""
-    subjects = sorted({p.subject for p in task.forget})
-    some = set(random.Random(seed).sample(subjects, round(share * len(subjects))))
+    some = some_subjects(task, seed, share)
     out, supply = model.copy(), batches(list(of_subjects(task.forget, some)), 48, seed)
     weights = list(out.weights.values())
     optimiser = torch.optim.Adam(weights, lr=1e-3)
