@@ -283,6 +283,8 @@ def look(
     steps, trained = _relearn(signs, edited, given, asked, some_b, note)
     note("stitching", 0, 0)
     return Found(
+        half_a=half_a,
+        half_b=half_b,
         asked=asked,
         first={name: found.first for name, found in ranks.items()},
         outright={name: asked.by_fact(right) for name, (_, right) in scores.items()},
@@ -368,8 +370,7 @@ def conclude(found: Found, models: dict[str, LanguageModel], task: Task, seed: i
     word, reason = decide(evidence)
     word, reason, confidence = settle(word, reason, _confidence(found, word, seed))
     facts, retained = found.states(), _retained(models[ORIGINAL], models[EDITED], task)
-    half_a, half_b, _ = _split(task, seed)
-    some_a, some_b = (half.sample(STEP_PROMPTS, seed) for half in (half_a, half_b))
+    some_a, some_b = (half.sample(STEP_PROMPTS, seed) for half in (found.half_a, found.half_b))
     steps = found.steps
     return CAD(
         verdict=word,

@@ -170,8 +170,17 @@ def known_forget(model: LanguageModel, task: Task) -> tuple[Task, Known]:
         TaskError: it knows no more of them than a guess would: there is nothing to forget.
     """
     found = Known.of(model, task.forget)
+    return without_unknown(model, task, found), found
+
+
+def without_unknown(model: LanguageModel, task: Task, found: Known) -> Task:
+    """The task without the forget facts that are unknown by what was found of all of them.
+
+    Raises:
+        TaskError: see `check_known`.
+    """
     check_known(model, task, "forget", found)
-    return task.without(found.unknown, LEFT_OUT), found
+    return task.without(found.unknown, LEFT_OUT)
 
 
 def check_known(model: LanguageModel, task: Task, role: str, found: Known) -> None:

@@ -10,7 +10,7 @@ log-probabilities.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,6 +64,29 @@ def _before(module: torch.nn.Module, hook: Callable[..., object]) -> Iterator[No
         handle.remove()
 
 
+def _read(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    """What a stage is called with."""
+    read = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(read, Tensor)
+    return read
+
+
+def _changed(
+    stage: torch.nn.Module, change: Callable[[Tensor], Tensor]
+) -> AbstractContextManager[None]:
+    """Run the body with something else for what a stage reads."""
+
+    def put(
+        module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        value = change(_read(args, kwargs))
+        if args:
+            return (value, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": value}
+
+    return _before(stage, put)
+
+
 def last_logits(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
     """Logits of the token that follows each prompt. Unlike `LanguageModel.last_logits` it shares no
     prefix, so that hooks see every token of every prompt."""
@@ -76,9 +99,7 @@ def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos 
     out: list[Tensor] = []
 
     def keep(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        read = args[0] if args else kwargs["hidden_states"]
-        assert isinstance(read, Tensor)
-        out.append(read)
+        out.append(_read(args, kwargs))
 
     handles = [s.register_forward_pre_hook(keep, with_kwargs=True) for s in stages(model)]
     try:
@@ -135,18 +156,7 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
     for batch in pairs.batches(CHUNK, first.device):
         read = states(first, batch)
         for k, (stage, value) in enumerate(zip(ends, read, strict=True)):
-
-            def put(
-                module: torch.nn.Module,
-                args: tuple[object, ...],
-                kwargs: dict[str, object],
-                value: Tensor = value,
-            ) -> tuple[tuple[object, ...], dict[str, object]]:
-                if args:
-                    return (value, *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": value}
-
-            with _before(stage, put):
+            with _changed(stage, lambda _, value=value: value):
                 right[k] += int(ranked_first(last_logits(last, batch), batch.choices).sum())
     return [r / len(pairs) for r in right]
 
@@ -161,24 +171,10 @@ def patched_log_probs(
     found: list[list[Tensor]] = [[] for _ in ends]
     for batch in pairs.batches(CHUNK, source.device):
         rows = torch.arange(len(batch), device=batch.clean.device)
-        values = [s[rows, batch.last] for s in states(source, batch)[1:]]
+        at = (rows, batch.last)
+        values = [s[at] for s in states(source, batch)[1:]]
         for k, (stage, value) in enumerate(zip(ends, values, strict=True)):
-
-            def put(
-                module: torch.nn.Module,
-                args: tuple[object, ...],
-                kwargs: dict[str, object],
-                value: Tensor = value,
-                at: tuple[Tensor, Tensor] = (rows, batch.last),
-            ) -> tuple[tuple[object, ...], dict[str, object]]:
-                read = args[0] if args else kwargs["hidden_states"]
-                assert isinstance(read, Tensor)
-                read = read.index_put(at, value)
-                if args:
-                    return (read, *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": read}
-
-            with _before(stage, put):
+            with _changed(stage, lambda read, at=at, value=value: read.index_put(at, value)):
                 logp = last_logits(target, batch).log_softmax(-1)
             found[k].append(logp[rows, batch.answer].cpu())
     return torch.stack([torch.cat(f) for f in found])

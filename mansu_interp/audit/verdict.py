@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..tasks.pairs import PairSet
 from ..utils.words import number_of
 from .known import CHANCE, Asked, FactRanks, beyond_chance
 from .linearized import LinearizedRelearning
@@ -224,7 +225,11 @@ def number(verdict: str, found: Evidence) -> float:
 class Found:
     """What steps 2 to 5 of `audit.cad` find, fact by fact."""
 
+    half_a: PairSet
+    half_b: PairSet
+    """Prompts of the halves that the task was split into."""
     asked: Asked
+    """All of half B's."""
     first: dict[str, Float[Tensor, " facts"]]
     """By model: share of the fact's prompts whose answer ranks first of four."""
     outright: dict[str, Float[Tensor, " facts"]]

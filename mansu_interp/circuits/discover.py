@@ -30,7 +30,7 @@ from .faithfulness import minimal_edges, strongest
 from .scores import Attribution
 
 TRIES = 14
-"""Circuits that the search usually tries, for the time left."""
+"""Circuits that the search usually tries, for the time left and for plans."""
 ROUTED = (
     "mixture of experts: each edge's score is exact, but a router jumps between experts, so that "
     "scores need not add up to the whole effect"

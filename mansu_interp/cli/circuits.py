@@ -119,19 +119,11 @@ def _read(path: Path) -> Circuit | Attribution:
     return Circuit.load(path / "circuit.json" if path.is_dir() else path)
 
 
-def _unused(stem: Path) -> Path:
-    """The first of stem.html, stem-2.html and so on that is not there yet."""
-    found, n = stem.with_name(f"{stem.name}.html"), 2
-    while found.exists():
-        found, n = stem.with_name(f"{stem.name}-{n}.html"), n + 1
-    return found
-
-
 def do_view(config: ViewConfig, output: Output) -> int:
     """Draw what a file holds."""
     from ..circuits.scores import Attribution
     from ..report.records import Report
-    from ..utils.files import check_free, read_json
+    from ..utils.files import check_free, read_json, unused
     from ..viz.data import GraphData
     from ..viz.view import View, attribution_view, circuit_view
 
@@ -145,7 +137,8 @@ def do_view(config: ViewConfig, output: Output) -> int:
         found = _read(path)
         draw = attribution_view if isinstance(found, Attribution) else circuit_view
         view = draw(found)  # type: ignore[arg-type]
-    out = config.out or _unused(path / "graph" if path.is_dir() else path.with_suffix(""))
+    stem = path / "graph" if path.is_dir() else path.with_suffix("")
+    out = config.out or unused(stem, ".html")
     check_free(out)
     if out.suffix == ".html":
         view.to_html(out)

@@ -16,7 +16,6 @@ here.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +40,7 @@ from .hugging_face import (
     has_experts,
 )
 from .language_model import LanguageModel
-from .layout import is_packed
+from .layout import is_packed, unwrapped
 from .load import load_model
 from .stream import Reading, Stream, widen
 
@@ -258,17 +257,6 @@ def merged(adapted: nn.Module) -> nn.Module:
         )
     with quiet():
         return copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """A module that a `TransformerBridge` has wrapped part by part, without the wrapping; its
-    parameters and buffers are the same tensors."""
-    module = module._modules.get("_original_component") or module
-    plain = copy.copy(module)
-    plain.__dict__ = dict(module.__dict__)
-    plain._modules = {k: m and unwrapped(m) for k, m in module._modules.items()}
-    plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
-    return plain
 
 
 def open_stream(model: AnyModel) -> Stream:

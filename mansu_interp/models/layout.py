@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -95,6 +96,17 @@ def unpack_4bit(packed: Component) -> nn.Linear:
     plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
     if bias is not None:
         plain.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
+    return plain
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module that a `TransformerBridge` has wrapped part by part, without the wrapping; its
+    parameters and buffers are the same tensors."""
+    module = module._modules.get("_original_component") or module
+    plain = copy.copy(module)
+    plain.__dict__ = dict(module.__dict__)
+    plain._modules = {k: m and unwrapped(m) for k, m in module._modules.items()}
+    plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
     return plain
 
 

@@ -11,7 +11,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count as numbers
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -21,8 +20,8 @@ from rich.text import Text
 from ..errors import printable
 from ..evaluation.scores import ScoreRow
 from ..evaluation.versions import EDITED, ORIGINAL, ModelVersion
-from ..utils.files import Json
-from ..utils.words import number_of
+from ..utils.files import Json, unused
+from ..utils.words import number_of, shortened
 from .records import Report
 from .story import FULL, ROLES, heading
 from .values import DASH, count, measured, percent, status_of
@@ -91,7 +90,7 @@ def console_summary(
     top = heading(report)
     title = _text(f"{top.title} ({report.model.name})")
     console.print(Text.assemble((top.status.upper(), STYLES[top.status]), "  ", title), **_ONE_LINE)
-    console.print(_text(_shortened(report.verdict.sentence, SENTENCE)))
+    console.print(_text(shortened(report.verdict.sentence, SENTENCE)))
     console.print(_properties(report, console.width))
     if report.scores:
         console.print(_means(report))
@@ -126,10 +125,6 @@ def _properties(report: Report, width: int) -> Text:
         name.truncate(room, overflow="ellipsis", pad=True)
         lines.append(Text.assemble((word.ljust(first), STYLES[word.lower()]), name, end))
     return Text("\n").join(lines)
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 2] + " …"
 
 
 def _means(report: Report) -> RenderableType:
@@ -241,16 +236,11 @@ def _mending(report: Report, place: Place) -> list[Step]:
         if any(p.name == name and p.passed is False for p in report.properties):
             label, reason, options = make(report, place)
             run = _with(words[2:], options)
-            folder = _free(place.folder, label.split()[0])
+            beside = f"{place.folder.name}-{label.split()[0]}"
+            folder = unused(place.folder.parent / beside)
             command = f"{place.mansu} run {shlex.join([*run, '--out', str(folder)])}"
             steps.append(Step(label, command, reason))
     return steps
-
-
-def _free(folder: Path, word: str) -> Path:
-    """A folder beside another that is not there yet."""
-    names = (f"{folder.name}-{word}{f'-{k}' if k > 1 else ''}" for k in numbers(1))
-    return next(p for name in names if not (p := folder.parent / name).exists())
 
 
 Options = Mapping[str, Sequence[str] | None]

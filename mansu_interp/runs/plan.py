@@ -10,9 +10,10 @@ from itertools import takewhile
 
 import torch
 
-from ..audit.known import LEFT_OUT, Known, check_known
+from ..audit.known import Known, check_known, without_unknown
 from ..circuits.attribution import pairs_per_batch
 from ..circuits.config import AttributionConfig
+from ..circuits.discover import TRIES
 from ..errors import TaskError
 from ..evaluation.scores import Metric, Scores, evaluate
 from ..evaluation.versions import ORIGINAL, QUANTIZER
@@ -242,8 +243,7 @@ def what_is_known(
     steps = 2 + len(quantizers)
     note("what the original knows", 0, steps)
     forget, phrasings = _asked(model, task.forget)
-    check_known(model, task, "forget", forget)
-    task = task.without(forget.unknown, LEFT_OUT)
+    task = without_unknown(model, task, forget)
     retain = Known.of(model, task.retain.sample(RETAIN_PAIRS, seed))
     check_known(model, task, "retain", retain)
     note("what the original knows", 1, steps)
@@ -355,7 +355,7 @@ def _run_tokens(config: RunConfig, task: Task) -> float:
     total = 3 * CAD_PAIRS * per_pair
     if "circuit" in u.needs:
         total += 2 * min(c.pairs, len(task.forget)) * per_pair
-        total += 14 * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
+        total += TRIES * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
     if "mask" in u.needs:
         total += MASK_PAIRS * 3 * (forget + (1 + len(task.retain_sets)) * retain)
     total += u.steps * _step_tokens(u, task, forget, retain)

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,6 +104,12 @@ def check_free(path: Path) -> None:
     """Raise ArtifactError if there is something at a path; a link to nothing is something, too."""
     if os.path.lexists(path):
         raise ArtifactError(f"{path} exists already. Name a new one, or delete it first.")
+
+
+def unused(place: Path, end: str = "") -> Path:
+    """The first of a path, path-2, path-3 and so on, each with an ``end``, that is not there."""
+    names = (f"{place.name}{f'-{k}' if k > 1 else ''}{end}" for k in count(1))
+    return next(p for name in names if not (p := place.parent / name).exists())
 
 
 def _unfinished(path: Path, make: Callable[[Path], object]) -> Path:

@@ -23,6 +23,11 @@ def p_value(p: float) -> str:
     return "p < 0.01" if p < 0.01 else f"p = {p:.2f}"
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many letters."""
+    return text if len(text) <= most else text[: most - 2] + " …"
+
+
 def shown(value: object) -> str:
     """A value as messages name it: short ones as they are, others by their type."""
     text = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
@@ -65,7 +70,7 @@ class Shown:
     def _cells(self) -> list[tuple[str, str]]:
         def short(value: object) -> str:
             text = printable(f"{value:.4g}" if isinstance(value, float) else str(value))
-            return text if len(text) <= self.MOST else text[: self.MOST - 2] + " …"
+            return shortened(text, self.MOST)
 
         return [(short(k), short(v)) for k, v in list(self.told().items())[:12]]
 

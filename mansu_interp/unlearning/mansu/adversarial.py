@@ -67,6 +67,8 @@ class Attack:
     """Batches of half A."""
     unseen: list[Pair]
     """Half B."""
+    among: dict[str, Tensor]
+    """Its answers, among which each ranks."""
 
     @torch.no_grad()
     def follow(self, student: LanguageModel) -> None:
@@ -105,13 +107,14 @@ class AdversarialRelearning:
         first, second = halves(self.task.forget, rng.getrandbits(32))
         rate = config.adversarial_lr * SPREAD ** rng.uniform(-1, 1)
         train = of_subjects(self.task.forget, first).pairs
-        copy = student.copy()
+        copy, unseen = student.copy(), list(of_subjects(self.task.forget, second))
         return Attack(
             copy=copy,
             before={n: student.weights[n].clone() for n in names},
             optimiser=make_optimiser("adam", list(copy.weights.values()), rate),
             supply=batches(train, config.batch_size, rng.getrandbits(32)),
-            unseen=list(of_subjects(self.task.forget, second)),
+            unseen=unseen,
+            among=answer_tokens(unseen, copy.device),
         )
 
     def gradient(
@@ -140,12 +143,13 @@ class AdversarialRelearning:
         for _ in range(min(STRIDE, config.adversarial_steps - begun * STRIDE)):
             with arithmetic(attack.copy, config.precision):
                 descend(attack.copy, attack.optimiser, weights, next(attack.supply))
-        among = answer_tokens(attack.unseen, attack.copy.device)
         some = min(config.batch_size, len(attack.unseen))
         chosen = random.Random(f"chosen {self.seed} {done}").sample(attack.unseen, some)
 
         def loss(part: list[Pair]) -> Tensor:
             with arithmetic(attack.copy, config.precision):
-                return ranking_loss(attack.copy, part, targets[side], among, config.training_margin)
+                return ranking_loss(
+                    attack.copy, part, targets[side], attack.among, config.training_margin
+                )
 
         return mean_gradient(attack.copy, names, chosen, loss)
