@@ -17,12 +17,18 @@ from zoo_edits import permuted_rows, reordered, rotated
 from mansu_interp.audit import linearized as module
 from mansu_interp.audit import relearning, suite
 from mansu_interp.audit.attacks import ARMS, Given, attack_once, few_shot, noisy, rates_of, why_not
-from mansu_interp.audit.cad import check_alike, judge_erasure
+from mansu_interp.audit.cad import judge_erasure
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.known import Asked, beyond_chance
-from mansu_interp.audit.linearized import linearized_relearning, moved_names, tangent_kernel
+from mansu_interp.audit.linearized import (
+    few_prompts,
+    linearized_relearning,
+    moved_names,
+    tangent_kernel,
+)
 from mansu_interp.audit.probes import (
     answer_scores,
+    check_alike,
     depth_score,
     last_logits,
     model_divergence,
@@ -30,6 +36,8 @@ from mansu_interp.audit.probes import (
     probe,
     probe_scores,
     ranked,
+    ranked_only,
+    stages,
     states,
     stitches,
 )
@@ -86,6 +94,40 @@ def test_stitches_take_the_right_end(facts: LanguageModel, split: tuple[PairSet,
     mute.weights["lm_head.weight"].zero_()
     assert stitches(mute, facts, split[1]) == [1.0] * 5
     assert stitches(facts, mute, split[1]) == [0.0] * 5  # a tie counts against the model
+
+
+def test_stitching_computes_no_block_twice(tiny_model: TinyModel, pairs: PairSet):
+    """Blocks before a cut are not run again, and are themselves afterwards."""
+    model, runs = tiny_model(2).copy(), [0, 0, 0]
+    for k, block in enumerate(stages(model)[:-1]):
+
+        def count(*_: object, k: int = k) -> None:
+            runs[k] += 1
+
+        block.mlp.register_forward_hook(count)
+    stitches(tiny_model(2), model, pairs)
+    assert runs == [1, 2, 3]
+    assert not any("forward" in vars(block) for block in stages(model))
+
+
+def test_few_prompts_are_of_short_phrasings(pairs: PairSet):
+    def of(phrasing: str, length: int) -> list[Pair]:
+        made = [replace(p, clean=(1,) * length, corrupt=(2,) * length) for p in pairs]
+        return [replace(p, phrasing=phrasing) for p in made]
+
+    some = PairSet("forget", (*of("long", 40), *of("short", 6), *of("middle", 12)))
+    assert {p.phrasing for p in few_prompts(some, 8, 0)} == {"short", "middle"}
+    assert len(few_prompts(some, 8, 0)) == 8
+    alone = PairSet("forget", tuple(of("long", 40)))
+    assert set(few_prompts(alone, 99, 0)) == set(alone)
+
+
+def test_only_what_a_model_knows_is_retained(facts: LanguageModel, capitals: Task):
+    right = ranked_only(facts, capitals.forget.sample(60, 0))
+    assert len(right) == 60 and all(ranked(facts, right)[0])
+    never = load_model("facts-capitals-reference-0")
+    few = ranked_only(never, rivals_within(capitals.forget).sample(60, 0))
+    assert 0 < len(few) < 40 and all(ranked(never, few)[0])
 
 
 def test_the_depth_score_by_hand():
@@ -439,12 +481,10 @@ def sixty(capitals: Task) -> tuple[PairSet, PairSet]:
     return a.sample(60, 0), b.sample(60, 0)
 
 
-@pytest.mark.parametrize("held", [module.MAX_HELD, 20_000])
 def test_the_kernel_is_that_of_single_gradients(
-    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch, held: int
+    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch
 ):
-    """Phrasings of different lengths, more than one block of rows, and one layer at a time."""
-    monkeypatch.setattr(module, "MAX_HELD", held)
+    """Phrasings of different lengths, and more than one block of rows."""
     monkeypatch.setattr(module, "CHUNK", 8)
     pairs = list(capitals.forget.sample(20, 0))
     assert len({len(p.clean) for p in pairs}) > 1

@@ -13,11 +13,15 @@ import torch
 import transformers
 from conftest import VOCAB, make_pairs
 
+from mansu_interp.audit.linearized import moved_names, tangent_kernel
+from mansu_interp.audit.probes import last_logits, stitches
+from mansu_interp.audit.transfer import answer_advantage
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.discover import discover
 from mansu_interp.errors import CircuitError, ModelError
+from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.models import language_model
 from mansu_interp.models.graph import Architecture
 from mansu_interp.models.hook_points import Recorder
@@ -25,7 +29,7 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.layout import turn_back
 from mansu_interp.models.stream import Stream
 from mansu_interp.quantizers.survival import quantize, survival
-from mansu_interp.tasks.pairs import PairSet
+from mansu_interp.tasks.pairs import PairSet, answer_tokens, collate
 from mansu_interp.viz.view import circuit_view
 
 COMMON = {
@@ -642,3 +646,22 @@ def test_dispatched_models_score_the_same(family: str):
 def test_every_family_names_its_embedding(family: str):
     model = make(family)
     assert model.weights[model.embedding_name].shape[0] == model.config.vocab_size
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "gpt-neox", "opt", "llama gqa", "phi"])
+def test_the_tangent_kernel_is_that_of_single_gradients(family: str):
+    """Block by block, whatever a block is called with and returns; and stitching a model to itself
+    gives itself."""
+    model, pairs = make(family), make_pairs()
+    among = answer_tokens(pairs)
+    weights = [model.weights[n].requires_grad_(True) for n in moved_names(model)]
+    single = []
+    for pair in pairs:
+        level = answer_advantage(last_logits(model, collate([pair])), [pair], among)
+        single.append(torch.cat([g.flatten() for g in torch.autograd.grad(level.sum(), weights)]))
+    for w in weights:
+        w.requires_grad_(False)
+    rows = torch.stack(single)
+    kernel, _ = tangent_kernel(model, list(pairs), among)
+    assert torch.allclose(kernel, rows @ rows.T, rtol=1e-3, atol=1e-4 * float(kernel.max()))
+    assert stitches(model, model, pairs) == [accuracy(model, pairs).choice] * 4

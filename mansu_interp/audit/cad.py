@@ -39,20 +39,21 @@ import torch
 from ..errors import ModelError
 from ..losses.accuracy import accuracy
 from ..models.language_model import LanguageModel
-from ..models.layout import output_embeddings
 from ..tasks.pairs import Pair, PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import entrance
 from ..utils.words import Shown
 from .known import Asked, FactRanks, known_forget
-from .linearized import LEARNT, LinearizedRelearning, linearized_relearning
+from .linearized import LEARNT, LinearizedRelearning, few_prompts, linearized_relearning
 from .probes import (
     CHUNK,
     answer_scores,
+    check_alike,
     model_divergence,
     probe_scores,
     ranked,
+    ranked_only,
     stages,
     stitches,
 )
@@ -76,9 +77,11 @@ RESAMPLES = 200
 PROBE_PROMPTS, STEP_PROMPTS, ASKED_PROMPTS = 400, 96, 180
 """Prompts of each half that are probed, and asked for facts; of half A that linearized relearning
 is given; of half B that are asked after each of its steps, and stitched."""
-RETAIN_PROMPTS, LOOKED_AT = 192, 24
+RETAIN_PROMPTS, LOOKED_AT = 96, 24
 """Retained prompts that linearized relearning is given, and prompts of each retained relation that
 are asked for damage."""
+
+Quantized = LanguageModel | Callable[[], LanguageModel] | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -174,39 +177,6 @@ class CAD(Shown):
         return out + [f"  {name}  {share:+.3f}" for name, share in top]
 
 
-def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
-    """Raise ModelError unless two checkpoints can be compared state by state.
-
-    Raises:
-        ModelError: another architecture, width, vocabulary, tokenizer or shape of a weight, or a
-            weight that is not finite.
-    """
-    if original.architecture != edited.architecture or original.d_model != edited.d_model:
-        raise ModelError(
-            f"{edited.name} is {edited.architecture} of width {edited.d_model}; {original.name} is "
-            f"{original.architecture} of width {original.d_model}. Compare two of one model."
-        )
-    sizes = [len(output_embeddings(m.hf).get_parameter("weight")) for m in (original, edited)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"{edited.name} has a vocabulary of {sizes[1]}, {original.name} of {sizes[0]}. "
-            "Compare checkpoints with the same vocabulary."
-        )
-    one, two = ({n: tuple(w.shape) for n, w in m.weights.items()} for m in (original, edited))
-    if other := [n for n in {**one, **two} if one.get(n) != two.get(n)]:
-        raise ModelError(
-            f"The weight {other[0]} is {two.get(other[0], 'missing')} in {edited.name} and "
-            f"{one.get(other[0], 'missing')} in {original.name}. Compare two of one model."
-        )
-    for model in (original, edited):
-        model.check_finite()
-    if original.get_tokenizer().get_vocab() != edited.get_tokenizer().get_vocab():
-        raise ModelError(
-            f"{edited.name} and {original.name} have different tokenizers. Compare checkpoints "
-            "that share one."
-        )
-
-
 def _relearn(
     found: dict[str, FactRanks],
     edited: LanguageModel,
@@ -243,28 +213,36 @@ def _split(task: Task, seed: int) -> tuple[PairSet, PairSet, PairSet]:
         for h in (first, second)
     )
     about = tuple(p for p in task.retain if p.subject in second) or task.retain.pairs
-    return half_a, half_b, PairSet("retained facts", about).sample(RETAIN_PROMPTS, seed)
+    return half_a, half_b, PairSet("retained facts", about)
 
 
 def look(
-    models: dict[str, LanguageModel],
+    original: LanguageModel,
+    edited: LanguageModel,
     task: Task,
     seed: int,
+    quantized: Quantized = None,
     note: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Found:
     """Steps 2 to 5: what is found of half B.
 
     Arguments:
-        models: the original, the edited and perhaps the quantized model, by their names.
+        original: the model before the edit.
+        edited: the model after it.
         task: without facts that the original does not know.
         seed: of the split and of the samples.
+        quantized: see `judge_erasure`.
         note: called with (stage, done, total).
     """
     half_a, half_b, retain = _split(task, seed)
     asked = Asked([p for part in half_b.parts(CHUNK) for p in part])
-    original, edited = models[ORIGINAL], models[EDITED]
     note("asking the models", 0, 0)
+    models = {ORIGINAL: original, EDITED: edited}
     scores = {n: answer_scores(m, asked.pairs, asked.tokens) for n, m in models.items()}
+    if quantized is not None:
+        made = quantized if isinstance(quantized, LanguageModel) else quantized()
+        scores[QUANTIZED] = answer_scores(made, asked.pairs, asked.tokens)
+        del made, quantized
     ranks = {name: asked.ranks(found) for name, (found, _) in scores.items()}
     note("probing states", 0, 0)
     cuts = len(stages(edited))
@@ -279,7 +257,8 @@ def look(
         "subject": probes[best_subject],
     }
     some_b = half_b.sample(ASKED_PROMPTS, seed)
-    given = {"relearned": half_a.sample(STEP_PROMPTS, seed), "retained": retain}
+    retained = ranked_only(original, few_prompts(retain, RETAIN_PROMPTS, seed))
+    given = {"relearned": few_prompts(half_a, STEP_PROMPTS, seed), "retained": retained}
     steps, trained = _relearn(signs, edited, given, asked, some_b, note)
     note("stitching", 0, 0)
     return Found(
@@ -293,7 +272,7 @@ def look(
         subject=shares[cuts:],
         steps=steps,
         trained=trained,
-        stitched=stitches(edited, original, some_b),
+        stitched=stitches(edited, original, few_prompts(half_b, ASKED_PROMPTS, seed)),
         divergence=model_divergence(original, edited, some_b.sample(STEP_PROMPTS, seed)),
     )
 
@@ -320,7 +299,7 @@ def judge_erasure(
     edited: LanguageModel,
     task: Task,
     *,
-    quantized: LanguageModel | None = None,
+    quantized: Quantized = None,
     seed: int = 0,
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> CAD:
@@ -333,7 +312,8 @@ def judge_erasure(
         original: the model before the edit.
         edited: the model after it; it is not changed.
         task: its forget facts are split in two by subject.
-        quantized: the edited model's quantized form, for ``recovered``.
+        quantized: the edited model's quantized form, for ``recovered``; or what makes it, which
+            need not be held for the whole time.
         seed: of the split and of the resamplings.
         on_step: called with (stage, done, total).
 
@@ -348,29 +328,31 @@ def judge_erasure(
     edited.check_editable()
     check_alike(original, edited)
     task, _ = known_forget(original, task)
-    models = {ORIGINAL: original, EDITED: edited}
-    if quantized is not None:
-        models[QUANTIZED] = quantized
-    note = on_step or (lambda *_: None)
-    found = look(models, task, seed, note)
-    note("confidence of the verdict", 0, 0)
-    return conclude(found, models, task, seed)
+    found = look(original, edited, task, seed, quantized, on_step or (lambda *_: None))
+    if on_step:
+        on_step("confidence of the verdict", 0, 0)
+    return conclude(found, original, edited, task, seed)
 
 
-def conclude(found: Found, models: dict[str, LanguageModel], task: Task, seed: int) -> CAD:
+def conclude(
+    found: Found, original: LanguageModel, edited: LanguageModel, task: Task, seed: int
+) -> CAD:
     """Steps 6 to 9, from what was found.
 
     Arguments:
         found: by `look`, of the same models, task and seed.
-        models: the original, the edited and perhaps the quantized model, by their names.
+        original: the model before the edit.
+        edited: the model after it.
         task: without facts that the original does not know.
         seed: of the split and of the resamplings.
     """
     evidence = found.evidence(torch.arange(len(found.asked.facts)))
     word, reason = decide(evidence)
     word, reason, confidence = settle(word, reason, _confidence(found, word, seed))
-    facts, retained = found.states(), _retained(models[ORIGINAL], models[EDITED], task)
-    some_a, some_b = (half.sample(STEP_PROMPTS, seed) for half in (found.half_a, found.half_b))
+    facts, retained = found.states(), _retained(original, edited, task)
+    some_a, some_b = (
+        few_prompts(half, STEP_PROMPTS, seed) for half in (found.half_a, found.half_b)
+    )
     steps = found.steps
     return CAD(
         verdict=word,
@@ -386,7 +368,7 @@ def conclude(found: Found, models: dict[str, LanguageModel], task: Task, seed: i
         ],
         probed={EDITED: found.probed},
         stitched=found.stitched,
-        by_weight=gradient_transfer(models[EDITED], some_a, some_b).by_weight,
+        by_weight=gradient_transfer(edited, some_a, some_b).by_weight,
         subject=found.subject,
         outright={name: float(v.mean()) for name, v in found.outright.items()},
         after_retained=evidence.retained,

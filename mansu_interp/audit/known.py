@@ -31,8 +31,9 @@ from torch import Tensor
 
 from ..errors import TaskError
 from ..losses.accuracy import right
+from ..losses.gradients import passes
 from ..models.language_model import LanguageModel
-from ..tasks.pairs import N_CHOICES, Pair, answer_tokens, by_phrasing, chunks
+from ..tasks.pairs import N_CHOICES, Pair, answer_tokens
 from ..tasks.task import Fact, Task
 
 CHANCE = 1 / N_CHOICES
@@ -114,7 +115,7 @@ class Known:
     def of(cls, model: LanguageModel, pairs: Sequence[Pair]) -> Known:
         """Ask a model for every pair."""
         first, top1, asked = Counter[Fact](), Counter[Fact](), Counter[Fact]()
-        for part in (c for group in by_phrasing(pairs) for c in chunks(group, BATCH)):
+        for part in passes(pairs, BATCH, model.d_model):
             predicted, chosen = (found.tolist() for found in right(model, part))
             for pair, p, c in zip(part, predicted, chosen, strict=True):
                 asked[pair.fact] += 1

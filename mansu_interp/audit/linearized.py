@@ -19,37 +19,39 @@ makes every answer of half A certain, to first order. The algorithm, on a copy o
 There is no learning rate and no randomness. Facts learned one by one do not move with others; facts
 that something common hides do, including those trained against the first order of the attack. Ours;
 the kernel is the neural tangent kernel (Jacot et al. 2018, arXiv 1806.07572), summed from inputs
-and output gradients of each layer, so that no gradient of a single prompt is ever held in memory.
+and output gradients of each layer, a block at a time, so that no gradient of a single prompt is
+ever held in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ..losses.gradients import gradient
+from ..losses.gradients import gradient, passes
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
-from ..tasks.pairs import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
-from .probes import CHUNK, last_logits, ranked
+from ..tasks.pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, collate
+from .probes import CHUNK, Call, calls, last_logits, ranked, resumed, stages
 from .transfer import answer_advantage, model_advantage
 
 DAMPING = 0.1
 """Of the kernel, as a share of its mean diagonal."""
-MAX_HELD = 1 << 29
-"""Numbers (of inputs and output gradients) in memory at once, 4 bytes each."""
 ROWS = 16
 """Prompts whose share of the kernel is summed at once."""
 STEPS = 16
 """The most steps that are taken; most models need two to six."""
 LEARNT = 0.95
 """Share of half A that ranks first of four, at which it is learnt."""
+LONGEST = 10.0
+"""Mean tokens of the prompts that are relearned or stitched, at most: where phrasings are long, the
+longest are left out of those steps."""
 LENGTHS = (1.0, 0.5, 0.25)
 """Shares of a step that are tried."""
 
@@ -69,6 +71,25 @@ class LinearizedRelearning:
     """The copy after the last step."""
 
 
+def few_prompts(pairs: PairSet, n: int, seed: int) -> PairSet:
+    """At most ``n`` prompts, drawn evenly over phrasings: over so many of them, the shortest first,
+    that a prompt has at most `LONGEST` tokens on average; over one at least."""
+    groups = sorted(by_phrasing(pairs), key=_length)
+    kept, total = list(groups[0]), _length(groups[0])
+    for k, group in enumerate(groups[1:], start=2):
+        total += _length(group)
+        if total / k > LONGEST:
+            break
+        kept += group
+    chosen = set(kept)
+    return PairSet(pairs.name, tuple(p for p in pairs if p in chosen)).sample(n, seed)
+
+
+def _length(group: Sequence[Pair]) -> float:
+    """Mean tokens of a prompt."""
+    return sum(len(p.clean) for p in group) / len(group)
+
+
 def moved_names(model: LanguageModel) -> list[str]:
     """Names of the weights that the steps move: the linear layers', and the embedding's, whose rows
     are where some edits hide facts; one that is tied to the unembedding stays."""
@@ -78,47 +99,96 @@ def moved_names(model: LanguageModel) -> list[str]:
     return [*model.linear_names, *([] if tied else [model.embedding_name])]
 
 
+Flow = tuple[str, Shaped[Tensor, "tokens *input"], Float[Tensor, "tokens d_out"]]
+"""A weight's name, its inputs (of the embedding: the tokens themselves) and gradients by its
+outputs: prompt after prompt, without padding."""
+
+
 def _flows(
-    model: LanguageModel, names: Sequence[str], pairs: Sequence[Pair], among: dict[str, Tensor]
-) -> tuple[Float[Tensor, " batch"], list[Tensor], list[Tensor]]:
-    """Advantages of some pairs' answers, each layer's inputs (of the embedding: tokens), and the
-    advantages' gradients by its outputs, ``[tokens, width]``: prompt after prompt, without
-    padding."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    model: LanguageModel, parts: Sequence[Sequence[Pair]], among: dict[str, Tensor]
+) -> tuple[Float[Tensor, " prompts"], Iterator[Flow]]:
+    """Advantages of some pairs' answers, and each weight's flow, from the last layer to the first.
+
+    Blocks are computed once more, one at a time, on their way back: what is held is what each block
+    reads, and the flows of one.
+    """
+    batches = [collate(part, model.device) for part in parts]
+    with torch.no_grad():
+        made = [calls(model, batch) for batch in batches]
+    found, slopes = [], []
+    for part, batch, own in zip(parts, batches, made, strict=True):
+        state = own.pop().read.requires_grad_(True)
+        with resumed(model, len(own), own[0], state):
+            advantage = answer_advantage(last_logits(model, batch), part, among)
+        slopes.append(torch.autograd.grad(advantage.sum(), state)[0])
+        found.append(advantage.detach())
+    return torch.cat(found), _back(model, batches, made, slopes)
+
+
+def _back(
+    model: LanguageModel, batches: list[Batch], made: list[list[Call]], slopes: list[Tensor]
+) -> Iterator[Flow]:
+    """The flows, given the calls of the blocks and the gradients by what the last one writes."""
+    names = moved_names(model)
+    real = [torch.arange(b.clean.shape[1], device=model.device) <= b.last[:, None] for b in batches]
+    for block in reversed(stages(model)[:-1]):
+        inside = {id(module) for module in block.modules()}
+        linear = {n: model.hf.get_submodule(n.removesuffix(".weight")) for n in names}
+        own = {name: module for name, module in linear.items() if id(module) in inside}
+        kept: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in own}
+        for k, rows in enumerate(real):
+            call = made[k].pop()
+            state = call.read.detach().requires_grad_(True)
+            with _watched(own) as seen:
+                out = call.of(state).repeat(block)
+            wanted = [state, *(y for _, y in seen.values())]
+            slopes[k], *grads = torch.autograd.grad(out, wanted, slopes[k])
+            for (name, (x, _)), g in zip(seen.items(), grads, strict=True):
+                # OPT's MLP reads the prompts of a batch as one row of tokens.
+                kept[name].append(tuple(v.reshape(*rows.shape, -1)[rows] for v in (x, g)))
+        for name, some in kept.items():
+            yield name, torch.cat([x for x, _ in some]), torch.cat([g for _, g in some])
+    if model.embedding_name in names:
+        some = [_embedded(model, *each) for each in zip(batches, slopes, real, strict=True)]
+        tokens, grads = zip(*some, strict=True)
+        yield model.embedding_name, torch.cat(tokens), torch.cat(grads)
+
+
+def _embedded(
+    model: LanguageModel, batch: Batch, slope: Tensor, real: Bool[Tensor, "batch pos"]
+) -> tuple[Int[Tensor, " tokens"], Float[Tensor, "tokens d_model"]]:
+    """The embedding's flow, given the gradient by what the first block reads."""
+    module = model.hf.get_input_embeddings()
+    hook = module.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
+    try:
+        with _watched({"": module}) as seen, torch.enable_grad():
+            first = calls(model, batch)[0].read
+    finally:
+        hook.remove()
+    (grad,) = torch.autograd.grad(first, seen[""][1], slope)
+    tokens = batch.clean[real]
+    # Gemma's scales the rows itself; that of a padding token has no gradient.
+    padding = getattr(module, "padding_idx", None)
+    moves = (tokens != (-1 if padding is None else padding)) * getattr(module, "embed_scale", 1.0)
+    return tokens, grad[real] * moves[:, None]
+
+
+@contextmanager
+def _watched(
+    modules: Mapping[str, torch.nn.Module],
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """What some modules are given, and what they return, while the body runs."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
-        # Something must ask for gradients: weights do not.
-        embedding = model.hf.get_input_embeddings()
-        hook = embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
-        stack.callback(hook.remove)
-        for name in names:
+        for name, module in modules.items():
 
             def keep(
                 _m: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name
             ) -> None:
-                inputs[name], outputs[name] = args[0].detach(), out
+                seen[name] = args[0].detach(), out
 
-            module = model.hf.get_submodule(name.removesuffix(".weight"))
             stack.callback(module.register_forward_hook(keep).remove)
-        batch = collate(pairs, model.device)
-        found = answer_advantage(last_logits(model, batch), pairs, among)
-    grads = torch.autograd.grad(found.sum(), [outputs[n] for n in names])
-    real = torch.arange(batch.clean.shape[1], device=model.device) <= batch.last[:, None]
-    return found.detach(), [inputs[n][real] for n in names], [g[real] for g in grads]
-
-
-def _groups(model: LanguageModel, tokens: int) -> Iterator[list[str]]:
-    """Layers whose inputs and output gradients over so many tokens fit into memory together."""
-    group, in_memory = [], 0
-    for name in moved_names(model):
-        embedded = name == model.embedding_name
-        size = tokens * (model.d_model if embedded else sum(model.weights[name].shape))
-        if group and in_memory + size > MAX_HELD:
-            yield group
-            group, in_memory = [], 0
-        group.append(name)
-        in_memory += size
-    yield group
+        yield seen
 
 
 def tangent_kernel(
@@ -142,23 +212,18 @@ def tangent_kernel(
     starts = [0, *lengths.cumsum(0).tolist()]
     owner = owner.to(model.device)
     upper = owner.new_zeros(len(pairs), len(pairs))
-    advantages = owner.new_zeros(len(pairs))
-    for names in _groups(model, len(owner)):
-        parts = [ordered[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)]
-        found = [_flows(model, names, part, among) for part in parts]
-        advantages = torch.cat([advantage for advantage, _, _ in found])
-        for layer in range(len(names)):
-            x = torch.cat([inputs[layer] for _, inputs, _ in found])
-            g = torch.cat([grads[layer] for _, _, grads in found])
-            for k in range(0, len(pairs), ROWS):
-                # <x_i^T g_i, x_j^T g_j> = sum over tokens of (x_i . x_j) (g_i . g_j)
-                rows, rest = slice(starts[k], starts[min(k + ROWS, len(pairs))]), starts[k]
-                if x.is_floating_point():
-                    inner = x[rows] @ x[rest:].T
-                else:  # tokens: rows of the embedding meet where they are the same
-                    inner = (x[rows, None] == x[None, rest:]).float()
-                some = inner * (g[rows] @ g[rest:].T)
-                upper[k : k + ROWS, k:] += owner[rows, k : k + ROWS].T @ some @ owner[rest:, k:]
+    parts = [ordered[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)]
+    advantages, flows = _flows(model, parts, among)
+    for _, x, g in flows:
+        for k in range(0, len(pairs), ROWS):
+            # <x_i^T g_i, x_j^T g_j> = sum over tokens of (x_i . x_j) (g_i . g_j)
+            rows, rest = slice(starts[k], starts[min(k + ROWS, len(pairs))]), starts[k]
+            if x.is_floating_point():
+                inner = x[rows] @ x[rest:].T
+            else:  # tokens: rows of the embedding meet where they are the same
+                inner = (x[rows, None] == x[None, rest:]).float()
+            some = inner * (g[rows] @ g[rest:].T)
+            upper[k : k + ROWS, k:] += owner[rows, k : k + ROWS].T @ some @ owner[rest:, k:]
     kernel = upper.triu() + upper.triu(1).T
     back = torch.tensor(order, device=model.device).argsort()
     return kernel[back][:, back], advantages[back]
@@ -167,7 +232,7 @@ def tangent_kernel(
 def gauss_newton_step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
     """One damped Gauss-Newton step on half A, in place (see the module)."""
     pairs, among = list(half_a), answer_tokens(half_a, model.device)
-    parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
+    parts = passes(pairs, CHUNK, model.d_model)
 
     def missing(
         part: Sequence[Pair], advantages: Float[Tensor, " batch"]
@@ -186,11 +251,13 @@ def gauss_newton_step(model: LanguageModel, half_a: PairSet, damping: float) -> 
 
     names = moved_names(model)
     delta = gradient(model, names, [lambda p=p: weighed(p) for p in parts])
-    start = [model.weights[name].clone() for name in names]
+    gone = 0.0
 
     def go(length: float) -> None:
-        for name, w, d in zip(names, start, delta, strict=True):
-            model.weights[name].copy_(w).add_(d, alpha=length)
+        nonlocal gone
+        for name, d in zip(names, delta, strict=True):
+            model.weights[name].add_(d, alpha=length - gone)
+        gone = length
 
     @torch.no_grad()
     def lacking(length: float) -> float:

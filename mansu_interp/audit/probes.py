@@ -10,7 +10,9 @@ log-probabilities.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +21,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..losses.accuracy import ranked_first, ranked_last
 from ..losses.answers import divergence
+from ..losses.gradients import passes
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, Pair, PairSet, collate
@@ -54,37 +57,109 @@ def stages(model: LanguageModel) -> list[torch.nn.Module]:
     return [*blocks[0], norms[0]]
 
 
+def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
+    """Raise ModelError unless two checkpoints can be compared state by state.
+
+    Raises:
+        ModelError: another architecture, width, vocabulary, tokenizer or shape of a weight, or a
+            weight that is not finite.
+    """
+    if original.architecture != edited.architecture or original.d_model != edited.d_model:
+        raise ModelError(
+            f"{edited.name} is {edited.architecture} of width {edited.d_model}; {original.name} is "
+            f"{original.architecture} of width {original.d_model}. Compare two of one model."
+        )
+    sizes = [len(output_embeddings(m.hf).get_parameter("weight")) for m in (original, edited)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{edited.name} has a vocabulary of {sizes[1]}, {original.name} of {sizes[0]}. "
+            "Compare checkpoints with the same vocabulary."
+        )
+    one, two = ({n: tuple(w.shape) for n, w in m.weights.items()} for m in (original, edited))
+    if other := [n for n in {**one, **two} if one.get(n) != two.get(n)]:
+        raise ModelError(
+            f"The weight {other[0]} is {two.get(other[0], 'missing')} in {edited.name} and "
+            f"{one.get(other[0], 'missing')} in {original.name}. Compare two of one model."
+        )
+    for model in (original, edited):
+        model.check_finite()
+    if original.get_tokenizer().get_vocab() != edited.get_tokenizer().get_vocab():
+        raise ModelError(
+            f"{edited.name} and {original.name} have different tokenizers. Compare checkpoints "
+            "that share one."
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a stage was called with, and how it answers."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    in_tuple: bool
+    """Whether it returns a tuple, of which the state is the first."""
+
+    @property
+    def read(self) -> Float[Tensor, "batch pos d_model"]:
+        """The state that it reads."""
+        read = self.args[0] if self.args else self.kwargs["hidden_states"]
+        assert isinstance(read, Tensor)
+        return read
+
+    def of(self, state: Tensor) -> Call:
+        """The same call of another state."""
+        if self.args:
+            return replace(self, args=(state, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": state})
+
+    def repeat(self, stage: torch.nn.Module) -> Float[Tensor, "batch pos d_model"]:
+        """Call a stage in this way; what it makes of the state."""
+        made = stage(*self.args, **self.kwargs)
+        return made[0] if self.in_tuple else made
+
+
+def calls(model: LanguageModel, batch: Batch) -> list[Call]:
+    """How each stage is called in a forward pass (see `stages`); gradients flow."""
+    out: list[Call] = []
+
+    def keep(
+        _m: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object], made: object
+    ) -> None:
+        out.append(Call(args, kwargs, isinstance(made, tuple)))
+
+    with ExitStack() as stack:
+        for stage in stages(model):
+            stack.callback(stage.register_forward_hook(keep, with_kwargs=True).remove)
+        last_logits(model, batch)
+    return out
+
+
 @contextmanager
-def _before(module: torch.nn.Module, hook: Callable[..., object]) -> Iterator[None]:
-    """Run the body with a hook before a module."""
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def resumed(model: LanguageModel, k: int, call: Call, state: Tensor) -> Iterator[None]:
+    """Run the body with a state for what stage k reads; the stages before it compute nothing.
 
+    Arguments:
+        model: whose stages (see `stages`).
+        k: the stage.
+        call: of any stage before the final norm, for what the skipped ones return.
+        state: what stage k reads.
+    """
+    every = stages(model)
 
-def _read(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-    """What a stage is called with."""
-    read = args[0] if args else kwargs["hidden_states"]
-    assert isinstance(read, Tensor)
-    return read
-
-
-def _changed(
-    stage: torch.nn.Module, change: Callable[[Tensor], Tensor]
-) -> AbstractContextManager[None]:
-    """Run the body with something else for what a stage reads."""
+    def skip(*_: object, **__: object) -> object:
+        return (state,) if call.in_tuple else state
 
     def put(
-        module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        _m: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
-        value = change(_read(args, kwargs))
-        if args:
-            return (value, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": value}
+        own = Call(args, kwargs, call.in_tuple).of(state)
+        return own.args, own.kwargs
 
-    return _before(stage, put)
+    with ExitStack() as stack:
+        for stage in every[:k]:
+            stack.enter_context(patch.object(stage, "forward", skip))
+        stack.callback(every[k].register_forward_pre_hook(put, with_kwargs=True).remove)
+        yield
 
 
 def last_logits(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
@@ -96,18 +171,7 @@ def last_logits(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch voca
 
 def states(model: LanguageModel, batch: Batch) -> list[Float[Tensor, "batch pos d_model"]]:
     """What each stage reads (see `stages`); gradients flow."""
-    out: list[Tensor] = []
-
-    def keep(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        out.append(_read(args, kwargs))
-
-    handles = [s.register_forward_pre_hook(keep, with_kwargs=True) for s in stages(model)]
-    try:
-        last_logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return out
+    return [call.read for call in calls(model, batch)]
 
 
 def last_states(
@@ -139,10 +203,19 @@ def ranked(
     ``pairs.batches(CHUNK)``."""
     first, last = [], []
     for batch in pairs.batches(CHUNK, model.device):
-        logits = last_logits(model, batch)
+        logits = model.last_logits(batch.clean, batch.last)
         first.append(ranked_first(logits, batch.choices))
         last.append(ranked_last(logits, batch.choices))
     return torch.cat(first).cpu(), torch.cat(last).cpu()
+
+
+def ranked_only(model: LanguageModel, pairs: PairSet) -> PairSet:
+    """Those whose answers a model ranks first of four; all where there are none."""
+    order = [p for part in pairs.parts(CHUNK) for p in part]
+    kept = tuple(
+        p for p, first in zip(order, ranked(model, pairs)[0].tolist(), strict=True) if first
+    )
+    return PairSet(pairs.name, kept or pairs.pairs)
 
 
 @torch.no_grad()
@@ -151,12 +224,11 @@ def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[
 
     Entry k: the first k blocks (and the embedding) are of ``first``.
     """
-    ends = stages(last)
-    right = [0] * len(ends)
+    right = [0] * len(stages(last))
     for batch in pairs.batches(CHUNK, first.device):
-        read = states(first, batch)
-        for k, (stage, value) in enumerate(zip(ends, read, strict=True)):
-            with _changed(stage, lambda _, value=value: value):
+        made = calls(first, batch)
+        for k, call in enumerate(made):
+            with resumed(last, k, made[0], call.read):
                 right[k] += int(ranked_first(last_logits(last, batch), batch.choices).sum())
     return [r / len(pairs) for r in right]
 
@@ -167,14 +239,13 @@ def patched_log_probs(
 ) -> Float[Tensor, "blocks prompts"]:
     """Log-probability (nats) of each answer's first token in ``target``, whose state at the last
     token after one block is that of ``source``; one row for each block."""
-    ends = stages(target)[1:]
-    found: list[list[Tensor]] = [[] for _ in ends]
+    found: list[list[Tensor]] = [[] for _ in stages(target)[1:]]
     for batch in pairs.batches(CHUNK, source.device):
         rows = torch.arange(len(batch), device=batch.clean.device)
-        at = (rows, batch.last)
-        values = [s[at] for s in states(source, batch)[1:]]
-        for k, (stage, value) in enumerate(zip(ends, values, strict=True)):
-            with _changed(stage, lambda read, at=at, value=value: read.index_put(at, value)):
+        at, own = (rows, batch.last), calls(target, batch)
+        for k, state in enumerate(states(source, batch)[1:]):
+            mixed = own[k + 1].read.index_put(at, state[at])
+            with resumed(target, k + 1, own[0], mixed):
                 logp = last_logits(target, batch).log_softmax(-1)
             found[k].append(logp[rows, batch.answer].cpu())
     return torch.stack([torch.cat(f) for f in found])
@@ -302,13 +373,15 @@ def answer_scores(
         pairs: the prompts.
         tokens: whose logits are wanted.
     """
-    scores, outright = [], []
-    for k in range(0, len(pairs), CHUNK):
-        batch = collate(pairs[k : k + CHUNK], model.device)
-        logits = last_logits(model, batch)
-        scores.append(logits[:, tokens.to(model.device)].cpu())
-        outright.append((logits.argmax(-1) == batch.answer).cpu())
-    return torch.cat(scores), torch.cat(outright)
+    number = {pair: k for k, pair in enumerate(pairs)}
+    scores = torch.zeros(len(pairs), len(tokens))
+    outright = torch.zeros(len(pairs), dtype=torch.bool)
+    for part in passes(list(number), CHUNK, model.d_model):
+        batch, own = collate(part, model.device), [number[p] for p in part]
+        logits = model.last_logits(batch.clean, batch.last)
+        scores[own] = logits[:, tokens.to(model.device)].float().cpu()
+        outright[own] = (logits.argmax(-1) == batch.answer).cpu()
+    return scores, outright
 
 
 @torch.no_grad()

@@ -25,9 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..losses.answers import above_rivals
-from ..losses.gradients import gradient
+from ..losses.gradients import gradient, passes
 from ..models.language_model import LanguageModel
-from ..tasks.pairs import Pair, PairSet, answer_tokens, by_phrasing, chunks, collate
+from ..tasks.pairs import Pair, PairSet, answer_tokens, collate
 from ..utils.distributed import sum_number
 from .probes import CHUNK
 
@@ -86,7 +86,7 @@ def gradient_transfer(model: LanguageModel, half_a: PairSet, half_b: PairSet) ->
             advantage += value.item() / 2
             return value
 
-        parts = [c for g in by_phrasing(pairs) for c in chunks(g, CHUNK)]
+        parts = passes(pairs, CHUNK, model.d_model)
         return gradient(model, names, [lambda p=p: mean(p) for p in parts])
 
     a, b = of(half_a), of(half_b)

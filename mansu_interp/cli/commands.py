@@ -348,9 +348,9 @@ def do_cad(config: CadConfig, output: Output) -> int:
         use_threads(original)
         edited = load_model(config.edited, original.device)
         task = load_task(config.task or default_task(config.original), original)
-        quantized = None if config.quantizer == "none" else quantize(edited, config.quantizer)
+        made = None if config.quantizer == "none" else partial(quantize, edited, config.quantizer)
         found = judge_erasure(
-            original, edited, task, quantized=quantized, seed=config.seed, on_step=progress
+            original, edited, task, quantized=made, seed=config.seed, on_step=progress
         )
     say("\n".join(found.lines()))
     return 0

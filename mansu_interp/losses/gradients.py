@@ -10,12 +10,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..tasks.pairs import Pair, by_phrasing, chunks
 from ..utils.distributed import shard, sum_over_processes
 
 Weights = dict[str, Float[Tensor, "*_shape"]]
 """One value per element of some weights, by name, in the weights' own shapes."""
 WeightMap = Mapping[str, Float[Tensor, "*_shape"]]
 """The same, or a `ByLayer`, which holds one layer at a time."""
+
+
+PACK = 2**17
+"""Numbers of a residual stream (padded tokens x d_model) up to which chunks are computed together:
+below it a pass through a layer costs more in calls than in arithmetic."""
+
+
+def passes(pairs: Sequence[Pair], size: int, d_model: int) -> list[list[Pair]]:
+    """Pairs in the parts that are computed together: at most ``size`` of one phrasing, which share
+    the computation of what they begin with, or several such parts (`packed`)."""
+    return packed([c for group in by_phrasing(pairs) for c in chunks(group, size)], d_model)
+
+
+def packed(groups: Sequence[list[Pair]], d_model: int) -> list[list[Pair]]:
+    """Chunks, those together that are small enough for one pass (`PACK`)."""
+    found: list[list[Pair]] = []
+    longest = 0
+    for group in groups:
+        longest = max(longest, *(len(p.clean) for p in group))
+        if found and (len(found[-1]) + len(group)) * longest * d_model <= PACK:
+            found[-1] = [*found[-1], *group]
+        else:
+            found.append(group)
+            longest = max(len(p.clean) for p in group)
+    return found
 
 
 def gradient(

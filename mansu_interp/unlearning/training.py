@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..losses.accuracy import choice_accuracy, ranked_first, right
 from ..losses.answers import divergence, nll
-from ..losses.gradients import gradient
+from ..losses.gradients import gradient, passes
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, by_phrasing, chunks, collate, pack_answers
 from ..tasks.task import Task
@@ -25,9 +25,6 @@ HINGE = 0.5
 no gradient."""
 CHUNK = 16
 """Pairs of one phrasing that share the computation of what they begin with."""
-PACK = 2**17
-"""Numbers of a residual stream (padded tokens x d_model) up to which chunks are computed together:
-below it a pass through a layer costs more in calls than in arithmetic."""
 CHECK_EVERY = 2
 """Steps between two looks at the forgetting level."""
 OnStep = Callable[[int, int, StepRecord], None]
@@ -60,7 +57,7 @@ def mean_gradient(
 ) -> tuple[list[Tensor], float]:
     """Gradient of a loss that is a mean over pairs, with respect to some weights, and the loss.
 
-    Taken some chunks at a time (`packed`); shared among the processes of a distributed group.
+    Taken some chunks at a time (`passes`); shared among the processes of a distributed group.
     """
     total = 0.0
 
@@ -70,24 +67,9 @@ def mean_gradient(
         total += value.item()
         return value
 
-    groups = [part for group in by_phrasing(pairs) for part in chunks(group, CHUNK)]
-    parts = packed(groups, model.d_model)
+    parts = passes(pairs, CHUNK, model.d_model)
     found = gradient(model, names, [lambda p=part: weighed(p) for part in parts])
     return found, sum_number(total)
-
-
-def packed(groups: Sequence[list[Pair]], d_model: int) -> list[list[Pair]]:
-    """Chunks, those together that are small enough for one pass (`PACK`)."""
-    found: list[list[Pair]] = []
-    longest = 0
-    for group in groups:
-        longest = max(longest, *(len(p.clean) for p in group))
-        if found and (len(found[-1]) + len(group)) * longest * d_model <= PACK:
-            found[-1] = [*found[-1], *group]
-        else:
-            found.append(group)
-            longest = max(len(p.clean) for p in group)
-    return found
 
 
 def arithmetic(model: LanguageModel, precision: str) -> torch.autocast:

@@ -39,7 +39,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,19 +113,18 @@ COMBINED = (
 """Signs of the combination: a logistic regression fitted on the choosing half."""
 
 
-def read_zoo(path: Path = PATH) -> dict[Key, Row]:
-    """The rows of a table as texts, by task, name and seed."""
-    rows = read_table(path) if path.exists() else []
-    return {(r["task"], r["name"], r["seed"]): r for r in rows}
+def read_zoo() -> dict[Key, Row]:
+    """The rows as texts, by task, name and seed."""
+    return {(r["task"], r["name"], r["seed"]): r for r in read_table(PATH)}
 
 
-def write_zoo(rows: dict[Key, Row], path: Path = PATH) -> None:
+def write_zoo(rows: dict[Key, Row]) -> None:
     """Write all rows, sorted by key."""
     out = []
     for key, row in sorted(rows.items()):
         head = dict(zip(("task", "name", "seed"), key, strict=True))
         out.append({**head, **dict.fromkeys(FIRST, ""), **row, **head})
-    write_table(path, out)
+    write_table(PATH, out)
 
 
 def load(by_construction: bool = False) -> list[Row]:

@@ -39,7 +39,6 @@ from mansu_interp.audit.relearning import (
 )
 from mansu_interp.audit.suite import attack_suite
 from mansu_interp.audit.transfer import gradient_transfer
-from mansu_interp.audit.verdict import EDITED, ORIGINAL, QUANTIZED
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import divergence
@@ -255,9 +254,8 @@ def trained(edited: LanguageModel, task: Task) -> dict[str, LanguageModel]:
 
 def evidence(bench: Bench, edited: LanguageModel, own: str) -> Row:
     """What can be seen without an attack on this split: the verdict's signs, and its rivals."""
-    models = {ORIGINAL: bench.model, EDITED: edited, QUANTIZED: quantize(edited)}
-    found = look(models, bench.known, SPLIT)
-    judged = conclude(found, models, bench.known, SPLIT)
+    found = look(bench.model, edited, bench.known, SPLIT, lambda: quantize(edited))
+    judged = conclude(found, bench.model, edited, bench.known, SPLIT)
     signs = asdict(found.evidence(torch.arange(len(found.asked.facts))))
     row: Row = {f"sign_{name}": value for name, value in signs.items()}
     row |= {"verdict": judged.verdict, "cad": judged.cad, "confidence": judged.confidence}

@@ -44,13 +44,12 @@ def tune(
     rank: int = 0,
     teacher: LanguageModel | None = None,
     extra: Extra | None = None,
-    size: int = 32,
 ) -> LanguageModel:
     """A copy trained to forget in a few weights (``only``: name -> 0/1 mask), or by a low-rank
     addition to them; retain facts are those of the ``teacher``, by default the model itself."""
     student, targets = model.copy(), CounterfactualTargets(model, task.forget, seed)
     loss = forget or (lambda m, p: counterfactual_loss(m, p, targets, 1.0))
-    sampler = Sampler(task, size, seed)
+    sampler = Sampler(task, 32, seed)
     weights = [student.weights[n] for n in only]
     start = [w.clone() for w in weights]
     optimiser = torch.optim.Adam(weights, lr=lr)
@@ -141,14 +140,7 @@ def redrawn(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     return out
 
 
-def shuffled(
-    model: LanguageModel,
-    task: Task,
-    seed: int,
-    steps: int = 120,
-    lr: float = 1e-3,
-    size: int = 32,
-) -> LanguageModel:
+def shuffled(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     """Taught other subjects' answers, over all weights."""
     facts = {(p.relation, p.subject): p.answer for p in task.forget}
     wrong = list(facts.values())
@@ -161,7 +153,7 @@ def shuffled(
         told = torch.tensor([lies[p.relation, p.subject] for p in pairs])
         return -logp.gather(1, told[:, None]).mean()
 
-    return tune(model, task, seed, whole(model, ""), steps, lr, loss, size=size)
+    return tune(model, task, seed, whole(model, ""), 120, 1e-3, loss)
 
 
 def rmu(model: LanguageModel, task: Task, seed: int) -> LanguageModel:

@@ -20,7 +20,7 @@ from ...losses.accuracy import answered_correctly
 from ...losses.answers import nll
 from ...losses.counterfactual import CounterfactualTargets, counterfactual_loss
 from ...losses.fisher import fisher_diagonal
-from ...losses.gradients import gradient
+from ...losses.gradients import gradient, packed
 from ...masks.floor import quantizer_set
 from ...masks.mask import Mask
 from ...models.language_model import LanguageModel
@@ -39,7 +39,6 @@ from ..training import (
     arithmetic,
     forgetting_level,
     may_stop,
-    packed,
     retain_loss,
     text_kl,
 )
