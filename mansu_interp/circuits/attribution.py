@@ -12,8 +12,8 @@ corrupt and the clean input embeddings; the midpoint rule is ours. The algorithm
 
 1. Run the clean and the corrupt prompts, and take the difference of what each writer adds, at each
    real token; what the heads write is expanded from ``z`` (`_difference`).
-2. For each point on the path, run from that input and take the metric's gradient at the q, k and v
-   projections, the MLP inputs and the final stream (`_gradients`).
+2. For each point on the path, run from that input (EAP's is one of the two runs before) and take
+   the metric's gradient at the q, k and v projections, the MLP inputs and the final stream.
 3. Pull the gradients back per head through projection and norm, to each reader's own residual
    input, by a vector-Jacobian product (`_pull_back`); q, k and v inputs need not be split in the
    model.
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import CircuitError
@@ -166,39 +166,68 @@ def _pull_back(
         return torch.autograd.grad(norm(wide), wide, g)[0]
 
 
-def _gradients(
-    stream: Stream, runs: _Runs, at: Float[Tensor, "batch pos d_model"], metric: Metric
-) -> tuple[Recorder, dict[str, Tensor]]:
-    """A run from one input: the streams that are read in it, and the metric's gradients by hook
-    point."""
+@dataclass
+class _Run:
+    """One forward pass."""
+
+    recorder: Recorder
+    logits: Logits
+
+    def seen(self, names: list[str]) -> dict[str, Tensor]:
+        """What was recorded at some hook points."""
+        return {n: self.recorder[n].detach() for n in names}
+
+
+def _run(
+    stream: Stream,
+    tokens: Int[Tensor, "batch pos"],
+    last: Int[Tensor, " batch"],
+    names: list[str],
+    at: Float[Tensor, "batch pos d_model"] | None = None,
+    *,
+    grad: bool,
+) -> _Run:
+    """A forward pass that is recorded; with ``grad``, from its own input, or another, as a leaf."""
+    recorder = Recorder()
+
+    def leaf(value: Tensor, hook: object) -> Tensor:
+        return (value if at is None else at).detach().requires_grad_(True)
+
+    first = [(stream.input, leaf)] if grad else []
+    with torch.set_grad_enabled(grad), stream.hooked(first + recorder.on(names)):
+        return _Run(recorder, stream.logits(tokens, last))
+
+
+def _asked(stream: Stream, inside: list[str]) -> list[str]:
+    """Hook points at which the metric's gradient is taken."""
+    layers = range(stream.n_layers)
+    asked = [stream.projected(i, c) for i in layers for c in "qkv"]
+    return asked + [stream.mlp_in(i) for i in layers] + [stream.final] + inside
+
+
+def _watched(stream: Stream, inside: list[str]) -> list[str]:
+    """Hook points that a run with gradients records: the streams that are read, and `_asked`."""
     layers = range(stream.n_layers)
     reads = [n for i in layers for n in (stream.before_attention(i), stream.before_mlp(i))]
-    asked = [stream.projected(i, c) for i in layers for c in "qkv"]
-    asked += [stream.mlp_in(i) for i in layers] + [stream.final] + list(runs.inside)
-    start = at.detach().requires_grad_(True)
-    recorder = Recorder()
-    first = [(stream.input, lambda value, hook: start)]
-    watched = list(dict.fromkeys([*reads, *asked]))
-    with torch.enable_grad(), stream.hooked(first + recorder.on(watched)):
-        logits = stream.logits(runs.batch.clean, runs.batch.last)
-        value = metric(logits, runs.batch, runs.clean_logits).sum()
-        if not value.requires_grad:
-            raise CircuitError("The metric has no gradient: compute it from the logits, in torch.")
-        found = torch.autograd.grad(value, [recorder[n] for n in asked])
-    return recorder, dict(zip(asked, found, strict=True))
+    return list(dict.fromkeys([*reads, *_asked(stream, inside)]))
 
 
 def _add_scores(
     stream: Stream,
     runs: _Runs,
-    at: Float[Tensor, "batch pos d_model"],
+    run: _Run,
     metric: Metric,
     weight: float,
     sums: _Sums,
 ) -> None:
-    """Add the scores with the gradient at one input, times a weight."""
-    graph = stream.graph
-    recorder, grads = _gradients(stream, runs, at, metric)
+    """Add the scores with the gradient in one run, times a weight."""
+    graph, recorder, asked = stream.graph, run.recorder, _asked(stream, list(runs.inside))
+    with torch.enable_grad():
+        value = metric(run.logits, runs.batch, runs.clean_logits).sum()
+    if not value.requires_grad:
+        raise CircuitError("The metric has no gradient: compute it from the logits, in torch.")
+    found = torch.autograd.grad(value, [recorder[n] for n in asked])
+    grads = dict(zip(asked, found, strict=True))
     position = runs.real.nonzero()[:, 1].cpu()
 
     def add(column: int, g: Float[Tensor, "readers tokens d_model"], n_writers: int) -> None:
@@ -261,25 +290,30 @@ def _add_batch(
     sums: _Sums,
 ) -> tuple[float, float]:
     """Add one batch to the sums; returns its summed clean and corrupt metric."""
-    names = stream.writers()
-    if neurons:
-        names += [stream.neurons(i) for i in range(stream.n_layers)]
-    seen, logits = [], []
-    for tokens in (batch.clean, batch.corrupt):
-        recorder = Recorder()
-        with torch.no_grad(), stream.hooked(recorder.on(names)):
-            logits.append(stream.logits(tokens, batch.last))
-        seen.append({n: recorder[n].detach() for n in names})
-    clean, corrupt = seen
+    layers, path = range(stream.n_layers), config.path()
+    inside = [n for i in layers for n in (stream.z(i), stream.neurons(i))] if neurons else []
+    names = list(dict.fromkeys([*stream.writers(), *inside]))
+    # An end of the path whose gradient is asked for is run once.
+    ends: dict[float, _Run] = {}
+    for alpha, tokens in ((1.0, batch.clean), (0.0, batch.corrupt)):
+        more = _watched(stream, inside) if alpha in path else []
+        watched = list(dict.fromkeys([*names, *more]))
+        ends[alpha] = _run(stream, tokens, batch.last, watched, grad=alpha in path)
+    logits = [run.logits.detach() for run in ends.values()]
+    clean, corrupt = (run.seen(names) for run in ends.values())
     real = _real(batch)
-    inside = _inside(stream, clean, corrupt, real) if neurons else {}
-    runs = _Runs(batch, real, logits[0], _difference(stream, clean, corrupt, real), inside)
-    ends = [corrupt[stream.input], clean[stream.input]]
-    del seen, clean, corrupt  # the writes of both runs are not needed any more
-    path = config.path()
+    values_inside = _inside(stream, clean, corrupt, real) if neurons else {}
+    runs = _Runs(batch, real, logits[0], _difference(stream, clean, corrupt, real), values_inside)
+    start, way = corrupt[stream.input], clean[stream.input] - corrupt[stream.input]
+    del clean, corrupt  # the writes of both runs are not needed any more
+    kept = {alpha: ends[alpha] for alpha in path if alpha in ends}
+    ends.clear()
     for alpha in path:
-        at = ends[0] + alpha * (ends[1] - ends[0])
-        _add_scores(stream, runs, at, metric, 1 / len(path), sums)
+        run = kept.pop(alpha, None)
+        if run is None:
+            at, watched = start + alpha * way, _watched(stream, inside)
+            run = _run(stream, batch.clean, batch.last, watched, at, grad=True)
+        _add_scores(stream, runs, run, metric, 1 / len(path), sums)
     values = [metric(x, batch, logits[0]).sum().item() for x in logits]
     return values[0], values[1]
 
