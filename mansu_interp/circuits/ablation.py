@@ -316,11 +316,13 @@ def check_exact(rebuilder: Rebuilder, pairs: PairSet) -> None:
                 "wrong: it is refused."
             )
 
-    real = [stream.own_logits(tokens, batch.last) for tokens in (batch.clean, batch.corrupt)]
-    hooked = stream.logits(batch.clean, batch.last)
-    compare("TransformerLens' copy of it differs in its logits", hooked, real[0], tolerance)
-    _check_sums(stream, batch, tolerance)
+    both = torch.cat([batch.clean, batch.corrupt]), torch.cat([batch.last, batch.last])
+    real = stream.own_logits(*both).split(1)
     base = rebuilder.base(batch, "corrupt", None)
+    compare(
+        "TransformerLens' copy of it differs in its logits", base.clean_logits, real[0], tolerance
+    )
+    _check_sums(stream, batch, tolerance)
     exists = stream.graph.exists
     most = ROUTED if stream.model.routed else tolerance
     for kept, run, edges, logits in (
