@@ -35,9 +35,8 @@ from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.files import finite
 from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
-from mansu_interp.viz.page import module_source, page_script, policy
+from mansu_interp.viz.page import module_source, page_script, policy, view_svg
 from mansu_interp.viz.plots import Axis, Dots, make_axis, scatter_svg, strip_svg
-from mansu_interp.viz.svg import view_svg
 from mansu_interp.viz.tokens import attention_patterns, look_inside, plain_token, token_log_probs
 from mansu_interp.viz.view import attribution_view, changes_view, circuit_view
 

@@ -27,8 +27,9 @@ from mansu_interp.circuits.compare import GraphComparison
 from mansu_interp.circuits.scores import Attribution
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
-from mansu_interp.viz.layout import Layout, curve, place
+from mansu_interp.viz.layout import Layout, place
 from mansu_interp.viz.page import module_source
+from mansu_interp.viz.svg import curve
 from mansu_interp.viz.view import View, attribution_view, changes_view, circuit_view
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
