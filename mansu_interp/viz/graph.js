@@ -66,7 +66,7 @@ const count = (n) => n.toLocaleString("en-US");
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 const isGroup = (id) => id.startsWith(GROUP);
 const boxOf = (id) => (isGroup(id) ? id : id.replace(/<.*>/, ""));
-const readerOf = (id) => (!isGroup(id) && id.includes("<") ? id.slice(id.indexOf("<") + 1, -1) : "");
+const readerOf = (id) => (!isGroup(id) && id.includes("<") ? id.slice(id.indexOf("<") + 1, id.indexOf(">")) : "");
 
 // What the tables' headings mean: as in docs/glossary.md and the report's terms (a test compares them).
 export const TERMS = {
@@ -184,20 +184,31 @@ export function placeByPosition(a, c, shown, tokens, inside) {
   const longest = heads.reduce((x, y) => (y.length > x.length ? y : x), "m0"), widest = c.letter * longest.length + 4, column = widest + 6;
   const layers = [...new Set(nodes.map((n) => n.layer))].filter((n) => n >= 0 && n < a.n_layers).sort((x, y) => x - y);
   const pitch = clamp(640 / Math.max(layers.length, 1), 48, 104), tall = clamp(pitch * 0.36, 17, 28), least = leastScale({ column, tall }, c.letter * longest.length);
-  const raised = a.parallel ? 0 : 0.5 * pitch, logitsY = c.top + 12, first = logitsY + raised + 0.8 * pitch;
-  const rows = new Map(layers.map((layer, k) => [layer, first + pitch * (layers.length - 1 - k)]));
-  const inputY = Math.max(logitsY, ...rows.values()) + 0.9 * pitch, cells = new Map();
-  for (const n of nodes) {
-    n.y = n.layer < 0 ? inputY : n.layer >= a.n_layers ? logitsY : rows.get(n.layer) - (n.kind === "mlp" ? raised : 0);
-    n.height = n.layer < 0 || n.layer >= a.n_layers ? 24 : n.kind === "group" ? tall - 3 : tall;
+  const raised = a.parallel ? 0 : 0.5 * pitch, logitsY = c.top + 12;
+  const rows = new Map(), extra = new Map(), lines = new Map(), cells = new Map();
+  for (const n of nodes) { // so many side by side in a line, others above them
     n.width = n.kind === "group" ? n.wanted / least : n.kind === "head" ? widest : c.mlp_width;
-    const key = `${n.y} ${n.position}`;
-    cells.set(key, [...(cells.get(key) || []), n]);
+    n.height = n.layer < 0 || n.layer >= a.n_layers ? 24 : n.kind === "group" ? tall - 3 : tall;
+    const tier = `${n.layer} ${raised && n.kind === "mlp"} ${n.position}`, k = cells.get(tier) || 0, line = Math.floor(k / c.line), key = `${tier} ${line}`;
+    cells.set(tier, k + 1);
+    lines.set(key, [...(lines.get(key) || []), n]);
+    extra.set(n.layer, Math.max(extra.get(n.layer) || 0, line * (tall + 6)));
+    n.line = line;
+  }
+  let y = logitsY + raised - 0.2 * pitch; // the highest row comes first
+  for (const layer of [...layers].reverse()) {
+    rows.set(layer, y + pitch + extra.get(layer) / 2);
+    y += pitch + extra.get(layer);
+  }
+  const inputY = layers.length ? y + 0.9 * pitch : logitsY + 0.9 * pitch;
+  for (const row of lines.values()) {
+    const [{ layer, kind, position, line }] = row, own = rows.get(layer), last = Math.floor((cells.get(`${layer} ${raised && kind === "mlp"} ${position}`) - 1) / c.line);
+    for (const n of row) n.y = layer < 0 ? inputY : layer >= a.n_layers ? logitsY : kind === "mlp" && raised ? own - extra.get(layer) / 2 - raised : own + (last / 2 - line) * (tall + 6);
   }
   const across = (row) => sum(row.map((n) => n.width)) + 6 * (row.length - 1), full = tokens.map(() => 0);
-  for (const row of cells.values()) full[row[0].position] = Math.max(full[row[0].position], across(row));
+  for (const row of lines.values()) full[row[0].position] = Math.max(full[row[0].position], across(row));
   const columns = columnsOf(full, tokens, c);
-  for (const row of cells.values()) {
+  for (const row of lines.values()) {
     let x = columns.find((k) => k.positions.includes(row[0].position)).x - across(row) / 2;
     for (const n of row) { n.x = x + n.width / 2; x += n.width + 6; }
   }
@@ -359,7 +370,7 @@ class GraphView {
     this.source = this.edge.map((i, k) => d.writers[e.source[i]] + suffix[k]);
     this.target = this.edge.map((i, k) => d.readers[e.target[i]] + suffix[k]);
     this.kind = this.target.map((id) => readerOf(id) || (componentOf(id) === "logits" ? "logits" : "mlp"));
-    this.first.threshold = this.atRank(d.top);
+    this.first.threshold = this.atRank(this.byPosition ? Math.min(d.top, d.layout.position_top) : d.top);
   }
 
   // The names of the columns: the tokens of all prompts, or of one.
@@ -511,7 +522,7 @@ class GraphView {
         this.refilter();
       });
     }
-    if (d.edges.in_circuit.some((x) => !x)) put("circuit only", "circuitOnly");
+    if (new Set(d.edges.in_circuit).size > 1) put("circuit only", "circuitOnly");
     if (d.positions) out.unshift(make("span", { class: "chips" }, ...[false, true].map((on) => this.layoutButton(on))));
     this.allButton = put("all components", "all");
     this.allButton.title = "off: layers and heads that no drawn edge touches are left out; press a layer's number to unfold it";

@@ -30,6 +30,10 @@ SHARED_PORTS = {"k": -0.16, "v": 0.16}
 ROOM = 540.0
 COLUMN_GAP = 18.0
 """Between the columns of two tokens, where edges climb past other rows."""
+_LINE = 4
+"""Nodes of one layer side by side at one token."""
+POSITION_TOP = 100
+"""Edges drawn at first where each is drawn at each position."""
 _SMALLEST = 11 + 2
 """Height of a box around letters of 11 pixels."""
 GROUP = "⊞ "
@@ -46,6 +50,8 @@ CONSTANTS = {
     "letter": LETTER,
     "room": ROOM,
     "column_gap": COLUMN_GAP,
+    "line": _LINE,
+    "position_top": POSITION_TOP,
     "crowded": _CROWDED,
     "ports": PORTS,
     "shared_ports": SHARED_PORTS,
@@ -326,6 +332,17 @@ def _columns(full: Sequence[float], tokens: Sequence[str]) -> list[Column]:
     return out
 
 
+def _lines(cell: Sequence[_Node]) -> int:
+    """Lines of nodes of one layer at one token."""
+    return -(-len(cell) // _LINE)
+
+
+def _across(position: int, lines: Sequence[tuple[int, list[Box]]]) -> float:
+    """Width of the widest line at a position."""
+    own = [sum(b.width for b in row) + 6 * (len(row) - 1) for at, row in lines if at == position]
+    return max(own, default=0.0)
+
+
 def place_by_position(
     architecture: Architecture,
     shown: Collection[str],
@@ -347,25 +364,35 @@ def place_by_position(
     pitch, tall = row_sizes(len(layers))
     least = least_scale(longest + 10, tall, longest)
     raised, logits_y = 0.0 if a.parallel else 0.5 * pitch, TOP + 12
-    first = logits_y + raised + 0.8 * pitch
-    rows = {n: first + pitch * (len(layers) - 1 - k) for k, n in enumerate(layers)}
-    input_y = max([logits_y, *rows.values()]) + 0.9 * pitch
-
-    cells: dict[tuple[float, int], list[Box]] = {}
+    cells = dict[tuple[int, bool, int], list[_Node]]()
     for n in nodes:
-        y = input_y if n.layer < 0 else logits_y
-        y = rows[n.layer] - (raised if n.kind == "mlp" else 0.0) if n.layer in rows else y
-        height = (tall - 3 if n.kind == "group" else tall) if n.layer in rows else 24.0
-        width = {"head": longest + 4, "group": wanted_width(n.label) / least}.get(
-            n.kind, _MLP_WIDTH
-        )
-        box = Box(n.id, n.kind, n.label, x=0.0, y=y, width=width, height=height)
-        cells.setdefault((y, n.position), []).append(box)
-    across = {at: sum(b.width for b in row) + 6 * (len(row) - 1) for at, row in cells.items()}
-    full = [max([0.0, *(w for at, w in across.items() if at[1] == p)]) for p in range(len(tokens))]
-    columns, boxes = _columns(full, tokens), dict[str, Box]()
-    for at, row in cells.items():
-        x = next(c.x for c in columns if at[1] in c.positions) - across[at] / 2
+        cells.setdefault((n.layer, raised > 0 and n.kind == "mlp", n.position), []).append(n)
+    extra = {n: max(_lines(c) - 1 for at, c in cells.items() if at[0] == n) for n in layers}
+    rows, y = dict[int, float](), logits_y + raised - 0.2 * pitch
+    for layer in reversed(layers):  # the highest row comes first
+        more = extra[layer] * (tall + 6)
+        rows[layer] = y + pitch + more / 2
+        y += pitch + more
+    input_y = (y if layers else logits_y) + 0.9 * pitch
+
+    lines: list[tuple[int, list[Box]]] = []
+    for (layer, above, position), cell in cells.items():
+        for k in range(_lines(cell)):
+            y = input_y if layer < 0 else logits_y
+            if layer in rows:  # so many side by side in a line, others above them
+                up = extra[layer] / 2 * (tall + 6) + raised
+                y = rows[layer] - (up if above else (k - (_lines(cell) - 1) / 2) * (tall + 6))
+            row = []
+            for n in cell[k * _LINE : (k + 1) * _LINE]:
+                height = (tall - 3 if n.kind == "group" else tall) if layer in rows else 24.0
+                widths = {"head": longest + 4, "group": wanted_width(n.label) / least}
+                width = widths.get(n.kind, _MLP_WIDTH)
+                row.append(Box(n.id, n.kind, n.label, x=0.0, y=y, width=width, height=height))
+            lines.append((position, row))
+    columns, boxes = _columns([_across(p, lines) for p in range(len(tokens))], tokens), {}
+    for position, row in lines:
+        x = next(c.x for c in columns if position in c.positions)
+        x -= _across(position, [(position, row)]) / 2
         for box in row:
             boxes[box.id] = replace(box, x=x + box.width / 2)
             x += box.width + 6

@@ -28,6 +28,7 @@ from .layout import (
     GROUP,
     LEFT,
     LETTER,
+    POSITION_TOP,
     ROOM,
     TOP,
     Box,
@@ -198,7 +199,7 @@ def _lines(data: GraphData, top: int, by_position: bool) -> tuple[list[_Line], i
         found.sort(key=lambda x: -x[0])
     else:
         found = [(0.0, k, -1) for k in range(len(data.edges.source))]
-    n = min(len(found), max(top, 0), max(data.top, 1))
+    n = min(len(found), max(top, 0), max(data.top, 1), POSITION_TOP if by_position else top)
     names, classes, out = data.edge_ids(), data.edges.classes, []
     for _, k, p in found[:n]:
         at = f"@{p}" if p >= 0 else ""
@@ -250,7 +251,7 @@ def _moves(
     return list(found)
 
 
-def _drawing(data: GraphData, top: int) -> _Drawing:
+def lay_out(data: GraphData, top: int) -> _Drawing:
     """What the state of a view says to draw."""
     state, places, a = data.state, data.positions, data.architecture
     if state.get("by_position") is not True:
@@ -259,7 +260,7 @@ def _drawing(data: GraphData, top: int) -> _Drawing:
     of = number_of(data.total, "edge")
     groups, closed = state.get("groups"), state.get("closed")
     known = groups if isinstance(groups, dict) and isinstance(closed, list) else {}
-    chosen = {name: known[name] for name in known if name in closed}
+    chosen = {name: ids for name, ids in known.items() if name in closed and isinstance(ids, list)}
     members = {name: [m for m in ids if isinstance(m, str)] for name, ids in chosen.items()}
     inside = inside_of_groups(a, members, len(places.tokens) if places else 0)
     if places:
@@ -293,7 +294,7 @@ def view_svg(data: GraphData, *, top: int = 200, theme: str | None = None) -> st
         top: draw at most this many edges, the strongest in any pane.
         theme: ``light`` or ``dark`` writes the colours out; None follows the reader's.
     """
-    panes, drawing = data.panes, _drawing(data, top)
+    panes, drawing = data.panes, lay_out(data, top)
     layout, n = drawing.layout, drawing.edges
     fit = max(1, min(len(panes), int(_WIDE / layout.width)))
     down = -(-len(panes) // fit)

@@ -240,6 +240,10 @@ def _with_tokens(
 
         if places is not None:
             places = replace(places, tokens=position_names(pairs, model, len(places.tokens)))
+        lengths = sorted({len(pair.clean) for pair in pairs})
+        if places is not None and len(lengths) > 1:
+            fact = f"prompts of {lengths[0]} to {lengths[-1]} tokens, counted from the first"
+            data = replace(data, facts=[*data.facts, fact])
         edges = zip(data.edge_ids(), data.edges.in_circuit, strict=True)
         drawn = [edge for k, (edge, inside) in enumerate(edges) if k < data.top or inside]
         nodes = {box_id(end) for edge in drawn for end in edge}
