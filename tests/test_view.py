@@ -84,6 +84,12 @@ def test_a_change_view_agrees_with_classify():
     wanted = classify(before.scores, after.scores, quantized.scores)
     assert data.counts == wanted.counts() and min(data.counts.values()) > 0
     assert data.present_from == wanted.threshold
+    sums = np.abs(before.scores.sum(1))
+    first = next(i for i in np.argsort(-sums) if i)  # the input is where everything begins
+    where, became, _ = data.facts
+    assert where.startswith(f"carried most before: {circuit.graph.writers[first].id}, ")
+    most = max(data.counts, key=lambda name: data.counts[name])
+    assert became.startswith(f"edges: {data.counts[most]} {most}, ")
     assert data.edges.classes is not None
     for i, j, code in zip(data.edges.source, data.edges.target, data.edges.classes, strict=True):
         assert wanted.codes[i, j] == code

@@ -350,6 +350,17 @@ def _with_classes(data: GraphData, edges: Changes, nodes: Changes) -> GraphData:
     )
 
 
+def _what_became(
+    graph: Graph, before: Float[np.ndarray, "writers readers"], counts: Mapping[str, int]
+) -> list[str]:
+    """Where the original had it, and how many edges became what, most first."""
+    order = np.argsort(-np.abs(before.sum(1)))
+    most = [graph.writers[i].id for i in order if graph.writers[i].id != "input"][:3]
+    found = sorted(((n, name) for name, n in counts.items() if n), reverse=True)
+    became = ", ".join(f"{n:,} {name}" for n, name in found)
+    return [f"carried most before: {', '.join(most)}", *([f"edges: {became}"] if became else [])]
+
+
 @entrance(ViewError)
 def changes_view(
     circuit: Circuit,
@@ -403,6 +414,7 @@ def changes_view(
     data = replace(
         _with_classes(_graph_data(title, circuit, panes, limit), edges, nodes),
         facts=[
+            *_what_became(circuit.graph, np.asarray(before.scores), edges.counts()),
             f"an edge is present from |score| {edges.threshold:.3g}",
             *([circuit.meta.caveat] if circuit.meta.caveat else []),
         ],
