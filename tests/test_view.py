@@ -580,6 +580,16 @@ def test_a_selection_at_a_position_becomes_its_components():
     whole = widget.circuit(circuit).edges
     widget.selected = ["a1.h2@3", "a1.h2@0"]
     assert (widget.circuit(circuit).edges == whole).all() and whole.any()
+    # the threshold is on what an edge carries at one token
+    data = widget.view.data
+    assert data.positions is not None
+    most = np.abs(data.positions.scores).max(0)
+    widget.selected, widget.threshold = [], float(np.sort(most)[-20])
+    passing = [e for e, s in zip(data.edge_ids(), most, strict=True) if s >= widget.threshold]
+    found = {(e.source, e.target) for e in widget.circuit(circuit).top(10**6)}
+    in_circuit = {(e.source, e.target) for e in circuit.top(10**6)}
+    assert found == set(passing) & in_circuit and 0 < len(found) < circuit.n_edges
+    widget.threshold = None
     source, target = next(e for e in circuit_view(circuit).data.edge_ids() if "<q>" in e[1])
     widget.selected_edge = [f"{source}@3", f"{target}@3"]
     assert widget.circuit(circuit).n_edges == 1

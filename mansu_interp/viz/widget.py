@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from ..errors import ViewError
 from ..models.graph import Graph, Node
@@ -67,7 +67,7 @@ class GraphWidget(anywidget.AnyWidget):
         selected = {component_of(name) for name in self.selected}
         if unknown := sorted(selected - names):
             raise ViewError(f"{unknown[0]!r} is no component of {graph.architecture}.")
-        edges = circuit.edges & (np.abs(circuit.scores) >= (self.threshold or 0.0))
+        edges = circuit.edges & (self._strength(circuit) >= (self.threshold or 0.0))
         if self.selected_edge:
             edges &= self._line(graph)
         elif selected:
@@ -75,6 +75,15 @@ class GraphWidget(anywidget.AnyWidget):
             columns = np.array([box_id(n.id) in selected for n in graph.readers])
             edges &= rows[:, None] | columns[None, :]
         return replace(circuit, edges=edges, meta=circuit.meta.of_parts("selection"))
+
+    def _strength(self, circuit: Circuit) -> Float[np.ndarray, "writers readers"]:
+        """|score| of every edge; in the layout by position, the largest of those it has there."""
+        data, strength = self.view.data, np.abs(circuit.scores)
+        if data.positions and self.state.get("by_position"):
+            strength = np.zeros_like(strength)
+            at = data.edges.source, data.edges.target
+            strength[at] = np.abs(data.positions.scores).max(axis=0)
+        return strength
 
     def _line(self, graph: Graph) -> Bool[np.ndarray, "writers readers"]:
         """The edges behind the selected one: itself, or those that a closed group's line sums."""
