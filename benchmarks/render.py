@@ -1,10 +1,11 @@
-"""How long drawing takes: 30,000 edges held, 500 drawn, in headless Chromium (software rendering).
+"""How long drawing takes, in headless Chromium (software rendering), with 500 edges drawn.
 
     python benchmarks/render.py
 
-Prints medians over 30 repetitions: loading the page, one frame of the canvas, one move of the
-slider, one hover, its paths, the list, and the same 500 edges as SVG elements, for one pane and for
-three.
+Held are 30,000 edges of 12 layers x 12 heads, in one pane and in three; 30,000 of 30 layers x 9
+heads; and 3,000 of those at each of 8 tokens, by position. Prints medians over 30 repetitions:
+loading the page, one frame of the canvas, one move of the slider, one hover, its paths, the list,
+and the same 500 edges as SVG elements.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import browser  # noqa: E402
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta  # noqa: E402
 from mansu_interp.circuits.scores import Attribution  # noqa: E402
 from mansu_interp.models.graph import Architecture, Graph  # noqa: E402
-from mansu_interp.viz.view import changes_view, circuit_view  # noqa: E402
+from mansu_interp.viz.view import attribution_view, changes_view, circuit_view  # noqa: E402
 
 MEASURE = """
 const v = window.mansuViews[0], out = {}, n = 30;
@@ -62,19 +63,32 @@ return out;
 """
 
 
-def main() -> None:
-    """Measure one pane and three."""
-    if why := browser.missing():
-        raise SystemExit(f"Cannot measure: {why}.")
-    graph = Graph(Architecture(12, 12, 12))
+def make_circuit(*sizes: int) -> Circuit:
+    """The strongest 500 edges of random scores."""
+    graph = Graph(Architecture(*sizes))
     rng = np.random.default_rng(0)
     scores = (rng.standard_t(2, graph.exists.shape) * graph.exists).astype(np.float32)
     edges = graph.exists & (np.abs(scores) >= np.sort(np.abs(scores[graph.exists]))[-500])
-    circuit = Circuit(graph, scores, edges, CircuitMeta("benchmark"))
-    made = [Attribution(graph, scores * k, 1, 0) for k in (1, 0.4, 0.7)]
-    views = {"1 pane": circuit_view(circuit, limit=30_000)}
-    views["3 panes"] = changes_view(circuit, *made, limit=30_000)
+    return Circuit(graph, scores, edges, CircuitMeta("benchmark"))
+
+
+def main() -> None:
+    """Measure each view."""
+    if why := browser.missing():
+        raise SystemExit(f"Cannot measure: {why}.")
+    circuit, deep = make_circuit(12, 12, 12), make_circuit(30, 9, 3)
+    made = [Attribution(circuit.graph, circuit.scores * k, 1, 0) for k in (1, 0.4, 0.7)]
+    share = np.random.default_rng(1).dirichlet([0.2] * 8, deep.scores.shape)
+    parts = (np.moveaxis(share, -1, 0) * deep.scores).astype(np.float32)
+    placed = Attribution(deep.graph, deep.scores, 1, 0, parts)
+    views = {
+        "12 x 12, 1 pane": circuit_view(circuit, limit=30_000),
+        "12 x 12, 3 panes": changes_view(circuit, *made, limit=30_000),
+        "30 x 9, 1 pane": circuit_view(deep, limit=30_000),
+        "30 x 9, by position": attribution_view(placed, by_position=True),
+    }
     with tempfile.TemporaryDirectory() as folder, browser.chromium() as driver:
+        driver.set_script_timeout(300)
         for name, view in views.items():
             page = view.to_html(Path(folder) / "page.html")
             driver.get(page.as_uri())

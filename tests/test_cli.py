@@ -539,7 +539,7 @@ def test_a_name_too_long_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert re.search("has 3.. characters, more than|Unknown|long", told), told
 
 
-def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path):
+def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Discover, attribute, view and compare, each as a command."""
     asked = "<bos>the capital of {} is"
     rows = [("Malta", "Rwanda", "Valletta", "Kigali"), ("Ghana", "Kenya", "Accra", "Nairobi")]
@@ -561,6 +561,12 @@ def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path):
         main(["attribute", "--pairs", str(file), "--out", str(tmp_path / "s.csv"), "--quiet"]) == 0
     )
     assert (tmp_path / "s.csv").read_text().startswith("source,target,score\n")
+    assert "does not know these answers" not in capsys.readouterr().out
+    turned = file.read_text().replace('"answer"', '"x"').replace('"wrong"', '"answer"')
+    (tmp_path / "turned.jsonl").write_text(turned.replace('"x"', '"wrong"'))
+    words = ["attribute", "--pairs", str(tmp_path / "turned.jsonl"), "--quiet"]
+    assert main([*words, "--out", str(tmp_path / "t.csv")]) == 0
+    assert "facts does not know these answers" in capsys.readouterr().out
     assert main(["view", str(out), "--out", str(tmp_path / "p.html")]) == 0
     for words in (
         ["view", str(out), "--out", str(tmp_path / "p.html")],

@@ -35,11 +35,11 @@ from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.files import finite
 from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
-from mansu_interp.viz.page import module_source, page_script, policy
+from mansu_interp.viz.layout import box_id, component_of, place_by_position, position_of
+from mansu_interp.viz.page import module_source, page_script, policy, view_svg
 from mansu_interp.viz.plots import Axis, Dots, make_axis, scatter_svg, strip_svg
-from mansu_interp.viz.svg import view_svg
 from mansu_interp.viz.tokens import attention_patterns, look_inside, plain_token, token_log_probs
-from mansu_interp.viz.view import attribution_view, changes_view, circuit_view
+from mansu_interp.viz.view import View, attribution_view, changes_view, circuit_view
 
 
 def make_circuit(layers: int = 3, heads: int = 4, kv: int = 4, n: int = 40) -> Circuit:
@@ -84,6 +84,12 @@ def test_a_change_view_agrees_with_classify():
     wanted = classify(before.scores, after.scores, quantized.scores)
     assert data.counts == wanted.counts() and min(data.counts.values()) > 0
     assert data.present_from == wanted.threshold
+    sums = np.abs(before.scores.sum(1))
+    first = next(i for i in np.argsort(-sums) if i)  # the input is where everything begins
+    where, became, _ = data.facts
+    assert where.startswith(f"carried most before: {circuit.graph.writers[first].id}, ")
+    most = max(data.counts, key=lambda name: data.counts[name])
+    assert became.startswith(f"edges: {data.counts[most]} {most}, ")
     assert data.edges.classes is not None
     for i, j, code in zip(data.edges.source, data.edges.target, data.edges.classes, strict=True):
         assert wanted.codes[i, j] == code
@@ -181,6 +187,8 @@ def test_what_happens_at_the_tokens_comes_back_from_json():
     small, large = (np.array(x) for x in data.positions.scores)
     assert small * 3 == pytest.approx(large, rel=2e-3)
     assert small + large == pytest.approx(np.array(data.edges.scores[0]), rel=2e-3)
+    nodes = np.array(data.positions.nodes)
+    assert nodes.sum(0) == pytest.approx(np.array(data.nodes.scores[0]), rel=5e-3, abs=1e-4)
     values = json.loads(json.dumps(data.to_json(), allow_nan=False))
     assert GraphData.from_json(values) == data
     assert values["prompts"][0]["effects"] == {
@@ -198,6 +206,8 @@ def test_what_happens_at_the_tokens_comes_back_from_json():
         (("prompts", 0, "tokens", 0), 5, "tokens"),
         (("positions", "scores", 1), [], "positions has a column of 0 entries"),
         (("positions", "tokens"), [], "positions has a column of 0 entries"),
+        (("positions", "nodes", 0), [], "positions has a column of 0 entries"),
+        (("panes",), ["", "x"], "panes has a column of 1 entries"),
         (("state",), [], "state is list, expected dict"),
     ],
 )
@@ -269,6 +279,145 @@ def test_views_with_prompts(facts: LanguageModel, capitals: Task):
     longer = PairSet("longer", (replace(pairs[0], clean=(1,) * 30, corrupt=(1,) * 30),))
     with pytest.raises(ViewError, match=r"of \d positions and the longest prompt has 30 tokens"):
         attribution_view(scores, model=facts, pairs=longer)
+
+
+def by_position(kv: int = 4, tokens: int = 5, n: int = 40) -> View:
+    """A view whose edges carry something at some of the tokens, the second and third excepted."""
+    circuit = make_circuit(kv=kv, n=n)
+    share = np.random.default_rng(3).dirichlet([0.3] * tokens, circuit.scores.shape)
+    share[..., 1:3] = 0
+    scores = np.moveaxis(share, -1, 0) * circuit.scores
+    given = Attribution(circuit.graph, scores.sum(0), 1.0, 0.0, scores)
+    return attribution_view(given, by_position=True)
+
+
+def drawn_in(svg: str, what: str) -> list[str]:
+    """Titles of the edges, boxes or moves of a picture, or its texts."""
+    root = ET.fromstring(svg)
+    if what == "text":
+        return [e.text or "" for e in root.iter() if e.tag.endswith("text")]
+    groups = [e for e in root.iter() if e.tag.endswith("}g") and e.get("class")]
+    found = [e for e in groups if (e.get("class") or "").split()[0] == what]
+    return [e[0].text or "" for e in found]
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_a_picture_by_token_position(kv: int):
+    view = by_position(kv)
+    places, names = view.data.positions, view.data.edge_ids()
+    assert places is not None and view.data.state == {"by_position": True}
+    scores = {
+        (f"{u}@{p}", f"{v}@{p}"): row[k]
+        for p, row in enumerate(places.scores)
+        for k, (u, v) in enumerate(names)
+    }
+    strongest = sorted(scores, key=lambda e: -abs(scores[e]))[:30]
+    svg = view.svg(top=30)
+    edges = [title.split(" (")[0].split(":")[0] for title in drawn_in(svg, "edge")]
+    assert sorted(edges) == sorted(f"{u} -> {v}" for u, v in strongest)
+    assert {"0", "1", "2", "3", "4", "L1"} <= set(drawn_in(svg, "text"))  # columns and rows
+    layout = place_by_position(
+        view.data.architecture, {box_id(end) for e in strongest for end in e}, places.tokens
+    )
+    columns = {p: c for c in layout.columns for p in c.positions}
+    for box in layout.boxes.values():  # a node stands in the column of its token
+        at = position_of(box.id)
+        assert at is not None and columns[at].holds(box)
+        assert abs(box.x - columns[at].x) + box.width / 2 <= columns[at].width / 2 + 1e-6
+    assert [c.x for c in layout.columns] == sorted(c.x for c in layout.columns)
+    # a head moves from where something enters its keys or values to where it writes, never back
+    reads = {box_id(v) for _, v in strongest if "<k>" in v or "<v>" in v}
+    writes = {u for u, _ in strongest if u.startswith("a")}
+    wanted = set()
+    for start in reads:
+        for end in writes:
+            layer, h = component_of(end)[1:].split(".h")
+            reader = f"a{layer}.kv{int(h) // 2}" if kv == 2 else component_of(end)
+            later = (position_of(start) or 0) <= (position_of(end) or 0)
+            if component_of(start) == reader and later and start != end:
+                wanted.add(f"{start} moves to {end}, not scored")
+    assert set(drawn_in(svg, "move")) == wanted and wanted
+    assert "one for each edge and position" in svg
+
+
+def test_a_column_of_three_empty_tokens_is_one():
+    graph = Architecture(3, 4, 4)
+    layout = place_by_position(graph, ["m0@0", "m1@4", "a1.h0@6"], list("abcdefgh"))
+    assert [c.positions for c in layout.columns] == [[0], [1, 2, 3], [4], [5], [6], [7]]
+    assert [c.label for c in layout.columns] == ["a", "⋯", "e", "f", "g", "h"]
+    many = [f"a1.h{h}@1" for h in range(4)] + ["m1@1", *(f"a1.kv{k}@0" for k in range(4))]
+    boxes = place_by_position(graph, [*many, "a0.h1@1"], ["x", "y"]).boxes
+    assert len({boxes[f"a1.h{h}@1"].y for h in range(4)}) == 1  # four in a line
+    boxes = place_by_position(Architecture(3, 8, 8), [*many, "a1.h7@1"], ["x", "y"]).boxes
+    assert boxes["a1.h7@1"].y < boxes["a1.h0@1"].y and boxes["m1@1"].y < boxes["a1.h7@1"].y
+
+
+def test_positions_are_asked_for_where_there_are_none(facts: LanguageModel):
+    circuit = make_circuit()
+    scores = Attribution(circuit.graph, circuit.scores, 1.0, 0.0)
+    for make in (
+        lambda: attribution_view(scores, by_position=True),
+        lambda: circuit_view(circuit, scores=scores),
+    ):
+        with pytest.raises(ViewError, match=r"not by token position: attribute\(.*positions=True"):
+            make()
+    other = make_circuit(2)
+    with pytest.raises(ViewError, match="give those of the circuit's own model"):
+        circuit_view(circuit, scores=Attribution(other.graph, other.scores, 1.0, 0.0))
+    places = np.stack([circuit.scores, 0 * circuit.scores])
+    view = circuit_view(circuit, scores=Attribution(circuit.graph, circuit.scores, 1, 0, places))
+    assert {t.split("@")[1][0] for t in drawn_in(view.svg(), "edge")} == {"0"}
+
+
+GROUPS = {"early": ["a0.h1", "a0.h3", "m0", "a1.h0"], "late <q>": ["a2.h0", "a2.h1", "m2"]}
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_closed_groups_are_one_node_of_the_picture(kv: int):
+    circuit = make_circuit(kv=kv, n=120)
+    open_view = changes_view(circuit, *make_attributions(circuit))
+    state: dict[str, Any] = {"groups": GROUPS, "closed": ["early"]}
+    data = replace(open_view.data, state=state)
+    svg = view_svg(data)
+    assert len(drawn_in(svg, "group")) == 3 and "early" in drawn_in(svg, "text")
+    gone = set(GROUPS["early"])
+    assert not gone & set(drawn_in(svg, "text")) and "a2.h0" in drawn_in(svg, "text")
+    n = min(200, data.top)
+    lines: dict[tuple[str, str], list[float]] = {}
+    for k, ends in enumerate(data.edge_ids()[:n]):
+        u, v = ("⊞ early" if box_id(end) in gone else end for end in ends)
+        if (u, v) != ("⊞ early", "⊞ early"):
+            old = lines.get((u, v), [0.0] * 3)
+            lines[u, v] = [a + s[k] for a, s in zip(old, data.edges.scores, strict=True)]
+    titles = drawn_in(svg, "edge")
+    assert len(titles) == 3 * len(lines)
+    for (u, v), sums in lines.items():
+        found = [t for t in titles if t.split(":")[0].split(" (")[0] == f"{u} -> {v}"]
+        shown = [float(t.split(": ")[1].split(",")[0]) for t in found]
+        assert shown == pytest.approx(sums, rel=2e-3, abs=1e-6), (u, v)
+    assert f"as {len(lines)} lines" in svg and ", as " not in view_svg(open_view.data)
+    # by position, too: a member stands for its nodes at all tokens, or for one
+    view = by_position(kv)
+    whole = replace(view.data, state={**view.data.state, **state})
+    names = drawn_in(view_svg(whole), "text")
+    assert "early" in names and not gone & set(names)
+    one = {"groups": {"x": ["m0@0"]}, "closed": ["x"], "by_position": True}
+    ends = [t.split(":")[0] for t in drawn_in(view_svg(replace(view.data, state=one)), "edge")]
+    assert [e for e in ends if "⊞ x" in e] and not [e for e in ends if "m0@0" in e]
+    assert [e for e in ends if "m0@3" in e]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"groups": 5, "closed": ["x"]}, {"groups": {"x": 5}, "closed": ["x"]},
+        {"groups": {"x": [5]}, "closed": [[], "x"]}, {"by_position": 1, "tokens_of": "x"},
+        {"groups": {"x": ["zz", "m9@99"]}, "closed": ["x"], "by_position": True},
+    ],
+)  # fmt: skip
+def test_a_state_of_another_form_is_drawn_without(state: dict[str, Any]):
+    data = by_position().data
+    assert drawn_in(view_svg(replace(data, state=state)), "edge")
 
 
 def test_the_verdict_is_shown_on_top():
@@ -420,6 +569,30 @@ def test_a_selection_becomes_a_circuit():
     widget.selected = ["a9.h9"]
     with pytest.raises(ViewError, match=r"'a9\.h9' is no component"):
         widget.circuit(circuit)
+
+
+def test_a_selection_at_a_position_becomes_its_components():
+    pytest.importorskip("anywidget")
+    circuit = make_circuit()
+    widget = by_position().widget()
+    assert widget.state == {"by_position": True}
+    widget.selected = ["a1.h2"]
+    whole = widget.circuit(circuit).edges
+    widget.selected = ["a1.h2@3", "a1.h2@0"]
+    assert (widget.circuit(circuit).edges == whole).all() and whole.any()
+    # the threshold is on what an edge carries at one token
+    data = widget.view.data
+    assert data.positions is not None
+    most = np.abs(data.positions.scores).max(0)
+    widget.selected, widget.threshold = [], float(np.sort(most)[-20])
+    passing = [e for e, s in zip(data.edge_ids(), most, strict=True) if s >= widget.threshold]
+    found = {(e.source, e.target) for e in widget.circuit(circuit).top(10**6)}
+    in_circuit = {(e.source, e.target) for e in circuit.top(10**6)}
+    assert found == set(passing) & in_circuit and 0 < len(found) < circuit.n_edges
+    widget.threshold = None
+    source, target = next(e for e in circuit_view(circuit).data.edge_ids() if "<q>" in e[1])
+    widget.selected_edge = [f"{source}@3", f"{target}@3"]
+    assert widget.circuit(circuit).n_edges == 1
 
 
 @pytest.mark.parametrize("kv", [4, 2])

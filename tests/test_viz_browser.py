@@ -19,7 +19,7 @@ import browser
 import networkx as nx
 import numpy as np
 import pytest
-from test_view import SHOWN, make_attributions, make_circuit
+from test_view import GROUPS, SHOWN, by_position, make_attributions, make_circuit
 
 from mansu_interp.circuits.changes import CLASSES
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
@@ -27,8 +27,9 @@ from mansu_interp.circuits.compare import GraphComparison
 from mansu_interp.circuits.scores import Attribution
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
-from mansu_interp.viz.layout import Layout, curve, place
-from mansu_interp.viz.page import module_source
+from mansu_interp.viz.layout import Layout, box_id, place
+from mansu_interp.viz.page import inside_of_groups, lay_out, module_source
+from mansu_interp.viz.svg import curve, move_curve
 from mansu_interp.viz.view import View, attribution_view, changes_view, circuit_view
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
@@ -562,6 +563,7 @@ def test_a_link_restores_the_view(driver: Any, tmp_path: Path):
         '{"pinned":["<img src=x>"],"edge":["a","b"],"threshold":1e400,"sort":[99,1],"at":7}',
         '{"notes":{"m0":"</script><img src=x onerror=1>"},"groups":{"<img>":["m0","zz"]}}',
         '{"unfolded":[-1,1e9,"x"],"all":"yes","notes":{"__proto__":"x"},"list":"x"}',
+        '{"by_position":true,"tokens_of":9,"pinned":["m0@-1","m0@7","@"],"groups":{"a":["m0@x"]}}',
         '{"groups":{"\\ud800<img src=x>":["zz"],"x":5},"closed":["x","toString",5,"__proto__"]}',
     ],
 )  # fmt: skip
@@ -676,7 +678,245 @@ def test_groups_and_notes(driver: Any, tmp_path: Path):
     quiet(driver, page)
 
 
-GROUPS = {"early": ["a0.h1", "a0.h3", "m0", "a1.h0"], "late <q>": ["a2.h0", "a2.h1", "m2"]}
+def placed(driver: Any) -> list[list[Any]]:
+    what = "b.id, b.kind, b.label, b.x, b.y, b.width, b.height"
+    return sorted(view(driver, f"v.boxes.map((b) => [{what}])"))
+
+
+def same(found: list[list[Any]], wanted: list[list[Any]]) -> None:
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine[:3] == theirs[:3] and mine[3:] == pytest.approx(theirs[3:], abs=1e-6), mine[0]
+
+
+TOKENS = ["<bos>", " the", "\n", " ", " " + "long" * 9, " is", " x", " y", " z"]
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+@pytest.mark.parametrize("groups", [{}, GROUPS, {"x": ["m0@0", "a1.h2@3"], "y " * 9: ["logits"]}])
+def test_javascript_and_python_lay_out_alike_by_position(
+    driver: Any, tmp_path: Path, kv: int, groups: dict[str, list[str]]
+):
+    made = by_position(kv, len(TOKENS), n=80)
+    assert made.data.positions is not None
+    state = {"by_position": True, "groups": groups, "closed": list(groups)}
+    data = replace(made.data, state=state, positions=replace(made.data.positions, tokens=TOKENS))
+    page = View(data).to_html(tmp_path / "by-position.html")
+    opened(driver, page)
+    driver.execute_script("const v = window.mansuViews[0]; v.setThreshold(v.atRank(90))")
+    settle(driver)
+    drawing = lay_out(data, 90)
+    layout = drawing.layout
+    same(placed(driver), sorted(boxes_of(layout)))
+    columns = view(driver, "v.layout.columns.map((k) => [k.positions, k.label, k.x, k.width])")
+    for mine, theirs in zip(columns, layout.columns, strict=True):
+        assert mine[:2] == [theirs.positions, theirs.label]
+        assert mine[2:] == pytest.approx([theirs.x, theirs.width])
+    size = "[v.layout.width, v.layout.height, v.layout.margin, v.layout.axisY]"
+    wanted = [layout.width, layout.height, layout.margin, layout.axis_y]
+    assert view(driver, size) == pytest.approx(wanted)
+    lines = view(driver, "v.drawn.map((i) => [v.source[i], v.target[i], v.score(i, 0)])")
+    scores = {(x.source, x.target): x.scores[0] for x in drawing.lines}
+    assert {(u, v): s for u, v, s in lines} == pytest.approx(scores) and len(lines) == len(scores)
+    curves = view(driver, "v.drawn.map((i) => [v.source[i], v.target[i], ...v.curve(i).p])")
+    for source, target, *points in curves:
+        own = [c for point in curve(layout, source, target) for c in point]
+        assert points == pytest.approx(own, abs=0.05), (source, target)
+    moves = view(driver, "v.moves.filter((m) => m.p).map((m) => [m.from, m.to, ...m.p])")
+    assert sorted((a, b) for a, b, *_ in moves) == sorted(drawing.moves) and moves
+    for start, end, *points in moves:
+        own = [c for point in move_curve(layout, start, end) for c in point]
+        assert points == pytest.approx(own, abs=0.05), (start, end)
+    quiet(driver, page)
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_javascript_and_python_close_groups_alike(driver: Any, tmp_path: Path, kv: int):
+    circuit = make_circuit(kv=kv, n=120)
+    names = {**GROUPS, "w" * 40: ["a1.h1", "a1.h3"], "top": ["logits"]}
+    data = replace(circuit_view(circuit).data, state={"groups": names, "closed": list(names)})
+    page = View(data).to_html(tmp_path / "groups.html")
+    opened(driver, page)
+    drawing = lay_out(data, 200)
+    same(placed(driver), sorted(boxes_of(drawing.layout)))
+    inside = dict(view(driver, "[...v.inside]"))
+    assert inside == inside_of_groups(circuit.graph.architecture, names)
+    lines = view(driver, "v.drawn.map((i) => [v.source[i], v.target[i], v.score(i, 0)])")
+    scores = {(x.source, x.target): x.scores[0] for x in drawing.lines}
+    assert {(u, v): s for u, v, s in lines} == pytest.approx(scores) and len(lines) == len(scores)
+    quiet(driver, page)
+
+
+def touches(edge: tuple[str, str], component: str) -> bool:
+    return component in (edge[0].split("@")[0], edge[1].split("@")[0])
+
+
+def test_the_layout_by_position(driver: Any, tmp_path: Path):
+    """The two layouts, their list, pins, link and files."""
+    made = by_position(2)
+    circuit = make_circuit(kv=2)
+    page = View(replace(with_prompts(made.data), state={})).to_html(tmp_path / "layouts.html")
+    opened(driver, page)
+    assert "a1.h2" in {b["id"] for b in view(driver, "v.boxes")}
+    driver.execute_script("window.mansuViews[0].pin(['m0'])")
+    before = driver.execute_script(INK)
+    driver.find_element("xpath", "//button[text()='by position']").click()
+    settle(driver)
+    assert view(driver, "v.byPosition") and driver.execute_script(INK) != before
+    boxes = {b["id"]: b for b in view(driver, "v.boxes")}
+    assert all("@" in id for id in boxes) and not driver.find_elements("css selector", ".heat")
+    n = min(100, made.data.top)
+    assert view(driver, "v.drawn.length") == n
+    # what carries it: the strongest edges at positions, each in its column
+    at = made.data.positions
+    assert at is not None
+    scores = sorted((abs(s), k, p) for p, row in enumerate(at.scores) for k, s in enumerate(row))
+    ids = made.data.edge_ids()
+    wanted = {(f"{ids[k][0]}@{p}", f"{ids[k][1]}@{p}") for _, k, p in scores[-n:]}
+    ends = view(driver, "v.drawn.map((i) => [v.source[i], v.target[i]])")
+    assert {(u, v) for u, v in ends} == wanted
+    (_, k, p) = scores[-1]
+    first = listed(driver)[0]
+    assert first[0] == f"{ids[k][0]} → {ids[k][1]}@{p}" and first[2] == str(p)
+    assert first[1] == f"{at.scores[p][k]:+.4g}".replace("-", "−")
+    # a pinned component is pinned at every token; a node, at its own
+    lit = "[...v.lit.edges].filter(([, n]) => n === 2).map(([i]) => [v.source[i], v.target[i]])"
+    assert {(u, v) for u, v in view(driver, lit)} == {e for e in wanted if touches(e, "m0")}
+    node = next(id for id in boxes if id.startswith("a1.h"))
+    driver.execute_script(CLICK, boxes[node]["x"], boxes[node]["y"])
+    settle(driver)
+    assert view(driver, "[...v.selected]") == [node]
+    card = driver.find_element("css selector", ".detail").text
+    row = circuit.graph.writer_index[node.split("@")[0]]
+    own = at.nodes[int(node.split("@")[1])][row]
+    assert node in card and f"{own:+.4g}".replace("-", "−") in card
+    driver.find_element("xpath", "//button[text()='nodes']").click()
+    settle(driver)
+    marked = "[...document.querySelectorAll('.list tr.on')].map((r) => r.dataset.key)"
+    assert view(driver, marked) == [node]
+    driver.find_element("xpath", "//button[text()='edges']").click()
+    # a node's token, and the name of a column, can be searched and pointed at
+    assert {(u, v) for u, v in find(driver, "@3")} == {e for e in wanted if e[0].endswith("@3")}
+    find(driver, "")
+    column = view(driver, "(({x}) => [x, v.layout.axisY])(v.layout.columns.at(-1))")
+    driver.execute_script(POINT, *column)
+    assert driver.find_element("css selector", ".tip").text == "4: 4"
+    driver.find_element("css selector", "[aria-label='tokens of prompt 1: the sea']").click()
+    driver.execute_script(POINT, *view(driver, "[v.layout.columns[0].x, v.layout.axisY]"))
+    assert driver.find_element("css selector", ".tip").text == "0: the"
+    # files and link
+    drawn = view(driver, "v.drawn.length")
+    svg = ET.fromstring(saved(driver, tmp_path, "SVG").read_text("utf-8"))
+    curves = [e for e in svg.iter() if e.tag.endswith("path") and "C" in e.get("d", "")]
+    assert len(curves) == drawn + view(driver, "v.moves.filter((m) => m.p).length")
+    assert {"the", "sea", "m0"} <= {e.text for e in svg.iter() if e.tag.endswith("text")}
+    rows = list(csv.reader(saved(driver, tmp_path, "CSV").read_text("utf-8").splitlines()))
+    assert rows[0] == ["from → to", "score", "token"] and len(rows) == 1 + drawn
+    image = pytest.importorskip("PIL.Image").open(saved(driver, tmp_path, "PNG"))
+    assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+    again = View.from_json(saved(driver, tmp_path, "JSON")).data
+    assert again.state == {"by_position": True, "pinned": [node], "tokens_of": 0}
+    driver.execute_async_script("setTimeout(arguments[0], 400)")
+    link = driver.current_url
+    driver.get("about:blank")
+    driver.get(link)
+    settle(driver)
+    state = "[v.byPosition, [...v.selected], v.tokensOf, v.drawn.length]"
+    assert view(driver, state) == [True, [node], 0, drawn]
+    pressed = "[...document.querySelectorAll('.bar [aria-pressed=true]')].map((b) => b.textContent)"
+    assert "by position" in view(driver, pressed) and "by layer" not in view(driver, pressed)
+    # back: the node's component is what is pinned
+    driver.find_element("xpath", "//button[text()='by layer']").click()
+    settle(driver)
+    assert view(driver, "v.pins()") == [node.split("@")[0]]
+    assert len(driver.find_elements("css selector", ".heat"))
+    driver.execute_script("window.mansuViews[0].click({box: window.mansuViews[0].pins()[0]}, true)")
+    assert view(driver, "v.selected.size") == 0
+    assert [c for c in browser.complaints(driver) if "readback" not in c] == []
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_paths_by_position_go_on_at_later_tokens_only(driver: Any, tmp_path: Path, kv: int):
+    """By networkx: keys and values lead to their heads' writes there and later, a query there."""
+    made = by_position(kv, n=60)
+    page = made.to_html(tmp_path / "paths.html")
+    opened(driver, page)
+    graph: Any = nx.DiGraph()
+    drawn = [(u, v) for u, v in view(driver, "v.drawn.map((i) => [v.source[i], v.target[i]])")]
+    graph.add_edges_from(drawn)
+    own: dict[str, set[str]] = {}
+    for n in list(graph):
+        own.setdefault(box_id(n), set()).add(n)
+        name, at = n.split("@")
+        layer, _, rest = name.partition(".")
+        if not rest or "<" not in rest:
+            continue
+        kind, number = rest[-2], rest.partition("<")[0]
+        for head in (h for h in list(graph) if "<" not in h and h.startswith(f"{layer}.h")):
+            h, later = head.split(".h")[1].split("@")
+            shared = number == f"kv{int(h) // 2}" if kv == 2 and kind != "q" else number == f"h{h}"
+            if shared and (later == at if kind == "q" else int(later) >= int(at)):
+                graph.add_edge(n, head, inside=True)
+    ends = {n for n in graph if n.startswith("logits")}
+    begins = {n for n in graph if n.startswith("input")}
+    ends |= {n for end in ends for n in nx.ancestors(graph, end)}
+    begins |= {n for start in begins for n in nx.descendants(graph, start)}
+    lit = "v.lit && [...v.lit.edges].map(([i, level]) => [v.source[i], v.target[i], level])"
+    partly = 0
+    for box, nodes in own.items():
+        after = nodes | {d for n in nodes for d in nx.descendants(graph, n)}
+        before = nodes | {d for n in nodes for d in nx.ancestors(graph, n)}
+        wanted = {}
+        for u, v in drawn:
+            near = u in nodes or v in nodes
+            if near or (u in after and v in ends) or (v in before and u in begins):
+                wanted[u, v] = 2 if near else 1
+        driver.execute_script(f"window.mansuViews[0].point({{box: {box!r}}})")
+        settle(driver)
+        assert {(u, v): n for u, v, n in view(driver, lit)} == wanted, box
+        partly += 2 < len(wanted) < len(drawn)
+    assert partly > 5
+    # of what heads move, too, and the tip says that it is not scored
+    at = "[v.moves.find((m) => v.hit(pointer(m), 0)?.move === m)].map((m) => m && m.line[8])[0]"
+    pointer = (
+        "const pointer = (m) => { const r = v.canvases[0].getBoundingClientRect(), z = v.fit;"
+        " const [x, y] = m.line[8] ?? [-9, -9];"
+        " return {clientX: r.left + v.shift + x * z, clientY: r.top + y * z}; };"
+    )
+    found = driver.execute_script(f"const v = window.mansuViews[0]; {pointer} return {at};")
+    driver.execute_script(POINT, *found)
+    tip = driver.find_element("css selector", ".tip").text
+    assert "⇢" in tip and "not scored" in tip and "looks at" in tip
+    quiet(driver, page)
+
+
+@pytest.mark.parametrize("width", [1200, 430])
+def test_names_by_position_are_legible_and_none_is_cut(driver: Any, tmp_path: Path, width: int):
+    made = by_position(2, 9, n=120)
+    page = made.to_html(tmp_path / "legible.html")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened(driver, page)
+    driver.execute_script(
+        "window.texts = []; const own = CanvasRenderingContext2D.prototype.fillText;"
+        "CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {"
+        "  const z = this.getTransform().a;"
+        "  window.texts.push([text, parseFloat(this.font) * z, this.measureText(text).width * z]);"
+        "  own.call(this, text, x, y); };"
+        "window.mansuViews[0].draw()"
+    )
+    settle(driver)
+    texts = driver.execute_script("return window.texts")
+    wanted = {b["label"] for b in view(driver, "v.boxes")} | {"0", "8"}
+    assert wanted <= {name for name, *_ in texts} and len(wanted) > 10
+    column = view(driver, "v.layout.column * v.fit")
+    for name, points, across in texts:
+        assert points >= 10.9 and (across <= column or name in ("input", "logits")), name
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    size["width"] = 1280
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    quiet(driver, page)
+
+
 CLOSE = (
     "const v = window.mansuViews[0];"
     "for (const [name, ids] of Object.entries(arguments[0])) v.group(name, ids);"

@@ -104,6 +104,8 @@ def do_attribute(config: AttributeConfig, output: Output) -> int:
         return 0
     say(f"{found!r}. The strongest edges:")
     _print_edges(found.top(SHOWN))
+    if not found.clean > found.corrupt:
+        say(f"{model.name} does not know these answers: they score no higher on the clean prompts.")
     if not output.quiet:
         say(f"All of them: {config.out}")
     return 0

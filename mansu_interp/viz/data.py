@@ -72,7 +72,7 @@ FILE = {
             "effects": {...: {"tokens": [str], "values": [float], "answer": float}},
         }
     ],
-    "positions?": {"tokens": [str], "scores": [[float]]},
+    "positions?": {"tokens": [str], "scores": [[float]], "nodes": [[float]]},
     "state?": dict,
 }
 """What is checked of a file."""
@@ -138,6 +138,8 @@ class PositionData:
     """What stands at each position."""
     scores: list[list[float]]
     """A list a position, by edge."""
+    nodes: list[list[float]]
+    """A list a position, by writer: the sum over its outgoing edges."""
 
 
 @runtime_checkable
@@ -194,7 +196,7 @@ class GraphData:
     positions: PositionData | None = None
     """Scores by token position; in views of one pane."""
     state: dict[str, Json] = field(default_factory=dict)
-    """Pins, groups, closed groups, notes and filters to restore, as `GraphWidget.state`."""
+    """Layout, pins, groups, closed groups, notes and filters to restore, as `GraphWidget.state`."""
 
     def edge_ids(self) -> list[tuple[str, str]]:
         """Node ids of every edge, in order."""
@@ -299,7 +301,9 @@ def _checked(data: Mapping[str, Json]) -> GraphData:
     _same_length("panes", len(made.panes), [made.edges.scores, made.nodes.scores])
     if at := made.positions:
         _same_length("positions", n, at.scores)
-        _same_length("positions", len(at.scores), [at.tokens])
+        _same_length("positions", len(graph.writers), at.nodes)
+        _same_length("positions", len(at.scores), [at.tokens, at.nodes])
+        _same_length("panes", 1, [made.panes])
     for part, length in ((made.edges.classes, n), (made.nodes.classes, len(graph.writers))):
         if (part is not None) != bool(made.counts):
             raise ValueError("classes and counts must come together")

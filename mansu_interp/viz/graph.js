@@ -63,9 +63,10 @@ ${PANEL_CSS}`;
 const fmt = (x) => (x === null || x === undefined ? "–" : (x < 0 ? "−" : "+") + short(Math.abs(x)));
 const short = (x) => (x === 0 ? "0" : x < 1e-4 ? x.toExponential(1) : Number(x.toPrecision(4)).toString());
 const count = (n) => n.toLocaleString("en-US");
+const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 const isGroup = (id) => id.startsWith(GROUP);
-const boxOf = (id) => (isGroup(id) ? id : id.split("<")[0]);
-const readerOf = (id) => (!isGroup(id) && id.includes("<") ? id.slice(id.indexOf("<") + 1, -1) : "");
+const boxOf = (id) => (isGroup(id) ? id : id.replace(/<.*>/, ""));
+const readerOf = (id) => (!isGroup(id) && id.includes("<") ? id.slice(id.indexOf("<") + 1, id.indexOf(">")) : "");
 
 // What the tables' headings mean: as in docs/glossary.md and the report's terms (a test compares them).
 export const TERMS = {
@@ -100,7 +101,6 @@ function evenly(panes, fit) { return Math.ceil(panes / Math.ceil(panes / Math.ma
 // the boxes that carry something, or null for all.
 export function place(a, c, shown) {
   const group = a.n_heads / a.n_kv_heads, range = (n) => Array.from({ length: n }, (_, i) => i);
-  const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
   const drawn = new Map();
   for (const layer of range(a.n_layers)) {
     const heads = range(a.n_heads).filter((h) => !shown || shown.has(`a${layer}.h${h}`));
@@ -135,7 +135,7 @@ export function place(a, c, shown) {
   }
   end("logits", logitsY);
   const box = Object.fromEntries(boxes.map((b) => [b.id, b]));
-  return { width: margin + c.right, height: inputY + 12 + c.bottom, pitch, column, tall, longest, boxes, box, rows, margin, constants: c };
+  return { width: margin + c.right, height: inputY + 12 + c.bottom, pitch, column, tall, longest, boxes, box, rows, margin, inputY, constants: c };
 }
 
 // The four Bezier points of an edge: the same rule as `curve` in layout.py (a test compares them), but
@@ -144,15 +144,22 @@ export function curve(layout, source, target) {
   const u = layout.box[boxOf(source)], v = layout.box[boxOf(target)], c = layout.constants;
   const offsets = v.kind === "kv" ? c.shared_ports : c.ports;
   const isEnd = (a, b) => (u.kind === a && v.kind === b) || (u.kind === b && v.kind === a);
+  const near = (x, box) => (layout.columns ? clamp(0.75 * x, -0.4 * box.width, 0.4 * box.width) : 0.75 * x);
   let x0 = u.x, x1 = v.x + (offsets[readerOf(target)] || 0) * v.width;
-  if (u.kind === "input" && v.kind !== "logits") x0 += 0.75 * (x1 - u.x);
-  if (v.kind === "logits" && u.kind !== "input") x1 += 0.75 * (x0 - v.x);
+  if (u.kind === "input" && v.kind !== "logits") x0 += near(x1 - u.x, u);
+  if (v.kind === "logits" && u.kind !== "input") x1 += near(x0 - v.x, v);
   const y0 = u.y - u.height / 2, y1 = v.y + v.height / 2, rise = y0 - y1;
   if (rise < 0) {
     const swing = Math.abs(x1 - x0) < layout.column ? (x1 < c.left + layout.column ? 1 : -1) * layout.column : 0, up = 0.6 * layout.pitch;
     return [x0, y0, x0 + swing, y0 - up, x1 + swing, y1 + up, x1, y1];
   }
-  if (rise > 1.1 * layout.pitch && Math.abs(x1 - x0) < 0.6 * layout.column) {
+  const own = layout.columns?.find((k) => Math.abs(u.x - k.x) <= k.width / 2);
+  if (own && rise > 1.1 * layout.pitch && Math.abs(v.x - own.x) <= own.width / 2) { // beside its column
+    const off = (x0 + x1) / 2 - own.x, right = Math.abs(off) > 0.01 ? off > 0 : roundEven(y0 / layout.pitch) % 2, edge = own.width / 2 + 0.4 * c.column_gap;
+    const swing = ((right ? edge : -edge) - off) / 0.75;
+    return [x0, y0, x0 + swing, y0 - 0.3 * rise, x1 + swing, y1 + 0.3 * rise, x1, y1];
+  }
+  if (!layout.columns && rise > 1.1 * layout.pitch && Math.abs(x1 - x0) < 0.6 * layout.column) {
     let swing;
     if (u.kind === "mlp" || v.kind === "mlp" || isEnd("input", "logits")) {
       swing = Math.min(26 + (5 * rise) / layout.pitch, c.right * 1.1);
@@ -168,6 +175,88 @@ export function curve(layout, source, target) {
   }
   const reach = Math.min(0.5 * rise, 1.2 * layout.pitch);
   return [x0, y0, x0, y0 - reach, x1, y1 + reach, x1, y1];
+}
+
+// Where nodes at token positions are: the same rules as `place_by_position` in layout.py (a test compares
+// them). `shown`: ids of nodes; `tokens`: what names the columns; `inside`: the closed group of a node.
+export function placeByPosition(a, c, shown, tokens, inside) {
+  const nodes = nodesOf(a, c, shown, inside), heads = nodes.filter((n) => n.kind === "head").map((n) => n.label);
+  const longest = heads.reduce((x, y) => (y.length > x.length ? y : x), "m0"), widest = c.letter * longest.length + 4, column = widest + 6;
+  const layers = [...new Set(nodes.map((n) => n.layer))].filter((n) => n >= 0 && n < a.n_layers).sort((x, y) => x - y);
+  const pitch = clamp(640 / Math.max(layers.length, 1), 48, 104), tall = clamp(pitch * 0.36, 17, 28), least = leastScale({ column, tall }, c.letter * longest.length);
+  const raised = a.parallel ? 0 : 0.5 * pitch, logitsY = c.top + 12;
+  const rows = new Map(), extra = new Map(), lines = new Map(), cells = new Map();
+  for (const n of nodes) { // so many side by side in a line, others above them
+    n.width = n.kind === "group" ? n.wanted / least : n.kind === "head" ? widest : c.mlp_width;
+    n.height = n.layer < 0 || n.layer >= a.n_layers ? 24 : n.kind === "group" ? tall - 3 : tall;
+    const tier = `${n.layer} ${raised && n.kind === "mlp"} ${n.position}`, k = cells.get(tier) || 0, line = Math.floor(k / c.line), key = `${tier} ${line}`;
+    cells.set(tier, k + 1);
+    lines.set(key, [...(lines.get(key) || []), n]);
+    extra.set(n.layer, Math.max(extra.get(n.layer) || 0, line * (tall + 6)));
+    n.line = line;
+  }
+  let y = logitsY + raised - 0.2 * pitch; // the highest row comes first
+  for (const layer of [...layers].reverse()) {
+    rows.set(layer, y + pitch + extra.get(layer) / 2);
+    y += pitch + extra.get(layer);
+  }
+  const inputY = layers.length ? y + 0.9 * pitch : logitsY + 0.9 * pitch;
+  for (const row of lines.values()) {
+    const [{ layer, kind, position, line }] = row, own = rows.get(layer), last = Math.floor((cells.get(`${layer} ${raised && kind === "mlp"} ${position}`) - 1) / c.line);
+    for (const n of row) n.y = layer < 0 ? inputY : layer >= a.n_layers ? logitsY : kind === "mlp" && raised ? own - extra.get(layer) / 2 - raised : own + (last / 2 - line) * (tall + 6);
+  }
+  const across = (row) => sum(row.map((n) => n.width)) + 6 * (row.length - 1), full = tokens.map(() => 0);
+  for (const row of lines.values()) full[row[0].position] = Math.max(full[row[0].position], across(row));
+  const columns = columnsOf(full, tokens, c);
+  for (const row of lines.values()) {
+    let x = columns.find((k) => k.positions.includes(row[0].position)).x - across(row) / 2;
+    for (const n of row) { n.x = x + n.width / 2; x += n.width + 6; }
+  }
+  const margin = columns.length ? columns.at(-1).x + columns.at(-1).width / 2 : c.left, axisY = inputY + 28;
+  return { width: margin + c.column_gap, height: axisY + 10 + c.bottom, pitch, column, tall, longest, boxes: nodes, box: Object.fromEntries(nodes.map((n) => [n.id, n])), rows, margin, inputY, axisY, columns, constants: c };
+}
+
+// Nodes in the order in which they compute. A closed group stands where its highest member would.
+function nodesOf(a, c, shown, inside) {
+  const each = a.n_heads / a.n_kv_heads, groups = new Map(), out = [];
+  for (const id of shown) {
+    const [label, position] = [componentOf(id), positionOf(id)], [, layer, kind, k] = label.match(/^[am](\d+)(?:\.(h|kv)(\d+))?$/) || [];
+    const end = layer === undefined, n = { id, kind: end ? label : kind ? "head" : "mlp", label, position, layer: end ? (label === "input" ? -1 : a.n_layers) : Number(layer) };
+    n.rank = kind === "h" ? 2 * k + 1 : kind ? 2 * k * each : 2 * a.n_heads + 1; // keys and values before the heads that read them
+    const group = inside.get(id), top = groups.get(group);
+    if (group === undefined) out.push(n);
+    else if (!top || inOrder(top, n) < 0) groups.set(group, n);
+  }
+  for (const [id, top] of groups) {
+    const label = id.slice(GROUP.length), ends = top.layer < 0 || top.layer >= a.n_layers;
+    out.push({ ...top, id, kind: "group", label, rank: ends ? top.rank : 2 * a.n_heads, wanted: Math.max(40, Math.min(180, c.letter * [...label].length + 18)) });
+  }
+  return out.sort((x, y) => inOrder(x, y) || (x.id < y.id ? -1 : 1));
+}
+
+function inOrder(x, y) { return x.layer - y.layer || (x.kind === "mlp") - (y.kind === "mlp") || x.position - y.position || x.rank - y.rank; }
+
+// A column for each token; three or more in a row at which nothing is drawn share one.
+function columnsOf(full, tokens, c) {
+  const runs = [];
+  full.forEach((width, p) => {
+    if (!width && p && !full[p - 1]) runs.at(-1).push(p);
+    else runs.push([p]);
+  });
+  let left = c.left;
+  return runs.flatMap((run) => (run.length > 2 ? [run] : run.map((p) => [p]))).map((positions) => {
+    const label = positions.length > 1 ? "⋯" : plainToken(tokens[positions[0]]);
+    const width = Math.max(full[positions[0]], clamp(c.letter * [...label].length + 4, full[positions[0]] ? 40 : 16, 92)), x = left + width / 2;
+    left += width + c.column_gap;
+    return { positions, label, x, width };
+  });
+}
+
+// From where a head reads keys and values to where it writes, above its row: the same as in layout.py.
+export function moveCurve(layout, from, to) {
+  const u = layout.box[from], v = layout.box[to], side = u.x <= v.x ? 1 : -1, up = 0.3 * layout.pitch;
+  const x0 = u.x + (side * u.width) / 2, x1 = v.x - (side * v.width) / 2;
+  return [x0, u.y, x0 + 12 * side, u.y - up, x1 - 12 * side, v.y - up, x1, v.y];
 }
 
 function roundEven(x) { // Python's round
@@ -203,22 +292,23 @@ function isDark(el) {
 function layerOf(a, layer) { return [...Array.from({ length: a.n_heads }, (_, h) => `a${layer}.h${h}`), `m${layer}`]; }
 
 // What can be unfolded: layers in a row that are left out altogether, and layers of which a part is.
-function foldsOf({ layout, data, unfolded }) {
+function foldsOf({ layout, data, unfolded, byPosition }) {
   const a = data.architecture, out = [], gaps = new Map(), ys = [...layout.rows];
   for (let layer = 0; layer < a.n_layers; layer++) {
     const missing = layerOf(a, layer).filter((id) => !layout.box[id]).length, y = layout.rows.get(layer);
     if (y === undefined) {
       const above = ys.find(([n]) => n > layer), key = above ? above[0] : a.n_layers;
       gaps.set(key, [...(gaps.get(key) || []), layer]);
-    } else if (missing || unfolded.has(layer)) {
+    } else if (!byPosition && (missing || unfolded.has(layer))) {
       const words = missing ? `layer ${layer}: ${missing} of ${a.n_heads + 1} components are folded; click to unfold` : `layer ${layer}: click to fold what carries nothing`;
       out.push({ row: layer, y, layers: [layer], sign: missing ? "+" : "−", words });
     }
   }
   for (const [above, layers] of gaps) {
-    const under = layout.rows.get(layers[0] - 1) ?? layout.box.input.y;
+    const under = layout.rows.get(layers[0] - 1) ?? layout.inputY;
     const y = layout.rows.has(above) ? layout.rows.get(above) + layout.pitch / 2 : under - layout.pitch / 2;
-    out.push({ y, layers, words: `layers ${layers[0]} to ${layers.at(-1)} are folded: no drawn edge touches them; click to unfold` });
+    const words = `layers ${layers[0]} to ${layers.at(-1)} are folded: no drawn edge touches them`;
+    out.push({ y, layers, fixed: byPosition, words: byPosition ? words : `${words}; click to unfold` });
   }
   return out;
 }
@@ -228,12 +318,11 @@ class GraphView {
   constructor(el, data, model, link = null) {
     Object.assign(this, { el, data, model, link, panes: data.panes, at: null, prompt: 0, hover: null, sums: [], clicked: [new Set(), new Set()] });
     const a = data.architecture;
-    this.index();
     this.nodeRow = Object.fromEntries(data.writers.map((id, i) => [id, i]));
     this.known = new Set([...data.writers, ...data.readers].map(boxOf));
     this.readers = ["q", "k", "v", "mlp", "logits"];
     // What carries nothing is drawn, too, where there is room.
-    this.first = { threshold: this.atRank(data.top), all: a.n_layers * (a.n_heads + 1) <= data.layout.crowded };
+    this.first = { all: a.n_layers * (a.n_heads + 1) <= data.layout.crowded };
     this.view = { k: 1, x: 0, y: 0 };
     this.stop = new AbortController();
     this.list = new List(this);
@@ -257,11 +346,19 @@ class GraphView {
   // Of an edge in a pane; a sum's, too.
   score(i, p) { return i < this.order.length ? this.scores(p)[i] : this.sums[i - this.order.length].scores[p]; }
 
-  scores(p) { return this.at === null ? this.data.edges.scores[p] : this.data.positions.scores[this.at]; }
+  scores(p) { return this.byPosition ? this.values : this.at === null ? this.data.edges.scores[p] : this.data.positions.scores[this.at]; }
 
+  // What may be drawn: every edge, or every edge at every token position.
   index() {
-    const d = this.data, e = d.edges;
-    const n = e.source.length, scores = this.panes.map((_, p) => this.scores(p));
+    const d = this.data, e = d.edges, places = this.byPosition ? d.positions.scores : [e.source], suffix = [];
+    Object.assign(this, { edge: [], values: [] });
+    places.forEach((scores, p) => scores.forEach((score, i) => {
+      if (this.byPosition && !score) return;
+      this.edge.push(i);
+      this.values.push(score);
+      suffix.push(this.byPosition ? `@${p}` : "");
+    }));
+    const n = this.edge.length, scores = this.panes.map((_, p) => this.scores(p));
     this.strength = new Float64Array(n);
     this.largest = 0;
     for (let i = 0; i < n; i++) {
@@ -270,25 +367,38 @@ class GraphView {
     }
     this.order = Array.from({ length: n }, (_, i) => i).sort((a, b) => this.strength[b] - this.strength[a]);
     this.low = Math.max(n ? this.strength[this.order[n - 1]] : 0, this.largest * 1e-5) || 1e-9;
-    this.source = e.source.map((i) => d.writers[i]);
-    this.target = e.target.map((j) => d.readers[j]);
-    this.kind = this.target.map((id) => readerOf(id) || (id === "logits" ? "logits" : "mlp"));
+    this.source = this.edge.map((i, k) => d.writers[e.source[i]] + suffix[k]);
+    this.target = this.edge.map((i, k) => d.readers[e.target[i]] + suffix[k]);
+    this.kind = this.target.map((id) => readerOf(id) || (componentOf(id) === "logits" ? "logits" : "mlp"));
+    this.first.threshold = this.atRank(this.byPosition ? Math.min(d.top, d.layout.position_top) : d.top);
+  }
+
+  // The names of the columns: the tokens of all prompts, or of one.
+  tokens() {
+    const { tokens } = this.data.positions, own = this.data.prompts?.[this.tokensOf]?.tokens;
+    return own ? tokens.map((_, p) => own[p] ?? "") : tokens;
+  }
+
+  tokenOf(id) {
+    const p = this.byPosition ? positionOf(id) : null;
+    return p === null ? "" : plainToken(this.tokens()[p]);
   }
 
   // Boxes of the edges above the threshold, whatever else hides them: filters do not move anything.
   arrange() {
-    const shown = this.all ? null : new Set([...this.selected].map(boxOf));
+    const shown = this.all && !this.byPosition ? null : new Set([...this.selected].filter((id) => !this.byPosition || positionOf(id) !== null).map((id) => (this.byPosition ? id : componentOf(id))));
     if (shown) for (const i of this.order.slice(0, this.rank(this.threshold))) shown.add(boxOf(this.source[i])).add(boxOf(this.target[i]));
-    if (shown) for (const layer of this.unfolded) for (const id of layerOf(this.data.architecture, layer)) shown.add(id);
+    if (shown && !this.byPosition) for (const layer of this.unfolded) for (const id of layerOf(this.data.architecture, layer)) shown.add(id);
     for (const name of this.closed) if (!Object.hasOwn(this.groups, name)) this.closed.delete(name);
     const closed = [...this.closed].map((name) => [name, this.groups[name]]);
-    const key = JSON.stringify([shown && [...shown].sort(), closed]);
+    const key = JSON.stringify([shown && [...shown].sort(), closed, this.byPosition, this.tokensOf]);
     if (key === this.arranged) return;
     this.arranged = key;
-    this.layout = place(this.data.architecture, this.data.layout, shown);
-    this.folds = this.all ? [] : foldsOf(this);
+    const { architecture, layout } = this.data;
     this.inside = insideOfGroups(this);
-    closeBoxes(this.layout, this.inside, this.data.architecture.parallel);
+    this.layout = this.byPosition ? placeByPosition(architecture, layout, shown, this.tokens(), this.inside) : place(architecture, layout, shown);
+    this.folds = this.all && !this.byPosition ? [] : foldsOf(this);
+    if (!this.byPosition) closeBoxes(this.layout, this.inside, architecture.parallel);
     this.boxes = this.layout.boxes;
     this.curves = new Array(this.order.length);
     if (!this.layout.box[this.focus]) this.focus = null;
@@ -301,9 +411,18 @@ class GraphView {
   // grouped, and with the keys and values that only they read.
   boxIn(id) { return this.inside.get(id) ?? id; }
 
-  membersOf(id) { return isGroup(id) ? this.groups[id.slice(GROUP.length)] || [] : [id]; }
+  membersOf(id) {
+    const ids = isGroup(id) ? this.groups[id.slice(GROUP.length)] || [] : [id];
+    return this.byPosition ? ids : [...new Set(ids.map(componentOf))];
+  }
 
-  under(id) { return isGroup(id) ? [...this.inside].filter(([, group]) => group === id).map(([member]) => member) : [id]; }
+  under(id) { return isGroup(id) ? [...this.inside].filter(([, group]) => group === id).map(([member]) => member) : this.meant([id]); }
+
+  // The nodes that some names stand for in this layout: a component, for its nodes at all positions.
+  meant(ids) {
+    if (!this.byPosition) return [...new Set(ids.map(componentOf))];
+    return ids.flatMap((id) => (positionOf(id) === null ? this.data.positions.tokens.map((_, p) => `${id}@${p}`) : [id]));
+  }
 
   curve(i) {
     if (!this.curves[i]) {
@@ -403,14 +522,22 @@ class GraphView {
         this.refilter();
       });
     }
-    if (d.edges.in_circuit.some((x) => !x)) put("circuit only", "circuitOnly");
-    put("all components", "all").title = "off: layers and heads that no drawn edge touches are left out; press a layer's number to unfold it";
+    if (new Set(d.edges.in_circuit).size > 1) put("circuit only", "circuitOnly");
+    if (d.positions) out.unshift(make("span", { class: "chips" }, ...[false, true].map((on) => this.layoutButton(on))));
+    this.allButton = put("all components", "all");
+    this.allButton.title = "off: layers and heads that no drawn edge touches are left out; press a layer's number to unfold it";
     out.push(this.toggle("list", true, (on) => {
       this.work.classList.toggle("listed", on);
       this.list.element.hidden = !on;
       this.draw();
     }));
     return out;
+  }
+
+  layoutButton(byPosition) {
+    const button = make("button", { type: "button", text: byPosition ? "by position" : "by layer", "aria-pressed": String(this.byPosition === byPosition), onclick: () => this.setLayout(byPosition) });
+    button.shows = () => this.byPosition === byPosition;
+    return button;
   }
 
   pane(name, p) {
@@ -443,12 +570,17 @@ class GraphView {
   restore(state) {
     restoreState(this, state);
     this.search.value = this.query;
-    for (const button of this.root.querySelectorAll(".bar button")) {
-      if (button.shows) button.setAttribute("aria-pressed", String(button.shows()));
-    }
+    this.press();
     this.buildLegend();
     this.refilter();
     this.syncTraits();
+  }
+
+  // Buttons show what is.
+  press() {
+    for (const button of this.root.querySelectorAll(".bar button")) {
+      if (button.shows) button.setAttribute("aria-pressed", String(button.shows()));
+    }
   }
 
   // After a state was restored: what Python reads one by one.
@@ -518,7 +650,7 @@ class GraphView {
     } else {
       this.legend.append(make("span", {}, swatch("pos"), "supports the answer"), make("span", {}, swatch("neg"), "opposes it"));
     }
-    this.legend.append(make("span", { text: this.widths() }));
+    for (const [, text] of this.meanings().filter(([name]) => !name)) this.legend.append(make("span", { text }));
   }
 
   widths() { return `Width: |score|, largest ${short(this.widest)} ${this.data.unit}`; }
@@ -528,7 +660,7 @@ class GraphView {
     const d = this.data;
     const classes = (d.classes || []).filter((c) => c in d.counts).map((c) => [c, `${d.meaning[c]} (${count(d.counts[c])})`]);
     const signs = [["pos", "supports the answer"], ["neg", "opposes it"]];
-    return [...(d.edges.class ? classes : signs), ["", this.widths()]];
+    return [...(d.edges.class ? classes : signs), ["", this.widths()], ...(this.byPosition ? [["", MOVES]] : [])];
   }
 
   // Notebooks render while detached and switch themes later: asked before every drawing.
@@ -546,16 +678,19 @@ class GraphView {
   // A sum's class is that of the strongest of its edges.
   nameOf(i) {
     const d = this.data;
-    return d.edges.class ? d.classes[d.edges.class[this.parts(i)[0]]] : this.score(i, 0) < 0 ? "neg" : "pos";
+    return d.edges.class ? d.classes[d.edges.class[this.edge[this.parts(i)[0]]]] : this.score(i, 0) < 0 ? "neg" : "pos";
   }
 
-  nodeRows(id) { return this.membersOf(id).map((member) => this.nodeRow[member]).filter((row) => row !== undefined); }
+  nodeRows(id) { return this.membersOf(id).map((member) => this.nodeRow[componentOf(member)]).filter((row) => row !== undefined); }
 
-  // Of a component, or of all in a closed group; null for what does not write.
+  // Of a component, at its position where it has one, or of all in a closed group; null for what does
+  // not write.
   nodeScore(id, p) {
-    const rows = this.nodeRows(id);
-    return rows.length ? sum(rows.map((row) => this.data.nodes.scores[p][row])) : null;
+    const own = this.membersOf(id).map((member) => this.scoresAt(member, p)[this.nodeRow[componentOf(member)]]).filter((x) => x !== undefined);
+    return own.length ? sum(own) : null;
   }
+
+  scoresAt(id, p) { return this.byPosition && positionOf(id) !== null ? this.data.positions.nodes[positionOf(id)] : this.data.nodes.scores[p]; }
 
   // Classes of a box's components, strongest first.
   classesOf(id) {
@@ -566,10 +701,16 @@ class GraphView {
 
   classOf(id) { return this.classesOf(id)[0]?.[0]; }
 
-  noteOn(id) { return this.membersOf(id).map((member) => this.notes[member]).filter(Boolean).join("; "); }
+  noteOn(id) { return [...new Set(this.membersOf(id).map((member) => this.notes[componentOf(member)]))].filter(Boolean).join("; "); }
 
   // What is pinned, by box.
-  pins() { return [...new Set([...this.selected].map((id) => this.boxIn(id)))]; }
+  pins() {
+    const closed = (id) => [...this.closed].find((name) => this.groups[name].includes(id));
+    return [...new Set([...this.selected].map((id) => {
+      if (!this.byPosition) return this.boxIn(componentOf(id));
+      return closed(id) === undefined ? this.boxIn(id) : GROUP + closed(id);
+    }))];
+  }
 
   sync(name, value) {
     if (!this.model) return;
@@ -588,20 +729,23 @@ class GraphView {
     const k = this.rank(this.threshold);
     this.arrange();
     this.kept = this.order.slice(0, k).filter((i) =>
-      this.kinds.has(this.kind[i]) && (!this.circuitOnly || e.in_circuit[i]) &&
-      (!e.class || (!this.hidden.has(d.classes[e.class[i]]) && (!this.changedOnly || !["kept", "quiet"].includes(d.classes[e.class[i]])))) &&
+      this.kinds.has(this.kind[i]) && (!this.circuitOnly || e.in_circuit[this.edge[i]]) &&
+      (!e.class || (!this.hidden.has(this.nameOf(i)) && (!this.changedOnly || !["kept", "quiet"].includes(this.nameOf(i))))) &&
       finds(i));
     const widest = this.widest;
     this.drawn = sumEdges(this, this.kept);
     if (this.hover?.edge >= this.order.length || (this.hover?.box && !this.layout.box[this.hover.box])) this.hover = null; // sums are numbered anew
     if (widest !== undefined && widest !== this.widest && this.css) this.buildLegend();
+    this.moves = movesOf(this);
     this.flow = this.lit = null;
     this.active = new Set(this.drawn.flatMap((i) => [boxOf(this.source[i]), boxOf(this.target[i])]));
     const span = Math.log(this.low / this.largest) || 1;
     this.slider.value = Math.round(1000 * (1 - Math.log(Math.max(this.threshold, this.low) / this.largest) / span));
     this.thresholdOut.textContent = short(this.threshold);
     if (document.activeElement !== this.topInput) this.topInput.value = k;
-    const more = this.order.length < d.total ? ` in this view, ${count(d.total)} in all` : "";
+    this.topInput.max = this.order.length;
+    this.allButton.hidden = this.byPosition;
+    const more = this.byPosition ? ", one at each position" : this.order.length < d.total ? ` in this view, ${count(d.total)} in all` : "";
     const lines = this.sums.length ? `, as ${count(this.drawn.length)} lines` : "";
     this.countOut.textContent = `${count(this.kept.length)} of ${count(this.order.length)} edges${more}${lines}`;
     const edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
@@ -619,9 +763,9 @@ class GraphView {
   // group, its name and what can be found of its members.
   words(id) {
     if (isGroup(id)) return [id.toLowerCase(), ...this.membersOf(id).map((member) => this.words(member))].join(" ");
-    const d = this.data, row = this.nodeRow[id], prompts = d.prompts || [];
+    const d = this.data, name = componentOf(id), row = this.nodeRow[name], prompts = d.prompts || [];
     const kind = d.nodes.class && row !== undefined ? d.classes[d.nodes.class[row]] : "";
-    return [id, ...(d.weights[id] || []), kind, this.groupOf(id), this.notes[id], ...prompts.flatMap((p) => p.effects[id]?.tokens || [])].join(" ").toLowerCase();
+    return [id, this.tokenOf(id), ...(d.weights[name] || []), kind, this.groupOf(id), this.notes[name], ...prompts.flatMap((p) => p.effects[name]?.tokens || [])].join(" ").toLowerCase();
   }
 
   matches(id) { return this.words(id).includes(this.query); }
@@ -642,9 +786,22 @@ class GraphView {
   setPosition(p) {
     this.at = p === this.at ? null : p;
     this.index();
-    this.threshold = this.atRank(this.data.top);
+    this.threshold = this.first.threshold;
     this.buildLegend();
     this.refilter();
+  }
+
+  // Components by layer, or nodes by token position and layer.
+  setLayout(byPosition) {
+    if (byPosition === this.byPosition) return;
+    Object.assign(this, { byPosition, at: null, focus: null, hover: null, selectedEdge: [], view: { k: 1, x: 0, y: 0 } });
+    this.index();
+    this.threshold = this.first.threshold;
+    if (this.list.by >= this.list.head().length) Object.assign(this.list, { by: 1, up: false });
+    this.press();
+    this.buildLegend();
+    this.refilter();
+    this.syncTraits();
   }
 
   // ---- pins and groups ------------------------------------------------------------------------
@@ -666,7 +823,7 @@ class GraphView {
 
   ungroup(id) {
     for (const [name, members] of Object.entries(this.groups)) {
-      const left = members.filter((x) => x !== id);
+      const left = members.filter((x) => !covers(x, id) && !covers(id, x));
       if (left.length) this.groups[name] = left;
       else delete this.groups[name];
     }
@@ -677,8 +834,8 @@ class GraphView {
     if (!Object.hasOwn(this.groups, name)) return;
     const open = this.closed.has(name), focus = this.focus;
     this.closed[open ? "delete" : "add"](name);
-    if (open && focus === GROUP + name) [this.focus] = this.groups[name];
-    if (!open && this.groups[name].includes(focus)) this.focus = GROUP + name;
+    if (open && focus === GROUP + name) [this.focus] = this.meant(this.groups[name]);
+    if (!open && focus && this.groupOf(focus) === name) this.focus = GROUP + name;
     this.hover = null;
     this.tip.hidden = true;
     const focused = this.focus;
@@ -687,9 +844,9 @@ class GraphView {
     this.syncSelection();
   }
 
-  groupOf(id) { return isGroup(id) ? id.slice(GROUP.length) : Object.keys(this.groups).find((name) => this.groups[name].includes(id)); }
+  groupOf(id) { return isGroup(id) ? id.slice(GROUP.length) : Object.keys(this.groups).find((name) => this.groups[name].some((member) => covers(member, id))); }
 
-  groupScore(ids) { return sum(ids.map((id) => this.data.nodes.scores[0][this.nodeRow[id]] || 0)); }
+  groupScore(name) { return this.nodeScore(GROUP + name, 0) ?? 0; }
 
   // The drawn line of an edge: itself, or the sum that it is part of.
   edgeIndex([source, target]) {
@@ -771,6 +928,7 @@ class GraphView {
     const each = Math.ceil((FONT + 2) / (layout.pitch * z)), open = new Map(this.folds.map((f) => [f.row, f]));
     [...layout.rows].forEach(([layer, y], i) => { if (i % each === 0) c.fillText(`L${layer}${open.get(layer)?.sign ?? ""}`, 6, y); });
     for (const fold of this.folds) if (fold.row === undefined) c.fillText(`⋮${fold.layers.length}`, 10, fold.y);
+    if (this.byPosition) this.paintColumns(c, z);
     for (const box of this.boxes) if (!this.active.has(box.id)) this.paintBox(c, box, false, z);
     for (const i of this.backToFront(p)) {
       const { alpha, width, colour, dash } = this.look(i, p), at = this.curve(i).p;
@@ -788,6 +946,39 @@ class GraphView {
     for (const box of this.boxes) if (this.active.has(box.id)) this.paintBox(c, box, true, z);
     this.paintGroups(c, z);
   }
+
+  // Tokens below, a line between columns, and what heads move from one to another.
+  paintColumns(c, z) {
+    const { css, layout } = this, { columns, axisY, constants } = layout;
+    c.textAlign = "center";
+    c.strokeStyle = css.faint;
+    c.lineWidth = 1 / z;
+    columns.forEach((column, k) => {
+      c.fillStyle = css.ink;
+      c.fillText(fitted(c, column.label, column.width + 0.8 * constants.column_gap), column.x, axisY);
+      if (!k) return;
+      c.beginPath();
+      c.moveTo(column.x - column.width / 2 - constants.column_gap / 2, constants.top);
+      c.lineTo(column.x - column.width / 2 - constants.column_gap / 2, axisY + 8);
+      c.stroke();
+    });
+    c.strokeStyle = css.soft;
+    c.setLineDash([1.5, 3]);
+    c.lineWidth = Math.max(1, 0.75 / z);
+    for (const move of this.moves) {
+      const at = move.p;
+      if (!at) continue;
+      c.globalAlpha = this.moveAlpha(move);
+      c.beginPath();
+      c.moveTo(at[0], at[1]);
+      c.bezierCurveTo(...at.slice(2));
+      c.stroke();
+    }
+    c.setLineDash([]);
+    c.globalAlpha = 1;
+  }
+
+  moveAlpha(move) { return !this.lit ? 0.55 : this.lit.moves.has(move) ? 1 : 0.06; }
 
   // The drawn edges: the strongest in front, and what is lit in front of all.
   backToFront() {
@@ -811,7 +1002,7 @@ class GraphView {
   paintGroups(c, z) {
     c.textAlign = "left";
     for (const [name, members] of Object.entries(this.groups)) {
-      const boxes = this.boxes.filter((b) => members.includes(b.id)).reverse();
+      const boxes = this.boxes.filter((b) => members.some((member) => covers(member, b.id))).reverse();
       c.strokeStyle = c.fillStyle = this.css.accent;
       c.lineWidth = 1.5 / z;
       c.setLineDash([4 / z, 2 / z]);
@@ -897,6 +1088,8 @@ class GraphView {
     if (box) return { box: box.id };
     const fold = this.folds.find((f) => x < this.layout.constants.left - 2 && Math.abs(y - f.y) * z < 9);
     if (fold) return { fold };
+    const column = this.layout.columns?.find((k) => y > this.layout.axisY - 9 && Math.abs(x - k.x) <= (k.width + this.layout.constants.column_gap) / 2);
+    if (column) return { fold: { fixed: true, words: column.positions.map((p) => `${p}: ${plainToken(this.tokens()[p])}`).join(", ") } };
     let best = null, least = (6 / z) ** 2;
     for (const i of this.drawn) {
       const l = this.curve(i).line;
@@ -907,7 +1100,9 @@ class GraphView {
         if (far < least) { least = far; best = i; }
       }
     }
-    return best === null ? null : { edge: best };
+    if (best !== null) return { edge: best };
+    const move = this.moves.find(({ line }) => line.some(([a, b]) => Math.hypot(a - x, b - y) < 6 / z));
+    return move ? { move } : null;
   }
 
   listen(canvas, p) {
@@ -958,7 +1153,7 @@ class GraphView {
   point(hit) {
     const was = this.hover;
     this.hover = hit;
-    if (hit?.box !== was?.box || hit?.edge !== was?.edge) this.draw();
+    if (hit?.box !== was?.box || hit?.edge !== was?.edge || hit?.move !== was?.move) this.draw();
   }
 
   // Unfold a layer, or some in a row; or fold it again.
@@ -989,7 +1184,7 @@ class GraphView {
       this.slider.value = Number(this.slider.value) + (event.key === "[" ? -20 : 20);
       this.slider.dispatchEvent(new Event("input"));
     } else if (event.key === "/") this.search.focus();
-    else if (event.key === "u" && this.focus?.match(/^[am]\d/)) this.fold([Number(this.focus.match(/\d+/)[0])]);
+    else if (event.key === "u" && !this.byPosition && this.focus?.match(/^[am]\d/)) this.fold([Number(this.focus.match(/\d+/)[0])]);
     else if (event.key === "g") {
       const at = this.focus ? [this.focus] : this.hover?.box ? [this.hover.box] : this.pins();
       for (const name of new Set(at.map((id) => this.groupOf(id)))) if (name !== undefined) this.toggleGroup(name);
@@ -1009,12 +1204,14 @@ class GraphView {
   }
 
   click(hit, add = false) {
-    if (hit?.fold) return this.fold(hit.fold.layers);
+    if (hit?.fold) return hit.fold.fixed ? null : this.fold(hit.fold.layers);
+    if (hit?.move) return null;
     this.clicked = [this.clicked.at(-1), new Set(this.selected)];
     if (hit && hit.box) {
       const members = this.membersOf(hit.box), had = isPinned(this, hit.box);
       if (!add) this.selected.clear();
-      for (const id of members) this.selected[had ? "delete" : "add"](id);
+      for (const id of had ? [...this.selected] : []) if (members.some((own) => covers(own, id) || covers(id, own))) this.selected.delete(id);
+      for (const id of had ? [] : members) this.selected.add(id);
       this.selectedEdge = [];
     } else if (hit) {
       this.selected.clear();
@@ -1042,13 +1239,14 @@ class GraphView {
 
   edgeRows(list) {
     const e = this.data.edges;
-    return list.map((i) => [`${this.source[i]} → ${this.target[i]}`, ...this.panes.map((_, p) => fmt(this.score(i, p))), ...(e.class ? [this.nameOf(i)] : [])]);
+    return list.map((i) => [nameLine(this, i), ...this.panes.map((_, p) => fmt(this.score(i, p))), ...(e.class ? [this.nameOf(i)] : [])]);
   }
 
   // `full`: its card, else its tip.
   describeBox(id, full) {
-    const d = this.data, out = [make("b", { text: id })], names = this.classesOf(id);
-    const into = this.drawn.filter((i) => boxOf(this.target[i]) === id), from = this.drawn.filter((i) => boxOf(this.source[i]) === id);
+    const d = this.data, out = [make("b", { text: id })], names = this.classesOf(id), is = (box) => box === id || (!isGroup(id) && covers(id, box));
+    const into = this.drawn.filter((i) => is(boxOf(this.target[i]))), from = this.drawn.filter((i) => is(boxOf(this.source[i])));
+    if (this.tokenOf(id)) out.push(` at “${this.tokenOf(id)}”`);
     const [ins, outs] = [into, from].map((lines) => sum(lines.map((i) => this.parts(i).length)));
     out.push(make("span", { class: "soft", text: `  ${ins} edge${ins === 1 ? "" : "s"} in, ${outs} out, as drawn` }));
     if (isGroup(id)) out.push(make("div", { class: "soft", text: `${this.membersOf(id).length} components: ${this.membersOf(id).join(", ")}` }));
@@ -1059,7 +1257,7 @@ class GraphView {
       if (names.length > 1) out.push(make("div", { class: "soft", text: mixture(names.map(([name]) => name), "components", names[0][1]) }));
       else if (names.length && names[0][0] !== "quiet") out.push(make("div", { class: "soft", text: d.meaning[names[0][0]] }));
     }
-    const weights = d.weights[id] || [];
+    const weights = d.weights[componentOf(id)] || [];
     if (weights.length) out.push(make("div", { class: "mono soft" }, ...weights.flatMap((w) => [w, make("br")])));
     if (!full) return out;
     const heads = ["", ...this.paneNames(), ...(d.edges.class ? ["became"] : [])];
@@ -1078,7 +1276,7 @@ class GraphView {
   describeEdge(i, full) {
     const e = this.data.edges, heads = ["", ...this.paneNames(), ...(e.class ? ["became"] : [])];
     if (i < this.order.length) {
-      return [table([heads, ...this.edgeRows([i])]), make("div", { class: "soft", text: e.in_circuit[i] ? "in the circuit" : "outside the circuit" })];
+      return [table([heads, ...this.edgeRows([i])]), make("div", { class: "soft", text: e.in_circuit[this.edge[i]] ? "in the circuit" : "outside the circuit" })];
     }
     const parts = full ? [table([["strongest of them", ...heads.slice(1)], ...this.edgeRows(this.parts(i).slice(0, 8))])] : [];
     return [table([heads, ...this.edgeRows([i])]), make("div", { class: "soft", text: sumWords(this, i) }), ...parts];
@@ -1088,7 +1286,7 @@ class GraphView {
     const { hover, tip } = this;
     tip.hidden = !hover;
     if (!hover) return;
-    tip.replaceChildren(...(hover.fold ? [hover.fold.words] : hover.box ? this.describeBox(hover.box, false) : this.describeEdge(hover.edge)));
+    tip.replaceChildren(...(hover.fold ? [hover.fold.words] : hover.move ? [moveWords(this, hover.move)] : hover.box ? this.describeBox(hover.box, false) : this.describeEdge(hover.edge)));
     const { width, height } = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 6))}px`;
     tip.style.top = `${event.clientY + 16 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 16}px`;

@@ -6,25 +6,38 @@ the heads have written. Where query heads share keys and values, a thin bar unde
 for the shared reader (``a3.kv1``); everywhere else a head is one box for its q, k, v and output.
 
 A drawing may be folded: layers and heads that carry nothing are left out, and what is left moves
-together. graph.js places boxes and curves by the same rules; tests compare the two.
+together. By token position, every token has a column and a node is a component at a token
+(``a3.h5@2``); only nodes that carry something are placed. Members of a closed group are drawn as
+one box. graph.js places boxes and curves by the same rules; tests compare the two.
 
 Coordinates are pixels with y growing downward, as in SVG.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..models.graph import Architecture
 
 LEFT, RIGHT, TOP, BOTTOM = 38.0, 54.0, 10.0, 10.0
 _MLP_WIDTH, _MLP_GAP = 46.0, 26.0
-_LETTER = 6.6
+LETTER = 6.6
 """Width of a letter of a label at 11 pixels, about."""
-_PORTS = {"q": -0.28, "k": 0.0, "v": 0.28}
-_SHARED_PORTS = {"k": -0.16, "v": 0.16}
+PORTS = {"q": -0.28, "k": 0.0, "v": 0.28}
+SHARED_PORTS = {"k": -0.16, "v": 0.16}
 ROOM = 540.0
+COLUMN_GAP = 18.0
+"""Between the columns of two tokens, where edges climb past other rows."""
+_LINE = 4
+"""Nodes of one layer side by side at one token."""
+POSITION_TOP = 100
+"""Edges drawn at first where each is drawn at each position."""
+_SMALLEST = 11 + 2
+"""Height of a box around letters of 11 pixels."""
+GROUP = "⊞ "
+"""Stands before the name of a closed group in the id of its box."""
 _CROWDED = 60
 """Heads and MLPs from which on a drawing is folded at first."""
 CONSTANTS = {
@@ -34,11 +47,14 @@ CONSTANTS = {
     "bottom": BOTTOM,
     "mlp_width": _MLP_WIDTH,
     "mlp_gap": _MLP_GAP,
-    "letter": _LETTER,
+    "letter": LETTER,
     "room": ROOM,
+    "column_gap": COLUMN_GAP,
+    "line": _LINE,
+    "position_top": POSITION_TOP,
     "crowded": _CROWDED,
-    "ports": _PORTS,
-    "shared_ports": _SHARED_PORTS,
+    "ports": PORTS,
+    "shared_ports": SHARED_PORTS,
 }
 """What graph.js needs to place boxes and curves by the same rules."""
 
@@ -50,9 +66,9 @@ class Box:
     id: str
     """Node id without its ``<q>``, ``<k>``, ``<v>`` reader."""
     kind: str
-    """``input``, ``head``, ``kv``, ``mlp`` or ``logits``."""
+    """``input``, ``head``, ``kv``, ``mlp``, ``logits`` or ``group``."""
     label: str
-    """Text in the box: its id; empty for ``kv`` bars."""
+    """Text in the box: its component; empty for ``kv`` bars."""
     x: float
     """Horizontal centre."""
     y: float
@@ -72,6 +88,21 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A token, or three and more in a row at which nothing is drawn."""
+
+    positions: list[int]
+    label: str
+    x: float
+    """Horizontal centre."""
+    width: float
+
+    def holds(self, box: Box) -> bool:
+        """Whether a box is in this column."""
+        return abs(box.x - self.x) <= self.width / 2
+
+
+@dataclass(frozen=True)
 class Layout:
     """All boxes of an architecture."""
 
@@ -86,26 +117,58 @@ class Layout:
     rows: Mapping[int, float]
     """By layer: vertical centre of its heads."""
     margin: float
-    """Right end of the MLPs, beyond which only curves run."""
+    """Right end of the boxes, beyond which only curves run."""
+    columns: Sequence[Column] = ()
+    """Of tokens; none in a layout by layer."""
+    axis_y: float = 0.0
+    """Vertical centre of the tokens' names."""
 
 
 def box_id(node_id: str) -> str:
-    """The box that stands for a node: ``a3.h5<q>`` -> ``a3.h5``."""
-    return node_id.partition("<")[0]
+    """The box that stands for a node: ``a3.h5<q>`` -> ``a3.h5``, ``a3.h5<q>@2`` -> ``a3.h5@2``."""
+    return node_id if node_id.startswith(GROUP) else re.sub("<.*>", "", node_id)
 
 
 def reader_name(node_id: str) -> str:
     """``q``, ``k`` or ``v`` for the reader of a head, otherwise empty."""
-    return node_id.partition("<")[2].rstrip(">")
+    return "" if node_id.startswith(GROUP) else node_id.partition("<")[2].partition(">")[0]
 
 
-def _clamp(value: float, low: float, high: float) -> float:
+def component_of(node_id: str) -> str:
+    """A node without its token position: ``a3.h5@2`` -> ``a3.h5``."""
+    return node_id if node_id.startswith(GROUP) else re.sub(r"@\d+$", "", node_id)
+
+
+def position_of(node_id: str) -> int | None:
+    """The token position of a node, if it has one and is no group."""
+    at = node_id.startswith(GROUP) or re.search(r"@(\d+)$", node_id)
+    return int(at[1]) if isinstance(at, re.Match) else None
+
+
+def clamp(value: float, low: float, high: float) -> float:
+    """The nearest value between two ends."""
     return max(low, min(high, value))
 
 
 def crowded(architecture: Architecture) -> bool:
     """Whether a drawing of every component would be too small to read."""
     return architecture.n_layers * (architecture.n_heads + 1) > _CROWDED
+
+
+def row_sizes(n: int) -> tuple[float, float]:
+    """Height of each of ``n`` rows, and of the boxes in it."""
+    pitch = clamp(640 / max(n, 1), 48.0, 104.0)
+    return pitch, clamp(pitch * 0.36, 17.0, 28.0)
+
+
+def least_scale(column: float, tall: float, letters: float) -> float:
+    """The smallest scale of a drawing: letters of 11 pixels have room in a column and in a box."""
+    return min(1.0, max(letters / (0.96 * column), _SMALLEST / tall))
+
+
+def wanted_width(label: str) -> float:
+    """Of the box of a closed group on the screen."""
+    return clamp(LETTER * len(label) + 18, 40.0, 180.0)
 
 
 @dataclass(frozen=True)
@@ -143,10 +206,9 @@ def place(
     """
     a, drawn = architecture, _rows(architecture, shown)
     columns = max([1, *(len(row.heads) for row in drawn.values())])
-    widest = _LETTER * len(f"a{a.n_layers - 1}.h{a.n_heads - 1}") + 4
-    column = max(_clamp(room / columns, 30.0, 84.0), widest + 6)
-    pitch = _clamp(640 / max(len(drawn), 1), 48.0, 104.0)
-    tall = _clamp(pitch * 0.36, 17.0, 28.0)
+    widest = LETTER * len(f"a{a.n_layers - 1}.h{a.n_heads - 1}") + 4
+    column = max(clamp(room / columns, 30.0, 84.0), widest + 6)
+    pitch, tall = row_sizes(len(drawn))
     head_width = max(column * 0.72, widest)
     mlp_x = LEFT + column * columns + _MLP_GAP + _MLP_WIDTH / 2
     margin = mlp_x + _MLP_WIDTH / 2
@@ -191,41 +253,151 @@ def place(
     )
 
 
-def ports(layout: Layout, source: str, target: str) -> tuple[float, float, float, float]:
-    """Start and end (x0, y0, x1, y1) of an edge between two node ids.
+@dataclass
+class _Node:
+    """What is placed in a layout by position."""
 
-    q, k and v arrive side by side so that parallel edges stay apart. The wide input and logits
-    boxes are met near the other end, which keeps the fan narrow.
+    id: str
+    kind: str
+    label: str
+    layer: int
+    """-1 for the input, the number of layers for the logits."""
+    position: int
+    rank: int
+    """From left to right in its row."""
+
+    def order(self) -> tuple[int, bool, int, int, str]:
+        """Nodes sort in the order in which they compute."""
+        return self.layer, self.kind == "mlp", self.position, self.rank, self.id
+
+
+def _node(box: str, a: Architecture) -> _Node:
+    """The node of a box such as ``a3.h5@2``; keys and values come before the heads that read
+    them."""
+    label, position = component_of(box), position_of(box) or 0
+    if not (found := re.fullmatch(r"[am](\d+)(?:\.(h|kv)(\d+))?", label)):
+        layer = -1 if label == "input" else a.n_layers
+        return _Node(box, label, label, layer, position, rank=2 * a.n_heads + 1)
+    layer, kind, k = int(found[1]), found[2], int(found[3] or 0)
+    each = a.n_heads // a.n_kv_heads
+    rank = {"h": 2 * k + 1, "kv": 2 * k * each, None: 2 * a.n_heads + 1}[kind]
+    return _Node(box, "head" if kind else "mlp", label, layer, position, rank)
+
+
+def _nodes(a: Architecture, shown: Collection[str], inside: Mapping[str, str]) -> list[_Node]:
+    """In order. A closed group stands where its highest member would."""
+    out, groups = [], dict[str, _Node]()
+    for node in (_node(box, a) for box in shown):
+        if (group := inside.get(node.id)) is None:
+            out.append(node)
+        elif group not in groups or groups[group].order() < node.order():
+            groups[group] = node
+    for group, top in groups.items():
+        rank = 2 * a.n_heads if 0 <= top.layer < a.n_layers else top.rank
+        label = group.removeprefix(GROUP)
+        out.append(replace(top, id=group, kind="group", label=label, rank=rank))
+    return sorted(out, key=_Node.order)
+
+
+def layer_of(box: str, architecture: Architecture) -> int:
+    """The layer of a box; -1 for the input, the number of layers for the logits."""
+    return _node(box, architecture).layer
+
+
+def plain_token(text: str) -> str:
+    """A token as the name of a column: without spaces around it, but not empty."""
+    return text.strip() or ("↵" if "\n" in text else "␣")
+
+
+def _columns(full: Sequence[float], tokens: Sequence[str]) -> list[Column]:
+    """A column for each token; three or more in a row at which nothing is drawn share one.
+
+    Arguments:
+        full: width of what is drawn at each position; 0 where nothing is.
+        tokens: what stands at each.
     """
-    u, v = layout.boxes[box_id(source)], layout.boxes[box_id(target)]
-    offsets = _SHARED_PORTS if v.kind == "kv" else _PORTS
-    x0, x1 = u.x, v.x + offsets.get(reader_name(target), 0.0) * v.width
-    if u.kind == "input" and v.kind != "logits":
-        x0 += 0.75 * (x1 - u.x)
-    if v.kind == "logits" and u.kind != "input":
-        x1 += 0.75 * (x0 - v.x)
-    return x0, u.top, x1, v.bottom
-
-
-def curve(layout: Layout, source: str, target: str) -> tuple[tuple[float, float], ...]:
-    """Four Bezier points of an edge.
-
-    Edges leave and arrive vertically. One that climbs past other rows in its own column would run
-    straight through their boxes, so it swings out sideways: MLPs into the free margin at the right,
-    heads alternately to both sides.
-    """
-    x0, y0, x1, y1 = ports(layout, source, target)
-    rise = y0 - y1
-    u, v = layout.boxes[box_id(source)], layout.boxes[box_id(target)]
-    if rise > 1.1 * layout.pitch and abs(x1 - x0) < 0.6 * layout.column:
-        if u.kind == "mlp" or v.kind == "mlp" or {u.kind, v.kind} == {"input", "logits"}:
-            swing = min(26 + 5 * rise / layout.pitch, RIGHT * 1.1)
-            if {u.kind, v.kind} == {"input", "logits"}:  # all the way up, outside everything
-                x0 = x1 = layout.margin - 4
-                swing = RIGHT * 1.25
+    runs: list[list[int]] = []
+    for p, width in enumerate(full):
+        if width or not p or full[p - 1]:
+            runs.append([p])
         else:
-            side = 1 if round(y0 / layout.pitch) % 2 else -1
-            swing = side * layout.column * min(0.55 + 0.05 * rise / layout.pitch, 1.1)
-        return (x0, y0), (x0 + swing, y0 - 0.3 * rise), (x1 + swing, y1 + 0.3 * rise), (x1, y1)
-    reach = min(0.5 * rise, 1.2 * layout.pitch)
-    return (x0, y0), (x0, y0 - reach), (x1, y1 + reach), (x1, y1)
+            runs[-1].append(p)
+    left, out = LEFT, []
+    for positions in [part for r in runs for part in ([r] if len(r) > 2 else [[p] for p in r])]:
+        label = "⋯" if len(positions) > 1 else plain_token(tokens[positions[0]])
+        own = full[positions[0]]
+        width = max(own, clamp(LETTER * len(label) + 4, 40.0 if own else 16.0, 92.0))
+        out.append(Column(positions, label, left + width / 2, width))
+        left += width + COLUMN_GAP
+    return out
+
+
+def _lines(cell: Sequence[_Node]) -> int:
+    """Lines of nodes of one layer at one token."""
+    return -(-len(cell) // _LINE)
+
+
+def _across(position: int, lines: Sequence[tuple[int, list[Box]]]) -> float:
+    """Width of the widest line at a position."""
+    own = [sum(b.width for b in row) + 6 * (len(row) - 1) for at, row in lines if at == position]
+    return max(own, default=0.0)
+
+
+def place_by_position(
+    architecture: Architecture,
+    shown: Collection[str],
+    tokens: Sequence[str],
+    inside: Mapping[str, str] | None = None,
+) -> Layout:
+    """Nodes at token positions: tokens from left to right, layers upward.
+
+    Arguments:
+        architecture: of the graph.
+        shown: boxes that carry something, such as ``a3.h5@2``; no others are placed.
+        tokens: what stands at each position.
+        inside: box -> the id of the closed group that is drawn in its place.
+    """
+    a, nodes = architecture, _nodes(architecture, shown, inside or {})
+    heads = [n.label for n in nodes if n.kind == "head"]
+    longest = LETTER * max([2, *map(len, heads)])
+    layers = sorted({n.layer for n in nodes if 0 <= n.layer < a.n_layers})
+    pitch, tall = row_sizes(len(layers))
+    least = least_scale(longest + 10, tall, longest)
+    raised, logits_y = 0.0 if a.parallel else 0.5 * pitch, TOP + 12
+    cells = dict[tuple[int, bool, int], list[_Node]]()
+    for n in nodes:
+        cells.setdefault((n.layer, raised > 0 and n.kind == "mlp", n.position), []).append(n)
+    extra = {n: max(_lines(c) - 1 for at, c in cells.items() if at[0] == n) for n in layers}
+    rows, y = dict[int, float](), logits_y + raised - 0.2 * pitch
+    for layer in reversed(layers):  # the highest row comes first
+        more = extra[layer] * (tall + 6)
+        rows[layer] = y + pitch + more / 2
+        y += pitch + more
+    input_y = (y if layers else logits_y) + 0.9 * pitch
+
+    lines: list[tuple[int, list[Box]]] = []
+    for (layer, above, position), cell in cells.items():
+        for k in range(_lines(cell)):
+            y = input_y if layer < 0 else logits_y
+            if layer in rows:  # so many side by side in a line, others above them
+                up = extra[layer] / 2 * (tall + 6) + raised
+                y = rows[layer] - (up if above else (k - (_lines(cell) - 1) / 2) * (tall + 6))
+            row = []
+            for n in cell[k * _LINE : (k + 1) * _LINE]:
+                height = (tall - 3 if n.kind == "group" else tall) if layer in rows else 24.0
+                widths = {"head": longest + 4, "group": wanted_width(n.label) / least}
+                width = widths.get(n.kind, _MLP_WIDTH)
+                row.append(Box(n.id, n.kind, n.label, x=0.0, y=y, width=width, height=height))
+            lines.append((position, row))
+    columns, boxes = _columns([_across(p, lines) for p in range(len(tokens))], tokens), {}
+    for position, row in lines:
+        x = next(c.x for c in columns if position in c.positions)
+        x -= _across(position, [(position, row)]) / 2
+        for box in row:
+            boxes[box.id] = replace(box, x=x + box.width / 2)
+            x += box.width + 6
+    margin = columns[-1].x + columns[-1].width / 2 if columns else LEFT
+    return Layout(
+        margin + COLUMN_GAP, input_y + 38 + BOTTOM, pitch=pitch, column=longest + 10, boxes=boxes,
+        rows=rows, margin=margin, columns=columns, axis_y=input_y + 28,
+    )  # fmt: skip

@@ -74,12 +74,13 @@ function linksOf(view) {
   const ahead = new Map(), behind = new Map(), { n_heads: heads, n_kv_heads: kv } = view.data.architecture;
   const put = (map, from, to) => (map.has(from) ? map.get(from).add(to) : map.set(from, new Set([to])));
   const add = (from, to) => { put(ahead, from, to); put(behind, to, from); };
-  for (const i of view.kept) add(boxOf(view.source[i]), boxOf(view.target[i]));
-  for (const id of view.known) {
+  for (const i of view.kept) add(boxOf(view.source[i]), entryOf(view, view.target[i]));
+  for (const { steps } of view.moves) for (const [from, to] of steps) add(from, to);
+  for (const id of view.byPosition ? [] : view.known) {
     const [, layer, k] = id.match(/^a(\d+)\.kv(\d+)$/) || [];
     for (let h = (k * heads) / kv; h < ((+k + 1) * heads) / kv; h++) add(id, `a${layer}.h${h}`);
   }
-  return { ahead, behind, ends: reach(["logits"], behind), begins: reach(["input"], ahead) };
+  return { ahead, behind, ends: reach(view.meant(["logits"]), behind), begins: reach(view.meant(["input"]), ahead) };
 }
 
 // The drawn edges on the paths from input through some boxes, or through one edge, to the logits:
@@ -88,21 +89,92 @@ function linksOf(view) {
 function pathsThrough(view, boxes, edge = null) {
   const links = (view.flow ??= linksOf(view)), parts = edge === null ? [] : view.parts(edge), within = new Set(parts);
   const own = new Set(boxes.flatMap((id) => view.under(id)));
-  const from = edge === null ? [...own] : parts.map((i) => boxOf(view.target[i])), to = edge === null ? from : parts.map((i) => boxOf(view.source[i]));
-  const after = reach(from, links.ahead), before = reach(to, links.behind), found = new Map();
-  const edges = new Map(), on = new Set([...from, ...to].map((id) => view.boxIn(id)));
+  const from = edge === null ? [...own, ...[...own].map((id) => id + ENTRY)] : parts.map((i) => entryOf(view, view.target[i])), to = edge === null ? from : parts.map((i) => boxOf(view.source[i]));
+  const after = reach(from, links.ahead), before = reach(to, links.behind), found = new Map(), moves = new Set();
+  const edges = new Map(), on = new Set([...from, ...to].map((id) => view.boxIn(withoutEntry(id))));
+  const passes = (s, t) => (after.has(s) && links.ends.has(t)) || (before.has(t) && links.begins.has(s));
   for (const i of view.kept) {
     const s = boxOf(view.source[i]), t = boxOf(view.target[i]);
     const near = within.has(i) || own.has(s) || own.has(t);
-    if (!near && !(after.has(s) && links.ends.has(t)) && !(before.has(t) && links.begins.has(s))) continue;
+    if (!near && !passes(s, entryOf(view, view.target[i]))) continue;
     found.set(i, near ? 2 : 1);
     on.add(view.boxIn(s)).add(view.boxIn(t));
+  }
+  for (const move of view.moves) {
+    if (!move.steps.some(([s, t]) => own.has(withoutEntry(s)) || own.has(t) || passes(s, t))) continue;
+    moves.add(move);
+    on.add(move.from).add(move.to);
   }
   for (const line of view.drawn) {
     const level = Math.max(...view.parts(line).map((i) => found.get(i) || 0));
     if (level) edges.set(line, level);
   }
-  return { edges, boxes: on };
+  return { edges, boxes: on, moves };
+}
+
+// ---- nodes at token positions -------------------------------------------------------------------
+
+// A node at a position is a component and its number: "m0@3"; as a reader, "a1.h2<q>@3". Pins and members
+// of groups may be either: a component stands for its nodes at all positions.
+const componentOf = (id) => (isGroup(id) ? id : id.replace(/@\d+$/, ""));
+const positionOf = (id) => (!isGroup(id) && id.includes("@") ? Number(id.slice(id.indexOf("@") + 1)) : null);
+const covers = (member, box) => member === box || member === componentOf(box) || (positionOf(box) === null && componentOf(member) === box);
+
+// Where keys and values enter a head, which leads on to later tokens, apart from its query, which does not.
+const ENTRY = "<";
+const entryOf = (view, id) => boxOf(id) + (view.byPosition && ["k", "v"].includes(readerOf(id)) ? ENTRY : "");
+const withoutEntry = (id) => (!isGroup(id) && id.endsWith(ENTRY) ? id.slice(0, -1) : id);
+
+const MOVES = "Dotted: from where a head reads keys and values to where it writes; not scored";
+const plainToken = (text) => text.trim() || (text.includes("\n") ? "↵" : "␣");
+
+// What heads may move between tokens: from every node at which a drawn edge enters their keys or values to
+// every node, there or later, from which one leaves. Attribution does not score it.
+function movesOf(view) {
+  if (!view.byPosition) return [];
+  const { n_heads: heads, n_kv_heads: kv } = view.data.architecture, reads = new Map(), writes = new Set(), moves = new Map();
+  for (const i of view.kept) {
+    const entry = entryOf(view, view.target[i]), source = boxOf(view.source[i]), reader = componentOf(withoutEntry(entry));
+    if (entry.endsWith(ENTRY)) reads.set(reader, (reads.get(reader) || new Set()).add(positionOf(withoutEntry(entry))));
+    if (source.startsWith("a")) writes.add(source);
+  }
+  for (const to of writes) {
+    const [, layer, h] = to.match(/^a(\d+)\.h(\d+)/), reader = kv < heads ? `a${layer}.kv${Math.floor((h * kv) / heads)}` : `a${layer}.h${h}`;
+    for (const p of reads.get(reader) || []) {
+      const from = `${reader}@${p}`, key = JSON.stringify([view.boxIn(from), view.boxIn(to)]);
+      if (p > positionOf(to)) continue;
+      if (!moves.has(key)) moves.set(key, { from: view.boxIn(from), to: view.boxIn(to), steps: [] });
+      moves.get(key).steps.push([from + ENTRY, to]);
+    }
+  }
+  // what stays within a box is not drawn, and still leads on
+  for (const move of moves.values()) {
+    move.p = move.from === move.to ? null : moveCurve(view.layout, move.from, move.to);
+    move.line = move.p ? Array.from({ length: 17 }, (_, t) => bezier(move.p, t / 16)) : [];
+  }
+  return [...moves.values()];
+}
+
+function moveWords(view, { from, to, steps }) {
+  const prompt = view.data.prompts?.[view.tokensOf ?? 0], words = steps.slice(0, 6).map(([source, target]) => {
+    const [k, q] = [positionOf(withoutEntry(source)), positionOf(target)], share = prompt?.attention[componentOf(target)]?.[(q * (q + 1)) / 2 + k];
+    return `${componentOf(target)}, “${view.tokenOf(target)}” looks at “${view.tokenOf(withoutEntry(source))}”${share === undefined ? "" : `: ${share}% on “${prompt.text}”`}`;
+  });
+  return `${from} ⇢ ${to}, not scored. ${words.join("; ")}${steps.length > 6 ? "; …" : ""}`;
+}
+
+// An edge in words; at a position, which both of its ends have, once.
+function nameLine(view, i) {
+  const [source, target] = [view.source[i], view.target[i]], at = positionOf(target);
+  return at !== null && positionOf(source) === at ? `${componentOf(source)} → ${target}` : `${source} → ${target}`;
+}
+
+// Whose tokens name the columns.
+function axisChoice(view) {
+  const prompts = view.data.prompts || [];
+  if (!prompts.length) return [];
+  const choose = (k, text, label) => make("button", { type: "button", text, "aria-pressed": String(view.tokensOf === k), "aria-label": label, onclick: () => { view.tokensOf = k; view.refilter(); } });
+  return [make("span", { class: "chips" }, "tokens of", choose(null, "all prompts", "tokens of all prompts"), ...prompts.map((p, k) => choose(k, p.answer.trim(), `tokens of prompt ${k + 1}: ${p.text}`)))];
 }
 
 // ---- closed groups ------------------------------------------------------------------------------
@@ -113,10 +185,14 @@ const GROUP = "⊞ "; // before the name of a closed group: the id of its box
 // only members of one group read belong to it.
 function insideOfGroups(view) {
   const inside = new Map(), { n_layers: layers, n_heads: heads, n_kv_heads: kv } = view.data.architecture, each = heads / kv;
-  for (const name of view.closed) for (const id of view.groups[name]) inside.set(id, GROUP + name);
+  const places = view.byPosition ? view.data.positions.tokens.map((_, p) => `@${p}`) : [""];
+  for (const name of view.closed) for (const id of view.meant(view.groups[name])) if (!inside.has(id)) inside.set(id, GROUP + name);
   for (let k = 0; inside.size && each > 1 && k < layers * kv; k++) {
-    const layer = Math.floor(k / kv), readers = Array.from({ length: each }, (_, h) => inside.get(`a${layer}.h${(k % kv) * each + h}`));
-    if (readers[0] && readers.every((id) => id === readers[0])) inside.set(`a${layer}.kv${k % kv}`, readers[0]);
+    const layer = Math.floor(k / kv), first = (k % kv) * each;
+    places.forEach((place, p) => { // keys and values at a token are read from there on
+      const readers = places.slice(p).flatMap((at) => Array.from({ length: each }, (_, h) => inside.get(`a${layer}.h${first + h}${at}`)));
+      if (readers[0] && readers.every((id) => id === readers[0])) inside.set(`a${layer}.kv${k % kv}${place}`, readers[0]);
+    });
   }
   return inside;
 }
@@ -195,10 +271,10 @@ function sumEdges(view, kept) {
 // In words: how many edges a line stands for, and of what class.
 function sumWords(view, line) {
   const parts = view.parts(line), n = parts.length, d = view.data, words = [`sum of ${n} drawn edges`];
-  if (n === 1) words[0] = `for ${view.source[parts[0]]} → ${view.target[parts[0]]}`;
-  const inside = parts.filter((i) => d.edges.in_circuit[i]).length;
+  if (n === 1) words[0] = `for ${nameLine(view, parts[0])}`;
+  const inside = parts.filter((i) => d.edges.in_circuit[view.edge[i]]).length;
   words.push(inside === n ? "in the circuit" : inside ? `${inside} in the circuit` : "outside the circuit");
-  if (d.edges.class) words.push(mixture(parts.map((i) => view.nameOf(i)), "edges", `${view.source[parts[0]]} → ${view.target[parts[0]]}`));
+  if (d.edges.class) words.push(mixture(parts.map((i) => view.nameOf(i)), "edges", nameLine(view, parts[0])));
   return words.join("; ");
 }
 
@@ -261,9 +337,10 @@ class List {
 
   head() {
     const d = this.view.data, panes = this.view.paneNames(), became = d.edges.class ? ["became"] : [];
-    if (this.kind === "edges") return ["from → to", ...panes, ...became];
+    const token = this.view.byPosition ? ["token"] : [];
+    if (this.kind === "edges") return ["from → to", ...panes, ...became, ...token];
     const own = ["groups", "notes"].filter((name) => Object.keys(this.view[name]).length).map((name) => name.slice(0, -1));
-    return ["node", ...panes, "edges in", "edges out", ...became, ...own];
+    return ["node", ...panes, "edges in", "edges out", ...became, ...own, ...token];
   }
 
   // Every row: what it stands for and its cells, numbers as numbers.
@@ -271,7 +348,8 @@ class List {
     const { view } = this, d = view.data;
     if (this.kind === "edges") {
       return view.drawn.map((i) => ({
-        key: i, cells: [`${view.source[i]} → ${view.target[i]}`, ...view.panes.map((_, p) => view.score(i, p)), ...(d.edges.class ? [view.nameOf(i)] : [])],
+        key: i, cells: [nameLine(view, i), ...view.panes.map((_, p) => view.score(i, p)), ...(d.edges.class ? [view.nameOf(i)] : []),
+          ...(view.byPosition ? [view.tokenOf(view.target[i]) || view.tokenOf(view.source[i])] : [])],
       }));
     }
     const into = new Map(), out = new Map(), add = (map, id, i) => map.set(id, (map.get(id) || 0) + view.parts(i).length);
@@ -282,7 +360,7 @@ class List {
       return {
         key: id,
         cells: [id, ...view.panes.map((_, p) => view.nodeScore(id, p)), into.get(id) || 0, out.get(id) || 0,
-          ...(d.edges.class ? [view.classOf(id) || ""] : []), ...more.map((name) => (name === "group" ? view.groupOf(id) : view.noteOn(id)) || "")],
+          ...(d.edges.class ? [view.classOf(id) || ""] : []), ...more.map((name) => (name === "group" ? view.groupOf(id) : view.noteOn(id)) || ""), ...(view.byPosition ? [view.tokenOf(id)] : [])],
       };
     });
   }
@@ -320,7 +398,7 @@ class List {
     this.mark();
   }
 
-  wordy(k, head) { return k === 0 || ["became", "group", "note"].includes(head[k]); }
+  wordy(k, head) { return k === 0 || ["became", "group", "note", "token"].includes(head[k]); }
 
   // The rows of what is pointed at, pinned, and off the paths that are lit.
   mark() {
@@ -366,8 +444,8 @@ function effectTable({ tokens, values, answer }, name) {
 }
 
 // Attention and direct effect on a prompt at a time.
-function insideOf(view, id) {
-  const prompts = view.data.prompts || [], prompt = prompts[view.prompt] || prompts[0];
+function insideOf(view, node) {
+  const prompts = view.data.prompts || [], prompt = prompts[view.prompt] || prompts[0], id = componentOf(node), at = positionOf(node);
   if (!prompt || !(id in prompt.effects || id in prompt.attention)) return [];
   const choose = prompts.map((p, k) => make("button", {
     type: "button", text: p.answer, "aria-pressed": String(p === prompt), "aria-label": `prompt ${k + 1}: ${p.text} ${p.answer}`,
@@ -376,11 +454,12 @@ function insideOf(view, id) {
   const words = make("div", { class: "soft" }, `${prompt.text} → `, make("span", { class: "chips" }, ...choose));
   const parts = [];
   if (id in prompt.attention) parts.push(attentionTable(view, prompt, prompt.attention[id]));
-  if (id in prompt.effects) parts.push(effectTable(prompt.effects[id], prompt.answer));
+  if (id in prompt.effects && (at === null || at === prompt.tokens.length - 1)) parts.push(effectTable(prompt.effects[id], prompt.answer));
   return [make("div", { class: "inside" }, words, make("div", { class: "cols" }, ...parts))];
 }
 
-function noteField(view, id) {
+function noteField(view, node) {
+  const id = componentOf(node);
   const field = make("textarea", { placeholder: `note on ${id}`, "aria-label": `note on ${id}`, maxlength: 2000, oninput: () => {
     if (field.value) view.notes[id] = field.value;
     else delete view.notes[id];
@@ -392,7 +471,7 @@ function noteField(view, id) {
   return field;
 }
 
-const isPinned = (view, id) => view.membersOf(id).some((member) => view.selected.has(member));
+const isPinned = (view, id) => view.membersOf(id).some((member) => [...view.selected].some((pin) => covers(pin, member)));
 
 function closeButton(view, name) {
   const text = view.closed.has(name) ? "open" : "close";
@@ -406,7 +485,7 @@ function pinBar(view) {
   const group = make("form", { class: "chips" }, name, make("button", { type: "submit", text: "group" }));
   group.addEventListener("submit", (event) => { event.preventDefault(); view.group(name.value.trim(), [...view.selected]); });
   const groups = Object.entries(view.groups).map(([title, members]) => make("span", { class: "chips" },
-    make("button", { type: "button", class: "group", text: `${title}: ${members.length}, ${fmt(view.groupScore(members))}`, "aria-label": `pin the group ${title}`, onclick: () => view.pin(members) }),
+    make("button", { type: "button", class: "group", text: `${title}: ${members.length}, ${fmt(view.groupScore(title))}`, "aria-label": `pin the group ${title}`, onclick: () => view.pin(members) }),
     closeButton(view, title),
     make("button", { type: "button", text: "×", "aria-label": `dissolve the group ${title}`, onclick: () => view.group(title, []) })));
   if (!pins.length && !groups.length) return [];
@@ -423,6 +502,7 @@ const LEAST_SHARE = 0.02;
 function positionGrid(view) {
   const places = view.data.positions;
   if (!places) return [];
+  if (view.byPosition) return axisChoice(view);
   const parts = new Map(), n = places.tokens.length;
   for (const i of view.drawn) {
     const id = boxOf(view.source[i]);
@@ -453,6 +533,8 @@ function stateOf(view) {
   if (view.changedOnly) out.changed_only = true;
   if (view.circuitOnly) out.circuit_only = true;
   if (view.at !== null) out.at = view.at;
+  if (view.byPosition) out.by_position = true;
+  if (view.tokensOf !== null) out.tokens_of = view.tokensOf;
   if (view.list.kind !== "edges") out.list = view.list.kind;
   if (view.list.by !== 1 || view.list.up) out.sort = [view.list.by, view.list.up];
   return structuredClone(out);
@@ -460,7 +542,7 @@ function stateOf(view) {
 
 // Whatever of a state is possible in this graph; it may come from a link that anybody wrote.
 function restoreState(view, state) {
-  const s = isRecord(state) ? state : {}, known = (x) => strings(x).filter((id) => view.known.has(id));
+  const s = isRecord(state) ? state : {}, places = view.data.positions, known = (x) => strings(x).filter((id) => view.known.has(componentOf(id)) && (positionOf(id) === null || positionOf(id) < places?.tokens.length));
   const some = (x, names) => strings(x).filter((name) => names.includes(name));
   view.selected = new Set(known(s.pinned));
   view.selectedEdge = strings(s.edge).length === 2 ? strings(s.edge) : [];
@@ -468,12 +550,14 @@ function restoreState(view, state) {
   view.hidden = new Set(some(s.hide, view.data.classes || []));
   view.kinds = new Set(view.readers.filter((k) => !strings(s.not_read).includes(k)));
   view.unfolded = new Set((Array.isArray(s.unfolded) ? s.unfolded : []).filter((n) => Number.isInteger(n) && n >= 0 && n < view.data.architecture.n_layers));
-  const taken = new Set(), free = (id) => !taken.has(id) && taken.add(id); // a component is in one group
+  const taken = [], free = (id) => !taken.some((x) => covers(x, id) || covers(id, x)) && taken.push(id); // a node is in one group
   const groups = Object.entries(isRecord(s.groups) ? s.groups : {}).map(([name, ids]) => [name.slice(0, 40), known(ids).filter(free)]);
   view.groups = Object.fromEntries(groups.filter(([, ids]) => ids.length));
   view.closed = new Set(some(s.closed, Object.keys(view.groups)));
   view.notes = Object.fromEntries(Object.entries(isRecord(s.notes) ? s.notes : {}).filter(([id, text]) => view.known.has(id) && typeof text === "string").map(([id, text]) => [id, text.slice(0, 2000)]));
-  view.at = Number.isInteger(s.at) && view.data.positions?.scores[s.at] ? s.at : null;
+  view.byPosition = s.by_position === true && !!places;
+  view.tokensOf = Number.isInteger(s.tokens_of) && view.data.prompts?.[s.tokens_of] ? s.tokens_of : null;
+  view.at = !view.byPosition && Number.isInteger(s.at) && places?.scores[s.at] ? s.at : null;
   view.index();
   view.threshold = Number.isFinite(s.threshold) ? s.threshold : view.first.threshold;
   view.all = typeof s.all === "boolean" ? s.all : view.first.all;
@@ -535,6 +619,7 @@ function svgText(view) {
     const [x, y] = picture.at(p), pane = node("g", { transform: `translate(${x} ${y})` });
     if (name) pane.append(text(name, layout.constants.left, -5, { "font-weight": 600 }));
     for (const [layer, at] of layout.rows) pane.append(text(`L${layer}`, 6, at + 4, { fill: css.soft }));
+    if (view.byPosition) pane.append(...columnsSvg(view, node, text));
     for (const i of view.backToFront(p)) {
       const { alpha, width: line, colour, dash } = view.look(i, p), c = view.curve(i).p;
       pane.append(node("path", { d: `M${c[0]} ${c[1]}C${c.slice(2).join(" ")}`, fill: "none", stroke: colour, "stroke-width": line, "stroke-dasharray": dash.join(" "), opacity: alpha }));
@@ -553,6 +638,15 @@ function svgText(view) {
     root.append(text(words, style ? 52 : 8, y + 4, { fill: css.soft }));
   });
   return new XMLSerializer().serializeToString(root);
+}
+
+// Tokens below, lines between columns and moves, as `paintColumns` draws them.
+function columnsSvg(view, node, text) {
+  const { css, layout } = view, { columns, axisY, constants } = layout, gap = constants.column_gap;
+  const names = columns.map((k) => text(shorten(k.label, (k.width + 0.8 * gap) / constants.letter), k.x, axisY + 4, { "text-anchor": "middle" }));
+  const lines = columns.slice(1).map((k) => node("path", { d: `M${k.x - k.width / 2 - gap / 2} ${constants.top}V${axisY + 8}`, stroke: css.faint }));
+  const moves = view.moves.filter(({ p }) => p).map((move) => node("path", { d: `M${move.p[0]} ${move.p[1]}C${move.p.slice(2).join(" ")}`, fill: "none", stroke: css.soft, "stroke-dasharray": "1.5 3", opacity: view.moveAlpha(move) }));
+  return [...names, ...lines, ...moves];
 }
 
 function pngBlob(view) {

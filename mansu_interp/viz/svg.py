@@ -14,18 +14,34 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..circuits.changes import CLASSES, MEANING
+from ..circuits.changes import MEANING
 from ..errors import CircuitError
 from ..models.graph import Architecture
 from ..utils.words import number_of
-from .data import EDGE_STYLES, GraphData
-from .layout import LEFT, ROOM, Box, Layout, box_id, crowded, curve, place, reader_name
+from .data import EDGE_STYLES
+from .layout import (
+    COLUMN_GAP,
+    LEFT,
+    LETTER,
+    PORTS,
+    RIGHT,
+    ROOM,
+    SHARED_PORTS,
+    Box,
+    Layout,
+    box_id,
+    clamp,
+    crowded,
+    place,
+    reader_name,
+    wanted_width,
+)
 
 if TYPE_CHECKING:  # at run time only its methods are used, so pictures need no torch
     from ..circuits.circuit import Circuit
 
 STATUS_TEXT = MEANING
-_SIGN_TEXT = {
+SIGN_TEXT = {
     "pos": "positive score: supports the answer",
     "neg": "negative score: opposes the answer",
 }
@@ -50,7 +66,8 @@ def _style(theme: str | None = None) -> str:
     """
     light = {"paper": "#fff", "ink": "#1d2329", "soft": "#5c6670", "faint": "#dfe3e7"}
     dark = {"paper": "#15191d", "ink": "#e8ebee", "soft": "#a3adb7", "faint": "#2c333a"}
-    light["box"], dark["box"] = "#f4f6f8", "#232a31"
+    light |= {"box": "#f4f6f8", "accent": "#0b6bcb"}
+    dark |= {"box": "#232a31", "accent": "#6cb4f5"}
     for name, (bright, dim, _) in EDGE_STYLES.items():
         light[name], dark[name] = bright, dim
 
@@ -68,6 +85,9 @@ def _style(theme: str | None = None) -> str:
         ".mansu .on rect{fill:var(--box);stroke:var(--soft)}",
         ".mansu .kv.on rect{fill:var(--soft);stroke:none;opacity:.6}",
         ".mansu .kv.off rect{fill:var(--faint);stroke:none}",
+        ".mansu .group rect{stroke:var(--accent)}",
+        ".mansu .group .behind{fill:var(--paper)}",
+        ".mansu .move{stroke:var(--soft);stroke-dasharray:1.5 3}",
         ".mansu path{fill:none;stroke-linecap:butt}",
         ".mansu .hit{stroke:transparent;stroke-width:7px}",
         ".mansu .edge:hover .line{stroke-width:5px;opacity:1}",
@@ -120,10 +140,10 @@ def _strongest(
     return {e: scores[e] for e in ranked}, len(scores)
 
 
-_LEFT_OUT = "Layers and heads that no drawn edge touches are left out."
+LEFT_OUT = "Layers and heads that no drawn edge touches are left out."
 
 
-def _layout(
+def touched_layout(
     architecture: Architecture, drawn: Sequence[tuple[str, str]], room: float = ROOM
 ) -> Layout:
     """Where boxes are; of a large model those alone that an edge touches."""
@@ -131,12 +151,85 @@ def _layout(
     return place(architecture, touched if crowded(architecture) else None, room)
 
 
-def _edge(
+def ports(layout: Layout, source: str, target: str) -> tuple[float, float, float, float]:
+    """Start and end (x0, y0, x1, y1) of an edge between two node ids.
+
+    q, k and v arrive side by side so that parallel edges stay apart. The wide input and logits
+    boxes are met near the other end, which keeps the fan narrow.
+    """
+
+    def near(x: float, box: Box) -> float:
+        within = 0.4 * box.width if layout.columns else float("inf")
+        return clamp(0.75 * x, -within, within)
+
+    u, v = layout.boxes[box_id(source)], layout.boxes[box_id(target)]
+    offsets = SHARED_PORTS if v.kind == "kv" else PORTS
+    x0, x1 = u.x, v.x + offsets.get(reader_name(target), 0.0) * v.width
+    if u.kind == "input" and v.kind != "logits":
+        x0 += near(x1 - u.x, u)
+    if v.kind == "logits" and u.kind != "input":
+        x1 += near(x0 - v.x, v)
+    return x0, u.top, x1, v.bottom
+
+
+def curve(layout: Layout, source: str, target: str) -> tuple[tuple[float, float], ...]:
+    """Four Bezier points of an edge.
+
+    Edges leave and arrive vertically. One that climbs past other rows in its own column would run
+    straight through their boxes, so it swings out sideways: MLPs into the free margin at the right,
+    heads alternately to both sides; beside its column where columns are tokens. A closed group may
+    have edges to what is beside or below it.
+    """
+    x0, y0, x1, y1 = ports(layout, source, target)
+    rise, swing = y0 - y1, 0.0
+    u, v = layout.boxes[box_id(source)], layout.boxes[box_id(target)]
+    if rise < 0:
+        if abs(x1 - x0) < layout.column:
+            swing = layout.column * (1 if x1 < LEFT + layout.column else -1)
+        up = 0.6 * layout.pitch
+        return (x0, y0), (x0 + swing, y0 - up), (x1 + swing, y1 + up), (x1, y1)
+    own = next((c for c in layout.columns if c.holds(u)), None)
+    if own and rise > 1.1 * layout.pitch and own.holds(v):
+        off, edge = (x0 + x1) / 2 - own.x, own.width / 2 + 0.4 * COLUMN_GAP
+        right = off > 0 if abs(off) > 0.01 else round(y0 / layout.pitch) % 2
+        swing = ((edge if right else -edge) - off) / 0.75
+        return (x0, y0), (x0 + swing, y0 - 0.3 * rise), (x1 + swing, y1 + 0.3 * rise), (x1, y1)
+    if not layout.columns and rise > 1.1 * layout.pitch and abs(x1 - x0) < 0.6 * layout.column:
+        if u.kind == "mlp" or v.kind == "mlp" or {u.kind, v.kind} == {"input", "logits"}:
+            swing = min(26 + 5 * rise / layout.pitch, RIGHT * 1.1)
+            if {u.kind, v.kind} == {"input", "logits"}:  # all the way up, outside everything
+                x0 = x1 = layout.margin - 4
+                swing = RIGHT * 1.25
+        else:
+            side = 1 if round(y0 / layout.pitch) % 2 else -1
+            swing = side * layout.column * min(0.55 + 0.05 * rise / layout.pitch, 1.1)
+        return (x0, y0), (x0 + swing, y0 - 0.3 * rise), (x1 + swing, y1 + 0.3 * rise), (x1, y1)
+    reach = min(0.5 * rise, 1.2 * layout.pitch)
+    return (x0, y0), (x0, y0 - reach), (x1, y1 + reach), (x1, y1)
+
+
+def move_curve(layout: Layout, start: str, end: str) -> tuple[tuple[float, float], ...]:
+    """Four Bezier points from where a head reads keys and values to where it writes, above its
+    row."""
+    u, v, up = layout.boxes[start], layout.boxes[end], 0.3 * layout.pitch
+    side = 1 if u.x <= v.x else -1
+    x0, x1 = u.x + side * u.width / 2, v.x - side * v.width / 2
+    return (x0, u.y), (x0 + 12 * side, u.y - up), (x1 - 12 * side, v.y - up), (x1, v.y)
+
+
+def path_of(points: Sequence[tuple[float, float]]) -> str:
+    """A Bezier curve as the text of a path."""
+    (x0, y0), *rest = points
+    return f"M{x0:.1f} {y0:.1f}C" + " ".join(f"{x:.1f} {y:.1f}" for x, y in rest)
+
+
+def edge_svg(
     layout: Layout, edge: tuple[str, str], score: float, share: float, weakest: float, name: str
 ) -> str:
+    """An edge with its tooltip: width and opacity by its share of the largest score, style by
+    name."""
     source, target = edge
-    (x0, y0), *rest = curve(layout, source, target)
-    path = f"M{x0:.1f} {y0:.1f}C" + " ".join(f"{x:.1f} {y:.1f}" for x, y in rest)
+    path = path_of(curve(layout, source, target))
     reader = reader_name(target)
     note = f" (read as {reader})" if reader else ""
     kind = f", {name}" if name in STATUS_TEXT else ""
@@ -148,17 +241,30 @@ def _edge(
     )
 
 
-def _box(box: Box, note: str, active: bool) -> str:
+def box_svg(box: Box, note: str, active: bool) -> str:
+    """A box with its tooltip; faint unless it is active."""
     state = "on" if active else "off"
     radius = 2 if box.kind == "kv" else 5
-    text = ""
-    if box.label:
-        text = f'<text class="mid" x="{box.x:.1f}" y="{box.y:.1f}">{escape(box.label)}</text>'
+    width, text, behind = box.width, box.label, ""
+    if box.kind == "group":  # one behind it
+        width = min(width, wanted_width(text))
+        text = shorten(text, (width - 8) / LETTER)
+        behind = (
+            f'<rect class="behind" x="{box.x - width / 2 + 3:.1f}" y="{box.top - 3:.1f}" '
+            f'width="{width:.1f}" height="{box.height:.1f}" rx="5"/>'
+        )
+    if text:
+        text = f'<text class="mid" x="{box.x:.1f}" y="{box.y:.1f}">{escape(text)}</text>'
     return (
-        f'<g class="{box.kind} {state}"><title>{escape(f"{box.id}: {note}")}</title>'
-        f'<rect x="{box.x - box.width / 2:.1f}" y="{box.top:.1f}" width="{box.width:.1f}" '
+        f'<g class="{box.kind} {state}"><title>{escape(f"{box.id}: {note}")}</title>{behind}'
+        f'<rect x="{box.x - width / 2:.1f}" y="{box.top:.1f}" width="{width:.1f}" '
         f'height="{box.height:.1f}" rx="{radius}"/>{text}</g>'
     )
+
+
+def shorten(text: str, letters: float) -> str:
+    """As much of a text as so many letters hold."""
+    return text if len(text) <= letters else f"{text[: max(1, int(letters) - 1)]}…"
 
 
 def legend_svg(items: Sequence[tuple[str, str]], x: float, y: float) -> str:
@@ -191,7 +297,7 @@ def circuit_svg(
         CircuitError: an unknown status, or one for an edge that cannot exist.
     """
     drawn, total = _strongest(circuit, status, top)
-    layout = _layout(circuit.graph.architecture, list(drawn))
+    layout = touched_layout(circuit.graph.architecture, list(drawn))
     largest = max((abs(s) for s in drawn.values()), default=0.0)
 
     def name(edge: tuple[str, str]) -> str:
@@ -210,14 +316,14 @@ def circuit_svg(
     names = [n for n in (*STATUS_TEXT, "other") if n in {name(e) for e in drawn}]
     legend = [(n, STATUS_TEXT.get(n, "no status")) for n in names]
     if status is None:
-        legend = list(_SIGN_TEXT.items())
+        legend = list(SIGN_TEXT.items())
     legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g}."))
     if len(drawn) < total:
         legend.append(("", f"Drawn: the strongest {len(drawn):,} of {number_of(total, 'edge')}."))
     if circuit.graph.architecture.n_kv_heads < circuit.graph.architecture.n_heads:
         legend.append(("", "Bar under heads: the keys and values that they share."))
     if crowded(circuit.graph.architecture):
-        legend.append(("", _LEFT_OUT))
+        legend.append(("", LEFT_OUT))
     height = layout.height + 18 * len(legend) + 12
 
     model = circuit.meta.model
@@ -225,12 +331,12 @@ def circuit_svg(
     parts = [open_svg(layout.width, height, label)]
     for layer, y in layout.rows.items():
         parts.append(f'<text class="soft" x="8" y="{y + 4:.1f}">L{layer}</text>')
-    parts += [_box(b, notes[b.id], False) for b in layout.boxes.values() if b.id not in active]
-    weakest = _weakest(len(drawn))
+    parts += [box_svg(b, notes[b.id], False) for b in layout.boxes.values() if b.id not in active]
+    weakest = weakest_opacity(len(drawn))
     for edge, score in reversed(drawn.items()):  # the strongest end up in front
         share = abs(score) / largest if largest else 0.0
-        parts.append(_edge(layout, edge, score, share, weakest, name(edge)))
-    parts += [_box(b, notes[b.id], True) for b in layout.boxes.values() if b.id in active]
+        parts.append(edge_svg(layout, edge, score, share, weakest, name(edge)))
+    parts += [box_svg(b, notes[b.id], True) for b in layout.boxes.values() if b.id in active]
     parts.append(legend_svg(legend, 8.0, layout.height + 12))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -293,80 +399,6 @@ def curve_svg(
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-_WIDE = 1100
-"""Pixels across at most: what pages of notebooks show without cutting or shrinking."""
-
-
-def view_svg(data: GraphData, *, top: int = 200, theme: str | None = None) -> str:
-    """The static picture of a view: its panes, as many side by side as a page has room for, and one
-    legend.
-
-    Arguments:
-        data: `View.data`.
-        top: draw at most this many edges, the strongest in any pane.
-        theme: ``light`` or ``dark`` writes the colours out; None follows the reader's.
-    """
-    panes, names = data.panes, data.edge_ids()
-    n = min(len(names), max(top, 0), max(data.top, 1))
-    layout = _layout(data.architecture, names[:n], ROOM if len(panes) == 1 else 2 / 3 * ROOM)
-    fit = max(1, min(len(panes), int(_WIDE / layout.width)))
-    down = -(-len(panes) // fit)
-    across = -(-len(panes) // down)  # rows of one length, where that is possible
-    shown = [s for scores in data.edges.scores for s in scores[: max(n, 1)]]
-    largest = max((abs(s) for s in shown), default=0.0)
-    legend = _view_legend(data, n, largest)
-    lines = [data.title]
-    if data.cad:
-        lines.append(f"CAD: {data.cad.verdict}. {data.cad.sentence}".strip())
-    title, top_y = 22.0 if any(panes) else 4.0, 18.0 * len(lines)
-    row = title + layout.height
-    height = top_y + down * row + 18 * len(legend) + 12
-    label = f"{data.title}: {', '.join(p for p in panes if p) or 'scores'}, {n:,} edges drawn"
-    parts = [open_svg(layout.width * across, height, label, theme)]
-    for k, line in enumerate(lines):
-        weight = ' font-weight="600"' if k == 0 else ""
-        parts.append(f'<text x="8" y="{16 + 18 * k}"{weight} font-size="13">{escape(line)}</text>')
-    for p in range(len(panes)):
-        x, y = p % across * layout.width, top_y + p // across * row + title
-        parts.append(f'<g transform="translate({x:.0f} {y:.0f})">')
-        parts += [*_pane(data, layout, names[:n], p, largest), "</g>"]
-    parts.append(legend_svg(legend, 8.0, top_y + down * row + 12))
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _view_legend(data: GraphData, n: int, largest: float) -> list[tuple[str, str]]:
-    """Style and text of each line below a view."""
-    legend = list(_SIGN_TEXT.items())
-    if data.counts:
-        legend = [(c, f"{MEANING[c]} ({n:,})") for c, n in data.counts.items()]
-    legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data.unit}."))
-    legend.append(("", f"Drawn: the strongest {n:,} of {number_of(data.total, 'edge')}."))
-    if crowded(data.architecture):
-        legend.append(("", _LEFT_OUT))
-    return legend
-
-
-def _pane(
-    data: GraphData, layout: Layout, names: Sequence[tuple[str, str]], pane: int, largest: float
-) -> list[str]:
-    """One pane of a view with its strongest edges."""
-    scores, classes = data.edges.scores[pane], data.edges.classes
-    title, boxes, parts = data.panes[pane], layout.boxes.values(), []
-    if title:
-        parts.append(f'<text x="{LEFT:.0f}" y="-6" font-weight="600">{escape(title)}</text>')
-    for layer, y in layout.rows.items():
-        parts.append(f'<text class="soft" x="8" y="{y + 4:.1f}">L{layer}</text>')
-    active = {box_id(end) for edge in names for end in edge}
-    parts += [_box(b, "not drawn", False) for b in boxes if b.id not in active]
-    weakest = _weakest(len(names))
-    for k in reversed(range(len(names))):  # the strongest end up in front
-        share = abs(scores[k]) / largest if largest else 0.0
-        style = "pos" if data.edges.scores[0][k] >= 0 else "neg"
-        style = CLASSES[classes[k]] if classes is not None else style
-        parts.append(_edge(layout, names[k], scores[k], share, weakest, style))
-    return parts + [_box(b, title or "component", True) for b in boxes if b.id in active]
-
-
-def _weakest(n: int) -> float:
+def weakest_opacity(n: int) -> float:
     """Opacity of the weakest of ``n`` edges: few need not be so faint."""
     return 0.25 + 0.3 * min(1.0, 40 / max(n, 1))

@@ -20,13 +20,12 @@ from jaxtyping import Float, Int
 from ..circuits.changes import Changes, classify
 from ..errors import CircuitError, ViewError
 from ..models.graph import Graph
-from ..utils.files import atomic_path, read_json, write_json, write_text
+from ..utils.files import Json, atomic_path, read_json, write_json, write_text
 from ..utils.libraries import library
 from ..utils.ranges import entrance
 from .data import EdgeData, GraphData, Judged, NodeData, PositionData, Verdict
 from .layout import box_id
-from .page import graph_page
-from .svg import view_svg
+from .page import graph_page, view_svg
 
 if TYPE_CHECKING:  # at run time only their attributes are used
     from ..circuits.circuit import Circuit
@@ -214,35 +213,50 @@ def _with_tokens(
     data: GraphData,
     model: LanguageModel | None,
     pairs: Sequence[Pair] | None,
-    by_position: Float[np.ndarray, "pos writers readers"] | None = None,
+    scores: Attribution | None = None,
+    by_position: bool = False,
 ) -> GraphData:
-    """The same with what happens at the tokens of some prompts, and scores by token position.
+    """The same with what happens at the tokens of some prompts, and scores by token position, laid
+    out so at first if that is asked for.
 
     Raises:
-        ViewError: pairs without a model.
+        ViewError: pairs without a model, or no scores by position to lay out.
     """
+    found = scores.by_position if scores is not None else None
+    if by_position and found is None:
+        raise ViewError(
+            "These scores are not by token position: attribute(model, pairs, positions=True) "
+            "makes them."
+        )
     if pairs is not None and model is None:
         raise ViewError("Attention and direct effects on pairs need the model: give model=, too.")
     places, at = None, (data.edges.source, data.edges.target)
-    if by_position is not None:
-        names = [str(k) for k in range(len(by_position))]
-        places = PositionData(names, [_round(scores[at]) for scores in by_position])
+    if found is not None:
+        names = [str(k) for k in range(len(found))]
+        nodes = [_round(scores.sum(1)) for scores in found]
+        places = PositionData(names, [_round(scores[at]) for scores in found], nodes)
     if pairs is not None and model is not None:
         from .tokens import look_inside, position_names
 
         if places is not None:
             places = replace(places, tokens=position_names(pairs, model, len(places.tokens)))
+        lengths = sorted({len(pair.clean) for pair in pairs})
+        if places is not None and len(lengths) > 1:
+            fact = f"prompts of {lengths[0]} to {lengths[-1]} tokens, counted from the first"
+            data = replace(data, facts=[*data.facts, fact])
         edges = zip(data.edge_ids(), data.edges.in_circuit, strict=True)
         drawn = [edge for k, (edge, inside) in enumerate(edges) if k < data.top or inside]
         nodes = {box_id(end) for edge in drawn for end in edge}
         data = replace(data, prompts=look_inside(model, pairs[:PROMPTS], nodes))
-    return replace(data, positions=places)
+    state: dict[str, Json] = {"by_position": True} if by_position else {}
+    return replace(data, positions=places, state=state)
 
 
 @entrance(ViewError)
 def circuit_view(
     circuit: Circuit,
     *,
+    scores: Attribution | None = None,
     model: LanguageModel | None = None,
     mask: Mask | None = None,
     pairs: Sequence[Pair] | None = None,
@@ -253,6 +267,7 @@ def circuit_view(
 
     Arguments:
         circuit: from `discover`, or read from a file (then only its own edges have scores).
+        scores: from `attribute` with ``positions=True``: lays the circuit out by token position.
         model: its model, to name the weights behind each component.
         mask: to count the parameters of the mask in them.
         pairs: prompts: with a model, the first three show attention and direct effects.
@@ -260,8 +275,14 @@ def circuit_view(
         title: default: the model's name.
 
     Raises:
-        ViewError: not a circuit, or pairs without a model.
+        ViewError: not a circuit, pairs without a model, or scores without positions or of another
+            model.
     """
+    if scores is not None and scores.graph.architecture != circuit.graph.architecture:
+        raise ViewError(
+            f"The scores are of {scores.graph.architecture} and the circuit of "
+            f"{circuit.graph.architecture}: give those of the circuit's own model."
+        )
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
@@ -270,7 +291,7 @@ def circuit_view(
     data = _graph_data(title, circuit, {"": circuit.scores}, limit)
     top = min(TOP, circuit.n_edges) or TOP
     data = replace(data, facts=facts, top=top, weights=_weights(circuit.graph, model, mask))
-    return View(_with_tokens(data, model, pairs))
+    return View(_with_tokens(data, model, pairs, scores, by_position=scores is not None))
 
 
 @entrance(ViewError)
@@ -279,6 +300,7 @@ def attribution_view(
     *,
     model: LanguageModel | None = None,
     pairs: Sequence[Pair] | None = None,
+    by_position: bool = False,
     limit: int | None = LIMIT,
     title: str = "Edge scores",
 ) -> View:
@@ -286,6 +308,9 @@ def attribution_view(
 
     Arguments:
         scores: from `attribute`.
+        by_position: open, and draw pictures, with token positions from left to right and layers
+            upward. Needs scores with ``positions=True``, which pages and widgets can lay out so
+            in any case.
         model: its model, to name the weights behind each component.
         pairs: those it was scored on: with a model, their tokens name the positions, and the first
             three show attention and direct effects.
@@ -293,7 +318,7 @@ def attribution_view(
         title: of the page.
 
     Raises:
-        ViewError: pairs without a model, or other ones than were scored.
+        ViewError: pairs without a model, other ones than were scored, or scores without positions.
     """
     from ..circuits.circuit import Circuit
 
@@ -302,7 +327,7 @@ def attribution_view(
     data = _graph_data(title, circuit, {"": np.asarray(scores.scores)}, limit)
     facts = [f"metric {scores.clean:.3g} on clean prompts, {scores.corrupt:.3g} on corrupt ones"]
     data = replace(data, facts=facts, weights=_weights(scores.graph, model, None))
-    return View(_with_tokens(data, model, pairs, scores.by_position))
+    return View(_with_tokens(data, model, pairs, scores, by_position))
 
 
 def _scores_of(
@@ -323,6 +348,17 @@ def _with_classes(data: GraphData, edges: Changes, nodes: Changes) -> GraphData:
         counts=counts,
         present_from=edges.threshold,
     )
+
+
+def _what_became(
+    graph: Graph, before: Float[np.ndarray, "writers readers"], counts: Mapping[str, int]
+) -> list[str]:
+    """Where the original had it, and how many edges became what, most first."""
+    order = np.argsort(-np.abs(before.sum(1)))
+    most = [graph.writers[i].id for i in order if graph.writers[i].id != "input"][:3]
+    found = sorted(((n, name) for name, n in counts.items() if n), reverse=True)
+    became = ", ".join(f"{n:,} {name}" for n, name in found)
+    return [f"carried most before: {', '.join(most)}", *([f"edges: {became}"] if became else [])]
 
 
 @entrance(ViewError)
@@ -378,6 +414,7 @@ def changes_view(
     data = replace(
         _with_classes(_graph_data(title, circuit, panes, limit), edges, nodes),
         facts=[
+            *_what_became(circuit.graph, np.asarray(before.scores), edges.counts()),
             f"an edge is present from |score| {edges.threshold:.3g}",
             *([circuit.meta.caveat] if circuit.meta.caveat else []),
         ],

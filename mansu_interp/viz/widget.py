@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from ..errors import ViewError
 from ..models.graph import Graph, Node
 from ..utils.files import finite
 from ..utils.libraries import library
-from .layout import box_id
-from .page import module_source
+from .layout import GROUP, box_id, component_of
+from .page import inside_of_groups, module_source
 
 WITHOUT = "A view's to_html, to_svg and its picture in a notebook work without it."
 anywidget = library("anywidget", "", "The widget", ViewError, WITHOUT)
@@ -25,22 +25,6 @@ if TYPE_CHECKING:
     from .view import View
 
 
-_GROUP = "⊞ "
-"""Stands before the name of a closed group where one is the end of an edge, as in panels.js."""
-
-
-def _boxes_in(members: Collection[str], graph: Graph) -> set[str]:
-    """The boxes that a closed group stands for: its members, and keys and values that only they
-    read; the same rule as `insideOfGroups` in panels.js."""
-    a, found = graph.architecture, set(members)
-    each = a.n_heads // a.n_kv_heads
-    for layer in range(a.n_layers):
-        for k in range(a.n_kv_heads if each > 1 else 0):
-            if all(f"a{layer}.h{h}" in found for h in range(k * each, (k + 1) * each)):
-                found.add(f"a{layer}.kv{k}")
-    return found
-
-
 class GraphWidget(anywidget.AnyWidget):
     """An interactive view whose selection and threshold are shared with Python."""
 
@@ -48,10 +32,11 @@ class GraphWidget(anywidget.AnyWidget):
     data = traitlets.Dict().tag(sync=True)
     """What is shown: the JSON of `View.data`."""
     selected = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    """Selected components, e.g. ``["a1.h2", "m3"]``; set it to select from Python."""
+    """Selected components, e.g. ``["a1.h2", "m3"]``, or one at a token position, ``"m3@2"``; set it
+    to select from Python."""
     selected_edge = traitlets.List(traitlets.Unicode(), maxlen=2).tag(sync=True)
-    """The selected edge as [source, target], or empty. A closed group stands as ``"⊞ "`` and its
-    name: then it is all edges that the line sums."""
+    """The selected edge as [source, target], or empty; at a token position, both end in it. A
+    closed group stands as ``"⊞ "`` and its name: then it is all edges that the line sums."""
     threshold = traitlets.Float(None, allow_none=True).tag(sync=True)
     """Smallest |score| that is drawn; None until it is set or moved (then the strongest 200)."""
     changed_only = traitlets.Bool(False).tag(sync=True)
@@ -70,8 +55,8 @@ class GraphWidget(anywidget.AnyWidget):
     def circuit(self, circuit: Circuit) -> Circuit:
         """The part of a circuit that is selected and above the threshold.
 
-        Edges that touch a selected component, or the selected edge; all of them if nothing is
-        selected. Not pruned to paths from input to logits. `circuit_mask` of it, with
+        Edges that touch a selected component, or the selected edge, at any position; all of them if
+        nothing is selected. Not pruned to paths from input to logits. `circuit_mask` of it, with
         ``forget=``, gives the parameters behind the selection.
 
         Raises:
@@ -79,33 +64,42 @@ class GraphWidget(anywidget.AnyWidget):
         """
         graph = circuit.graph
         names = {box_id(n.id) for n in (*graph.writers, *graph.readers)}
-        if unknown := [name for name in self.selected if name not in names]:
+        selected = {component_of(name) for name in self.selected}
+        if unknown := sorted(selected - names):
             raise ViewError(f"{unknown[0]!r} is no component of {graph.architecture}.")
-        edges = circuit.edges & (np.abs(circuit.scores) >= (self.threshold or 0.0))
+        edges = circuit.edges & (self._strength(circuit) >= (self.threshold or 0.0))
         if self.selected_edge:
             edges &= self._line(graph)
-        elif self.selected:
-            chosen = set(self.selected)
-            rows = np.array([box_id(n.id) in chosen for n in graph.writers])
-            columns = np.array([box_id(n.id) in chosen for n in graph.readers])
+        elif selected:
+            rows = np.array([box_id(n.id) in selected for n in graph.writers])
+            columns = np.array([box_id(n.id) in selected for n in graph.readers])
             edges &= rows[:, None] | columns[None, :]
         return replace(circuit, edges=edges, meta=circuit.meta.of_parts("selection"))
+
+    def _strength(self, circuit: Circuit) -> Float[np.ndarray, "writers readers"]:
+        """|score| of every edge; in the layout by position, the largest of those it has there."""
+        data, strength = self.view.data, np.abs(circuit.scores)
+        if data.positions and self.state.get("by_position"):
+            strength = np.zeros_like(strength)
+            at = data.edges.source, data.edges.target
+            strength[at] = np.abs(data.positions.scores).max(axis=0)
+        return strength
 
     def _line(self, graph: Graph) -> Bool[np.ndarray, "writers readers"]:
         """The edges behind the selected one: itself, or those that a closed group's line sums."""
         only = np.zeros_like(graph.exists)
-        source, target = self.selected_edge
-        if not any(end.startswith(_GROUP) for end in (source, target)):
+        source, target = map(component_of, self.selected_edge)
+        if not any(end.startswith(GROUP) for end in (source, target)):
             only[graph.edge(source, target)] = True
             return only
 
         def ends(nodes: Sequence[Node], end: str) -> Bool[np.ndarray, " nodes"]:
-            if not end.startswith(_GROUP):
+            if not end.startswith(GROUP):
                 return np.array([n.id == end for n in nodes])
-            if (name := end.removeprefix(_GROUP)) not in self.groups:
+            if (name := end.removeprefix(GROUP)) not in self.groups:
                 known = ", ".join(sorted(self.groups)) or "none"
                 raise ViewError(f"{name[:40]!r} is no group of this widget; its groups: {known}.")
-            boxes = _boxes_in(self.groups[name], graph)
+            boxes = inside_of_groups(graph.architecture, {name: self.groups[name]})
             return np.array([box_id(n.id) in boxes for n in nodes])
 
         only |= ends(graph.writers, source)[:, None] & ends(graph.readers, target)[None, :]
