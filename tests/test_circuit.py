@@ -17,6 +17,8 @@ import reference
 import torch
 from checked import wrong_type
 from conftest import SHIPPED, make_pairs, make_tiny
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
@@ -300,7 +302,8 @@ def test_a_circuit_is_not_empty(tiny_model: TinyModel):
 
 
 def test_scores_by_edge_by_rank_and_as_files(facts: LanguageModel, capitals: Task, tmp_path: Path):
-    found = attribute(facts, capitals.forget.sample(4, 0), config=AttributionConfig(ig_steps=1))
+    some = capitals.forget.sample(4, 0)
+    found = attribute(facts, some, config=AttributionConfig(ig_steps=1), positions=True)
     strongest, second = found.top(2)
     assert strongest.score == found.edge(strongest.source, strongest.target)
     assert abs(strongest.score) == np.abs(found.scores).max() >= abs(second.score)
@@ -313,6 +316,14 @@ def test_scores_by_edge_by_rank_and_as_files(facts: LanguageModel, capitals: Tas
     found.save(tmp_path / "scores.safetensors")
     again = Attribution.load(tmp_path / "scores.safetensors")
     assert np.array_equal(again.scores, found.scores) and again.clean == found.clean
+    assert again.by_position is not None and found.by_position is not None
+    assert np.array_equal(again.by_position, found.by_position)
+    with safe_open(tmp_path / "scores.safetensors", "pt") as file:
+        tensors, header = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["by_position"] = tensors["by_position"][0].clone()
+    save_file(tensors, tmp_path / "flat.safetensors", header)
+    with pytest.raises(ArtifactError, match="by position have no positions"):
+        Attribution.load(tmp_path / "flat.safetensors")
     with pytest.raises(ArtifactError, match="is not a readable scores"):
         Attribution.load(SHIPPED / "facts-capitals.mask.safetensors")
     assert "1,055 edges" in repr(found) and strongest.source in found._repr_html_()

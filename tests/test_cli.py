@@ -579,6 +579,14 @@ def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path, capsys: pytest.Capture
     assert '"prompts"' in (out / "circuit.html").read_text()
     assert main(["view", str(scores), "--out", str(tmp_path / "p.svg")]) == 0
     assert (tmp_path / "p.svg").read_text().lstrip().startswith("<svg")
+    words = ["attribute", "--pairs", str(file), "--positions", "--quiet", "--out"]
+    assert main([*words, str(tmp_path / "tokens.html")]) == 0  # named after the prompts' tokens
+    assert re.search(r'"tokens": ?\[', (tmp_path / "tokens.html").read_text())
+    assert main([*words, str(tmp_path / "tokens.safetensors")]) == 0
+    assert (
+        main(["view", str(tmp_path / "tokens.safetensors"), "--out", str(tmp_path / "t.svg")]) == 0
+    )
+    assert "@" in (tmp_path / "t.svg").read_text()
 
 
 def test_compared_circuits_and_scores(capsys: pytest.CaptureFixture[str], tmp_path: Path):

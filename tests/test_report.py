@@ -61,7 +61,8 @@ from mansu_interp.utils.files import read_json
 from mansu_interp.utils.words import number_of, p_value
 from mansu_interp.viz.layout import place
 from mansu_interp.viz.page import module_source
-from mansu_interp.viz.svg import circuit_svg, curve_svg, escape
+from mansu_interp.viz.plots import curve_svg
+from mansu_interp.viz.svg import circuit_svg, escape
 from mansu_interp.viz.view import changes_view
 
 HOSTILE = ["<script>alert(1)</script>", '"onmouseover="alert(2)', "</svg>", "</td><img src=x>"]

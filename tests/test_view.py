@@ -38,7 +38,7 @@ from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
 from mansu_interp.viz.layout import box_id, component_of, place_by_position, position_of
 from mansu_interp.viz.page import module_source, page_script, policy, view_svg
 from mansu_interp.viz.plots import Axis, Dots, make_axis, scatter_svg, strip_svg
-from mansu_interp.viz.tokens import attention_patterns, look_inside, plain_token, token_log_probs
+from mansu_interp.viz.tokens import attention_patterns, harmless_token, look_inside, token_log_probs
 from mansu_interp.viz.view import View, attribution_view, changes_view, circuit_view
 
 
@@ -715,8 +715,9 @@ def test_attention_of_both_prompts(no_network: None, facts: LanguageModel, capit
 
 
 def test_a_token_cannot_end_the_script():
-    assert "</script" not in plain_token("</script>") and "<!--" not in plain_token("<!--")
-    assert "<SCRIPT" not in plain_token("<SCRIPT") and plain_token("<bos> a < b") == "<bos> a < b"
+    assert "</script" not in harmless_token("</script>") and "<!--" not in harmless_token("<!--")
+    assert "<SCRIPT" not in harmless_token("<SCRIPT")
+    assert harmless_token("<bos> a < b") == "<bos> a < b"
 
 
 @pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")

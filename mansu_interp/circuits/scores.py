@@ -143,20 +143,20 @@ class Attribution:
 
     @entrance(CircuitError)
     def save(self, path: Path | str) -> None:
-        """Write the scores as safetensors."""
+        """Write the scores as safetensors, those by position with them."""
         header = {
             "architecture": asdict(self.graph.architecture),
             "clean": self.clean,
             "corrupt": self.corrupt,
         }
-        write_tensors(
-            Path(path), "scores", SCHEMA, {"scores": torch.from_numpy(self.scores)}, header
-        )
+        kept = {"scores": self.scores, "by_position": self.by_position}
+        tensors = {name: torch.from_numpy(v) for name, v in kept.items() if v is not None}
+        write_tensors(Path(path), "scores", SCHEMA, tensors, header)
 
     @classmethod
     @entrance(CircuitError)
     def load(cls, path: Path | str) -> Attribution:
-        """Read what `save` wrote: scores by edge, not those by position or neuron.
+        """Read what `save` wrote: scores by edge and position, not those by neuron.
 
         Raises:
             ArtifactError: no such file, or one that is damaged or of another kind.
@@ -165,12 +165,18 @@ class Attribution:
         try:
             expect(header, SCORES_FILE, "the header")
             graph = Graph(Architecture(**header["architecture"]))
-            scores = tensors["scores"].numpy()
-            if scores.shape != graph.exists.shape or not np.isfinite(scores).all():
-                raise ValueError("the scores do not fit the architecture, or are not finite")
+            found = {name: tensor.numpy() for name, tensor in tensors.items()}
+            scores, places = found["scores"], found.get("by_position")
+            shapes = {v.shape[-2:] for v in found.values()}
+            if shapes != {graph.exists.shape} or scores.ndim != 2:
+                raise ValueError("the scores do not fit the architecture")
+            if places is not None and places.ndim != 3:
+                raise ValueError("the scores by position have no positions")
+            if not all(np.isfinite(v).all() for v in found.values()):
+                raise ValueError("the scores are not finite")
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} holds no edge scores: {error}.") from error
-        return cls(graph, scores, header["clean"], header["corrupt"])
+        return cls(graph, scores, header["clean"], header["corrupt"], places)
 
     def view(self) -> View:
         """The graph, drawn (see `circuit_view`)."""

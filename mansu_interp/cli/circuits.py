@@ -79,24 +79,30 @@ def do_attribute(config: AttributeConfig, output: Output) -> int:
     """Score every edge, and write the scores."""
     from ..utils.files import atomic_path, check_free
 
-    if config.out.suffix not in (".safetensors", ".csv"):
-        raise ConfigError(f"--out must end with .safetensors or .csv; got {config.out}.")
+    if config.out.suffix not in (".safetensors", ".csv", ".html"):
+        raise ConfigError(f"--out must end with .safetensors, .csv or .html; got {config.out}.")
     check_free(config.out)
     with stages("loading the model", output.quiet or output.json) as progress:
         from ..circuits.attribution import attribute
         from ..models.load import load_model, use_threads
+        from ..viz.view import attribution_view
 
         model = load_model(config.model, config.device)
         use_threads(model)
+        pairs = _pairs(config, model)[0].sample(config.attribution.pairs, config.seed)
         found = attribute(
             model,
-            _pairs(config, model)[0].sample(config.attribution.pairs, config.seed),
+            pairs,
             config=config.attribution,
             on_batch=lambda done, n: progress("attribution", done, n),
+            positions=config.positions,
         )
     with atomic_path(config.out, new=True) as file:
         if config.out.suffix == ".csv":
             file.write_text(found.to_pandas().to_csv(index=False), encoding="utf-8")
+        elif config.out.suffix == ".html":
+            view = attribution_view(found, model=model, pairs=pairs, by_position=config.positions)
+            view.to_html(file)
         else:
             found.save(file)
     if output.json:
@@ -137,8 +143,10 @@ def do_view(config: ViewConfig, output: Output) -> int:
         view = View.from_json(path)
     else:
         found = _read(path)
-        draw = attribution_view if isinstance(found, Attribution) else circuit_view
-        view = draw(found)  # type: ignore[arg-type]
+        if isinstance(found, Attribution):
+            view = attribution_view(found, by_position=found.by_position is not None)
+        else:
+            view = circuit_view(found)
     stem = path / "graph" if path.is_dir() else path.with_suffix("")
     out = config.out or unused(stem, ".html")
     check_free(out)

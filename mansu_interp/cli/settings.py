@@ -118,7 +118,9 @@ class AttributeConfig(OnPrompts):
     """Score every edge of a model by what it does for some answers."""
 
     out: Path = Path("scores.safetensors")
-    """The file to write: .safetensors, for view and compare, or .csv."""
+    """The file to write: .safetensors, for view and compare, .csv, or a page to look at, .html."""
+    positions: bool = False
+    """Score every token position as well; pages then lay tokens out from left to right."""
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     """How edges are scored."""
 

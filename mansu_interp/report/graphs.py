@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..utils.words import number_of
-from ..viz.svg import curve_svg
+from ..viz.plots import curve_svg
 from .blocks import Block, Graph, Picture, Table
 from .records import CircuitSummary, Report
 from .values import count, figure, known, measured, percent

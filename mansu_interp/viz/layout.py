@@ -304,7 +304,7 @@ def layer_of(box: str, architecture: Architecture) -> int:
     return _node(box, architecture).layer
 
 
-def plain_token(text: str) -> str:
+def column_name(text: str) -> str:
     """A token as the name of a column: without spaces around it, but not empty."""
     return text.strip() or ("↵" if "\n" in text else "␣")
 
@@ -324,7 +324,7 @@ def _columns(full: Sequence[float], tokens: Sequence[str]) -> list[Column]:
             runs[-1].append(p)
     left, out = LEFT, []
     for positions in [part for r in runs for part in ([r] if len(r) > 2 else [[p] for p in r])]:
-        label = "⋯" if len(positions) > 1 else plain_token(tokens[positions[0]])
+        label = "⋯" if len(positions) > 1 else column_name(tokens[positions[0]])
         own = full[positions[0]]
         width = max(own, clamp(LETTER * len(label) + 4, 40.0 if own else 16.0, 92.0))
         out.append(Column(positions, label, left + width / 2, width))

@@ -55,6 +55,7 @@ from .svg import (
     open_svg,
     path_of,
     shorten,
+    spread,
     touched_layout,
     weakest_opacity,
 )
@@ -139,24 +140,8 @@ def close_groups(
     for y, row in rows.items():
         beside = [b for b in boxes.values() if b.kind == "mlp" and abs(b.y - y) < b.height]
         right = beside[0].x - beside[0].width / 2 - 12 if beside and not a.parallel else None
-        boxes |= {b.id: b for b in _spread(row, layout.margin if right is None else right)}
+        boxes |= {b.id: b for b in spread(row, layout.margin if right is None else right)}
     return boxes
-
-
-def _spread(row: Sequence[Box], right: float) -> list[Box]:
-    """Side by side up to an end, as near to their places as that allows; narrower if they must
-    be."""
-    gap, row = 12.0, sorted(row, key=lambda b: b.x)
-    share = min(1.0, (right - LEFT) / (sum(b.width for b in row) + gap * (len(row) - 1)))
-    start, out = LEFT, []
-    for b in row:
-        width = b.width * share
-        out.append(replace(b, x=max(b.x, start + width / 2), width=width))
-        start = out[-1].x + width / 2 + gap * share
-    for k in reversed(range(len(out))):
-        out[k] = replace(out[k], x=min(out[k].x, right - out[k].width / 2))
-        right = out[k].x - out[k].width / 2 - gap * share
-    return out
 
 
 @dataclass(frozen=True)

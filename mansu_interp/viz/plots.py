@@ -1,4 +1,5 @@
-"""Small static charts as inline SVG: values by method, and one value against another."""
+"""Small static charts as inline SVG: values by method, one value against another, and
+faithfulness by size."""
 
 from __future__ import annotations
 
@@ -228,4 +229,62 @@ def lines_svg(curves: Mapping[str, Sequence[Sequence[object]]], x_label: str, y_
         parts.append(f'<path class="{name}" stroke-width="2" d="M{path}"/>' if path else "")
     legend = list(zip(_LINES * len(lines), lines, strict=False))
     parts.append(legend_svg(legend, 8.0, 222.0))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _short(power: int) -> str:
+    """A power of ten that fits under a tick: 1, 10, 100, 1k, 10k, 100k, 1M."""
+    return f"{10 ** (power % 3)}{('', 'k', 'M', 'G')[min(power // 3, 3)]}"
+
+
+def curve_svg(
+    points: Sequence[tuple[float, float]], chosen: tuple[float, float] | None = None
+) -> str:
+    """A small line chart of faithfulness over the number of edges (logarithmic).
+
+    Arguments:
+        points: (edges, faithfulness) in any order, as the search visited them.
+        chosen: the circuit's own point, marked; default none.
+    """
+    points = sorted({(max(n, 1), f) for n, f in points if math.isfinite(n) and math.isfinite(f)})
+    every = [*points, (max(chosen[0], 1), chosen[1])] if chosen else points
+    decades = math.ceil(math.log10(max([n for n, _ in every], default=10)) or 1)
+    low = min([0.0, *(f for _, f in every)])
+    high = max([1.0, *(f for _, f in every)])
+    left, right, top, bottom = 44.0, 404.0, 16.0, 170.0
+
+    def at(n: float, f: float) -> tuple[float, float]:
+        x = left + (right - left) * math.log10(max(n, 1)) / decades
+        return x, bottom - (bottom - top) * (f - low) / (high - low)
+
+    parts = [open_svg(420.0, 214.0, "Faithfulness of the circuit by its number of edges")]
+    for f in (0.0, 0.25, 0.5, 0.75, 1.0):
+        _, y = at(1, f)
+        parts.append(f'<path class="axis" d="M{left} {y:.1f}H{right}"/>')
+        parts.append(
+            f'<text class="soft" text-anchor="end" x="{left - 6}" y="{y + 4:.1f}">{f:g}</text>'
+        )
+    for power in range(decades + 1):
+        x, _ = at(10.0**power, 0)
+        parts.append(f'<text class="soft mid" x="{x:.1f}" y="{bottom + 14}">{_short(power)}</text>')
+    parts.append(f'<text class="soft mid" x="{(left + right) / 2}" y="{bottom + 32}">edges</text>')
+    if points:
+        path = " ".join(f"{x:.1f} {y:.1f}" for x, y in (at(*p) for p in points))
+        parts.append(f'<path class="pos" stroke-width="2" d="M{path}"/>')
+    for n, f in points:
+        x, y = at(n, f)
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="var(--pos)">'
+            f"<title>{n:,.0f} edges: {f:.3f}</title></circle>"
+        )
+    if chosen:
+        x, y = at(*chosen)
+        note = f"{chosen[0]:,.0f} edges: {chosen[1]:.3f}"
+        anchor = "end" if x > (left + right) / 2 else "start"
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="var(--neg)" '
+            f'stroke-width="2"><title>this circuit, {note}</title></circle>'
+            f'<text text-anchor="{anchor}" x="{x + (-10 if anchor == "end" else 10):.1f}" '
+            f'y="{y + 18:.1f}">{note}</text>'
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -163,7 +163,7 @@ class TokenView:
         return self.summary
 
 
-def plain_token(token: str) -> str:
+def harmless_token(token: str) -> str:
     """A token that cannot end or open a script element, at the cost of an invisible space."""
     return re.sub(r"<(?=[/!]|script)", "<\N{ZERO WIDTH SPACE}", token, flags=re.I)
 
@@ -196,7 +196,7 @@ def _combine(panels: Sequence[tuple[str, _Rendered]], summary: str) -> TokenView
 
 
 def _decoder(model: LanguageModel) -> Callable[[int], str]:
-    return lambda token: plain_token(str(model.get_tokenizer().decode([token])))
+    return lambda token: harmless_token(str(model.get_tokenizer().decode([token])))
 
 
 def attention_patterns(
