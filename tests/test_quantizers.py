@@ -11,13 +11,18 @@ from torch import Tensor
 
 from mansu_interp.errors import ConfigError
 from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.masks.floor import floor
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
 from mansu_interp.tasks.load import load_task
-from mansu_interp.utils.libraries import library
+from mansu_interp.utils.libraries import library, quiet
+
+with quiet():  # tells which of its kernels do not load
+    from torchao.prototype.mx_formats import mx_tensor, nvfp4_tensor
+    from torchao.prototype.mx_formats.kernels import unpack_uint4
 
 NF = NF4()
 
@@ -159,7 +164,7 @@ def test_ties_go_where_bitsandbytes_sends_them():
     assert torch.equal(NF.cells(weight).codes, codes)
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4", "int4-g32", "q4_0", "q8_0"])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4-g32", "q4_0", "q8_0", "mxfp4", "nvfp4"])
 def test_leaving_a_cell_is_a_code_that_changes(name: str):
     """Boundaries themselves and values beyond all levels included."""
     torch.manual_seed(0)
@@ -178,7 +183,7 @@ def test_leaving_a_cell_is_a_code_that_changes(name: str):
 
 # Every quantizer's cells, code by code against the library that it stands for.
 
-VALUES = ("normal", "ties", "zero block", "negative extreme", "one sign", "constant")
+VALUES = ("normal", "ties", "zero block", "negative extreme", "one sign", "constant", "many sizes")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -197,6 +202,8 @@ def made_weights(kind: str, dtype: torch.dtype, width: int = 256) -> Tensor:
         weight = weight.abs() + 0.01
     if kind == "constant":
         weight[::2] = 0.02
+    if kind == "many sizes":  # of groups, from 1 down to 2 ** -15 of the largest
+        weight *= (2.0 ** -torch.arange(width // 16)).repeat_interleave(16)
     return weight.to(dtype).float()
 
 
@@ -221,18 +228,40 @@ def reference_codes(name: str, weight: Tensor) -> Tensor:
         quantizer = get_quantizer(name)
         assert isinstance(quantizer, Int4)
         return quantizer.library_codes(weight)[0].long().flatten() + 8 * (quantizer.rule == "sym")
+    if name == "nvfp4":
+        return float_ranks(unpack_uint4(to_nvfp4(weight).qdata).flatten())
+    return torch.from_numpy(gguf_codes(name, weight.numpy())).flatten()
+
+
+def float_ranks(codes: Tensor) -> Tensor:
+    """4-bit floats, whose first bit is the sign, counted from the lowest; two zeros are one."""
+    magnitude = (codes & 7).long()
+    return 7 + torch.where(codes > 7, -magnitude, magnitude)
+
+
+def to_nvfp4(weight: Tensor) -> nvfp4_tensor.NVFP4Tensor:
+    scale = nvfp4_tensor.per_tensor_amax_to_scale(weight.abs().amax())
+    return nvfp4_tensor.NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=scale)
+
+
+def gguf_codes(name: str, weight: np.ndarray) -> np.ndarray:
+    """Out of the bytes of gguf's blocks: scales, then fifth bits, then pairs of nibbles."""
     kind = getattr(gguf.GGMLQuantizationType, name.upper())
-    blocks = gguf.quantize(weight.numpy(), kind).reshape(weight.numel() // 32, -1)
+    blocks = gguf.quantize(weight, kind).reshape(weight.size // 32, -1)
     if name == "q8_0":
-        return torch.from_numpy(blocks[:, 2:].view(np.int8).astype(np.int64)).flatten() + 127
-    head = 2 if name == "q4_0" else 4
-    codes = np.concatenate([blocks[:, head:] & 15, blocks[:, head:] >> 4], 1).astype(np.int64)
-    if name == "q4_0":
-        scale = np.take_along_axis(
-            grouped := weight.numpy().reshape(-1, 32), abs(grouped).argmax(1)[:, None], 1
-        )
-        codes = np.where(scale > 0, 15 - codes, codes)
-    return torch.from_numpy(codes).flatten()
+        return blocks[:, 2:].view(np.int8).astype(np.int64) + 127
+    nibbles = blocks[:, -16:]
+    codes = np.concatenate([nibbles & 15, nibbles >> 4], 1).astype(np.int64)
+    if name == "mxfp4":
+        return float_ranks(torch.from_numpy(codes)).numpy()
+    if name.startswith("q5"):
+        high = np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little")
+        codes += 16 * high.astype(np.int64)
+    if name.endswith("_0"):
+        grouped = weight.reshape(-1, 32)
+        extreme = np.take_along_axis(grouped, abs(grouped).argmax(1)[:, None], 1)
+        codes = np.where(extreme > 0, (31 if name == "q5_0" else 15) - codes, codes)
+    return codes
 
 
 WEIGHTWISE = [n for n in QUANTIZERS if not n.startswith(("awq", "autoround"))]
@@ -263,7 +292,8 @@ def test_values_are_the_library_s_round_trip(name: str, kind: str):
     cells = quantizer.cells(weight)
     restored = quantizer.round_trip(weight).flatten()
     slack = 0.02 if name.endswith("dq") else 2e-3
-    bound = slack * torch.maximum(cells.span, cells.highest.abs()) + 1e-7
+    bound = slack * torch.maximum(cells.span, cells.highest.abs())
+    bound += 2.0**-25 * cells.levels.abs().max()  # a tiny scale is rounded as float16 has it
     if name == "nf4":
         assert torch.equal(restored, cells.value(cells.codes))
     elif name.endswith("dq"):
@@ -299,6 +329,62 @@ def test_edges_enclose_the_element(name: str):
     slack = 1e-4 * cells.span + (4e-4 * weight.abs().max() if name == "int8" else 0)
     assert (weight.flatten() <= cells.edge(cells.codes) + slack).all()
     assert (weight.flatten() >= cells.edge(cells.codes - 1) - slack).all()
+
+
+@pytest.mark.parametrize("k", [-60, -7, -5, -1, 0, 1, 5, 60])
+def test_mxfp4_s_exponent_around_a_power_of_two(k: int):
+    """gguf takes a float32 logarithm, which rounds up just below."""
+    steps = 2.0 ** torch.tensor([-24.0]) * torch.tensor([[0], [1], [2], [8], [60], [-2], [-40]])
+    weight = torch.linspace(-1, 1, 32).repeat(7, 1) * 0.9
+    weight[:, 5:6] = 1 - steps
+    weight *= 2.0**k
+    codes = get_quantizer("mxfp4").cells(weight).codes
+    assert torch.equal(codes, reference_codes("mxfp4", weight))
+
+
+def test_mxfp4_of_torchao_differs_in_ties_alone():
+    """torchao's go to the even code, gguf's towards 0."""
+    for kind in ("normal", "ties"):
+        weight = made_weights(kind, torch.float32)
+        _, packed = mx_tensor.to_mx(weight, torch.float4_e2m1fn_x2, 32)
+        cells = get_quantizer("mxfp4").cells(weight)
+        other = float_ranks(unpack_uint4(packed).flatten()) != cells.codes
+        units = weight.flatten() / torch.where(cells.scale > 0, cells.scale, 1.0)
+        assert not (other & ~torch.isin(units.abs(), cells.boundaries)).any()
+        assert other.any() == (kind == "ties")
+
+
+def test_a_value_may_rise_within_mxfp4_s_exponent_alone():
+    """Up to 8 units the scale stays; at 8 it doubles."""
+    weight = torch.full((1, 32), 0.3)
+    weight[0, 0] = 4.5
+    q = get_quantizer("mxfp4")
+    before = q.cells(weight)
+    weight[0, 1] = before.highest[1] * (1 - 2**-8)
+    assert torch.equal(q.cells(weight).scale, before.scale)
+    weight[0, 1] = before.highest[1]
+    assert torch.equal(q.cells(weight).scale, 2 * before.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "names", [("mxfp4",), ("nvfp4",), ("nf4", "q5_0", "q5_1", "mxfp4", "nvfp4")]
+)
+def test_what_the_floor_admits_survives(names: tuple[str, ...], dtype: torch.dtype):
+    """A third of a weight edited up or down, as far as the floor allows or just so far: in the
+    library every code of an edit changes, and no other."""
+    weight = made_weights("normal", dtype)
+    where, generator = floor(weight, names, dtype), torch.Generator().manual_seed(1)
+    up, far, edited = torch.rand(3, weight.numel(), generator=generator).gt(0.5)
+    end = torch.where(up, where.highest, where.lowest)
+    value, moves = where.land(torch.where(far, end * 0.98, torch.where(up, where.up, where.down)))
+    moves &= edited
+    assert moves.float().mean() > 0.2
+    after = torch.where(moves, value, weight.flatten()).view_as(weight)
+    for kind in (dtype, torch.bfloat16):
+        a, b = weight.to(kind).float(), after.to(kind).float()
+        for name in names:
+            assert torch.equal(reference_codes(name, a) != reference_codes(name, b), moves), name
 
 
 def test_hqq_is_the_package_s_own():

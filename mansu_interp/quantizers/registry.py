@@ -9,7 +9,7 @@ from .bitsandbytes import FourBit, Int8
 from .calibrated import Calibrated
 from .gguf import Gguf
 from .hqq import Hqq
-from .torchao import Int4
+from .torchao import Int4, Nvfp4
 
 BLOCKS = (64, 128, 256, 512)
 GROUPS = (32, 64, 128)
@@ -17,7 +17,8 @@ _ALL: list[Quantizer] = [
     *(FourBit(k, b, d) for k in ("nf4", "fp4") for b in BLOCKS for d in (False, True)),
     Int8(),
     *(Int4(rule, g) for rule in ("asym", "sym", "tinygemm") for g in GROUPS),
-    *(Gguf(name) for name in ("q4_0", "q4_1", "q8_0")),
+    *(Gguf(name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")),
+    Nvfp4(),
     Hqq(),
     *(Calibrated(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),
 ]
