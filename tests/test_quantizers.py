@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import gguf
 import numpy as np
 import pytest
@@ -9,20 +12,29 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
+from mansu_interp.bench.config import BenchConfig
+from mansu_interp.cli.settings import VerifyConfig
 from mansu_interp.errors import ConfigError
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.masks.floor import floor
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.bitsandbytes import NF4
+from mansu_interp.quantizers.gguf import EXACT as EXACT_FORMATS
+from mansu_interp.quantizers.gguf import FITTED, TYPES, _ggml, pack
 from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
+from mansu_interp.runs.config import RunConfig
+from mansu_interp.runs.run import run
 from mansu_interp.tasks.load import load_task
+from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.utils.libraries import library, quiet
+from mansu_interp.utils.shipped import ENGINES, quantizer_names
 
 with quiet():  # tells which of its kernels do not load
     from torchao.prototype.mx_formats import mx_tensor, nvfp4_tensor
     from torchao.prototype.mx_formats.kernels import unpack_uint4
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 NF = NF4()
 
@@ -264,8 +276,8 @@ def gguf_codes(name: str, weight: np.ndarray) -> np.ndarray:
     return codes
 
 
-WEIGHTWISE = [n for n in QUANTIZERS if not n.startswith(("awq", "autoround"))]
-EXACT = [n for n in WEIGHTWISE if n != "hqq"]
+EXACT = [n for n, q in QUANTIZERS.items() if q.promises]
+WEIGHTWISE = [*EXACT, "hqq"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -410,6 +422,149 @@ def test_rows_that_do_not_divide_are_left_alone():
 def test_a_missing_package_names_its_install_line():
     with pytest.raises(ConfigError, match=r'pip install "mansu-interp\[hqq\]"'):
         library("not_installed_anywhere", "hqq")
+
+
+# Engines stand for the formats that people use with them.
+
+
+def test_an_engine_stands_for_its_formats():
+    """What can be survived is what promises; the rest is measured."""
+    for name, formats in ENGINES.items():
+        assert all(get_quantizer(q).promises for q in formats.exact), name
+        assert not any(get_quantizer(q).promises for q in formats.fitted), name
+        assert quantizer_names([name], exact=True) == formats.exact
+    both = quantizer_names(["q4_0, vllm", "llama.cpp"])
+    assert len(both) == len(set(both)) and both[:2] == ("q4_0", "nf4") and "q4_k_m" in both
+    every = {q for f in ENGINES.values() for q in (*f.exact, *f.fitted)}
+    assert set(quantizer_names(["all"])) == every
+    assert quantizer_names(["q4_0", "q4_0"]) == ("q4_0", "q4_0")  # a slip, left for others to say
+    assert Mansu(survive=("llama.cpp",)).survive == ENGINES["llama.cpp"].exact
+    config = RunConfig(quantizers=("transformers",))
+    assert config.quantizers == ("nf4", "fp4", "int8", "torchao-int4-g128", "hqq")
+    bench = BenchConfig(survive=("vllm",), quantizers=("vllm",))
+    assert bench.survive == ENGINES["vllm"].exact != bench.quantizers
+    assert VerifyConfig("a", "b", ("all",)).survive == quantizer_names(["all"], exact=True)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "int4-g32", "nvfp4", "hqq", "awq-g64", "q4_k_m"])
+def test_a_missing_package_is_said_before_a_run(name: str, monkeypatch, tmp_path):
+    quantizer = get_quantizer(name)
+    package, extra = quantizer.needs[-1]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"The quantizer {name} needs .*\[{extra}\]"):
+        run(RunConfig(model="none", quantizers=(name,), out=tmp_path / "run"))
+
+
+# What llama.cpp fits to its weights, by its own code.
+
+
+@pytest.fixture
+def llama_cpp():
+    pytest.importorskip("xllamacpp", reason="llama.cpp's own code: needs the wheel xllamacpp")
+
+
+@pytest.mark.parametrize("name", EXACT_FORMATS)
+def test_llama_cpp_writes_the_bytes_of_gguf(llama_cpp, name: str, monkeypatch):
+    """So what is exact of the package is exact in the engine."""
+    weight = torch.cat([made_weights(kind, torch.float32) for kind in VALUES])
+    expected = pack(weight, name)
+    monkeypatch.setattr("mansu_interp.quantizers.gguf.EXACT", ())
+    assert (pack(weight, name) == expected).all()
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_cells_are_those_of_the_bytes(llama_cpp, name: str, kind: str):
+    weight, quantizer = made_weights(kind, torch.float32, 512), TYPES[name]
+    cells, restored = quantizer.cells(weight), quantizer.round_trip(weight).flatten()
+    assert not quantizer.promises and cells.sets_scale.all()
+    n = len(cells.levels)
+    assert int(cells.codes.min()) >= 0 and int(cells.codes.max()) < n
+    assert len(cells.codes.unique()) == n or kind != "normal"
+    noise = {"q2_k": 0.4, "q3_k": 0.25, "q6_k": 0.03, "q5_k": 0.06}.get(name, 0.12)
+    assert (restored - weight.flatten()).norm() < noise * weight.norm()
+    if name != "iq4_nl":
+        assert ((restored - cells.value(cells.codes)).abs() <= 1e-3 * cells.span).all()
+    order = restored.view(-1, 16).argsort(1)  # 16 in a row share their scale in every type
+    assert (cells.codes.view(-1, 16).gather(1, order).diff(dim=1) >= 0).all()
+    same = restored.view(-1, 16).sort(1).values.diff(dim=1) == 0
+    flat = cells.span.view(-1, 16)[:, 1:] == 0
+    assert ((cells.codes.view(-1, 16).gather(1, order).diff(dim=1) == 0) == same)[~flat].all()
+
+
+def test_codes_of_q4_k_by_hand(llama_cpp):
+    """Its last 128 bytes: four runs of 32, low nibbles before high ones."""
+    weight = made_weights("normal", torch.float32, 512)
+    runs = torch.from_numpy(pack(weight, "q4_k").reshape(-1, 144)[:, 16:].copy()).view(-1, 4, 32)
+    codes = torch.stack([runs & 15, runs >> 4], 2).flatten().long()
+    assert torch.equal(TYPES["q4_k"].cells(weight).codes, codes)
+
+
+def llama(width: int, layers: int, kv_heads: int, tied: bool, inner: int = 768) -> LanguageModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=304,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    return LanguageModel("tiny", LlamaForCausalLM(config).eval(), None)
+
+
+def test_a_mix_by_hand():
+    """Q4_K_M of eight layers: the first, the last and every third between get more bits; rows of
+    192 fall back."""
+    model = llama(192, 8, 4, True)
+    kinds = {n: q.name for n, q in get_quantizer("q4_k_m").fit(model, ()).items()}
+    more = {0, 3, 6, 7}
+    for layer in range(8):
+        at = f"model.layers.{layer}."
+        wide, narrow = ("q6_k", "q8_0") if layer in more else ("q4_k", "q5_0")
+        assert kinds[f"{at}mlp.down_proj.weight"] == wide
+        assert kinds[f"{at}self_attn.v_proj.weight"] == narrow
+        assert kinds[f"{at}mlp.up_proj.weight"] == "q5_0"
+    with pytest.raises(ConfigError, match="q4_k_m quantizes whole models"):
+        get_quantizer("q4_k_m").cells(model.weights["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_survival_of_a_mix_counts_each_layer_by_its_type(llama_cpp):
+    before = llama(256, 2, 4, False)
+    after, name = before.copy(), "model.layers.1.mlp.down_proj.weight"
+    after.weights[name].view(-1)[:300] *= -1
+    mixed, alone = survival(before, after, "q4_k_m"), survival(before, after, TYPES["q6_k"])
+    assert mixed == alone and mixed.edited == 300 < mixed.survived + 40
+    assert torch.equal(
+        quantize(before, "q4_k_m").weights[name], TYPES["q6_k"].round_trip(before.weights[name])
+    )
+
+
+def test_a_mix_of_an_unknown_family_is_said(facts: LanguageModel, monkeypatch):
+    monkeypatch.setattr(facts.config, "model_type", "odd")
+    with pytest.raises(
+        ConfigError, match=r"names are known for llama, .* of type 'odd'\. Leave out"
+    ):
+        quantize(facts, "q4_k_m")
+
+
+@pytest.mark.parametrize("broken", ["missing", "stripped"])
+def test_without_llama_cpp_the_extra_is_named(broken: str, monkeypatch):
+    """Before any weight is read: of a model that needs it, and of no other."""
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "xllamacpp.xllamacpp", None)
+    else:  # a build that exports nothing of llama.cpp
+        monkeypatch.setitem(sys.modules, "xllamacpp", types.ModuleType("xllamacpp"))
+        other = types.ModuleType("xllamacpp.xllamacpp")
+        other.__file__ = torch._C.__file__
+        monkeypatch.setitem(sys.modules, "xllamacpp.xllamacpp", other)
+    _ggml.cache_clear()
+    with pytest.raises(ConfigError, match=r'pip install "mansu-interp\[llama-cpp\]"'):
+        get_quantizer("q4_k_m").fit(llama(256, 1, 4, False), ())
+    assert get_quantizer("q4_k_m").fit(llama(192, 1, 4, False, inner=192), ())
+    _ggml.cache_clear()
 
 
 # Calibrated quantizers: what auto-round did is what is reported, and nothing else is changed.

@@ -370,16 +370,21 @@ def do_list(_: ListConfig, output: Output) -> int:
     from ..quantizers.registry import QUANTIZERS
     from ..tasks.files import embedded_tasks, read_task_file
     from ..unlearning.methods import METHODS
+    from ..utils.shipped import ENGINES
 
     models = [m for m in embedded_models() if "reference" not in m]
     if output.json:
         tasks = {name: read_task_file(name)[0].title for name in embedded_tasks()}
         found = {"models": models, "tasks": tasks, "methods": [*METHODS]}
-        say_json({**found, "quantizers": [*QUANTIZERS]})
+        engines = {name: asdict(formats) for name, formats in ENGINES.items()}
+        say_json({**found, "quantizers": [*QUANTIZERS], "engines": engines})
         return 0
     say("models      " + ", ".join(models))
     for name in embedded_tasks():
         say(f"task        {name}: {read_task_file(name)[0].title}")
     say("methods     " + ", ".join(METHODS))
     say("quantizers  " + ", ".join(QUANTIZERS))
+    for name, formats in ENGINES.items():
+        fitted = ", ".join(formats.fitted)
+        say(f"engine      {name}: {', '.join(formats.exact)}; measured alone: {fitted}")
     return 0

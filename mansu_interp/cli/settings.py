@@ -12,7 +12,7 @@ from ..audit.config import SUITE, RelearnConfig
 from ..circuits.config import AttributionConfig, CircuitConfig
 from ..runs.config import RunConfig
 from ..utils.ranges import check_range, check_seeds
-from ..utils.shipped import split_names
+from ..utils.shipped import quantizer_names, split_names
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,15 @@ class VerifyConfig:
     edited: Annotated[Positional[str], arg(metavar="EDITED")]
     """The checkpoint after it."""
     survive: tuple[str, ...] = ()
-    """The quantizers that every edit must survive; default: those of the ledger, or nf4."""
+    """The quantizers that every edit must survive, or engines; default: those of the ledger, or
+    nf4."""
     ledger: Path | None = None
     """ledger.safetensors of the run; it must agree with both checkpoints."""
     mask: Path | None = None
     """mask.safetensors of the run; no edit may lie outside it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "survive", split_names(self.survive))
+        object.__setattr__(self, "survive", quantizer_names(self.survive, exact=True))
 
 
 @dataclass(frozen=True)

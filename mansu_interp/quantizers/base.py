@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..utils.libraries import library
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,18 @@ class Quantizer(ABC):
     rescales: bool = False
     """Whether scales move between layers, so that single weights no longer compare with the
     original's."""
+
+    needs: tuple[tuple[str, str], ...] = ()
+    """Optional packages, each with the extra that installs it."""
+
+    def check_installed(self) -> None:
+        """Before long work.
+
+        Raises:
+            ConfigError: a package is missing; names the line that installs it.
+        """
+        for package, extra in self.needs:
+            library(package, extra, f"The quantizer {self.name}")
 
     @abstractmethod
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:

@@ -35,6 +35,7 @@ class Int4(Quantizer):
 
     rule: str = "asym"
     group: int = 128
+    needs = (("torchao", "torchao"),)
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -130,6 +131,7 @@ class Nvfp4(Quantizer):
     """NVFP4 of a weight."""
 
     name: str = "nvfp4"
+    needs = (("torchao", "torchao"),)
 
     def touches(self, weight: Float[Tensor, "out in"]) -> bool:
         """Rows must divide into groups of 16."""

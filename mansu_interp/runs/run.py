@@ -136,8 +136,8 @@ def _check_settings(config: RunConfig) -> None:
     check_folder(config)
     if isinstance(config.unlearn, Mansu):
         quantizer_set(config.unlearn.survive)
-    for name in config.quantizers:
-        get_quantizer(name)
+    for name in (*deployed(config), *config.quantizers):
+        get_quantizer(name).check_installed()
 
 
 def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Knowledge]:
