@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_layout import facts
 from test_report import make_report
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,7 +43,7 @@ from transformers import (
 
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.cli.main import main
-from mansu_interp.errors import ArtifactError, MaskError, ModelError
+from mansu_interp.errors import ArtifactError, ConfigError, MaskError, ModelError
 from mansu_interp.export.deployed import licence_terms
 from mansu_interp.export.gguf import export_gguf, exportable
 from mansu_interp.export.ledger import Ledger, apply, delta
@@ -43,6 +52,7 @@ from mansu_interp.masks.floor import floor
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import EMBEDDED, load_model
+from mansu_interp.quantizers.gguf import EXACT, MIXES, gguf_names
 from mansu_interp.quantizers.registry import get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.report.card import model_card
@@ -64,12 +74,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>")
 
 
-def make(kind: str, tied: bool) -> LanguageModel:
+def make(kind: str, tied: bool, width: int = 64, inner: int = 96) -> LanguageModel:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=304,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -117,6 +127,28 @@ def test_transformers_reads_back_what_was_written(
         assert torch.allclose(again(tokens).logits, expected.all_logits(tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [*EXACT, *MIXES])
+def test_a_file_holds_the_quantizer_s_values(kind: str, tied: bool, tmp_path: Path):
+    """Of linear layers, bit for bit; the embedding is finer. Rows of 320 fall back in a mix."""
+    if kind in MIXES:
+        pytest.importorskip("xllamacpp", reason="llama.cpp's own code: needs the wheel xllamacpp")
+    model = make("Llama", tied, width=320, inner=256)
+    export_gguf(model, tmp_path / "m.gguf", kind)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    found = {t.name: t for t in reader.tensors}
+    expected, names = quantize(model, kind), gguf_names(model)
+    for name in model.linear_names:
+        if name.split(".")[-2] not in ("q_proj", "k_proj"):  # their rows stand in another order
+            tensor = found[names[name]]
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            assert torch.equal(torch.from_numpy(values.copy()), expected.weights[name]), name
+    outer = found["token_embd.weight" if tied else "output.weight"].tensor_type.name
+    assert outer == "Q8_0"
+    named = gguf.LlamaFileType(reader.fields["general.file_type"].contents()).name
+    assert named == ("MOSTLY_MXFP4_MOE" if kind == "mxfp4" else f"MOSTLY_{kind.upper()}")
+
+
 @pytest.mark.parametrize("adds", [False, True])
 def test_bos_and_chat_template_are_those_of_the_folder(adds: bool, tmp_path: Path):
     model = make("Llama", True)
@@ -159,21 +191,38 @@ def test_a_type_that_the_edit_was_not_made_for_is_said(tmp_path: Path, capsys):
         assert f"not made to survive q4_0; {kept} of its 200 weights do." in text
         assert "unlearn with --unlearn.survive q4_0" in text
         assert said(place, "q8_0") == said(place, "f16") == ""
+    if find_spec("xllamacpp"):
+        text = said(tmp_path, "Q4_K_M")  # of narrow layers: Q5_0 and Q8_0
+        kept = survival(original, edited, "q4_k_m").survived
+        assert f"not made to survive q4_k_m; {kept} of its 200 weights do." in text
+        assert "nothing can be promised" in text and "--unlearn.survive" not in text
+        Ledger.of(original, edited, ("q5_0", "q8_0")).save(tmp_path / "ledger.safetensors")
+        assert said(tmp_path / "model", "q4_k_m") == ""
+    wrong = ["export", str(tmp_path), "--type", "q4", "--out", str(tmp_path / "none.gguf")]
+    assert main(wrong) == 1
+    assert "type: got 'q4', expected one of f16, q4_0, " in capsys.readouterr().err
     again = ["export", str(tmp_path), "--type", "f16", "--out", str(tmp_path / "model-f16.gguf")]
     assert main(again) == 1 and "exists already" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path, capsys):
-    with pytest.raises(ModelError, match="this one is WordLevel"):
-        export_gguf(facts(), tmp_path / "m.gguf")
-    assert not exportable(EMBEDDED / "facts") and not exportable(tmp_path / "none")
+    assert exportable(EMBEDDED / "facts") and not exportable(tmp_path / "none")
+    odd = facts()
+    assert isinstance(odd.tokenizer, PreTrainedTokenizerFast)
+    odd.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ModelError, match="this one is WordLevel with another rule"):
+        export_gguf(odd, tmp_path / "m.gguf")
+    odd.save(tmp_path / "odd")
+    assert not exportable(tmp_path / "odd")
+    with pytest.raises(ConfigError, match="GGUF types: got 'q4', expected f16, q4_0, "):
+        export_gguf(odd, tmp_path / "m.gguf", "q4")
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4)
     gpt2 = LanguageModel("gpt2", transformers.GPT2LMHeadModel(config), tokenizer())
     with pytest.raises(ModelError, match="this model is of type 'gpt2'"):
         export_gguf(gpt2, tmp_path / "m.gguf")
-    assert main(["export", "facts", "--out", str(tmp_path / "m.gguf")]) == 1
+    assert main(["export", str(tmp_path / "odd"), "--out", str(tmp_path / "m.gguf")]) == 1
     assert "WordLevel" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["odd"]
 
 
 # The code of docs/exports.md does what the page says.

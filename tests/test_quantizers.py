@@ -20,7 +20,8 @@ from mansu_interp.masks.floor import floor
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.gguf import EXACT as EXACT_FORMATS
-from mansu_interp.quantizers.gguf import FITTED, TYPES, _ggml, pack
+from mansu_interp.quantizers.gguf import FITTED, TYPES, pack
+from mansu_interp.quantizers.gguf import llama_cpp as engine
 from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
@@ -560,11 +561,11 @@ def test_without_llama_cpp_the_extra_is_named(broken: str, monkeypatch):
         other = types.ModuleType("xllamacpp.xllamacpp")
         other.__file__ = torch._C.__file__
         monkeypatch.setitem(sys.modules, "xllamacpp.xllamacpp", other)
-    _ggml.cache_clear()
+    engine.cache_clear()
     with pytest.raises(ConfigError, match=r'pip install "mansu-interp\[llama-cpp\]"'):
         get_quantizer("q4_k_m").fit(llama(256, 1, 4, False), ())
     assert get_quantizer("q4_k_m").fit(llama(192, 1, 4, False, inner=192), ())
-    _ggml.cache_clear()
+    engine.cache_clear()
 
 
 # Calibrated quantizers: what auto-round did is what is reported, and nothing else is changed.

@@ -10,9 +10,10 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ..audit.config import SUITE, RelearnConfig
 from ..circuits.config import AttributionConfig, CircuitConfig
+from ..errors import ConfigError
 from ..runs.config import RunConfig
 from ..utils.ranges import check_range, check_seeds
-from ..utils.shipped import quantizer_names, split_names
+from ..utils.shipped import ENGINES, quantizer_names, split_names
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ class ApplyConfig:
     """New folder for the Hugging Face checkpoint."""
 
 
-ExportType = Literal["f16", "q8_0", "q4_0"]
+EXPORTED = ("f16", *ENGINES["llama.cpp"].exact, *ENGINES["llama.cpp"].fitted)
+"""Types of GGUF files."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +220,36 @@ class ExportConfig:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Folder of a run, Hugging Face folder, embedded model, or hub name."""
-    type: ExportType = "q8_0"
-    """f16, or llama.cpp's 8-bit or 4-bit blocks for all matrices."""
+    type: str = "q8_0"
+    """f16, or a format of llama.cpp by its name there, such as Q4_K_M, Q4_0 or MXFP4 (`mansu list`
+    names them), in small or capital letters."""
     out: Path = Path("model.gguf")
     """The file to write."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "type", self.type.lower())
+        if self.type not in EXPORTED:
+            raise ConfigError(
+                f"type: got {self.type!r:.60}, expected one of {', '.join(EXPORTED)}."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Ask a task of a checkpoint, or of a GGUF file in the running llama.cpp."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Folder of a run, Hugging Face folder, embedded model, or hub name; with --engine llama.cpp a
+    GGUF file."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: the one that goes with the model."""
+    engine: Literal["transformers", "llama.cpp"] = "transformers"
+    """What computes the answers."""
+    checkpoint: str = "runs/latest"
+    """Of a GGUF file: what it was made from. Its tokenizer encodes the task, after a check that
+    llama.cpp splits the prompts alike, and its own scores stand beside."""
+    split: Literal["unseen", "dev"] = "unseen"
+    """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _inverse(d: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 @lru_cache
-def _ggml() -> ctypes.CDLL:
+def llama_cpp() -> ctypes.CDLL:
     """llama.cpp's own code.
 
     Raises:
@@ -199,7 +199,7 @@ def pack(weight: Float[Tensor, "out in"], kind: str) -> np.ndarray:
     rows, width = values.shape
     block, size = gguf.GGML_QUANT_SIZES[number]
     out = np.zeros((rows, width // block * size), np.uint8)
-    _ggml().ggml_quantize_chunk(
+    llama_cpp().ggml_quantize_chunk(
         number.value, values.ctypes.data, out.ctypes.data, 0, rows, width, None
     )
     return out
@@ -290,7 +290,7 @@ class Mix(Quantizer):
             for n in model.linear_names
         }
         if any(kind in FITTED for kind in kinds.values()):
-            _ggml()
+            llama_cpp()
         return {n: TYPES[kind] for n, kind in kinds.items() if kind in TYPES}
 
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:

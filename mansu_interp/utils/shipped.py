@@ -31,7 +31,7 @@ class Formats:
 ENGINES = {
     "llama.cpp": Formats(
         ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4"),
-        ("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl"),
+        ("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl"),
     ),
     "transformers": Formats(("nf4", "fp4", "int8", "torchao-int4-g128"), ("hqq",)),
     "vllm": Formats(("nf4", "int4-sym-g128", "mxfp4", "nvfp4"), ("awq-g128", "autoround-g128")),
