@@ -74,15 +74,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>")
 
 
-def make(kind: str, tied: bool, width: int = 64, inner: int = 96) -> LanguageModel:
+def make(
+    kind: str,
+    tied: bool,
+    width: int = 64,
+    inner: int = 96,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+) -> LanguageModel:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=304,
         hidden_size=width,
         intermediate_size=inner,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=64,
         initializer_range=0.2,
         tie_word_embeddings=tied,
@@ -147,6 +155,37 @@ def test_a_file_holds_the_quantizer_s_values(kind: str, tied: bool, tmp_path: Pa
     assert outer == "Q8_0"
     named = gguf.LlamaFileType(reader.fields["general.file_type"].contents()).name
     assert named == ("MOSTLY_MXFP4_MOE" if kind == "mxfp4" else f"MOSTLY_{kind.upper()}")
+
+
+@pytest.mark.parametrize(("tied", "sharing"), [(True, 2), (False, 4)])
+@pytest.mark.parametrize("kind", [*sorted(set(EXACT) - {"mxfp4"}), *MIXES])
+def test_llama_cpp_makes_the_same_file(kind: str, tied: bool, sharing: int, tmp_path: Path):
+    """From one of 16 bits: the same types and, where it was given the same values, the same bytes.
+    Of a fixed grid, embedding and unembedding are written otherwise."""
+    reason = "llama.cpp's own quantize: needs llama-cpp-python"
+    llama_cpp = pytest.importorskip("llama_cpp", reason=reason)
+    pytest.importorskip("xllamacpp", reason="llama.cpp's own code: needs the wheel xllamacpp")
+    model = make("Llama", tied, width=320, inner=256, layers=17, heads=8, kv_heads=8 // sharing)
+    for weight in model.weights.values():
+        weight.copy_(weight.half().float())
+    plain, ours, theirs = (tmp_path / f"{n}.gguf" for n in ("plain", "ours", "theirs"))
+    export_gguf(model, plain, "f16")
+    export_gguf(model, ours, kind)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}").value
+    settings.nthread = 1
+    assert not llama_cpp.llama_model_quantize(bytes(plain), bytes(theirs), settings)
+    found, expected = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if kind in EXACT and name in ("token_embd.weight", "output.weight"):
+            continue
+        assert found[name].tensor_type == tensor.tensor_type, name
+        assert (found[name].data == tensor.data).all(), name
+    if kind == "q4_k_m":
+        assert {t.tensor_type.name for t in expected.values()} == {
+            "F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("adds", [False, True])
