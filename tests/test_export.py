@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from conftest import SHIPPED, VOCAB
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_layout import facts
@@ -44,6 +45,8 @@ from transformers import (
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.cli.main import main
 from mansu_interp.errors import ArtifactError, ConfigError, MaskError, ModelError
+from mansu_interp.evaluation.scores import WORDS, Scores
+from mansu_interp.evaluation.versions import EDITED
 from mansu_interp.export.deployed import licence_terms
 from mansu_interp.export.gguf import export_gguf, exportable
 from mansu_interp.export.ledger import Ledger, apply, delta
@@ -436,6 +439,41 @@ def test_the_card_carries_the_scorecard():
     assert "| retain preservation | ✗ fail |" in body and "| capital | 150 |" in body
     assert "&lt;b&gt;" in body and "mansu run --model owner/base" in body
     assert "base_model" not in model_card(make_report()).partition("# ")[0]
+
+
+def test_the_card_s_results_are_the_hub_s_own():
+    """Written and read by huggingface_hub; one per role, metric and precision."""
+    report, scores = make_report(), Scores(make_report().scores)
+    data = ModelCard(model_card(report)).data
+    assert data.license == "unknown" and "machine-unlearning" in data.tags
+    assert isinstance(data.eval_results, list)
+    found = {(r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results}
+    assert len(found) == len(data.eval_results)
+    forget = f"{report.task.name}: forget, unseen phrasings"
+    for metric, word in WORDS.items():
+        for version in (EDITED, EDITED.after("nf4")):
+            after = f", after {version.quantizer}" if version.quantizer else ""
+            value = found[forget, f"{word} accuracy{after}"]
+            assert value == pytest.approx(scores.mean("forget", metric, version), abs=1e-4)
+
+
+def test_the_card_says_which_formats_were_looked_at():
+    report = make_report()
+    first = report.quantizers[0]
+    kept = replace(first.survival, edited=9, survived=9, collateral=0)
+    rows = (
+        replace(first, name="nf4", promised=True, survival=kept),
+        replace(first, name="q4_k_m", promised=False, survival=kept),
+    )
+    card = model_card(replace(report, quantizers=rows))
+    assert "made to survive nf4: every edited weight" in card
+    assert "That holds of this checkpoint" in card
+    assert "Nothing is promised of q4_k_m, which were measured. No other format" in card
+    assert re.search(r"\n\| q4\S*_k\S*_m \| no \| 9 of 9 \| 0 ", card)
+    lost = (replace(rows[0], survival=replace(kept, survived=8)),)
+    card = model_card(replace(report, quantizers=lost))
+    assert "does NOT hold" in card and "which were measured" not in card
+    assert "## Formats" not in model_card(replace(report, quantizers=()))
 
 
 def test_the_card_names_the_licence(tmp_path: Path):
