@@ -20,7 +20,7 @@ from mansu_interp.masks.floor import floor
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.gguf import EXACT as EXACT_FORMATS
-from mansu_interp.quantizers.gguf import FITTED, TYPES, pack
+from mansu_interp.quantizers.gguf import FITTED, TYPES, Mix, pack
 from mansu_interp.quantizers.gguf import llama_cpp as engine
 from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
@@ -379,6 +379,24 @@ def test_a_value_may_rise_within_mxfp4_s_exponent_alone():
     assert torch.equal(q.cells(weight).scale, 2 * before.scale)
 
 
+@pytest.mark.parametrize("kind", ["normal", "ties", "negative extreme", "many sizes"])
+def test_w4a16_of_compressed_tensors_is_symmetric_int4(kind: str):
+    """Where its code of an extreme is another, which no edit touches: it divides by the scale, and
+    an extreme lies on a tie."""
+    ct = pytest.importorskip("compressed_tensors.quantization", reason="needs compressed-tensors")
+    from compressed_tensors.quantization.lifecycle.forward import quantize as rounded
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = made_weights(kind, torch.float32)
+    args = ct.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=128)
+    low, high = (getattr(weight.view(len(weight), -1, 128), f)(-1) for f in ("amin", "amax"))
+    scale, zero = calculate_qparams(low, high, args)
+    codes = rounded(weight, scale, zero, args).flatten().long() + 8
+    cells = get_quantizer("int4-sym-g128").cells(weight)
+    assert torch.equal(codes[~cells.sets_scale], cells.codes[~cells.sets_scale])
+    assert torch.equal(scale.flatten(), cells.scale.view(-1, 128)[:, 0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "names", [("mxfp4",), ("nvfp4",), ("nf4", "q5_0", "q5_1", "mxfp4", "nvfp4")]
@@ -543,8 +561,14 @@ def test_survival_of_a_mix_counts_each_layer_by_its_type(llama_cpp):
     )
 
 
-def test_a_mix_of_an_unknown_family_is_said(facts: LanguageModel, monkeypatch):
+def test_a_mix_of_an_unknown_family_is_said(facts: LanguageModel, monkeypatch, tmp_path):
+    """And before a run."""
     monkeypatch.setattr(facts.config, "model_type", "odd")
+    monkeypatch.setattr("mansu_interp.runs.run.load_model", lambda *_: facts)
+    monkeypatch.setattr("mansu_interp.runs.run.load_task", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(Mix, "needs", ())
+    with pytest.raises(ConfigError, match=r"names are known for llama, .* of type 'odd'"):
+        run(RunConfig(quantizers=("q4_k_m",), out=tmp_path / "run"))
     with pytest.raises(
         ConfigError, match=r"names are known for llama, .* of type 'odd'\. Leave out"
     ):
