@@ -37,7 +37,7 @@ ENGINES = {
     "vllm": Formats(("nf4", "int4-sym-g128", "mxfp4", "nvfp4"), ("awq-g128", "autoround-g128")),
 }
 """What runs models -> what it quantizes them to. ``nf4-dq`` has the codes of ``nf4``, and
-``int4-sym-g128`` those of compressed-tensors' W4A16."""
+``int4-sym-g128`` the cells of compressed-tensors' W4A16."""
 
 
 def quantizer_names(given: Iterable[str], exact: bool = False) -> tuple[str, ...]:
