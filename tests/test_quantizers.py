@@ -534,7 +534,7 @@ def llama(width: int, layers: int, kv_heads: int, tied: bool, inner: int = 768) 
     return LanguageModel("tiny", LlamaForCausalLM(config).eval(), None)
 
 
-def test_a_mix_by_hand():
+def test_a_mix_by_hand(llama_cpp):
     """Q4_K_M of eight layers: the first, the last and every third between get more bits; rows of
     192 fall back."""
     model = llama(192, 8, 4, True)

@@ -42,8 +42,9 @@ from .commands import (
 )
 from .console import Output
 from .deployed import do_evaluate, do_export
-from .help import BENCH, HELP_ALL, shortened, shown_of_run
 from .settings import (
+    BENCH,
+    HELP_ALL,
     ApplyConfig,
     AttributeConfig,
     CadConfig,
@@ -58,6 +59,8 @@ from .settings import (
     RunCommand,
     VerifyConfig,
     ViewConfig,
+    shortened,
+    shown_of_run,
 )
 
 ROBUST_FLAG = f"--{ROBUST}"
