@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ import reference
 import torch
 from checked import wrong_type
 from conftest import SHIPPED, make_pairs, make_tiny
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
@@ -34,7 +32,7 @@ from mansu_interp.circuits.faithfulness import (
     strongest,
 )
 from mansu_interp.circuits.metrics import logit_diff
-from mansu_interp.circuits.scores import Attribution, edge_changes
+from mansu_interp.circuits.scores import SCHEMA, Attribution, edge_changes
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.masks.select import circuit_mask
@@ -44,6 +42,7 @@ from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
+from mansu_interp.utils.tensors import write_tensors
 
 TinyModel = Callable[[int], LanguageModel]
 GRAPH = Graph(Architecture(2, 4, 2))
@@ -318,10 +317,10 @@ def test_scores_by_edge_by_rank_and_as_files(facts: LanguageModel, capitals: Tas
     assert np.array_equal(again.scores, found.scores) and again.clean == found.clean
     assert again.by_position is not None and found.by_position is not None
     assert np.array_equal(again.by_position, found.by_position)
-    with safe_open(tmp_path / "scores.safetensors", "pt") as file:
-        tensors, header = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
-    tensors["by_position"] = tensors["by_position"][0].clone()
-    save_file(tensors, tmp_path / "flat.safetensors", header)
+    flat = {"scores": found.scores, "by_position": found.by_position[0]}
+    header = {"architecture": asdict(found.graph.architecture), "clean": 1.0, "corrupt": 0.0}
+    tensors = {name: torch.from_numpy(values) for name, values in flat.items()}
+    write_tensors(tmp_path / "flat.safetensors", "scores", SCHEMA, tensors, header)
     with pytest.raises(ArtifactError, match="by position have no positions"):
         Attribution.load(tmp_path / "flat.safetensors")
     with pytest.raises(ArtifactError, match="is not a readable scores"):

@@ -72,7 +72,7 @@ def test_help_loads_no_heavy_library():
 
 def test_help_explains_itself():
     words = "run,report,bench,discover,attribute,view,compare,plan,verify,relearn,cad,delta,apply"
-    assert f"{{{words},export,task,list}}" in mansu("--help").stdout
+    assert f"{{{words},export,evaluate,task,list}}" in mansu("--help").stdout
     text = mansu("run", "--help").stdout
     assert "Share of all parameters that may be edited, in (0, 1]" in " ".join(
         text.replace("│", " ").split()
@@ -195,22 +195,22 @@ def test_lines_come_every_three_seconds_for_ten_minutes_and_then_less_often(
 def test_progress_begins_before_the_libraries_are_imported():
     code = """
 import contextlib, sys
-from mansu_interp.cli import circuits, commands, main
+from mansu_interp.cli import circuits, commands, deployed, main
 from mansu_interp.errors import MansuError
 @contextlib.contextmanager
 def stages(first, quiet=False):
     print(first, "torch" in sys.modules or "transformers" in sys.modules)
     raise MansuError("enough")
     yield
-circuits.stages = commands.stages = stages
+circuits.stages = commands.stages = deployed.stages = stages
 for words in ("run", "bench", "discover", "attribute", "relearn m", "cad a b", "verify a b",
-              "delta a b", "apply a b", "export a"):
+              "delta a b", "apply a b", "export a", "evaluate a"):
     assert main.main(words.split()) == 1, words
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 10 and all(line.endswith("False") for line in lines), lines
+    assert len(lines) == 11 and all(line.endswith("False") for line in lines), lines
 
 
 def test_a_stage_that_says_nothing_is_seen_to_go_on(

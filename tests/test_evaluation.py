@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import gguf
 import pytest
+import torch
+from conftest import make_tiny
 
 from mansu_interp.audit.known import beyond_guesses, p_of_guess
 from mansu_interp.audit.relearning import Point, Relearning
-from mansu_interp.errors import ModelError
+from mansu_interp.cli.main import main
+from mansu_interp.errors import ArtifactError, ModelError
+from mansu_interp.evaluation.engine import EngineModel
 from mansu_interp.evaluation.properties import Property, properties, verdict
 from mansu_interp.evaluation.scores import (
     Flips,
@@ -21,7 +29,10 @@ from mansu_interp.evaluation.scores import (
     evaluate,
 )
 from mansu_interp.evaluation.versions import EDITED, ORIGINAL, ModelVersion
+from mansu_interp.export.gguf import export_gguf
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.gguf import gguf_names
+from mansu_interp.quantizers.survival import quantize
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
 
@@ -322,3 +333,94 @@ def test_nan_is_no_score(facts: LanguageModel, capitals: Task):
     broken.weights[facts.linear_names[0]][0, 0] = float("nan")
     with pytest.raises(ModelError, match=f"facts: the weight {facts.linear_names[0]} holds NaN"):
         evaluate({EDITED: broken}, capitals, role="forget")
+
+
+# A GGUF file in llama.cpp itself.
+
+
+@pytest.fixture(scope="module")
+def file(facts: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with 16 bits a weight."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp itself: needs the wheel xllamacpp")
+    path = tmp_path_factory.mktemp("gguf") / "facts.gguf"
+    export_gguf(facts, path, "f16")
+    return path
+
+
+def test_llama_cpp_computes_the_checkpoint(facts: LanguageModel, capitals: Task, file: Path):
+    """At any positions, in any order, of prompts longer than the ones before."""
+    engine = EngineModel.open(file, facts)
+    engine.check_tokenizer(capitals, "unseen")
+    ids = facts.encode("<bos>the capital of France is Paris. the language of Peru is")
+    for n in (3, len(ids), 5):
+        tokens = torch.tensor([ids[:n], ids[-n:]])
+        assert torch.allclose(engine.all_logits(tokens), facts.all_logits(tokens), atol=0.05)
+    tokens, rows = torch.tensor([ids[:9], ids[-9:]]), torch.tensor([1, 0, 1, 1])
+    at = torch.tensor([4, 8, 0, 4])
+    found = engine.logits_at(tokens, rows, at)
+    assert torch.allclose(found, facts.logits_at(tokens, rows, at), atol=0.05)
+    assert torch.equal(found[0], found[3])
+    long = torch.tensor([(ids * 8)[:90]])  # beyond the first context
+    assert torch.allclose(engine.all_logits(long)[0, :9], facts.all_logits(long)[0, :9], atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "mxfp4", "q4_k_m", "iq4_nl"])
+def test_llama_cpp_computes_what_was_de_quantized(
+    facts: LanguageModel, kind: str, file: Path, tmp_path: Path
+):
+    """Up to its rounding of activations to 8 bits; and the file is nearer to its own format than to
+    full precision."""
+    export_gguf(facts, path := tmp_path / "m.gguf", kind)
+    expected, names = quantize(facts, kind), gguf_names(facts)
+    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    for name in (facts.embedding_name, "lm_head.weight"):
+        tensor = stored[names[name]]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        expected.weights[name].copy_(torch.from_numpy(values.copy()))
+    tokens = torch.tensor([facts.encode("<bos>the capital of France is Paris")])
+    found = EngineModel.open(path, facts).all_logits(tokens)
+    near, far = ((found - m.all_logits(tokens)).norm() for m in (expected, facts))
+    assert near < 0.02 * found.norm() and near < 0.7 * far
+
+
+def test_evaluate_asks_the_file(facts: LanguageModel, capitals: Task, file: Path, capsys):
+    words = ["evaluate", str(file), "--engine", "llama.cpp", "--checkpoint", "facts"]
+    assert main([*words, "--task", "capitals", "--quiet"]) == 0
+    text = capsys.readouterr().out
+    engine, plain = ModelVersion("llama.cpp"), ModelVersion("transformers")
+    models = {plain: facts, engine: EngineModel.open(file, facts)}
+    scores = evaluate(models, capitals)
+    for r in scores.rows:
+        cells = [f"{r[v].choice:.3f} / {r[v].top1:.3f}" for v in models]
+        assert f"{r.role}: {r.label} {r.n} {' '.join(cells)}" in " ".join(text.split())
+    assert "forget, llama.cpp: 1.000, gap +0.000: 0 back, 0 gone, p = 1." in text
+    assert main([*words, "--task", "capitals", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["flips"] == {"back": 0, "gone": 0, "p": 1.0} and found["engine"] == "llama.cpp"
+    assert main(["evaluate", "facts", "--task", "capitals", "--quiet"]) == 0
+    assert "llama.cpp" not in capsys.readouterr().out
+
+
+def test_a_file_that_does_not_belong_is_said(facts: LanguageModel, file: Path, tmp_path, capsys):
+    words = ["evaluate", str(file), "--engine", "llama.cpp", "--task", "capitals", "--checkpoint"]
+    other = facts.copy()
+    assert other.tokenizer is not None
+    vocabulary = json.loads(other.tokenizer.backend_tokenizer.to_str())
+    known = vocabulary["model"]["vocab"]
+    known["capital"], known["language"] = known["language"], known["capital"]
+    text = json.dumps(vocabulary)
+    other.save(tmp_path / "other")
+    (tmp_path / "other/tokenizer.json").write_text(text)
+    assert main([*words, str(tmp_path / "other")]) == 1
+    assert re.search(r"splits \d+ of \d+ prompts otherwise", capsys.readouterr().err)
+    wide = make_tiny(4)
+    with pytest.raises(
+        ArtifactError, match=r"has 960 tokens, its checkpoint 50: they do not belong"
+    ):
+        EngineModel.open(file, wide)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ArtifactError, match=r"llama.cpp cannot load .*cut.gguf: no GGUF file, cut"):
+        EngineModel.open(cut, facts)
+    with pytest.raises(ArtifactError, match="there is no such file"):
+        EngineModel.open(tmp_path / "none.gguf", facts)

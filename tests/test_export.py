@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,20 @@ import pytest
 import torch
 import transformers
 from conftest import SHIPPED, VOCAB
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_layout import facts
 from test_report import make_report
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,7 +44,9 @@ from transformers import (
 
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.cli.main import main
-from mansu_interp.errors import ArtifactError, MaskError, ModelError
+from mansu_interp.errors import ArtifactError, ConfigError, MaskError, ModelError
+from mansu_interp.evaluation.scores import WORDS, Scores
+from mansu_interp.evaluation.versions import EDITED
 from mansu_interp.export.deployed import licence_terms
 from mansu_interp.export.gguf import export_gguf, exportable
 from mansu_interp.export.ledger import Ledger, apply, delta
@@ -43,6 +55,7 @@ from mansu_interp.masks.floor import floor
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import EMBEDDED, load_model
+from mansu_interp.quantizers.gguf import EXACT, MIXES, gguf_names
 from mansu_interp.quantizers.registry import get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.report.card import model_card
@@ -64,15 +77,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>")
 
 
-def make(kind: str, tied: bool) -> LanguageModel:
+def make(
+    kind: str,
+    tied: bool,
+    width: int = 64,
+    inner: int = 96,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+) -> LanguageModel:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=304,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=64,
         initializer_range=0.2,
         tie_word_embeddings=tied,
@@ -117,6 +138,59 @@ def test_transformers_reads_back_what_was_written(
         assert torch.allclose(again(tokens).logits, expected.all_logits(tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [*EXACT, *MIXES])
+def test_a_file_holds_the_quantizer_s_values(kind: str, tied: bool, tmp_path: Path):
+    """Of linear layers, bit for bit; the embedding is finer. Rows of 320 fall back in a mix."""
+    if kind in MIXES:
+        pytest.importorskip("xllamacpp", reason="llama.cpp's own code: needs the wheel xllamacpp")
+    model = make("Llama", tied, width=320, inner=256)
+    export_gguf(model, tmp_path / "m.gguf", kind)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    found = {t.name: t for t in reader.tensors}
+    expected, names = quantize(model, kind), gguf_names(model)
+    for name in model.linear_names:
+        if name.split(".")[-2] not in ("q_proj", "k_proj"):  # their rows stand in another order
+            tensor = found[names[name]]
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            assert torch.equal(torch.from_numpy(values.copy()), expected.weights[name]), name
+    outer = found["token_embd.weight" if tied else "output.weight"].tensor_type.name
+    assert outer == "Q8_0"
+    named = gguf.LlamaFileType(reader.fields["general.file_type"].contents()).name
+    assert named == ("MOSTLY_MXFP4_MOE" if kind == "mxfp4" else f"MOSTLY_{kind.upper()}")
+
+
+@pytest.mark.parametrize(("tied", "sharing"), [(True, 2), (False, 4)])
+@pytest.mark.parametrize("kind", [*sorted(set(EXACT) - {"mxfp4"}), *MIXES])
+def test_llama_cpp_makes_the_same_file(kind: str, tied: bool, sharing: int, tmp_path: Path):
+    """From one of 16 bits: the same types and, where it was given the same values, the same bytes.
+    Of a fixed grid, embedding and unembedding are written otherwise."""
+    reason = "llama.cpp's own quantize: needs llama-cpp-python"
+    llama_cpp = pytest.importorskip("llama_cpp", reason=reason)
+    pytest.importorskip("xllamacpp", reason="llama.cpp's own code: needs the wheel xllamacpp")
+    model = make("Llama", tied, width=320, inner=256, layers=17, heads=8, kv_heads=8 // sharing)
+    for weight in model.weights.values():
+        weight.copy_(weight.half().float())
+    plain, ours, theirs = (tmp_path / f"{n}.gguf" for n in ("plain", "ours", "theirs"))
+    export_gguf(model, plain, "f16")
+    export_gguf(model, ours, kind)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}").value
+    settings.nthread = 1
+    assert not llama_cpp.llama_model_quantize(bytes(plain), bytes(theirs), settings)
+    found, expected = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if kind in EXACT and name in ("token_embd.weight", "output.weight"):
+            continue
+        assert found[name].tensor_type == tensor.tensor_type, name
+        assert (found[name].data == tensor.data).all(), name
+    if kind == "q4_k_m":
+        assert {t.tensor_type.name for t in expected.values()} == {
+            "F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize("adds", [False, True])
 def test_bos_and_chat_template_are_those_of_the_folder(adds: bool, tmp_path: Path):
     model = make("Llama", True)
@@ -159,21 +233,38 @@ def test_a_type_that_the_edit_was_not_made_for_is_said(tmp_path: Path, capsys):
         assert f"not made to survive q4_0; {kept} of its 200 weights do." in text
         assert "unlearn with --unlearn.survive q4_0" in text
         assert said(place, "q8_0") == said(place, "f16") == ""
+    if find_spec("xllamacpp"):
+        text = said(tmp_path, "Q4_K_M")  # of narrow layers: Q5_0 and Q8_0
+        kept = survival(original, edited, "q4_k_m").survived
+        assert f"not made to survive q4_k_m; {kept} of its 200 weights do." in text
+        assert "nothing can be promised" in text and "--unlearn.survive" not in text
+        Ledger.of(original, edited, ("q5_0", "q8_0")).save(tmp_path / "ledger.safetensors")
+        assert said(tmp_path / "model", "q4_k_m") == ""
+    wrong = ["export", str(tmp_path), "--type", "q4", "--out", str(tmp_path / "none.gguf")]
+    assert main(wrong) == 1
+    assert "type: got 'q4', expected one of f16, q4_0, " in capsys.readouterr().err
     again = ["export", str(tmp_path), "--type", "f16", "--out", str(tmp_path / "model-f16.gguf")]
     assert main(again) == 1 and "exists already" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path, capsys):
-    with pytest.raises(ModelError, match="this one is WordLevel"):
-        export_gguf(facts(), tmp_path / "m.gguf")
-    assert not exportable(EMBEDDED / "facts") and not exportable(tmp_path / "none")
+    assert exportable(EMBEDDED / "facts") and not exportable(tmp_path / "none")
+    odd = facts()
+    assert isinstance(odd.tokenizer, PreTrainedTokenizerFast)
+    odd.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ModelError, match="this one is WordLevel with another rule"):
+        export_gguf(odd, tmp_path / "m.gguf")
+    odd.save(tmp_path / "odd")
+    assert not exportable(tmp_path / "odd")
+    with pytest.raises(ConfigError, match="GGUF types: got 'q4', expected f16, q4_0, "):
+        export_gguf(odd, tmp_path / "m.gguf", "q4")
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4)
     gpt2 = LanguageModel("gpt2", transformers.GPT2LMHeadModel(config), tokenizer())
     with pytest.raises(ModelError, match="this model is of type 'gpt2'"):
         export_gguf(gpt2, tmp_path / "m.gguf")
-    assert main(["export", "facts", "--out", str(tmp_path / "m.gguf")]) == 1
+    assert main(["export", str(tmp_path / "odd"), "--out", str(tmp_path / "m.gguf")]) == 1
     assert "WordLevel" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["odd"]
 
 
 # The code of docs/exports.md does what the page says.
@@ -348,6 +439,41 @@ def test_the_card_carries_the_scorecard():
     assert "| retain preservation | ✗ fail |" in body and "| capital | 150 |" in body
     assert "&lt;b&gt;" in body and "mansu run --model owner/base" in body
     assert "base_model" not in model_card(make_report()).partition("# ")[0]
+
+
+def test_the_card_s_results_are_the_hub_s_own():
+    """Written and read by huggingface_hub; one per role, metric and precision."""
+    report, scores = make_report(), Scores(make_report().scores)
+    data = ModelCard(model_card(report)).data
+    assert data.license == "unknown" and "machine-unlearning" in data.tags
+    assert isinstance(data.eval_results, list)
+    found = {(r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results}
+    assert len(found) == len(data.eval_results)
+    forget = f"{report.task.name}: forget, unseen phrasings"
+    for metric, word in WORDS.items():
+        for version in (EDITED, EDITED.after("nf4")):
+            after = f", after {version.quantizer}" if version.quantizer else ""
+            value = found[forget, f"{word} accuracy{after}"]
+            assert value == pytest.approx(scores.mean("forget", metric, version), abs=1e-4)
+
+
+def test_the_card_says_which_formats_were_looked_at():
+    report = make_report()
+    first = report.quantizers[0]
+    kept = replace(first.survival, edited=9, survived=9, collateral=0)
+    rows = (
+        replace(first, name="nf4", promised=True, survival=kept),
+        replace(first, name="q4_k_m", promised=False, survival=kept),
+    )
+    card = model_card(replace(report, quantizers=rows))
+    assert "made to survive nf4: every edited weight" in card
+    assert "That holds of this checkpoint" in card
+    assert "Nothing is promised of q4_k_m, which were measured. No other format" in card
+    assert re.search(r"\n\| q4\S*_k\S*_m \| no \| 9 of 9 \| 0 ", card)
+    lost = (replace(rows[0], survival=replace(kept, survived=8)),)
+    card = model_card(replace(report, quantizers=lost))
+    assert "does NOT hold" in card and "which were measured" not in card
+    assert "## Formats" not in model_card(replace(report, quantizers=()))
 
 
 def test_the_card_names_the_licence(tmp_path: Path):

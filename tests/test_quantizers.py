@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import gguf
 import numpy as np
 import pytest
@@ -9,15 +12,30 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
+from mansu_interp.bench.config import BenchConfig
+from mansu_interp.cli.settings import VerifyConfig
 from mansu_interp.errors import ConfigError
 from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.masks.floor import floor
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.bitsandbytes import NF4
+from mansu_interp.quantizers.gguf import EXACT as EXACT_FORMATS
+from mansu_interp.quantizers.gguf import FITTED, TYPES, Mix, pack
+from mansu_interp.quantizers.gguf import llama_cpp as engine
 from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
+from mansu_interp.runs.config import RunConfig
+from mansu_interp.runs.run import run
 from mansu_interp.tasks.load import load_task
-from mansu_interp.utils.libraries import library
+from mansu_interp.unlearning.methods import Mansu
+from mansu_interp.utils.libraries import library, quiet
+from mansu_interp.utils.shipped import ENGINES, quantizer_names
+
+with quiet():  # tells which of its kernels do not load
+    from torchao.prototype.mx_formats import mx_tensor, nvfp4_tensor
+    from torchao.prototype.mx_formats.kernels import unpack_uint4
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 NF = NF4()
 
@@ -159,7 +177,7 @@ def test_ties_go_where_bitsandbytes_sends_them():
     assert torch.equal(NF.cells(weight).codes, codes)
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4", "int4-g32", "q4_0", "q8_0"])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4-g32", "q4_0", "q8_0", "mxfp4", "nvfp4"])
 def test_leaving_a_cell_is_a_code_that_changes(name: str):
     """Boundaries themselves and values beyond all levels included."""
     torch.manual_seed(0)
@@ -178,7 +196,7 @@ def test_leaving_a_cell_is_a_code_that_changes(name: str):
 
 # Every quantizer's cells, code by code against the library that it stands for.
 
-VALUES = ("normal", "ties", "zero block", "negative extreme", "one sign", "constant")
+VALUES = ("normal", "ties", "zero block", "negative extreme", "one sign", "constant", "many sizes")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -197,6 +215,8 @@ def made_weights(kind: str, dtype: torch.dtype, width: int = 256) -> Tensor:
         weight = weight.abs() + 0.01
     if kind == "constant":
         weight[::2] = 0.02
+    if kind == "many sizes":  # of groups, from 1 down to 2 ** -15 of the largest
+        weight *= (2.0 ** -torch.arange(width // 16)).repeat_interleave(16)
     return weight.to(dtype).float()
 
 
@@ -221,22 +241,44 @@ def reference_codes(name: str, weight: Tensor) -> Tensor:
         quantizer = get_quantizer(name)
         assert isinstance(quantizer, Int4)
         return quantizer.library_codes(weight)[0].long().flatten() + 8 * (quantizer.rule == "sym")
+    if name == "nvfp4":
+        return float_ranks(unpack_uint4(to_nvfp4(weight).qdata).flatten())
+    return torch.from_numpy(gguf_codes(name, weight.numpy())).flatten()
+
+
+def float_ranks(codes: Tensor) -> Tensor:
+    """4-bit floats, whose first bit is the sign, counted from the lowest; two zeros are one."""
+    magnitude = (codes & 7).long()
+    return 7 + torch.where(codes > 7, -magnitude, magnitude)
+
+
+def to_nvfp4(weight: Tensor) -> nvfp4_tensor.NVFP4Tensor:
+    scale = nvfp4_tensor.per_tensor_amax_to_scale(weight.abs().amax())
+    return nvfp4_tensor.NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=scale)
+
+
+def gguf_codes(name: str, weight: np.ndarray) -> np.ndarray:
+    """Out of the bytes of gguf's blocks: scales, then fifth bits, then pairs of nibbles."""
     kind = getattr(gguf.GGMLQuantizationType, name.upper())
-    blocks = gguf.quantize(weight.numpy(), kind).reshape(weight.numel() // 32, -1)
+    blocks = gguf.quantize(weight, kind).reshape(weight.size // 32, -1)
     if name == "q8_0":
-        return torch.from_numpy(blocks[:, 2:].view(np.int8).astype(np.int64)).flatten() + 127
-    head = 2 if name == "q4_0" else 4
-    codes = np.concatenate([blocks[:, head:] & 15, blocks[:, head:] >> 4], 1).astype(np.int64)
-    if name == "q4_0":
-        scale = np.take_along_axis(
-            grouped := weight.numpy().reshape(-1, 32), abs(grouped).argmax(1)[:, None], 1
-        )
-        codes = np.where(scale > 0, 15 - codes, codes)
-    return torch.from_numpy(codes).flatten()
+        return blocks[:, 2:].view(np.int8).astype(np.int64) + 127
+    nibbles = blocks[:, -16:]
+    codes = np.concatenate([nibbles & 15, nibbles >> 4], 1).astype(np.int64)
+    if name == "mxfp4":
+        return float_ranks(torch.from_numpy(codes)).numpy()
+    if name.startswith("q5"):
+        high = np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little")
+        codes += 16 * high.astype(np.int64)
+    if name.endswith("_0"):
+        grouped = weight.reshape(-1, 32)
+        extreme = np.take_along_axis(grouped, abs(grouped).argmax(1)[:, None], 1)
+        codes = np.where(extreme > 0, (31 if name == "q5_0" else 15) - codes, codes)
+    return codes
 
 
-WEIGHTWISE = [n for n in QUANTIZERS if not n.startswith(("awq", "autoround"))]
-EXACT = [n for n in WEIGHTWISE if n != "hqq"]
+EXACT = [n for n, q in QUANTIZERS.items() if q.promises]
+WEIGHTWISE = [*EXACT, "hqq"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -263,7 +305,8 @@ def test_values_are_the_library_s_round_trip(name: str, kind: str):
     cells = quantizer.cells(weight)
     restored = quantizer.round_trip(weight).flatten()
     slack = 0.02 if name.endswith("dq") else 2e-3
-    bound = slack * torch.maximum(cells.span, cells.highest.abs()) + 1e-7
+    bound = slack * torch.maximum(cells.span, cells.highest.abs())
+    bound += 2.0**-25 * cells.levels.abs().max()  # a tiny scale is rounded as float16 has it
     if name == "nf4":
         assert torch.equal(restored, cells.value(cells.codes))
     elif name.endswith("dq"):
@@ -301,6 +344,80 @@ def test_edges_enclose_the_element(name: str):
     assert (weight.flatten() >= cells.edge(cells.codes - 1) - slack).all()
 
 
+@pytest.mark.parametrize("k", [-60, -7, -5, -1, 0, 1, 5, 60])
+def test_mxfp4_s_exponent_around_a_power_of_two(k: int):
+    """gguf takes a float32 logarithm, which rounds up just below."""
+    steps = 2.0 ** torch.tensor([-24.0]) * torch.tensor([[0], [1], [2], [8], [60], [-2], [-40]])
+    weight = torch.linspace(-1, 1, 32).repeat(7, 1) * 0.9
+    weight[:, 5:6] = 1 - steps
+    weight *= 2.0**k
+    codes = get_quantizer("mxfp4").cells(weight).codes
+    assert torch.equal(codes, reference_codes("mxfp4", weight))
+
+
+def test_mxfp4_of_torchao_differs_in_ties_alone():
+    """torchao's go to the even code, gguf's towards 0."""
+    for kind in ("normal", "ties"):
+        weight = made_weights(kind, torch.float32)
+        _, packed = mx_tensor.to_mx(weight, torch.float4_e2m1fn_x2, 32)
+        cells = get_quantizer("mxfp4").cells(weight)
+        other = float_ranks(unpack_uint4(packed).flatten()) != cells.codes
+        units = weight.flatten() / torch.where(cells.scale > 0, cells.scale, 1.0)
+        assert not (other & ~torch.isin(units.abs(), cells.boundaries)).any()
+        assert other.any() == (kind == "ties")
+
+
+def test_a_value_may_rise_within_mxfp4_s_exponent_alone():
+    """Up to 8 units the scale stays; at 8 it doubles."""
+    weight = torch.full((1, 32), 0.3)
+    weight[0, 0] = 4.5
+    q = get_quantizer("mxfp4")
+    before = q.cells(weight)
+    weight[0, 1] = before.highest[1] * (1 - 2**-8)
+    assert torch.equal(q.cells(weight).scale, before.scale)
+    weight[0, 1] = before.highest[1]
+    assert torch.equal(q.cells(weight).scale, 2 * before.scale)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "negative extreme", "many sizes"])
+def test_w4a16_of_compressed_tensors_is_symmetric_int4(kind: str):
+    """Where its code of an extreme is another, which no edit touches: it divides by the scale, and
+    an extreme lies on a tie."""
+    ct = pytest.importorskip("compressed_tensors.quantization", reason="needs compressed-tensors")
+    from compressed_tensors.quantization.lifecycle.forward import quantize as rounded
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = made_weights(kind, torch.float32)
+    args = ct.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=128)
+    low, high = (getattr(weight.view(len(weight), -1, 128), f)(-1) for f in ("amin", "amax"))
+    scale, zero = calculate_qparams(low, high, args)
+    codes = rounded(weight, scale, zero, args).flatten().long() + 8
+    cells = get_quantizer("int4-sym-g128").cells(weight)
+    assert torch.equal(codes[~cells.sets_scale], cells.codes[~cells.sets_scale])
+    assert torch.equal(scale.flatten(), cells.scale.view(-1, 128)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "names", [("mxfp4",), ("nvfp4",), ("nf4", "q5_0", "q5_1", "mxfp4", "nvfp4")]
+)
+def test_what_the_floor_admits_survives(names: tuple[str, ...], dtype: torch.dtype):
+    """A third of a weight edited up or down, as far as the floor allows or just so far: in the
+    library every code of an edit changes, and no other."""
+    weight = made_weights("normal", dtype)
+    where, generator = floor(weight, names, dtype), torch.Generator().manual_seed(1)
+    up, far, edited = torch.rand(3, weight.numel(), generator=generator).gt(0.5)
+    end = torch.where(up, where.highest, where.lowest)
+    value, moves = where.land(torch.where(far, end * 0.98, torch.where(up, where.up, where.down)))
+    moves &= edited
+    assert moves.float().mean() > 0.2
+    after = torch.where(moves, value, weight.flatten()).view_as(weight)
+    for kind in (dtype, torch.bfloat16):
+        a, b = weight.to(kind).float(), after.to(kind).float()
+        for name in names:
+            assert torch.equal(reference_codes(name, a) != reference_codes(name, b), moves), name
+
+
 def test_hqq_is_the_package_s_own():
     from hqq.core.quantize import Quantizer
 
@@ -324,6 +441,155 @@ def test_rows_that_do_not_divide_are_left_alone():
 def test_a_missing_package_names_its_install_line():
     with pytest.raises(ConfigError, match=r'pip install "mansu-interp\[hqq\]"'):
         library("not_installed_anywhere", "hqq")
+
+
+# Engines stand for the formats that people use with them.
+
+
+def test_an_engine_stands_for_its_formats():
+    """What can be survived is what promises; the rest is measured."""
+    for name, formats in ENGINES.items():
+        assert all(get_quantizer(q).promises for q in formats.exact), name
+        assert not any(get_quantizer(q).promises for q in formats.fitted), name
+        assert quantizer_names([name], exact=True) == formats.exact
+    both = quantizer_names(["q4_0, vllm", "llama.cpp"])
+    assert len(both) == len(set(both)) and both[:2] == ("q4_0", "nf4") and "q4_k_m" in both
+    every = {q for f in ENGINES.values() for q in (*f.exact, *f.fitted)}
+    assert set(quantizer_names(["all"])) == every
+    assert quantizer_names(["q4_0", "q4_0"]) == ("q4_0", "q4_0")  # a slip, left for others to say
+    assert Mansu(survive=("llama.cpp",)).survive == ENGINES["llama.cpp"].exact
+    config = RunConfig(quantizers=("transformers",))
+    assert config.quantizers == ("nf4", "fp4", "int8", "torchao-int4-g128", "hqq")
+    bench = BenchConfig(survive=("vllm",), quantizers=("vllm",))
+    assert bench.survive == ENGINES["vllm"].exact != bench.quantizers
+    assert VerifyConfig("a", "b", ("all",)).survive == quantizer_names(["all"], exact=True)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "int4-g32", "nvfp4", "hqq", "awq-g64", "q4_k_m"])
+def test_a_missing_package_is_said_before_a_run(name: str, monkeypatch, tmp_path):
+    quantizer = get_quantizer(name)
+    package, extra = quantizer.needs[-1]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"The quantizer {name} needs .*\[{extra}\]"):
+        run(RunConfig(model="none", quantizers=(name,), out=tmp_path / "run"))
+
+
+# What llama.cpp fits to its weights, by its own code.
+
+
+@pytest.fixture
+def llama_cpp():
+    pytest.importorskip("xllamacpp", reason="llama.cpp's own code: needs the wheel xllamacpp")
+
+
+@pytest.mark.parametrize("name", EXACT_FORMATS)
+def test_llama_cpp_writes_the_bytes_of_gguf(llama_cpp, name: str, monkeypatch):
+    """So what is exact of the package is exact in the engine."""
+    weight = torch.cat([made_weights(kind, torch.float32) for kind in VALUES])
+    expected = pack(weight, name)
+    monkeypatch.setattr("mansu_interp.quantizers.gguf.EXACT", ())
+    assert (pack(weight, name) == expected).all()
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_cells_are_those_of_the_bytes(llama_cpp, name: str, kind: str):
+    weight, quantizer = made_weights(kind, torch.float32, 512), TYPES[name]
+    cells, restored = quantizer.cells(weight), quantizer.round_trip(weight).flatten()
+    assert not quantizer.promises and cells.sets_scale.all()
+    n = len(cells.levels)
+    assert int(cells.codes.min()) >= 0 and int(cells.codes.max()) < n
+    assert len(cells.codes.unique()) == n or kind != "normal"
+    noise = {"q2_k": 0.4, "q3_k": 0.25, "q6_k": 0.03, "q5_k": 0.06}.get(name, 0.12)
+    assert (restored - weight.flatten()).norm() < noise * weight.norm()
+    if name != "iq4_nl":
+        assert ((restored - cells.value(cells.codes)).abs() <= 1e-3 * cells.span).all()
+    order = restored.view(-1, 16).argsort(1)  # 16 in a row share their scale in every type
+    assert (cells.codes.view(-1, 16).gather(1, order).diff(dim=1) >= 0).all()
+    same = restored.view(-1, 16).sort(1).values.diff(dim=1) == 0
+    flat = cells.span.view(-1, 16)[:, 1:] == 0
+    assert ((cells.codes.view(-1, 16).gather(1, order).diff(dim=1) == 0) == same)[~flat].all()
+
+
+def test_codes_of_q4_k_by_hand(llama_cpp):
+    """Its last 128 bytes: four runs of 32, low nibbles before high ones."""
+    weight = made_weights("normal", torch.float32, 512)
+    runs = torch.from_numpy(pack(weight, "q4_k").reshape(-1, 144)[:, 16:].copy()).view(-1, 4, 32)
+    codes = torch.stack([runs & 15, runs >> 4], 2).flatten().long()
+    assert torch.equal(TYPES["q4_k"].cells(weight).codes, codes)
+
+
+def llama(width: int, layers: int, kv_heads: int, tied: bool, inner: int = 768) -> LanguageModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=304,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    return LanguageModel("tiny", LlamaForCausalLM(config).eval(), None)
+
+
+def test_a_mix_by_hand(llama_cpp):
+    """Q4_K_M of eight layers: the first, the last and every third between get more bits; rows of
+    192 fall back."""
+    model = llama(192, 8, 4, True)
+    kinds = {n: q.name for n, q in get_quantizer("q4_k_m").fit(model, ()).items()}
+    more = {0, 3, 6, 7}
+    for layer in range(8):
+        at = f"model.layers.{layer}."
+        wide, narrow = ("q6_k", "q8_0") if layer in more else ("q4_k", "q5_0")
+        assert kinds[f"{at}mlp.down_proj.weight"] == wide
+        assert kinds[f"{at}self_attn.v_proj.weight"] == narrow
+        assert kinds[f"{at}mlp.up_proj.weight"] == "q5_0"
+    with pytest.raises(ConfigError, match="q4_k_m quantizes whole models"):
+        get_quantizer("q4_k_m").cells(model.weights["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_survival_of_a_mix_counts_each_layer_by_its_type(llama_cpp):
+    before = llama(256, 2, 4, False)
+    after, name = before.copy(), "model.layers.1.mlp.down_proj.weight"
+    after.weights[name].view(-1)[:300] *= -1
+    mixed, alone = survival(before, after, "q4_k_m"), survival(before, after, TYPES["q6_k"])
+    assert mixed == alone and mixed.edited == 300 < mixed.survived + 40
+    assert torch.equal(
+        quantize(before, "q4_k_m").weights[name], TYPES["q6_k"].round_trip(before.weights[name])
+    )
+
+
+def test_a_mix_of_an_unknown_family_is_said(facts: LanguageModel, monkeypatch, tmp_path):
+    """And before a run."""
+    monkeypatch.setattr(facts.config, "model_type", "odd")
+    monkeypatch.setattr("mansu_interp.runs.run.load_model", lambda *_: facts)
+    monkeypatch.setattr("mansu_interp.runs.run.load_task", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(Mix, "needs", ())
+    with pytest.raises(ConfigError, match=r"names are known for llama, .* of type 'odd'"):
+        run(RunConfig(quantizers=("q4_k_m",), out=tmp_path / "run"))
+    with pytest.raises(
+        ConfigError, match=r"names are known for llama, .* of type 'odd'\. Leave out"
+    ):
+        quantize(facts, "q4_k_m")
+
+
+@pytest.mark.parametrize("broken", ["missing", "stripped"])
+def test_without_llama_cpp_the_extra_is_named(broken: str, monkeypatch):
+    """Before any weight is read: of a model that needs it, and of no other."""
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "xllamacpp.xllamacpp", None)
+    else:  # a build that exports nothing of llama.cpp
+        monkeypatch.setitem(sys.modules, "xllamacpp", types.ModuleType("xllamacpp"))
+        other = types.ModuleType("xllamacpp.xllamacpp")
+        other.__file__ = torch._C.__file__
+        monkeypatch.setitem(sys.modules, "xllamacpp.xllamacpp", other)
+    engine.cache_clear()
+    with pytest.raises(ConfigError, match=r'pip install "mansu-interp\[llama-cpp\]"'):
+        get_quantizer("q4_k_m").fit(llama(256, 1, 4, False), ())
+    assert get_quantizer("q4_k_m").fit(llama(192, 1, 4, False, inner=192), ())
+    engine.cache_clear()
 
 
 # Calibrated quantizers: what auto-round did is what is reported, and nothing else is changed.

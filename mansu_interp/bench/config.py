@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..unlearning.methods import METHODS, get_method
 from ..utils.ranges import check_range, check_seeds
+from ..utils.shipped import quantizer_names
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class BenchConfig:
     methods: tuple[str, ...] = tuple(METHODS)
     """What is compared; `mansu list` names the methods."""
     quantizers: tuple[str, ...] = ("nf4",)
-    """What each checkpoint goes through once saved and loaded again."""
+    """What each checkpoint goes through once saved and loaded again; an engine stands for all its
+    formats, as in a run."""
     survive: tuple[str, ...] = ("nf4",)
     """What the edits of mansu and its variants are made to survive."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -48,6 +50,8 @@ class BenchConfig:
     """Folder for trials, table and pages; what is already there is not run again."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "quantizers", quantizer_names(self.quantizers))
+        object.__setattr__(self, "survive", quantizer_names(self.survive, exact=True))
         for name in (
             "models",
             "tasks",

@@ -98,9 +98,9 @@ def run_bench(bench: BenchConfig, on_progress: OnProgress | None = None) -> list
     """
     if launched() > 1:
         raise ConfigError("bench shares out whole trials: start it once, with --jobs.")
-    for name in bench.quantizers:
-        get_quantizer(name)
     quantizer_set(bench.survive)
+    for name in (*bench.survive, *bench.quantizers):
+        get_quantizer(name).check_installed()
     models = {name: load_model(name, bench.device) for name in bench.models}
     for model in models.values():
         for task in bench.tasks:

@@ -20,13 +20,12 @@ from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_config, default_task
 from ..tasks.data.benchmarks import TaskConfig
 from ..utils.words import number_of
-from .console import Output, say, say_json, warn
+from .console import Output, say, say_json
 from .progress import Progress, duration, stages
 from .settings import (
     ApplyConfig,
     CadConfig,
     DeltaConfig,
-    ExportConfig,
     ListConfig,
     RelearnRun,
     ReportConfig,
@@ -204,32 +203,6 @@ def do_apply(config: ApplyConfig, output: Output) -> int:
     return 0
 
 
-def do_export(config: ExportConfig, output: Output) -> int:
-    """Write a GGUF file."""
-    with stages("writing the file", output.quiet):
-        from ..export.gguf import export_gguf
-        from ..export.ledger import Ledger, unpromised
-        from ..models.load import load_model
-        from ..utils.files import check_free
-
-        check_free(config.out)
-        inside = Path(config.model) / "model"
-        place = inside if (inside / "config.json").exists() else Path(config.model)
-        model = load_model(place if place.is_dir() else config.model)
-        lost, ledger = None, place.parent / "ledger.safetensors"
-        if config.type != "f16" and place.is_dir() and ledger.exists():
-            lost = unpromised(model, Ledger.load(ledger), config.type)
-        export_gguf(model, config.out, config.type, new=True)
-    say(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
-    if lost:
-        warn(
-            f"Careful: this edit was not made to survive {config.type}; {lost.survived:,} of its "
-            f"{lost.edited:,} weights do. What was forgotten may come back in this file. Measure "
-            f"it, or unlearn with --unlearn.survive {config.type}."
-        )
-    return 0
-
-
 def do_relearn(config: RelearnRun, output: Output) -> int:
     """Attack models by relearning."""
     with stages(LOADING, output.quiet) as progress:
@@ -370,16 +343,21 @@ def do_list(_: ListConfig, output: Output) -> int:
     from ..quantizers.registry import QUANTIZERS
     from ..tasks.files import embedded_tasks, read_task_file
     from ..unlearning.methods import METHODS
+    from ..utils.shipped import ENGINES
 
     models = [m for m in embedded_models() if "reference" not in m]
     if output.json:
         tasks = {name: read_task_file(name)[0].title for name in embedded_tasks()}
         found = {"models": models, "tasks": tasks, "methods": [*METHODS]}
-        say_json({**found, "quantizers": [*QUANTIZERS]})
+        engines = {name: asdict(formats) for name, formats in ENGINES.items()}
+        say_json({**found, "quantizers": [*QUANTIZERS], "engines": engines})
         return 0
     say("models      " + ", ".join(models))
     for name in embedded_tasks():
         say(f"task        {name}: {read_task_file(name)[0].title}")
     say("methods     " + ", ".join(METHODS))
     say("quantizers  " + ", ".join(QUANTIZERS))
+    for name, formats in ENGINES.items():
+        fitted = ", ".join(formats.fitted)
+        say(f"engine      {name}: {', '.join(formats.exact)}; measured alone: {fitted}")
     return 0

@@ -32,7 +32,6 @@ from .commands import (
     do_bench,
     do_cad,
     do_delta,
-    do_export,
     do_list,
     do_plan,
     do_relearn,
@@ -42,14 +41,17 @@ from .commands import (
     do_verify,
 )
 from .console import Output
-from .help import BENCH, HELP_ALL, shortened, shown_of_run
+from .deployed import do_evaluate, do_export
 from .settings import (
+    BENCH,
+    HELP_ALL,
     ApplyConfig,
     AttributeConfig,
     CadConfig,
     CompareConfig,
     DeltaConfig,
     DiscoverConfig,
+    EvaluateConfig,
     ExportConfig,
     ListConfig,
     RelearnRun,
@@ -57,6 +59,8 @@ from .settings import (
     RunCommand,
     VerifyConfig,
     ViewConfig,
+    shortened,
+    shown_of_run,
 )
 
 ROBUST_FLAG = f"--{ROBUST}"
@@ -74,7 +78,8 @@ Examples:
   mansu plan --model Llama-3.1-8B/config.json   what it would cost
 
 With every command: --quiet prints the result alone. run, report, plan,
-list, discover, attribute, compare and relearn: --json prints it as JSON.
+list, discover, attribute, compare, relearn and evaluate: --json prints
+it as JSON.
 mansu --version.
 run and bench: --help-all shows every setting.
 
@@ -196,7 +201,15 @@ COMMANDS = (
         ExportConfig,
         do_export,
         "Write one GGUF file (Llama, Mistral, Qwen2 and Qwen3).\n\n"
-        "Example: mansu export runs/smollm2 --type q4_0 --out smollm2.gguf",
+        "Example: mansu export runs/smollm2 --type q4_k_m --out smollm2.gguf",
+    ),
+    Command(
+        "evaluate",
+        EvaluateConfig,
+        do_evaluate,
+        "Ask a task of a checkpoint, or of a GGUF file in the running llama.cpp.\n\n"
+        "Example: mansu evaluate model.gguf --engine llama.cpp --checkpoint runs/latest "
+        "--task countries",
     ),
     Command(
         "task",
@@ -208,7 +221,7 @@ COMMANDS = (
     Command("list", ListConfig, do_list),
 )
 """What the command line knows, in the order of its help."""
-JSON = ("run", "report", "plan", "list", "discover", "attribute", "compare", "relearn")
+JSON = ("run", "report", "plan", "list", "discover", "attribute", "compare", "relearn", "evaluate")
 """Commands whose result can be printed as JSON."""
 
 

@@ -1,18 +1,39 @@
-"""Settings of the commands that have no dataclass of their own elsewhere."""
+"""Settings of the commands that have no dataclass of their own elsewhere, and short help: of a
+command with many settings, --help shows a few and --help-all the rest."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, cast, get_type_hints
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from ..audit.config import SUITE, RelearnConfig
 from ..circuits.config import AttributionConfig, CircuitConfig
+from ..errors import ConfigError
 from ..runs.config import RunConfig
+from ..unlearning.methods import Mansu, MethodConfig
 from ..utils.ranges import check_range, check_seeds
-from ..utils.shipped import split_names
+from ..utils.records import Record
+from ..utils.shipped import ENGINES, quantizer_names, split_names
+
+Settings = TypeVar("Settings", bound=Record)
+HELP_ALL = "--help-all"
+RUN = (
+    "model", "task", "method", "out", "seed", "quantizers", "relearn_steps", "device",
+)  # fmt: skip
+"""Shown of ``run`` with every method."""
+MANSU = ("robust", "budget", "unlearn.steps", "unlearn.lr", "unlearn.survive")
+"""And with MANSU."""
+SHARED = ("batch_size", "stop_at")
+"""Not shown with a baseline, whose other settings are few."""
+BENCH = (
+    "models", "tasks", "methods", "quantizers", "survive", "seeds", "levels", "strengths", "steps",
+    "jobs", "out",
+)  # fmt: skip
+"""Shown of ``bench``."""
 
 
 @dataclass(frozen=True)
@@ -176,14 +197,15 @@ class VerifyConfig:
     edited: Annotated[Positional[str], arg(metavar="EDITED")]
     """The checkpoint after it."""
     survive: tuple[str, ...] = ()
-    """The quantizers that every edit must survive; default: those of the ledger, or nf4."""
+    """The quantizers that every edit must survive, or engines; default: those of the ledger, or
+    nf4."""
     ledger: Path | None = None
     """ledger.safetensors of the run; it must agree with both checkpoints."""
     mask: Path | None = None
     """mask.safetensors of the run; no edit may lie outside it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "survive", split_names(self.survive))
+        object.__setattr__(self, "survive", quantizer_names(self.survive, exact=True))
 
 
 @dataclass(frozen=True)
@@ -210,7 +232,8 @@ class ApplyConfig:
     """New folder for the Hugging Face checkpoint."""
 
 
-ExportType = Literal["f16", "q8_0", "q4_0"]
+EXPORTED = ("f16", *ENGINES["llama.cpp"].exact, *ENGINES["llama.cpp"].fitted)
+"""Types of GGUF files."""
 
 
 @dataclass(frozen=True)
@@ -219,12 +242,74 @@ class ExportConfig:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Folder of a run, Hugging Face folder, embedded model, or hub name."""
-    type: ExportType = "q8_0"
-    """f16, or llama.cpp's 8-bit or 4-bit blocks for all matrices."""
+    type: str = "q8_0"
+    """f16, or a format of llama.cpp by its name there, such as Q4_K_M, Q4_0 or MXFP4 (`mansu list`
+    names them), in small or capital letters."""
     out: Path = Path("model.gguf")
     """The file to write."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "type", self.type.lower())
+        if self.type not in EXPORTED:
+            raise ConfigError(
+                f"type: got {self.type!r:.60}, expected one of {', '.join(EXPORTED)}."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Ask a task of a checkpoint, or of a GGUF file in the running llama.cpp."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Folder of a run, Hugging Face folder, embedded model, or hub name; with --engine llama.cpp a
+    GGUF file."""
+    task: str | None = None
+    """Shipped task or path of a task file; default: the one that goes with the model."""
+    engine: Literal["transformers", "llama.cpp"] = "transformers"
+    """What computes the answers."""
+    checkpoint: str = "runs/latest"
+    """Of a GGUF file: what it was made from. Its tokenizer encodes the task, after a check that
+    llama.cpp splits the prompts alike, and its own scores stand beside."""
+    split: Literal["unseen", "dev"] = "unseen"
+    """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
 
 
 @dataclass(frozen=True)
 class ListConfig:
     """Name the models, tasks, methods and quantizers that ship."""
+
+
+def shown_of_run(method: MethodConfig) -> tuple[str, ...]:
+    """The settings of ``run`` that its short help shows."""
+    if isinstance(method, Mansu):
+        return RUN + MANSU
+    return (*RUN, *(f"unlearn.{f.name}" for f in fields(method) if f.name not in SHARED))
+
+
+def shortened(default: Settings, shown: Collection[str], inside: str = "") -> Settings:
+    """The same settings, of a class whose help shows a few of them alone. For help only: what is
+    not shown cannot be parsed.
+
+    Arguments:
+        default: the settings, a dataclass.
+        shown: names of those to show, such as ``unlearn.lr``.
+        inside: prefix of the names in nested settings.
+    """
+    kind = type(default)
+    hints = get_type_hints(kind, include_extras=True)
+    annotations: dict[str, object] = {}
+    values: dict[str, object] = {}
+    body: dict[str, object] = {"__annotations__": annotations, "__module__": kind.__module__}
+    for item in fields(kind):
+        name, value = f"{inside}{item.name}", getattr(default, item.name)
+        nested = isinstance(value, Record) and any(s.startswith(f"{name}.") for s in shown)
+        if nested:
+            value = shortened(value, shown, f"{name}.")
+            annotations[item.name] = type(value)
+        else:
+            hint = hints[item.name]
+            annotations[item.name] = hint if name in shown else Suppress[hint]
+        body[item.name] = field(default_factory=lambda v=value: v)
+        values[item.name] = value
+    shorter = dataclass(frozen=True)(type(kind.__name__, (kind,), body))
+    return cast(Settings, shorter(**values))

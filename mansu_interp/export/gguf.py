@@ -1,15 +1,17 @@
 """A checkpoint as one GGUF file, written with llama.cpp's own ``gguf`` package.
 
-Tensor names, file layout and the F16, Q8_0 and Q4_0 blocks are that package's. What it does not
-know is done here: the hyper-parameters of Llama-shaped models, the row order that llama.cpp expects
-of Llama's q and k, and byte-level BPE tokenizers. Groups of 32 run along a row, so the blocks are
-those of the quantizers ``q8_0`` and ``q4_0``. Norms and biases stay float32; with q4_0 embedding
-and unembedding are written as Q8_0 (finer than any cell that an edit leaves).
+Tensor names, file layout and the blocks of fixed grids are that package's, those of K-quants and
+IQ4_NL llama.cpp's. What neither knows is done here: the hyper-parameters of Llama-shaped models,
+the row order that llama.cpp expects of Llama's q and k, and tokenizers: byte-level BPE, and whole
+words as a unigram model. Groups run along a row, so the blocks are those of the quantizers of the
+same name. Norms and biases stay float32. With a fixed grid, embedding and unembedding are written
+as Q8_0 (finer than any cell that an edit leaves); in a mix they are what llama.cpp makes them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -17,19 +19,30 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..errors import ArtifactError, ModelError
+from ..errors import ArtifactError, ConfigError, ModelError
 from ..models.language_model import LanguageModel
-from ..quantizers.gguf import GROUP
+from ..quantizers.gguf import (
+    ARCHITECTURES,
+    EXACT,
+    GROUP,
+    MIXES,
+    FileShape,
+    file_shape,
+    gguf_names,
+    pack,
+    tensor_type,
+)
+from ..quantizers.registry import get_quantizer
 from ..utils.files import Json, atomic_path, read_json
 from ..utils.libraries import library
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGUFWriter
 else:  # an optional package
-    GGMLQuantizationType = GGUFWriter = object
+    GGUFWriter = object
 
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-"""Model type -> architecture of the gguf package."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types that are written."""
 _DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
 PRE = {_DIGITS % "{1,3}": "llama-bpe", _DIGITS % "": "qwen2"}
 """How a tokenizer's splitting rule begins -> llama.cpp's name for it."""
@@ -39,21 +52,28 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool 
     """Write a GGUF file, whole or not at all.
 
     Arguments:
-        model: a Llama, Mistral, Qwen2 or Qwen3 model with a byte-level BPE tokenizer.
+        model: a Llama, Mistral, Qwen2 or Qwen3 model whose tokenizer is a byte-level BPE or whole
+            words.
         path: of the file.
-        kind: ``f16``, ``q8_0`` or ``q4_0``.
+        kind: ``f16``, or a format of llama.cpp by its name there, in small letters.
         new: whether there must be no such file yet.
 
     Raises:
         ArtifactError: there is one, and ``new``.
         ModelError: another family, a scaled rotary embedding, or another kind of tokenizer.
-        ConfigError: the ``gguf`` package is missing.
+        ConfigError: another type, or a package is missing.
     """
     gguf = library("gguf", "gguf")
+    if kind not in ("f16", *EXACT, *MIXES):
+        raise ConfigError(
+            f"GGUF types: got {kind!r:.60}, expected f16, {', '.join((*EXACT, *MIXES))}."
+        )
+    if kind != "f16":
+        get_quantizer(kind).check_installed()
     config = model.config
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in FAMILIES:
         raise ModelError(
-            f"{model.name}: GGUF export knows {', '.join(ARCHITECTURES)}; this model is of type "
+            f"{model.name}: GGUF export knows {', '.join(FAMILIES)}; this model is of type "
             f"{config.model_type!r}. Use llama.cpp's convert_hf_to_gguf.py on the saved folder."
         )
     vocabulary = _vocabulary(model)
@@ -62,17 +82,18 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool 
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
         _write_settings(writer, model, kind, gguf)
         _write_tokenizer(writer, model, vocabulary, gguf)
-        names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        names, shape = gguf_names(model), file_shape(model)
         for name, weight in model.weights.items():
-            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if target is None:
+            if name not in names:
                 raise ModelError(f"{model.name}: GGUF has no name for the weight {name}.")
-            values = _converted(model, name, weight.detach().float().cpu()).contiguous().numpy()
-            stored = _stored_as(gguf, target, weight, kind)
-            if stored == gguf.GGMLQuantizationType.F32:
-                writer.add_tensor(target, values)
+            values = _converted(model, name, weight.detach().float().cpu()).contiguous()
+            stored = _stored_as(names[name], weight, kind, shape)
+            if stored in ("f32", "f16"):
+                plain = values if stored == "f32" else values.half()
+                writer.add_tensor(names[name], plain.numpy())
             else:
-                writer.add_tensor(target, gguf.quantize(values, stored), raw_dtype=stored)
+                number = getattr(gguf.GGMLQuantizationType, stored.upper())
+                writer.add_tensor(names[name], pack(values, stored), raw_dtype=number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -84,20 +105,21 @@ def exportable(folder: Path) -> bool:
     try:
         kind = read_json(folder / "config.json").get("model_type")
         tokenizer = read_json(folder / "tokenizer.json")
-        known = tokenizer["model"]["type"] == "BPE" and _pre(tokenizer["pre_tokenizer"])
+        known = _pre(tokenizer)
     except (ArtifactError, AttributeError, LookupError, TypeError):
         return False
-    return bool(known) and kind in ARCHITECTURES and find_spec("gguf") is not None
+    return bool(known) and kind in FAMILIES and find_spec("gguf") is not None
 
 
-def _stored_as(gguf: ModuleType, target: str, weight: Tensor, kind: str) -> GGMLQuantizationType:
-    types = gguf.GGMLQuantizationType
+def _stored_as(target: str, weight: Tensor, kind: str, shape: FileShape) -> str:
+    """The type of a tensor, in small letters."""
     if weight.ndim < 2:
-        return types.F32
+        return "f32"
+    if kind in MIXES:
+        return tensor_type(kind, target, weight.shape[-1], shape)
     if kind == "f16" or weight.shape[-1] % GROUP:
-        return types.F16
-    outer = target in ("token_embd.weight", "output.weight")
-    return types.Q8_0 if outer or kind == "q8_0" else types.Q4_0
+        return "f16"
+    return "q8_0" if target in ("token_embd.weight", "output.weight") else kind
 
 
 def _converted(model: LanguageModel, name: str, weight: Tensor) -> Tensor:
@@ -132,28 +154,35 @@ def _write_settings(writer: GGUFWriter, model: LanguageModel, kind: str, gguf: M
     writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    names = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-    writer.add_file_type(getattr(gguf.LlamaFileType, names[kind]))
+    named = "MXFP4_MOE" if kind == "mxfp4" else kind.upper()
+    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{named}"))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def _vocabulary(model: LanguageModel) -> dict[str, Json]:
-    """A byte-level BPE tokenizer as plain data, with llama.cpp's name of its splitting rule."""
+    """A tokenizer as plain data, with llama.cpp's name of its splitting rule, or ``words``."""
     fast = getattr(model.get_tokenizer(), "backend_tokenizer", None)
     data = json.loads(fast.to_str() if fast else '{"model": {}}')
-    pre = _pre(data.get("pre_tokenizer"))
-    if data["model"].get("type") != "BPE" or pre is None:
+    pre = _pre(data)
+    if pre is None:
         raise ModelError(
-            f"{model.name}: GGUF export knows byte-level BPE tokenizers with the splitting rule of "
-            f"GPT-2, SmolLM, Llama 3 or Qwen2; this one is {data['model'].get('type')}. Use "
+            f"{model.name}: GGUF export knows tokenizers of whole words, and byte-level BPE with "
+            "the splitting rule of GPT-2, SmolLM, Llama 3 or Qwen2; this one is "
+            f"{data['model'].get('type')} with another rule. Use "
             "llama.cpp's convert_hf_to_gguf.py on the saved folder."
         )
     return {**data, "pre": pre}
 
 
-def _pre(rule: Json) -> str | None:
-    steps = (rule or {}).get("pretokenizers") or [rule or {}]
+def _pre(data: dict[str, Json]) -> str | None:
+    rule = data.get("pre_tokenizer") or {}
+    steps = rule.get("pretokenizers") or [rule]
     kinds = [s.get("type") for s in steps]
+    if data["model"].get("type") == "WordLevel":
+        known = kinds in (["WhitespaceSplit"], ["WhitespaceSplit", "Split"])
+        return "words" if known and not data.get("normalizer") else None
+    if data["model"].get("type") != "BPE":
+        return None
     if kinds == ["ByteLevel"]:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
@@ -170,17 +199,27 @@ def _write_tokenizer(
     size = model.config.vocab_size
     kinds = gguf.TokenType
     tokens, types = [f"[PAD{i}]" for i in range(size)], [kinds.UNUSED] * size
+    words = data["pre"] == "words"
     for text, i in data["model"]["vocab"].items():
-        tokens[i], types[i] = text, kinds.NORMAL
+        tokens[i], types[i] = _spaced(text, data) if words else text, kinds.NORMAL
     for added in data["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = kinds.CONTROL if added["special"] else kinds.USER_DEFINED
-    merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(data["pre"])
+        i, special = added["id"], added["special"]
+        phrase = words and not special
+        tokens[i] = _spaced(added["content"], data) if phrase else added["content"]
+        types[i] = kinds.CONTROL if special else kinds.NORMAL if phrase else kinds.USER_DEFINED
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    if words:
+        # As a unigram model (T5's) whose tokens all cost the same: the fewest cover a text.
+        writer.add_tokenizer_model("t5")
+        writer.add_token_scores([-1.0] * size)
+        writer.add_add_space_prefix(True)
+        writer.add_remove_extra_whitespaces(True)
+    else:
+        merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(data["pre"])
+        writer.add_token_merges(merges)
     for kind in ("bos", "eos", "unk", "pad"):
         found = getattr(model.tokenizer, f"{kind}_token_id")
         if found is not None:
@@ -193,6 +232,15 @@ def _write_tokenizer(
     elif template:
         named = [{"name": name, "template": text} for name, text in template.items()]
         writer.add_chat_template(named)
+
+
+def _spaced(text: str, data: dict[str, Json]) -> str:
+    """A word with the space before it, as a unigram model writes one; none before what is split off
+    the end of a word."""
+    steps = data["pre_tokenizer"].get("pretokenizers", [])
+    ends = [s["pattern"].get("Regex", "") for s in steps if s["type"] == "Split"]
+    attached = any(re.fullmatch(pattern, text) for pattern in ends)
+    return text if attached else "\u2581" + text.replace(" ", "\u2581")
 
 
 def _adds(model: LanguageModel) -> tuple[bool, bool]:

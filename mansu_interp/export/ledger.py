@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
+from ..quantizers.gguf import Mix
 from ..quantizers.registry import get_quantizer
 from ..quantizers.survival import Survival, survival
 from ..utils.files import Json, expect
@@ -204,7 +205,8 @@ def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
 
 @torch.no_grad()
 def unpromised(edited: LanguageModel, ledger: Ledger, quantizer: str) -> Survival | None:
-    """What a quantizer makes of an edit that was not made to survive it; None: it was.
+    """What a quantizer makes of an edit that was not made to survive it; None: it was, or every
+    type that a mix consists of.
 
     Arguments:
         edited: the edited checkpoint.
@@ -215,7 +217,11 @@ def unpromised(edited: LanguageModel, ledger: Ledger, quantizer: str) -> Surviva
         ArtifactError: the ledger does not fit the checkpoint.
         ConfigError: unknown quantizer.
     """
-    if quantizer in ledger.meta["survive"]:
+    kind, promised = get_quantizer(quantizer), set(ledger.meta["survive"])
+    kinds = (
+        {q.name for q in kind.fit(edited, ()).values()} if isinstance(kind, Mix) else {kind.name}
+    )
+    if kinds <= promised:
         return None
     if ledger.meta.get("edited_weights_sha256") != weights_sha256(edited):
         raise ArtifactError(f"The ledger beside {edited.name} is of another checkpoint.")

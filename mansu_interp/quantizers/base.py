@@ -8,6 +8,7 @@ a higher code is a higher value.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..utils.libraries import library
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,18 @@ class Quantizer(ABC):
     """Whether scales move between layers, so that single weights no longer compare with the
     original's."""
 
+    needs: tuple[tuple[str, str], ...] = ()
+    """Optional packages, each with the extra that installs it."""
+
+    def check_installed(self) -> None:
+        """Before long work.
+
+        Raises:
+            ConfigError: a package is missing; names the line that installs it.
+        """
+        for package, extra in self.needs:
+            library(package, extra, f"The quantizer {self.name}")
+
     @abstractmethod
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
         """Codes, grid and scale setters of a weight, code for code those of the library."""
@@ -141,6 +155,31 @@ def divided(x: Float[Tensor, "*any"], by: float) -> Float[Tensor, "*any"]:
     """``x / by``, the same on every device: CUDA multiplies by the reciprocal of a plain number,
     which sends some values to another code."""
     return x / x.new_tensor(by)
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of a 4-bit float with two bits of exponent and one of mantissa (OCP Microscaling
+Formats 1.0, 2023). With both signs and one zero they make 15 levels."""
+E2M1_LEVELS = torch.tensor([-m for m in E2M1[:0:-1]] + list(E2M1))
+
+
+def e2m1_codes(
+    x: Float[Tensor, "groups size"], scale: Float[Tensor, "groups 1"] | float, *, even: bool = False
+) -> Int[Tensor, "groups size"]:
+    """Ranks among `E2M1_LEVELS` of the levels that are nearest to ``x / scale``.
+
+    Arguments:
+        x: values.
+        scale: of a group; where it is 0 every value gets the code of 0.
+        even: whether a tie goes to the level whose last bit is 0; else it goes towards 0.
+    """
+    size, code = x.abs(), torch.zeros_like(x, dtype=torch.int64)
+    for k, (low, high) in enumerate(itertools.pairwise(E2M1)):
+        # Exact: scales are powers of two, or have four significant bits.
+        middle = (low + high) / 2 * scale
+        code += (size >= middle) if even and k % 2 else (size > middle)
+    zero = len(E2M1) - 1
+    return zero + torch.where(x < 0, -code, code) * (torch.as_tensor(scale, device=x.device) > 0)
 
 
 def affine(

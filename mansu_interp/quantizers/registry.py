@@ -6,10 +6,9 @@ from ..errors import ConfigError
 from ..utils.ranges import entrance
 from .base import Quantizer
 from .bitsandbytes import FourBit, Int8
-from .calibrated import Calibrated
-from .gguf import Gguf
-from .hqq import Hqq
-from .torchao import Int4
+from .fitted import Calibrated, Hqq
+from .gguf import EXACT, MIXES, Gguf, Mix
+from .torchao import Int4, Nvfp4
 
 BLOCKS = (64, 128, 256, 512)
 GROUPS = (32, 64, 128)
@@ -17,7 +16,9 @@ _ALL: list[Quantizer] = [
     *(FourBit(k, b, d) for k in ("nf4", "fp4") for b in BLOCKS for d in (False, True)),
     Int8(),
     *(Int4(rule, g) for rule in ("asym", "sym", "tinygemm") for g in GROUPS),
-    *(Gguf(name) for name in ("q4_0", "q4_1", "q8_0")),
+    *(Gguf(name) for name in EXACT),
+    *(Mix(name) for name in MIXES),
+    Nvfp4(),
     Hqq(),
     *(Calibrated(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),
 ]

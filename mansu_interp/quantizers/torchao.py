@@ -1,9 +1,15 @@
-"""INT4 by rounding to nearest in groups along a row, as torchao's quantization primitives do it.
+"""INT4 and NVFP4 in groups along a row, as torchao does them.
+
+INT4 by rounding to nearest, through torchao's quantization primitives:
 
 - ``sym``: scale = absmax / 7.5, levels -8..7;
 - ``asym``: scale = (max - min) / 15 with 0 in the range, an integer zero point;
 - ``tinygemm``: scale = (max - min) / 15, the minimum on level 0: the rule behind torchao's
   ``Int4WeightOnlyConfig``, whose packed tensors need an accelerator; these primitives do not.
+
+NVFP4 with two levels of scales: `E2M1` times a scale of each 16 elements in 8 bits (E4M3), times
+one of the tensor, which takes its absmax to 6 x 448. Weights alone: engines that round activations
+to four bits as well round more.
 
 The weight is widened to float32 first; torchao given a bfloat16 weight also rounds its scale to
 bfloat16, which can send a value near a boundary to the other side.
@@ -18,7 +24,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from ..utils.libraries import library
-from .base import Cells, Quantizer, affine, divided, grouped
+from .base import E2M1, E2M1_LEVELS, Cells, Quantizer, affine, divided, e2m1_codes, grouped
 
 TINY = torch.finfo(torch.float32).smallest_normal
 
@@ -29,6 +35,7 @@ class Int4(Quantizer):
 
     rule: str = "asym"
     group: int = 128
+    needs = (("torchao", "torchao"),)
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -112,3 +119,49 @@ class Int4(Quantizer):
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """See `Quantizer.round_trip`."""
         return self.library_codes(weight)[1]
+
+
+NVFP4_GROUP = 16
+E4M3_MAX, E4M3_TINY = 448.0, 2.0**-6
+"""Largest and smallest scale of a group, in units of the tensor's."""
+
+
+@dataclass(frozen=True)
+class Nvfp4(Quantizer):
+    """NVFP4 of a weight."""
+
+    name: str = "nvfp4"
+    needs = (("torchao", "torchao"),)
+
+    def touches(self, weight: Float[Tensor, "out in"]) -> bool:
+        """Rows must divide into groups of 16."""
+        return weight.shape[-1] % NVFP4_GROUP == 0
+
+    def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
+        """See `Quantizer.cells`. The element that sets the tensor's scale sets its group's, too."""
+        x = grouped(weight, NVFP4_GROUP)
+        absmax = x.abs().amax(1, keepdim=True)
+        whole = _of_tensor(x)
+        share = (divided(absmax, E2M1[-1]) / whole).clamp(E4M3_TINY, E4M3_MAX)
+        share = share.to(torch.float8_e4m3fn).float()
+        inside = (x * (1.0 / whole / share)).clamp(-E2M1[-1], E2M1[-1])
+        return affine(
+            e2m1_codes(inside, 1.0, even=True),
+            scale=share * whole,
+            offset=share * 0,
+            levels=E2M1_LEVELS,
+            sets=x.abs() == absmax,
+            lowest=-absmax,
+            highest=absmax,
+        )
+
+    def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `Quantizer.round_trip`."""
+        tensor = library("torchao.prototype.mx_formats.nvfp4_tensor", "torchao").NVFP4Tensor
+        x = weight.detach().float().contiguous()
+        return tensor.to_nvfp4(x, per_tensor_scale=_of_tensor(x)).dequantize()
+
+
+def _of_tensor(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """The scale of a whole tensor; of zeros any will do."""
+    return divided(x.abs().amax(), E2M1[-1] * E4M3_MAX).clamp(min=TINY)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..evaluation.scores import METRICS, WORDS, Scores
+from ..evaluation.versions import EDITED
 from ..utils.words import number_of
 from .blocks import Cards, Code
 from .markdown import markdown_block, markdown_text
 from .records import Report
-from .story import heading, scores_blocks
+from .story import heading, quantizer_table, scores_blocks
 from .values import percent
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+else:  # takes a while to import
+    EvalResult = object
 
 
 def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
@@ -25,10 +33,12 @@ def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
     name = report.model.name
     data = ModelCardData(
         base_model=_hub_name(name),
+        eval_results=_results(report),
         license="unknown",
         library_name="transformers",
+        model_name=f"{Path(name).name}-edited",
         pipeline_tag="text-generation",
-        tags=["unlearning", "mansu-interp"],
+        tags=["machine-unlearning", "unlearning", "mansu-interp"],
     )
     vars(data).update(terms or {})
     top, edit = heading(report), report.edit
@@ -41,12 +51,61 @@ def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
         "## Scorecard",
         markdown_block(Cards(report.properties)),
         *map(markdown_block, scores_blocks(report)),
+        *_formats(report),
         "All scores are on phrasings that unlearning never saw, on the checkpoint as saved. "
         "Surviving quantization is not erasure: relearning can bring the answers back.",
         "## Made with",
         markdown_block(Code(report.command)),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(b for b in blocks if b) + "\n"
+
+
+def _results(report: Report) -> list[EvalResult]:
+    """Mean accuracies of the edited model as the hub's ``model-index`` has them: by role and
+    metric, in full precision and after each quantizer after which all sets were scored."""
+    from huggingface_hub import EvalResult
+
+    scores, task = Scores(report.scores), report.task
+    out = []
+    for role in dict.fromkeys(row.role for row in report.scores):
+        rows = scores.of_role(role)
+        versions = [v for v in rows[0].models if v.name == EDITED.name]
+        for version in versions:
+            after = f", after {version.quantizer}" if version.quantizer else ""
+            for metric in METRICS:
+                found = EvalResult(
+                    task_type="text-generation",
+                    dataset_type=task.name,
+                    dataset_name=f"{task.name}: {role}, unseen phrasings",
+                    dataset_config=role,
+                    metric_type="accuracy",
+                    metric_name=f"{WORDS[metric]} accuracy{after}",
+                    metric_value=round(scores.mean(role, metric, version), 4),
+                )
+                out.append(found)
+    return out
+
+
+def _formats(report: Report) -> list[str]:
+    """Which formats were looked at, and what holds of each."""
+    rows = report.quantizers
+    if not rows:
+        return []
+    promised = [r.name for r in rows if r.promised]
+    measured = [r.name for r in rows if not r.promised]
+    holds = all(r.survival.survived == r.survival.edited and not r.survival.collateral
+                for r in rows if r.promised)  # fmt: skip
+    said = []
+    if promised:
+        word = "holds" if holds else "does NOT hold"
+        said.append(
+            f"The edit was made to survive {', '.join(promised)}: every edited weight changes its "
+            f"code there, and no other weight does. That {word} of this checkpoint."
+        )
+    if measured:
+        said.append(f"Nothing is promised of {', '.join(measured)}, which were measured.")
+    said.append("No other format was looked at: answers may come back there.")
+    return ["## Formats", " ".join(said), markdown_block(quantizer_table(rows))]
 
 
 def _hub_name(name: str) -> str | None:

@@ -260,7 +260,7 @@ def _edit(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[Block]:
             "gap is to full precision; behind it are the prompts whose answer came back to the "
             "first rank, or is gone from it, and p, the probability of a split so uneven by chance."
         )
-        blocks.append(_quantizers(quantizers))
+        blocks.append(quantizer_table(quantizers))
     if edit.by_weight:
         blocks.append("Where the edits lie:")
         rows = [[w.weight, count(w.edited), count(w.of)] for w in edit.by_weight]
@@ -295,7 +295,8 @@ def _edit_facts(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[list[str
     return rows
 
 
-def _quantizers(quantizers: Sequence[QuantizerRow]) -> Table:
+def quantizer_table(quantizers: Sequence[QuantizerRow]) -> Table:
+    """What each quantizer makes of the edit, and of the forget answers."""
     rows = [
         [
             q.name,

@@ -9,7 +9,7 @@ from ..circuits.config import AttributionConfig, CircuitConfig
 from ..errors import ConfigError
 from ..unlearning.methods import Mansu, MethodConfig
 from ..utils.ranges import check_kinds, check_range, check_seeds
-from ..utils.shipped import split_names
+from ..utils.shipped import quantizer_names
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class RunConfig:
     score_pairs: int = 200
     """Prompts per scored set, drawn evenly over its unseen phrasings."""
     quantizers: tuple[str, ...] = ()
-    """Quantizers to score besides nf4 and those that every edit survives."""
+    """Quantizers to score besides nf4 and those that every edit survives, or engines (llama.cpp,
+    transformers, vllm, all)."""
     relearn_steps: int = 20
     """Steps of the relearning attack that tests erasure, on half of the forget facts; 0 = none."""
     device: str = "auto"
@@ -59,7 +60,7 @@ class RunConfig:
     """The method that edits the model, and its settings."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "quantizers", split_names(self.quantizers))
+        object.__setattr__(self, "quantizers", quantizer_names(self.quantizers))
         check_kinds(self)
         check_seeds(self, "seed")
         if not 0 < self.budget <= 1:

@@ -21,6 +21,7 @@ from ..models.language_model import LanguageModel
 from ..models.layout import check_layout
 from ..models.load import load_model, use_threads
 from ..models.provenance import provenance
+from ..quantizers.gguf import Mix, gguf_names
 from ..quantizers.registry import get_quantizer
 from ..report.card import model_card
 from ..report.records import Report
@@ -136,8 +137,8 @@ def _check_settings(config: RunConfig) -> None:
     check_folder(config)
     if isinstance(config.unlearn, Mansu):
         quantizer_set(config.unlearn.survive)
-    for name in config.quantizers:
-        get_quantizer(name)
+    for name in (*deployed(config), *config.quantizers):
+        get_quantizer(name).check_installed()
 
 
 def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Knowledge]:
@@ -147,6 +148,8 @@ def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Kno
     use_threads(model, config.threads)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
+    if any(isinstance(get_quantizer(name), Mix) for name in config.quantizers):
+        gguf_names(model)  # or the family is not known
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
     task, known = what_is_known(model, task, deployed(config), config.seed, note)
     if config.relearn_steps:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, TypeVar, get_args
 from ..errors import ConfigError
 from ..utils.ranges import check_kinds, check_range, entrance
 from ..utils.renamed import METHODS as RENAMED
-from ..utils.shipped import split_names
+from ..utils.shipped import quantizer_names
 
 Need = Literal["circuit", "mask", "references"]
 """What a method cannot do without: a circuit, a mask, or the original's own predictions on every
@@ -121,8 +121,9 @@ class Mansu(MethodConfig):
     projection: float = 1.0
     """Strength of the null-space projection; 0 = none."""
     survive: tuple[str, ...] = ("nf4",)
-    """Quantizers that every edit survives by construction (`mansu list` names them), separated by
-    spaces or commas. Steps take turns in full precision and after each of them."""
+    """Quantizers that every edit survives by construction (`mansu list` names them), or engines for
+    all that can be survived there: llama.cpp, transformers, vllm, all. Separated by spaces or
+    commas. Steps take turns in full precision and after each of them."""
     offset_rate: float = 1.0
     """With several quantizers: rate of each quantized model's own offsets from the shared latent
     weights, which decide among the values that the floor allows; 1 = as fast as those move on its
@@ -150,7 +151,7 @@ class Mansu(MethodConfig):
     """Settings of MANSU that are always 0, in ablations."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "survive", names := split_names(self.survive))
+        object.__setattr__(self, "survive", names := quantizer_names(self.survive, exact=True))
         super().__post_init__()
         if not names or len(set(names)) < len(names):
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -15,6 +16,48 @@ def is_embedded(model: str) -> bool:
     """Whether a model ships with the package."""
     # Path.exists raises over 255 characters
     return Path(model).name == model and os.path.exists(DATA / "models" / model / "config.json")
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Quantizers that people use with an engine."""
+
+    exact: tuple[str, ...]
+    """An edit can be made to survive them."""
+    fitted: tuple[str, ...]
+    """What survives them is measured."""
+
+
+ENGINES = {
+    "llama.cpp": Formats(
+        ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4"),
+        ("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl"),
+    ),
+    "transformers": Formats(("nf4", "fp4", "int8", "torchao-int4-g128"), ("hqq",)),
+    "vllm": Formats(("nf4", "int4-sym-g128", "mxfp4", "nvfp4"), ("awq-g128", "autoround-g128")),
+}
+"""What runs models -> what it quantizes them to. ``nf4-dq`` has the codes of ``nf4``, and
+``int4-sym-g128`` the cells of compressed-tensors' W4A16."""
+
+
+def quantizer_names(given: Iterable[str], exact: bool = False) -> tuple[str, ...]:
+    """Names of quantizers; those of `ENGINES`, and ``all`` of them, replaced by their formats.
+
+    Arguments:
+        given: names, separated by spaces or commas.
+        exact: leave out what no edit can be made to survive.
+
+    Raises:
+        ConfigError: see `split_names`.
+    """
+    names = split_names(given)
+    out: list[str] = []
+    for name in names:
+        engines = [e for key, e in ENGINES.items() if name in (key, "all")]
+        found = [q for e in engines for q in (*e.exact, *(() if exact else e.fitted))]
+        new = [q for q in dict.fromkeys(found) if q not in (*out, *names)]
+        out += new if engines else [name]
+    return tuple(out)
 
 
 def split_names(given: Iterable[str]) -> tuple[str, ...]:

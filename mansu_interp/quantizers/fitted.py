@@ -1,12 +1,16 @@
-"""Calibrated 4-bit quantizers, as the ``auto-round`` package does them on any processor.
+"""4-bit quantizers that fit a group's parameters, so that an edit may re-code its neighbours.
 
+No promise is possible of them, and what survives is measured.
+
+- ``hqq`` (Badri & Shaji 2023), as the ``hqq`` package does it: groups of 64 along a row, whose zero
+  point is optimised over every element;
 - ``awq``: activation-aware scaling of input channels (Lin et al. 2023), then rounding;
 - ``autoround``: rounding and clipping learnt by signed gradient descent (Cheng et al. 2023).
 
-Both are symmetric, in groups along a row, and look at what the layers do on calibration prompts. So
-the codes of one weight depend on all others: no promise is possible, and what survives is measured.
-AWQ also divides each channel's scale out of the layer before, so that its weights, norms included,
-can be compared with the original's only as a whole model.
+The last two are the ``auto-round`` package's, on any processor: symmetric, in groups along a row.
+They look at what the layers do on calibration prompts, so that the codes of one weight depend on
+all others. AWQ also divides each channel's scale out of the layer before, so that its weights,
+norms included, can be compared with the original's only as a whole model.
 """
 
 from __future__ import annotations
@@ -18,15 +22,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..models.language_model import LanguageModel
 from ..utils.libraries import library, quiet
 from ..utils.tensors import tensors_sha256
-from .base import Cells, Quantizer, affine
+from .base import Cells, Quantizer, affine, grouped
 
+HQQ_GROUP = 64
 ROW = 64
 """Tokens of a calibration row; auto-round drops shorter ones."""
 ROWS = 128
@@ -35,6 +40,58 @@ MIDDLE = 8
 REMEMBERED = 2
 """Models whose calibration is remembered: scoring and comparing a pair asks for each twice."""
 _FITTED: dict[tuple[str, str, tuple[int, ...]], dict[str, Quantizer]] = {}
+
+
+@dataclass(frozen=True)
+class Hqq(Quantizer):
+    """HQQ with the package's own defaults for 4 bits."""
+
+    name: str = "hqq"
+    promises: bool = False
+    needs = (("hqq", "hqq"),)
+
+    def touches(self, weight: Float[Tensor, "out in"]) -> bool:
+        """Rows must divide into groups of 64."""
+        return weight.shape[-1] % HQQ_GROUP == 0
+
+    def _quantize(
+        self, weight: Float[Tensor, "out in"]
+    ) -> tuple[Shaped[Tensor, "*_shape"], dict[str, object]]:
+        quantizer = library("hqq.core.quantize", "hqq").Quantizer
+        with quiet():
+            return quantizer.quantize(
+                weight.detach().float().contiguous(),
+                nbits=4,
+                group_size=HQQ_GROUP,
+                round_zero=True,
+                axis=1,
+                bitpack=False,
+                device="cpu",
+            )
+
+    def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
+        """See `Quantizer.cells`; every element counts as one that sets its group's parameters."""
+        codes, meta = self._quantize(weight)
+        codes = codes.view(-1, HQQ_GROUP)
+        scale, zero = (torch.as_tensor(meta[k]).float().view(-1, 1) for k in ("scale", "zero"))
+        x = grouped(weight, HQQ_GROUP)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        every = torch.ones_like(x, dtype=torch.bool)
+        return affine(
+            codes,
+            scale=scale,
+            offset=-zero * scale,
+            levels=torch.arange(16.0),
+            sets=every,
+            lowest=low,
+            highest=high,
+        )
+
+    def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `Quantizer.round_trip`."""
+        codes, meta = self._quantize(weight)
+        quantizer = library("hqq.core.quantize", "hqq").Quantizer
+        return quantizer.dequantize(codes, meta).float().view_as(weight)
 
 
 @dataclass(frozen=True)
@@ -65,6 +122,7 @@ class Calibrated(Quantizer):
     algorithm: str = "awq"
     group: int = 128
     promises: bool = False
+    needs = (("auto_round", "autoround"),)
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
