@@ -319,11 +319,9 @@ def check_exact(rebuilder: Rebuilder, pairs: PairSet) -> None:
     both = torch.cat([batch.clean, batch.corrupt]), torch.cat([batch.last, batch.last])
     real = stream.own_logits(*both).split(1)
     base = rebuilder.base(batch, "corrupt", None)
-    compare(
-        "TransformerLens' copy of it differs in its logits", base.clean_logits, real[0], tolerance
-    )
+    exists, hooked = stream.graph.exists, base.clean_logits
+    compare("TransformerLens' copy of it differs in its logits", hooked, real[0], tolerance)
     _check_sums(stream, batch, tolerance)
-    exists = stream.graph.exists
     most = ROUTED if stream.model.routed else tolerance
     for kept, run, edges, logits in (
         ("all edges", "clean", exists, real[0]),
