@@ -383,6 +383,7 @@ def test_llama_cpp_computes_what_was_de_quantized(
     assert near < 0.02 * found.norm() and near < 0.7 * far
 
 
+@pytest.mark.slow
 def test_evaluate_asks_the_file(facts: LanguageModel, capitals: Task, file: Path, capsys):
     words = ["evaluate", str(file), "--engine", "llama.cpp", "--checkpoint", "facts"]
     assert main([*words, "--task", "capitals", "--quiet"]) == 0

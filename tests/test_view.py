@@ -458,6 +458,7 @@ def test_scores_of_another_architecture_are_refused():
         changes_view(circuit, *other)
 
 
+@pytest.mark.slow
 def test_every_static_form(tmp_path: Path):
     circuit = make_circuit()
     for view, panes in (
@@ -513,6 +514,7 @@ def test_the_widget_is_an_ordinary_one_with_a_static_picture():
     assert "application/vnd.jupyter.widget-view+json" in data
 
 
+@pytest.mark.slow
 def test_saved_notebooks_hold_pixels_and_svg(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("resvg_py")
     circuit = make_circuit()

@@ -190,6 +190,7 @@ def test_the_policy_stops_what_is_not_ours(driver: Any, tmp_path: Path):
     assert any("Content Security Policy" in c for c in browser.complaints(driver))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 4, 4), (12, 12, 12), (5, 9, 3)])
 def test_javascript_and_python_draw_the_same_curves(
     driver: Any, tmp_path: Path, sizes: tuple[int, int, int]
@@ -478,6 +479,7 @@ def saved(driver: Any, folder: Path, kind: str) -> Path:
     raise AssertionError(f"no {kind} in {folder}")
 
 
+@pytest.mark.slow
 def test_what_is_saved(driver: Any, tmp_path: Path):
     circuit = make_circuit()
     made = changes_view(circuit, *make_attributions(circuit), title="=of 'facts'/x")

@@ -70,9 +70,9 @@ class Estimate:
 
 def passes(config: AttributionConfig) -> tuple[int, int]:
     """Forward and backward passes over each batch: the clean and the corrupt run, then one of each
-    per point of the path."""
-    points = len(config.path())
-    return 2 + points, points
+    per point of the path; an end of it, EAP's point, is one of those runs."""
+    path = config.path()
+    return 2 + sum(alpha not in (0.0, 1.0) for alpha in path), len(path)
 
 
 def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Estimate:
