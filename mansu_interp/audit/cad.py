@@ -77,7 +77,7 @@ RESAMPLES = 200
 PROBE_PROMPTS, STEP_PROMPTS, ASKED_PROMPTS = 400, 96, 180
 """Prompts of each half that are probed, and asked for facts; of half A that linearized relearning
 is given; of half B that are asked after each of its steps, and stitched."""
-RETAIN_PROMPTS, LOOKED_AT = 96, 24
+RETAIN_PROMPTS, LOOKED_AT = 192, 24
 """Retained prompts that linearized relearning is given, and prompts of each retained relation that
 are asked for damage."""
 

@@ -69,7 +69,8 @@ def _results(report: Report) -> list[EvalResult]:
     out = []
     for role in dict.fromkeys(row.role for row in report.scores):
         rows = scores.of_role(role)
-        versions = [v for v in rows[0].models if v.name == EDITED.name]
+        edited = [v for v in rows[0].models if v.name == EDITED.name]
+        versions = [v for v in edited if all(v in row.models for row in rows)]
         for version in versions:
             after = f", after {version.quantizer}" if version.quantizer else ""
             for metric in METRICS:
