@@ -328,9 +328,9 @@ def judge_erasure(
     edited.check_editable()
     check_alike(original, edited)
     task, _ = known_forget(original, task)
-    found = look(original, edited, task, seed, quantized, on_step or (lambda *_: None))
-    if on_step:
-        on_step("confidence of the verdict", 0, 0)
+    note = on_step or (lambda *_: None)
+    found = look(original, edited, task, seed, quantized, note)
+    note("confidence of the verdict", 0, 0)
     return conclude(found, original, edited, task, seed)
 
 

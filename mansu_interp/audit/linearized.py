@@ -130,10 +130,10 @@ def _back(
 ) -> Iterator[Flow]:
     """The flows, given the calls of the blocks and the gradients by what the last one writes."""
     names = moved_names(model)
-    real = [torch.arange(b.clean.shape[1], device=model.device) <= b.last[:, None] for b in batches]
+    real = [batch.real for batch in batches]
+    linear = {n: model.hf.get_submodule(n.removesuffix(".weight")) for n in names}
     for block in reversed(stages(model)[:-1]):
         inside = {id(module) for module in block.modules()}
-        linear = {n: model.hf.get_submodule(n.removesuffix(".weight")) for n in names}
         own = {name: module for name, module in linear.items() if id(module) in inside}
         kept: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in own}
         for k, rows in enumerate(real):

@@ -230,10 +230,7 @@ class Ablation(Rebuilder):
             writes_at[self.stream.z(i)] = partial(self.stream.head_writes, i)
             writes_at[self.stream.mlp_out(i)] = partial(self.stream.mlp_write, i)
         for batch in pairs.batches(batch_size, count.device):
-            real = (
-                torch.arange(batch.corrupt.shape[1], device=count.device)[None]
-                <= batch.last[:, None]
-            )
+            real = batch.real
             count[: real.shape[1]] += real.sum(0)
             for name, seen in self.writes(batch).items():
                 weighed = widen(writes_at[name](seen)) * real[..., None]

@@ -275,12 +275,6 @@ def _add_neurons(
             sums.neurons[node] = old + weight * part.cpu()
 
 
-def _real(batch: Batch) -> Bool[Tensor, "batch pos"]:
-    """True at real tokens, False at padding."""
-    positions = torch.arange(batch.clean.shape[1], device=batch.last.device)
-    return positions[None] <= batch.last[:, None]
-
-
 def _add_batch(
     stream: Stream,
     batch: Batch,
@@ -301,7 +295,7 @@ def _add_batch(
         ends[alpha] = _run(stream, tokens, batch.last, watched, grad=alpha in path)
     logits = [run.logits.detach() for run in ends.values()]
     clean, corrupt = (run.seen(names) for run in ends.values())
-    real = _real(batch)
+    real = batch.real
     values_inside = _inside(stream, clean, corrupt, real) if neurons else {}
     runs = _Runs(batch, real, logits[0], _difference(stream, clean, corrupt, real), values_inside)
     start, way = corrupt[stream.input], clean[stream.input] - corrupt[stream.input]

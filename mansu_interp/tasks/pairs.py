@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
 import torch
-from jaxtyping import Int, Num
+from jaxtyping import Bool, Int, Num
 from torch import Tensor
 
 from ..errors import TaskError
@@ -204,6 +204,11 @@ class Batch:
     counterfactual: Int[Tensor, " batch"]
     choices: Int[Tensor, "batch choice"]
     """The answer first, then the distractors; four in tasks."""
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """True at real tokens, False at padding."""
+        return torch.arange(self.clean.shape[1], device=self.last.device) <= self.last[:, None]
 
     def __len__(self) -> int:
         return len(self.last)
