@@ -31,8 +31,8 @@ import transformers
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
-from mansu_interp.circuits.faithfulness import strongest
 from mansu_interp.circuits.metrics import logit_diff
+from mansu_interp.circuits.search.faithfulness import strongest
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.stream import Stream
 from mansu_interp.tasks.pairs import Pair, PairSet, collate

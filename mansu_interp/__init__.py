@@ -42,14 +42,14 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "circuits.attribution": ("attribute",),
     "circuits.ablation": ("Ablation",),
-    "circuits.faithfulness": (
+    "circuits.search.faithfulness": (
         "Ablated",
         "circuit_metric",
         "faithfulness_curve",
         "Curve",
     ),
     "circuits.circuit": ("Circuit",),
-    "circuits.discover": ("discover",),
+    "circuits.search.discover": ("discover",),
     "circuits.changes": (
         "classify",
         "Changes",
@@ -135,9 +135,9 @@ if TYPE_CHECKING:
     from .circuits.circuit import Circuit
     from .circuits.compare import GraphComparison, compare
     from .circuits.config import AttributionConfig, CircuitConfig
-    from .circuits.discover import discover
-    from .circuits.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve
     from .circuits.scores import Attribution, ScoredEdge, edge_changes
+    from .circuits.search.discover import discover
+    from .circuits.search.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve
     from .errors import MansuError
     from .evaluation.scores import Scores, evaluate
     from .evaluation.versions import ModelVersion

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute, pairs_per_batch
 from mansu_interp.circuits.config import AttributionConfig
-from mansu_interp.circuits.faithfulness import circuit_metric
 from mansu_interp.circuits.metrics import METRICS, choice_margin, log_prob, logit_diff
+from mansu_interp.circuits.search.faithfulness import circuit_metric
 from mansu_interp.errors import CircuitError, ConfigError, ModelError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import Batch, PairSet, collate

@@ -23,16 +23,16 @@ from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import compare
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
-from mansu_interp.circuits.discover import discover, selective_scores
-from mansu_interp.circuits.faithfulness import (
+from mansu_interp.circuits.metrics import logit_diff
+from mansu_interp.circuits.scores import SCHEMA, Attribution, edge_changes
+from mansu_interp.circuits.search.discover import discover, selective_scores
+from mansu_interp.circuits.search.faithfulness import (
     Curve,
     circuit_metric,
     faithfulness_curve,
     minimal_edges,
     strongest,
 )
-from mansu_interp.circuits.metrics import logit_diff
-from mansu_interp.circuits.scores import SCHEMA, Attribution, edge_changes
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.masks.select import circuit_mask

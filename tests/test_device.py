@@ -20,7 +20,7 @@ from mansu_interp.audit.relearning import relearn
 from mansu_interp.circuits.ablation import ABLATIONS, Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.cli.main import main
 from mansu_interp.errors import ConfigError
 from mansu_interp.export.ledger import Ledger, apply, delta

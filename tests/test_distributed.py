@@ -16,7 +16,7 @@ from mansu_interp.audit.transfer import gradient_transfer
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import CircuitError
 from mansu_interp.losses.answers import answer_gradient
 from mansu_interp.losses.fisher import fisher_diagonal

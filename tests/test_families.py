@@ -19,7 +19,7 @@ from mansu_interp.audit.transfer import answer_advantage
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import CircuitError, ModelError
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.models import language_model

@@ -27,7 +27,7 @@ from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.compare import compare
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import CircuitError, ModelError
 from mansu_interp.models.hooked import HookedStream, as_language_model, as_model
 from mansu_interp.models.language_model import LanguageModel

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mansu_interp.circuits.compare import compare
 from mansu_interp.circuits.config import CircuitConfig
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import CircuitError, ModelError
 from mansu_interp.export.ledger import Ledger
 from mansu_interp.export.verify import verify

@@ -26,7 +26,7 @@ from mansu_interp.bench.config import BenchConfig
 from mansu_interp.circuits import attribution
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import (
     ArtifactError,
     CircuitError,

@@ -16,7 +16,7 @@ from torch import Tensor
 from mansu_interp.audit.probes import answer_rows, fit_probe, last_states
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import CircuitConfig
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import ArtifactError, ConfigError, MansuError, MaskError
 from mansu_interp.export.verify import verify
 from mansu_interp.losses.counterfactual import (

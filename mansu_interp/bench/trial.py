@@ -19,7 +19,7 @@ import torch
 
 from ..audit.known import known_forget
 from ..circuits.circuit import Circuit
-from ..circuits.discover import discover
+from ..circuits.search.discover import discover
 from ..errors import MansuError, ResourceError
 from ..evaluation.scores import evaluate
 from ..evaluation.versions import EDITED

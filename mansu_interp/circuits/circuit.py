@@ -23,8 +23,8 @@ from .config import CircuitConfig
 from .scores import ScoredEdge, html_table, ranked_edges, to_networkx
 
 if TYPE_CHECKING:
-    from .faithfulness import Ablated
     from .metrics import Metric
+    from .search.faithfulness import Ablated
 
 SCHEMA = 2
 """Version of the file's format. 1: written by mansu_interp 0.1, with settings of other names."""
@@ -186,7 +186,7 @@ class Circuit(Shareable):
         Raises:
             CircuitError: another architecture, or a model that cannot be rebuilt exactly.
         """
-        from .faithfulness import ablate
+        from .search.faithfulness import ablate
 
         model = as_model(model)
         if model.architecture != self.graph.architecture:

@@ -46,7 +46,7 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
     """Discover a circuit, and write it with a page to look at."""
     silent = output.quiet or output.json
     with stages("loading the model", silent) as progress:
-        from ..circuits.discover import discover
+        from ..circuits.search.discover import discover
         from ..models.load import load_model, use_threads
         from ..utils.files import atomic_folder
         from ..viz.view import circuit_view

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..circuits.circuit import Circuit
-from ..circuits.discover import discover
+from ..circuits.search.discover import discover
 from ..errors import ArtifactError, ConfigError, MaskError
 from ..evaluation.versions import QUANTIZER
 from ..export.deployed import save_edited

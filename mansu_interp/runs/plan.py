@@ -13,7 +13,7 @@ import torch
 from ..audit.known import Known, check_known, without_unknown
 from ..circuits.attribution import pairs_per_batch
 from ..circuits.config import AttributionConfig
-from ..circuits.discover import TRIES
+from ..circuits.search.discover import TRIES
 from ..errors import TaskError
 from ..evaluation.scores import Metric, Scores, evaluate
 from ..evaluation.versions import ORIGINAL, QUANTIZER

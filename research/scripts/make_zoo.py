@@ -42,8 +42,8 @@ from mansu_interp.audit.transfer import gradient_transfer
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import divergence
-from mansu_interp.circuits.discover import discover
 from mansu_interp.circuits.scores import Attribution
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.answers import nll
 from mansu_interp.models.language_model import LanguageModel

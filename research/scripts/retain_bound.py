@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.losses.counterfactual import forget_gradient
 from mansu_interp.losses.fisher import fisher_diagonal, retain_bound
 from mansu_interp.masks.mask import Mask

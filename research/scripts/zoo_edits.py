@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mansu_interp.audit.probes import answer_rows, fit_probe, last_logits, last_states
 from mansu_interp.audit.relearning import of_subjects
-from mansu_interp.circuits.discover import discover
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.losses.answers import log_probs, nll
 from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
 from mansu_interp.masks.components import subject_tokens

@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import CircuitError
-from ..models.graph import Graph
-from ..models.hooked import AnyModel, as_model
-from ..tasks.pairs import Pair, PairSet
-from ..utils.ranges import entrance
-from ..utils.words import Shown
-from .ablation import Ablation, Edges
-from .metrics import Metric
+from ...errors import CircuitError
+from ...models.graph import Graph
+from ...models.hooked import AnyModel, as_model
+from ...tasks.pairs import Pair, PairSet
+from ...utils.ranges import entrance
+from ...utils.words import Shown
+from ..ablation import Ablation, Edges
+from ..metrics import Metric
 
 if TYPE_CHECKING:
     import pandas

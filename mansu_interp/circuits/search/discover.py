@@ -15,19 +15,19 @@ from dataclasses import asdict
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..errors import CircuitError
-from ..models.graph import Graph
-from ..models.hooked import AnyModel, HookedModel, as_model
-from ..models.language_model import LanguageModel
-from ..models.provenance import provenance
-from ..tasks.pairs import PairSet
-from ..utils.ranges import entrance
-from .ablation import Ablation
-from .attribution import attribute, pairs_per_batch
-from .circuit import Circuit, CircuitMeta
-from .config import CircuitConfig
+from ...errors import CircuitError
+from ...models.graph import Graph
+from ...models.hooked import AnyModel, HookedModel, as_model
+from ...models.language_model import LanguageModel
+from ...models.provenance import provenance
+from ...tasks.pairs import PairSet
+from ...utils.ranges import entrance
+from ..ablation import Ablation
+from ..attribution import attribute, pairs_per_batch
+from ..circuit import Circuit, CircuitMeta
+from ..config import CircuitConfig
+from ..scores import Attribution
 from .faithfulness import minimal_edges, strongest
-from .scores import Attribution
 
 TRIES = 14
 """Circuits that the search usually tries, for the time left and for plans."""

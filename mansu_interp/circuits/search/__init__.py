@@ -1,0 +1,1 @@
+"""From edge scores to a circuit: how faithful it is, and the search for a small one."""
