@@ -39,7 +39,7 @@ from mansu_interp.tasks.pairs import (
 )
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import DPO, SimNPO, get_method
-from mansu_interp.unlearning.training import HINGE, retain_loss
+from mansu_interp.unlearning.training import HINGE, retain_loss, retain_target
 from mansu_interp.unlearning.unlearn import OBJECTIVES
 
 TinyModel = Callable[[int], LanguageModel]
@@ -316,6 +316,26 @@ def test_rivals_within_takes_whole_answers():
         assert len(set(p.answers)) == 4 and set(p.answers) <= answers
 
 
+def test_a_gradient_at_some_elements_is_that_of_the_whole_weights_there():
+    model, pairs = make_tiny(2), make_whole(6, 5).pairs
+    names = [model.embedding_name, *model.linear_names[:2]]
+    generator = torch.Generator().manual_seed(0)
+    some = {n: torch.randperm(model.weights[n].numel(), generator=generator)[:20] for n in names}
+    losses = [lambda p=p: nll(model, [p]).sum() for p in pairs]
+    model.weights[names[0]].grad = own = torch.ones_like(model.weights[names[0]])
+    whole, there = gradient(model, names, losses), gradient(model, some, losses)
+    assert model.weights[names[0]].grad is own and not own.sub(1).any()
+    for name, g, part in zip(names, whole, there, strict=True):
+        assert not model.weights[name].requires_grad and part.any()
+        assert torch.equal(part, g.flatten()[some[name]])
+    with torch.enable_grad():
+        weight = model.weights[names[1]].requires_grad_(True)
+        total = torch.stack([loss() for loss in losses]).sum()
+        assert torch.allclose(torch.autograd.grad(total, weight)[0], whole[1], atol=1e-6)
+        weight.requires_grad_(False)
+    assert not any(g.any() for g in gradient(model, some, []))
+
+
 def test_the_retain_loss_holds_every_token():
     model, student, pairs = make_tiny(2), make_tiny(2).copy(), make_whole(8, 5)
     with torch.no_grad():
@@ -336,7 +356,9 @@ def test_the_retain_loss_holds_every_token():
             gap -= slow_log_prob(student, p.question, p.answers[0])
             lost.append(max(0.0, gap + HINGE) * bool(ok))
     want = sum(kls) / len(kls) + 2 * sum(lost) / len(lost)
-    assert float(retain_loss(student, model, pairs.pairs, 2.0)) == pytest.approx(want, rel=1e-3)
+    assert float(retain_loss(student, retain_target(model, pairs.pairs, 2.0))) == pytest.approx(
+        want, rel=1e-3
+    )
     assert any(lost)
 
 
@@ -400,7 +422,8 @@ def test_answers_of_one_token_give_the_same_bits_as_one_position(kv_heads: int):
         lost = want.log_softmax(-1).gather(1, answers) - got.log_softmax(-1).gather(1, answers)
         hinge = (lost[:, 0] + HINGE).relu() * ranked_first(want, batch.choices)
         assert torch.equal(
-            retain_loss(student, model, pairs, 0.7), divergence(got, want) + 0.7 * hinge.mean()
+            retain_loss(student, retain_target(model, pairs, 0.7)),
+            divergence(got, want) + 0.7 * hinge.mean(),
         )
         said, chosen = right(model, pairs)
         assert torch.equal(said, want.argmax(-1) == batch.answer)

@@ -111,7 +111,7 @@ def test_rows_of_the_embedding_leave_their_cells_and_stay_unquantized(
     latent = LatentWeights(facts.copy(), [quantize(facts, NF)], both, [NF])
     generator = torch.Generator().manual_seed(0)
     for t in (1, 2):
-        some = [torch.randn(facts.weights[n].shape, generator=generator) for n in latent.names]
+        some = [torch.randn(i.shape, generator=generator) for i in latent.indices.values()]
         latent.step(some, 0.3, t)
     assert latent.write() == 3000
     edited = latent.model
@@ -369,6 +369,36 @@ def test_the_margin_counts_at_the_model_and_at_the_relearned_point(
         assert len(margins) >= 4 and set(margins) == {0.1}
 
 
+def test_students_hold_one_copy_of_what_is_not_quantized_and_are_their_own_teachers(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    """Of the embedding, edited as well; and of a student without its edits, which come back."""
+    name, linear = facts.embedding_name, facts.linear_names
+    both = Mask({**mask.indices, name: embedding_rows(facts, capitals.forget)}, {"limit": 3000})
+    survive = [get_quantizer(q) for q in ("nf4", "q4_0")]
+    student, teachers = facts.copy(), [facts, *(quantize(facts, q) for q in survive)]
+    latent = LatentWeights(
+        student, [quantize(student, q, sharing=True) for q in survive], both, survive
+    )
+    held = {w.data_ptr() for m in latent.models for w in m.weights.values()}
+    assert len(held) == len(facts.weights) + 2 * len(linear)
+    generator = torch.Generator().manual_seed(0)
+    latent.step(
+        [torch.randn(i.shape, generator=generator) for i in latent.indices.values()], 1.0, 1
+    )
+    assert latent.write() > 500
+    for side, teacher in enumerate(teachers):
+        edited = {n: w.clone() for n, w in latent.models[side].weights.items()}
+        assert not all(torch.equal(w, teacher.weights[n]) for n, w in edited.items())
+        with latent.unedited(side) as found:
+            assert all(torch.equal(w, teacher.weights[n]) for n, w in found.weights.items())
+        assert all(torch.equal(w, edited[n]) for n, w in latent.models[side].weights.items())
+    assert not torch.equal(student.weights[name], facts.weights[name])
+    for q, model in zip(survive, latent.quantized, strict=True):
+        again = quantize(student, q)
+        assert all(torch.equal(w, again.weights[n]) for n, w in model.weights.items())
+
+
 def test_edits_with_offsets_survive_and_each_quantized_model_has_its_own(
     facts: LanguageModel, mask: Mask
 ):
@@ -382,7 +412,7 @@ def test_edits_with_offsets_survive_and_each_quantized_model_has_its_own(
         latent = LatentWeights(facts.copy(), quantized, mask, survive, offset_rate=1.0)
         generator = torch.Generator().manual_seed(0)
         for t in range(1, 9):
-            some = [torch.randn(facts.weights[n].shape, generator=generator) for n in latent.names]
+            some = [torch.randn(i.shape, generator=generator) for i in latent.indices.values()]
             if t > 4 and (t - 1) % 4 == 2:  # FP4's own gradient pulls everything down
                 some = [g + pull for g in some]
             latent.step(some, 0.1, t, (t - 1) % 4)

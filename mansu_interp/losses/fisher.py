@@ -7,7 +7,6 @@ the idea of arXiv 2605.15138).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +17,12 @@ from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import rank, sum_over_processes, world_size
-from .gradients import Weights, gradient, local_gradient
+from .gradients import Elements, Weights, gradient, local_gradient
 
 
 def fisher_diagonal(
     model: LanguageModel,
-    names: Sequence[str],
+    of: Elements,
     pairs: PairSet,
     batch_size: int = 4,
     seed: int = 0,
@@ -35,11 +34,18 @@ def fisher_diagonal(
     the cross terms vanish in expectation because labels are drawn independently. Processes of a
     ``torch.distributed`` group share the batches, and draw the labels that one process would draw.
 
+    Arguments:
+        model: whose weights and predictions.
+        of: names of weights, or positions in them, as in `gradient`.
+        pairs: whose clean prompts.
+        batch_size: prompts per backward pass.
+        seed: of the labels.
+
     Returns:
         Mean squared score per weight (nats^2 per unit of weight^2), per prompt.
     """
     generator = torch.Generator().manual_seed(seed)
-    total = {n: torch.zeros_like(model.weights[n]) for n in names}
+    total: list[Tensor] = []
 
     def nll(batch: Batch) -> Tensor:
         logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
@@ -52,10 +58,12 @@ def fisher_diagonal(
         if k % world_size() != rank():  # another's: draw as many random numbers as its labels take
             torch.multinomial(torch.ones(len(batch), vocabulary), 1, generator=generator)
             continue
-        found = local_gradient(model, names, [lambda b=batch: nll(b)])
-        for name, g in zip(names, found, strict=True):
-            total[name].addcmul_(g, g)
-    return {n: sum_over_processes(t) / len(pairs) for n, t in total.items()}
+        found = local_gradient(model, of, [lambda b=batch: nll(b)])
+        total = total or [torch.zeros_like(g) for g in found]
+        for t, g in zip(total, found, strict=True):
+            t.addcmul_(g, g)
+    total = total or local_gradient(model, of, [])
+    return {n: sum_over_processes(t) / len(pairs) for n, t in zip(of, total, strict=True)}
 
 
 def projection(fisher: Float[Tensor, " n"], strength: float, scale: float) -> Float[Tensor, " n"]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
@@ -17,6 +18,10 @@ Weights = dict[str, Float[Tensor, "*_shape"]]
 """One value per element of some weights, by name, in the weights' own shapes."""
 WeightMap = Mapping[str, Float[Tensor, "*_shape"]]
 """The same, or a `ByLayer`, which holds one layer at a time."""
+Positions = Mapping[str, Int[Tensor, " _m"]]
+"""Flat positions of some elements of some weights, by name."""
+Elements = Sequence[str] | Positions
+"""Whole weights, by name, or some elements of each."""
 
 
 PACK = 2**17
@@ -45,33 +50,55 @@ def packed(groups: Sequence[list[Pair]], d_model: int) -> list[list[Pair]]:
 
 
 def gradient(
-    model: LanguageModel, names: Sequence[str], losses: Sequence[Callable[[], Tensor]]
+    model: LanguageModel, of: Elements, losses: Sequence[Callable[[], Tensor]]
 ) -> list[Float[Tensor, "*_shape"]]:
     """Gradient of a sum of losses with respect to some weights, leaving no trace on the model.
 
     Each loss is computed and differentiated before the next, so memory holds one at a time. Inside
     a ``torch.distributed`` process group each process computes its share of the losses and all
     return the gradient of the whole sum.
+
+    Arguments:
+        model: whose weights.
+        of: their names; or positions in them, to get the gradient there alone: memory then holds
+            the whole gradient of one weight at a time.
+        losses: each is called once.
     """
-    return [sum_over_processes(g) for g in local_gradient(model, names, shard(losses))]
+    return [sum_over_processes(g) for g in local_gradient(model, of, shard(losses))]
 
 
 def local_gradient(
-    model: LanguageModel, names: Sequence[str], losses: Iterable[Callable[[], Tensor]]
+    model: LanguageModel, of: Elements, losses: Iterable[Callable[[], Tensor]]
 ) -> list[Float[Tensor, "*_shape"]]:
     """`gradient` of losses that are this process's own."""
-    wanted = [model.weights[n] for n in names]
-    total: list[Tensor] = []
-    for weight in wanted:
-        weight.requires_grad_(True)
+    total: dict[str, Tensor] = {}
+    wanted = {n: model.weights[n] for n in of}
+    held = {n: w.grad for n, w in wanted.items()}
+    at = of if isinstance(of, Mapping) else {}
+
+    def take(name: str, weight: Tensor) -> None:
+        """Add a weight's gradient as soon as it is whole, and free it."""
+        found, weight.grad = weight.grad, None
+        assert found is not None
+        part = found.flatten()[at[name].to(found.device)] if name in at else found
+        total[name] = total[name].add_(part) if name in total else part
+
+    hooks = []
     try:
+        for name, weight in wanted.items():
+            weight.requires_grad_(True).grad = None
+            hooks.append(weight.register_post_accumulate_grad_hook(partial(take, name)))
         for loss in losses:
-            part = torch.autograd.grad(loss(), wanted)
-            total = [t.add_(g) for t, g in zip(total, part, strict=True)] if total else list(part)
+            loss().backward()
     finally:
-        for weight in wanted:
-            weight.requires_grad_(False)
-    return total or [torch.zeros_like(w) for w in wanted]
+        for hook in hooks:
+            hook.remove()
+        for name, weight in wanted.items():
+            weight.requires_grad_(False).grad = held[name]
+    return [
+        total[n] if n in total else torch.zeros_like(w.flatten()[at[n]] if n in at else w)
+        for n, w in wanted.items()
+    ]
 
 
 class ByLayer(Mapping[str, Float[Tensor, "*_shape"]]):

@@ -8,7 +8,7 @@ that what is analysed is what is deployed. Only this room imports transformer_le
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -203,10 +203,12 @@ class LanguageModel(Shown):
                     "widens a checkpoint, and save() stores it in its own dtype again."
                 )
 
-    def copy(self) -> LanguageModel:
-        """An independent copy: its weights can be edited without touching this one's."""
+    def copy(self, sharing: Collection[str] = ()) -> LanguageModel:
+        """A copy whose weights can be edited without touching this one's, but for those named in
+        ``sharing``, which both have in common."""
+        memo = {id(self.weights[n]): self.weights[n] for n in sharing}
         with quiet():
-            hf = copy.deepcopy(self.hf)
+            hf = copy.deepcopy(self.hf, memo)
         return replace(self, hf=hf)
 
     def check_finite(self) -> None:

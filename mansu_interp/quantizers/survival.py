@@ -21,6 +21,8 @@ def quantize(
     model: LanguageModel,
     quantizer: Quantizer | str = "nf4",
     calibration: Sequence[Sequence[int]] = (),
+    *,
+    sharing: bool = False,
 ) -> LanguageModel:
     """A copy whose linear weights went through a quantizer and back.
 
@@ -31,14 +33,16 @@ def quantize(
         model: not changed.
         quantizer: one of `QUANTIZERS`, or its name.
         calibration: prompts as token ids, such as `Task.calibration`; only calibrated ones look.
+        sharing: what is not quantized is the model's own, not a copy: editing one edits both.
 
     Raises:
         ConfigError: unknown quantizer, its library is missing, or calibration prompts are.
     """
     model.check_editable()
     quantizer = get_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
-    copy = model.copy()
-    for name, layer in quantizer.fit(model, calibration).items():
+    layers = quantizer.fit(model, calibration)
+    copy = model.copy(sharing=set(model.weights) - set(layers) if sharing else ())
+    for name, layer in layers.items():
         copy.weights[name].copy_(layer.round_trip(model.weights[name].cpu()))
     return copy
 

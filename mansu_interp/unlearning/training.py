@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..losses.accuracy import choice_accuracy, ranked_first, right
 from ..losses.answers import divergence, nll
-from ..losses.gradients import gradient, passes
+from ..losses.gradients import Elements, gradient, passes
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, by_phrasing, chunks, collate, pack_answers
 from ..tasks.task import Task
@@ -51,11 +51,11 @@ class Unlearned(Shown):
 
 def mean_gradient(
     model: LanguageModel,
-    names: Sequence[str],
+    of: Elements,
     pairs: Sequence[Pair],
     loss: Callable[[list[Pair]], Tensor],
 ) -> tuple[list[Tensor], float]:
-    """Gradient of a loss that is a mean over pairs, with respect to some weights, and the loss.
+    """Gradient of a loss that is a mean over pairs, at some elements of the weights, and the loss.
 
     Taken some chunks at a time (`passes`); shared among the processes of a distributed group.
     """
@@ -68,7 +68,7 @@ def mean_gradient(
         return value
 
     parts = passes(pairs, CHUNK, model.d_model)
-    found = gradient(model, names, [lambda p=part: weighed(p) for part in parts])
+    found = gradient(model, of, [lambda p=part: weighed(p) for part in parts])
     return found, sum_number(total)
 
 
@@ -193,9 +193,36 @@ def answer_loss(student: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, 
     return nll(student, pairs).mean()
 
 
-def retain_loss(
-    student: LanguageModel, teacher: LanguageModel, pairs: Sequence[Pair], hinge_weight: float = 0.0
-) -> Float[Tensor, ""]:
+@dataclass(frozen=True)
+class RetainTarget:
+    """What a model predicted of some answers that are retained."""
+
+    pairs: list[Pair]
+    logits: Float[Tensor, "tokens vocab"]
+    """Where an answer token is predicted."""
+    right: Bool[Tensor, " batch"] | None = None
+    """Whether the answer outranks the pair's distractors; None without a hinge."""
+    hinge_weight: float = 0.0
+    """Of the hinge beside the KL."""
+
+
+@torch.no_grad()
+def retain_target(
+    teacher: LanguageModel, pairs: Sequence[Pair], hinge_weight: float = 0.0
+) -> RetainTarget:
+    """What `retain_loss` compares a student with."""
+    packed = pack_answers(pairs, teacher.device)
+    logits = teacher.logits_at(packed.tokens, packed.row, packed.position)
+    if not hinge_weight:
+        return RetainTarget(list(pairs), logits)
+    if any(p.whole for p in pairs):
+        correct = right(teacher, pairs)[1]
+    else:  # the logits are at hand
+        correct = ranked_first(logits, collate(pairs, teacher.device).choices)
+    return RetainTarget(list(pairs), logits, correct, hinge_weight)
+
+
+def retain_loss(student: LanguageModel, target: RetainTarget) -> Float[Tensor, ""]:
     """KL(teacher || student) in nats on retain prompts, plus ``hinge_weight`` x a hinge.
 
     The KL is a mean over the positions that predict an answer token; it has no gradient before
@@ -203,24 +230,31 @@ def retain_loss(
     prompts whose answer the teacher ranks above its distractors, has one from the first step on,
     against the damage that a forget step would do.
     """
-    packed = pack_answers(pairs, student.device)
-    with torch.no_grad():
-        want = teacher.logits_at(packed.tokens, packed.row, packed.position)
+    packed, want = pack_answers(target.pairs, student.device), target.logits
     got = student.logits_at(packed.tokens, packed.row, packed.position)
     loss = divergence(got, want)
-    if hinge_weight:
-        if any(p.whole for p in pairs):
-            correct = right(teacher, pairs)[1]
-        else:  # the logits are at hand
-            correct = ranked_first(want, collate(pairs, student.device).choices)
+    if target.right is not None:
         answer = packed.target[:, None]
         lost = want.log_softmax(-1).gather(1, answer) - got.log_softmax(-1).gather(1, answer)
-        loss = loss + hinge_weight * ((packed.sums(lost[:, 0]) + HINGE).relu() * correct).mean()
+        held = (packed.sums(lost[:, 0]) + HINGE).relu() * target.right
+        loss = loss + target.hinge_weight * held.mean()
     return loss
 
 
-def text_kl(student: LanguageModel, teacher: LanguageModel, text: Tensor) -> Float[Tensor, ""]:
+@dataclass(frozen=True)
+class TextTarget:
+    """What a model predicted of running text."""
+
+    tokens: Int[Tensor, "rows pos"]
+    logits: Float[Tensor, "rows pos vocab"]
+
+
+@torch.no_grad()
+def text_target(teacher: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> TextTarget:
+    """What `text_kl` compares a student with."""
+    return TextTarget(tokens, teacher.all_logits(tokens))
+
+
+def text_kl(student: LanguageModel, target: TextTarget) -> Float[Tensor, ""]:
     """KL(teacher || student) in nats per token of running text."""
-    with torch.no_grad():
-        want = teacher.all_logits(text)
-    return divergence(student.all_logits(text), want)
+    return divergence(student.all_logits(target.tokens), target.logits)

@@ -29,7 +29,13 @@ from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair
 from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning
 from mansu_interp.unlearning.methods import Mansu
-from mansu_interp.unlearning.training import Sampler, retain_loss, text_kl
+from mansu_interp.unlearning.training import (
+    Sampler,
+    retain_loss,
+    retain_target,
+    text_kl,
+    text_target,
+)
 
 MARKS = (5, 10, 20, 40)
 
@@ -47,9 +53,11 @@ def losses(
     out: list[Callable[[], Tensor]] = [
         lambda p=p: counterfactual_loss(student, p, targets, 1.0) * len(p) / n for p in forget
     ]
-    out += [lambda p=p: 2 * retain_loss(student, model, p, 1.0) * len(p) / m for p in keep]
+    held = [retain_target(model, p, 1.0) for p in keep]
+    out += [lambda t=t: 2 * retain_loss(student, t) * len(t.pairs) / m for t in held]
     if text is not None:
-        out.append(lambda: 2 * text_kl(student, model, text))
+        read = text_target(model, text)
+        out.append(lambda: 2 * text_kl(student, read))
     return out
 
 

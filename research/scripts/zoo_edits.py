@@ -25,7 +25,7 @@ from mansu_interp.runs.edit import make_mask
 from mansu_interp.tasks.pairs import Pair, PairSet, answer_tokens, collate
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.mansu.probe_penalty import z_scores
-from mansu_interp.unlearning.training import Sampler, retain_loss
+from mansu_interp.unlearning.training import Sampler, retain_loss, retain_target
 from mansu_interp.unlearning.unlearn import unlearn
 
 Loss = Callable[[LanguageModel, list[Pair]], Tensor]
@@ -59,7 +59,7 @@ def tune(
         for part in sampler.forget():
             (loss(student, part) / 2).backward()
         for part in sampler.retain():
-            (retain_loss(student, teacher or model, part, 1.0) / 2).backward()
+            (retain_loss(student, retain_target(teacher or model, part, 1.0)) / 2).backward()
         for w, more in zip(weights, extra(student, list(only)) if extra else (), strict=False):
             w.grad = more if w.grad is None else w.grad.add_(more)
         for w, mask in zip(weights, only.values(), strict=True):

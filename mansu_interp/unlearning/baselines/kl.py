@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...models.language_model import LanguageModel
 from ...tasks.task import Task
 from ..methods import KL
-from ..training import answer_loss, retain_loss
+from ..training import answer_loss, retain_loss, retain_target
 from .dense import Objective
 
 
@@ -16,6 +16,6 @@ def kl(model: LanguageModel, task: Task, config: KL, seed: int = 0) -> Objective
     """
     return Objective(
         lambda student, pairs: -answer_loss(student, pairs),
-        lambda student, pairs: retain_loss(student, model, pairs),
+        lambda student, pairs: retain_loss(student, retain_target(model, pairs)),
         config.retain_weight,
     )

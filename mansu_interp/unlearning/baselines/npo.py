@@ -13,7 +13,7 @@ from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair
 from ...tasks.task import Task
 from ..methods import NPO
-from ..training import retain_loss
+from ..training import retain_loss, retain_target
 from .dense import Objective
 
 
@@ -30,5 +30,7 @@ def npo(model: LanguageModel, task: Task, config: NPO, seed: int = 0) -> Objecti
         return -(2 / beta) * logsigmoid(beta * (nll(student, pairs) - reference)).mean()
 
     return Objective(
-        forget, lambda student, pairs: retain_loss(student, model, pairs), config.retain_weight
+        forget,
+        lambda student, pairs: retain_loss(student, retain_target(model, pairs)),
+        config.retain_weight,
     )

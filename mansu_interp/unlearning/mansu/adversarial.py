@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...audit.relearning import batches, descend, halves, make_optimiser, of_subjects
 from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
+from ...losses.gradients import Positions
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, answer_tokens
 from ...tasks.task import Task
@@ -60,8 +61,10 @@ class Attack:
 
     copy: LanguageModel
     """What has relearned half A so far."""
+    of: Positions
+    """Those elements of the weights that unlearning edits."""
     before: dict[str, Tensor]
-    """Those weights of the attacked model that unlearning edits, when they were last looked at."""
+    """Their values in the attacked model when they were last looked at."""
     optimiser: torch.optim.Optimizer
     supply: Iterator[list[Pair]]
     """Batches of half A."""
@@ -74,8 +77,8 @@ class Attack:
     def follow(self, student: LanguageModel) -> None:
         """Change in the copy what was changed in the attacked model since."""
         for name, old in self.before.items():
-            new = student.weights[name]
-            self.copy.weights[name] += new - old
+            new = student.weights[name].flatten()[self.of[name]]
+            self.copy.weights[name].view(-1)[self.of[name]] += new - old
             old.copy_(new)
 
 
@@ -101,7 +104,7 @@ class AdversarialRelearning:
         """Whether no attack is under way after so many steps."""
         return done % self.length == 0
 
-    def begin(self, student: LanguageModel, names: Sequence[str], index: int) -> Attack:
+    def begin(self, student: LanguageModel, of: Positions, index: int) -> Attack:
         """The attack of some number on a model."""
         config, rng = self.config, random.Random(f"attack {self.seed} {index}")
         first, second = halves(self.task.forget, rng.getrandbits(32))
@@ -110,7 +113,8 @@ class AdversarialRelearning:
         copy, unseen = student.copy(), list(of_subjects(self.task.forget, second))
         return Attack(
             copy=copy,
-            before={n: student.weights[n].clone() for n in names},
+            of=of,
+            before={n: student.weights[n].flatten()[i] for n, i in of.items()},
             optimiser=make_optimiser("adam", list(copy.weights.values()), rate),
             supply=batches(train, config.batch_size, rng.getrandbits(32)),
             unseen=unseen,
@@ -120,15 +124,15 @@ class AdversarialRelearning:
     def gradient(
         self,
         students: Sequence[LanguageModel],
-        names: Sequence[str],
+        of: Positions,
         targets: Sequence[CounterfactualTargets],
         done: int,
     ) -> tuple[list[Tensor], float]:
-        """Gradient at a relearned point with respect to some weights, and the loss there (nats).
+        """Gradient at a relearned point at some elements of the weights, and the loss there (nats).
 
         Arguments:
             students: the models that are attacked in turns.
-            names: the weights that unlearning edits.
+            of: the elements that unlearning edits, by weight.
             targets: what each of them should predict.
             done: steps of unlearning before this one; each is asked for once, in order.
         """
@@ -136,7 +140,7 @@ class AdversarialRelearning:
         side = index % len(students)
         if self.attack is None or not begun:
             self.attack = None  # freed before the next one is made
-            self.attack = self.begin(students[side], names, index)
+            self.attack = self.begin(students[side], of, index)
         attack = self.attack
         attack.follow(students[side])
         weights = list(attack.copy.weights.values())
@@ -152,4 +156,4 @@ class AdversarialRelearning:
                     attack.copy, part, targets[side], attack.among, config.training_margin
                 )
 
-        return mean_gradient(attack.copy, names, chosen, loss)
+        return mean_gradient(attack.copy, of, chosen, loss)

@@ -11,9 +11,11 @@ pass the rounding straight through (ours; the idea of a per-parameter magnitude 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ...losses.accuracy import answered_correctly
@@ -34,13 +36,17 @@ from ..methods import Mansu
 from ..training import (
     Batch,
     OnStep,
+    RetainTarget,
     Sampler,
+    TextTarget,
     Unlearned,
     arithmetic,
     forgetting_level,
     may_stop,
     retain_loss,
+    retain_target,
     text_kl,
+    text_target,
 )
 from .adversarial import AdversarialRelearning
 from .latent_weights import LatentWeights, LatentWeightsWithoutFloor
@@ -63,7 +69,7 @@ def mansu(
     """Unlearn inside a mask.
 
     1. Copy the model in full precision and after every quantizer: the students. Each is compared
-       with a teacher, the original at the same precision.
+       with its teacher, the original at the same precision: itself without its edits.
     2. Measure the Fisher information F of what must stay, for the null-space projection
        lambda / (lambda + F), which multiplies every step.
     3. In each step one student has its turn, full precision first, so that all of them forget and
@@ -117,10 +123,23 @@ def learning_rate(peak: float, done: int, steps: int) -> float:
     return peak * min(1.0, (steps - done) / tail * 0.95 + 0.05)
 
 
+Retained = tuple[list[RetainTarget], TextTarget | None]
+"""What must stay of a batch: the retain pairs' part by part, and that of running text."""
+
+
+def _retained(teacher: LanguageModel, batch: Batch, config: Mansu) -> Retained:
+    """What a teacher predicts of a batch."""
+    _, retain, text = batch
+    parts = packed(retain, teacher.d_model)
+    with torch.no_grad(), arithmetic(teacher, config.precision):
+        targets = [retain_target(teacher, p, config.hinge_weight) for p in parts]
+        return targets, None if text is None else text_target(teacher, text)
+
+
 def _partial_losses(
     student: LanguageModel,
-    teacher: LanguageModel,
     targets: CounterfactualTargets,
+    retained: Retained,
     batch: Batch,
     config: Mansu,
     losses: dict[str, float],
@@ -141,19 +160,15 @@ def _partial_losses(
             student, pairs, targets, config.ranking_weight, config.training_margin
         )
 
-    def retain_part(pairs: list[Pair]) -> Tensor:
-        return retain_loss(student, teacher, pairs, config.hinge_weight)
-
-    forget, retain, text = batch
-    parts = []
-    for kind, groups, loss in (("forget", forget, forget_part), ("retain", retain, retain_part)):
-        n = sum(map(len, groups))
-        parts += [
-            partial(weighed, kind, len(p) / n, partial(loss, p))
-            for p in packed(groups, student.d_model)
-        ]
-    if text is not None:
-        parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, teacher, text)))
+    held, read = retained
+    parts, (n, m) = [], (sum(map(len, groups)) for groups in batch[:2])
+    for p in packed(batch[0], student.d_model):
+        parts.append(partial(weighed, "forget", len(p) / n, partial(forget_part, p)))
+    for t in held:
+        loss = partial(retain_loss, student, t)
+        parts.append(partial(weighed, "retain", len(t.pairs) / m, loss))
+    if read is not None:
+        parts.append(partial(weighed, "retain", 1.0, partial(text_kl, student, read)))
     return parts
 
 
@@ -168,6 +183,7 @@ def _answered(model: LanguageModel, task: Task) -> Task:
 class _EditLoop:
     """What the steps of one run share: the full-precision model first, then each quantized one."""
 
+    original: LanguageModel
     task: Task
     retain: PairSet
     """All that must stay."""
@@ -175,7 +191,6 @@ class _EditLoop:
     seed: int
     limit: int
     """Edits at most."""
-    teachers: list[LanguageModel]
     students: list[LanguageModel]
     targets: list[CounterfactualTargets]
     latent: LatentWeights
@@ -189,15 +204,16 @@ class _EditLoop:
     ) -> _EditLoop:
         """Everything before the first step."""
         survive = quantizer_set(config.survive)
-        teachers = [model, *(quantize(model, q) for q in survive)]
-        students = [model.copy(), *(quantize(model, q) for q in survive)]
+        student = model.copy()
+        students = [student, *(quantize(student, q, sharing=True) for q in survive)]
         task = _answered(model, task)
         retain = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
         fisher = None
         if config.projection:
             sample = retain.sample(FISHER_PAIRS, seed)
-            fisher = fisher_diagonal(model, list(mask.indices), sample, seed=seed)
-        targets = [CounterfactualTargets(t, task.forget, seed) for t in teachers]
+            fisher = fisher_diagonal(model, mask.indices, sample, seed=seed)
+        # Before the first edit the students are their own teachers.
+        targets = [CounterfactualTargets(s, task.forget, seed) for s in students]
         latent = (LatentWeights if config.floored else LatentWeightsWithoutFloor)(
             students[0],
             students[1:],
@@ -208,12 +224,12 @@ class _EditLoop:
             offset_rate=config.offset_rate,
         )
         loop = cls(
+            original=model,
             task=task,
             retain=retain,
             config=config,
             seed=seed,
             limit=mask.limit,
-            teachers=teachers,
             students=students,
             targets=targets,
             latent=latent,
@@ -267,20 +283,22 @@ class _EditLoop:
     def _gradients(
         self, side: int, batch: Batch, done: int
     ) -> tuple[list[Tensor], dict[str, float]]:
-        """The gradient of one student's losses with respect to the mask's weights, and those."""
-        config, names = self.config, self.latent.names
+        """The gradient of one student's losses at the mask's elements, and those."""
+        config, of = self.config, self.latent.indices
         student, targets = self.students[side], self.targets[side]
+        with nullcontext(self.original) if not side else self.latent.unedited(side) as teacher:
+            retained = _retained(teacher, batch, config)
         losses = {"forget": 0.0, "retain": 0.0}
-        parts = _partial_losses(student, self.teachers[side], targets, batch, config, losses)
-        gradients = gradient(student, names, parts)
+        parts = _partial_losses(student, targets, retained, batch, config, losses)
+        gradients = gradient(student, of, parts)
         losses = {kind: sum_number(value) for kind, value in losses.items()}
         if self.adversary:
             sides = (self.students, self.targets) if config.floored else ([student], [targets])
-            more, losses["adversarial"] = self.adversary.gradient(sides[0], names, sides[1], done)
+            more, losses["adversarial"] = self.adversary.gradient(sides[0], of, sides[1], done)
             for g, m in zip(gradients, more, strict=True):
                 g.add_(m, alpha=config.adversarial_weight)
         if self.probe:
-            more, losses["probe"] = self.probe.gradient(student, names)
+            more, losses["probe"] = self.probe.gradient(student, of)
             for g, m in zip(gradients, more, strict=True):
                 g.add_(m, alpha=config.probe_weight)
         return gradients, losses

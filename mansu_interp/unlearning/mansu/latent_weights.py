@@ -3,7 +3,8 @@ each quantizer makes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ class LatentGroup:
         """Some values of all elements, by weight."""
         return values.split([len(i) for i in self.indices.values()])
 
+    @torch.no_grad()
     def put(self, values: Float[Tensor, " n"], model: LanguageModel) -> None:
         """Write values into a model's weights."""
         for (name, index), part in zip(self.indices.items(), self.split(values), strict=True):
@@ -73,10 +75,12 @@ class LatentWeights:
 
     Arguments:
         model: full precision; it is changed in place.
-        quantized: what each quantizer makes of it; changed in place, too.
+        quantized: what each quantizer makes of it; changed in place, too. What is not quantized
+            may be the model's own tensors: every edit of those is the same in all.
         mask: the editable weights.
         survive: the quantizers.
-        fisher: diagonal Fisher information of what must stay; None: no projection.
+        fisher: diagonal Fisher information of what must stay, of the mask's elements; None: no
+            projection.
         strength: of the projection.
         offset_rate: see `Mansu.offset_rate`.
     """
@@ -100,7 +104,7 @@ class LatentWeights:
         self.limit = mask.limit
         """Edits at most."""
         indices = {n: i.to(model.device) for n, i in mask.indices.items()}
-        typical = float(gather(fisher, indices).median()) if fisher else 0.0
+        typical = float(torch.cat([fisher[n] for n in indices]).median()) if fisher else 0.0
         alike: dict[tuple[bool, ...], dict[str, Tensor]] = {}
         for name, index in indices.items():
             touched = (q.touches(model.weights[name]) for q in survive)
@@ -127,7 +131,7 @@ class LatentWeights:
                     floor=where,
                     scale=scale,
                     position=original / scale.clamp_min(1e-30),
-                    projection=projection(gather(fisher, those), strength, typical)
+                    projection=projection(torch.cat([fisher[n] for n in those]), strength, typical)
                     if fisher
                     else torch.ones_like(original),
                     mean=torch.zeros_like(original),
@@ -142,9 +146,22 @@ class LatentWeights:
         return [self.model, *self.quantized]
 
     @property
-    def names(self) -> list[str]:
-        """Weights that carry an edit."""
-        return [name for x in self.groups for name in x.indices]
+    def indices(self) -> dict[str, Tensor]:
+        """The editable elements, by weight."""
+        return {name: index for x in self.groups for name, index in x.indices.items()}
+
+    @contextmanager
+    def unedited(self, side: int) -> Iterator[LanguageModel]:
+        """One of the `models` as it was before all edits, while the context lasts."""
+        model = self.models[side]
+        edited = [gather(model.weights, x.indices) for x in self.groups]
+        for x in self.groups:
+            x.put(x.quantized[side - 1] if side else x.original, model)
+        try:
+            yield model
+        finally:
+            for x, values in zip(self.groups, edited, strict=True):
+                x.put(values, model)
 
     def _state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
@@ -168,15 +185,15 @@ class LatentWeights:
         checkpoint.save(history, self._state(), self.power)
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], lr: float, t: int, side: int = 0) -> None:
-        """One projected step on the latent positions; ``t`` counts from 1, and ``side`` is the
-        model that the gradients are of (0: full precision), in turns.
+    def step(self, gradients: Sequence[Tensor], lr: float, t: int, side: int = 0) -> None:
+        """One projected step on the latent positions, by the gradients at `indices`; ``t`` counts
+        from 1, and ``side`` is the model that they are of (0: full precision), in turns.
 
         Momentum is divided by one running RMS over the whole mask, not by each weight's own as in
         Adam: a weight whose gradient is mostly noise then never reaches another cell.
         """
-        by_name = dict(zip(self.names, gradients, strict=True))
-        scaled = [gather(by_name, x.indices) * x.scale for x in self.groups]
+        by_name = dict(zip(self.indices, gradients, strict=True))
+        scaled = [torch.cat([by_name[n] for n in x.indices]) * x.scale for x in self.groups]
         squares = [
             s.sum() for x, g in zip(self.groups, scaled, strict=True) for s in x.split(g * g)
         ]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...losses.answers import above_rivals, log_probs
 from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
-from ...losses.gradients import Weights, gradient
+from ...losses.gradients import Positions, gradient
 from ...masks.margin_edits import candidate_edits, choose_edits
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, PairSet, answer_tokens
@@ -170,15 +170,16 @@ class MarginEditor:
     def _excess(self, model: LanguageModel) -> Float[Tensor, " pairs"]:
         return torch.cat([self._answer_excess(model, part) for part in self.pairs.parts(BATCH)])
 
-    def _slope(self, pairs: PairSet, level: Level, weights: Float[Tensor, " pairs"]) -> Weights:
+    def _slope(
+        self, of: Positions, pairs: PairSet, level: Level, weights: Float[Tensor, " pairs"]
+    ) -> Float[Tensor, " n"]:
         """Of the answers' level at full precision, a mean weighed by pair."""
         parts, model = list(pairs.parts(BATCH)), self.latent.model
         shares = (weights / weights.sum()).split([len(p) for p in parts])
         losses = [
             lambda p=p, w=w: (w * level(model, p)).sum() for p, w in zip(parts, shares, strict=True)
         ]
-        names = self.latent.names
-        return dict(zip(names, gradient(model, names, losses), strict=True))
+        return torch.cat(gradient(model, of, losses))
 
     def _edit(
         self, lacks: Float[Tensor, " pairs"], wanted: float, most: int, together: bool
@@ -203,8 +204,8 @@ class MarginEditor:
             return above_rivals(log_probs(model, part), part, answers, lambda some: some.mean(1))
 
         alike = torch.ones(len(self.retain), device=latent.model.device)
-        slope = gather(self._slope(self.pairs, self._answer_excess, lacks), x.indices)
-        retain_slope = gather(self._slope(self.retain, retained, alike), x.indices)
+        slope = self._slope(x.indices, self.pairs, self._answer_excess, lacks)
+        retain_slope = self._slope(x.indices, self.retain, retained, alike)
         with torch.no_grad():
             now = gather(latent.model.weights, x.indices)
             free = now == x.original

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...audit.probes import answer_rows, fit_probe, last_states
 from ...audit.relearning import halves, of_subjects
+from ...losses.gradients import Elements
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, PairSet, answer_tokens
 from ...tasks.task import Task
@@ -77,9 +78,9 @@ class ProbePenalty:
         chosen = self.rng.sample(unseen, min(self.batch_size, len(unseen)))
         return Reading(of_subjects(self.task.forget, first), unseen, chosen)
 
-    def gradient(self, student: LanguageModel, names: Sequence[str]) -> tuple[list[Tensor], float]:
-        """Gradient of what a probe reads with respect to some weights, and its value: the mean over
-        prompts, stages and both positions of max(0, `z_scores`)."""
+    def gradient(self, student: LanguageModel, of: Elements) -> tuple[list[Tensor], float]:
+        """Gradient of what a probe reads at some elements of the weights, and its value: the mean
+        over prompts, stages and both positions of max(0, `z_scores`)."""
         drawn = self.draw()
         rows, probes = answer_rows(student), fit_probe(student, drawn.train, subject=True)
         among = answer_tokens(drawn.unseen, student.device)
@@ -91,4 +92,4 @@ class ProbePenalty:
             ]
             return torch.stack(read).mean()
 
-        return mean_gradient(student, names, drawn.chosen, loss)
+        return mean_gradient(student, of, drawn.chosen, loss)
