@@ -1,111 +1,178 @@
-"""Peak memory of every stage of a run, as ratios to a bare forward and backward pass.
+"""Peak memory of the stages of a run, as ratios to a bare forward and backward pass.
 
-    python benchmarks/memory.py --out /tmp/memory [--survive nf4 fp4 int4-g32 q4_0]
-    python benchmarks/memory.py --model FOLDER --task world-capitals --out /tmp/memory
+    python benchmarks/memory.py [--shape smollm2] [--survive nf4 fp4 int4-g32 q4_0] [--only unlearn]
 
-Runs the whole job with few steps and prompts: what is held does not depend on how many there are.
-The peak is the kernel's (VmHWM of /proc/self/status, reset between stages), so Linux alone; the
-model is the embedded one by default. "Bare" is one forward and backward pass of the batch of
-unlearning through the same model in the same process, all weights with a gradient; its peak holds
-one copy of the weights, the gradients and the activations.
+Random Llamas (`SHAPES`) and random prompts, 8 pairs of 16 tokens; few steps, since what is held
+does not depend on how many there are. "Bare" is a forward and backward pass of all pairs through
+the same model, every weight with a gradient: weights, gradients and activations. Each stage runs in
+a process of its own; its peak is the kernel's (VmHWM of /proc/self/status, Linux alone) less what a
+process holds that has loaded the libraries.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from attribution import make_pairs
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.relearning import descend, make_optimiser
+from mansu_interp.circuits.attribution import attribute
+from mansu_interp.circuits.circuit import Circuit
+from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.answers import nll
+from mansu_interp.masks.mask import Mask
+from mansu_interp.masks.select import circuit_mask
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.models.load import load_model
-from mansu_interp.runs.config import RunConfig
-from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.run import run
-from mansu_interp.tasks.load import load_task
+from mansu_interp.quantizers.survival import quantize
 from mansu_interp.tasks.task import Task
+from mansu_interp.unlearning.methods import Mansu
+from mansu_interp.unlearning.unlearn import unlearn
+
+TOKENS, VOCAB, STEPS = 16, 50257, 3
+# layers, width, MLP width, heads, key-value heads
+SHAPES = {
+    "smollm2": (30, 576, 1536, 9, 3),
+    "0.35B": (24, 1024, 2816, 16, 8),
+    "1.1B": (22, 2048, 5632, 32, 4),
+}
+SET = ("nf4", "fp4", "int4-g32", "q4_0")
+STAGES = ("attribution", "mask", "mask --by-layer", "unlearn", "scores", "relearning")
+SHARE = 0.003
+"""Candidates of the mask, of all linear weights: six times a budget of 0.05 %."""
 
 
-class Peak:
-    """Resident memory (GB) at its highest since the last look."""
-
-    def look(self) -> float:
-        """The peak; the next one counts anew."""
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        kib = status.partition("VmHWM:")[2].split()[0]
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return int(kib) * 1024 / 1e9
-
-
-class Stages:
-    """Prints peak and seconds of each stage, from the stage lines of a run.
-
-    Arguments:
-        bare: peak (GB) of a bare pass.
-        weights: size (GB) of the weights in float32.
-    """
-
-    def __init__(self, bare: float, weights: float) -> None:
-        self.bare, self.weights = bare, weights
-        self.peak, self.now, self.since = Peak(), "start", time.perf_counter()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """A run's progress."""
-        if stage != self.now:
-            self.close()
-            self.now = stage
-
-    def close(self) -> None:
-        """The stage is over."""
-        gb, took = self.peak.look(), time.perf_counter() - self.since
-        ratio, over = gb / self.bare, (gb - self.bare) / self.weights
-        figures = f"{gb:6.2f} GB = {ratio:4.2f} x bare, {over:+.1f} weights {took:7.1f} s"
-        print(f"{self.now:45} {figures}", flush=True)
-        self.since = time.perf_counter()
+def make_model(shape: str) -> LanguageModel:
+    """A random Llama."""
+    torch.manual_seed(0)
+    layers, width, mlp, heads, groups = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    )
+    return LanguageModel(shape, LlamaForCausalLM(config).eval(), None)
 
 
-def bare(model: LanguageModel, task: Task, size: int) -> float:
-    """Peak (GB) of a forward and backward pass of one batch, all weights with a gradient."""
-    weights, peak = list(model.weights.values()), Peak()
-    for w in weights:
+def make_task() -> Task:
+    """Random pairs to forget, and others to retain."""
+    forget, retain = make_pairs(TOKENS), make_pairs(TOKENS + 1)
+    return Task("random", "random", forget, retain, None, {"dev": {}, "unseen": {}})
+
+
+def bare(model: LanguageModel, task: Task) -> None:
+    """A forward and backward pass of one batch, every weight with a gradient."""
+    for w in model.weights.values():
         w.requires_grad_(True)
-    peak.look()
-    nll(model, task.forget.pairs[:size]).mean().backward()
-    found = peak.look()
-    for w in weights:
-        w.requires_grad_(False).grad = None
-    return found
+    nll(model, list(task.forget)).mean().backward()
 
 
-def small(config: RunConfig, survive: list[str], steps: int) -> RunConfig:
-    """A run's settings with few steps and prompts."""
-    method = replace(config.unlearn, steps=steps)
-    if survive:
-        method = replace(method, survive=tuple(survive))
-    circuit = replace(config.circuit, pairs=16, top=300)
-    return replace(config, unlearn=method, circuit=circuit, score_pairs=24, relearn_steps=2)
+def scores(model: LanguageModel, task: Task, survive: Sequence[str]) -> None:
+    """What is asked of a model, and of each of its quantized forms."""
+    for name in survive:
+        accuracy(quantize(model, name, sharing=True), task.forget)
+
+
+def relearning(model: LanguageModel, task: Task) -> None:
+    """Two steps of an attack."""
+    copy, config = model.copy(), RelearnConfig()
+    weights = list(copy.weights.values())
+    optimiser = make_optimiser(config.optimiser, weights, 1e-5)
+    for _ in range(2):
+        descend(copy, optimiser, weights, list(task.forget))
+
+
+def mask(model: LanguageModel, task: Task, survive: Sequence[str], by_layer: bool) -> None:
+    """The choice of parameters, the whole model as the circuit."""
+    every = np.ones_like(model.graph.exists)
+    circuit = Circuit(model.graph, np.zeros(every.shape, np.float32), every, pairs=task.forget)
+    circuit_mask(circuit, model, retain=task.retain_sets, survive=survive, by_layer=by_layer)
+
+
+def some_mask(model: LanguageModel) -> Mask:
+    """Candidates at random in every linear weight."""
+    draws, indices = torch.Generator().manual_seed(0), {}
+    for name in model.linear_names:
+        n = model.weights[name].numel()
+        indices[name] = torch.randint(n, (int(SHARE * n),), generator=draws).unique()
+    return Mask(indices, {"limit": sum(map(len, indices.values())) // 6})
+
+
+def stages(
+    model: LanguageModel, task: Task, survive: Sequence[str]
+) -> dict[str, Callable[[], object]]:
+    """What is measured."""
+    method = Mansu(steps=STEPS, survive=tuple(survive), batch_size=len(task.forget))
+    config = AttributionConfig(batch_size=len(task.forget))
+    return {
+        "bare": lambda: bare(model, task),
+        "attribution": lambda: attribute(model, task.forget, config=config),
+        "mask": lambda: mask(model, task, survive, False),
+        "mask --by-layer": lambda: mask(model, task, survive, True),
+        "unlearn": lambda: unlearn(model, task, some_mask(model), method),
+        "scores": lambda: scores(model, task, survive),
+        "relearning": lambda: relearning(model, task),
+    }
+
+
+def measured(args: argparse.Namespace) -> str:
+    """Peak (bytes) and seconds of one stage, in this process."""
+    torch.set_num_threads(args.threads)
+    task, began = make_task(), time.perf_counter()
+    if args.stage != "nothing":
+        model = make_model(args.shape)
+        began = time.perf_counter()
+        stages(model, task, args.survive)[args.stage]()
+    took = time.perf_counter() - began
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return f"{int(status.partition('VmHWM:')[2].split()[0]) * 1024} {took}"
+
+
+def run_stage(stage: str) -> tuple[float, float]:
+    """Peak (GB) and seconds of one stage, in a process of its own with this one's arguments."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--stage", stage]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak, took = done.stdout.split()
+    return int(peak) / 1e9, float(took)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Peak memory of each stage of a run.")
-    parser.add_argument("--model", default="facts")
-    parser.add_argument("--task", default="countries")
-    parser.add_argument("--survive", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+    parser = argparse.ArgumentParser(description="Peak memory of the stages of a run.")
+    parser.add_argument("--shape", default="smollm2", choices=SHAPES)
+    parser.add_argument("--survive", nargs="+", default=list(SET))
+    parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = replace(default_config(args.model, args.task), out=args.out)
-    config = small(config, args.survive, args.steps)
-    model = load_model(args.model)
-    weights = model.n_parameters * 4 / 1e9
-    peak = bare(model, load_task(args.task, model), config.unlearn.batch_size)
-    del model
-    print(f"{args.model}: float32 weights {weights:.3f} GB, bare pass {peak:.2f} GB", flush=True)
-    stages = Stages(peak, weights)
-    run(config, on_progress=stages)
-    stages.close()
+    if args.stage:
+        print(measured(args))
+        return
+    nothing, _ = run_stage("nothing")
+    least = run_stage("bare")[0] - nothing
+    weights = sum(w.numel() for w in make_model(args.shape).weights.values()) * 4 / 1e9
+    print(
+        f"{args.shape}: weights {weights:.2f} GB in float32, bare pass {least:.2f} GB", flush=True
+    )
+    for stage in args.only:
+        peak, took = run_stage(stage)
+        gb = peak - nothing
+        print(f"{stage:16} {gb:6.2f} GB  {gb / least:5.2f} x bare  {gb / weights:5.1f} x weights"
+              f"  {took:6.1f} s", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

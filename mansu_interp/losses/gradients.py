@@ -17,7 +17,7 @@ from ..utils.distributed import shard, sum_over_processes
 Weights = dict[str, Float[Tensor, "*_shape"]]
 """One value per element of some weights, by name, in the weights' own shapes."""
 WeightMap = Mapping[str, Float[Tensor, "*_shape"]]
-"""The same, or a `ByLayer`, which holds one layer at a time."""
+"""The same, or a `ByLayer`, which holds one layer at a time, or a `ReadOnce`."""
 Positions = Mapping[str, Int[Tensor, " _m"]]
 """Flat positions of some elements of some weights, by name."""
 Elements = Sequence[str] | Positions
@@ -99,6 +99,22 @@ def local_gradient(
         total[n] if n in total else torch.zeros_like(w.flatten()[at[n]] if n in at else w)
         for n, w in wanted.items()
     ]
+
+
+class ReadOnce(Mapping[str, Float[Tensor, "*_shape"]]):
+    """Values per weight that are freed as they are read: each weight can be read once."""
+
+    def __init__(self, values: Weights) -> None:
+        self.values_left = values
+
+    def __getitem__(self, name: str) -> Float[Tensor, "*_shape"]:
+        return self.values_left.pop(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_left)
+
+    def __len__(self) -> int:
+        return len(self.values_left)
 
 
 class ByLayer(Mapping[str, Float[Tensor, "*_shape"]]):

@@ -25,7 +25,7 @@ from ..losses.accuracy import answered_correctly
 from ..losses.answers import answer_gradient
 from ..losses.counterfactual import forget_gradient
 from ..losses.fisher import fisher_diagonal
-from ..losses.gradients import ByLayer, WeightMap, Weights
+from ..losses.gradients import ByLayer, ReadOnce, WeightMap, Weights
 from ..models.graph import Node
 from ..models.language_model import LanguageModel
 from ..quantizers.base import Quantizer
@@ -159,7 +159,7 @@ def _gradients(
     """
 
     def per_weight(compute: Callable[[list[str]], Weights]) -> WeightMap:
-        return ByLayer(names, compute) if by_layer else compute(names)
+        return ByLayer(names, compute) if by_layer else ReadOnce(compute(names))
 
     chosen = forget.sample(n_pairs, seed)
     g = per_weight(lambda some: forget_gradient(model, some, chosen))
@@ -172,8 +172,11 @@ def _gradients(
     held = [pairs for pairs in held if pairs]
 
     def retained(some: list[str]) -> Weights:
-        parts = [answer_gradient(model, some, pairs) for pairs in held]
-        return {n: sum((p[n] for p in parts[1:]), parts[0][n]) for n in some}
+        total = answer_gradient(model, some, held[0])
+        for pairs in held[1:]:
+            for name, g in answer_gradient(model, some, pairs).items():
+                total[name] += g
+        return total
 
     return _Gradients(
         forget_gradient=g,
@@ -213,7 +216,7 @@ def choose_parameters(
         regions: candidate weights, from `region`.
         budget: share of all the model's parameters that may be edited, in (0, 1].
         forget_gradient: gradient of the forget loss per candidate weight; like the two below a
-            dictionary, or a `ByLayer`, which holds one layer at a time.
+            dictionary, a `ByLayer`, which holds one layer at a time, or a `ReadOnce`.
         retain_fisher: diagonal Fisher of what must stay; None: no damage is counted.
         retain_gradient: gradient of the loss of retained answers; None counts as 0.
         survive: the set of quantizers whose cells define the step.
@@ -248,11 +251,14 @@ class _Candidates:
     """The parameters of one weight that may be edited."""
 
     index: Int[Tensor, " n"]
-    """Flat positions of those that can take the floor's step, ascending."""
+    """Flat positions of those that gain by the floor's step, ascending; in 32 bits where they fit,
+    since a large model has billions."""
     gain: Float[Tensor, " n"]
-    """What the step gains (nats)."""
+    """What the step gains (nats), above 0."""
     damage: Float[Tensor, " n"] | None
     """What it damages (nats); None: that is not counted."""
+    damages: Float[Tensor, " m"] | None
+    """The damage of all that can take the step, whatever it gains."""
     wanted: int
     """Parameters that the forget gradient would move."""
     refused: int
@@ -279,10 +285,15 @@ class _Candidates:
         wanted = inside & (forget != 0)
         index = (inside & (step != 0)).flatten().nonzero()[:, 0]
         d = step.flatten()[index]
+        gain = -slope.flatten()[index] * d
+        gains = gain > 0
+        damages = None if fisher is None else 0.5 * fisher.flatten()[index] * d * d
+        small = step.numel() < 2**31
         return cls(
-            index,
-            gain=-slope.flatten()[index] * d,
-            damage=None if fisher is None else 0.5 * fisher.flatten()[index] * d * d,
+            index[gains].int() if small else index[gains],
+            gain=gain[gains],
+            damage=None if damages is None else damages[gains],
+            damages=damages,
             wanted=int(wanted.sum()),
             refused=int((wanted & (step == 0)).sum()),
         )
@@ -296,19 +307,23 @@ def _best(
     Raises:
         MaskError: none gains anything.
     """
-    gains = [c.gain for c in found.values()]
-    gain = torch.cat(gains) if gains else torch.zeros(0)
-    if not (gain > 0).any():
+    if not any(len(c.gain) for c in found.values()):
         raise MaskError("No parameter of the circuit can move by a whole cell towards forgetting.")
-    score, damages = gain, [c.damage for c in found.values() if c.damage is not None]
-    if damages:
-        damage = torch.cat(damages)
-        score = gain / (damage + damage_damping * damage.median().clamp_min(1e-30)).clamp_min(1e-30)
+    damages = [c.damages for c in found.values() if c.damages is not None]
+    typical = float(torch.cat(damages).median().clamp_min(1e-30)) if damages else 0.0
+    score = torch.cat(
+        [
+            c.gain
+            if c.damage is None
+            else c.gain / (c.damage + damage_damping * typical).clamp_min(1e-30)
+            for c in found.values()
+        ]
+    )
     chosen = torch.zeros_like(score, dtype=torch.bool)
-    chosen[score.topk(min(n, int((gain > 0).sum()))).indices] = True
+    chosen[score.topk(min(n, len(score))).indices] = True
     parts = chosen.split([len(c.index) for c in found.values()])
     return {
-        name: c.index[picked].cpu()
+        name: c.index[picked].long().cpu()
         for (name, c), picked in zip(found.items(), parts, strict=True)
         if picked.any()
     }

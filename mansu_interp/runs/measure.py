@@ -85,9 +85,9 @@ def measure(run: RunContext, edited: Edited) -> Report:
     run.note("quantizing", 0, 0)
     models: dict[ModelVersion, LanguageModel] = {
         ORIGINAL: run.model,
-        ORIGINAL.after(QUANTIZER): quantize(run.model, QUANTIZER),
+        ORIGINAL.after(QUANTIZER): quantize(run.model, QUANTIZER, sharing=True),
         EDITED: edited.model,
-        EDITED.after(QUANTIZER): quantize(edited.model, QUANTIZER),
+        EDITED.after(QUANTIZER): quantize(edited.model, QUANTIZER, sharing=True),
     }
     keep = Results(run.folder, tensors_sha256(edited.model.weights))
     scores = score(run, models, keep)
@@ -133,7 +133,7 @@ def score(run: RunContext, models: Models, keep: Keep) -> Scores:
     of the set."""
     scores = evaluate(models, run.task, on_step=run.note, keep=keep)
     for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
-        pair = {v.after(name): quantize(models[v], name) for v in (ORIGINAL, EDITED)}
+        pair = {v.after(name): quantize(models[v], name, sharing=True) for v in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(pair, run.task, on_step=run.note, keep=keep))
     return scores
 
