@@ -116,12 +116,8 @@ class LatentWeights:
                 [floor(weights[n], survive, model.saved_dtype, index=i) for n, i in those.items()]
             )
             original, scale = gather(weights, those), where.span
-            grids = [
-                Cells.join([q.cells(weights[n])[i] for n, i in those.items()])
-                if linear and touches
-                else None
-                for q, touches in zip(survive, touched, strict=True)
-            ]
+            own = iter(where.own)  # of the quantizers that touch these weights, in their order
+            grids = [next(own) if linear and touches else None for touches in touched]
             self.groups.append(
                 LatentGroup(
                     indices=those,
