@@ -131,6 +131,9 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma": ("Gemma", "GemmaForCausalLM", SIZED),
     "gemma3 that sees": ("Gemma3", "Gemma3ForConditionalGeneration", SIZED),
+    "llava": ("Llava", "LlavaForConditionalGeneration", HYBRID),
+    "mistral3": ("Mistral3", "Mistral3ForConditionalGeneration", SIZED),
+    "idefics3": ("Idefics3", "Idefics3ForConditionalGeneration", {**HYBRID, "pad_token_id": 0}),
     "gptj": ("GPTJ", "GPTJForCausalLM", {**GPT, "rotary_dim": 4, "initializer_range": 0.2}),
     "glm4": ("Glm4", "Glm4ForCausalLM", {**SIZED, "pad_token_id": 0}),
     "phi3": ("Phi3", "Phi3ForCausalLM", {**HYBRID, "pad_token_id": 0}),
@@ -237,18 +240,33 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
 EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
+SEES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Gemma3": (
+        "gemma3_text",
+        "siglip_vision_model",
+        {
+            **{"image_token_index": 49, "boi_token_index": 48, "eoi_token_index": 47},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "Llava": ("llama", "clip_vision_model", {"image_token_index": 49}),
+    "Mistral3": ("mistral", "pixtral", {"image_token_index": 49}),
+    "Idefics3": ("llama", "idefics3_vision", {"image_token_id": 49}),
+}
+"""Models that also see: model types of what reads and what sees, and further settings."""
+
+
 def configure(config_name: str, settings: dict[str, Any]) -> Any:
-    if config_name != "Gemma3":
-        return getattr(transformers, f"{config_name}Config")(**settings)
+    config = getattr(transformers, f"{config_name}Config")
+    if config_name not in SEES:
+        return config(**settings)
+    reads, sees, more = SEES[config_name]
     sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     sight |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    text = {**settings, "model_type": "gemma3_text"}
-    tokens = {"image_token_index": 49, "boi_token_index": 48, "eoi_token_index": 47}
-    return transformers.Gemma3Config(
-        text_config=text,
-        vision_config={**sight, "model_type": "siglip_vision_model"},
-        mm_tokens_per_image=4,
-        **tokens,
+    return config(
+        text_config={**settings, "model_type": reads},
+        vision_config={**sight, "model_type": sees},
+        **more,
     )
 
 
@@ -345,6 +363,11 @@ PLACES: dict[str, tuple[str | None, ...]] = {
     "gemma3_text": ("input_layernorm", "pre_feedforward_layernorm", *POST[2:], *AFTER),
     "glm4": (*LLAMA[:4], "post_self_attn_layernorm", "post_mlp_layernorm"),
     "modernbert-decoder": ("attn_norm", "mlp_norm", "attn.Wo", "mlp", None, None),
+    "gpt2": ("ln_1", "ln_2", "attn.c_proj", "mlp", None, None),
+    "gpt_neox": (*LLAMA[:2], "attention.dense", "mlp", None, None),
+    "phi": ("input_layernorm", "input_layernorm", "self_attn.dense", "mlp", None, None),
+    "opt": ("self_attn_layer_norm", "final_layer_norm", "self_attn.out_proj", "fc2", None, None),
+    "gemma2": ("input_layernorm", "pre_feedforward_layernorm", *POST[2:], *AFTER),
     "gpt_neo": ("ln_1", "ln_2", "attn.attention.out_proj", "mlp", None, None),
     "codegen": ("ln_1", "ln_1", "attn.out_proj", "mlp", None, None),
     "apertus": ("attention_layernorm", "feedforward_layernorm", *LLAMA[2:]),
@@ -353,7 +376,15 @@ PLACES: dict[str, tuple[str | None, ...]] = {
     "llama4_text": (*LLAMA[:3], "feed_forward", None, None),
     "flex_olmo": (*POST, *AFTER),
 }
-FINAL = ("norm", "final_norm", "ln_f", "norm_f", "final_layernorm", "layer_norm")
+FINAL = (
+    "norm",
+    "final_norm",
+    "ln_f",
+    "norm_f",
+    "final_layernorm",
+    "layer_norm",
+    "final_layer_norm",
+)
 
 
 class ByHand:
@@ -440,7 +471,7 @@ class ByHand:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_single_edges_are_those_of_the_patched_model(family: str):
     """In float64: ablating edges, and their scores as slopes, against transformers alone."""
     dtype = torch.float32 if family == "xglm" else torch.float64  # its own mask has no float64
@@ -455,7 +486,7 @@ def test_single_edges_are_those_of_the_patched_model(family: str):
                 j for j, v in enumerate(graph.readers) if v.layer == layer and graph.exists[row, j]
             ]
             mlp = [graph.readers[j].kind == "mlp" for j in at]
-            if graph.architecture.parallel:  # one norm for both
+            if graph.architecture.parallel and family != "gpt-neox":  # one norm for both
                 columns = [] if reader == "mlp" else at
             else:
                 columns = [
@@ -578,6 +609,53 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
             "layer_types": ["attention"] * 3,
         },
         "lacks an MLP",
+    ),
+    "bamba": (
+        "Bamba",
+        "BambaForCausalLM",
+        {**HYBRID, **SSM, "mamba_d_head": 16, "attn_layer_indices": [1]},
+        "lacks q",
+    ),
+    "zamba2": (
+        "Zamba2",
+        "Zamba2ForCausalLM",
+        {
+            **{**HYBRID, "mamba_d_state": 8, "n_mamba_heads": 8},
+            "layer_types": ["mamba", "hybrid", "mamba"],
+        },
+        "lacks an MLP, q, k, v, o",
+    ),
+    "nemotron h": ("NemotronH", "NemotronHForCausalLM", SIZED, "lacks an MLP, q, k, v, o"),
+    "recurrent gemma": ("RecurrentGemma", "RecurrentGemmaForCausalLM", SIZED, "lacks an MLP, q"),
+    "olmo hybrid": (
+        "OlmoHybrid",
+        "OlmoHybridForCausalLM",
+        {**HYBRID, **SPECIAL},
+        "lacks q, k, v, o",
+    ),
+    "qwen3.5": (
+        "Qwen3_5Text",
+        "Qwen3_5ForCausalLM",
+        {
+            **{**SIZED, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        },
+        "lacks q, k, v, o",
+    ),
+    "helium": ("Helium", "HeliumForCausalLM", SIZED, "cannot bridge Helium"),
+    "persimmon": ("Persimmon", "PersimmonForCausalLM", GATED, "cannot bridge Persimmon"),
+    "diffllama": ("DiffLlama", "DiffLlamaForCausalLM", HYBRID, "cannot bridge DiffLlama"),
+    "granite moe shared": (
+        "GraniteMoeShared",
+        "GraniteMoeSharedForCausalLM",
+        {**EXPERTS, "shared_intermediate_size": 16},
+        "cannot bridge GraniteMoeShared",
+    ),
+    "hunyuan moe": (
+        "HunYuanMoEV1",
+        "HunYuanMoEV1ForCausalLM",
+        {**SIZED, "num_experts": 4, "moe_topk": 2, "pad_token_id": 0},
+        "cannot bridge HunYuanMoE",
     ),
     "jetmoe": ("JetMoe", "JetMoeForCausalLM", {**EXPERTS, "kv_channels": 8}, "lacks q, k, v, o"),
     "phimoe": ("Phimoe", "PhimoeForCausalLM", EXPERTS, "TransformerLens cannot bridge Phimoe"),
