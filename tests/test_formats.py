@@ -297,6 +297,9 @@ def test_a_graph_page_has_all_that_it_asks_for(tmp_path: Path):
     assert page.keys() >= {"metadata", "qParams", "nodes", "links"}
     assert page["metadata"]["slug"] == "mine" and page["metadata"]["scan"] == "tiny"
     assert len(page["metadata"]["prompt_tokens"]) == 2
+    assert page["metadata"].keys() >= {"prompt", "transcoder_list"}
+    state = {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
+    assert page["qParams"].keys() == state
     nodes = {n["node_id"]: n for n in page["nodes"]}
     assert len(nodes) == len(page["nodes"]) and all(n.keys() >= NODE for n in page["nodes"])
     features = {(n["layer"], n["feature"], n["ctx_idx"]) for n in page["nodes"]}

@@ -282,6 +282,7 @@ def _page(circuit: Circuit, slug: str) -> dict[str, Json]:
             "scan": circuit.meta.model or "model",
             "prompt_tokens": PLACES,
             "prompt": " ".join(PLACES),
+            "transcoder_list": [],
             "architecture": asdict(circuit.graph.architecture),
             "info": {
                 "description": "Attribution edges between attention heads and MLPs, summed over "
@@ -289,7 +290,10 @@ def _page(circuit: Circuit, slug: str) -> dict[str, Json]:
                 "generator": {"name": "mansu_interp", "version": __version__},
             },
         },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": ""},
+        "qParams": {
+            **{"pinnedIds": [], "supernodes": []},
+            **{"linkType": "both", "clickedId": "", "sg_pos": ""},
+        },
         "nodes": list(nodes.values()),
         "links": [
             {"source": u, "target": v, "weight": sum(by.values()), "readers": by}

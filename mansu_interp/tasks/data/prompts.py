@@ -113,7 +113,9 @@ def _difference(model: LanguageModel, one: Tokens, other: Tokens) -> str:
     parts = [tokens[begin : len(tokens) - end] for tokens in (one, other)]
     decode = model.get_tokenizer().decode
     shown = [
-        f"{str(decode(part)).strip()!r} ({number_of(len(part), 'token')})" if part else "nothing"
+        f"{str(decode(list(part))).strip()!r} ({number_of(len(part), 'token')})"
+        if part
+        else "nothing"
         for part in parts
     ]
     return f": {shown[0]} against {shown[1]}" if shortest else ""
