@@ -298,6 +298,7 @@ def test_a_graph_page_has_all_that_it_asks_for(tmp_path: Path):
     assert page["metadata"]["slug"] == "mine" and page["metadata"]["scan"] == "tiny"
     assert len(page["metadata"]["prompt_tokens"]) == 2
     assert page["metadata"].keys() >= {"prompt", "transcoder_list"}
+    assert {n["node_id"] for n in page["nodes"] if n["ctx_idx"] == 1} == {"logits"}  # read last
     state = {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
     assert page["qParams"].keys() == state
     nodes = {n["node_id"]: n for n in page["nodes"]}
