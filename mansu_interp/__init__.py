@@ -49,6 +49,10 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "Curve",
     ),
     "circuits.circuit": ("Circuit",),
+    "circuits.formats.files": (
+        "read_circuit",
+        "write_circuit",
+    ),
     "circuits.search.discover": ("discover",),
     "circuits.changes": (
         "classify",
@@ -135,6 +139,7 @@ if TYPE_CHECKING:
     from .circuits.circuit import Circuit
     from .circuits.compare import GraphComparison, compare
     from .circuits.config import AttributionConfig, CircuitConfig
+    from .circuits.formats.files import read_circuit, write_circuit
     from .circuits.scores import Attribution, ScoredEdge, edge_changes
     from .circuits.search.discover import discover
     from .circuits.search.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve

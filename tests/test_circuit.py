@@ -83,9 +83,15 @@ def test_union_intersection_and_difference():
 
 def test_networkx_graph_links_a_heads_inputs_to_its_output():
     net = circuit(*LEFT).to_networkx()
-    assert net.edges["a1.kv0<v>", "a1.h0"] == {"score": 0.0, "kind": "inside"}
+    assert net.edges["a1.kv0<v>", "a1.h0"] == {
+        "score": 0.0,
+        "kind": "inside",
+        "weight": 0.0,
+        "label": "",
+    }
     assert nx.has_path(net, "input", "a1.h0")
-    assert net.nodes["a1.kv0<v>"] == {"kind": "v", "layer": 1, "head": 0}
+    node = {"kind": "v", "layer": 1, "head": 0, "label": "a1.kv0<v>"}
+    assert net.nodes["a1.kv0<v>"] == node
     assert {(u, v) for u, v, kind in net.edges(data="kind") if kind == "residual"} == set(LEFT)
 
 

@@ -83,6 +83,26 @@ def test_lengths_must_match(corrupt: tuple[int, ...]):
         replace(pair, clean=(), corrupt=())
 
 
+@pytest.mark.parametrize(
+    ("corrupt", "differ"),
+    [
+        (
+            "<bos>the capital of Ghana Ghana is",
+            r"'Malta' \(1 token\) against 'Ghana Ghana' \(2 tok",
+        ),
+        ("<bos>the capital of Malta Malta is", r"nothing against 'Malta' \(1 token\)"),
+        ("<bos>the capital of", r"'Malta is' \(2 tokens\) against nothing"),
+    ],
+)
+def test_prompts_of_other_lengths_say_where(facts: LanguageModel, corrupt: str, differ: str):
+    n = corrupt.count(" ") + 2
+    told = rf"has 6 tokens and the corrupt one '{corrupt}' has {n}: {differ}.* swap a name"
+    with pytest.raises(TaskError, match=told):
+        PairSet.from_prompts(
+            facts, ["<bos>the capital of Malta is"], [corrupt], ["Valletta"], ["Kigali"]
+        )
+
+
 def test_answer_must_differ_at_its_first_token():
     pair = make_pairs((5,)).pairs[0]
     for change in (

@@ -2,5 +2,6 @@
 
 Public, from `mansu_interp`: AttributionConfig, CircuitConfig, Attribution, ScoredEdge,
 edge_changes, attribute, Ablation, Ablated, circuit_metric, faithfulness_curve, Curve, Circuit,
-discover, classify, Changes, GraphComparison, compare. The rest is implementation.
+read_circuit, write_circuit, discover, classify, Changes, GraphComparison, compare. The rest is
+implementation.
 """

@@ -289,7 +289,8 @@ def check_exact(rebuilder: Rebuilder, pairs: PairSet) -> None:
 
     1. The hooked copy must give the model's own logits.
     2. At each reader, the writes so far must add up to the stream.
-    3. With all edges the rebuilt clean run must give the clean logits, with none the corrupt ones.
+    3. With all edges the rebuilt run must give the clean logits; with none the corrupt ones, and
+       what the first heads, before any router, write there.
 
     Arguments:
         rebuilder: of the model.
@@ -319,13 +320,16 @@ def check_exact(rebuilder: Rebuilder, pairs: PairSet) -> None:
     exists, hooked = stream.graph.exists, base.clean_logits
     compare("TransformerLens' copy of it differs in its logits", hooked, real[0], tolerance)
     _check_sums(stream, batch, tolerance)
-    most = ROUTED if stream.model.routed else tolerance
+    most, z, seen = ROUTED if stream.model.routed else tolerance, stream.z(0), Recorder()
     for kept, run, edges, logits in (
         ("all edges", "clean", exists, real[0]),
         ("no edge", "corrupt", np.zeros_like(exists), real[1]),
     ):
         what = f"rebuilt with {kept}, the {run} run differs in its logits"
-        compare(what, rebuilder.logits(base, edges), logits, most)
+        with stream.hooked(seen.on([z])):
+            compare(what, rebuilder.logits(base, edges), logits, most)
+    what = "rebuilt with no edge, heads read something beside q, k and v: the first differ"
+    compare(what, stream.head_writes(0, seen[z]), base.heads[0](), tolerance)
 
 
 def _check_sums(stream: Stream, batch: Batch, tolerance: float) -> None:
@@ -352,8 +356,7 @@ def _check_sums(stream: Stream, batch: Batch, tolerance: float) -> None:
         compare(stream.before_attention(i), f"before layer {i}")
         heads = stream.head_writes(i, recorder[stream.z(i)]).sum(0)
         bias = stream.output_bias(i)
-        heads = heads if bias is None else heads + bias
-        total = total + heads
+        total = total + (heads if bias is None else heads + bias)
         if not stream.parallel:
             compare(stream.before_mlp(i), f"after the attention of layer {i}")
         total = total + stream.mlp_write(i, recorder[stream.mlp_out(i)])

@@ -20,7 +20,7 @@ from ..utils.files import Json, atomic_path, expect, read_json, write_json
 from ..utils.hub import Shareable
 from ..utils.ranges import entrance
 from .config import CircuitConfig
-from .scores import ScoredEdge, html_table, ranked_edges, to_networkx
+from .scores import ScoredEdge, html_table, labelled, ranked_edges, to_networkx
 
 if TYPE_CHECKING:
     from .metrics import Metric
@@ -98,7 +98,8 @@ class CircuitMeta:
     metric_corrupt: float | None = None
     """Mean metric of the corrupt runs."""
     made_by: str = ""
-    """``union``, ``intersection``, ``difference`` or ``selection``; empty for a discovered one."""
+    """``union``, ``intersection``, ``difference`` or ``selection``; the tool from whose file it was
+    read; empty for a discovered one."""
 
     caveat: str = ""
     """What to know when reading the scores; empty: nothing."""
@@ -267,23 +268,33 @@ class Circuit(Shareable):
 
         Nodes carry ``kind``, ``layer``, ``head``; edges carry ``score`` (metric units) and
         ``kind``: ``residual`` for attribution edges, ``inside`` for the free links from a head's
-        q/k/v inputs to its output.
+        q/k/v inputs to its output. For programs that draw graphs, both carry a ``label``, and edges
+        a ``weight``: |score|, 0 for free links.
         """
-        out = to_networkx(self.graph, self.scores, self.edges)
+        out = labelled(to_networkx(self.graph, self.scores, self.edges))
         meta = self.meta.to_json()
         out.graph.update((k, v) for k, v in meta.items() if isinstance(v, (str, int, float)))
         return out
 
     @entrance(CircuitError)
     def save(self, path: Path | str) -> None:
-        """Write the circuit's edges as node-link JSON (networkx's own layout)."""
-        data = nx.node_link_data(self.to_networkx(), edges="links")
-        data["graph"] = {
-            "schema": SCHEMA,
-            "architecture": asdict(self.graph.architecture),
-            **self.meta.to_json(),
-        }
-        write_json(Path(path), data)
+        """Write the circuit's edges as node-link JSON (networkx's own layout, its edges under
+        ``links``)."""
+        write_json(Path(path), self.node_link(edges="links"))
+
+    def node_link(self, edges: str = "edges") -> dict[str, Json]:
+        """The circuit as node-link values, with what it was made with.
+
+        Arguments:
+            edges: what the list of edges is called: networkx reads ``edges`` by default from 3.6
+                on, and ``links`` before; `load` reads both.
+        """
+        net = self.to_networkx()
+        if edges == "links":  # what can be told from the rest is for other programs
+            net = to_networkx(self.graph, self.scores, self.edges)
+        sizes = asdict(self.graph.architecture)
+        graph = {"schema": SCHEMA, "architecture": sizes, **self.meta.to_json()}
+        return {**nx.node_link_data(net, edges=edges), "graph": graph}
 
     @entrance(CircuitError)
     def save_graphml(self, path: Path | str) -> None:
@@ -308,6 +319,8 @@ class Circuit(Shareable):
         data = read_json(path := Path(path))
         try:
             _check_schema(path, data)
+            if "edges" in data:
+                data = {"links": data["edges"], **data}
             expect(data, FILE, "the file")
             sizes = data["graph"]["architecture"]
             if odd := sorted(sizes.keys() - {f.name for f in fields(Architecture)}):

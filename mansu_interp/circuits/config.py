@@ -85,3 +85,9 @@ class CircuitConfig(AttributionConfig):
                 f"top must be at least 1 and threshold not negative; got {self.top}, "
                 f"{self.threshold}."
             )
+
+
+Format = Literal[
+    "eap-ig", "transformer-lens", "neuronpedia", "node-link", "graphml", "gexf", "native"
+]
+"""What a circuit can be written as; see `write_circuit`."""

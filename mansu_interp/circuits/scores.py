@@ -97,6 +97,16 @@ def edge_frame(edges: Sequence[ScoredEdge]) -> pandas.DataFrame:
     )
 
 
+def labelled(net: nx.DiGraph) -> nx.DiGraph:
+    """The same graph with what programs that draw graphs look for: see `Circuit.to_networkx`."""
+    for node, data in net.nodes(data=True):
+        data["label"] = node
+    for *_, data in net.edges(data=True):
+        free = data["kind"] == "inside"
+        data |= {"weight": abs(data["score"]), "label": "" if free else f"{data['score']:+.3g}"}
+    return net
+
+
 @dataclass(frozen=True)
 class Attribution:
     """Edge scores over a pair set."""
@@ -135,7 +145,7 @@ class Attribution:
 
     def to_networkx(self) -> nx.DiGraph:
         """Every edge that has a score, as a directed graph (see `Circuit.to_networkx`)."""
-        return to_networkx(self.graph, self.scores, self.scores != 0)
+        return labelled(to_networkx(self.graph, self.scores, self.scores != 0))
 
     def to_pandas(self) -> pandas.DataFrame:
         """Every edge as a row: source, target, score; the strongest first."""

@@ -1,4 +1,4 @@
-"""The commands for circuits alone: discover, attribute, view, compare."""
+"""The commands for circuits alone: discover, attribute, view, compare, convert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from ..errors import ArtifactError, ConfigError
 from ..runs.defaults import default_task
 from .console import Output, say, say_json
 from .progress import stages
-from .settings import AttributeConfig, CompareConfig, DiscoverConfig, OnPrompts, ViewConfig
+from .settings import (
+    AttributeConfig,
+    CompareConfig,
+    ConvertConfig,
+    DiscoverConfig,
+    OnPrompts,
+    ViewConfig,
+)
 
 if TYPE_CHECKING:
     from ..circuits.circuit import Circuit
@@ -119,12 +126,31 @@ def do_attribute(config: AttributeConfig, output: Output) -> int:
 
 def _read(path: Path) -> Circuit | Attribution:
     """A circuit, or edge scores."""
-    from ..circuits.circuit import Circuit
     from ..circuits.scores import Attribution
 
-    if path.suffix == ".safetensors":
-        return Attribution.load(path)
-    return Circuit.load(path / "circuit.json" if path.is_dir() else path)
+    return Attribution.load(path) if path.suffix == ".safetensors" else _read_circuit(path)
+
+
+def _read_circuit(path: Path, model: str | None = None) -> Circuit:
+    """A circuit in a file of any form, or in the folder of a run or of discover."""
+    from ..circuits.formats.files import read_circuit
+    from ..models.load import empty_model
+
+    known = empty_model(model).architecture if model else None
+    return read_circuit(path / "circuit.json" if path.is_dir() else path, known)
+
+
+def do_convert(config: ConvertConfig, output: Output) -> int:
+    """Write a circuit as another tool reads it."""
+    from ..circuits.formats.files import write_circuit
+    from ..utils.files import check_free
+
+    check_free(config.out)
+    found = _read_circuit(config.path, config.model)
+    write_circuit(found, config.out, config.to)
+    told = f" Note: a {found.meta.caveat}." if found.meta.caveat else ""
+    say(str(config.out) if output.quiet else f"{found!r}, for {config.to}: {config.out}.{told}")
+    return 0
 
 
 def do_view(config: ViewConfig, output: Output) -> int:

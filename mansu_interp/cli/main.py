@@ -26,7 +26,7 @@ from ..tasks.data.benchmarks import TaskConfig
 from ..tasks.files import ROBUST
 from ..utils.renamed import renamed_option
 from . import console
-from .circuits import do_attribute, do_compare, do_discover, do_view
+from .circuits import do_attribute, do_compare, do_convert, do_discover, do_view
 from .commands import (
     do_apply,
     do_bench,
@@ -49,6 +49,7 @@ from .settings import (
     AttributeConfig,
     CadConfig,
     CompareConfig,
+    ConvertConfig,
     DeltaConfig,
     DiscoverConfig,
     EvaluateConfig,
@@ -149,6 +150,14 @@ COMMANDS = (
         do_compare,
         "Say how two circuits, or the edge scores of two models, differ.\n\n"
         "Example: mansu compare before.safetensors after.safetensors",
+    ),
+    Command(
+        "convert",
+        ConvertConfig,
+        do_convert,
+        "Write a circuit as another tool reads it, or read one of another tool. Which one is read "
+        "is seen from the file.\n\n"
+        "Example: mansu convert runs/my-circuit --to eap-ig --out circuit.pt",
     ),
     Command(
         "plan",

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar, cast, get_type_hints
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from ..audit.config import SUITE, RelearnConfig
-from ..circuits.config import AttributionConfig, CircuitConfig
+from ..circuits.config import AttributionConfig, CircuitConfig, Format
 from ..errors import ConfigError
 from ..runs.config import RunConfig
 from ..unlearning.methods import Mansu, MethodConfig
@@ -151,7 +151,8 @@ class ViewConfig:
     """Draw a circuit, edge scores, or what a run changed, as a page that needs no network."""
 
     path: Annotated[Positional[Path], arg(metavar="PATH")]
-    """circuit.json, scores.safetensors, or the folder of a run or of discover."""
+    """circuit.json, or a circuit of another tool (see convert), scores.safetensors, or the folder
+    of a run or of discover."""
     out: Path | None = None
     """The page (.html) or picture (.svg, .png) to write; default: beside the file."""
 
@@ -164,6 +165,22 @@ class CompareConfig:
     """circuit.json, or scores.safetensors of the original."""
     second: Annotated[Positional[Path], arg(metavar="SECOND")]
     """The other one, of the same kind."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Write a circuit as another tool reads it, or read one of another tool."""
+
+    path: Annotated[Positional[Path], arg(metavar="CIRCUIT")]
+    """circuit.json, the folder that holds it, or a circuit of EAP-IG (.json, .pt), between the hook
+    points of TransformerLens, or of Neuronpedia; which one is seen from the file."""
+    to: Format
+    """The tool, or form, to write."""
+    out: Path
+    """The new file. For eap-ig: .pt, or JSON."""
+    model: str | None = None
+    """Its model, of which the configuration alone is read: where a file does not say how many heads
+    there are, or that they share keys."""
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,11 @@ class Stream:
                 "an MLP": hasattr(block, "mlp"),
                 **{c: getattr(attention, c, None) is not None for c in "qkvo"},
             }
+            if type(block).__name__.startswith("MLA"):
+                raise CircuitError(
+                    f"{name}: keys and values of all heads come from one latent (multi-head latent "
+                    "attention), so that no head reads the stream by itself. Not supported."
+                )
             if missing := [part for part, there in parts.items() if not there]:
                 raise CircuitError(
                     f"{name}: attribution needs decoder blocks with q, k, v, o and an MLP; "

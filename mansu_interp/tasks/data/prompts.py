@@ -17,6 +17,7 @@ from pathlib import Path
 from ...errors import TaskError
 from ...models.language_model import LanguageModel
 from ...utils.ranges import entrance
+from ...utils.words import number_of
 from ..pairs import Pair, PairSet, Tokens, WholeAnswers, gap
 from .rows import sift
 from .shapes import as_list
@@ -83,10 +84,11 @@ def _pair(model: LanguageModel, k: int, name: str, texts: tuple[str, str, str, A
         raise TaskError(f"Pair {k} has no wrong answer: give at least one.")
     tokens, others_tokens = _encode(model, k, clean), _encode(model, k, corrupt)
     if len(tokens) != len(others_tokens) or not tokens:
+        where = _difference(model, tokens, others_tokens)
         raise TaskError(
             f"Pair {k}: the clean prompt {clean!r} has {len(tokens)} tokens and the corrupt one "
-            f"{corrupt!r} has {len(others_tokens)}. Give prompts of equal length in tokens: swap a "
-            "name for another of as many."
+            f"{corrupt!r} has {len(others_tokens)}{where}. Give prompts of equal length in tokens: "
+            "swap a name for another of as many."
         )
     rivals = tuple(_following(model, k, clean, w) for w in others)
     whole = WholeAnswers(_following(model, k, clean, answer), rivals[0], rivals)
@@ -100,6 +102,23 @@ def _pair(model: LanguageModel, k: int, name: str, texts: tuple[str, str, str, A
         prompt=clean,
         answer_text=answer.strip(),
     )
+
+
+def _difference(model: LanguageModel, one: Tokens, other: Tokens) -> str:
+    """Where two prompts differ, as a message says it; nothing where one is empty."""
+    shortest = min(len(one), len(other))
+    begin = next((k for k in range(shortest) if one[k] != other[k]), shortest)
+    both = range(1, shortest - begin + 1)
+    end = next((k - 1 for k in both if one[-k] != other[-k]), shortest - begin)
+    parts = [tokens[begin : len(tokens) - end] for tokens in (one, other)]
+    decode = model.get_tokenizer().decode
+    shown = [
+        f"{str(decode(list(part))).strip()!r} ({number_of(len(part), 'token')})"
+        if part
+        else "nothing"
+        for part in parts
+    ]
+    return f": {shown[0]} against {shown[1]}" if shortest else ""
 
 
 def _following(model: LanguageModel, k: int, prompt: str, answer: str) -> Tokens:
