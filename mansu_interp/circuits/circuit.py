@@ -214,7 +214,8 @@ class Circuit(Shareable):
         meta, out = self.meta, []
         if meta.irreducible:
             out.append(
-                "No single edge can be left out; it is the smallest found, not the smallest."
+                "It is the smallest found: no single edge can be left out, though a smaller "
+                "circuit may exist."
             )
         elif meta.irreducible is not None and meta.settings is not None:
             out.append(

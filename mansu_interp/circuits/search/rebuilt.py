@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from einops import einsum
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ...errors import CircuitError
@@ -50,12 +50,12 @@ class Rebuilt:
 
     Arguments:
         base: the ablated run of the batch.
-        keep: the circuits' edges.
+        keep: the circuits' edges, or their weights.
         probe: to differentiate by what each reader reads (one circuit).
     """
 
     def __init__(
-        self, base: Base, keep: Bool[np.ndarray, "circuits writers readers"], probe: bool = False
+        self, base: Base, keep: Shaped[np.ndarray, "circuits writers readers"], probe: bool = False
     ) -> None:
         self.base, self.keep = base, keep
         self.shape = (len(keep), len(base.batch))

@@ -11,11 +11,14 @@ once, in one order):
 2. Leave out every single edge in turn, exactly, all from the same circuit. Of those that can go,
    best first, drop all, or half, or a quarter, ... at once, whichever is the most that stays at the
    target; at least the one without which most of the metric is left. Until no single edge can go.
-3. Add one edge and leave out two: of the edges outside that promise most by their gradient, which
-   are ablated exactly, with those pairs that cost least by themselves. If one does it, go on at 2.
+3. Leave out several at once, which only together can go: all edges of one writer or reader, pairs
+   of edges, and pairs in exchange for one edge from outside. Tried are the pairs that cost least by
+   themselves, and the edges that promise most by their gradient. If something can go, go on at 2.
+4. Add edges from outside, a random half of those that matter most to first order, and go on at 1;
+   some times. The smallest circuit of all counts.
 
-What comes out is the smallest circuit *found*: no single edge of it can be left out, and no such
-exchange was found. A smaller one may exist; only trying all sets of edges could rule it out.
+What comes out is the smallest circuit *found*, of which no single edge can be left out. A smaller
+one may exist; only trying all sets of edges could rule it out.
 
 What the search may cost is a number of circuits, not a time: the same settings and seed give the
 same circuit on a fast and on a slow machine. A search that ended for want of circuits to try says
@@ -25,7 +28,7 @@ so (`Removal.irreducible`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -42,7 +45,9 @@ SHARES = (4, 8, 16, 32)
 ADDED = 16
 """Edges outside the circuit that are tried in exchanges."""
 EXCHANGES = 64
-"""Exchanges of one edge for two that are tried before the search ends."""
+"""Pairs, and exchanges of one edge for a pair, that are tried each time."""
+RESTARTS = 4
+"""Times that edges are added to what was found, and the search goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,13 @@ class _Search:
         self.ablation, self.graph = ablation, ablation.graph
         self.full, self.empty = ablation.ends
         self.target, self.tries, self.note = target, tries, note
-        self.edges, self.tried = edges, 0
+        self.tried = 0
+        self.go_to(edges)
+
+    def go_to(self, edges: Edges) -> None:
+        """Go on from another circuit."""
         self.value = self.try_all([edges])[0]
+        self.edges = edges
 
     def spend(self, n: int) -> None:
         if self.tried + n > self.tries:
@@ -144,17 +154,34 @@ def remove_edges(
         on_step: called with (circuits tried, tries).
     """
     search = _Search(ablation, edges, target, tries, on_step or (lambda *_: None))
-    irreducible = False
+    rng, best = np.random.default_rng(0), Removal(edges, search.value, 1, False)
     try:
-        while _remove_shares(search):
-            pass
-        while not irreducible:
-            costs = _remove_singles(search)
-            irreducible = True  # known, even if the exchange runs out of circuits
-            irreducible = not _exchange(search, costs)
+        for restart in range(RESTARTS + 1):
+            if restart:
+                search.go_to(_widened(search, best.edges, rng))
+            while _remove_shares(search):
+                pass
+            while True:
+                costs = _remove_singles(search)
+                if restart == 0 or search.edges.sum() < best.edges.sum():
+                    best = Removal(search.edges, search.value, search.tried, True)
+                if not _remove_several(search, costs):
+                    break
     except _Spent:
-        pass
-    return Removal(search.edges, search.value, search.tried, irreducible)
+        if not best.irreducible:
+            best = Removal(search.edges, search.value, search.tried, False)
+    return replace(best, tried=search.tried)
+
+
+def _widened(search: _Search, edges: Edges, rng: np.random.Generator) -> Edges:
+    """Step 4: a circuit with a random half of the outside edges that matter most to first order,
+    twice as many as it has."""
+    search.edges = edges
+    useful = np.where(search.graph.exists & ~edges, np.abs(search.useful()), 0.0)
+    order = np.argsort(-useful, axis=None, kind="stable")[: 2 * int(edges.sum())]
+    more = edges.copy()
+    more.flat[order[rng.random(len(order)) < 0.5]] = True
+    return search.graph.prune(more)
 
 
 def _remove_shares(search: _Search) -> bool:
@@ -186,27 +213,27 @@ def _remove_singles(search: _Search) -> dict[Edge, float]:
         search.take(together, search.try_all(together))
 
 
-def _exchange(search: _Search, costs: dict[Edge, float]) -> bool:
-    """Step 3: add an edge and leave out two, if that reaches the target.
+def _remove_several(search: _Search, costs: dict[Edge, float]) -> bool:
+    """Step 3: leave out several edges that only together can go, also in exchange for one.
 
     Arguments:
         search: at a circuit of which no single edge can go.
         costs: what is lost without each of its edges.
     """
+    nodes = [search.without(*((i, j) for i, j in costs if i == w)) for w in {i for i, _ in costs}]
+    nodes += [search.without(*((i, j) for i, j in costs if j == r)) for r in {j for _, j in costs}]
+    cheap = sorted(costs, key=lambda edge: costs[edge])[:ADDED]
+    pairs = sorted((costs[a] + costs[b], a, b) for n, a in enumerate(cheap) for b in cheap[:n])
+    circuits = nodes + [search.without(a, b) for _, a, b in pairs[:EXCHANGES]]
+    if search.take(circuits, search.try_all(circuits)):
+        return True
     useful = np.where(search.graph.exists & ~search.edges, search.useful(), 0.0)
-    order = np.argsort(-useful, axis=None, kind="stable")[:ADDED]
     wider = []
-    for at in order.tolist():
+    for at in np.argsort(-useful, axis=None, kind="stable")[:ADDED].tolist():
         if useful[edge := divmod(at, useful.shape[1])] > 0:
             wider.append(search.edges.copy())
             wider[-1][edge] = True
     gains = [value - search.value for value in search.try_all(wider)]
-    cheap = sorted(costs, key=lambda edge: costs[edge])[:ADDED]
-    loss = sorted(
-        (costs[a] + costs[b] - gain, k, a, b)
-        for k, gain in enumerate(gains)
-        for n, a in enumerate(cheap)
-        for b in cheap[:n]
-    )
+    loss = sorted((cost - g, k, a, b) for k, g in enumerate(gains) for cost, a, b in pairs)
     circuits = [search.without(a, b, start=wider[k]) for _, k, a, b in loss[:EXCHANGES]]
     return search.take(circuits, search.try_all(circuits))
