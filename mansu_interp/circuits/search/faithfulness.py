@@ -1,4 +1,4 @@
-"""Exact ablate-outside faithfulness, its curve and areas, and the smallest circuit for a target.
+"""Exact ablate-outside faithfulness, its curve and areas, and the fewest edges for a target.
 
 Every edge outside the circuit carries its ablated value, every edge inside the value computed
 in the ablated run itself. Each reader's residual input is rebuilt exactly, then normed and
