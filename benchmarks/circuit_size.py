@@ -30,8 +30,7 @@ from mansu_interp.models.load import load_model
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair, PairSet
 
-TRIES, HELD_OUT, VOCAB = 300, 200, 50
-SETTINGS = {"ranking": CircuitConfig(), "removal": CircuitConfig(removal_tries=TRIES)}
+HELD_OUT, VOCAB = 200, 50
 
 
 def random_model(seed: int) -> LanguageModel:
@@ -76,8 +75,9 @@ def row(label: str, how: str, circuit: Circuit, held: str) -> None:
     )
 
 
-def sizes(seeds: int) -> None:
+def sizes(seeds: int, tries: int) -> None:
     """The table."""
+    settings = {"ranking": CircuitConfig(), "removal": CircuitConfig(removal_tries=tries)}
     print("| model, pairs, seed | search | edges | faithfulness | held out | without | random |")
     print("|---|---|---|---|---|---|---|")
     model = load_model("facts")
@@ -87,12 +87,12 @@ def sizes(seeds: int) -> None:
             seen = set(forget.sample(CircuitConfig().pairs, seed))
             rest = PairSet("held out", tuple(p for p in forget if p not in seen))
             held_out = Ablation(model, rest.sample(HELD_OUT, seed))
-            for how, config in SETTINGS.items():
+            for how, config in settings.items():
                 found = discover(model, forget, config=config, seed=seed)
                 held = f"{held_out.faithfulness(found.edges):.3f}"
                 row(f"facts, {name}, {seed}", how, found, held)
     for seed in range(2 * seeds):
-        for how, config in SETTINGS.items():
+        for how, config in settings.items():
             try:
                 found = discover(random_model(seed), random_pairs(seed), config=config)
             except CircuitError:  # the clean prompts must give more of the metric
@@ -138,7 +138,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--tries", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    speed(given.repeats) if given.speed else sizes(given.seeds)
+    speed(given.repeats) if given.speed else sizes(given.seeds, given.tries)
