@@ -38,7 +38,7 @@ from ..ablation import Ablation, Edges
 Edge = tuple[int, int]
 """Row of its writer, column of its reader."""
 GRADIENT_COST = 4
-"""Circuits that one gradient counts as; it takes the time of three alone, or of eight in one pass."""
+"""Circuits that one gradient counts as: it takes as long as three alone, or eight in one pass."""
 SHARES = (4, 8, 16, 32)
 """One edge in so many is left out at once."""
 ADDED = 16
