@@ -166,7 +166,8 @@ def test_meta_comes_back_and_unknown_keys_are_left_out(
     data = json.loads((tmp_path / "c.json").read_text())
     assert list(data["graph"]) == [
         *("schema", "architecture", "model", "settings", "provenance", "pairs_per_batch"),
-        *("gb_per_pair", "faithfulness", "curve", "metric_clean", "metric_corrupt"),
+        *("gb_per_pair", "faithfulness", "curve", "completeness", "random_completeness"),
+        *("metric_clean", "metric_corrupt"),
     ]  # not model_sha256, which a model made in memory does not have
     data["graph"]["note"] = "mine"
     (tmp_path / "c.json").write_text(json.dumps(data))

@@ -450,6 +450,18 @@ def test_what_one_must_know_of_the_scores_stands_beside_them() -> None:
     assert "This is a" not in render_markdown(make_report())
 
 
+def test_how_necessary_a_circuit_is_stands_beside_its_faithfulness() -> None:
+    circuit = replace(CIRCUIT, completeness=0.12, random_completeness=0.94)
+    text = render_markdown(replace(make_report(), circuit=circuit))
+    assert "Completeness: 12% of the metric is left without these edges, 94% without as" in text
+    assert "not necessary" not in text
+    circuit = replace(circuit, completeness=0.8)
+    assert "sufficient but not necessary" in render_markdown(
+        replace(make_report(), circuit=circuit)
+    )
+    assert "Completeness" not in render_markdown(make_report())
+
+
 def test_a_method_without_a_circuit_has_no_section_on_it() -> None:
     report = replace(
         make_report(), circuit=None, comparison=(), edit=replace(EDIT, budget=None), samples=()

@@ -1,12 +1,13 @@
 """Exact ablation of all edges outside a circuit, and whether a model can be rebuilt exactly.
 
-1. Run the ablated prompts once and record what every writer adds there (`Base`).
+1. Run the ablated prompts once and record what every writer adds there (`rebuilt.Base`).
 2. For a circuit, run the clean prompts and rebuild each reader's residual input from the writers so
    far: the ablated stream, plus what the writers with an edge to this reader add beyond their
-   ablated value (`_Rebuilt.read`).
+   ablated value (`rebuilt.Rebuilt.read`). A reader without an edge reads the ablated stream, whose
+   projection is the same for all.
 3. Put the norm and the projection of that input in the place of the model's own
-   (`Rebuilder.logits`), reader by reader; what the component then writes is what the next readers
-   get.
+   (`Rebuilder.run`), reader by reader; what the component then writes is what the next readers
+   get. Several circuits run in one pass, as further rows of the batch.
 
 Nothing is approximated: the full circuit gives the clean run, the empty one the ablated run. Before
 a model is attributed or ablated, `check_exact` tries just that.
@@ -14,8 +15,7 @@ a model is attributed or ablated, `check_exact` tries just that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -33,23 +33,14 @@ from ..tasks.pairs import Batch, PairSet, collate
 from ..utils.distributed import shard, sum_over_processes
 from ..utils.ranges import entrance, expect_kind
 from .metrics import Metric, get_metric
+from .search.rebuilt import Base, Rebuilt, ablated_streams
 
 ABLATIONS = ("corrupt", "mean", "zero")
 """What an edge outside the circuit may carry."""
+TOKENS = 1024
+"""Tokens per pass, at most, where several circuits are tried at once."""
 
 Edges = Bool[np.ndarray, "writers readers"]
-
-
-@dataclass
-class Base:
-    """What the writers add in the ablated run, for one batch."""
-
-    batch: Batch
-    input: Float[Tensor, "#batch #pos d_model"]
-    heads: list[Callable[[], Tensor]]
-    """By layer: ``[heads, batch, pos, d_model]``, made when asked for."""
-    mlps: list[Float[Tensor, "#batch #pos d_model"]]
-    clean_logits: Float[Tensor, "batch vocab"]
 
 
 class Rebuilder:
@@ -91,85 +82,101 @@ class Rebuilder:
                 lambda i=i: stream.head_writes(i, seen[stream.z(i)]) for i in range(stream.n_layers)
             ]
             mlps = [stream.mlp_write(i, seen[stream.mlp_out(i)]) for i in range(stream.n_layers)]
-            return Base(batch, widen(seen[stream.input]), heads, mlps, clean)
-        width = batch.clean.shape[1]
-        if means is None:
-            none = torch.zeros(1, 1, 1, 1, device=stream.model.device)
-            values = [none[0], *(v for _ in range(stream.n_layers) for v in (none, none[0]))]
+            base = Base(batch, widen(seen[stream.input]), heads, mlps, clean)
         else:
-            values = [m[..., :width, :] for m in means]
-        return Base(
-            batch,
-            values[0],
-            [lambda v=v: v for v in values[1::2]],
-            values[2::2],
-            clean,
-        )
+            width = batch.clean.shape[1]
+            if means is None:
+                none = torch.zeros(1, 1, 1, 1, device=stream.model.device)
+                values = [none[0], *(v for _ in range(stream.n_layers) for v in (none, none[0]))]
+            else:
+                values = [m[..., :width, :] for m in means]
+            heads = [lambda v=v: v for v in values[1::2]]
+            base = Base(batch, values[0], heads, values[2::2], clean)
+        base.streams = list(ablated_streams(stream, base))
+        return base
 
     @torch.no_grad()
     def logits(self, base: Base, edges: Edges) -> Float[Tensor, "batch vocab"]:
         """Last-position logits of the clean run of one batch with every edge outside ablated."""
-        stream, graph = self.stream, self.graph
-        keep = torch.from_numpy(edges & graph.exists).to(stream.model.device)
-        state = _Rebuilt(keep, len(graph.writers))
-        hooks: list[tuple[str, Hook]] = [(stream.input, self._input(state, base))]
+        return self.run(base, Rebuilt(base, edges[None] & self.graph.exists))[0]
+
+    def run(self, base: Base, state: Rebuilt) -> Float[Tensor, "circuits batch vocab"]:
+        """The same of several circuits in one pass."""
+        stream, n = self.stream, len(state.keep)
+        hooks: list[tuple[str, Hook]] = [(stream.input, self._input(state))]
         for i in range(stream.n_layers):
-            column = i * graph.readers_per_layer
+            column = i * self.graph.readers_per_layer
             for reading in stream.readings(i):
                 hooks.append(
                     (stream.projected(i, reading.kind), self._projection(state, i, column, reading))
                 )
                 column += len(reading.weight)
-            hooks.append((stream.z(i), self._heads(state, base, i)))
+            hooks.append((stream.z(i), self._heads(state, i)))
             hooks.append((stream.mlp_in(i), self._mlp_in(state, i, column)))
-            hooks.append((stream.mlp_out(i), self._mlp_out(state, base, i)))
-        hooks.append((stream.final, lambda value, hook: state.read(-1, 1)[0].to(value.dtype)))
+            hooks.append((stream.mlp_out(i), self._mlp_out(state, i)))
+        hooks.append((stream.final, self._final(state)))
+        tokens, last = base.batch.clean, base.batch.last
         with stream.hooked(hooks):
-            return stream.logits(base.batch.clean, base.batch.last)
+            return stream.logits(tokens.repeat(n, 1), last.repeat(n)).unflatten(0, (n, -1))
 
-    def _input(self, state: _Rebuilt, base: Base) -> Hook:
+    def _input(self, state: Rebuilt) -> Hook:
         def hook_fn(value: Tensor, hook: object) -> None:
-            state.start(widen(value), base.input)
+            state.write(widen(value)[None], state.base.input[None])
 
         return hook_fn
 
-    def _projection(self, state: _Rebuilt, layer: int, column: int, reading: Reading) -> Hook:
-        def hook_fn(value: Tensor, hook: object) -> Tensor:
-            inputs = state.read(column, len(reading.weight))
+    def _projection(self, state: Rebuilt, layer: int, column: int, reading: Reading) -> Hook:
+        name, stream = self.stream.projected(layer, reading.kind), 2 * layer
+        heads = list(range(len(reading.weight)))
+        live = [h for h in heads if state.reads[column + h]]
+
+        def project(inputs: Tensor, rows: list[int]) -> Tensor:
             normed = self.stream.norm(layer, mlp=False)(inputs)
-            pattern = "heads batch pos d, heads c d -> batch pos heads c"
-            out = einsum(normed, reading.weight, pattern)
-            if reading.bias is not None:
-                out = out + reading.bias
+            pattern = "heads ... pos d, heads c d -> ... pos heads c"
+            out = einsum(normed, reading.weight[rows], pattern)
+            return out if reading.bias is None else out + reading.bias[rows]
+
+        def hook_fn(value: Tensor, hook: object) -> Tensor:
+            known = state.base.projected
+            if name not in known:
+                ablated = state.base.streams[stream]
+                known[name] = project(ablated.expand(len(heads), *ablated.shape), heads).detach()
+            out = known[name].expand(*state.shape, value.shape[1], -1, -1)
+            if live:
+                found = project(state.read([column + h for h in live], stream), live)
+                out = out.index_copy(-2, torch.tensor(live, device=value.device), found)
             return out.reshape(value.shape).to(value.dtype)
 
         return hook_fn
 
-    def _heads(self, state: _Rebuilt, base: Base, layer: int) -> Hook:
+    def _heads(self, state: Rebuilt, layer: int) -> Hook:
         def hook_fn(value: Tensor, hook: object) -> None:
-            state.before_heads = state.base
-            state.write(self.stream.head_writes(layer, value), base.heads[layer]())
-            bias = self.stream.output_bias(layer)
-            if bias is not None:
-                state.base = state.base + bias
+            n = self.stream.n_heads
+            if any(state.writes[len(state.changes) :][:n]):
+                state.write(self.stream.head_writes(layer, value), state.base.heads[layer]())
+            else:
+                state.changes += [None] * n
 
         return hook_fn
 
-    def _mlp_in(self, state: _Rebuilt, layer: int, column: int) -> Hook:
+    def _mlp_in(self, state: Rebuilt, layer: int, column: int) -> Hook:
         def hook_fn(value: Tensor, hook: object) -> Tensor:
-            parallel = self.stream.parallel
-            written = state.written - (self.stream.n_heads if parallel else 0)
-            base = state.before_heads if parallel else state.base
-            inputs = state.read(column, 1, written, base)[0]
-            return self.stream.norm(layer, mlp=True)(inputs).to(value.dtype)
+            written = len(state.changes) - (self.stream.n_heads if self.stream.parallel else 0)
+            inputs = state.read([column], 2 * layer + 1, written)[0]
+            return self.stream.norm(layer, mlp=True)(inputs).reshape(value.shape).to(value.dtype)
 
         return hook_fn
 
-    def _mlp_out(self, state: _Rebuilt, base: Base, layer: int) -> Hook:
+    def _mlp_out(self, state: Rebuilt, layer: int) -> Hook:
         def hook_fn(value: Tensor, hook: object) -> None:
-            state.write(self.stream.mlp_write(layer, value)[None], base.mlps[layer][None])
+            write = self.stream.mlp_write(layer, value)
+            state.write(write[None], state.base.mlps[layer][None])
 
         return hook_fn
+
+    def _final(self, state: Rebuilt) -> Hook:
+        column = len(self.graph.readers) - 1
+        return lambda value, hook: state.read([column], -1)[0].reshape(value.shape).to(value.dtype)
 
 
 class Ablation(Rebuilder):
@@ -243,17 +250,50 @@ class Ablation(Rebuilder):
 
     def __call__(self, edges: Edges) -> float:
         """Mean metric over the pairs, with everything outside ``edges`` ablated."""
+        return self.many([edges])[0]
+
+    @torch.no_grad()
+    def many(self, circuits: Sequence[Edges]) -> list[float]:
+        """The same of several circuits, some of them in each pass; values differ from those of
+        single calls by rounding."""
+        for edges in circuits:
+            self._check_edges(edges)
+        total = torch.zeros(len(circuits), dtype=torch.float64)
+        for base in self.bases:
+            size = max(1, TOKENS // base.batch.clean.numel())
+            for at in range(0, len(circuits), size):
+                keep = np.stack(circuits[at : at + size]) & self.graph.exists
+                for k, logits in enumerate(self.run(base, Rebuilt(base, keep))):
+                    total[at + k] += self.metric(logits, base.batch, base.clean_logits).sum().item()
+        return (sum_over_processes(total) / self.n_pairs).tolist()
+
+    def gradient(self, edges: Edges) -> Float[np.ndarray, "writers readers"]:
+        """Derivative of the mean metric by the weight of every edge, at this circuit.
+
+        An edge has weight 1 inside the circuit and 0 outside. Its derivative is the change that its
+        writer makes here, times the gradient at its reader's input: exact at the circuit, from one
+        backward pass, and a first-order estimate of what adding or removing the edge does.
+
+        Returns:
+            In metric units; positive: the edge supports the answer. 0 where no edge exists.
+        """
+        self._check_edges(edges)
+        total = torch.zeros(edges.shape, dtype=torch.float64)
+        for base in self.bases:
+            state = Rebuilt(base, edges[None] & self.graph.exists, probe=True)
+            with torch.enable_grad():
+                logits = self.run(base, state)[0]
+                value = self.metric(logits, base.batch, base.clean_logits).sum()
+                total += state.derivatives(value)
+        return (sum_over_processes(total) / self.n_pairs).numpy() * self.graph.exists
+
+    def _check_edges(self, edges: Edges) -> None:
         expect_kind(CircuitError, "edges", edges, np.ndarray)
         if edges.shape != self.graph.exists.shape or edges.dtype != bool:
             raise CircuitError(
                 f"edges: got {edges.dtype} of shape {list(edges.shape)}, expected booleans of "
                 f"shape {list(self.graph.exists.shape)}, such as circuit.edges of this model."
             )
-        total = torch.zeros(1, dtype=torch.float64)
-        for base in self.bases:
-            logits = self.logits(base, edges)
-            total += self.metric(logits, base.batch, base.clean_logits).sum().item()
-        return float(sum_over_processes(total)) / self.n_pairs
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -361,40 +401,3 @@ def _check_sums(stream: Stream, batch: Batch, tolerance: float) -> None:
             compare(stream.before_mlp(i), f"after the attention of layer {i}")
         total = total + stream.mlp_write(i, recorder[stream.mlp_out(i)])
     compare(stream.final, "before the final norm")
-
-
-class _Rebuilt:
-    """The stream as it is being rebuilt: what each writer adds now beyond its ablated value."""
-
-    def __init__(self, keep: Bool[Tensor, "writers readers"], n_writers: int) -> None:
-        self.keep, self.n_writers, self.written = keep, n_writers, 0
-        self.base = self.before_heads = torch.empty(0)
-
-    def start(self, value: Float[Tensor, "batch pos d"], base: Tensor) -> None:
-        """The input writes first."""
-        self.change = value.new_empty(self.n_writers, *value.shape)
-        self.base = torch.zeros_like(value)
-        self.write(value[None], base[None])
-
-    def write(self, values: Float[Tensor, "n batch pos d"], base: Tensor) -> None:
-        """Some writers write; the ablated stream goes on with their ablated value."""
-        self.change[self.written : self.written + len(values)] = values - base
-        self.written += len(values)
-        self.base = self.base + base.sum(0)
-
-    def read(
-        self, column: int, n: int, written: int | None = None, base: Tensor | None = None
-    ) -> Float[Tensor, "n batch pos d"]:
-        """What ``n`` readers from a column on see."""
-        if not self.written:
-            raise CircuitError(
-                "A reader runs before the embedding writes: one module is used in two places. This "
-                "architecture is not supported."
-            )
-        at = slice(column, column + n) if column >= 0 else slice(-1, None)
-        weights = self.keep[: self.written if written is None else written, at]
-        live = weights.any(1).nonzero()[:, 0]
-        base = self.base if base is None else base
-        pattern = "writers n, writers batch pos d -> n batch pos d"
-        change = self.change[live]
-        return base + einsum(weights[live].to(change.dtype), change, pattern)

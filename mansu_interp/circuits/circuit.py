@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 """Version of the file's format. 1: written by mansu_interp 0.1, with settings of other names."""
+NECESSARY = 0.5
+"""Completeness above which a circuit is said not to be necessary."""
 MAX_SCORE = 1e38
 """Largest score that is believed: float32 ends at 3.4e38."""
 
@@ -55,6 +57,7 @@ FILE = {
             "threshold?": (float, None),
             "ablation?": str,
             "faithfulness_pairs?": int,
+            "removal_tries?": int,
             "retain_discount?": float,
             "seed?": int,
         },
@@ -63,6 +66,9 @@ FILE = {
         "gb_per_pair?": float,
         "faithfulness?": (float, None),
         "curve?": [[float]],
+        "irreducible?": bool,
+        "completeness?": float,
+        "random_completeness?": float,
         "metric_clean?": float,
         "metric_corrupt?": float,
         "made_by?": str,
@@ -93,6 +99,14 @@ class CircuitMeta:
     """Ablate-outside faithfulness; 0: as the empty circuit, 1: as the whole model."""
     curve: tuple[tuple[int, float], ...] = ()
     """(edges asked for, faithfulness) of every circuit that the search tried, ascending."""
+    irreducible: bool | None = None
+    """Whether no single edge can be left out at the target of faithfulness. None: not tried; False:
+    the circuits that might be tried were used up before that was known."""
+    completeness: float | None = None
+    """Faithfulness of all other edges, the circuit's being ablated: 0 without anything left of the
+    metric, so that the circuit is necessary, to 1 where it is not missed."""
+    random_completeness: float | None = None
+    """The same with as many edges at random ablated, mean over several draws."""
     metric_clean: float | None = None
     """Mean metric of the clean runs."""
     metric_corrupt: float | None = None
@@ -196,9 +210,28 @@ class Circuit(Shareable):
             model, self.edges, pairs, metric=metric, ablation=ablation, batch_size=batch_size
         )
 
+    def remarks(self) -> list[str]:
+        """Sentences on how small and how necessary it is, of what is known."""
+        meta, out = self.meta, []
+        if meta.irreducible:
+            out.append(
+                "It is the smallest found: no single edge can be left out, though a smaller "
+                "circuit may exist."
+            )
+        elif meta.irreducible is not None and meta.settings is not None:
+            out.append(
+                f"Leaving edges out ended after {meta.settings.removal_tries:,} circuits: more may "
+                "be left out (removal_tries)."
+            )
+        if meta.completeness is not None:
+            out.append(necessity(meta.completeness, meta.random_completeness))
+        return out
+
     def __repr__(self) -> str:
         faithful = self.meta.faithfulness
         known = f", faithfulness {faithful:.3f}" if faithful is not None else ""
+        if self.meta.completeness is not None:
+            known += f", completeness {self.meta.completeness:.3f}"
         of = f" of {self.meta.model}" if self.meta.model else ""
         return f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges{of}{known})"
 
@@ -340,6 +373,20 @@ class Circuit(Shareable):
             raise
         except ValueError as error:
             raise ArtifactError(f"{path} is not a valid circuit: {error}.") from error
+
+
+def necessity(completeness: float, of_random: float | None) -> str:
+    """What is left without a circuit, in words.
+
+    Arguments:
+        completeness: see `CircuitMeta`.
+        of_random: the same without as many edges at random, if known.
+    """
+    beside = "" if of_random is None else f", {of_random:.0%} without as many at random"
+    out = f"Completeness: {completeness:.0%} of the metric is left without these edges{beside}."
+    if completeness > NECESSARY:
+        out += " The circuit is sufficient but not necessary: other paths carry the answer, too."
+    return out
 
 
 def _check_schema(path: Path, data: object) -> None:

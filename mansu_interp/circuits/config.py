@@ -61,6 +61,9 @@ class CircuitConfig(AttributionConfig):
     """What edges outside the circuit carry while faithfulness is measured."""
     faithfulness_pairs: int = 32
     """Forget pairs on which faithfulness is measured during the search."""
+    removal_tries: int = 0
+    """Circuits that may be tried to leave out further edges of the fewest, by exact ablation, while
+    faithfulness stays at its target; 0 = the ranking alone, as with top and threshold."""
     retain_discount: float = 1.0
     """Discount on edges that the retain set needs: edges are ranked by
     |forget| - retain_discount x |retain|, at least a tenth of |forget| (0 = forget alone)."""
@@ -78,6 +81,7 @@ class CircuitConfig(AttributionConfig):
                 f"{self.faithfulness_pairs}, {self.retain_discount}."
             )
         check_range(self, "retain_discount", "threshold")
+        check_range(self, "removal_tries", at_least=0)
         if self.top is not None and self.threshold is not None:
             raise ConfigError("Give top or threshold, not both.")
         if (self.top is not None and self.top < 1) or (self.threshold or 0) < 0:

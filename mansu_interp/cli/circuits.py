@@ -72,10 +72,14 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
             circuit_view(found, model=model, pairs=found.pairs).to_html(folder / "circuit.html")
     if output.json:
         top = [asdict(e) for e in found.top(SHOWN)]
-        faithful = found.meta.faithfulness
-        say_json({"edges": found.n_edges, "faithfulness": faithful, "strongest": top})
+        measured = ("faithfulness", "completeness", "random_completeness", "irreducible")
+        known = {name: getattr(found.meta, name) for name in measured}
+        say_json({"edges": found.n_edges, **known, "strongest": top})
         return 0
-    say(f"{found!r}. The strongest edges (nats of {config.circuit.metric}):")
+    say(f"{found!r}.")
+    for remark in found.remarks():
+        say(remark)
+    say(f"The strongest edges (nats of {config.circuit.metric}):")
     _print_edges(found.top(SHOWN))
     if not output.quiet:
         say(f"Open {config.out / 'circuit.html'}")

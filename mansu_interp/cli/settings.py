@@ -130,7 +130,7 @@ class DiscoverConfig(OnPrompts):
 
     out: Path = Path("runs/circuit")
     """New folder for circuit.json, circuit.graphml and circuit.html."""
-    circuit: CircuitConfig = field(default_factory=CircuitConfig)
+    circuit: CircuitConfig = field(default_factory=lambda: CircuitConfig(removal_tries=300))
     """How the circuit is discovered."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..circuits.circuit import necessity
 from ..utils.words import number_of
 from ..viz.plots import curve_svg
 from .blocks import Block, Graph, Picture, Table
@@ -63,6 +64,8 @@ def circuit_blocks(circuit: CircuitSummary, svg: str) -> list[Block]:
         f"{percent(circuit.faithfulness)} of the difference between the answer and its rival when "
         "everything outside them is ablated (faithfulness)."
     ]
+    if (left := known(circuit.completeness)) is not None:
+        blocks.append(necessity(left, known(circuit.random_completeness)))
     if circuit.caveat:
         blocks.append(f"This is a {circuit.caveat}.")
     if svg:

@@ -161,6 +161,10 @@ class CircuitSummary:
     """The strongest first."""
     caveat: str = ""
     """What else one must know of the scores; empty: nothing."""
+    completeness: float | None = None
+    """Share of the metric that is left when the circuit alone is ablated."""
+    random_completeness: float | None = None
+    """The same of as many edges at random."""
 
 
 @dataclass(frozen=True)

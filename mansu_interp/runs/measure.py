@@ -356,6 +356,8 @@ def circuit_facts(circuit: Circuit) -> CircuitSummary:
         curve=tuple(CurvePoint(n, f) for n, f in circuit.meta.curve),
         top_edges=tuple(CircuitEdge(e.source, e.target, e.score) for e in circuit.top(TOP_EDGES)),
         caveat=circuit.meta.caveat,
+        completeness=circuit.meta.completeness,
+        random_completeness=circuit.meta.random_completeness,
     )
 
 

@@ -5,12 +5,15 @@
    (`selective_scores`). This is the ranking; without retain pairs it is the forget scores.
 3. Take the fewest top-ranked edges whose ablate-outside faithfulness reaches the target
    (`faithfulness.minimal_edges`), or as many as the settings say.
+4. Of the fewest, leave out edges while exact ablation stays at the target (`removal.remove_edges`),
+   if the settings ask for it.
+5. Ablate the circuit alone, to see whether it is necessary (`faithfulness.completeness`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -27,7 +30,8 @@ from ..attribution import attribute, pairs_per_batch
 from ..circuit import Circuit, CircuitMeta
 from ..config import CircuitConfig
 from ..scores import Attribution
-from .faithfulness import minimal_edges, strongest
+from .faithfulness import completeness, minimal_edges, random_completeness, strongest
+from .removal import remove_edges
 
 TRIES = 14
 """Circuits that the search usually tries, for the time left and for plans."""
@@ -59,7 +63,7 @@ def discover(
     seed: int = 0,
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> Circuit:
-    """Find the smallest circuit that carries the forget answers.
+    """Find a small circuit that carries the forget answers.
 
     Arguments:
         model: from `load_model`, or a HookedTransformer of TransformerLens 3.9.
@@ -90,7 +94,7 @@ def discover(
     if retain is not None and config.retain_discount:
         retained = score("retain", retain.sample(config.pairs, seed))
         ranking = selective_scores(found.scores, retained.scores, config.retain_discount)
-    edges, curve, final = _select(model, chosen, config, ranking, note, seed)
+    selected = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
     size, gb = pairs_per_batch(model.graph, model.d_model, longest, config)
     meta = CircuitMeta(
@@ -100,13 +104,11 @@ def discover(
         provenance=provenance(model, seed, asdict(config)),
         pairs_per_batch=size,
         gb_per_pair=round(gb, 4),
-        faithfulness=final,
-        curve=tuple(curve),
         metric_clean=found.clean,
         metric_corrupt=found.corrupt,
         caveat=ROUTED if model.routed else "",
     )
-    return Circuit(found.graph, found.scores, edges, meta, chosen)
+    return Circuit(found.graph, found.scores, selected.edges, selected.describe(meta), chosen)
 
 
 def _check_known(model: LanguageModel | HookedModel, found: Attribution) -> None:
@@ -129,6 +131,23 @@ def _fewest(graph: Graph, ranking: Float[np.ndarray, "writers readers"]) -> int:
     return high
 
 
+@dataclass(frozen=True)
+class _Selected:
+    """The edges of a circuit, and what was measured of them."""
+
+    edges: Bool[np.ndarray, "writers readers"]
+    faithfulness: float
+    curve: list[tuple[int, float]]
+    irreducible: bool | None = None
+    completeness: float | None = None
+    random_completeness: float | None = None
+
+    def describe(self, meta: CircuitMeta) -> CircuitMeta:
+        """What is known of a circuit, with this."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "edges"}
+        return replace(meta, **known | {"curve": tuple(self.curve)})
+
+
 def _select(
     model: LanguageModel | HookedModel,
     pairs: PairSet,
@@ -136,8 +155,8 @@ def _select(
     ranking: Float[np.ndarray, "writers readers"],
     note: Callable[[str, int, int], None],
     seed: int,
-) -> tuple[Bool[np.ndarray, "writers readers"], list[tuple[int, float]], float]:
-    """The circuit of a ranking, its measured curve, and its faithfulness."""
+) -> _Selected:
+    """The circuit of a ranking."""
     sample = pairs.sample(config.faithfulness_pairs, seed)
     ablation = Ablation(
         model,
@@ -156,20 +175,48 @@ def _select(
 
     if config.top is None and config.threshold is None:
         edges, curve = minimal_edges(model.graph, ranking, faithful, target=config.faithfulness)
-        return edges, curve, faithful(edges)
+        found = _Selected(edges, faithful(edges), curve)
+        if config.removal_tries:
+            less = remove_edges(
+                ablation,
+                edges,
+                target=config.faithfulness,
+                tries=config.removal_tries,
+                on_step=lambda done, n: note("leaving edges out", done, n),
+            )
+            found = replace(
+                found,
+                edges=less.edges,
+                faithfulness=less.faithfulness,
+                irreducible=less.irreducible,
+            )
+    else:
+        n = _asked_for(model.graph, ranking, config)
+        edges = strongest(model.graph, ranking, n)
+        final = faithful(edges)
+        found = _Selected(edges, final, [(n, final)])
+    return replace(
+        found,
+        completeness=completeness(ablation, found.edges),
+        random_completeness=random_completeness(ablation, int(found.edges.sum()), seed=seed),
+    )
+
+
+def _asked_for(
+    graph: Graph, ranking: Float[np.ndarray, "writers readers"], config: CircuitConfig
+) -> int:
+    """How many edges the settings ask for, by number or threshold."""
     n = config.top
     if n is None:
-        n = int((model.graph.exists & (np.abs(ranking) >= (config.threshold or 0))).sum())
+        n = int((graph.exists & (np.abs(ranking) >= (config.threshold or 0))).sum())
         if n == 0:
             raise CircuitError(
                 f"No edge reaches the threshold {config.threshold}; the strongest has "
                 f"{float(np.abs(ranking).max()):.4g}."
             )
-    edges = strongest(model.graph, ranking, n)
-    if not edges.any():
+    if not strongest(graph, ranking, n).any():
         raise CircuitError(
             f"None of the {n} strongest edges lies on a path from input to logits; the first "
-            f"{_fewest(model.graph, ranking)} hold one. Ask for more, or let the search choose."
+            f"{_fewest(graph, ranking)} hold one. Ask for more, or let the search choose."
         )
-    final = faithful(edges)
-    return edges, [(n, final)], final
+    return n

@@ -1,4 +1,4 @@
-"""Exact ablate-outside faithfulness, its curve and areas, and the smallest circuit for a target.
+"""Exact ablate-outside faithfulness, its curve and areas, and the fewest edges for a target.
 
 Every edge outside the circuit carries its ablated value, every edge inside the value computed
 in the ablated run itself. Each reader's residual input is rebuilt exactly, then normed and
@@ -131,6 +131,35 @@ class Curve(Shown):
     def cmd(self) -> float:
         """Area between the curve and 1 (MIB's CMD; 0 is best)."""
         return _area(self.fractions, np.abs(1 - np.array(self.faithfulness)))
+
+
+def completeness(ablation: Ablation, edges: Edges) -> float:
+    """Faithfulness of all edges but a circuit's: what of the metric is left without the circuit.
+
+    Completeness as in Marks et al. 2024 (arXiv 2403.19647), the faithfulness of the complement.
+    Near 0 the circuit is necessary. Near 1 it is not missed, though it may be sufficient by itself:
+    other paths back it up. May lie outside [0, 1].
+    """
+    return ablation.faithfulness(ablation.graph.exists & ~edges)
+
+
+def random_completeness(ablation: Ablation, n: int, *, seed: int = 0, draws: int = 8) -> float:
+    """Mean `completeness` of ``n`` edges drawn at random from all: the chance level.
+
+    Arguments:
+        ablation: model, pairs, metric and kind of ablation.
+        n: edges in each draw.
+        seed: of the draws.
+        draws: how many.
+    """
+    exists, rng = ablation.graph.exists, np.random.default_rng(seed)
+    left = []
+    for _ in range(draws):
+        lost = rng.choice(np.flatnonzero(exists), n, replace=False)
+        left.append(exists.copy())
+        left[-1].flat[lost] = False
+    full, empty = ablation.ends
+    return float((np.mean(ablation.many(left)) - empty) / (full - empty))
 
 
 def _area(x: Sequence[float], y: Float[np.ndarray, " n"]) -> float:
