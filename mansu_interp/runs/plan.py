@@ -11,8 +11,8 @@ from itertools import takewhile
 import torch
 
 from ..audit.known import Known, check_known, without_unknown
-from ..circuits.attribution import pairs_per_batch
-from ..circuits.config import AttributionConfig
+
+from ..circuits.config import AttributionConfig, pairs_per_batch
 from ..circuits.search.discover import TRIES
 from ..errors import TaskError
 from ..evaluation.scores import Metric, Scores, evaluate
