@@ -125,7 +125,7 @@ def _prepare(
             logits.append(stream.logits(tokens, batch.last))
         seen.append({n: recorder[n] for n in names})
     every = torch.ones_like(batch.real)
-    change = difference(stream, *seen, every, ablation, means)
+    change = difference(stream, seen[0], seen[1], every, ablation, means)
     change = rearrange(change, "w (batch pos) d -> w batch pos d", batch=len(batch))
     return _Clean(
         batch=batch,
@@ -212,10 +212,10 @@ def _places(graph: Graph, edges: Edges | Sequence[tuple[str, str]] | None) -> Ed
     if edges is None:
         return graph.exists
     if isinstance(edges, np.ndarray):
-        if edges.shape != graph.exists.shape or edges.dtype != bool:
+        if edges.shape != graph.exists.shape:
             raise CircuitError(
-                f"edges: got {edges.dtype} of shape {list(edges.shape)}, expected booleans of "
-                f"shape {list(graph.exists.shape)}, such as circuit.edges of this model."
+                f"edges: got shape {list(edges.shape)}, expected {list(graph.exists.shape)}, such "
+                "as circuit.edges of this model."
             )
         chosen = edges & graph.exists
     else:
@@ -277,8 +277,8 @@ def patch_edges(
     denoise = direction == "denoising"
     if denoise and ablation != "corrupt":
         raise CircuitError(
-            f"direction='denoising' restores edges in the corrupt run, so that ablation={ablation!r}"
-            " has no meaning; give ablation='corrupt'."
+            "direction='denoising' restores edges in the corrupt run, so that "
+            f"ablation={ablation!r} has no meaning; give ablation='corrupt'."
         )
     rebuilder, function = Rebuilder(model), get_metric(metric)
     stream = rebuilder.stream

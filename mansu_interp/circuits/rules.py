@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CircuitError
-from ..models.hook_points import Hook, HookPoint
+from ..models.hook_points import Component, Hook, HookPoint
 from ..models.hooked import HookedStream
 from ..models.stream import Stream, widen
 
@@ -164,7 +164,7 @@ class Rules:
             "Use rules='gradient'."
         )
 
-    def _module(self, hook_point: str) -> torch.nn.Module:
+    def _module(self, hook_point: str) -> Component:
         """The component that a hook point belongs to."""
         found = self.stream.bridge
         for part in hook_point.split(".")[:-1]:
@@ -230,14 +230,15 @@ class Rules:
         """The neurons from what goes into them: activation(in), or activation(gate) times up."""
 
         def hook_fn(value: Tensor, hook: HookPoint) -> Tensor:
-            parts = [seen.pop(name, None) for name in inputs]
-            if any(x is None or x.shape != value.shape for x in parts):
+            parts = [seen.pop(name) for name in inputs if name in seen]
+            if [x.shape for x in parts] != [value.shape] * len(inputs):
                 self._refuse("the inputs of its neurons have no hook points of their own")
             if len(parts) == 2 and self.name == "gim":
                 return share(value, 0.5)  # of either factor
             if self.name == "gim":
                 return value
-            return straight(value, sum(x * _ratio(value, x) for x in parts) / len(parts))
+            shares = torch.stack([x * _ratio(value, x) for x in parts])
+            return straight(value, shares.mean(0))
 
         return hook_fn
 

@@ -11,7 +11,6 @@ from itertools import takewhile
 import torch
 
 from ..audit.known import Known, check_known, without_unknown
-
 from ..circuits.config import AttributionConfig, pairs_per_batch
 from ..circuits.search.discover import TRIES
 from ..errors import TaskError
