@@ -9,8 +9,8 @@ same task, by ablating all edges outside. On models of at most `SMALL` edges eve
 alone, in the clean run and in the corrupt run; on larger ones, a sample of edges drawn with the
 seed and the strongest of every method, on the first of the pairs. Columns:
 
-    rho noise, restore   Spearman's rank correlation of |score| with |exact effect| over these edges
-    top 20, 100          share of the strongest edges, by the exact effect in the clean run, that are
+    rho noise, restore   Spearman's correlation of the ranks of |score| and |exact effect|
+    top 20, 100          share of the strongest edges by the exact effect in the clean run that are
                          among as many by score
     CPR, CMD             areas of the faithfulness curve (higher, lower is better)
     at 0.85              edges asked for until faithfulness reaches 0.85

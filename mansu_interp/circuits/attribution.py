@@ -5,15 +5,21 @@ The score of an edge u -> v is, with the denoising sign,
     s(u -> v) = mean over pairs of  sum_pos < a_u(clean) - a_u(corrupt),  d metric / d in_v >
 
 where ``a_u`` is what u adds to the residual stream and ``in_v`` the residual that v reads, before
-its norm. Positive: restoring the clean value along this edge raises the metric. EAP (Nanda 2023;
-Syed et al. 2023, arXiv 2310.10348) takes the gradient at one run, corrupt by default. EAP-IG
-(Hanna et al. 2024, arXiv 2403.17806) averages it over points on the straight line between the
-corrupt and the clean input embeddings; the midpoint rule is ours. The algorithm, batch by batch:
+its norm; with mean or zero ablation, that value stands in the place of ``a_u(corrupt)``. Positive:
+restoring the clean value along this edge raises the metric. Negative: it lowers it, as edges do
+that work against the answer. EAP (Nanda 2023; Syed et al. 2023, arXiv 2310.10348) takes the
+gradient at one run, corrupt by default, or the mean of both ("clean-corrupted" in the code of Hanna
+et al.). EAP-IG (Hanna et al. 2024, arXiv 2403.17806) averages it over points on the straight line
+between the corrupt and the clean input embeddings; the midpoint rule is ours. Its variant for
+activations moves one component's output at a time in the clean run, and scores that component's
+edges there; that code, unlike this, also adds up the scores of all others. Where the gradient is
+taken does not depend on the ablation. The algorithm, batch by batch:
 
 1. Run the clean and the corrupt prompts, and take the difference of what each writer adds, at each
-   real token; what the heads write is expanded from ``z`` (`_difference`).
+   real token; what the heads write is expanded from ``z`` (`patching.difference`).
 2. For each point on the path, run from that input (EAP's is one of the two runs before) and take
-   the metric's gradient at the q, k and v projections, the MLP inputs and the final stream.
+   the metric's gradient, or what a rule puts in its place (`rules`), at the q, k and v projections,
+   the MLP inputs and the final stream.
 3. Pull the gradients back per head through projection and norm, to each reader's own residual
    input, by a vector-Jacobian product (`_pull_back`); q, k and v inputs need not be split in the
    model.
