@@ -6,8 +6,9 @@
 
 Scores are taken on some pairs; the circuits of their rankings are measured on other pairs of the
 same task, by ablating all edges outside. On models of at most `SMALL` edges every edge is patched
-alone, in the clean run and in the corrupt run; on larger ones, a sample of edges drawn with the
-seed and the strongest of every method, on the first of the pairs. Columns:
+alone, in the clean run and in the corrupt run; on larger ones, in the clean run, a sample of edges
+drawn with the seed and the strongest of every method, on the first half of the pairs, and fewer
+circuits are measured on as many others, so that "at 0.85" is known to a factor of two. Columns:
 
     rho noise, restore   Spearman's correlation of the ranks of |score| and |exact effect|
     top 20, 100          share of the strongest edges by the exact effect in the clean run that are
@@ -46,7 +47,7 @@ SMALL = 5000
 """Edges up to which all are patched."""
 SAMPLE, STRONGEST = 100, 50
 """Edges that are patched of larger models: drawn, and of each method."""
-FEW = (0.001, 0.005, 0.02, 0.1, 0.5, 1.0)
+FEW = (0.001, 0.01, 0.1, 1.0)
 """Shares of the edges at which the curve of a larger model is measured."""
 METHODS = {
     "EAP": {"method": "eap"},
@@ -59,6 +60,8 @@ METHODS = {
     "RelP": {"method": "eap", "rules": "relp"},
     "RelP, both ends": {"method": "eap", "at": "both", "rules": "relp"},
 }
+SLOW = ("EAP-IG, activations", "GIM, EAP-IG")
+"""Not taken on larger models."""
 MEAN = ("EAP, both ends", "GIM, both ends", "RelP, both ends")
 SIGNED = "EAP-IG"
 
@@ -164,16 +167,15 @@ def table(task: str, folder: str | None, n: int, seed: int) -> None:
     model, every = make(task, folder, n, seed)
     pairs, others = PairSet(task, every.pairs[:n]), PairSet(task, every.pairs[n:])
     graph, small = model.graph, model.graph.n_edges <= SMALL
-    methods = [m for m in METHODS if small or m != "EAP-IG, activations"]
+    methods = [m for m in METHODS if small or m not in SLOW]
     scores, seconds = score(model, pairs, methods)
     edges = chosen(graph, scores, seed)
     few = pairs if small else PairSet(task, pairs.pairs[: max(2, n // 2)])
     start = time.process_time()
-    noise = patch_edges(model, few, edges, batch_size=128)
-    restore = patch_edges(model, few, edges, batch_size=128, direction="denoising")
+    noise, restore = patch_edges(model, few, edges, batch_size=128), None
     if small:
-        scores["exact"] = np.nan_to_num(noise)
-        seconds["exact"] = (time.process_time() - start) / 2
+        scores["exact"], seconds["exact"] = np.nan_to_num(noise), time.process_time() - start
+        restore = patch_edges(model, few, edges, batch_size=128, direction="denoising")
     tested = others if small else PairSet(task, others.pairs[: max(2, n // 2)])
     ablation = Ablation(model, tested)
     print(
@@ -189,12 +191,13 @@ def table(task: str, folder: str | None, n: int, seed: int) -> None:
         size, exact = np.abs(values[edges]), np.abs(noise[edges])
         curve = faithfulness_curve(ablation, values, fractions=FRACTIONS if small else FEW)
         _, tried = minimal_edges(
-            graph, values, ablation.faithfulness, tolerance=0.05 if small else 0.3
+            graph, values, ablation.faithfulness, tolerance=0.05 if small else 0.5
         )
         least = min(count for count, reached in tried if reached >= 0.85)
+        back = "–" if restore is None else f"{spearman(size, np.abs(restore[edges])):.2f}"
         print(
             f"| {name} | {spearman(size, exact):.2f} | "
-            f"{spearman(size, np.abs(restore[edges])):.2f} | {overlap(size, exact, 20):.2f} | "
+            f"{back} | {overlap(size, exact, 20):.2f} | "
             f"{overlap(size, exact, 100):.2f} | {curve.cpr:.3f} | {curve.cmd:.3f} | {least:,} | "
             f"{seconds[name]:.1f} | {seconds[name] / seconds['EAP']:.1f} |",
             flush=True,
