@@ -268,8 +268,6 @@ def patch_edges(
     """
     if batch_size < 1:
         raise CircuitError(f"batch_size must be at least 1; got {batch_size}.")
-    if direction not in ("noising", "denoising"):
-        raise CircuitError(f"Unknown direction {direction!r}; expected noising or denoising.")
     if ablation not in ABLATIONS:
         raise CircuitError(
             f"Unknown ablation {ablation!r}; expected one of {', '.join(ABLATIONS)}."
