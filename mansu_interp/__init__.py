@@ -29,6 +29,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "tasks.task": ("Task",),
     "tasks.data.prompts": ("read_prompts",),
     "tasks.data.rows": ("read_rows",),
+    "tasks.synthetic": ("synthetic_pairs",),
     "tasks.schema": ("RowOptions",),
     "tasks.data.row_pairs": ("task_from_rows",),
     "circuits.config": (
@@ -41,6 +42,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "edge_changes",
     ),
     "circuits.attribution": ("attribute",),
+    "circuits.patching": ("patch_edges",),
     "circuits.ablation": ("Ablation",),
     "circuits.search.faithfulness": (
         "Ablated",
@@ -140,6 +142,7 @@ if TYPE_CHECKING:
     from .circuits.compare import GraphComparison, compare
     from .circuits.config import AttributionConfig, CircuitConfig
     from .circuits.formats.files import read_circuit, write_circuit
+    from .circuits.patching import patch_edges
     from .circuits.scores import Attribution, ScoredEdge, edge_changes
     from .circuits.search.discover import discover
     from .circuits.search.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve
@@ -164,6 +167,7 @@ if TYPE_CHECKING:
     from .tasks.load import load_task
     from .tasks.pairs import Pair, PairSet
     from .tasks.schema import RowOptions
+    from .tasks.synthetic import synthetic_pairs
     from .tasks.task import Task
     from .unlearning.methods import Mansu, MethodConfig, get_method
     from .unlearning.training import Unlearned

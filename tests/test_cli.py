@@ -591,6 +591,21 @@ def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path, capsys: pytest.Capture
     assert "@" in (tmp_path / "t.svg").read_text()
 
 
+def test_attribution_by_rules_and_pairs_that_are_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["attribute", "--quiet", "--attribution.pairs", "3", "--attribution.method", "eap"]
+    for name, rule in (("plain", "gradient"), ("gim", "gim")):
+        out = str(tmp_path / f"{name}.safetensors")
+        assert main([*words, "--attribution.rules", rule, "--out", out]) == 0
+    plain, gim = (Attribution.load(tmp_path / f"{n}.safetensors") for n in ("plain", "gim"))
+    assert plain.clean == gim.clean
+    assert abs(plain.scores - gim.scores).max() > 0.1 * abs(plain.scores).max()
+    capsys.readouterr()
+    assert main([*words, "--pairs", "ioi", "--out", str(tmp_path / "i.csv")]) == 1
+    assert "ioi: the tokenizer of facts gives 0 of the words Mary" in capsys.readouterr().err
+
+
 def test_compared_circuits_and_scores(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     one, other = (str(ROOT / "circuits" / f"facts-{n}.json") for n in ("capitals", "countries"))
     assert main(["compare", one, other, "--json"]) == 0

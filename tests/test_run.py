@@ -703,16 +703,19 @@ def test_what_eight_billion_parameters_take(tmp_path: Path):
     assert tight.attribution_gb <= 2.0
 
 
-@pytest.mark.parametrize("method", ["eap", "eap-ig"])
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [("eap", "corrupt"), ("eap", "both"), ("eap-ig", "corrupt"), ("eap-ig-activations", "corrupt")],
+)
 def test_passes_and_memory_are_those_of_a_real_run(
-    tiny_model: TinyModel, method: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, method: Any, at: Any, monkeypatch: pytest.MonkeyPatch
 ):
     model, pairs = tiny_model(2), make_pairs((6,) * 5)
-    how = AttributionConfig(method=method, ig_steps=3, batch_size=2, pairs=5)  # type: ignore[arg-type]
+    how = AttributionConfig(method=method, at=at, ig_steps=3, batch_size=2, pairs=5)
     expected = estimate(model, how, 6)
     counts = {"forward": 0, "backward": 0}
     sizes: list[int] = []
-    forward, difference = attribution.Stream.logits, attribution._difference
+    forward, difference = attribution.Stream.logits, attribution.difference
     metric_grad = torch.autograd.grad
 
     def counted(self: Any, *args: Any) -> Any:
@@ -731,13 +734,13 @@ def test_passes_and_memory_are_those_of_a_real_run(
     # One pair is run some times to see that the model is rebuilt exactly; not counted.
     monkeypatch.setattr(attribution, "check_exact", lambda *_: None)
     monkeypatch.setattr(attribution.Stream, "logits", counted)
-    monkeypatch.setattr(attribution, "_difference", measured)
+    monkeypatch.setattr(attribution, "difference", measured)
     monkeypatch.setattr(torch.autograd, "grad", grad)
     attribution.attribute(model, pairs, config=how)
     assert counts == {"forward": expected.forward, "backward": expected.backward}
     assert 1.5 * max(sizes) / 1e9 == pytest.approx(expected.attribution_gb)
     assert len(sizes) == expected.batches
-    assert expected.forward == passes(how)[0] * 3
+    assert expected.forward == passes(how, 3)[0] * 3
 
 
 def test_the_text_says_it_all(tmp_path: Path):

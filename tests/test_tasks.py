@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerFast
 
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.tasks import synthetic
 from mansu_interp.tasks.data.prompts import read_prompts
 from mansu_interp.tasks.fact_pairs import _mentions
 from mansu_interp.tasks.files import embedded_tasks
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet, collate
 from mansu_interp.tasks.schema import RowOptions, RowTask, json_schema
+from mansu_interp.tasks.synthetic import synthetic_pairs
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.renamed import TASK_KEYS
 from mansu_interp.utils.shipped import DATA
@@ -503,3 +505,63 @@ def test_what_is_shown_of_a_task_is_short(facts: LanguageModel, capitals: Task):
         "716 pairs" in capitals.forget._repr_html_()
         and "&lt;bos&gt;" in capitals.forget._repr_html_()
     )
+
+
+FORMS = [form for words in (*synthetic.NOUNS, *synthetic.VERBS) for form in words]
+WORDS = {
+    *(*synthetic.NAMES, *synthetic.PLACES, *synthetic.THINGS),
+    *(*synthetic.NUMERALS, *synthetic.EVENTS, *FORMS),
+    *["Then", "The", "and", "went", "to", "the", "gave", "a", "lasts", "from", "day", "near", ","],
+}
+
+
+def worded(words: set[str]) -> LanguageModel:
+    """A model's tokenizer that knows some words; others are cut into signs or unknown."""
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\s"), "removed"), pre_tokenizers.Punctuation()]
+    )
+    return tokenized(sorted(words), [], split, decoders.Fuse())
+
+
+@pytest.mark.parametrize("kind", synthetic.KINDS)
+def test_synthetic_pairs_differ_in_the_word_that_decides(kind: str):
+    model = worded(WORDS)
+    found = synthetic_pairs(model, kind, 60, seed=1)
+    assert found.name == kind
+    assert len(set(found)) == len(found) == 60
+    assert found.pairs == synthetic_pairs(model, kind, 60, seed=1).pairs
+    assert found.pairs != synthetic_pairs(model, kind, 60, seed=2).pairs
+    number = synthetic.NUMERALS.index
+    singular = {one for one, _ in (*synthetic.NOUNS, *synthetic.VERBS)}
+    for pair in found:
+        assert pair.whole is None  # answers of one token
+        both = zip(pair.clean, pair.corrupt, strict=True)
+        changed = [k for k, (a, b) in enumerate(both) if a != b]
+        assert len(changed) == 1
+        clean, corrupt, answer, wrong = model.tokenizer.convert_ids_to_tokens(
+            [pair.clean[changed[0]], pair.corrupt[changed[0]], pair.answer, pair.counterfactual]
+        )
+        if kind == "ioi":
+            assert (clean, corrupt) == (wrong, answer)
+            text = model.tokenizer.convert_ids_to_tokens(list(pair.clean))
+            assert (text.count(wrong), text.count(answer)) == (2, 1)
+        elif kind == "greater":
+            assert number(corrupt) < number(wrong) < number(clean) < number(answer)
+        else:
+            assert (clean in singular) == (answer in singular) != (wrong in singular)
+            assert (corrupt in singular) == (wrong in singular)
+
+
+def test_synthetic_pairs_of_words_that_are_one_token():
+    """Without John, no pair has him; with three names, there are none."""
+    some = synthetic_pairs(worded(WORDS - {"John"}), "ioi", 200)
+    assert not any("John" in p.prompt for p in some)
+    assert any("Mary" in p.prompt for p in some)
+    with pytest.raises(TaskError, match=r"toy gives 3 of the words Mary, .* at least 4 are needed"):
+        synthetic_pairs(worded(WORDS - set(synthetic.NAMES[3:])), "ioi")
+    with pytest.raises(TaskError, match="Unknown kind of pairs 'bias'; expected one of ioi, great"):
+        synthetic_pairs(worded(WORDS), "bias")
+    with pytest.raises(TaskError, match="n must be at least 1; got 0"):
+        synthetic_pairs(worded(WORDS), "ioi", 0)
+    # There are only so many: 126 ways to draw four of nine numerals, and eight events.
+    assert len(synthetic_pairs(worded(WORDS - set(synthetic.EVENTS[1:])), "greater", 500)) == 126

@@ -96,6 +96,29 @@ class Rebuilder:
         return base
 
     @torch.no_grad()
+    def means(self, pairs: PairSet, batch_size: int) -> list[Tensor]:
+        """Mean write at each position over the corrupt prompts that reach it, in the order of
+        `Stream.writers`: ``[1, pos, d_model]``, for heads ``[heads, 1, pos, d_model]``."""
+        longest = max(len(p.corrupt) for p in pairs)
+        total: dict[str, Tensor] = {}
+        count = torch.zeros(longest, device=self.stream.model.device)
+        writes_at: dict[str, Callable[[Tensor], Tensor]] = {self.stream.input: widen}
+        for i in range(self.stream.n_layers):
+            writes_at[self.stream.z(i)] = partial(self.stream.head_writes, i)
+            writes_at[self.stream.mlp_out(i)] = partial(self.stream.mlp_write, i)
+        for batch in pairs.batches(batch_size, count.device):
+            real = batch.real
+            count[: real.shape[1]] += real.sum(0)
+            for name, seen in self.writes(batch).items():
+                weighed = widen(writes_at[name](seen)) * real[..., None]
+                summed = weighed.sum(-3, keepdim=True)
+                if name not in total:
+                    total[name] = summed.new_zeros(*summed.shape[:-2], longest, summed.shape[-1])
+                total[name][..., : summed.shape[-2], :] += summed
+        names = self.stream.writers()
+        return [total[n] / count[:, None].clamp_min(1) for n in names]
+
+    @torch.no_grad()
     def logits(self, base: Base, edges: Edges) -> Float[Tensor, "batch vocab"]:
         """Last-position logits of the clean run of one batch with every edge outside ablated."""
         return self.run(base, Rebuilt(base, edges[None] & self.graph.exists))[0]
@@ -221,32 +244,9 @@ class Ablation(Rebuilder):
         mine = shard(pairs.pairs)
         device = self.stream.model.device
         batches = list(PairSet(pairs.name, mine).batches(batch_size, device)) if mine else []
-        means = self._means(pairs, batch_size) if ablation == "mean" else None
+        means = self.means(pairs, batch_size) if ablation == "mean" else None
         self.bases = [self.base(b, ablation, means) for b in batches]
         self._ends: tuple[float, float] | None = None
-
-    @torch.no_grad()
-    def _means(self, pairs: PairSet, batch_size: int) -> list[Tensor]:
-        """Mean write at each position over the corrupt prompts that reach it, per hook point; for
-        heads ``[heads, 1, pos, d_model]``."""
-        longest = max(len(p.corrupt) for p in pairs)
-        total: dict[str, Tensor] = {}
-        count = torch.zeros(longest, device=self.stream.model.device)
-        writes_at: dict[str, Callable[[Tensor], Tensor]] = {self.stream.input: widen}
-        for i in range(self.stream.n_layers):
-            writes_at[self.stream.z(i)] = partial(self.stream.head_writes, i)
-            writes_at[self.stream.mlp_out(i)] = partial(self.stream.mlp_write, i)
-        for batch in pairs.batches(batch_size, count.device):
-            real = batch.real
-            count[: real.shape[1]] += real.sum(0)
-            for name, seen in self.writes(batch).items():
-                weighed = widen(writes_at[name](seen)) * real[..., None]
-                summed = weighed.sum(-3, keepdim=True)
-                if name not in total:
-                    total[name] = summed.new_zeros(*summed.shape[:-2], longest, summed.shape[-1])
-                total[name][..., : summed.shape[-2], :] += summed
-        names = self.stream.writers()
-        return [total[n] / count[:, None].clamp_min(1) for n in names]
 
     def __call__(self, edges: Edges) -> float:
         """Mean metric over the pairs, with everything outside ``edges`` ablated."""

@@ -5,15 +5,21 @@ The score of an edge u -> v is, with the denoising sign,
     s(u -> v) = mean over pairs of  sum_pos < a_u(clean) - a_u(corrupt),  d metric / d in_v >
 
 where ``a_u`` is what u adds to the residual stream and ``in_v`` the residual that v reads, before
-its norm. Positive: restoring the clean value along this edge raises the metric. EAP (Nanda 2023;
-Syed et al. 2023, arXiv 2310.10348) takes the gradient at one run, corrupt by default. EAP-IG
-(Hanna et al. 2024, arXiv 2403.17806) averages it over points on the straight line between the
-corrupt and the clean input embeddings; the midpoint rule is ours. The algorithm, batch by batch:
+its norm; with mean or zero ablation, that value stands in the place of ``a_u(corrupt)``. Positive:
+restoring the clean value along this edge raises the metric. Negative: it lowers it, as edges do
+that work against the answer. EAP (Nanda 2023; Syed et al. 2023, arXiv 2310.10348) takes the
+gradient at one run, corrupt by default, or the mean of both ("clean-corrupted" in the code of Hanna
+et al.). EAP-IG (Hanna et al. 2024, arXiv 2403.17806) averages it over points on the straight line
+between the corrupt and the clean input embeddings; the midpoint rule is ours. Its variant for
+activations moves one component's output at a time in the clean run, and scores that component's
+edges there; that code, unlike this, also adds up the scores of all others. Where the gradient is
+taken does not depend on the ablation. The algorithm, batch by batch:
 
 1. Run the clean and the corrupt prompts, and take the difference of what each writer adds, at each
-   real token; what the heads write is expanded from ``z`` (`_difference`).
+   real token; what the heads write is expanded from ``z`` (`patching.difference`).
 2. For each point on the path, run from that input (EAP's is one of the two runs before) and take
-   the metric's gradient at the q, k and v projections, the MLP inputs and the final stream.
+   the metric's gradient, or what a rule puts in its place (`rules`), at the q, k and v projections,
+   the MLP inputs and the final stream.
 3. Pull the gradients back per head through projection and norm, to each reader's own residual
    input, by a vector-Jacobian product (`_pull_back`); q, k and v inputs need not be split in the
    model.
@@ -36,15 +42,17 @@ from torch import Tensor
 
 from ..errors import CircuitError
 from ..models.graph import Graph
-from ..models.hook_points import Recorder
+from ..models.hook_points import Hook, Recorder
 from ..models.hooked import AnyModel
 from ..models.stream import Stream, widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import shard, sum_over_processes, world_size
 from ..utils.ranges import entrance
 from .ablation import Rebuilder, check_exact
-from .config import AttributionConfig
+from .config import AttributionConfig, pairs_per_batch
 from .metrics import Logits, Metric, get_metric
+from .patching import difference
+from .rules import Rules, straight
 from .scores import Attribution
 
 
@@ -66,29 +74,6 @@ class _Sums:
         )
 
 
-def pairs_per_batch(
-    graph: Graph, d_model: int, positions: int, config: AttributionConfig
-) -> tuple[int, float]:
-    """How many pairs fit into ``config.memory_gb``, and what one needs (GB).
-
-    Counted is what attribution adds to the forward and backward passes: the writers' differences
-    (writers x positions x d_model, float32) and half as much again for the readers' gradients.
-
-    Raises:
-        CircuitError: not even one pair fits.
-    """
-    one = 1.5 * len(graph.writers) * positions * d_model * 4 / 1e9
-    if config.memory_gb is None:
-        return config.batch_size, one
-    fit = int(config.memory_gb / one)
-    if fit < 1:
-        raise CircuitError(
-            f"One pair of {positions} tokens needs {one:.2f} GB beyond the model's own passes; "
-            f"memory_gb is {config.memory_gb}. Give more, or shorter prompts."
-        )
-    return min(config.batch_size, fit), one
-
-
 @dataclass(frozen=True)
 class _Runs:
     """One batch after its clean and its corrupt run; tokens are the real ones of all pairs."""
@@ -105,35 +90,6 @@ class _Runs:
     def flat(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "tokens ..."]:
         """The values at real tokens."""
         return widen(value.detach())[self.real]
-
-
-@torch.no_grad()
-def _difference(
-    stream: Stream,
-    clean: dict[str, Tensor],
-    corrupt: dict[str, Tensor],
-    rows: Bool[Tensor, "batch pos"],
-) -> Float[Tensor, "writers tokens d_model"]:
-    """What each writer adds at each real token in the clean run beyond the corrupt run."""
-
-    def flat(run: dict[str, Tensor], name: str) -> Float[Tensor, "tokens ..."]:
-        return widen(run[name])[rows]
-
-    first = flat(clean, stream.input) - flat(corrupt, stream.input)
-    out = first.new_empty(len(stream.graph.writers), *first.shape)
-    out[0] = first
-    at = 1
-    for i in range(stream.n_layers):
-        heads, mlp = out[at : at + stream.n_heads], out[at + stream.n_heads]
-        z, out_at = stream.z(i), stream.mlp_out(i)
-        if hasattr(stream.blocks[i], "ln1_post"):  # the share of a head is not linear in z
-            heads.copy_(stream.head_writes(i, flat(clean, z)))
-            heads -= stream.head_writes(i, flat(corrupt, z))
-        else:
-            heads.copy_(stream.head_writes(i, flat(clean, z) - flat(corrupt, z)))
-        mlp.copy_(stream.mlp_write(i, flat(clean, out_at) - flat(corrupt, out_at)))
-        at += stream.n_heads + 1
-    return out
 
 
 def _inside(
@@ -179,22 +135,31 @@ class _Run:
 
 
 def _run(
-    stream: Stream,
+    rules: Rules,
     tokens: Int[Tensor, "batch pos"],
     last: Int[Tensor, " batch"],
     names: list[str],
-    at: Float[Tensor, "batch pos d_model"] | None = None,
+    moved: tuple[str, Tensor] | None = None,
     *,
     grad: bool,
 ) -> _Run:
-    """A forward pass that is recorded; with ``grad``, from its own input, or another, as a leaf."""
-    recorder = Recorder()
+    """A forward pass that is recorded; with ``grad``, from its input as a leaf, by the rules; with
+    ``moved``, a hook point passes on another value than its own."""
+    stream, recorder = rules.stream, Recorder()
 
     def leaf(value: Tensor, hook: object) -> Tensor:
-        return (value if at is None else at).detach().requires_grad_(True)
+        return value.detach().requires_grad_(True)
 
-    first = [(stream.input, leaf)] if grad else []
-    with torch.set_grad_enabled(grad), stream.hooked(first + recorder.on(names)):
+    def move(value: Tensor, hook: object) -> Tensor:
+        assert moved is not None
+        return straight(moved[1], value)
+
+    first: list[tuple[str, Hook]] = [(stream.input, leaf)] if grad else []
+    replaced, weighed = rules.hooks() if grad else ([], [])
+    if moved is not None:
+        replaced = [*replaced, (moved[0], move)]
+    hooks = [*first, *replaced, *recorder.on(names), *weighed]
+    with torch.set_grad_enabled(grad), stream.hooked(hooks):
         return _Run(recorder, stream.logits(tokens, last))
 
 
@@ -213,15 +178,17 @@ def _watched(stream: Stream, inside: list[str]) -> list[str]:
 
 
 def _add_scores(
-    stream: Stream,
+    rules: Rules,
     runs: _Runs,
     run: _Run,
     metric: Metric,
     weight: float,
     sums: _Sums,
+    rows: range,
 ) -> None:
-    """Add the scores with the gradient in one run, times a weight."""
-    graph, recorder, asked = stream.graph, run.recorder, _asked(stream, list(runs.inside))
+    """Add the scores of some writers with the gradient in one run, times a weight."""
+    stream, recorder = rules.stream, run.recorder
+    graph, asked = stream.graph, _asked(stream, list(runs.inside))
     with torch.enable_grad():
         value = metric(run.logits, runs.batch, runs.clean_logits).sum()
     if not value.requires_grad:
@@ -231,14 +198,17 @@ def _add_scores(
     position = runs.real.nonzero()[:, 1].cpu()
 
     def add(column: int, g: Float[Tensor, "readers tokens d_model"], n_writers: int) -> None:
-        writes = runs.writes[:n_writers]
+        if n_writers <= rows.start:
+            return
+        at = slice(rows.start, min(rows.stop, n_writers))
+        writes = runs.writes[at]
         flat_writes = rearrange(writes, "writers tokens d -> writers (tokens d)")
         part = weight * (flat_writes @ rearrange(g, "readers tokens d -> readers (tokens d)").T)
-        sums.scores[:n_writers, column : column + len(g)] += part.cpu()
+        sums.scores[at, column : column + len(g)] += part.cpu()
         if sums.by_position is not None:
             pattern = "writers tokens d, readers tokens d -> tokens writers readers"
             by_token = weight * einsum(writes, g, pattern).cpu()
-            at_columns = sums.by_position[:, :n_writers, column : column + len(g)]
+            at_columns = sums.by_position[:, at, column : column + len(g)]
             at_columns.index_add_(0, position, by_token)
 
     for i in range(stream.n_layers):
@@ -252,9 +222,9 @@ def _add_scores(
             parts.append(einsum(of_heads, r.weight, "tokens heads c, heads c d -> heads tokens d"))
         pulled = torch.cat(parts)
         column = i * graph.readers_per_layer
-        add(column, _pull_back(stream.norm(i, mlp=False), x, pulled), graph.writers_before(i))
+        add(column, _pull_back(rules.norm(i, mlp=False), x, pulled), graph.writers_before(i))
         x = runs.flat(recorder[stream.before_mlp(i)])
-        g = _pull_back(stream.norm(i, mlp=True), x, runs.flat(grads[stream.mlp_in(i)])[None])
+        g = _pull_back(rules.norm(i, mlp=True), x, runs.flat(grads[stream.mlp_in(i)])[None])
         add(column + len(pulled), g, graph.writers_before(i, mlp=True))
     add(len(graph.readers) - 1, runs.flat(grads[stream.final])[None], len(graph.writers))
     if runs.inside:
@@ -275,16 +245,31 @@ def _add_neurons(
             sums.neurons[node] = old + weight * part.cpu()
 
 
+def _moved(stream: Stream, config: AttributionConfig) -> list[tuple[str, range]]:
+    """What a path moves: a component's hook point, and the writers whose scores are taken there."""
+    every = range(len(stream.graph.writers))
+    if config.method != "eap-ig-activations":
+        return [(stream.input, every)]
+    out, at = [(stream.input, range(1))], 1
+    for i in range(stream.n_layers):
+        mlp = at + stream.n_heads
+        out += [(stream.z(i), range(at, mlp)), (stream.mlp_out(i), range(mlp, mlp + 1))]
+        at = mlp + 1
+    return out
+
+
 def _add_batch(
-    stream: Stream,
+    rules: Rules,
     batch: Batch,
     config: AttributionConfig,
     metric: Metric,
     neurons: bool,
+    means: list[Tensor] | None,
     sums: _Sums,
 ) -> tuple[float, float]:
     """Add one batch to the sums; returns its summed clean and corrupt metric."""
-    layers, path = range(stream.n_layers), config.path()
+    stream = rules.stream
+    layers, path, moved = range(stream.n_layers), config.path(), _moved(stream, config)
     inside = [n for i in layers for n in (stream.z(i), stream.neurons(i))] if neurons else []
     names = list(dict.fromkeys([*stream.writers(), *inside]))
     # An end of the path whose gradient is asked for is run once.
@@ -292,22 +277,25 @@ def _add_batch(
     for alpha, tokens in ((1.0, batch.clean), (0.0, batch.corrupt)):
         more = _watched(stream, inside) if alpha in path else []
         watched = list(dict.fromkeys([*names, *more]))
-        ends[alpha] = _run(stream, tokens, batch.last, watched, grad=alpha in path)
+        ends[alpha] = _run(rules, tokens, batch.last, watched, grad=alpha in path)
     logits = [run.logits.detach() for run in ends.values()]
     clean, corrupt = (run.seen(names) for run in ends.values())
     real = batch.real
     values_inside = _inside(stream, clean, corrupt, real) if neurons else {}
-    runs = _Runs(batch, real, logits[0], _difference(stream, clean, corrupt, real), values_inside)
-    start, way = corrupt[stream.input], clean[stream.input] - corrupt[stream.input]
+    writes = difference(stream, clean, corrupt, real, config.ablation, means)
+    runs = _Runs(batch, real, logits[0], writes, values_inside)
+    ways = {name: (corrupt[name], clean[name] - corrupt[name]) for name, _ in moved}
     del clean, corrupt  # the writes of both runs are not needed any more
     kept = {alpha: ends[alpha] for alpha in path if alpha in ends}
     ends.clear()
-    for alpha in path:
-        run = kept.pop(alpha, None)
-        if run is None:
-            at, watched = start + alpha * way, _watched(stream, inside)
-            run = _run(stream, batch.clean, batch.last, watched, at, grad=True)
-        _add_scores(stream, runs, run, metric, 1 / len(path), sums)
+    for name, rows in moved:
+        start, way = ways[name]
+        for alpha in path:
+            run = kept.pop(alpha, None)
+            if run is None:
+                at, watched = start + alpha * way, _watched(stream, inside)
+                run = _run(rules, batch.clean, batch.last, watched, (name, at), grad=True)
+            _add_scores(rules, runs, run, metric, 1 / len(path), sums, rows)
     values = [metric(x, batch, logits[0]).sum().item() for x in logits]
     return values[0], values[1]
 
@@ -350,16 +338,23 @@ def attribute(
     rebuilder = Rebuilder(model)
     check_exact(rebuilder, pairs)
     stream = rebuilder.stream
+    rules = Rules(config.rules, stream)
+    if neurons and (config.ablation != "corrupt" or config.method == "eap-ig-activations"):
+        raise CircuitError(
+            "Neurons are scored with ablation='corrupt' and method='eap' or 'eap-ig'; got "
+            f"{config.ablation!r} and {config.method!r}."
+        )
     if neurons and world_size() > len(pairs):  # raised by all of them, or the others would wait
         raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)
     sums = _Sums.zeros(stream.graph, longest if positions else 0)
     mine = shard(pairs.pairs)
     size, _ = pairs_per_batch(stream.graph, stream.model.d_model, longest, config)
+    means = rebuilder.means(pairs, size) if config.ablation == "mean" else None
     ends = torch.zeros(2, dtype=torch.float64)
     done = 0
     for batch in PairSet(pairs.name, mine).batches(size, stream.model.device) if mine else ():
-        ends += torch.tensor(_add_batch(stream, batch, config, function, neurons, sums))
+        ends += torch.tensor(_add_batch(rules, batch, config, function, neurons, means, sums))
         done += len(batch)
         if on_batch:
             on_batch(done, len(mine))

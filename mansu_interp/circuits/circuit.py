@@ -48,6 +48,7 @@ FILE = {
             "method?": str,
             "ig_steps?": int,
             "at?": str,
+            "rules?": str,
             "metric?": str,
             "pairs?": int,
             "batch_size?": int,

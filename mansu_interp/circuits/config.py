@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import ConfigError
+from ..errors import CircuitError, ConfigError
+from ..models.graph import Graph
 from ..utils.ranges import check_kinds, check_range
 
 
@@ -13,12 +14,21 @@ from ..utils.ranges import check_kinds, check_range
 class AttributionConfig:
     """How edges are scored."""
 
-    method: Literal["eap-ig", "eap"] = "eap-ig"
-    """eap-ig averages the gradient over the path from corrupt to clean; eap takes one point."""
+    method: Literal["eap-ig", "eap", "eap-ig-activations"] = "eap-ig"
+    """eap-ig averages the gradient over the path from the corrupt to the clean input embedding; eap
+    takes one point; eap-ig-activations moves what one layer's heads or MLP put out instead, one
+    after the other, which takes twice as many passes as there are layers for each point."""
     ig_steps: int = 5
-    """Points on the path (eap-ig)."""
-    at: Literal["corrupt", "clean"] = "corrupt"
-    """Where eap takes its gradient."""
+    """Points on the path (eap-ig, eap-ig-activations)."""
+    at: Literal["corrupt", "clean", "both"] = "corrupt"
+    """Where eap takes its gradient; both: the mean of the two."""
+    rules: Literal["gradient", "gim", "relp"] = "gradient"
+    """What goes backward: the gradient, or what GIM or RelP put in its place at norms, attention
+    and products."""
+    ablation: Literal["corrupt", "mean", "zero"] = "corrupt"
+    """What an ablated edge carries: its value in the corrupt run, its mean over the corrupt prompts
+    at the same position, or zero. Scores are of the change from there to the clean value; in a
+    search, edges outside the circuit carry it."""
     metric: Literal["logit_diff", "log_prob", "choice_margin", "kl"] = "logit_diff"
     """What is attributed."""
     pairs: int = 96
@@ -40,11 +50,38 @@ class AttributionConfig:
             raise ConfigError(f"memory_gb must be positive; got {self.memory_gb}.")
         check_range(self, "memory_gb")
 
+    def components(self, n_layers: int) -> int:
+        """How many components a path moves, each in passes of its own."""
+        return 2 * n_layers + 1 if self.method == "eap-ig-activations" else 1
+
     def path(self) -> list[float]:
         """Positions on the line, 0 = corrupt, 1 = clean; each has equal weight."""
         if self.method == "eap":
-            return [0.0 if self.at == "corrupt" else 1.0]
+            return {"corrupt": [0.0], "clean": [1.0], "both": [0.0, 1.0]}[self.at]
         return [(k + 0.5) / self.ig_steps for k in range(self.ig_steps)]
+
+
+def pairs_per_batch(
+    graph: Graph, d_model: int, positions: int, config: AttributionConfig
+) -> tuple[int, float]:
+    """How many pairs fit into ``config.memory_gb``, and what one needs (GB).
+
+    Counted is what attribution adds to the forward and backward passes: the writers' differences
+    (writers x positions x d_model, float32) and half as much again for the readers' gradients.
+
+    Raises:
+        CircuitError: not even one pair fits.
+    """
+    one = 1.5 * len(graph.writers) * positions * d_model * 4 / 1e9
+    if config.memory_gb is None:
+        return config.batch_size, one
+    fit = int(config.memory_gb / one)
+    if fit < 1:
+        raise CircuitError(
+            f"One pair of {positions} tokens needs {one:.2f} GB beyond the model's own passes; "
+            f"memory_gb is {config.memory_gb}. Give more, or shorter prompts."
+        )
+    return min(config.batch_size, fit), one
 
 
 @dataclass(frozen=True)
@@ -57,8 +94,6 @@ class CircuitConfig(AttributionConfig):
     """Take so many edges instead of searching for the fewest."""
     threshold: float | None = None
     """Take the edges whose absolute score is at least this instead of searching for the fewest."""
-    ablation: Literal["corrupt", "mean", "zero"] = "corrupt"
-    """What edges outside the circuit carry while faithfulness is measured."""
     faithfulness_pairs: int = 32
     """Forget pairs on which faithfulness is measured during the search."""
     removal_tries: int = 0

@@ -28,16 +28,21 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Edges that a result prints."""
+SYNTHETIC = 200
+"""Pairs that are made of a synthetic behaviour, for `pairs` of the settings to be drawn from."""
 
 
 def _pairs(config: OnPrompts, model: LanguageModel) -> tuple[PairSet, PairSet | None]:
     """The pairs to explain and, of a task, those that must stay."""
     from ..tasks.data.prompts import read_prompts
     from ..tasks.load import load_task
+    from ..tasks.synthetic import KINDS, synthetic_pairs
 
     if config.pairs is not None:
         if config.task is not None:
             raise ConfigError("Give --pairs or --task, not both.")
+        if str(config.pairs) in KINDS and not config.pairs.exists():
+            return synthetic_pairs(model, str(config.pairs), SYNTHETIC, config.seed), None
         return read_prompts(config.pairs, model), None
     task = load_task(config.task or default_task(config.model), model)
     return task.forget, task.retain

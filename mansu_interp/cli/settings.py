@@ -113,7 +113,8 @@ class OnPrompts:
     model: str = "facts"
     """Embedded model, Hugging Face folder, or hub name, such as gpt2."""
     pairs: Path | None = None
-    """Rows with clean, corrupt, answer and wrong (JSONL, CSV, ...); default: those of the task."""
+    """Rows with clean, corrupt, answer and wrong (JSONL, CSV, ...), or ioi, greater or agreement,
+    which are made for the model's tokenizer; default: those of the task."""
     task: str | None = None
     """Shipped task or path of a task file, whose forget pairs are explained; default: the one that
     goes with the model."""

@@ -11,8 +11,7 @@ from itertools import takewhile
 import torch
 
 from ..audit.known import Known, check_known, without_unknown
-from ..circuits.attribution import pairs_per_batch
-from ..circuits.config import AttributionConfig
+from ..circuits.config import AttributionConfig, pairs_per_batch
 from ..circuits.search.discover import TRIES
 from ..errors import TaskError
 from ..evaluation.scores import Metric, Scores, evaluate
@@ -68,11 +67,11 @@ class Estimate:
     """Floating-point operations of the passes, in 10^15."""
 
 
-def passes(config: AttributionConfig) -> tuple[int, int]:
+def passes(config: AttributionConfig, n_layers: int) -> tuple[int, int]:
     """Forward and backward passes over each batch: the clean and the corrupt run, then one of each
-    per point of the path; an end of it, EAP's point, is one of those runs."""
-    path = config.path()
-    return 2 + sum(alpha not in (0.0, 1.0) for alpha in path), len(path)
+    per point of each component's path; an end of it, EAP's point, is one of those runs."""
+    path, moved = config.path(), config.components(n_layers)
+    return 2 + moved * sum(alpha not in (0.0, 1.0) for alpha in path), moved * len(path)
 
 
 def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Estimate:
@@ -89,7 +88,7 @@ def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Es
     size, one = pairs_per_batch(model.graph, model.d_model, tokens, config)
     size = min(size, config.pairs)
     batches = -(-config.pairs // size)
-    forward, backward = passes(config)
+    forward, backward = passes(config, model.architecture.n_layers)
     embedding = model.weights[model.embedding_name].numel()
     # Per token 2 operations a weight forwards, and as many for the input's gradient. Looking an
     # embedding up is free; a tied one is used once more, as the unembedding.
@@ -119,7 +118,8 @@ def plan_lines(config: PlanConfig) -> list[str]:
     """
     model, how = empty_model(config.model), config.attribution
     e, a = estimate(model, how, config.tokens), model.architecture
-    steps = f" with {how.ig_steps} steps" if how.method == "eap-ig" else f" at the {how.at} run"
+    ends = "both runs" if how.at == "both" else f"the {how.at} run"
+    steps = f" at {ends}" if how.method == "eap" else f" with {how.ig_steps} steps"
     return [
         f"model    {model.name}: {e.parameters:,} parameters, {a.n_layers} layers of {a.n_heads} "
         f"heads ({a.n_kv_heads} for keys and values), width {model.d_model}",
@@ -342,7 +342,7 @@ def _margin_tokens(method: MethodConfig, task: Task, forget: float, retain: floa
     )
 
 
-def _run_tokens(config: RunConfig, task: Task) -> float:
+def _run_tokens(config: RunConfig, task: Task, n_layers: int) -> float:
     """The same of a whole run; what its method does not need costs nothing."""
     c, u = config.circuit, config.unlearn
     length = sum(len(p.clean) for p in task.forget) / len(task.forget)
@@ -350,7 +350,7 @@ def _run_tokens(config: RunConfig, task: Task) -> float:
     retain = _tokens([p for pairs in task.retain_sets for p in pairs])
     scored = [p for by in task.scored["unseen"].values() for pairs in by.values() for p in pairs]
     texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
-    forwards, backwards = passes(c)
+    forwards, backwards = passes(c, n_layers)
     per_pair = length * (forwards + 2 * backwards)
     total = 3 * CAD_PAIRS * per_pair
     if "circuit" in u.needs:
@@ -374,7 +374,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
         known: what the original knows of it.
     """
     method = config.unlearn
-    seconds = OVERHEAD * _run_tokens(config, task) * _forward_seconds(model, task, config.seed)
+    tokens = _run_tokens(config, task, model.architecture.n_layers)
+    seconds = OVERHEAD * tokens * _forward_seconds(model, task, config.seed)
     # Every further quantizer to survive adds a teacher and a student.
     copies = COPIES + 2 * max(0, len(method.promised) - 1)
     memory = model.n_parameters * 4 * copies / 1e9 + 0.6

@@ -26,9 +26,9 @@ from ...models.provenance import provenance
 from ...tasks.pairs import PairSet
 from ...utils.ranges import entrance
 from ..ablation import Ablation
-from ..attribution import attribute, pairs_per_batch
+from ..attribution import attribute
 from ..circuit import Circuit, CircuitMeta
-from ..config import CircuitConfig
+from ..config import CircuitConfig, pairs_per_batch
 from ..scores import Attribution
 from .faithfulness import completeness, minimal_edges, random_completeness, strongest
 from .removal import remove_edges
