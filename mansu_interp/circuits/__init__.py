@@ -1,6 +1,7 @@
 """Edge scores -> a circuit -> how the attribution graphs of two models differ.
 
 Public, from `mansu_interp`: AttributionConfig, CircuitConfig, Attribution, ScoredEdge,
-edge_changes, attribute, Ablation, Ablated, circuit_metric, faithfulness_curve, Curve, Circuit,
-discover, classify, Changes, GraphComparison, compare. The rest is implementation.
+edge_changes, attribute, Ablation, Ablated, circuit_metric, faithfulness_curve, Curve, Stability,
+ExplainedHead, ExplainedHeads, explain_head, explain_heads, Circuit, discover, classify, Changes,
+GraphComparison, compare. The rest is implementation.
 """
