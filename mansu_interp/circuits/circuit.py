@@ -320,7 +320,7 @@ class Circuit(Shareable):
         """
         out = to_networkx(self.graph, self.scores, self.edges)
         if self.stability:
-            for i, j in np.argwhere(self.edges):
+            for i, j in np.argwhere(self.edges).tolist():
                 ends = self.graph.writers[i].id, self.graph.readers[j].id
                 out.edges[ends].update(self.stability.of_edge(i, j))
         meta = self.meta.to_json()

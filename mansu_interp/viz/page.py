@@ -195,7 +195,7 @@ def _lines(data: GraphData, top: int, by_position: bool) -> tuple[list[_Line], i
         if p >= 0 and data.positions:
             scores = [data.positions.scores[p][k]]
         style = CLASSES[classes[k]] if classes is not None else ""
-        often = data.edges.frequency and data.edges.frequency[k]
+        often = data.edges.frequency[k] if data.edges.frequency is not None else None
         out.append(_Line(names[k][0] + at, names[k][1] + at, scores, style, often))
     return out, len(found)
 

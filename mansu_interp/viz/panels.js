@@ -33,6 +33,7 @@ border-radius:5px;padding:2px 6px;width:130px}
 .mg .heat .down{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;height:auto;padding:4px 0;color:var(--soft)}
 .mg .heat button{font-size:11px;padding:2px 5px}
 .mg .heat .cell{border:1px solid var(--faint)}
+.mg .role{margin-top:5px}
 .mg .effect td:nth-child(3),.mg .effect th:nth-child(3){text-align:left}
 .mg .places{margin-top:10px;overflow-x:auto;border-top:1px solid var(--faint);padding-top:7px}
 .mg .foot{border-top:1px solid var(--faint);margin-top:9px;padding-top:8px;display:flex;flex-wrap:wrap;gap:6px 8px;align-items:center}

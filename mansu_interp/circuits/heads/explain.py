@@ -318,7 +318,7 @@ def explain_head(model: AnyModel, pairs: PairSet, head: str) -> ExplainedHead:
 
 
 def _most(
-    names: Sequence[str], values: Float[Tensor, " writers"], n: int
+    names: list[str], values: Float[Tensor, " writers"], n: int
 ) -> tuple[tuple[str, float], ...]:
     """The largest by size, with their names."""
     order = values.abs().argsort(descending=True, stable=True)[:n].tolist()
