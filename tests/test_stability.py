@@ -27,6 +27,7 @@ from mansu_interp.circuits.scores import Attribution
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.circuits.search.faithfulness import strongest
 from mansu_interp.circuits.search.stability import Resamples, measure_stability, ranks
+from mansu_interp.cli.main import main
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.models.language_model import LanguageModel
@@ -431,3 +432,29 @@ def test_heads_of_a_circuit(facts: LanguageModel, capitals: Task, tmp_path: Path
     graph = Graph(Architecture(1, 2, 2))
     with pytest.raises(CircuitError, match="The circuit is of"):
         Circuit(graph, graph.exists * 1.0, strongest(graph, graph.exists * 1.0, 9)).explain(facts)
+
+
+def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Stability and heads in the terminal, in JSON and on the page; attribute says the caveat."""
+    asked = "<bos>the capital of {} is"
+    rows = [("Malta", "Rwanda", "Valletta", "Kigali"), ("Ghana", "Kenya", "Accra", "Nairobi")]
+    names = ("clean", "corrupt", "answer", "wrong")
+    known, unknown = tmp_path / "known.jsonl", tmp_path / "unknown.jsonl"
+    for file, odd in ((known, None), (unknown, "Baku")):
+        lines = [(asked.format(s), asked.format(o), odd or a, w) for s, o, a, w in rows]
+        file.write_text("\n".join(json.dumps(dict(zip(names, x, strict=True))) for x in lines))
+    words = ["discover", "--pairs", str(known), "--resamples", "5", "--explain"]
+    words += ["--circuit.ig-steps", "1"]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().out
+    assert "Stability over 5 resamples of facts: Jaccard" in told
+    assert "% of resamples" in told and "looks at" in told
+    assert "5 resamples of facts" in (tmp_path / "a" / "circuit.html").read_text()
+    assert main([*words, "--out", str(tmp_path / "b"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["stability"]["resamples"] == 5 and data["heads"]
+    assert data["strongest"][0]["low"] <= data["strongest"][0]["high"]
+    out = ["--out", str(tmp_path / "s.safetensors")]
+    assert main(["attribute", "--pairs", str(unknown), *out]) == 0
+    assert "The model ranks the answer first on 0 of 2 pairs." in capsys.readouterr().out
+    assert main([*words[:3], "--resamples", "-1", "--out", str(tmp_path / "c")]) != 0

@@ -370,13 +370,12 @@ def attribute(
     ends = torch.zeros(len(facts), 4, dtype=torch.float64)
     done = 0
     for part in PairSet(pairs.name, mine).parts(size) if mine else ():
-        if on_pairs:
-            sums.each = torch.zeros(len(part), *sums.scores.shape, device=stream.model.device)
-        batch = collate(part, stream.model.device)
+        batch, shape = collate(part, stream.model.device), (len(part), *sums.scores.shape)
+        sums.each = torch.zeros(shape, device=stream.model.device) if on_pairs else None
         values = _add_batch(stream, batch, config, function, neurons, sums)
         rows = torch.tensor([facts[p.fact] for p in part])
         ends.index_add_(0, rows, torch.cat([values, torch.ones(1, len(part))]).T.double())
-        if on_pairs:
+        if on_pairs and sums.each is not None:
             on_pairs(part, sums.each)
         done += len(part)
         if on_batch:
