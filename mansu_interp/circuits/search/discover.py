@@ -72,7 +72,7 @@ def discover(
         retain: pairs whose answers must stay; edges that they need lose rank.
         seed: which pairs are drawn.
         resamples: draw facts and phrasings again so many times and say how the circuit holds
-            (`Circuit.stability`); 100 cost about one attribution's time more at most. 0: do not.
+            (`Circuit.stability`); attribution runs once. 0: do not.
         on_step: called with (stage, done, total).
 
     Returns:
