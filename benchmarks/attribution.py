@@ -33,11 +33,12 @@ from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.circuits.metrics import logit_diff
 from mansu_interp.circuits.search.faithfulness import strongest
+from mansu_interp.circuits.search.stability import Resamples
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.stream import Stream
 from mansu_interp.tasks.pairs import Pair, PairSet, collate
 
-PAIRS, TOKENS, VOCAB, IG_STEPS = 8, 15, 50257, 5
+PAIRS, TOKENS, VOCAB, IG_STEPS, RESAMPLES = 8, 15, 50257, 5, 100
 SHAPE = {"layers": 12, "heads": 12, "tokens": TOKENS}
 GROWTH = {
     "layers": (3, 6, 12, 24),
@@ -119,6 +120,9 @@ def jobs(model: LanguageModel, pairs: PairSet) -> dict[str, Callable[[], object]
         "EAP": lambda: attribute(model, pairs, config=eap),
         "bare EAP-IG": lambda: bare(model, pairs, IG_STEPS),
         "EAP-IG": lambda: attribute(model, pairs, config=ig),
+        "resampled": lambda: attribute(
+            model, pairs, config=ig, on_pairs=Resamples(pairs, RESAMPLES, 0)
+        ),
     }
 
 
@@ -175,6 +179,8 @@ def against_bare(repeats: int, threads: int) -> None:
             f"memory beyond bare {memory[1] - memory[0]:.0f} MB: "
             f"{(memory[1] - memory[0]) / unit:.2f} x the difference tensor"
         )
+    held = took["resampled"]
+    print(f"EAP-IG with {RESAMPLES} resamples: {held:.2f} s, {held / took['EAP-IG']:.2f} x EAP-IG")
 
 
 def against_peer() -> None:

@@ -50,6 +50,15 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "faithfulness_curve",
         "Curve",
     ),
+    "circuits.search.stability": ("Stability",),
+    "circuits.heads.records": (
+        "ExplainedHead",
+        "ExplainedHeads",
+    ),
+    "circuits.heads.explain": (
+        "explain_head",
+        "explain_heads",
+    ),
     "circuits.circuit": ("Circuit",),
     "circuits.formats.files": (
         "read_circuit",
@@ -142,10 +151,13 @@ if TYPE_CHECKING:
     from .circuits.compare import GraphComparison, compare
     from .circuits.config import AttributionConfig, CircuitConfig
     from .circuits.formats.files import read_circuit, write_circuit
+    from .circuits.heads.explain import explain_head, explain_heads
+    from .circuits.heads.records import ExplainedHead, ExplainedHeads
     from .circuits.patching import patch_edges
     from .circuits.scores import Attribution, ScoredEdge, edge_changes
     from .circuits.search.discover import discover
     from .circuits.search.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve
+    from .circuits.search.stability import Stability
     from .errors import MansuError
     from .evaluation.scores import Scores, evaluate
     from .evaluation.versions import ModelVersion

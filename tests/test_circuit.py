@@ -167,13 +167,14 @@ def test_meta_comes_back_and_unknown_keys_are_left_out(
     assert list(data["graph"]) == [
         *("schema", "architecture", "model", "settings", "provenance", "pairs_per_batch"),
         *("gb_per_pair", "faithfulness", "curve", "completeness", "random_completeness"),
-        *("metric_clean", "metric_corrupt"),
+        *("metric_clean", "metric_corrupt", "caveat"),
     ]  # not model_sha256, which a model made in memory does not have
     data["graph"]["note"] = "mine"
     (tmp_path / "c.json").write_text(json.dumps(data))
     back = Circuit.load(tmp_path / "c.json")
     assert back.meta == found.meta
-    assert (back | back).meta == CircuitMeta(model="tiny", made_by="union")
+    said = found.meta.caveat  # of a random model
+    assert (back | back).meta == CircuitMeta(model="tiny", made_by="union", caveat=said)
 
 
 def test_a_circuit_belongs_to_its_checkpoint(tiny_model: TinyModel, pairs: PairSet):

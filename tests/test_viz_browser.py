@@ -25,6 +25,7 @@ from mansu_interp.circuits.changes import CLASSES
 from mansu_interp.circuits.circuit import Circuit, CircuitMeta
 from mansu_interp.circuits.compare import GraphComparison
 from mansu_interp.circuits.scores import Attribution
+from mansu_interp.circuits.search.stability import Stability
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
 from mansu_interp.viz.layout import Layout, box_id, place
@@ -103,6 +104,56 @@ def test_circuit_page(driver: Any, tmp_path: Path):
     for name in ("q", "k", "v", "mlp"):
         driver.find_element("xpath", f"//button[text()='{name}']").click()
     assert set(view(driver, "v.drawn.map((i) => v.target[i])")) <= {"logits"}
+    quiet(driver, page)
+
+
+def test_a_stable_circuit_and_its_heads(driver: Any, tmp_path: Path):
+    """Edges fade with their frequency, which tip and list say; a head's card has its role and what
+    makes its attention."""
+    circuit = make_circuit()
+    often = np.linspace(0, 1, circuit.scores.size).reshape(circuit.scores.shape)
+    low, high, same = circuit.scores - 1, circuit.scores + 1, np.ones_like(often)
+    stable = Stability(50, "facts", low, high, often, same, 0.8, 0.1, 0.9)
+    shown = circuit_view(replace(circuit, stability=stable))
+    head = {
+        "roles": ["induction 0.93"],
+        "attention": {"subject": 0.75, "self": 0.25},
+        "looks_at": "subject",
+        "logit": 2.5,
+        "keys": [["m0", 1.5], ["input", 0.5]],
+        "query": [["input", 2.0]],
+        "effect": -0.25,
+    }
+    data = replace(shown.data, heads={"a1.h2": head})
+    page = View(data).to_html(tmp_path / "stable.html")
+    opened(driver, page)
+    n = circuit.n_edges
+    expected = data.edges.frequency or []
+    alphas = view(driver, "v.drawn.map((i) => [v.edge[i], v.look(i, 0).alpha])")
+    assert len(alphas) == n
+    for k, alpha in alphas:
+        assert alpha == pytest.approx(0.12 + 0.83 * expected[int(k)])
+    legend = driver.find_element("css selector", ".legend").text
+    assert "Opacity: share of 50 resamples of facts whose circuit has the edge" in legend
+    heads = driver.find_elements("css selector", ".list th")
+    assert [th.text.rstrip(" ▾▴") for th in heads] == [
+        "from → to", "score", "frequency", "2.5 %", "97.5 %",
+    ]  # fmt: skip
+    heads[2].find_element("css selector", "button").click()
+    found = view(driver, "v.list.items.map(({cells}) => cells[2])")
+    assert found == sorted(found, reverse=True) and len(found) == n
+    assert driver.find_elements("css selector", ".list td")[2].text == f"{found[0]:.0%}"
+    words = view(driver, "v.describeEdge(v.drawn[0], false).map((x) => x.textContent).join(' ')")
+    k = int(alphas[0][0])
+    assert f"in the circuit of {expected[k]:.0%} of 50 resamples of facts; 95 % of them" in words
+    box = place(circuit.graph.architecture).boxes["a1.h2"]
+    driver.execute_script(CLICK, box.x, box.y)
+    settle(driver)
+    tip = driver.find_element("css selector", ".tip").text
+    assert "induction 0.93; looks at subject 75%; answer − rival −0.25" in tip
+    card = driver.find_element("css selector", ".detail").text
+    assert "also at self 25%" in card and "attention logit to subject, above the mean: +2.5" in card
+    assert "keys from" in card and "m0" in card and "+1.5" in card
     quiet(driver, page)
 
 

@@ -2,6 +2,6 @@
 
 Public, from `mansu_interp`: AttributionConfig, CircuitConfig, Attribution, ScoredEdge,
 edge_changes, attribute, patch_edges, Ablation, Ablated, circuit_metric, faithfulness_curve, Curve,
-Circuit, read_circuit, write_circuit, discover, classify, Changes, GraphComparison, compare. The
-rest is implementation.
+Stability, ExplainedHead, ExplainedHeads, explain_head, explain_heads, Circuit, read_circuit,
+write_circuit, discover, classify, Changes, GraphComparison, compare. The rest is implementation.
 """

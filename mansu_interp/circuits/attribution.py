@@ -45,15 +45,15 @@ from ..models.graph import Graph
 from ..models.hook_points import Hook, Recorder
 from ..models.hooked import AnyModel
 from ..models.stream import Stream, widen
-from ..tasks.pairs import Batch, PairSet
+from ..tasks.pairs import Batch, PairSet, collate
 from ..utils.distributed import shard, sum_over_processes, world_size
 from ..utils.ranges import entrance
 from .ablation import Rebuilder, check_exact
 from .config import AttributionConfig, pairs_per_batch
-from .metrics import Logits, Metric, get_metric
+from .metrics import Logits, Metric, caveat, get_metric
 from .patching import difference
 from .rules import Rules, straight
-from .scores import Attribution
+from .scores import Attribution, OnPairs
 
 
 @dataclass
@@ -63,6 +63,8 @@ class _Sums:
     scores: Float[Tensor, "writers readers"]
     by_position: Float[Tensor, "pos writers readers"] | None
     neurons: dict[str, Float[Tensor, " n"]]
+    each: Float[Tensor, "batch writers readers"] | None = None
+    """Of the pairs of the batch at hand, if they are asked for."""
 
     @classmethod
     def zeros(cls, graph: Graph, positions: int) -> _Sums:
@@ -205,6 +207,11 @@ def _add_scores(
         flat_writes = rearrange(writes, "writers tokens d -> writers (tokens d)")
         part = weight * (flat_writes @ rearrange(g, "readers tokens d -> readers (tokens d)").T)
         sums.scores[at, column : column + len(g)] += part.cpu()
+        if sums.each is not None:
+            sizes = runs.real.sum(1).tolist()
+            for one, w, r in zip(sums.each, writes.split(sizes, 1), g.split(sizes, 1), strict=True):
+                here = one[at, column : column + len(g)]
+                here.addmm_(w.flatten(1), r.flatten(1).T, alpha=weight)
         if sums.by_position is not None:
             pattern = "writers tokens d, readers tokens d -> tokens writers readers"
             by_token = weight * einsum(writes, g, pattern).cpu()
@@ -266,8 +273,9 @@ def _add_batch(
     neurons: bool,
     means: list[Tensor] | None,
     sums: _Sums,
-) -> tuple[float, float]:
-    """Add one batch to the sums; returns its summed clean and corrupt metric."""
+) -> Float[Tensor, "3 batch"]:
+    """Add one batch to the sums; returns the clean and the corrupt metric of each pair, and 1 where
+    the model ranks the answer first."""
     stream = rules.stream
     layers, path, moved = range(stream.n_layers), config.path(), _moved(stream, config)
     inside = [n for i in layers for n in (stream.z(i), stream.neurons(i))] if neurons else []
@@ -296,8 +304,8 @@ def _add_batch(
                 at, watched = start + alpha * way, _watched(stream, inside)
                 run = _run(rules, batch.clean, batch.last, watched, (name, at), grad=True)
             _add_scores(rules, runs, run, metric, 1 / len(path), sums, rows)
-    values = [metric(x, batch, logits[0]).sum().item() for x in logits]
-    return values[0], values[1]
+    values = [metric(x, batch, logits[0]) for x in logits]
+    return torch.stack([*values, logits[0].argmax(-1) == batch.answer]).detach().cpu()
 
 
 @entrance(CircuitError)
@@ -310,6 +318,7 @@ def attribute(
     on_batch: Callable[[int, int], None] | None = None,
     positions: bool = False,
     neurons: bool = False,
+    on_pairs: OnPairs | None = None,
 ) -> Attribution:
     """Score every edge of a model on a set of pairs.
 
@@ -325,6 +334,7 @@ def attribute(
         on_batch: called with (pairs done, pairs in all).
         positions: score every token position separately as well.
         neurons: score every MLP neuron and head dimension as well.
+        on_pairs: called with the pairs of each batch and the scores of each of them.
 
     Returns:
         Mean scores; positive = the clean value along the edge raises the metric.
@@ -351,21 +361,29 @@ def attribute(
     mine = shard(pairs.pairs)
     size, _ = pairs_per_batch(stream.graph, stream.model.d_model, longest, config)
     means = rebuilder.means(pairs, size) if config.ablation == "mean" else None
-    ends = torch.zeros(2, dtype=torch.float64)
+    facts = {fact: k for k, fact in enumerate(dict.fromkeys(p.fact for p in pairs))}
+    ends = torch.zeros(len(facts), 4, dtype=torch.float64)
     done = 0
-    for batch in PairSet(pairs.name, mine).batches(size, stream.model.device) if mine else ():
-        ends += torch.tensor(_add_batch(rules, batch, config, function, neurons, means, sums))
-        done += len(batch)
+    for part in PairSet(pairs.name, mine).parts(size) if mine else ():
+        batch, shape = collate(part, stream.model.device), (len(part), *sums.scores.shape)
+        sums.each = torch.zeros(shape, device=stream.model.device) if on_pairs else None
+        values = _add_batch(rules, batch, config, function, neurons, means, sums)
+        rows = torch.tensor([facts[p.fact] for p in part])
+        ends.index_add_(0, rows, torch.cat([values, torch.ones(1, len(part))]).T.double())
+        if on_pairs and sums.each is not None:
+            on_pairs(part, sums.each)
+        done += len(part)
         if on_batch:
             on_batch(done, len(mine))
     for tensor in (sums.scores, ends, sums.by_position, *sums.neurons.values()):
         if tensor is not None:
             sum_over_processes(tensor)
-    return _mean(stream, sums, ends, len(pairs))
+    return _mean(stream, sums, ends)
 
 
-def _mean(stream: Stream, sums: _Sums, ends: Float[Tensor, " 2"], n: int) -> Attribution:
-    """The sums over ``n`` pairs as means."""
+def _mean(stream: Stream, sums: _Sums, ends: Float[Tensor, "facts 4"]) -> Attribution:
+    """The sums over all pairs as means."""
+    clean, corrupt, _, n = ends.sum(0).tolist()
     exists = stream.graph.exists
     scores = (sums.scores / n).float().numpy() * exists
     if not np.isfinite(scores).all():
@@ -376,8 +394,9 @@ def _mean(stream: Stream, sums: _Sums, ends: Float[Tensor, " 2"], n: int) -> Att
     return Attribution(
         graph=stream.graph,
         scores=scores,
-        clean=float(ends[0]) / n,
-        corrupt=float(ends[1]) / n,
+        clean=clean / n,
+        corrupt=corrupt / n,
         by_position=None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
         neurons={k: (v / n).float().numpy() for k, v in sums.neurons.items()},
+        caveat=caveat(ends),
     )

@@ -20,9 +20,13 @@ from ..utils.files import Json, atomic_path, expect, read_json, write_json
 from ..utils.hub import Shareable
 from ..utils.ranges import entrance
 from .config import CircuitConfig
-from .scores import ScoredEdge, html_table, labelled, ranked_edges, to_networkx
+from .scores import ScoredEdge, edge_frame, html_table, labelled, ranked_edges, to_networkx
+from .search.stability import Stability
 
 if TYPE_CHECKING:
+    import pandas
+
+    from .heads.records import ExplainedHeads
     from .metrics import Metric
     from .search.faithfulness import Ablated
 
@@ -74,8 +78,12 @@ FILE = {
         "metric_corrupt?": float,
         "made_by?": str,
         "caveat?": str,
+        "stability?": Stability.WHOLE,
     },
-    "links": [{"source": str, "target": str, "score": float, "kind": str}],
+    "links": [
+        {"source": str, "target": str, "score": float, "kind": str}
+        | {f"{name}?": float for name in Stability.EDGE}
+    ],
 }
 """What is checked of a file; what else is in it is left out."""
 
@@ -166,6 +174,8 @@ class Circuit(Shareable):
     """Model, settings, faithfulness and its measured curve."""
     pairs: PairSet | None = field(default=None, repr=False, compare=False)
     """The pairs it was discovered on, if discovered in this process."""
+    stability: Stability | None = field(default=None, repr=False, compare=False)
+    """How it holds under resampling, if that was asked for."""
 
     @property
     def n_edges(self) -> int:
@@ -228,13 +238,51 @@ class Circuit(Shareable):
             out.append(necessity(meta.completeness, meta.random_completeness))
         return out
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """The circuit's edges, the strongest first: source, target and score in metric units; with
+        a `stability`, also ``low``, ``high``, ``frequency`` and ``same_sign``."""
+        top = self.top(self.n_edges)
+        frame, stable = edge_frame(top), self.stability
+        if stable is not None:
+            rows, columns = zip(*(self.graph.edge(e.source, e.target) for e in top), strict=True)
+            for name in stable.EDGE:
+                frame[name] = getattr(stable, name)[list(rows), list(columns)]
+        return frame
+
+    @entrance(CircuitError)
+    def explain(self, model: AnyModel, pairs: PairSet | None = None) -> ExplainedHeads:
+        """What the circuit's heads do: where they look and why, what they write, their role.
+
+        Arguments:
+            model: the circuit's model, or an edited one of the same architecture.
+            pairs: on which; default: those that it was discovered on in this process.
+
+        Raises:
+            CircuitError: another architecture, or a circuit from a file without ``pairs``.
+        """
+        from .heads.explain import explain_heads
+
+        model, pairs = as_model(model), pairs or self.pairs
+        if model.architecture != self.graph.architecture:
+            raise CircuitError(f"The circuit is of {self.graph.architecture}, not {model.name}.")
+        if pairs is None:
+            raise CircuitError(
+                "This circuit does not hold the pairs that it was found on: give pairs=, such as "
+                "load_task(name, model).forget.sample(96, 0)."
+            )
+        heads = [n.id for n, writes in self.components() if writes and n.kind == "head"]
+        return explain_heads(model, pairs, heads)
+
     def __repr__(self) -> str:
         faithful = self.meta.faithfulness
         known = f", faithfulness {faithful:.3f}" if faithful is not None else ""
         if self.meta.completeness is not None:
             known += f", completeness {self.meta.completeness:.3f}"
         of = f" of {self.meta.model}" if self.meta.model else ""
-        return f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges{of}{known})"
+        parts = [f"{self.n_edges:,} of {self.graph.n_edges:,} edges{of}{known}"]
+        parts += [self.stability.sentence] if self.stability else []
+        parts += [f"caveat: {self.meta.caveat}"] if self.meta.caveat else []
+        return f"Circuit({'; '.join(parts)})"
 
     def _repr_html_(self) -> str:
         return html_table(f"{self!r}; the strongest:", self.top())
@@ -295,17 +343,23 @@ class Circuit(Shareable):
         edges: Bool[np.ndarray, "writers readers"],
         scores: Float[np.ndarray, "writers readers"],
     ) -> Circuit:
-        return replace(self, scores=scores, edges=edges, meta=self.meta.of_parts(how))
+        meta = self.meta.of_parts(how)
+        return replace(self, scores=scores, edges=edges, meta=meta, stability=None)
 
     def to_networkx(self) -> nx.DiGraph:
         """The circuit as a directed graph.
 
         Nodes carry ``kind``, ``layer``, ``head``; edges carry ``score`` (metric units) and
         ``kind``: ``residual`` for attribution edges, ``inside`` for the free links from a head's
-        q/k/v inputs to its output. For programs that draw graphs, both carry a ``label``, and edges
-        a ``weight``: |score|, 0 for free links.
+        q/k/v inputs to its output; with a `stability`, the former have its numbers, too. For
+        programs that draw graphs, both carry a ``label``, and edges a ``weight``: |score|, 0 for
+        free links.
         """
         out = labelled(to_networkx(self.graph, self.scores, self.edges))
+        if self.stability:
+            for i, j in np.argwhere(self.edges).tolist():
+                ends = self.graph.writers[i].id, self.graph.readers[j].id
+                out.edges[ends].update(self.stability.of_edge(i, j))
         meta = self.meta.to_json()
         out.graph.update((k, v) for k, v in meta.items() if isinstance(v, (str, int, float)))
         return out
@@ -325,9 +379,14 @@ class Circuit(Shareable):
         """
         net = self.to_networkx()
         if edges == "links":  # what can be told from the rest is for other programs
-            net = to_networkx(self.graph, self.scores, self.edges)
+            for _, values in net.nodes(data=True):
+                del values["label"]
+            for _, _, values in net.edges(data=True):
+                del values["label"], values["weight"]
         sizes = asdict(self.graph.architecture)
         graph = {"schema": SCHEMA, "architecture": sizes, **self.meta.to_json()}
+        if self.stability:
+            graph["stability"] = self.stability.told()
         return {**nx.node_link_data(net, edges=edges), "graph": graph}
 
     @entrance(CircuitError)
@@ -363,13 +422,16 @@ class Circuit(Shareable):
             # Zeros take no memory before they are written to: a small file cannot claim much.
             shape = (len(graph.writers), len(graph.readers))
             scores, edges = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
+            links = dict[tuple[int, int], Mapping[str, Json]]()
             for link in data["links"]:
                 if link["kind"] == "residual":
                     if abs(link["score"]) > MAX_SCORE:
                         raise ValueError(f"the score {link['score']:g} is no float32")
                     at = graph.edge(link["source"], link["target"])
-                    edges[at], scores[at] = True, link["score"]
-            return cls(graph, scores, edges, CircuitMeta.from_json(data["graph"]))
+                    edges[at], scores[at], links[at] = True, link["score"], link
+            meta, held = CircuitMeta.from_json(data["graph"]), data["graph"].get("stability")
+            stable = held and Stability.from_json(held, links, shape)
+            return cls(graph, scores, edges, meta, stability=stable or None)
         except ArtifactError:
             raise
         except ValueError as error:

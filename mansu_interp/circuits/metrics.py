@@ -73,3 +73,27 @@ def get_metric(metric: Metric | str) -> Metric:
         return value
 
     return checked
+
+
+def caveat(ends: Float[Tensor, "facts 4"]) -> str:
+    """What to know of scores of a model that hardly does what is attributed; empty: nothing.
+
+    The gap between clean and corrupt runs counts as seen if its 95 % interval, mean +- 1.96
+    standard errors with the fact as the unit (pairs of one fact go together), lies above 0.
+
+    Arguments:
+        ends: sums over the pairs of each fact: clean metric, corrupt metric, pairs whose answer the
+            model ranks first of all tokens, and pairs.
+    """
+    clean, corrupt, first, n = ends.sum(0).tolist()
+    gap, facts, out = (clean - corrupt) / n, len(ends), []
+    rest = ends[:, 0] - ends[:, 1] - gap * ends[:, 3]
+    half = 1.96 * (float(rest.square().sum()) * facts / max(facts - 1, 1)) ** 0.5 / n
+    if facts > 1 and gap <= half:
+        out.append(
+            f"the metric is {clean / n:.3g} on clean prompts and {corrupt / n:.3g} on corrupt "
+            f"ones, {gap:.3g} ± {half:.2g} apart: no gap that these pairs can tell from none"
+        )
+    if first < n / 2:
+        out.append(f"the model ranks the answer first on {first:.0f} of {n:.0f} pairs")
+    return "; ".join(out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,11 @@ import networkx as nx
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from torch import Tensor
 
 from ..errors import ArtifactError, CircuitError
 from ..models.graph import Architecture, Graph, Node
+from ..tasks.pairs import Pair
 from ..utils.files import expect
 from ..utils.ranges import entrance
 from ..utils.tensors import read_tensors, write_tensors
@@ -24,9 +27,11 @@ if TYPE_CHECKING:
 
     from ..viz.view import View
 
+OnPairs = Callable[[Sequence[Pair], Float[Tensor, "batch writers readers"]], None]
+"""Called with the pairs of a batch and the scores of each of them."""
 SCHEMA = 1
 """Version of the file's format."""
-SCORES_FILE = {"architecture": dict, "clean": float, "corrupt": float}
+SCORES_FILE = {"architecture": dict, "clean": float, "corrupt": float, "caveat?": str}
 """What is checked of its header."""
 
 
@@ -123,6 +128,9 @@ class Attribution:
     neurons: dict[str, Float[np.ndarray, " n"]] = field(default_factory=dict)
     """Scores of each MLP's neurons (``m3``) and each head's output dimensions (``a3.h5``), in units
     of the metric; their sum over a writer is its node score."""
+    caveat: str = ""
+    """What to know when reading the scores: no gap between clean and corrupt prompts, or answers
+    that the model seldom ranks first; empty: nothing."""
 
     def node_scores(self) -> dict[str, float]:
         """Score of each writer: the sum of its outgoing edges, because its total gradient is the
@@ -158,6 +166,7 @@ class Attribution:
             "architecture": asdict(self.graph.architecture),
             "clean": self.clean,
             "corrupt": self.corrupt,
+            **({"caveat": self.caveat} if self.caveat else {}),
         }
         kept = {"scores": self.scores, "by_position": self.by_position}
         tensors = {name: torch.from_numpy(v) for name, v in kept.items() if v is not None}
@@ -186,7 +195,8 @@ class Attribution:
                 raise ValueError("the scores are not finite")
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} holds no edge scores: {error}.") from error
-        return cls(graph, scores, header["clean"], header["corrupt"], places)
+        ends, said = (header["clean"], header["corrupt"]), header.get("caveat", "")
+        return cls(graph, scores, *ends, places, caveat=said)
 
     def view(self) -> View:
         """The graph, drawn (see `circuit_view`)."""
@@ -197,7 +207,7 @@ class Attribution:
     def __repr__(self) -> str:
         return (
             f"Attribution({self.graph.n_edges:,} edges; metric {self.clean:.3g} clean, "
-            f"{self.corrupt:.3g} corrupt)"
+            f"{self.corrupt:.3g} corrupt{self.caveat and f'; caveat: {self.caveat}'})"
         )
 
     def _repr_html_(self) -> str:
@@ -259,4 +269,5 @@ def html_table(caption: str, edges: Sequence[ScoredEdge]) -> str:
         for e in edges
     )
     head = "<tr><th>source</th><th>target</th><th>score</th></tr>"
-    return f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>"
+    caption = f"<caption>{html.escape(caption)}</caption>"
+    return f"<table>{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,11 @@ from .settings import (
 
 if TYPE_CHECKING:
     from ..circuits.circuit import Circuit
+    from ..circuits.heads.records import ExplainedHeads
     from ..circuits.scores import Attribution, ScoredEdge
     from ..models.language_model import LanguageModel
     from ..tasks.pairs import PairSet
+    from ..utils.files import Json
 
 SHOWN = 10
 """Edges that a result prints."""
@@ -48,10 +50,31 @@ def _pairs(config: OnPrompts, model: LanguageModel) -> tuple[PairSet, PairSet | 
     return task.forget, task.retain
 
 
-def _print_edges(edges: Sequence[ScoredEdge]) -> None:
-    width = max(len(e.source) for e in edges)
+def _print_edges(edges: Sequence[ScoredEdge], circuit: Circuit | None = None) -> None:
+    """One line an edge; of a circuit whose stability is known, with that."""
+    width, stable = max(len(e.source) for e in edges), circuit and circuit.stability
     for e in edges:
-        say(f"  {e.source:>{width}} -> {e.target:<12}{e.score:+9.3f}")
+        line = f"  {e.source:>{width}} -> {e.target:<12}{e.score:+9.3f}"
+        if circuit and stable:
+            held = stable.of_edge(*circuit.graph.edge(e.source, e.target))
+            line += f"  [{held['low']:+.3f}, {held['high']:+.3f}]"
+            line += f"  in {held['frequency']:.0%} of resamples"
+        say(line)
+
+
+def _told(found: Circuit, heads: ExplainedHeads | None) -> dict[str, Json]:
+    """A circuit as JSON: size, faithfulness, strongest edges, and what else was asked for."""
+    stable, top = found.stability, found.top(SHOWN)
+    edges = [
+        {**asdict(e), **(stable.of_edge(*found.graph.edge(e.source, e.target)) if stable else {})}
+        for e in top
+    ]
+    measured = ("faithfulness", "completeness", "random_completeness", "irreducible")
+    known = {name: getattr(found.meta, name) for name in measured}
+    out: dict[str, Json] = {"edges": found.n_edges, **known, "strongest": edges}
+    out |= {"stability": stable.told()} if stable else {}
+    out |= {"caveat": found.meta.caveat} if found.meta.caveat else {}
+    return out | ({"heads": {h.head: h.to_json() for h in heads}} if heads is not None else {})
 
 
 def do_discover(config: DiscoverConfig, output: Output) -> int:
@@ -70,22 +93,35 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
             say(f"{model.name}: {model.graph.n_edges:,} edges; {len(forget):,} pairs", flush=True)
         with atomic_folder(config.out, new=True) as folder:
             how, seed = config.circuit, config.seed
-            found = discover(model, forget, config=how, retain=retain, seed=seed, on_step=progress)
+            found = discover(
+                model,
+                forget,
+                config=how,
+                retain=retain,
+                seed=seed,
+                resamples=config.resamples,
+                on_step=progress,
+            )
+            if config.explain:
+                progress("explaining the heads", 0, 0)
+            heads = found.explain(model) if config.explain else None
             progress("drawing", 0, 0)
             found.save(folder / "circuit.json")
             found.save_graphml(folder / "circuit.graphml")
-            circuit_view(found, model=model, pairs=found.pairs).to_html(folder / "circuit.html")
+            view = circuit_view(found, model=model, pairs=found.pairs, heads=heads)
+            view.to_html(folder / "circuit.html")
     if output.json:
-        top = [asdict(e) for e in found.top(SHOWN)]
-        measured = ("faithfulness", "completeness", "random_completeness", "irreducible")
-        known = {name: getattr(found.meta, name) for name in measured}
-        say_json({"edges": found.n_edges, **known, "strongest": top})
+        say_json(_told(found, heads))
         return 0
-    say(f"{found!r}.")
-    for remark in found.remarks():
-        say(remark)
+    short = replace(found, stability=None, meta=replace(found.meta, caveat=""))
+    say(f"{short!r}.")
+    lines = [*found.remarks(), found.stability and found.stability.sentence, found.meta.caveat]
+    for line in filter(None, lines):
+        say(f"{line[0].upper()}{line[1:].rstrip('.')}.")
     say(f"The strongest edges (nats of {config.circuit.metric}):")
-    _print_edges(found.top(SHOWN))
+    _print_edges(found.top(SHOWN), found)
+    if heads is not None:
+        say(repr(heads))
     if not output.quiet:
         say(f"Open {config.out / 'circuit.html'}")
     return 0
@@ -122,12 +158,15 @@ def do_attribute(config: AttributeConfig, output: Output) -> int:
         else:
             found.save(file)
     if output.json:
-        say_json({"edges": [asdict(e) for e in found.top(SHOWN)], "clean": found.clean})
+        said = {"caveat": found.caveat} if found.caveat else {}
+        say_json({"edges": [asdict(e) for e in found.top(SHOWN)], "clean": found.clean, **said})
         return 0
-    say(f"{found!r}. The strongest edges:")
+    say(f"{replace(found, caveat='')!r}. The strongest edges:")
     _print_edges(found.top(SHOWN))
     if not found.clean > found.corrupt:
         say(f"{model.name} does not know these answers: they score no higher on the clean prompts.")
+    if found.caveat:
+        say(f"{found.caveat[0].upper()}{found.caveat[1:]}.")
     if not output.quiet:
         say(f"All of them: {config.out}")
     return 0

@@ -131,8 +131,16 @@ class DiscoverConfig(OnPrompts):
 
     out: Path = Path("runs/circuit")
     """New folder for circuit.json, circuit.graphml and circuit.html."""
+    resamples: int = 0
+    """Draw facts and phrasings again so many times (100, say), and say how stable scores and edges
+    are; attribution runs once. 0: do not."""
+    explain: FlagCreatePairsOff[bool] = False
+    """Say what each head of the circuit does: where it looks and why, what it writes, its role."""
     circuit: CircuitConfig = field(default_factory=lambda: CircuitConfig(removal_tries=300))
     """How the circuit is discovered."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "resamples", at_least=0)
 
 
 @dataclass(frozen=True)

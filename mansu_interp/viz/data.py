@@ -56,6 +56,21 @@ FILE = {
         "in_circuit": [int],
         "scores": [[float]],
         "class?": [int],
+        "frequency?": [float],
+        "low?": [float],
+        "high?": [float],
+    },
+    "resamples?": str,
+    "heads?": {
+        ...: {
+            "roles": [str],
+            "attention": {...: float},
+            "looks_at": str,
+            "logit": float,
+            "keys": [[(str, float)]],
+            "query": [[(str, float)]],
+            "effect": float,
+        }
     },
     "nodes": {"scores": [[float]], "class?": [int]},
     "weights": {...: [str]},
@@ -92,6 +107,12 @@ class EdgeData:
     """A list a pane, in metric units."""
     classes: list[int] | None = None
     """Index into ``CLASSES``; in change views alone."""
+    frequency: list[float] | None = None
+    """Share of resamples whose circuit has the edge, 0 to 1; of a circuit with a stability."""
+    low: list[float] | None = None
+    """2.5th percentile of the score over resamples, in metric units; as ``frequency``."""
+    high: list[float] | None = None
+    """97.5th percentile."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +210,10 @@ class GraphData:
     """By model: how its graph differs from the original's."""
     counts: dict[str, int] = field(default_factory=dict)
     """Edges of each class over the whole graph, without ``quiet``; in change views alone."""
+    resamples: str = ""
+    """How many resamples of what ``edges.frequency`` is of."""
+    heads: dict[str, dict[str, Json]] = field(default_factory=dict)
+    """What heads do, by id (`ExplainedHead.to_json`)."""
     present_from: float | None = None
     """|score| from which an edge counts as present, in metric units; in change views alone."""
     prompts: list[PromptData] = field(default_factory=list)
@@ -211,6 +236,7 @@ class GraphData:
         for part in (edges, nodes):
             if (classes := part.pop("classes")) is not None:
                 part["class"] = classes
+        edges = {name: column for name, column in edges.items() if column is not None}
         out: dict[str, Json] = {
             "schema": SCHEMA,
             "title": self.title,
@@ -240,6 +266,8 @@ class GraphData:
             "prompts": [asdict(p) for p in self.prompts],
             "positions": asdict(self.positions) if self.positions else None,
             "state": dict(self.state),
+            "resamples": self.resamples,
+            "heads": {k: dict(v) for k, v in self.heads.items()},
         }
         return out | {name: value for name, value in more.items() if value}
 
@@ -281,6 +309,9 @@ def _checked(data: Mapping[str, Json]) -> GraphData:
             edges["in_circuit"],
             edges["scores"],
             edges.get("class"),
+            edges.get("frequency"),
+            edges.get("low"),
+            edges.get("high"),
         ),
         nodes=NodeData(nodes["scores"], nodes.get("class")),
         total=data["total"],
@@ -294,6 +325,8 @@ def _checked(data: Mapping[str, Json]) -> GraphData:
         prompts=[_prompt(p) for p in data.get("prompts", ())],
         positions=PositionData(**_only(PositionData, p)) if (p := data.get("positions")) else None,
         state=data.get("state", {}),
+        resamples=data.get("resamples", ""),
+        heads=data.get("heads", {}),
     )
     graph, n = Graph(made.architecture), len(made.edges.source)
     _same_length("edges", n, [made.edges.target, made.edges.in_circuit, *made.edges.scores])
@@ -304,6 +337,12 @@ def _checked(data: Mapping[str, Json]) -> GraphData:
         _same_length("positions", len(graph.writers), at.nodes)
         _same_length("positions", len(at.scores), [at.tokens, at.nodes])
         _same_length("panes", 1, [made.panes])
+    held = [made.edges.frequency, made.edges.low, made.edges.high]
+    if len({bool(made.resamples), *(column is not None for column in held)}) > 1:
+        raise ValueError("resamples, frequency, low and high must come together")
+    _same_length("edges", n, [column for column in held if column is not None])
+    if not all(0 <= x <= 1 for x in made.edges.frequency or ()):
+        raise ValueError("a frequency is no share from 0 to 1")
     for part, length in ((made.edges.classes, n), (made.nodes.classes, len(graph.writers))):
         if (part is not None) != bool(made.counts):
             raise ValueError("classes and counts must come together")

@@ -655,12 +655,19 @@ class GraphView {
 
   widths() { return `Width: |score|, largest ${short(this.widest)} ${this.data.unit}`; }
 
+  // Share of resamples whose circuit has an edge; of a sum, the largest; null where it is not known.
+  frequency(i) {
+    const { frequency } = this.data.edges;
+    return frequency ? Math.max(...this.parts(i).map((k) => frequency[this.edge[k]])) : null;
+  }
+
   // Style and words of what a picture's legend says.
   meanings() {
     const d = this.data;
     const classes = (d.classes || []).filter((c) => c in d.counts).map((c) => [c, `${d.meaning[c]} (${count(d.counts[c])})`]);
     const signs = [["pos", "supports the answer"], ["neg", "opposes it"]];
-    return [...(d.edges.class ? classes : signs), ["", this.widths()], ...(this.byPosition ? [["", MOVES]] : [])];
+    const fades = d.edges.frequency ? [["", `Opacity: share of ${d.resamples} whose circuit has the edge`]] : [];
+    return [...(d.edges.class ? classes : signs), ["", this.widths()], ...fades, ...(this.byPosition ? [["", MOVES]] : [])];
   }
 
   // Notebooks render while detached and switch themes later: asked before every drawing.
@@ -989,7 +996,8 @@ class GraphView {
   // How an edge is drawn in a pane.
   look(i, p) {
     const share = Math.sqrt(Math.abs(this.score(i, p)) / this.widest), name = this.nameOf(i), hot = this.hover?.edge === i;
-    const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1)), own = weakest + (0.95 - weakest) * share;
+    const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1)), often = this.frequency(i);
+    const own = often === null ? weakest + (0.95 - weakest) * share : 0.12 + 0.83 * often;
     const level = this.lit ? this.lit.edges.get(i) || 0 : -1;
     return {
       alpha: hot ? 1 : level < 0 ? own : level === 2 ? Math.max(own, 0.8) : level === 1 ? Math.min(own, 0.55) : 0.06,
@@ -1257,6 +1265,7 @@ class GraphView {
       if (names.length > 1) out.push(make("div", { class: "soft", text: mixture(names.map(([name]) => name), "components", names[0][1]) }));
       else if (names.length && names[0][0] !== "quiet") out.push(make("div", { class: "soft", text: d.meaning[names[0][0]] }));
     }
+    out.push(...roleOf(this, id, full));
     const weights = d.weights[componentOf(id)] || [];
     if (weights.length) out.push(make("div", { class: "mono soft" }, ...weights.flatMap((w) => [w, make("br")])));
     if (!full) return out;
@@ -1276,7 +1285,8 @@ class GraphView {
   describeEdge(i, full) {
     const e = this.data.edges, heads = ["", ...this.paneNames(), ...(e.class ? ["became"] : [])];
     if (i < this.order.length) {
-      return [table([heads, ...this.edgeRows([i])]), make("div", { class: "soft", text: e.in_circuit[this.edge[i]] ? "in the circuit" : "outside the circuit" })];
+      const place = make("div", { class: "soft", text: e.in_circuit[this.edge[i]] ? "in the circuit" : "outside the circuit" });
+      return [table([heads, ...this.edgeRows([i])]), place, ...heldWords(this, i)];
     }
     const parts = full ? [table([["strongest of them", ...heads.slice(1)], ...this.edgeRows(this.parts(i).slice(0, 8))])] : [];
     return [table([heads, ...this.edgeRows([i])]), make("div", { class: "soft", text: sumWords(this, i) }), ...parts];

@@ -45,6 +45,7 @@ from .layout import (
     wanted_width,
 )
 from .svg import (
+    FADES,
     LEFT_OUT,
     SIGN_TEXT,
     box_svg,
@@ -154,6 +155,8 @@ class _Line:
     """By pane."""
     style: str
     """Class, or sign."""
+    frequency: float | None = None
+    """Share of resamples whose circuit has it; of a sum, the largest."""
 
     @property
     def strength(self) -> float:
@@ -192,7 +195,8 @@ def _lines(data: GraphData, top: int, by_position: bool) -> tuple[list[_Line], i
         if p >= 0 and data.positions:
             scores = [data.positions.scores[p][k]]
         style = CLASSES[classes[k]] if classes is not None else ""
-        out.append(_Line(names[k][0] + at, names[k][1] + at, scores, style))
+        often = data.edges.frequency[k] if data.edges.frequency is not None else None
+        out.append(_Line(names[k][0] + at, names[k][1] + at, scores, style, often))
     return out, len(found)
 
 
@@ -206,7 +210,8 @@ def _summed(lines: Sequence[_Line], inside: Mapping[str, str]) -> list[_Line]:
             continue
         if old := out.get((ends[0], ends[1])):
             scores = [a + b for a, b in zip(old.scores, line.scores, strict=True)]
-            out[ends[0], ends[1]] = replace(old, scores=scores)
+            often = None if old.frequency is None else max(old.frequency, line.frequency or 0.0)
+            out[ends[0], ends[1]] = replace(old, scores=scores, frequency=often)
         else:
             out[ends[0], ends[1]] = replace(line, source=ends[0], target=ends[1])
     return sorted(out.values(), key=lambda x: -x.strength)
@@ -310,7 +315,9 @@ def _view_legend(data: GraphData, drawing: _Drawing, largest: float) -> list[tup
     legend = list(SIGN_TEXT.items())
     if data.counts:
         legend = [(c, f"{MEANING[c]} ({n:,})") for c, n in data.counts.items()]
-    legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g} {data.unit}."))
+    what = "Width" if data.resamples else "Width and opacity"
+    legend.append(("", f"{what}: |score|, the largest {largest:.3g} {data.unit}."))
+    legend += [("", FADES.format(data.resamples))] if data.resamples else []
     summed = f", as {len(drawing.lines):,} lines" if len(drawing.lines) < drawing.edges else ""
     legend.append(("", f"Drawn: the strongest {drawing.edges:,} of {drawing.of}{summed}."))
     if drawing.layout.columns:
@@ -337,7 +344,7 @@ def _pane(data: GraphData, drawing: _Drawing, pane: int, largest: float) -> list
         share = abs(score) / largest if largest else 0.0
         style = line.style or ("pos" if line.scores[0] >= 0 else "neg")
         ends = (line.source, line.target)
-        parts.append(edge_svg(layout, ends, score, share, weakest, style))
+        parts.append(edge_svg(layout, ends, score, share, weakest, style, line.frequency))
     return parts + [box_svg(b, title or "component", True) for b in boxes if b.id in active]
 
 

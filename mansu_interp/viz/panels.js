@@ -33,6 +33,7 @@ border-radius:5px;padding:2px 6px;width:130px}
 .mg .heat .down{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;height:auto;padding:4px 0;color:var(--soft)}
 .mg .heat button{font-size:11px;padding:2px 5px}
 .mg .heat .cell{border:1px solid var(--faint)}
+.mg .role{margin-top:5px}
 .mg .effect td:nth-child(3),.mg .effect th:nth-child(3){text-align:left}
 .mg .places{margin-top:10px;overflow-x:auto;border-top:1px solid var(--faint);padding-top:7px}
 .mg .foot{border-top:1px solid var(--faint);margin-top:9px;padding-top:8px;display:flex;flex-wrap:wrap;gap:6px 8px;align-items:center}
@@ -289,6 +290,22 @@ function mixture(names, what, strongest) {
 
 // ---- the list of nodes and edges ----------------------------------------------------------------
 
+const HELD = ["frequency", "2.5 %", "97.5 %"]; // of edges, over resamples
+const percent = (x) => (x === null ? "–" : `${Math.round(100 * x)}%`);
+
+// Frequency and interval of an edge; a sum has no interval: resamples of its parts are not added up.
+function heldCells(view, i) {
+  const { frequency, low, high } = view.data.edges, own = view.edge[i], single = i < view.order.length && !view.byPosition;
+  return frequency ? [view.frequency(i), ...(single ? [low[own], high[own]] : [null, null])] : [];
+}
+
+function heldWords(view, i) {
+  const [often, low, high] = heldCells(view, i);
+  if (often === undefined) return [];
+  const interval = low === null ? "" : `; 95 % of them score it from ${fmt(low)} to ${fmt(high)}`;
+  return [make("div", { class: "soft", text: `in the circuit of ${percent(often)} of ${view.data.resamples}${interval}` })];
+}
+
 const ROWS = 150; // more on demand
 const COLUMNS = 3; // that have room on a telephone
 
@@ -337,8 +354,8 @@ class List {
 
   head() {
     const d = this.view.data, panes = this.view.paneNames(), became = d.edges.class ? ["became"] : [];
-    const token = this.view.byPosition ? ["token"] : [];
-    if (this.kind === "edges") return ["from → to", ...panes, ...became, ...token];
+    const token = this.view.byPosition ? ["token"] : [], held = d.edges.frequency ? HELD : [];
+    if (this.kind === "edges") return ["from → to", ...panes, ...held, ...became, ...token];
     const own = ["groups", "notes"].filter((name) => Object.keys(this.view[name]).length).map((name) => name.slice(0, -1));
     return ["node", ...panes, "edges in", "edges out", ...became, ...own, ...token];
   }
@@ -348,7 +365,7 @@ class List {
     const { view } = this, d = view.data;
     if (this.kind === "edges") {
       return view.drawn.map((i) => ({
-        key: i, cells: [nameLine(view, i), ...view.panes.map((_, p) => view.score(i, p)), ...(d.edges.class ? [view.nameOf(i)] : []),
+        key: i, cells: [nameLine(view, i), ...view.panes.map((_, p) => view.score(i, p)), ...heldCells(view, i), ...(d.edges.class ? [view.nameOf(i)] : []),
           ...(view.byPosition ? [view.tokenOf(view.target[i]) || view.tokenOf(view.source[i])] : [])],
       }));
     }
@@ -391,7 +408,7 @@ class List {
     const folds = (x, k) => this.kind === "nodes" && (k === 0 ? isGroup(x) : head[k] === "group" && x && !this.view.closed.has(x));
     const cell = (x, k) => (k === 0 ? make("td", {}, make("button", { type: "button", text: x }), ...(folds(x, k) ? [closeButton(this.view, x.slice(GROUP.length))] : []))
       : folds(x, k) ? make("td", { class: "word", text: x }, closeButton(this.view, x))
-      : make("td", this.wordy(k, head) ? { class: "word", text: x } : { text: head[k].startsWith("edges ") ? count(x) : fmt(x) }));
+      : make("td", this.wordy(k, head) ? { class: "word", text: x } : { text: head[k].startsWith("edges ") ? count(x) : head[k] === HELD[0] ? percent(x) : fmt(x) }));
     this.rows = new Map(shown.map(({ key, cells }) => [String(key), make("tr", { "data-key": key }, ...cells.map(cell))]));
     this.table.className = head.length > COLUMNS ? "many" : "";
     this.table.replaceChildren(make("thead", {}, make("tr", {}, ...head.map(title))), make("tbody", {}, ...this.rows.values()));
@@ -441,6 +458,21 @@ function effectTable({ tokens, values, answer }, name) {
   const rows = tokens.map((t, k) => [t, values[k]]), up = rows.filter(([, v]) => v > 0), down = rows.filter(([, v]) => v <= 0).reverse();
   const lines = Array.from({ length: Math.max(up.length, down.length) }, (_, k) => [up[k], down[k]].flatMap((r) => (r ? [r[0], fmt(r[1])] : ["", ""])));
   return make("div", { class: "effect" }, make("div", { class: "soft" }, "direct effect on the logits; on ", make("b", { text: name }), ` ${fmt(answer)}`), table([["raises", "", "lowers", ""], ...lines]));
+}
+
+// What a head does: its role and where it looks; in its card, also what makes it look there.
+function roleOf(view, id, full) {
+  const head = view.data.heads?.[componentOf(id)];
+  if (!head) return [];
+  const share = (role) => `${role} ${percent(head.attention[role])}`;
+  const words = [make("b", { text: head.roles.join(", ") || "no role above chance" }), `; looks at ${share(head.looks_at)}; answer − rival ${fmt(head.effect)}`];
+  const out = [make("div", { class: "role" }, ...words)];
+  if (!full) return out;
+  const others = Object.keys(head.attention).filter((role) => role !== head.looks_at).map(share).join(", ");
+  const rows = head.keys.map((key, k) => [key, head.query[k] ?? ["", null]].flatMap(([name, value]) => [name, value === null ? "" : fmt(value)]));
+  const title = `attention logit to ${head.looks_at}, above the mean: ${fmt(head.logit)}; most of it by`;
+  out.push(make("div", { class: "soft", text: `also at ${others}` }), make("div", { class: "effect" }, make("div", { class: "soft", text: title }), table([["keys from", "", "query from", ""], ...rows])));
+  return out;
 }
 
 // Attention and direct effect on a prompt at a time.

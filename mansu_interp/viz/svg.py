@@ -224,16 +224,24 @@ def path_of(points: Sequence[tuple[float, float]]) -> str:
 
 
 def edge_svg(
-    layout: Layout, edge: tuple[str, str], score: float, share: float, weakest: float, name: str
+    layout: Layout,
+    edge: tuple[str, str],
+    score: float,
+    share: float,
+    weakest: float,
+    name: str,
+    frequency: float | None = None,
 ) -> str:
-    """An edge with its tooltip: width and opacity by its share of the largest score, style by
-    name."""
+    """An edge with its tooltip: width and opacity by its share of the largest score, opacity by the
+    share of resamples that have it where it is known, style by name."""
     source, target = edge
     path = path_of(curve(layout, source, target))
     reader = reader_name(target)
     note = f" (read as {reader})" if reader else ""
     kind = f", {name}" if name in STATUS_TEXT else ""
     width, opacity = 0.8 + 3.6 * share, weakest + (0.95 - weakest) * share
+    if frequency is not None:
+        kind, opacity = f"{kind}, in {frequency:.0%} of resamples", faded(frequency)
     return (
         f'<g class="edge"><title>{escape(f"{source} -> {target}{note}: {score:+.4g}{kind}")}'
         f'</title><path class="hit" d="{path}"/><path class="line {name}" d="{path}" '
@@ -317,7 +325,10 @@ def circuit_svg(
     legend = [(n, STATUS_TEXT.get(n, "no status")) for n in names]
     if status is None:
         legend = list(SIGN_TEXT.items())
-    legend.append(("", f"Width and opacity: |score|, the largest {largest:.3g}."))
+    stable = circuit.stability
+    what = "Width" if stable else "Width and opacity"
+    legend.append(("", f"{what}: |score|, the largest {largest:.3g}."))
+    legend += [("", FADES.format(stable.over))] if stable else []
     if len(drawn) < total:
         legend.append(("", f"Drawn: the strongest {len(drawn):,} of {number_of(total, 'edge')}."))
     if circuit.graph.architecture.n_kv_heads < circuit.graph.architecture.n_heads:
@@ -335,10 +346,19 @@ def circuit_svg(
     weakest = weakest_opacity(len(drawn))
     for edge, score in reversed(drawn.items()):  # the strongest end up in front
         share = abs(score) / largest if largest else 0.0
-        parts.append(edge_svg(layout, edge, score, share, weakest, name(edge)))
+        often = float(stable.frequency[circuit.graph.edge(*edge)]) if stable else None
+        parts.append(edge_svg(layout, edge, score, share, weakest, name(edge), often))
     parts += [box_svg(b, notes[b.id], True) for b in layout.boxes.values() if b.id in active]
     parts.append(legend_svg(legend, 8.0, layout.height + 12))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+FADES = "Opacity: share of {} whose circuit has the edge."
+
+
+def faded(frequency: float) -> float:
+    """Opacity of an edge that so many resamples have; the same rule as `look` in graph.js."""
+    return 0.12 + 0.83 * frequency
 
 
 def weakest_opacity(n: int) -> float:

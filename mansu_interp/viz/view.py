@@ -30,6 +30,7 @@ from .page import graph_page, view_svg
 if TYPE_CHECKING:  # at run time only their attributes are used
     from ..circuits.circuit import Circuit
     from ..circuits.compare import GraphComparison
+    from ..circuits.heads.records import ExplainedHeads
     from ..circuits.scores import Attribution
     from ..masks.mask import Mask
     from ..models.language_model import LanguageModel
@@ -260,10 +261,12 @@ def circuit_view(
     model: LanguageModel | None = None,
     mask: Mask | None = None,
     pairs: Sequence[Pair] | None = None,
+    heads: ExplainedHeads | None = None,
     limit: int | None = LIMIT,
     title: str = "",
 ) -> View:
-    """A circuit and the scores of the other edges around it.
+    """A circuit and the scores of the other edges around it; with its `Circuit.stability`, edges
+    fade with the share of resamples that have them.
 
     Arguments:
         circuit: from `discover`, or read from a file (then only its own edges have scores).
@@ -271,6 +274,7 @@ def circuit_view(
         model: its model, to name the weights behind each component.
         mask: to count the parameters of the mask in them.
         pairs: prompts: with a model, the first three show attention and direct effects.
+        heads: what its heads do, for their cards (from `Circuit.explain`).
         limit: edges in the view: so many, the strongest, and all of the circuit; None: every edge.
         title: default: the model's name.
 
@@ -286,11 +290,18 @@ def circuit_view(
     faithfulness, name = circuit.meta.faithfulness, circuit.meta.model
     facts = [f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges in the circuit"]
     facts += [f"faithfulness {faithfulness:.2f}"] if faithfulness is not None else []
+    facts += [circuit.stability.sentence] if circuit.stability else []
     facts += [circuit.meta.caveat] if circuit.meta.caveat else []
     title = title or f"Circuit{f' of {name}' if name else ''}"
     data = _graph_data(title, circuit, {"": circuit.scores}, limit)
     top = min(TOP, circuit.n_edges) or TOP
     data = replace(data, facts=facts, top=top, weights=_weights(circuit.graph, model, mask))
+    if heads is not None:
+        data = replace(data, heads={head.head: head.to_json() for head in heads})
+    if stable := circuit.stability:
+        at = data.edges.source, data.edges.target
+        columns = {n: _round(getattr(stable, n)[at]) for n in ("frequency", "low", "high")}
+        data = replace(data, edges=replace(data.edges, **columns), resamples=stable.over)
     return View(_with_tokens(data, model, pairs, scores, by_position=scores is not None))
 
 
@@ -326,6 +337,7 @@ def attribution_view(
     circuit = Circuit(scores.graph, scores.scores, nothing)
     data = _graph_data(title, circuit, {"": np.asarray(scores.scores)}, limit)
     facts = [f"metric {scores.clean:.3g} on clean prompts, {scores.corrupt:.3g} on corrupt ones"]
+    facts += [scores.caveat] if scores.caveat else []
     data = replace(data, facts=facts, weights=_weights(scores.graph, model, None))
     return View(_with_tokens(data, model, pairs, scores, by_position))
 

@@ -74,7 +74,8 @@ class GraphWidget(anywidget.AnyWidget):
             rows = np.array([box_id(n.id) in selected for n in graph.writers])
             columns = np.array([box_id(n.id) in selected for n in graph.readers])
             edges &= rows[:, None] | columns[None, :]
-        return replace(circuit, edges=edges, meta=circuit.meta.of_parts("selection"))
+        meta = circuit.meta.of_parts("selection")
+        return replace(circuit, edges=edges, meta=meta, stability=None)
 
     def _strength(self, circuit: Circuit) -> Float[np.ndarray, "writers readers"]:
         """|score| of every edge; in the layout by position, the largest of those it has there."""

@@ -8,6 +8,8 @@
 4. Of the fewest, leave out edges while exact ablation stays at the target (`removal.remove_edges`),
    if the settings ask for it.
 5. Ablate the circuit alone, to see whether it is necessary (`faithfulness.completeness`).
+6. With ``resamples``, say how scores and edges hold when other facts and phrasings are drawn
+   (`stability`).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ..config import CircuitConfig, pairs_per_batch
 from ..scores import Attribution
 from .faithfulness import completeness, minimal_edges, random_completeness, strongest
 from .removal import remove_edges
+from .stability import Resamples, Stability, measure_stability
 
 TRIES = 14
 """Circuits that the search usually tries, for the time left and for plans."""
@@ -61,6 +64,7 @@ def discover(
     config: CircuitConfig | None = None,
     retain: PairSet | None = None,
     seed: int = 0,
+    resamples: int = 0,
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> Circuit:
     """Find a small circuit that carries the forget answers.
@@ -71,6 +75,8 @@ def discover(
         config: attribution, faithfulness target and discount on edges that ``retain`` needs.
         retain: pairs whose answers must stay; edges that they need lose rank.
         seed: which pairs are drawn.
+        resamples: draw facts and phrasings again so many times and say how the circuit holds
+            (`Circuit.stability`); attribution runs once. 0: do not.
         on_step: called with (stage, done, total).
 
     Returns:
@@ -78,21 +84,33 @@ def discover(
         answer), and what it was discovered with in ``meta``.
 
     Raises:
-        CircuitError: a model that cannot be attributed, or settings out of range.
+        CircuitError: a model that cannot be attributed, settings out of range, or pairs of one
+            fact that are to be resampled.
     """
     config, model = config or CircuitConfig(), as_model(model)
+    if resamples < 0:
+        raise CircuitError(f"resamples must be at least 0; got {resamples}.")
     note = on_step or (lambda *_: None)
 
-    def score(which: str, pairs: PairSet) -> Attribution:
+    def score(which: str, pairs: PairSet, draws: Resamples | None) -> Attribution:
         stage = f"attribution of {which} pairs"
-        return attribute(model, pairs, config=config, on_batch=lambda d, n: note(stage, d, n))
+        return attribute(
+            model,
+            pairs,
+            config=config,
+            on_batch=lambda d, n: note(stage, d, n),
+            on_pairs=draws,
+        )
 
     chosen = forget.sample(config.pairs, seed)
-    found = score("forget", chosen)
+    draws, again = Resamples(chosen, resamples, seed) if resamples else None, None
+    found = score("forget", chosen, draws)
     _check_known(model, found)
     ranking = found.scores
     if retain is not None and config.retain_discount:
-        retained = score("retain", retain.sample(config.pairs, seed))
+        kept = retain.sample(config.pairs, seed)
+        again = Resamples(kept, resamples, seed) if resamples else None
+        retained = score("retain", kept, again)
         ranking = selective_scores(found.scores, retained.scores, config.retain_discount)
     selected = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
@@ -106,9 +124,43 @@ def discover(
         gb_per_pair=round(gb, 4),
         metric_clean=found.clean,
         metric_corrupt=found.corrupt,
-        caveat=ROUTED if model.routed else "",
+        caveat="; ".join(filter(None, (ROUTED if model.routed else "", found.caveat))),
     )
-    return Circuit(found.graph, found.scores, selected.edges, selected.describe(meta), chosen)
+    edges, discount = selected.edges, config.retain_discount
+    stable = draws and _stability(found, ranking, edges, draws, again, discount)
+    return Circuit(found.graph, found.scores, edges, selected.describe(meta), chosen, stable)
+
+
+def _stability(
+    found: Attribution,
+    ranking: Float[np.ndarray, "writers readers"],
+    edges: Bool[np.ndarray, "writers readers"],
+    draws: Resamples,
+    again: Resamples | None,
+    discount: float,
+) -> Stability:
+    """How the circuit holds when facts and phrasings are drawn again: as many edges of each
+    resample's own ranking as it takes for one of the circuit's size here."""
+    graph, size = found.graph, int(edges.sum())
+    low, high = 0, graph.n_edges
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = strongest(graph, ranking, middle).sum() >= size
+        low, high = (low, middle) if enough else (middle, high)
+    resampled, retained = draws.means(), again and again.means()
+    rankings = (
+        own if retained is None else selective_scores(own, retained[k], discount)
+        for k, own in enumerate(resampled)
+    )
+    return measure_stability(
+        found.scores,
+        resampled,
+        rankings,
+        strongest(graph, ranking, high),
+        graph.exists,
+        lambda scores: strongest(graph, scores, high),
+        draws.drawn,
+    )
 
 
 def _check_known(model: LanguageModel | HookedModel, found: Attribution) -> None:

@@ -1,0 +1,1 @@
+"""What single heads do: where they look and why, what they write, their role."""
