@@ -21,8 +21,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402
 
-from mansu_interp.circuits.circuit import Circuit, CircuitMeta  # noqa: E402
+from mansu_interp.circuits.circuit import Circuit  # noqa: E402
 from mansu_interp.circuits.scores import Attribution  # noqa: E402
+from mansu_interp.circuits.search.meta import CircuitMeta  # noqa: E402
 from mansu_interp.models.graph import Architecture, Graph  # noqa: E402
 from mansu_interp.viz.view import attribution_view, changes_view, circuit_view  # noqa: E402
 

@@ -166,8 +166,9 @@ def _written(save: Callable[[Path], object]) -> bytes:
 
 
 def _circuit_seeds() -> list[bytes]:
-    from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+    from mansu_interp.circuits.circuit import Circuit
     from mansu_interp.circuits.config import CircuitConfig
+    from mansu_interp.circuits.search.meta import CircuitMeta
     from mansu_interp.models.graph import Architecture, Graph
 
     out = []
@@ -524,7 +525,7 @@ def _things() -> dict[str, Any]:
     import torch
 
     import mansu_interp as mansu
-    from mansu_interp.circuits.circuit import CircuitMeta
+    from mansu_interp.circuits.search.meta import CircuitMeta
     from mansu_interp.tasks.schema import RowOptions
 
     folder = _scratch() / "model"

@@ -20,7 +20,7 @@ from conftest import SHIPPED, make_pairs, make_tiny
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
-from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import compare
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.metrics import logit_diff
@@ -33,6 +33,7 @@ from mansu_interp.circuits.search.faithfulness import (
     minimal_edges,
     strongest,
 )
+from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.masks.select import circuit_mask

@@ -11,11 +11,12 @@ import pytest
 
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.changes import CLASSES, MEANING, classify
-from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import REFERENCE, compare, divergence
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.scores import Attribution
 from mansu_interp.circuits.search.faithfulness import strongest
+from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.errors import CircuitError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import PairSet

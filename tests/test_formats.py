@@ -14,10 +14,11 @@ import torch
 from conftest import SHIPPED, make_pairs, make_tiny
 from transformer_lens.tools.analysis.attribution_patching import Node as LensNode
 
-from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.formats.files import read_circuit, write_circuit
 from mansu_interp.circuits.search.discover import discover
+from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.cli.main import main
 from mansu_interp.errors import ArtifactError
 from mansu_interp.models.graph import Architecture, Graph

@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
-from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.circuits.search.faithfulness import completeness, random_completeness, strongest
+from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.circuits.search.rebuilt import Rebuilt
 from mansu_interp.circuits.search.removal import remove_edges
 from mansu_interp.errors import ConfigError
@@ -97,7 +98,7 @@ def test_two_redundant_paths_are_sufficient_each_and_necessary_neither():
     assert 0.5 < random_completeness(ablation, 2, seed=1) <= 1.0001
     circuit = discover(model, pairs, config=replace(FEW, removal_tries=1000))
     assert circuit.n_edges == 2 and circuit.meta.irreducible
-    smallest, left = circuit.remarks()
+    smallest, left = circuit.meta.remarks()
     assert smallest == (
         "It is the smallest found: no single edge can be left out, though a smaller circuit may "
         "exist."
@@ -116,7 +117,7 @@ def test_a_single_path_is_necessary():
     # Of eight draws of 2 of 13 edges, those that hit one of the two leave nothing: 24 in 78 do.
     left = circuit.meta.random_completeness
     assert left is not None and left * 8 == pytest.approx(round(left * 8), abs=1e-3) and left > 0.3
-    assert "not necessary" not in circuit.remarks()[1]
+    assert "not necessary" not in circuit.meta.remarks()[1]
 
 
 @pytest.mark.slow
@@ -165,11 +166,11 @@ def test_a_search_that_ends_early_says_so_and_is_no_worse(tmp_path: Path):
     assert (again.edges == short.edges).all() and again.meta.curve == short.meta.curve
     assert ranked.meta.irreducible is None and short.meta.irreducible is False
     assert short.n_edges < ranked.n_edges and (short.meta.faithfulness or 0) >= TARGET
-    assert short.remarks()[0].startswith("Leaving edges out ended after 30 circuits: more may")
+    assert short.meta.remarks()[0].startswith("Leaving edges out ended after 30 circuits: more may")
     assert remove_edges(Ablation(model, pairs), ranked.edges, target=TARGET, tries=30).tried <= 30
     short.save(tmp_path / "c.json")
     back = Circuit.load(tmp_path / "c.json")
-    assert back.meta == short.meta and back.remarks() == short.remarks()
+    assert back.meta == short.meta and back.meta.remarks() == short.meta.remarks()
     assert CircuitMeta.from_json({"settings": {"pairs": 5}}).settings == CircuitConfig(pairs=5)
     with pytest.raises(ConfigError, match="removal_tries must be at least 0; got -1"):
         CircuitConfig(removal_tries=-1)

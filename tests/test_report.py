@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from mansu_interp.audit.cad import CAD
-from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import Divergence
 from mansu_interp.circuits.scores import Attribution
+from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.cli.main import main, parse
 from mansu_interp.errors import ArtifactError, CircuitError
 from mansu_interp.evaluation.properties import Property, Verdict

@@ -23,10 +23,11 @@ import torch
 
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.changes import CLASSES, classify
-from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import Divergence, GraphComparison
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.circuits.scores import Attribution
+from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.errors import ArtifactError, CircuitError, ViewError
 from mansu_interp.masks.mask import Mask
 from mansu_interp.models.graph import Architecture, Graph

@@ -22,9 +22,10 @@ import pytest
 from test_view import GROUPS, SHOWN, by_position, make_attributions, make_circuit
 
 from mansu_interp.circuits.changes import CLASSES
-from mansu_interp.circuits.circuit import Circuit, CircuitMeta
+from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import GraphComparison
 from mansu_interp.circuits.scores import Attribution
+from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.circuits.search.stability import Stability
 from mansu_interp.models.graph import Architecture, Graph
 from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData

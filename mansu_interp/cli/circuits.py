@@ -115,7 +115,7 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
         return 0
     short = replace(found, stability=None, meta=replace(found.meta, caveat=""))
     say(f"{short!r}.")
-    lines = [*found.remarks(), found.stability and found.stability.sentence, found.meta.caveat]
+    lines = [*found.meta.remarks(), found.stability and found.stability.sentence, found.meta.caveat]
     for line in filter(None, lines):
         say(f"{line[0].upper()}{line[1:].rstrip('.')}.")
     say(f"The strongest edges (nats of {config.circuit.metric}):")

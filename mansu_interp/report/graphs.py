@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..circuits.circuit import necessity
+from ..circuits.search.meta import necessity
 from ..utils.words import number_of
 from ..viz.plots import curve_svg
 from .blocks import Block, Graph, Picture, Table

@@ -29,10 +29,11 @@ from ...tasks.pairs import PairSet
 from ...utils.ranges import entrance
 from ..ablation import Ablation
 from ..attribution import attribute
-from ..circuit import Circuit, CircuitMeta
+from ..circuit import Circuit
 from ..config import CircuitConfig, pairs_per_batch
 from ..scores import Attribution
 from .faithfulness import completeness, minimal_edges, random_completeness, strongest
+from .meta import CircuitMeta
 from .removal import remove_edges
 from .stability import Resamples, Stability, measure_stability
 
