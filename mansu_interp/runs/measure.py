@@ -85,7 +85,6 @@ def measure(run: RunContext, edited: Edited) -> Report:
     run.note("quantizing", 0, 0)
     models: dict[ModelVersion, LanguageModel] = {
         ORIGINAL: run.model,
-        ORIGINAL.after(QUANTIZER): quantize(run.model, QUANTIZER, sharing=True),
         EDITED: edited.model,
         EDITED.after(QUANTIZER): quantize(edited.model, QUANTIZER, sharing=True),
     }
@@ -99,7 +98,6 @@ def measure(run: RunContext, edited: Edited) -> Report:
     run.clock.lap("compare")
     held = properties(scores, deployed(run.config), attacked.get(EDITED))
     run.note("what the models write", 0, 0)
-    shown = {v: m for v, m in models.items() if v != ORIGINAL.after(QUANTIZER)}
     return Report(
         schema=SCHEMA,
         versions=run.provenance["versions"],
@@ -119,7 +117,7 @@ def measure(run: RunContext, edited: Edited) -> Report:
         cad=cad,
         relearning=tuple(curve(version, found) for version, found in attacked.items()),
         graph=view.data.to_json() if view else None,
-        samples=samples(run.task, shown),
+        samples=samples(run.task, models),
     )
 
 
@@ -131,7 +129,10 @@ def deployed(config: RunConfig) -> list[str]:
 def score(run: RunContext, models: Models, keep: Keep) -> Scores:
     """Original and edited model on every unseen set, in full precision and after each quantizer
     of the set."""
-    scores = evaluate(models, run.task, on_step=run.note, keep=keep)
+    quantized = quantize(run.model, QUANTIZER, sharing=True)
+    every = {ORIGINAL: run.model, ORIGINAL.after(QUANTIZER): quantized, **models}
+    scores = evaluate(every, run.task, on_step=run.note, keep=keep)
+    del quantized, every
     for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
         pair = {v.after(name): quantize(models[v], name, sharing=True) for v in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(pair, run.task, on_step=run.note, keep=keep))
