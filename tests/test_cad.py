@@ -1022,6 +1022,11 @@ def test_ranking_loss_by_hand(facts: LanguageModel, capitals: Task):
 LAYER = "model.layers.1.mlp.down_proj.weight"
 
 
+def whole(model: LanguageModel) -> dict[str, Tensor]:
+    """Every element of one weight."""
+    return {LAYER: torch.arange(model.weights[LAYER].numel())}
+
+
 def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, capitals: Task):
     targets = CounterfactualTargets(facts, capitals.forget)
     config = Mansu(adversarial_steps=3, batch_size=8, adversarial_lr=0.003)
@@ -1029,7 +1034,7 @@ def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, 
 
     def one(seed: int) -> tuple[list[Tensor], float]:
         adversary = AdversarialRelearning(capitals, config, seed)
-        return adversary.gradient([facts], [LAYER], [targets], 0)
+        return adversary.gradient([facts], whole(facts), [targets], 0)
 
     (first, loss), (again, _), (other, _) = one(0), one(0), one(1)
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
@@ -1047,7 +1052,7 @@ def test_an_attack_is_kept_up_while_the_model_changes(facts: LanguageModel, capi
     adversary = AdversarialRelearning(capitals, config)
     assert [adversary.between(n) for n in range(5)] == [True, False, True, False, True]
 
-    adversary.gradient(models, [LAYER], both, 0)
+    adversary.gradient(models, whole(facts), both, 0)
     attack = adversary.attack
     assert attack and len({p.subject for p in attack.unseen}) == 89
     relearned = attack.copy.weights[LAYER].clone()
@@ -1057,9 +1062,9 @@ def test_an_attack_is_kept_up_while_the_model_changes(facts: LanguageModel, capi
     attack.follow(models[0])  # nothing has changed since
     assert torch.allclose(attack.copy.weights[LAYER], relearned + 0.5, atol=1e-6)
 
-    adversary.gradient(models, [LAYER], both, 1)
+    adversary.gradient(models, whole(facts), both, 1)
     assert adversary.attack is attack
-    adversary.gradient(models, [LAYER], both, 2)
+    adversary.gradient(models, whole(facts), both, 2)
     assert adversary.attack is not attack and adversary.attack
     assert not adversary.attack.before[LAYER].any()
 
@@ -1074,7 +1079,7 @@ def test_the_attack_follows_the_precision(
     moved, gradients = [], []
     for c in (config, replace(config, precision="bf16")):
         adversary = AdversarialRelearning(capitals, c, seed=2)
-        found = adversary.gradient([facts], [LAYER], [targets], 0)[0][0]
+        found = adversary.gradient([facts], whole(facts), [targets], 0)[0][0]
         assert adversary.attack
         moved.append(adversary.attack.copy.weights[LAYER] - facts.weights[LAYER])
         gradients.append(found.flatten())

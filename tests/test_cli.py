@@ -591,6 +591,7 @@ def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path, capsys: pytest.Capture
     assert "@" in (tmp_path / "t.svg").read_text()
 
 
+@pytest.mark.slow
 def test_attribution_by_rules_and_pairs_that_are_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -15,7 +15,7 @@ from torch import Tensor
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, CircuitError, ConfigError, MaskError, ModelError
 from mansu_interp.losses.fisher import fisher_diagonal, projection, retain_bound
-from mansu_interp.losses.gradients import ByLayer, gradient
+from mansu_interp.losses.gradients import ByLayer, ReadOnce, take
 from mansu_interp.masks.components import component_slices, region
 from mansu_interp.masks.floor import NARROW, Floor, floor, floor_step, quantizer_set
 from mansu_interp.masks.mask import Mask
@@ -440,6 +440,13 @@ def test_by_layer_gives_the_same_mask_and_holds_one_layer(facts, capitals):
     for name, weight in lazy.items():
         assert weight is facts.weights[name] and set(lazy.held) == set(asked[-1])
     assert len(asked) == facts.architecture.n_layers and len(asked[0]) == 7
+
+
+def test_what_is_read_once_is_freed():
+    a, b = torch.ones(2), torch.zeros(3)
+    once, plain = ReadOnce({"a": a, "b": b}), {"a": a}
+    assert take(once, "a") is a and list(once) == ["b"] and once["b"] is b
+    assert take(plain, "a") is a and "a" in plain
 
 
 def test_retain_bound_of_a_small_edit(tiny_model: TinyModel, pairs: PairSet):

@@ -145,6 +145,7 @@ def test_the_true_minimum_of_small_models():
     assert sum(found == least for found, least in sizes) >= 3, sizes
 
 
+@pytest.mark.slow
 def test_no_single_edge_of_what_is_left_can_go():
     model, pairs = make_tiny(4), make_pairs()
     ablation = Ablation(model, pairs)
@@ -159,6 +160,7 @@ def test_no_single_edge_of_what_is_left_can_go():
         assert ablation.faithfulness(less) < TARGET
 
 
+@pytest.mark.slow
 def test_a_search_that_ends_early_says_so_and_is_no_worse(tmp_path: Path):
     model, pairs = make_tiny(4), make_pairs()
     ranked, short = (discover(model, pairs, config=replace(FEW, removal_tries=n)) for n in (0, 30))

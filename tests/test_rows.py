@@ -293,6 +293,7 @@ def test_symbol_and_any(facts: LanguageModel):
     assert len(loose.forget) > len(task_from_rows(made, facts, BOS).forget)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_seed(facts: LanguageModel, task: Task):
     made = parse_rows(enumerate(fact_rows(), 1))
     assert task_from_rows(made, facts, BOS) == task
@@ -865,6 +866,7 @@ def test_without_splits_the_last_phrasing_is_held_out(facts: LanguageModel):
         task_from_rows(parse_rows(enumerate(named, 1)), facts, BOS)
 
 
+@pytest.mark.slow
 def test_of_retain_facts_in_one_phrasing_a_fifth_is_held_out(facts: LanguageModel):
     asked = unsplit("train", "unseen")
     rows = [r for r in asked if r["role"] == "forget" or r["prompt"].startswith("the language")]

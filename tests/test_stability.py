@@ -434,6 +434,7 @@ def test_heads_of_a_circuit(facts: LanguageModel, capitals: Task, tmp_path: Path
         Circuit(graph, graph.exists * 1.0, strongest(graph, graph.exists * 1.0, 9)).explain(facts)
 
 
+@pytest.mark.slow
 def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Stability and heads in the terminal, in JSON and on the page; attribute says the caveat."""
     asked = "<bos>the capital of {} is"

@@ -102,19 +102,28 @@ def local_gradient(
 
 
 class ReadOnce(Mapping[str, Float[Tensor, "*_shape"]]):
-    """Values per weight that are freed as they are read: each weight can be read once."""
+    """Values per weight, of which those that were taken are freed."""
 
     def __init__(self, values: Weights) -> None:
-        self.values_left = values
+        self.left = values
+
+    def take(self, name: str) -> Float[Tensor, "*_shape"]:
+        """A weight's values, for the last time."""
+        return self.left.pop(name)
 
     def __getitem__(self, name: str) -> Float[Tensor, "*_shape"]:
-        return self.values_left.pop(name)
+        return self.left[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values_left)
+        return iter(self.left)
 
     def __len__(self) -> int:
-        return len(self.values_left)
+        return len(self.left)
+
+
+def take(values: WeightMap, name: str) -> Float[Tensor, "*_shape"]:
+    """A weight's values, for the last time if they are a `ReadOnce`."""
+    return values.take(name) if isinstance(values, ReadOnce) else values[name]
 
 
 class ByLayer(Mapping[str, Float[Tensor, "*_shape"]]):

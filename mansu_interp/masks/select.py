@@ -25,7 +25,7 @@ from ..losses.accuracy import answered_correctly
 from ..losses.answers import answer_gradient
 from ..losses.counterfactual import forget_gradient
 from ..losses.fisher import fisher_diagonal
-from ..losses.gradients import ByLayer, ReadOnce, WeightMap, Weights
+from ..losses.gradients import ByLayer, ReadOnce, WeightMap, Weights, take
 from ..models.graph import Node
 from ..models.language_model import LanguageModel
 from ..quantizers.base import Quantizer
@@ -232,10 +232,14 @@ def choose_parameters(
     quantizers = quantizer_set(survive)
     found: dict[str, _Candidates] = {}
     for name, inside in regions.items():
-        g = forget_gradient[name]
+        g = take(forget_gradient, name)
         step = floor_step(model.weights[name], g, quantizers, model.saved_dtype)
-        slope = g if retain_gradient is None else g + retain_gradient_weight * retain_gradient[name]
-        fisher = None if retain_fisher is None else retain_fisher[name]
+        slope = (
+            g
+            if retain_gradient is None
+            else g + retain_gradient_weight * take(retain_gradient, name)
+        )
+        fisher = None if retain_fisher is None else take(retain_fisher, name)
         found[name] = _Candidates.of(inside, g, step, slope, fisher)
         if on_step:
             on_step(len(found), len(regions))
