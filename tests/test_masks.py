@@ -15,7 +15,7 @@ from torch import Tensor
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, CircuitError, ConfigError, MaskError, ModelError
 from mansu_interp.losses.fisher import fisher_diagonal, projection, retain_bound
-from mansu_interp.losses.gradients import ByLayer, ReadOnce, take
+from mansu_interp.losses.gradients import ByLayer, ReadOnce, gradient, take
 from mansu_interp.masks.components import component_slices, region
 from mansu_interp.masks.floor import NARROW, Floor, floor, floor_step, quantizer_set
 from mansu_interp.masks.mask import Mask
