@@ -178,6 +178,34 @@ def test_meta_comes_back_and_unknown_keys_are_left_out(
     assert (back | back).meta == CircuitMeta(model="tiny", made_by="union", caveat=said)
 
 
+def test_of_circuits_of_two_checkpoints_the_model_is_not_known(tiny_model: TinyModel):
+    first, second = (
+        replace(circuit(*LEFT), meta=CircuitMeta(model=name, model_sha256=name))
+        for name in ("one", "two")
+    )
+    assert (first | first).meta.model == "one" and (first & second).meta.model == ""
+    assert first != second and len({first, second, first}) == 2
+    with pytest.raises(CircuitError, match="the other circuit"):
+        first | 3  # pyright: ignore
+    empty = first - first
+    assert not empty.n_edges and list(empty.to_pandas()) == ["source", "target", "score"]
+
+
+def test_control_characters_of_a_name_stay_out_of_graphml(tmp_path: Path):
+    replace(circuit(*LEFT), meta=CircuitMeta(model="a\x01<b>")).save_graphml(tmp_path / "c.graphml")
+    assert "<b>" in nx.read_graphml(tmp_path / "c.graphml").graph["model"]
+
+
+def test_files_with_an_edge_twice_or_of_an_unknown_kind(tmp_path: Path):
+    circuit(*LEFT).save(tmp_path / "c.json")
+    data = json.loads((tmp_path / "c.json").read_text())
+    first = data["links"][0]
+    for links, message in (([first, first], "there twice"), ([{**first, "kind": "x"}], "kind 'x'")):
+        (tmp_path / "d.json").write_text(json.dumps({**data, "links": links}))
+        with pytest.raises(ArtifactError, match=message):
+            Circuit.load(tmp_path / "d.json")
+
+
 def test_a_circuit_belongs_to_its_checkpoint(tiny_model: TinyModel, pairs: PairSet):
     model = tiny_model(2).copy()
     model.sha256 = "aa"

@@ -418,10 +418,10 @@ def test_every_error_and_printed_text_is_escaped(capsys: pytest.CaptureFixture[s
     assert str(TaskError(f"{EVIL}\n\tit")) == f"{shown}\n\tit"
     console.say(EVIL)
     console.warn(EVIL)
-    console.say_json({EVIL: "\x7f"})
+    console.say_json({EVIL: "\x7f", "left": float("inf")})
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == err.strip() == shown and out.isascii()
-    assert json.loads(out.partition("\n")[2]) == {EVIL: "\x7f"}
+    assert json.loads(out.partition("\n")[2]) == {EVIL: "\x7f", "left": None}
     assert not set(out + err) - set("\n") & {c for c in EVIL if not c.isprintable()}
     assert printable("Zürich 东京 👩\u200d🚀 a\xa0b") == "Zürich 东京 👩\u200d🚀 a\xa0b"
 

@@ -198,12 +198,24 @@ def test_damaged_eap_ig_files(tmp_path: Path, change: dict[str, Any], message: s
         ({"nodes_in_graph": torch.ones(5).bool()}, "nodes_in_graph has the shape"),
         ({"neurons_in_graph": torch.eye(4, 8)}, "circuit of single neurons"),
         ({"neurons_in_graph": "all"}, "circuit of single neurons"),
+        ({"neurons_in_graph": torch.ones(4, device="meta")}, "expected a dense tensor"),
+        ({"edges_in_graph": torch.full((4, 8), torch.nan)}, "is NaN in places"),
     ],
 )
 def test_damaged_eap_ig_tensors(tmp_path: Path, change: dict[str, Any], message: str):
     torch.save({**as_tensors(), **change}, tmp_path / "c.pt")
     with pytest.raises(ArtifactError, match=message):
         read_circuit(tmp_path / "c.pt")
+
+
+def test_a_changed_byte_of_a_tensor_is_seen(tmp_path: Path):
+    path = tmp_path / "c.pt"
+    torch.save(as_tensors(), path)
+    data, held = bytearray(path.read_bytes()), as_tensors()["edges_scores"].numpy().tobytes()
+    data[data.index(held) + 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="checksums do not fit"):
+        read_circuit(path)
 
 
 def test_files_that_are_no_circuit(tmp_path: Path):

@@ -18,7 +18,7 @@ from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.circuits.search.faithfulness import completeness, random_completeness, strongest
-from mansu_interp.circuits.search.meta import CircuitMeta
+from mansu_interp.circuits.search.meta import CircuitMeta, necessity
 from mansu_interp.circuits.search.rebuilt import Rebuilt
 from mansu_interp.circuits.search.removal import remove_edges
 from mansu_interp.errors import ConfigError
@@ -118,6 +118,12 @@ def test_a_single_path_is_necessary():
     left = circuit.meta.random_completeness
     assert left is not None and left * 8 == pytest.approx(round(left * 8), abs=1e-3) and left > 0.3
     assert "not necessary" not in circuit.meta.remarks()[1]
+
+
+def test_what_is_said_of_necessity():
+    assert necessity(-0.002, None, 0.9).startswith("Completeness: 0% of the metric")
+    assert "is sufficient but not necessary" in necessity(0.7, 0.9, 0.9)
+    assert "The circuit is not necessary" in necessity(0.7, 0.9, 0.02)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.circuits.patching import patch_edges
 from mansu_interp.circuits.rules import frozen, softer, straight
-from mansu_interp.circuits.search.faithfulness import circuit_metric
+from mansu_interp.circuits.search.faithfulness import circuit_metric, faithfulness_curve
 from mansu_interp.errors import CircuitError, ConfigError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import PairSet
@@ -299,8 +299,22 @@ def test_what_cannot_be_patched(tiny_model: TinyModel):
         patch_edges(model, pairs, batch_size=0)
 
 
+def test_edges_that_were_not_patched_have_no_rank(tiny_model: TinyModel, pairs: PairSet):
+    model = tiny_model(2)
+    some, ablation = patch_edges(model, pairs, [("m0", "logits")]), Ablation(model, pairs)
+    for scores, message in ((some, "edges are NaN"), (some[1:], "got shape")):
+        with pytest.raises(CircuitError, match=message):
+            faithfulness_curve(ablation, scores)
+    with pytest.raises(CircuitError, match="Fractions must ascend"):
+        faithfulness_curve(ablation, np.nan_to_num(some), fractions=())
+    curve = faithfulness_curve(ablation, np.nan_to_num(some), fractions=(1.0,))
+    assert curve.faithfulness == pytest.approx((1.0,), abs=1e-4)
+
+
 @wrong_type
 def test_an_unknown_direction_or_rule(tiny_model: TinyModel):
+    with pytest.raises(CircuitError, match="expected ids of writer and reader"):
+        patch_edges(tiny_model(2), make_pairs((5,)), [("m0", "logits", "x")])  # pyright: ignore
     with pytest.raises(CircuitError, match="direction: got 'up', expected 'noising' or 'den"):
         patch_edges(tiny_model(4), make_pairs((4,)), direction="up")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rules: got 'lrp', expected 'gradient'"):

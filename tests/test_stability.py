@@ -133,8 +133,19 @@ def test_one_pass_gives_what_single_pairs_give(tiny_model: TinyModel, pairs: Pai
         resamples.means()
 
 
+def test_after_removal_resamples_are_compared_with_the_circuit_that_is_left(
+    tiny_model: TinyModel, pairs: PairSet
+):
+    config = CircuitConfig(pairs=12, removal_tries=40, faithfulness=0.6, retain_discount=0.0)
+    found = discover(tiny_model(2), pairs, config=config, resamples=20, seed=1)
+    assert found.stability and found.meta.irreducible is not None
+    # The mean of |A & B| / |A | B|, from above by the mean share of the circuit that is in B.
+    assert found.stability.jaccard <= float(found.stability.frequency[found.edges].mean()) + 1e-6
+    assert discover(tiny_model(2), pairs, config=config, seed=-1).n_edges  # any seed will do
+
+
 def test_what_cannot_be_resampled(tiny_model: TinyModel, pairs: PairSet):
-    with pytest.raises(CircuitError, match=r"resamples must be at least 0; got -1\."):
+    with pytest.raises(CircuitError, match=r"resamples must be a number, at least 0; got -1\."):
         discover(tiny_model(2), pairs, config=FEW, resamples=-1)
     same = PairSet("same", tuple(replace(p, subject="one") for p in pairs))
     with pytest.raises(CircuitError, match="two facts; got 3 and 1"):
@@ -374,6 +385,23 @@ def test_the_logit_is_the_sum_of_its_parts(family: str):
             assert n == 3 and logit == pytest.approx(own, rel=1e-4)
             for part in parts:
                 assert float(part.sum()) == pytest.approx(own, rel=1e-3, abs=1e-4)
+
+
+def test_the_logit_of_a_peaked_head():
+    """Where the softmax leaves nothing of the other tokens: logits grow with the query, and so do
+    their parts."""
+    told = []
+    for factor in (1.0, 1000.0):
+        model, batch = test_families.make("llama gqa").copy(), collate(list(make_pairs((5, 4, 6))))
+        model.weights["model.layers.0.self_attn.q_proj.weight"].mul_(factor)
+        heads = HeadRuns(model)
+        run = heads.run(batch.clean, grad=True)
+        writes = heads.all_writes(run)[: heads.stream.graph.writers_before(0)]
+        logit, _, parts = explain._why(heads, run, batch, (0, 1), batch.real, writes)
+        told.append([logit, *(float(part.sum()) for part in parts)])
+    pattern = heads.attention(run)[1]
+    assert any((pattern[k, last, : last + 1] == 0).any() for k, last in enumerate(batch.last))
+    assert told[1] == pytest.approx([1000 * x for x in told[0]], rel=1e-3)
 
 
 def test_roles_of_tokens_and_frozen_norms():

@@ -386,10 +386,9 @@ def _mean(stream: Stream, sums: _Sums, ends: Float[Tensor, "facts 4"]) -> Attrib
     clean, corrupt, _, n = ends.sum(0).tolist()
     exists = stream.graph.exists
     scores = (sums.scores / n).float().numpy() * exists
-    if not np.isfinite(scores).all():
+    if not np.isfinite([clean, corrupt]).all() or not np.isfinite(scores).all():
         raise CircuitError(
-            f"{stream.model.name}: some scores are not finite. The metric or the model overflows "
-            "on these prompts."
+            f"{stream.model.name}: the metric or some scores are not finite on these prompts."
         )
     return Attribution(
         graph=stream.graph,

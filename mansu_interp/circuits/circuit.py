@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,14 +11,14 @@ import networkx as nx
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..errors import ArtifactError, CircuitError
+from ..errors import ArtifactError, CircuitError, printable
 from ..models.graph import Architecture, Graph, Node
 from ..models.hooked import AnyModel, as_model
 from ..models.provenance import find_mismatch
 from ..tasks.pairs import PairSet
 from ..utils.files import Json, atomic_path, expect, read_json, write_json
 from ..utils.hub import Shareable
-from ..utils.ranges import entrance
+from ..utils.ranges import entrance, expect_kind
 from .scores import ScoredEdge, edge_frame, html_table, labelled, ranked_edges, to_networkx
 from .search.meta import CircuitMeta
 from .search.stability import Stability
@@ -86,7 +86,7 @@ FILE = {
 """What is checked of a file; what else is in it is left out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Circuit(Shareable):
     """A set of edges of one model's attribution graph, with the scores of all edges."""
 
@@ -154,9 +154,9 @@ class Circuit(Shareable):
         top = self.top(self.n_edges)
         frame, stable = edge_frame(top), self.stability
         if stable is not None:
-            rows, columns = zip(*(self.graph.edge(e.source, e.target) for e in top), strict=True)
+            at = np.array([self.graph.edge(e.source, e.target) for e in top], int).reshape(-1, 2)
             for name in stable.EDGE:
-                frame[name] = getattr(stable, name)[list(rows), list(columns)]
+                frame[name] = getattr(stable, name)[at[:, 0], at[:, 1]]
         return frame
 
     @entrance(CircuitError)
@@ -228,19 +228,21 @@ class Circuit(Shareable):
         edge."""
         self._check_same_model(other)
         scores = np.where(other.edges & ~self.edges, other.scores, self.scores)
-        return self._made("union", self.edges | other.edges, scores)
+        return self._made("union", other, self.edges | other.edges, scores)
 
     def __and__(self, other: Circuit) -> Circuit:
         """Edges of both circuits, less what is then on no input -> logits path."""
         self._check_same_model(other)
-        return self._made("intersection", self.graph.prune(self.edges & other.edges), self.scores)
+        edges = self.graph.prune(self.edges & other.edges)
+        return self._made("intersection", other, edges, self.scores)
 
     def __sub__(self, other: Circuit) -> Circuit:
         """Edges of this circuit alone. Not pruned: a difference need not be connected."""
         self._check_same_model(other)
-        return self._made("difference", self.edges & ~other.edges, self.scores)
+        return self._made("difference", other, self.edges & ~other.edges, self.scores)
 
     def _check_same_model(self, other: Circuit) -> None:
+        expect_kind(CircuitError, "the other circuit", other, Circuit)
         if self.graph.architecture != other.graph.architecture:
             raise CircuitError(
                 f"Circuits of different models: {self.graph.architecture} and "
@@ -250,11 +252,14 @@ class Circuit(Shareable):
     def _made(
         self,
         how: str,
+        other: Circuit,
         edges: Bool[np.ndarray, "writers readers"],
         scores: Float[np.ndarray, "writers readers"],
     ) -> Circuit:
-        meta = self.meta.of_parts(how)
-        return replace(self, scores=scores, edges=edges, meta=meta, stability=None)
+        """Of two circuits; model and pairs are kept where both have the same."""
+        meta = self.meta.of_parts(how, other.meta)
+        pairs = self.pairs if self.pairs == other.pairs else None
+        return Circuit(self.graph, scores, edges, meta, pairs)
 
     def to_networkx(self) -> nx.DiGraph:
         """The circuit as a directed graph.
@@ -270,8 +275,9 @@ class Circuit(Shareable):
             for i, j in np.argwhere(self.edges).tolist():
                 ends = self.graph.writers[i].id, self.graph.readers[j].id
                 out.edges[ends].update(self.stability.of_edge(i, j))
-        meta = self.meta.to_json()
-        out.graph.update((k, v) for k, v in meta.items() if isinstance(v, (str, int, float)))
+        for k, v in self.meta.to_json().items():
+            if isinstance(v, (str, int, float)):  # XML has no control characters
+                out.graph[k] = printable(v) if isinstance(v, str) else v
         return out
 
     @entrance(CircuitError)
@@ -334,10 +340,14 @@ class Circuit(Shareable):
             scores, edges = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
             links = dict[tuple[int, int], Mapping[str, Json]]()
             for link in data["links"]:
+                if link["kind"] not in ("residual", "inside"):
+                    raise ValueError(f"it has a link of the kind {link['kind'][:80]!r}")
                 if link["kind"] == "residual":
                     if abs(link["score"]) > MAX_SCORE:
                         raise ValueError(f"the score {link['score']:g} is no float32")
                     at = graph.edge(link["source"], link["target"])
+                    if edges[at]:
+                        raise ValueError(f"{link['source']} -> {link['target']} is there twice")
                     edges[at], scores[at], links[at] = True, link["score"], link
             meta, held = CircuitMeta.from_json(data["graph"]), data["graph"].get("stability")
             stable = held and Stability.from_json(held, links, shape)

@@ -93,7 +93,8 @@ class CircuitConfig(AttributionConfig):
     top: int | None = None
     """Take so many edges instead of searching for the fewest."""
     threshold: float | None = None
-    """Take the edges whose absolute score is at least this instead of searching for the fewest."""
+    """Take the edges whose absolute score, less the discount of what the retain pairs need, is at
+    least this instead of searching for the fewest."""
     faithfulness_pairs: int = 32
     """Forget pairs on which faithfulness is measured during the search."""
     removal_tries: int = 0

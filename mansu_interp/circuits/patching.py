@@ -220,8 +220,13 @@ def _places(graph: Graph, edges: Edges | Sequence[tuple[str, str]] | None) -> Ed
         chosen = edges & graph.exists
     else:
         chosen = np.zeros_like(graph.exists)
-        for source, target in edges:
-            chosen[graph.edge(source, target)] = True
+        for edge in edges:
+            if not isinstance(edge, (tuple, list)) or len(edge) != 2:
+                raise CircuitError(
+                    f"edges: got {edge!r:.80}, expected ids of writer and reader, such as "
+                    '("a0.h1", "m3").'
+                )
+            chosen[graph.edge(*edge)] = True
     if not chosen.any():
         raise CircuitError("No edge to patch: give at least one that exists in this model.")
     return chosen
@@ -301,4 +306,6 @@ def patch_edges(
             if on_step:
                 on_step(done, passes)
     sum_over_processes(total)
+    if not total.isfinite().all():
+        raise CircuitError(f"{stream.model.name}: the metric is not finite on these prompts.")
     return np.where(chosen, total.numpy() / len(pairs), np.nan)

@@ -112,7 +112,7 @@ def labelled(net: nx.DiGraph) -> nx.DiGraph:
     return net
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attribution:
     """Edge scores over a pair set."""
 

@@ -133,6 +133,11 @@ def do_attribute(config: AttributeConfig, output: Output) -> int:
 
     if config.out.suffix not in (".safetensors", ".csv", ".html"):
         raise ConfigError(f"--out must end with .safetensors, .csv or .html; got {config.out}.")
+    if config.positions and config.out.suffix == ".csv":
+        raise ConfigError(
+            "A table (.csv) has no place for scores by position: give --out a name that ends with "
+            ".safetensors or .html, or leave out --positions."
+        )
     check_free(config.out)
     with stages("loading the model", output.quiet or output.json) as progress:
         from ..circuits.attribution import attribute

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import ResourceError, printable
+from ..utils.files import finite
 
 
 def prepare() -> None:
@@ -46,7 +47,7 @@ def say(text: str = "", end: str = "\n", flush: bool = False) -> None:
 def say_json(value: object) -> None:
     """Print a value as JSON, in letters that every console knows."""
     with writing():
-        print(json.dumps(value, indent=1).replace("\x7f", "\\u007f"))
+        print(json.dumps(finite(value), indent=1, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def warn(text: str) -> None:

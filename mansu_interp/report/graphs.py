@@ -65,7 +65,7 @@ def circuit_blocks(circuit: CircuitSummary, svg: str) -> list[Block]:
         "everything outside them is ablated (faithfulness)."
     ]
     if (left := known(circuit.completeness)) is not None:
-        blocks.append(necessity(left, known(circuit.random_completeness)))
+        blocks.append(necessity(left, known(circuit.random_completeness), circuit.faithfulness))
     if circuit.caveat:
         blocks.append(f"This is a {circuit.caveat}.")
     if svg:

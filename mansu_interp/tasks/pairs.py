@@ -221,7 +221,15 @@ def pad_right(rows: Sequence[Tokens], device: Device) -> Int[Tensor, "batch pos"
 
 
 def collate(pairs: Sequence[Pair], device: Device = "cpu") -> Batch:
-    """Stack pairs on a device, padding on the right."""
+    """Stack pairs on a device, padding on the right.
+
+    Raises:
+        TaskError: some have more distractors than others.
+    """
+    if len(counts := {len(p.distractors) for p in pairs}) > 1:
+        raise TaskError(
+            f"Pairs with {min(counts)} and with {max(counts)} distractors: give all as many."
+        )
     return Batch(
         clean=pad_right([p.clean for p in pairs], device),
         corrupt=pad_right([p.corrupt for p in pairs], device),

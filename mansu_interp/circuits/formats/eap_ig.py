@@ -267,8 +267,13 @@ def read_eap_ig_pt(path: Path, known: Architecture | None) -> Circuit:
         _array(data, key, shape if key.startswith("edges") else shape[:1]) for key in TENSORS
     )
     neurons = data.get("neurons_in_graph")
-    if neurons is not None and not (isinstance(neurons, torch.Tensor) and neurons.all()):
+    if neurons is not None and not (
+        isinstance(neurons, torch.Tensor)
+        and _array(data, "neurons_in_graph", tuple(neurons.shape)).all()
+    ):
         raise ValueError(NEURONS)
+    if np.isnan(edges).any() or np.isnan(nodes).any():
+        raise ValueError("what is in its circuit is NaN in places")
     edges = (edges != 0) & graph.exists
     scores = np.where(graph.exists, scores, 0.0)
     return foreign("EAP-IG", ours, scores, _within(graph, edges, nodes != 0))
@@ -281,6 +286,8 @@ def _plain(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:  # torch packs nothing, so a small file stays small
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ArtifactError(f"{path} is compressed, which torch does not do. Not read.")
+            if archive.testzip():
+                raise ArtifactError(f"{path} is damaged: its checksums do not fit.")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ArtifactError(

@@ -62,6 +62,10 @@ def _sources(batch: Batch) -> Bool[Tensor, "batch pos"]:
     return torch.where(answers.any(1, keepdim=True), answers, _tokens_by_role(batch)[0])
 
 
+UNSEEN = -1e4
+"""Attention logit below which a token is masked: masks add -inf, or a dtype's lowest number."""
+
+
 def _why(
     heads: HeadRuns,
     run: Recorder,
@@ -73,15 +77,14 @@ def _why(
     """The attention logit of a head to a role, above its mean over all tokens that it sees, summed
     over the pairs that have the role; how many have; and its parts by writer, of keys and query.
 
-    log softmax differs from the logits by a number a row, which the mean takes away.
     """
     (layer, h), s = at, heads.stream
     rows = torch.arange(len(batch))
-    share = widen(run[heads.pattern(layer)])[:, h][rows, batch.last]
-    seen = share.detach() > 0
-    log = torch.where(seen, share, 1.0).log()
-    most = torch.where(role & seen, share, -1.0).argmax(1)
-    logit = ((log[rows, most] - log.sum(1) / seen.sum(1)) * (role & seen).any(1)).sum()
+    logits = heads.attention_logits(layer, run)[:, h][rows, batch.last]
+    seen = logits.detach() > UNSEEN
+    logits = torch.where(seen, logits, 0.0)
+    most = torch.where(role & seen, logits.detach(), -torch.inf).argmax(1)
+    logit = ((logits[rows, most] - logits.sum(1) / seen.sum(1)) * (role & seen).any(1)).sum()
     ends = [heads.projections(layer, c, run) for c in "kq"]
     grads = torch.autograd.grad(logit, [run[names[-1]] for names in ends], retain_graph=True)
     x, parts = widen(run[s.before_attention(layer)].detach()), []

@@ -110,6 +110,21 @@ class HeadRuns:
         """Hook point of a layer's attention, after the softmax."""
         return f"blocks.{layer}.attn.hook_pattern"
 
+    def _scores(self, layer: int) -> str:
+        """Hook point of a layer's attention before the softmax, where TransformerLens has it."""
+        return f"blocks.{layer}.attn.hook_attn_scores"
+
+    def attention_logits(self, layer: int, run: Recorder) -> Float[Tensor, "batch heads query key"]:
+        """What a layer's softmax is of, masked tokens far below all others, up to a number a row.
+
+        Where only the pattern is known it is its logarithm, and what is too small for it is masked.
+        """
+        if self._scores(layer) in run.seen:
+            return widen(run[self._scores(layer)])
+        share = widen(run[self.pattern(layer)])
+        known = share.detach() > 1e-30
+        return torch.where(known, torch.where(known, share, 1.0).log(), -torch.inf)
+
     def run(
         self,
         tokens: Int[Tensor, "batch pos"],
@@ -125,6 +140,8 @@ class HeadRuns:
         first: list[tuple[str, Hook]] = []
         if grad:
             names += [n for i in self.layers for c in "qk" for n in self._projections(i, c)]
+            scores, known = (self._scores(i) for i in self.layers), s.bridge.hook_dict
+            names += [n for n in scores if n in known]
             first = [(s.input, lambda value, hook: value.detach().requires_grad_(True))]
         with torch.set_grad_enabled(grad), s.hooked([*first, *seen.on(names), *hooks]):
             s.bridge(tokens.to(self.model.device), return_type=None)

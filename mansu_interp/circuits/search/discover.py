@@ -89,8 +89,8 @@ def discover(
             fact that are to be resampled.
     """
     config, model = config or CircuitConfig(), as_model(model)
-    if resamples < 0:
-        raise CircuitError(f"resamples must be at least 0; got {resamples}.")
+    if isinstance(resamples, bool) or resamples < 0:
+        raise CircuitError(f"resamples must be a number, at least 0; got {resamples}.")
     note = on_step or (lambda *_: None)
 
     def score(which: str, pairs: PairSet, draws: Resamples | None) -> Attribution:
@@ -140,8 +140,9 @@ def _stability(
     again: Resamples | None,
     discount: float,
 ) -> Stability:
-    """How the circuit holds when facts and phrasings are drawn again: as many edges of each
-    resample's own ranking as it takes for one of the circuit's size here."""
+    """How the circuit holds when facts and phrasings are drawn again: beside as many edges of each
+    resample's own ranking as it takes for one of the circuit's size here, which edges that were
+    left out by removal may be among."""
     graph, size = found.graph, int(edges.sum())
     low, high = 0, graph.n_edges
     while high - low > 1:
@@ -157,7 +158,7 @@ def _stability(
         found.scores,
         resampled,
         rankings,
-        strongest(graph, ranking, high),
+        edges,
         graph.exists,
         lambda scores: strongest(graph, scores, high),
         draws.drawn,
@@ -264,7 +265,8 @@ def _asked_for(
         n = int((graph.exists & (np.abs(ranking) >= (config.threshold or 0))).sum())
         if n == 0:
             raise CircuitError(
-                f"No edge reaches the threshold {config.threshold}; the strongest has "
+                f"No edge reaches the threshold {config.threshold}: the strongest, less what the "
+                "retain pairs take off it (retain_discount), has "
                 f"{float(np.abs(ranking).max()):.4g}."
             )
     if not strongest(graph, ranking, n).any():

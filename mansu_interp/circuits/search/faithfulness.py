@@ -48,10 +48,25 @@ def circuit_metric(
     return Ablation(model, pairs, metric=metric, ablation=ablation, batch_size=batch_size)(edges)
 
 
+def check_ranking(graph: Graph, scores: Float[np.ndarray, "writers readers"]) -> None:
+    """Raise CircuitError unless every edge has a score, and nothing else is ranked."""
+    if np.shape(scores) != graph.exists.shape:
+        raise CircuitError(
+            f"scores: got shape {list(np.shape(scores))}, expected {list(graph.exists.shape)}, "
+            "such as attribute(...).scores of this model."
+        )
+    if missing := int(np.isnan(scores[graph.exists]).sum()):
+        raise CircuitError(
+            f"scores: {missing:,} of {graph.n_edges:,} edges are NaN, so they have no rank. Patch "
+            "all edges, or give numpy.nan_to_num(scores) to rank these last."
+        )
+
+
 def strongest(graph: Graph, scores: Float[np.ndarray, "writers readers"], n: int) -> Edges:
     """The ``n`` edges of largest absolute score, less what is not on an input -> logits path."""
     if not 1 <= n <= graph.n_edges:
         raise CircuitError(f"Asked for {n} edges; this graph has {graph.n_edges}, at least 1.")
+    check_ranking(graph, scores)
     size = np.where(graph.exists, np.abs(scores), -1.0).ravel()
     chosen = np.zeros(size.shape, dtype=bool)
     chosen[np.argsort(-size, kind="stable")[:n]] = True
@@ -152,7 +167,7 @@ def random_completeness(ablation: Ablation, n: int, *, seed: int = 0, draws: int
         seed: of the draws.
         draws: how many.
     """
-    exists, rng = ablation.graph.exists, np.random.default_rng(seed)
+    exists, rng = ablation.graph.exists, np.random.default_rng(abs(seed))
     left = []
     for _ in range(draws):
         lost = rng.choice(np.flatnonzero(exists), n, replace=False)
@@ -184,10 +199,10 @@ def faithfulness_curve(
         on_step: called with (circuits done, circuits in all).
 
     Raises:
-        CircuitError: fractions out of order or range.
+        CircuitError: fractions out of order or range, or edges without a score.
     """
-    graph = ablation.graph
-    if list(fractions) != sorted(set(fractions)) or not 0 < fractions[0] <= fractions[-1] <= 1:
+    graph, ends = ablation.graph, (*fractions[:1], *fractions[-1:])
+    if not ends or list(fractions) != sorted(set(fractions)) or not 0 < ends[0] <= ends[-1] <= 1:
         raise CircuitError(f"Fractions must ascend within (0, 1]; got {tuple(fractions)}.")
     sizes, values = [], []
     for done, share in enumerate(fractions):

@@ -53,9 +53,13 @@ class CircuitMeta:
     caveat: str = ""
     """What to know when reading the scores; empty: nothing."""
 
-    def of_parts(self, made_by: str) -> CircuitMeta:
-        """What stays true of a circuit that is made from others of the same model."""
-        return CircuitMeta(self.model, self.model_sha256, made_by=made_by, caveat=self.caveat)
+    def of_parts(self, made_by: str, other: CircuitMeta | None = None) -> CircuitMeta:
+        """What stays true of a circuit that is made from others; of two models it is of neither."""
+        other = other or self
+        same = (self.model, self.model_sha256) == (other.model, other.model_sha256)
+        model = (self.model, self.model_sha256) if same else ("", "")
+        caveats = dict.fromkeys(filter(None, (self.caveat, other.caveat)))
+        return CircuitMeta(*model, made_by=made_by, caveat="; ".join(caveats))
 
     def to_json(self) -> dict[str, Json]:
         """JSON values, without what is not known."""
@@ -98,19 +102,22 @@ class CircuitMeta:
                 "be left out (removal_tries)."
             )
         if self.completeness is not None:
-            out.append(necessity(self.completeness, self.random_completeness))
+            out.append(necessity(self.completeness, self.random_completeness, self.faithfulness))
         return out
 
 
-def necessity(completeness: float, of_random: float | None) -> str:
+def necessity(completeness: float, of_random: float | None, faithfulness: float | None) -> str:
     """What is left without a circuit, in words.
 
     Arguments:
         completeness: see `CircuitMeta`.
         of_random: the same without as many edges at random, if known.
+        faithfulness: see `CircuitMeta`.
     """
-    beside = "" if of_random is None else f", {of_random:.0%} without as many at random"
-    out = f"Completeness: {completeness:.0%} of the metric is left without these edges{beside}."
+    left = f"{round(100 * completeness)}%"
+    beside = "" if of_random is None else f", {round(100 * of_random)}% without as many at random"
+    out = f"Completeness: {left} of the metric is left without these edges{beside}."
     if completeness > NECESSARY:
-        out += " The circuit is sufficient but not necessary: other paths carry the answer, too."
+        enough = "sufficient but " if (faithfulness or 0) > NECESSARY else ""
+        out += f" The circuit is {enough}not necessary: other paths carry the answer, too."
     return out

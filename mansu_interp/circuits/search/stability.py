@@ -199,8 +199,15 @@ class Stability:
                     raise ValueError(f"an edge has no {name}, and the circuit has a stability")
                 if name in ("frequency", "same_sign") and not 0 <= values[name] <= 1:
                     raise ValueError(f"{name} is {values[name]}, not a share from 0 to 1")
+                if abs(values[name]) > 1e38:
+                    raise ValueError(f"{name} is {values[name]:g}, which is no float32")
                 array[at] = values[name]
         known = {name: whole[name] for name in cls.WHOLE}
+        for name, least in (("jaccard", 0), ("chance", 0), ("rank_correlation", -1)):
+            if not least <= known[name] <= 1:
+                raise ValueError(f"{name} is {known[name]}, not from {least} to 1")
+        if known["resamples"] < 1:
+            raise ValueError(f"it has {known['resamples']} resamples")
         return cls(low=low, high=high, frequency=frequency, same_sign=same_sign, **known)
 
 
@@ -233,7 +240,7 @@ def measure_stability(
         scores: of all pairs, in metric units.
         resampled: the same of each resample.
         rankings: of each resample, by whose absolute values edges are chosen.
-        circuit: what ``choose`` makes of the ranking of all pairs.
+        circuit: with which the circuits of resamples are compared.
         exists: the graph's edges.
         choose: the edges that a ranking gives.
         drawn: what was drawn with replacement, in words.
