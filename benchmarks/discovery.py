@@ -36,6 +36,7 @@ from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.circuits.patching import patch_edges
 from mansu_interp.circuits.search.faithfulness import FRACTIONS, faithfulness_curve, minimal_edges
+from mansu_interp.circuits.search.stability import ranks
 from mansu_interp.models.graph import Graph
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -64,12 +65,6 @@ SLOW = ("EAP-IG, activations", "GIM, EAP-IG")
 """Not taken on larger models."""
 MEAN = ("EAP, both ends", "GIM, both ends", "RelP, both ends")
 SIGNED = "EAP-IG"
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0; equal values share their mean rank."""
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[where]
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -19,7 +19,15 @@ from ..tasks.pairs import PairSet
 from ..utils.files import Json, atomic_path, expect, read_json, write_json
 from ..utils.hub import Shareable
 from ..utils.ranges import entrance, expect_kind
-from .scores import ScoredEdge, edge_frame, html_table, labelled, ranked_edges, to_networkx
+from .scores import (
+    MAX_SCORE,
+    ScoredEdge,
+    edge_frame,
+    html_table,
+    labelled,
+    ranked_edges,
+    to_networkx,
+)
 from .search.meta import CircuitMeta
 from .search.stability import Stability
 
@@ -32,8 +40,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 """Version of the file's format. 1: written by mansu_interp 0.1, with settings of other names."""
-MAX_SCORE = 1e38
-"""Largest score that is believed: float32 ends at 3.4e38."""
 
 FILE = {
     "graph": {
@@ -270,14 +276,19 @@ class Circuit(Shareable):
         programs that draw graphs, both carry a ``label``, and edges a ``weight``: |score|, 0 for
         free links.
         """
-        out = labelled(to_networkx(self.graph, self.scores, self.edges))
+        out = labelled(self._network())
+        for k, v in self.meta.to_json().items():
+            if isinstance(v, (str, int, float)):  # XML has no control characters
+                out.graph[k] = printable(v) if isinstance(v, str) else v
+        return out
+
+    def _network(self) -> nx.DiGraph:
+        """`to_networkx` without what can be told from the rest, and is for other programs."""
+        out = to_networkx(self.graph, self.scores, self.edges)
         if self.stability:
             for i, j in np.argwhere(self.edges).tolist():
                 ends = self.graph.writers[i].id, self.graph.readers[j].id
                 out.edges[ends].update(self.stability.of_edge(i, j))
-        for k, v in self.meta.to_json().items():
-            if isinstance(v, (str, int, float)):  # XML has no control characters
-                out.graph[k] = printable(v) if isinstance(v, str) else v
         return out
 
     @entrance(CircuitError)
@@ -293,12 +304,7 @@ class Circuit(Shareable):
             edges: what the list of edges is called: networkx reads ``edges`` by default from 3.6
                 on, and ``links`` before; `load` reads both.
         """
-        net = self.to_networkx()
-        if edges == "links":  # what can be told from the rest is for other programs
-            for _, values in net.nodes(data=True):
-                del values["label"]
-            for _, _, values in net.edges(data=True):
-                del values["label"], values["weight"]
+        net = self._network() if edges == "links" else self.to_networkx()
         sizes = asdict(self.graph.architecture)
         graph = {"schema": SCHEMA, "architecture": sizes, **self.meta.to_json()}
         if self.stability:

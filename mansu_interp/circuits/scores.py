@@ -31,6 +31,8 @@ OnPairs = Callable[[Sequence[Pair], Float[Tensor, "batch writers readers"]], Non
 """Called with the pairs of a batch and the scores of each of them."""
 SCHEMA = 1
 """Version of the file's format."""
+MAX_SCORE = 1e38
+"""Largest score that is believed of a file: float32 ends at 3.4e38."""
 SCORES_FILE = {"architecture": dict, "clean": float, "corrupt": float, "caveat?": str}
 """What is checked of its header."""
 

@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 from ...errors import ArtifactError
 from ...models.graph import Architecture, Graph
 from ...utils.files import Json, atomic_path, check_regular, expect, json_text, write_text
-from ..circuit import MAX_SCORE, Circuit
+from ..circuit import Circuit
+from ..scores import MAX_SCORE
 from ..search.meta import CircuitMeta
 
 MAX_BYTES = 1 << 32

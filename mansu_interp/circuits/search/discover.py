@@ -143,12 +143,8 @@ def _stability(
     """How the circuit holds when facts and phrasings are drawn again: beside as many edges of each
     resample's own ranking as it takes for one of the circuit's size here, which edges that were
     left out by removal may be among."""
-    graph, size = found.graph, int(edges.sum())
-    low, high = 0, graph.n_edges
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = strongest(graph, ranking, middle).sum() >= size
-        low, high = (low, middle) if enough else (middle, high)
+    graph = found.graph
+    enough = _fewest(graph, ranking, int(edges.sum()))
     resampled, retained = draws.means(), again and again.means()
     rankings = (
         own if retained is None else selective_scores(own, retained[k], discount)
@@ -160,7 +156,7 @@ def _stability(
         rankings,
         edges,
         graph.exists,
-        lambda scores: strongest(graph, scores, high),
+        lambda scores: strongest(graph, scores, enough),
         draws.drawn,
     )
 
@@ -176,12 +172,13 @@ def _check_known(model: LanguageModel | HookedModel, found: Attribution) -> None
         )
 
 
-def _fewest(graph: Graph, ranking: Float[np.ndarray, "writers readers"]) -> int:
-    """How many top-ranked edges it takes until some lie on a path from input to logits."""
+def _fewest(graph: Graph, ranking: Float[np.ndarray, "writers readers"], size: int = 1) -> int:
+    """How many top-ranked edges it takes until so many lie on paths from input to logits."""
     low, high = 0, graph.n_edges
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if strongest(graph, ranking, middle).any() else (middle, high)
+        enough = strongest(graph, ranking, middle).sum() >= size
+        low, high = (low, middle) if enough else (middle, high)
     return high
 
 

@@ -7,8 +7,8 @@
    the wide side; with one phrasing it is the ordinary bootstrap over facts (Efron 1979).
 2. Attribution runs once. The weights are known beforehand, so each batch's scores are added to the
    sums of every resample as they come: memory is resamples x edges.
-3. Choose a circuit from each resample by the same rule: as many of the strongest edges, pruned
-   (`measure_stability`), and compare it with the whole one.
+3. Choose a circuit from each resample, as many of the strongest edges as it takes for one of the
+   size of the whole one, pruned, and compare the two (`measure_stability`).
 
 What varies is the sample of pairs alone, not the model, the metric or the size of the circuit.
 """
@@ -28,6 +28,7 @@ from ...errors import CircuitError
 from ...tasks.pairs import Pair
 from ...utils.distributed import sum_over_processes
 from ...utils.files import Json
+from ..scores import MAX_SCORE
 
 INTERVAL = (2.5, 97.5)
 """Percentiles of the resamples between which an edge's interval lies."""
@@ -199,7 +200,7 @@ class Stability:
                     raise ValueError(f"an edge has no {name}, and the circuit has a stability")
                 if name in ("frequency", "same_sign") and not 0 <= values[name] <= 1:
                     raise ValueError(f"{name} is {values[name]}, not a share from 0 to 1")
-                if abs(values[name]) > 1e38:
+                if abs(values[name]) > MAX_SCORE:
                     raise ValueError(f"{name} is {values[name]:g}, which is no float32")
                 array[at] = values[name]
         known = {name: whole[name] for name in cls.WHOLE}
