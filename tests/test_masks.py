@@ -16,9 +16,11 @@ from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.errors import ArtifactError, CircuitError, ConfigError, MaskError, ModelError
 from mansu_interp.losses.fisher import fisher_diagonal, projection, retain_bound
 from mansu_interp.losses.gradients import ByLayer, ReadOnce, gradient, take
+from mansu_interp.masks import pool, select
 from mansu_interp.masks.components import component_slices, region
 from mansu_interp.masks.floor import NARROW, Floor, floor, floor_step, quantizer_set
 from mansu_interp.masks.mask import Mask
+from mansu_interp.masks.pool import Pool, sampled_rows
 from mansu_interp.masks.rounding import Candidates, candidates, joint_rounding
 from mansu_interp.masks.select import choose_parameters, circuit_mask
 from mansu_interp.models.graph import Graph, Node
@@ -440,6 +442,43 @@ def test_by_layer_gives_the_same_mask_and_holds_one_layer(facts, capitals):
     for name, weight in lazy.items():
         assert weight is facts.weights[name] and set(lazy.held) == set(asked[-1])
     assert len(asked) == facts.architecture.n_layers and len(asked[0]) == 7
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_the_typical_damage_of_a_large_region_is_told_by_some_rows(
+    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch, by_layer: bool
+):
+    """The same by layer and at once, near that of all rows, and so is the mask."""
+    circuit = Circuit.load(SHIPPED / "facts-capitals.json")
+    damages: list[float] = []
+    real = select.typical_damage_of
+
+    def spy(*args: object) -> float:
+        damages.append(real(*args))
+        return damages[-1]
+
+    monkeypatch.setattr(select, "typical_damage_of", spy)
+    masks = []
+    for size in (2**20, 2**16):
+        monkeypatch.setattr(pool, "SAMPLE", size)
+        how = {"retain": capitals.retain_sets, "forget": capitals.forget, "by_layer": by_layer}
+        masks.append(circuit_mask(circuit, facts, budget=0.005, n_pairs=12, **how))
+        found = sampled_rows({n: facts.weights[n] == facts.weights[n] for n in facts.linear_names})
+        of = sum(facts.weights[n].numel() for n in found)
+        some = sum(len(r) * facts.weights[n].shape[1] for n, r in found.items())
+        assert some == (of if size > of else pytest.approx(size, rel=0.02))
+    assert damages[0] != damages[1] and damages[1] == pytest.approx(damages[0], rel=0.1)
+    a, b = ({(n, int(k)) for n, i in m.indices.items() for k in i} for m in masks)
+    assert len(a & b) > 0.98 * len(a)
+
+
+def test_the_pool_holds_the_best_and_of_equal_ones_the_first():
+    best = Pool(3)
+    best.add("a", torch.tensor([1.0, 2.0]), torch.tensor([4, 7]))
+    best.add("b", torch.tensor([2.0, 2.0, 0.5]), torch.tensor([0, 1, 2]))
+    assert {n: i.tolist() for n, i in best.indices().items()} == {"a": [7], "b": [0, 1]}
+    best.add("c", torch.tensor([2.0, 3.0]), torch.tensor([5, 6]))
+    assert {n: i.tolist() for n, i in best.indices().items()} == {"a": [7], "b": [0], "c": [6]}
 
 
 def test_what_is_read_once_is_freed():

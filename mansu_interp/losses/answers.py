@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -60,9 +61,18 @@ def divergence(
 
 
 def answer_gradient(
-    model: LanguageModel, names: Sequence[str], pairs: PairSet, batch_size: int = 16
+    model: LanguageModel, names: Sequence[str], *sets: PairSet, batch_size: int = 16
 ) -> Weights:
-    """Gradient of the answers' negative log-likelihood, averaged over some pairs."""
-    parts = [part for group in by_phrasing(pairs) for part in chunks(group, batch_size)]
-    losses = [lambda p=part: nll(model, p).sum() / len(pairs) for part in parts]
+    """Gradient of the answers' negative log-likelihood, averaged over the pairs of a set, summed
+    over the sets."""
+
+    def loss(part: list[Pair], n: int) -> Float[Tensor, ""]:
+        return nll(model, part).sum() / n
+
+    losses = [
+        partial(loss, part, len(pairs))
+        for pairs in sets
+        for group in by_phrasing(pairs)
+        for part in chunks(group, batch_size)
+    ]
     return dict(zip(names, gradient(model, names, losses), strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, PairSet, answer_tokens, by_phrasing, chunks
 from .answers import above_rivals, log_probs
-from .gradients import Weights, gradient
+from .gradients import Elements, Weights, gradient
 
 TARGET_PROMPTS = 32
 """Corrupt prompts averaged per phrasing."""
@@ -121,13 +121,14 @@ def counterfactual_loss(
 
 
 def forget_gradient(
-    model: LanguageModel, names: Sequence[str], pairs: PairSet, batch_size: int = 16
+    model: LanguageModel, of: Elements, pairs: PairSet, batch_size: int = 16
 ) -> Weights:
-    """Gradient of the counterfactual loss, averaged over some pairs."""
+    """Gradient of the counterfactual loss, averaged over some pairs, with respect to some weights
+    or positions in them, as in `gradient`."""
     targets = CounterfactualTargets(model, pairs)
     total = gradient(
         model,
-        names,
+        of,
         [
             lambda p=part: (
                 counterfactual_loss(model, p, targets, ranking_weight=1.0) * (len(p) / len(pairs))
@@ -136,4 +137,4 @@ def forget_gradient(
             for part in chunks(group, batch_size)
         ],
     )
-    return dict(zip(names, total, strict=True))
+    return dict(zip(of, total, strict=True))

@@ -7,6 +7,7 @@ the idea of arXiv 2605.15138).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,6 @@ def fisher_diagonal(
         Mean squared score per weight (nats^2 per unit of weight^2), per prompt.
     """
     generator = torch.Generator().manual_seed(seed)
-    total: list[Tensor] = []
 
     def nll(batch: Batch) -> Tensor:
         logp = model.last_logits(batch.clean, batch.last).log_softmax(-1)
@@ -54,15 +54,15 @@ def fisher_diagonal(
         return -logp.gather(1, label).sum()
 
     vocabulary = len(output_embeddings(model.hf).get_parameter("weight"))
-    for k, batch in enumerate(pairs.batches(batch_size, model.device)):
-        if k % world_size() != rank():  # another's: draw as many random numbers as its labels take
-            torch.multinomial(torch.ones(len(batch), vocabulary), 1, generator=generator)
-            continue
-        found = local_gradient(model, of, [lambda b=batch: nll(b)])
-        total = total or [torch.zeros_like(g) for g in found]
-        for t, g in zip(total, found, strict=True):
-            t.addcmul_(g, g)
-    total = total or local_gradient(model, of, [])
+
+    def own() -> Iterator[Callable[[], Tensor]]:
+        for k, batch in enumerate(pairs.batches(batch_size, model.device)):
+            if k % world_size() == rank():
+                yield lambda b=batch: nll(b)
+            else:  # another's: draw as many random numbers as its labels take
+                torch.multinomial(torch.ones(len(batch), vocabulary), 1, generator=generator)
+
+    total = local_gradient(model, of, own(), squared=True)
     return {n: sum_over_processes(t) / len(pairs) for n, t in zip(of, total, strict=True)}
 
 

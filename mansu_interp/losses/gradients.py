@@ -68,9 +68,14 @@ def gradient(
 
 
 def local_gradient(
-    model: LanguageModel, of: Elements, losses: Iterable[Callable[[], Tensor]]
+    model: LanguageModel,
+    of: Elements,
+    losses: Iterable[Callable[[], Tensor]],
+    *,
+    squared: bool = False,
 ) -> list[Float[Tensor, "*_shape"]]:
-    """`gradient` of losses that are this process's own."""
+    """`gradient` of losses that are this process's own; with ``squared`` the sum of the squares of
+    each loss's gradient."""
     total: dict[str, Tensor] = {}
     wanted = {n: model.weights[n] for n in of}
     held = {n: w.grad for n, w in wanted.items()}
@@ -81,6 +86,8 @@ def local_gradient(
         found, weight.grad = weight.grad, None
         assert found is not None
         part = found.flatten()[at[name].to(found.device)] if name in at else found
+        if squared:
+            part.square_()
         total[name] = total[name].add_(part) if name in total else part
 
     hooks = []

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import TypedDict
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ..circuits.circuit import Circuit
@@ -25,7 +25,7 @@ from ..losses.accuracy import answered_correctly
 from ..losses.answers import answer_gradient
 from ..losses.counterfactual import forget_gradient
 from ..losses.fisher import fisher_diagonal
-from ..losses.gradients import ByLayer, ReadOnce, WeightMap, Weights, take
+from ..losses.gradients import ByLayer, Elements, ReadOnce, WeightMap, Weights, take
 from ..models.graph import Node
 from ..models.language_model import LanguageModel
 from ..quantizers.base import Quantizer
@@ -34,6 +34,7 @@ from ..utils.ranges import check_range, entrance
 from .components import embedding_rows, region
 from .floor import Set, floor, floor_step, quantizer_set
 from .mask import Mask
+from .pool import Pool, Regions, positions, sampled_rows, typical_damage_of
 
 POOL = 6
 """Candidates per parameter of the budget: which of them are edited is settled while unlearning."""
@@ -96,8 +97,8 @@ def circuit_mask(
     if not 0 < budget <= 1 or not regions:
         return choose_parameters(model, regions, budget, {})  # raises the right error
     own = {model.embedding_name: embedding_rows(model, pairs, survive)} if subject_rows else None
-    how = {"n_pairs": n_pairs, "seed": seed}
-    found = _gradients(model, list(regions), pairs, retain, by_layer=by_layer, **how)
+    losses = _Losses.of(model, pairs, retain, n_pairs, seed)
+    found = losses.known(regions, quantizer_set(survive), by_layer=by_layer)
     mask = choose_parameters(
         model,
         regions,
@@ -128,66 +129,96 @@ def _forget_pairs(circuit: Circuit, model: LanguageModel, forget: PairSet | None
 
 def _regions(
     circuit: Circuit, model: LanguageModel, frozen_layers: float
-) -> tuple[list[tuple[Node, bool]], dict[str, Bool[Tensor, "_out _in"]]]:
+) -> tuple[list[tuple[Node, bool]], Regions]:
     """Step 1: the circuit's components outside the frozen layers, and where their weights lie."""
     first = frozen_layers * circuit.graph.architecture.n_layers
     components = [c for c in circuit.components() if c[0].layer >= first or c[0].layer < 0]
     return components, region(model, components)
 
 
-class _Gradients(TypedDict):
+class _Gain(TypedDict):
+    forget_gradient: WeightMap
+
+
+class _Known(_Gain, total=False):
     """What is known of some weights, as `choose_parameters` takes it."""
 
-    forget_gradient: WeightMap
-    retain_fisher: WeightMap | None
-    retain_gradient: WeightMap | None
+    retain_fisher: WeightMap
+    retain_gradient: WeightMap
+    typical_damage: float
 
 
-def _gradients(
-    model: LanguageModel,
-    names: list[str],
-    forget: PairSet,
-    retain: Sequence[PairSet],
-    n_pairs: int,
-    seed: int,
-    by_layer: bool,
-) -> _Gradients:
-    """Step 2: gradients and Fisher of the named weights, each on ``n_pairs`` pairs.
+@dataclass(frozen=True)
+class _Losses:
+    """What the gradients and the Fisher of a mask are taken of.
 
     The Fisher is that of all retained answers together. Of their gradients every set counts alike,
     with the pairs that the model answers correctly.
     """
 
-    def per_weight(compute: Callable[[list[str]], Weights]) -> WeightMap:
-        return ByLayer(names, compute) if by_layer else ReadOnce(compute(names))
+    model: LanguageModel
+    chosen: PairSet
+    """Forget pairs."""
+    sample: PairSet | None
+    """Retain pairs of all sets."""
+    held: list[PairSet]
+    """Those of each set that the model answers correctly, where there are any."""
+    seed: int
 
-    chosen = forget.sample(n_pairs, seed)
-    g = per_weight(lambda some: forget_gradient(model, some, chosen))
-    if not retain:
-        return _Gradients(forget_gradient=g, retain_fisher=None, retain_gradient=None)
-    everything = PairSet("retain", tuple(p for pairs in retain for p in pairs))
-    sample = everything.sample(n_pairs, seed)
-    fisher = per_weight(lambda some: fisher_diagonal(model, some, sample, seed=seed))
-    held = [answered_correctly(model, pairs.sample(n_pairs, seed)) for pairs in retain]
-    held = [pairs for pairs in held if pairs]
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        forget: PairSet,
+        retain: Sequence[PairSet],
+        n_pairs: int,
+        seed: int,
+    ) -> _Losses:
+        """Draw ``n_pairs`` pairs for each."""
+        chosen = forget.sample(n_pairs, seed)
+        if not retain:
+            return cls(model, chosen, None, [], seed)
+        everything = PairSet("retain", tuple(p for pairs in retain for p in pairs))
+        held = [answered_correctly(model, pairs.sample(n_pairs, seed)) for pairs in retain]
+        sample = everything.sample(n_pairs, seed)
+        return cls(model, chosen, sample, [p for p in held if p], seed)
 
-    def retained(some: list[str]) -> Weights:
-        total = answer_gradient(model, some, held[0])
-        for pairs in held[1:]:
-            for name, g in answer_gradient(model, some, pairs).items():
-                total[name] += g
-        return total
+    def forget_gradient(self, of: Elements) -> Weights:
+        """At some weights or positions."""
+        return forget_gradient(self.model, of, self.chosen)
 
-    return _Gradients(
-        forget_gradient=g,
-        retain_fisher=fisher,
-        retain_gradient=per_weight(retained) if held else None,
-    )
+    def fisher(self, of: Elements) -> Weights:
+        """At some weights or positions."""
+        assert self.sample is not None
+        return fisher_diagonal(self.model, of, self.sample, seed=self.seed)
+
+    def known(self, regions: Regions, quantizers: Sequence[Quantizer], *, by_layer: bool) -> _Known:
+        """Step 2, of the regions' weights."""
+        names = list(regions)
+
+        def per_weight(compute: Callable[[list[str]], Weights]) -> WeightMap:
+            return ByLayer(names, compute) if by_layer else ReadOnce(compute(names))
+
+        found = _Known(forget_gradient=per_weight(self.forget_gradient))
+        if self.sample is None:
+            return found
+        found["retain_fisher"] = per_weight(self.fisher)
+        if by_layer:  # one pass over the rows that it is told by, in place of one a layer
+            rows = sampled_rows(regions)
+            at = {n: positions(r, regions[n].shape[1]) for n, r in rows.items()}
+            found["typical_damage"] = typical_damage_of(
+                self.model, regions, quantizers, rows, self.forget_gradient(at), self.fisher(at)
+            )
+        if self.held:
+            found["retain_gradient"] = per_weight(
+                lambda some: answer_gradient(self.model, some, *self.held)
+            )
+        return found
 
 
 def choose_parameters(
     model: LanguageModel,
-    regions: dict[str, Bool[Tensor, "_out _in"]],
+    regions: Regions,
     budget: float,
     forget_gradient: WeightMap,
     *,
@@ -195,6 +226,7 @@ def choose_parameters(
     retain_gradient: WeightMap | None = None,
     survive: Set = "nf4",
     damage_damping: float = DAMAGE_DAMPING,
+    typical_damage: float | None = None,
     retain_gradient_weight: float = 1.0,
     besides: Mapping[str, Int[Tensor, " _n"]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -208,8 +240,9 @@ def choose_parameters(
 
        The retain gradient counts with its sign: a step that lowers an answer of the forget set and
        its near neighbours' alike gains nothing.
-    2. score = gain / (damage + ``damage_damping`` x median damage).
-    3. The best scores fill the pool of `POOL` times the budget; what gains nothing stays out.
+    2. score = gain / (damage + ``damage_damping`` x ``typical_damage``).
+    3. The best scores fill the pool of `POOL` times the budget; what gains nothing stays out. Only
+       the best so far are held while one weight after another is looked at.
 
     Arguments:
         model: the model to edit.
@@ -222,6 +255,7 @@ def choose_parameters(
         survive: the set of quantizers whose cells define the step.
         retain_gradient_weight: weight of the retain gradient.
         damage_damping: so that weights of no measured damage do not win on no gain.
+        typical_damage: nats; default: the median damage over the rows of `sampled_rows`.
         besides: flat positions in other weights that are candidates whatever their score.
         on_step: called with (weights done, weights in all).
 
@@ -230,107 +264,34 @@ def choose_parameters(
     """
     _check_budget(budget)
     quantizers = quantizer_set(survive)
-    found: dict[str, _Candidates] = {}
-    for name, inside in regions.items():
+    if retain_fisher is None:
+        typical_damage = 0.0
+    elif typical_damage is None:
+        rows = sampled_rows(regions)
+        parts = ({n: m[n][r] for n, r in rows.items()} for m in (forget_gradient, retain_fisher))
+        typical_damage = typical_damage_of(model, regions, quantizers, rows, *parts)
+    pool, wanted, refused = Pool(POOL * _limit(model, budget)), 0, 0
+    for done, (name, inside) in enumerate(regions.items(), 1):
         g = take(forget_gradient, name)
         step = floor_step(model.weights[name], g, quantizers, model.saved_dtype)
-        slope = (
-            g
-            if retain_gradient is None
-            else g + retain_gradient_weight * take(retain_gradient, name)
-        )
-        fisher = None if retain_fisher is None else take(retain_fisher, name)
-        found[name] = _Candidates.of(inside, g, step, slope, fisher)
-        if on_step:
-            on_step(len(found), len(regions))
-    best = _best(found, damage_damping, POOL * _limit(model, budget))
-    indices = {**best, **(besides or {})}
-    refused = sum(c.refused for c in found.values())
-    wanted = sum(c.wanted for c in found.values())
-    return _mask(model, indices, budget, quantizers, refused=refused, candidates=wanted)
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """The parameters of one weight that may be edited."""
-
-    index: Int[Tensor, " n"]
-    """Flat positions of those that gain by the floor's step, ascending; in 32 bits where they fit,
-    since a large model has billions."""
-    gain: Float[Tensor, " n"]
-    """What the step gains (nats), above 0."""
-    damage: Float[Tensor, " n"] | None
-    """What it damages (nats); None: that is not counted."""
-    damages: Float[Tensor, " m"] | None
-    """The damage of all that can take the step, whatever it gains."""
-    wanted: int
-    """Parameters that the forget gradient would move."""
-    refused: int
-    """Of these that cannot take the step."""
-
-    @classmethod
-    def of(
-        cls,
-        inside: Bool[Tensor, "out in"],
-        forget: Float[Tensor, "out in"],
-        step: Float[Tensor, "out in"],
-        slope: Float[Tensor, "out in"],
-        fisher: Float[Tensor, "out in"] | None,
-    ) -> _Candidates:
-        """Step 1 of `choose_parameters` for one weight.
-
-        Arguments:
-            inside: True for the candidates.
-            forget: gradient of the forget loss.
-            step: the floor's, 0 where it allows none.
-            slope: the gradient by which the gain is measured.
-            fisher: diagonal Fisher of what must stay.
-        """
-        wanted = inside & (forget != 0)
+        moved = inside & (g != 0)
+        wanted, refused = wanted + int(moved.sum()), refused + int((moved & (step == 0)).sum())
         index = (inside & (step != 0)).flatten().nonzero()[:, 0]
-        d = step.flatten()[index]
-        gain = -slope.flatten()[index] * d
-        gains = gain > 0
-        damages = None if fisher is None else 0.5 * fisher.flatten()[index] * d * d
-        small = step.numel() < 2**31
-        return cls(
-            index[gains].int() if small else index[gains],
-            gain=gain[gains],
-            damage=None if damages is None else damages[gains],
-            damages=damages,
-            wanted=int(wanted.sum()),
-            refused=int((wanted & (step == 0)).sum()),
-        )
-
-
-def _best(
-    found: dict[str, _Candidates], damage_damping: float, n: int
-) -> dict[str, Int[Tensor, " _n"]]:
-    """Steps 2 and 3: flat positions of the best candidates, by weight, at most ``n`` in all.
-
-    Raises:
-        MaskError: none gains anything.
-    """
-    if not any(len(c.gain) for c in found.values()):
+        d, slope = step.flatten()[index], g.flatten()[index]
+        if retain_gradient is not None:
+            slope = slope + retain_gradient_weight * take(retain_gradient, name).flatten()[index]
+        score = -slope * d
+        gains = score > 0
+        if retain_fisher is not None:
+            damage = 0.5 * take(retain_fisher, name).flatten()[index] * d * d
+            score = score / (damage + damage_damping * typical_damage).clamp_min(1e-30)
+        pool.add(name, score[gains], index[gains])
+        if on_step:
+            on_step(done, len(regions))
+    if not len(pool.score):
         raise MaskError("No parameter of the circuit can move by a whole cell towards forgetting.")
-    damages = [c.damages for c in found.values() if c.damages is not None]
-    typical = float(torch.cat(damages).median().clamp_min(1e-30)) if damages else 0.0
-    score = torch.cat(
-        [
-            c.gain
-            if c.damage is None
-            else c.gain / (c.damage + damage_damping * typical).clamp_min(1e-30)
-            for c in found.values()
-        ]
-    )
-    chosen = torch.zeros_like(score, dtype=torch.bool)
-    chosen[score.topk(min(n, len(score))).indices] = True
-    parts = chosen.split([len(c.index) for c in found.values()])
-    return {
-        name: c.index[picked].long().cpu()
-        for (name, c), picked in zip(found.items(), parts, strict=True)
-        if picked.any()
-    }
+    indices = {**pool.indices(), **(besides or {})}
+    return _mask(model, indices, budget, quantizers, refused=refused, candidates=wanted)
 
 
 def random_mask(model: LanguageModel, budget: float, seed: int = 0, survive: Set = "nf4") -> Mask:
