@@ -22,6 +22,7 @@ from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.gguf import EXACT as EXACT_FORMATS
 from mansu_interp.quantizers.gguf import FITTED, TYPES, Mix, pack
 from mansu_interp.quantizers.gguf import llama_cpp as engine
+from mansu_interp.quantizers.packed import Packed
 from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
@@ -661,3 +662,40 @@ def test_without_prompts_a_calibrated_quantizer_says_what_it_needs(facts):
         quantize(facts, "awq-g64", [(1, 2, 3)])
     with pytest.raises(ConfigError, match="whole models"):
         get_quantizer("awq-g64").cells(facts.weights[facts.linear_names[0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_"),
+    [
+        *((n, 0.5) for n in ("nf4", "fp4", "int4-g32", "int4-g128", "int4-sym-g32")),
+        *((n, 0.5) for n in ("q4_0", "q4_1", "mxfp4", "nvfp4")),
+        *((n, 1) for n in ("q5_0", "q8_0")),
+    ],
+)
+def test_codes_give_the_quantized_weight_back(name: str, bytes_: float):
+    """Bit for bit, at half a byte or a byte an element; larger than what is unpacked at once, and
+    with groups of zeros."""
+    quantizer, draws = get_quantizer(name), torch.Generator().manual_seed(0)
+    for shape in ((4, 128), (520, 512)):
+        weight = torch.randn(shape, generator=draws) * 0.03
+        weight[1, :128], weight[2] = 0.0, weight[2].abs()
+        found = Packed.of(quantizer, weight)
+        assert found is not None and found.codes.numel() == bytes_ * weight.numel()
+        back = torch.full_like(weight, torch.nan)
+        found.unpack(back)
+        assert torch.equal(back, quantizer.round_trip(weight))
+
+
+def test_what_codes_do_not_give_back_is_not_packed():
+    """A scale of each row, scales quantized themselves, and codes that are wrong."""
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
+    assert Packed.of(get_quantizer("int8"), weight) is None
+    assert Packed.of(get_quantizer("nf4-dq"), weight) is None
+
+    class Wrong(type(NF := get_quantizer("nf4"))):
+        def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
+            back = super().round_trip(weight).clone()
+            back[3, 5] += 1e-6
+            return back
+
+    assert Packed.of(Wrong(NF.kind), weight) is None and Packed.of(NF, weight) is not None

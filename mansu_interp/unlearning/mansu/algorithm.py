@@ -26,7 +26,6 @@ from ...losses.gradients import gradient, packed
 from ...masks.floor import quantizer_set
 from ...masks.mask import Mask
 from ...models.language_model import LanguageModel
-from ...quantizers.survival import quantize
 from ...tasks.pairs import Pair, PairSet
 from ...tasks.task import Task
 from ...utils.distributed import sum_number
@@ -52,6 +51,7 @@ from .adversarial import AdversarialRelearning
 from .latent_weights import LatentWeights, LatentWeightsWithoutFloor
 from .margins import PAIRS, ROUNDS, MarginEditor
 from .probe_penalty import ProbePenalty
+from .students import Students
 
 FISHER_PAIRS = 48
 
@@ -191,7 +191,7 @@ class _EditLoop:
     seed: int
     limit: int
     """Edits at most."""
-    students: list[LanguageModel]
+    students: Students
     targets: list[CounterfactualTargets]
     latent: LatentWeights
     sampler: Sampler
@@ -204,8 +204,7 @@ class _EditLoop:
     ) -> _EditLoop:
         """Everything before the first step."""
         survive = quantizer_set(config.survive)
-        student = model.copy()
-        students = [student, *(quantize(student, q, sharing=True) for q in survive)]
+        students = Students(model.copy(), survive)
         task = _answered(model, task)
         retain = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
         fisher = None
@@ -215,8 +214,7 @@ class _EditLoop:
         # Before the first edit the students are their own teachers.
         targets = [CounterfactualTargets(s, task.forget, seed) for s in students]
         latent = (LatentWeights if config.floored else LatentWeightsWithoutFloor)(
-            students[0],
-            students[1:],
+            students,
             mask,
             survive,
             fisher=fisher,
@@ -298,7 +296,7 @@ class _EditLoop:
             for g, m in zip(gradients, more, strict=True):
                 g.add_(m, alpha=config.adversarial_weight)
         if self.probe:
-            more, losses["probe"] = self.probe.gradient(student, of)
+            more, losses["probe"] = self.probe.gradient(self.students[side], of)
             for g, m in zip(gradients, more, strict=True):
                 g.add_(m, alpha=config.probe_weight)
         return gradients, losses

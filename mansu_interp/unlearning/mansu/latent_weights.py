@@ -20,6 +20,7 @@ from ...models.language_model import LanguageModel
 from ...quantizers.base import Cells, Quantizer
 from ..checkpoint import Checkpoint
 from ..history import History
+from .students import Students, put
 
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
 BETA_OWN = 0.8
@@ -58,12 +59,6 @@ class LatentGroup:
         """Some values of all elements, by weight."""
         return values.split([len(i) for i in self.indices.values()])
 
-    @torch.no_grad()
-    def put(self, values: Float[Tensor, " n"], model: LanguageModel) -> None:
-        """Write values into a model's weights."""
-        for (name, index), part in zip(self.indices.items(), self.split(values), strict=True):
-            model.weights[name].view(-1)[index] = part
-
 
 def gather(weights: Mapping[str, Tensor], indices: dict[str, Tensor]) -> Float[Tensor, " n"]:
     """The elements at some positions, weight after weight."""
@@ -74,11 +69,9 @@ class LatentWeights:
     """The edits of a mask, applied alike to a full-precision model and its quantized ones.
 
     Arguments:
-        model: full precision; it is changed in place.
-        quantized: what each quantizer makes of it; changed in place, too. What is not quantized
-            may be the model's own tensors: every edit of those is the same in all.
+        students: full precision and what each quantizer makes of it; changed in place.
         mask: the editable weights.
-        survive: the quantizers.
+        survive: the quantizers, in the students' order.
         fisher: diagonal Fisher information of what must stay, of the mask's elements; None: no
             projection.
         strength: of the projection.
@@ -87,8 +80,7 @@ class LatentWeights:
 
     def __init__(
         self,
-        model: LanguageModel,
-        quantized: list[LanguageModel],
+        students: Students,
         mask: Mask,
         survive: list[Quantizer],
         *,
@@ -96,7 +88,7 @@ class LatentWeights:
         strength: float = 0.0,
         offset_rate: float = 0.0,
     ) -> None:
-        self.model, self.quantized = model, quantized
+        self.students, model = students, students.full
         self.offset_rate = offset_rate * len(self.models)
         offsets = len(self.models) - 1 if offset_rate and len(self.models) > 2 else 0
         self.power = 0.0
@@ -122,7 +114,7 @@ class LatentWeights:
                 LatentGroup(
                     indices=those,
                     original=original,
-                    quantized=[gather(q.weights, those) for q in quantized],
+                    quantized=[],
                     grids=grids,
                     floor=where,
                     scale=scale,
@@ -136,10 +128,19 @@ class LatentWeights:
                 )
             )
 
+        for side in range(1, len(students)):
+            for x in self.groups:
+                x.quantized.append(gather(students[side].weights, x.indices))
+
     @property
-    def models(self) -> list[LanguageModel]:
-        """The edited model and what each quantizer makes of it."""
-        return [self.model, *self.quantized]
+    def model(self) -> LanguageModel:
+        """The edited model, in full precision."""
+        return self.students.full
+
+    @property
+    def models(self) -> Sequence[LanguageModel]:
+        """The edited model and what each quantizer makes of it (see `Students`)."""
+        return self.students
 
     @property
     def indices(self) -> dict[str, Tensor]:
@@ -152,12 +153,12 @@ class LatentWeights:
         model = self.models[side]
         edited = [gather(model.weights, x.indices) for x in self.groups]
         for x in self.groups:
-            x.put(x.quantized[side - 1] if side else x.original, model)
+            put(model, x.indices, x.quantized[side - 1] if side else x.original)
         try:
             yield model
         finally:
             for x, values in zip(self.groups, edited, strict=True):
-                x.put(values, model)
+                put(model, x.indices, values)
 
     def _state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
@@ -229,21 +230,20 @@ class LatentWeights:
         bar = self._bar(torch.cat([d[m] for m, _, d in plans]), 0.0)
         made = [moved & (distance > bar) for moved, _, distance in plans]
         values = [value for _, value, _ in plans]
-        if len(self.quantized) > 1:
+        if len(self.students) > 2:
             values = self._rounded_jointly(values, made)
-        for x, value, m in zip(self.groups, values, made, strict=True):
-            self.write_edits(x, value, m)
+        for k, (value, m) in enumerate(zip(values, made, strict=True)):
+            self.write_edits(k, value, m)
         return sum(int(m.sum()) for m in made)
 
-    def write_edits(
-        self, x: LatentGroup, value: Float[Tensor, " n"], made: Bool[Tensor, " n"]
-    ) -> None:
-        """Put the values of some edits, and what each quantizer makes of them, into all models; all
-        other elements are put back to the original."""
-        x.put(torch.where(made, value, x.original), self.model)
-        for other, own, grid in zip(self.quantized, x.quantized, x.grids, strict=True):
+    def write_edits(self, k: int, value: Float[Tensor, " n"], made: Bool[Tensor, " n"]) -> None:
+        """Put the values of some edits of a group, and what each quantizer makes of them, into all
+        models; all its other elements are put back to the original."""
+        x = self.groups[k]
+        self.students.write(0, k, x.indices, torch.where(made, value, x.original))
+        for side, (own, grid) in enumerate(zip(x.quantized, x.grids, strict=True), 1):
             level = grid.value(grid.encode(value)) if grid else value
-            x.put(torch.where(made, level, own), other)
+            self.students.write(side, k, x.indices, torch.where(made, level, own))
 
     def _rounded_jointly(self, values: list[Tensor], made: list[Tensor]) -> list[Tensor]:
         """The values, those of the edits rounded jointly for the whole set of quantizers."""
@@ -291,6 +291,6 @@ class LatentWeightsWithoutFloor(LatentWeights):
         bar, edited = self._bar(torch.cat(moved), -1.0), 0
         for x, value, distance in zip(self.groups, values, moved, strict=True):
             made = (distance > bar) & (value != x.original)
-            x.put(torch.where(made, value, x.original), self.model)
+            put(self.model, x.indices, torch.where(made, value, x.original))
             edited += int(made.sum())
         return edited

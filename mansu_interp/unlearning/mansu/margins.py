@@ -195,9 +195,10 @@ class MarginEditor:
         # A weight that one of the quantizers leaves alone would not move apart from full precision;
         # all others lie side by side in one group.
         latent = self.latent
-        x = next((x for x in latent.groups if all(x.grids)), None)
-        if x is None:
+        k = next((k for k, x in enumerate(latent.groups) if all(x.grids)), None)
+        if k is None:
             return 0
+        x = latent.groups[k]
         answers = answer_tokens(self.retain, latent.model.device)
 
         def retained(model: LanguageModel, part: list[Pair]) -> Float[Tensor, " batch"]:
@@ -225,7 +226,7 @@ class MarginEditor:
             )
             found = choose_edits(some, wanted, most)
             now[i[found.elements]] = found.values
-            latent.write_edits(x, now, now != x.original)
+            latent.write_edits(k, now, now != x.original)
         return len(found.elements)
 
 

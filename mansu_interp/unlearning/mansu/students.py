@@ -1,0 +1,127 @@
+"""The models that MANSU trains: full precision, and what each quantizer makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...models.language_model import LanguageModel
+from ...quantizers.base import Quantizer
+from ...quantizers.packed import Packed
+from ...quantizers.survival import quantize
+
+
+@dataclass
+class _Shelved:
+    """A quantized model that is not in use."""
+
+    packed: dict[str, Packed | Tensor]
+    """Its linear weights before all edits."""
+    edits: dict[int, tuple[dict[str, Tensor], Tensor]] = field(default_factory=dict)
+    """Flat positions by weight, and the values there, weight after weight."""
+
+
+class Students(Sequence[LanguageModel]):
+    """A model and what each quantizer makes of it; indexing gives one, full precision first.
+
+    All quantized models have their linear weights in the same memory: at most one exists at a time,
+    until another is asked for, and the others are kept as codes and the values of their edits. What
+    no quantizer touches is the full-precision model's own, in all.
+
+    Arguments:
+        model: full precision; changed in place by `write`.
+        quantizers: what to make of it.
+    """
+
+    def __init__(self, model: LanguageModel, quantizers: Sequence[Quantizer]) -> None:
+        self.full = model
+        self._shelf: list[_Shelved] = []
+        self._in_use = 0
+        self._quantized = model
+        if len(quantizers) == 1:  # nothing to take turns with
+            self._quantized = quantize(model, quantizers[0], sharing=True)
+            self._shelf, self._in_use = [_Shelved({})], 1
+        elif quantizers:
+            names = model.linear_names
+            self._shelf = [
+                _Shelved({n: packed(q, w) for n in names if q.touches(w := model.weights[n])})
+                for q in quantizers
+            ]
+            touched = {n for x in self._shelf for n in x.packed}
+            self._quantized = model.copy(sharing=set(model.weights) - touched)
+            self._own = {n: self._quantized.weights[n] for n in touched}
+
+    def __len__(self) -> int:
+        return 1 + len(self._shelf)
+
+    def __getitem__(self, side: int) -> LanguageModel:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Full precision (0), or what the quantizer of that number, from 1 on, makes of it: valid
+        until another quantized one is asked for."""
+        if not 0 <= side < len(self):
+            raise IndexError(side)
+        if side and side != self._in_use:
+            self._take(side)
+        return self._quantized if side else self.full
+
+    @torch.no_grad()
+    def _take(self, side: int) -> None:
+        """Make a quantized model anew from its codes and edits."""
+        shelved = self._shelf[side - 1]
+        for name, weight in self._own.items():
+            kept = shelved.packed.get(name)
+            if isinstance(kept, Packed):
+                kept.unpack(weight)
+            else:
+                weight.copy_(self.full.weights[name] if kept is None else kept)
+        for indices, values in shelved.edits.values():
+            put(self._quantized, indices, values)
+        self._in_use = side
+
+    @torch.no_grad()
+    def write(
+        self,
+        side: int,
+        key: int,
+        indices: dict[str, Int[Tensor, " _m"]],
+        values: Float[Tensor, " n"],
+    ) -> None:
+        """Write values of some elements into one of the models.
+
+        Arguments:
+            side: which.
+            key: the number of these elements: the same elements again take the place of the last
+                values.
+            indices: flat positions by weight.
+            values: weight after weight.
+        """
+        if not side:
+            put(self.full, indices, values)
+            return
+        self._shelf[side - 1].edits[key] = indices, values
+        if side == self._in_use:
+            put(self._quantized, indices, values)
+
+
+def packed(
+    quantizer: Quantizer, weight: Float[Tensor, "out in"]
+) -> Packed | Float[Tensor, "out in"]:
+    """What a quantizer makes of a weight, as codes if they give it back."""
+    on_cpu = weight.cpu()
+    found = Packed.of(quantizer, on_cpu)
+    return (
+        quantizer.round_trip(on_cpu).to(weight.device) if found is None else found.to(weight.device)
+    )
+
+
+@torch.no_grad()
+def put(
+    model: LanguageModel, indices: dict[str, Int[Tensor, " _m"]], values: Float[Tensor, " n"]
+) -> None:
+    """Write values into some elements of a model's weights, weight after weight."""
+    parts = values.split([len(i) for i in indices.values()])
+    for (name, index), part in zip(indices.items(), parts, strict=True):
+        model.weights[name].view(-1)[index] = part
