@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..quantizers.base import Cells, Quantizer
+from ..quantizers.base import Cells, Quantizer, as_rows, parts
 from ..quantizers.registry import get_quantizer
 
 Set = Sequence[Quantizer | str] | Quantizer | str
@@ -142,16 +142,15 @@ class _Grids:
     def of(
         cls,
         weight: Float[Tensor, "out in"],
-        survive: Set,
+        quantizers: Sequence[Quantizer],
         dtype: torch.dtype,
         narrow: Sequence[torch.dtype],
         index: Int[Tensor, " m"] | None = None,
     ) -> _Grids:
-        quantizers = [q for q in quantizer_set(survive) if q.touches(weight)]
         each: list[tuple[torch.dtype, Cells]] = []
         for kind in dict.fromkeys((dtype, *narrow)):
             stored = weight.detach().to(kind).float()
-            cells = [q.cells(stored) for q in quantizers or [get_quantizer("nf4")]]
+            cells = [q.cells(stored) for q in quantizers]
             each += [(kind, c if index is None else c[index]) for c in cells]
         lows = (g.lowest + ROUNDING * g.lowest.abs() for _, g in each)
         highs = (g.highest - ROUNDING * g.highest.abs() for _, g in each)
@@ -198,8 +197,26 @@ def floor(
     Raises:
         ConfigError: see `quantizer_set`.
     """
-    grids = _Grids.of(weight, survive, dtype, narrow, index)
-    own = [g for kind, g in grids.each if kind == dtype]
+    quantizers = _those_that_touch(weight, survive)
+    if index is None:
+        index = torch.arange(weight.numel(), device=weight.device)
+    rows = as_rows(weight, quantizers)
+    held, size = (index // rows.shape[1]).unique(), rows.shape[1]
+    order, found = index.argsort(stable=True), []
+    within = torch.searchsorted(held, index[order] // size) * size + index[order] % size
+    if len(held) < len(rows):  # groups in which nothing is asked for are not looked at
+        rows = rows[held]
+    for some in parts(rows, weight):
+        ends = torch.tensor([some.start, some.stop]).to(within) * size
+        low, high = torch.searchsorted(within, ends).tolist()
+        here = within[low:high] - some.start * size
+        found.append(_floor(_Grids.of(rows[some], quantizers, dtype, narrow, here)))
+    return Floor.join(found)[order.argsort()]
+
+
+def _floor(grids: _Grids) -> Floor:
+    """The floor of the elements of some grids."""
+    own = [g for kind, g in grids.each if kind == grids.dtype]
     return Floor(
         up=grids.nearest(True),
         down=grids.nearest(False),
@@ -208,8 +225,13 @@ def floor(
         lowest=grids.lowest,
         highest=grids.highest,
         own=tuple(own),
-        dtype=dtype,
+        dtype=grids.dtype,
     )
+
+
+def _those_that_touch(weight: Float[Tensor, "out in"], survive: Set) -> list[Quantizer]:
+    """The quantizers of a set that touch a weight; where none does, one to take steps by."""
+    return [q for q in quantizer_set(survive) if q.touches(weight)] or [get_quantizer("nf4")]
 
 
 @torch.no_grad()
@@ -222,7 +244,12 @@ def floor_step(
     narrow: Sequence[torch.dtype] = NARROW,
 ) -> Float[Tensor, "out in"]:
     """The smallest step against the gradient that the floor allows; 0 where it forbids any."""
-    slope = gradient.flatten()
-    target = _Grids.of(weight, survive, dtype, narrow).nearest(slope <= 0)
-    step = (target - weight.flatten()).nan_to_num(0.0)
-    return torch.where(slope == 0, 0.0, step).view_as(weight)
+    quantizers = _those_that_touch(weight, survive)
+    rows, slopes = (as_rows(x, quantizers) for x in (weight, gradient))
+    step = torch.empty_like(rows)
+    for some in parts(rows, weight):
+        slope = slopes[some].flatten()
+        target = _Grids.of(rows[some], quantizers, dtype, narrow).nearest(slope <= 0)
+        found = (target - rows[some].flatten()).nan_to_num(0.0)
+        step[some] = torch.where(slope == 0, 0.0, found).view_as(step[some])
+    return step.view_as(weight)

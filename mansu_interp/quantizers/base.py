@@ -137,11 +137,39 @@ class Quantizer(ABC):
         """Whether the library quantizes a linear layer of this shape, or leaves it alone."""
         return True
 
+    def splits(self, n: int, width: int) -> bool:
+        """Whether every ``n`` elements of a weight, row after row of ``width``, can be quantized as
+        a row of their own: whether groups end where they do."""
+        return n == width
+
     def fit(
         self, model: LanguageModel, calibration: Sequence[Sequence[int]]
     ) -> dict[str, Quantizer]:
         """What quantizes each weight of a model, by name: itself, unless it calibrates."""
         return {n: self for n in model.linear_names if self.touches(model.weights[n])}
+
+
+PART = 2**17
+"""Elements that are looked at together where parts of a weight can be: the many short-lived tensors
+then stay small."""
+
+
+def as_rows(
+    weight: Float[Tensor, "out in"], quantizers: Sequence[Quantizer]
+) -> Float[Tensor, "rows size"]:
+    """A weight as the shortest rows that some quantizers treat as they do the whole; as it is where
+    there are none."""
+    n, width = weight.numel(), weight.shape[1]
+    for size in (32, 64, 128, 256, 512, width):
+        if n % size == 0 and all(q.splits(size, width) for q in quantizers):
+            return weight.reshape(-1, size)
+    return weight
+
+
+def parts(rows: Float[Tensor, "rows size"], weight: Float[Tensor, "out in"]) -> list[slice]:
+    """Slices of the rows of `as_rows`, about `PART` elements each."""
+    step = len(rows) if rows is weight else max(1, PART // rows.shape[1])
+    return [slice(at, at + step) for at in range(0, len(rows), step)]
 
 
 def grouped(weight: Float[Tensor, "out in"], size: int) -> Float[Tensor, "groups size"]:

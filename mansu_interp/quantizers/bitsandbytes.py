@@ -59,6 +59,10 @@ class FourBit(Quantizer):
         levels = self.levels
         return (levels[1:] + levels[:-1]) / 2
 
+    def splits(self, n: int, width: int) -> bool:
+        """See `Quantizer.splits`: blocks go on from row to row."""
+        return n % self.blocksize == 0
+
     def cells(self, weight: Float[Tensor, "*_shape"]) -> Cells:
         """See `Quantizer.cells`; any shape."""
         flat = weight.detach().float().flatten()

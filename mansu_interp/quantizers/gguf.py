@@ -77,6 +77,10 @@ class Gguf(Quantizer):
         """Rows must divide into groups of 32."""
         return weight.shape[-1] % GROUP == 0
 
+    def splits(self, n: int, width: int) -> bool:
+        """See `Quantizer.splits`."""
+        return n % GROUP == 0
+
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
         """See `Quantizer.cells`."""
         x = grouped(weight, GROUP)

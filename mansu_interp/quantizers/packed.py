@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from .base import Cells, Quantizer
+from .base import Cells, Quantizer, as_rows, parts
 
 GROUPS = (256, 128, 64, 32, 16)
 """Group sizes that are looked for, the largest first."""
-PART = 2**16
+BYTES = 2**16
 """Bytes of codes that are unpacked at once: what that takes stays in the processor's cache."""
 
 Group = Float[Tensor, "groups 1"]
@@ -38,14 +38,21 @@ class Packed:
     def of(cls, quantizer: Quantizer, weight: Float[Tensor, "out in"]) -> Packed | None:
         """What a quantizer makes of a weight; None where no way of computing with the codes, scales
         and offsets of its cells gives the library's own values back."""
-        cells, wanted = quantizer.cells(weight), quantizer.round_trip(weight)
-        size = next((s for s in GROUPS if _alike(cells.scale, s) and _alike(cells.offset, s)), 0)
-        if not size or len(cells.levels) > 256 or len(cells.codes) % 2:
+        wanted = quantizer.round_trip(weight)
+        rows = as_rows(weight, [quantizer])
+        found = [_Part.of(quantizer.cells(rows[some])) for some in parts(rows, weight)]
+        known = [p for p in found if p is not None]
+        if len(known) < len(found):
             return None
-        (codes, table), back = _bytes(cells), torch.empty_like(wanted)
-        scale, offset = (x.view(-1, size)[:, :1] for x in (cells.scale, cells.offset))
+        size = min(p.size for p in known)
+        codes = torch.cat([p.codes for p in known])
+        scale, offset = (
+            torch.cat([getattr(p, of).repeat_interleave(p.size // size) for p in known])[:, None]
+            for of in ("scale", "offset")
+        )
+        back = torch.empty_like(wanted)
         for parameters in _ways(scale, offset):
-            found = cls(codes, table, *parameters)
+            found = cls(codes, known[0].table, *parameters)
             found.unpack(back)
             if torch.equal(back, wanted):
                 return found
@@ -60,7 +67,7 @@ class Packed:
         """Write the de-quantized weight into a contiguous tensor of its shape."""
         groups = into.view(len(self.scale), -1)
         each = self.table.element_size() // 4  # codes a byte
-        step = max(1, PART * each // groups.shape[1])
+        step = max(1, BYTES * each // groups.shape[1])
         size = groups.shape[1] // each
         for at in range(0, len(groups), step):
             some = slice(at, at + step)
@@ -73,23 +80,41 @@ class Packed:
                 groups[some].add_(self.offset[some])
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a weight; fields as in `Packed`."""
+
+    size: int
+    """Of its groups."""
+    codes: UInt8[Tensor, " bytes"]
+    table: Int[Tensor, " kinds"]
+    scale: Float[Tensor, " groups"]
+    offset: Float[Tensor, " groups"]
+
+    @classmethod
+    def of(cls, cells: Cells) -> _Part | None:
+        """From cells; None where they have more than 256 levels, or groups of no size that is
+        looked for."""
+        scale, offset, levels = cells.scale, cells.offset, cells.levels
+        size = next((s for s in GROUPS if _alike(scale, s) and _alike(offset, s)), 0)
+        if not size or len(levels) > 256:
+            return None
+        codes = cells.codes.to(torch.uint8)
+        if len(levels) > 16:
+            table = levels.view(torch.int32)
+        else:
+            padded = torch.nn.functional.pad(levels, (0, 16 - len(levels)))
+            both = torch.stack([padded.repeat(16), padded.repeat_interleave(16)], 1)
+            codes, table = codes[::2] | codes[1::2] << 4, both.view(torch.int64).flatten()
+        return cls(size, codes, table, scale[::size].clone(), offset[::size].clone())
+
+
 def _alike(values: Float[Tensor, " n"], size: int) -> bool:
     """Whether groups of that size have one value each."""
     if len(values) % size:
         return False
     groups = values.view(-1, size)
     return all(bool((g == g[:, :1]).all()) for g in (groups[:8], groups))  # most sizes fail soon
-
-
-def _bytes(cells: Cells) -> tuple[UInt8[Tensor, " bytes"], Int[Tensor, " kinds"]]:
-    """Codes as bytes, and the levels that each byte stands for."""
-    codes, levels = cells.codes.to(torch.uint8), cells.levels
-    if len(levels) > 16:
-        return codes, levels.view(torch.int32)
-    padded = torch.nn.functional.pad(levels, (0, 16 - len(levels)))
-    first, second = padded.repeat(16), padded.repeat_interleave(16)
-    table = torch.stack([first, second], 1).view(torch.int64).flatten()
-    return codes[::2] | codes[1::2] << 4, table
 
 
 def _ways(scale: Group, offset: Group) -> Iterator[tuple[Group, Group | None, Group | None]]:

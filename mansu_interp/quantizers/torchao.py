@@ -47,6 +47,10 @@ class Int4(Quantizer):
         """Rows must divide into groups."""
         return weight.shape[-1] % self.group == 0
 
+    def splits(self, n: int, width: int) -> bool:
+        """See `Quantizer.splits`."""
+        return n % self.group == 0
+
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
         """See `Quantizer.cells`."""
         x = grouped(weight, self.group)
@@ -136,6 +140,10 @@ class Nvfp4(Quantizer):
     def touches(self, weight: Float[Tensor, "out in"]) -> bool:
         """Rows must divide into groups of 16."""
         return weight.shape[-1] % NVFP4_GROUP == 0
+
+    def splits(self, n: int, width: int) -> bool:
+        """See `Quantizer.splits`: one scale is the whole tensor's."""
+        return False
 
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
         """See `Quantizer.cells`. The element that sets the tensor's scale sets its group's, too."""
