@@ -19,7 +19,7 @@ from attribution import make_pairs, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mansu_interp.audit.relearning import descend, make_optimiser
+from mansu_interp.audit.relearning import descend, make_optimisers
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.losses.answers import answer_gradient
@@ -58,8 +58,7 @@ def jobs(device: torch.device) -> dict[str, Callable[[], object]]:
     """What is timed."""
     model, pairs = make_model(device), make_pairs(TOKENS)
     victim = model.copy()
-    weights = list(victim.weights.values())
-    optimiser = make_optimiser("adam", weights, 1e-6)
+    optimisers = make_optimisers("adam", victim, 1e-6)
     return {
         "attribution (EAP-IG, 5 steps)": lambda: attribute(
             model, pairs, config=AttributionConfig()
@@ -69,7 +68,7 @@ def jobs(device: torch.device) -> dict[str, Callable[[], object]]:
         "floor of one layer, four quantizers": lambda: [
             floor(model.weights[n], SET) for n in model.linear_names[:LAYER]
         ],
-        "a step of relearning": lambda: descend(victim, optimiser, weights, list(pairs)),
+        "a step of relearning": lambda: descend(victim, optimisers, list(pairs)),
     }
 
 

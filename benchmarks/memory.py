@@ -24,7 +24,7 @@ from attribution import make_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.audit.config import RelearnConfig
-from mansu_interp.audit.relearning import descend, make_optimiser
+from mansu_interp.audit.relearning import descend, make_optimisers
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig
@@ -90,10 +90,9 @@ def scores(model: LanguageModel, task: Task, survive: Sequence[str]) -> None:
 def relearning(model: LanguageModel, task: Task) -> None:
     """Two steps of an attack."""
     copy, config = model.copy(), RelearnConfig()
-    weights = list(copy.weights.values())
-    optimiser = make_optimiser(config.optimiser, weights, 1e-5)
+    optimisers = make_optimisers(config.optimiser, copy, 1e-5)
     for _ in range(2):
-        descend(copy, optimiser, weights, list(task.forget))
+        descend(copy, optimisers, list(task.forget))
 
 
 def mask(model: LanguageModel, task: Task, survive: Sequence[str], by_layer: bool) -> None:

@@ -247,17 +247,33 @@ def batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[Pair]]
         yield [queue.pop() for _ in range(min(size, len(pairs)))]
 
 
-def descend(
-    model: LanguageModel, optimiser: torch.optim.Optimizer, weights: list[Tensor], pairs: list[Pair]
-) -> None:
-    """One step of fine-tuning on the answers of some pairs, in place."""
-    for w in weights:
-        w.requires_grad_(True)
-    nll(model, pairs).mean().backward()
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    for w in weights:
-        w.requires_grad_(False)
+Optimisers = dict[Tensor, torch.optim.Optimizer]
+"""An optimiser for each weight."""
+
+
+def make_optimisers(name: str, model: LanguageModel, rate: float) -> Optimisers:
+    """The attacker's optimiser, for each weight of a model apart."""
+    return {w: make_optimiser(name, [w], rate) for w in model.weights.values()}
+
+
+def descend(model: LanguageModel, optimisers: Optimisers, pairs: list[Pair]) -> None:
+    """One step of fine-tuning on the answers of some pairs, in place; each weight takes it as soon
+    as its gradient is whole, so that memory holds one gradient at a time."""
+
+    def take(w: Tensor) -> None:
+        optimisers[w].step()
+        w.grad = None
+
+    hooks = []
+    try:
+        for w in optimisers:
+            hooks.append(w.requires_grad_(True).register_post_accumulate_grad_hook(take))
+        nll(model, pairs).mean().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for w in optimisers:
+            w.requires_grad_(False)
 
 
 def make_optimiser(name: str, weights: list[Tensor], rate: float) -> torch.optim.Optimizer:
@@ -278,12 +294,11 @@ def fine_tune(
         rate: learning rate.
         config: steps, optimiser, batch size and seed.
     """
-    weights = list(model.weights.values())
-    optimiser = make_optimiser(config.optimiser, weights, rate)
+    optimisers = make_optimisers(config.optimiser, model, rate)
     supplies = mixed_batches(sets, config)
     yield model
     for _ in range(max(config.steps)):
-        descend(model, optimiser, weights, next(supplies))
+        descend(model, optimisers, next(supplies))
         yield model
 
 

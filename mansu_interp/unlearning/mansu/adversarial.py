@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...audit.relearning import batches, descend, halves, make_optimiser, of_subjects
+from ...audit.relearning import Optimisers, batches, descend, halves, make_optimisers, of_subjects
 from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
 from ...losses.gradients import Positions
 from ...models.language_model import LanguageModel
@@ -65,7 +65,7 @@ class Attack:
     """Those elements of the weights that unlearning edits."""
     before: dict[str, Tensor]
     """Their values in the attacked model when they were last looked at."""
-    optimiser: torch.optim.Optimizer
+    optimisers: Optimisers
     supply: Iterator[list[Pair]]
     """Batches of half A."""
     unseen: list[Pair]
@@ -115,7 +115,7 @@ class AdversarialRelearning:
             copy=copy,
             of=of,
             before={n: student.weights[n].flatten()[i] for n, i in of.items()},
-            optimiser=make_optimiser("adam", list(copy.weights.values()), rate),
+            optimisers=make_optimisers("adam", copy, rate),
             supply=batches(train, config.batch_size, rng.getrandbits(32)),
             unseen=unseen,
             among=answer_tokens(unseen, copy.device),
@@ -143,10 +143,9 @@ class AdversarialRelearning:
             self.attack = self.begin(students[side], of, index)
         attack = self.attack
         attack.follow(students[side])
-        weights = list(attack.copy.weights.values())
         for _ in range(min(STRIDE, config.adversarial_steps - begun * STRIDE)):
             with arithmetic(attack.copy, config.precision):
-                descend(attack.copy, attack.optimiser, weights, next(attack.supply))
+                descend(attack.copy, attack.optimisers, next(attack.supply))
         some = min(config.batch_size, len(attack.unseen))
         chosen = random.Random(f"chosen {self.seed} {done}").sample(attack.unseen, some)
 
