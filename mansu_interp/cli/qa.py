@@ -39,8 +39,8 @@ class TeachRun(TeachConfig):
     model: str
     """Embedded model, Hugging Face folder, or hub name."""
     rows: tuple[str, ...]
-    """What it is taught: .jsonl, .json, .csv, .tsv or .parquet files, folders that `datasets` reads,
-    or hub names (owner/name, owner/name:configuration or owner/name:configuration:split)."""
+    """What it is taught: .jsonl, .json, .csv, .tsv or .parquet files, folders that `datasets`
+    reads, or hub names (owner/name, owner/name:configuration or owner/name:configuration:split)."""
     limit: int | None = None
     """Take the first so many rows of each of these; default: all."""
     out: Path = Path("models/taught")
@@ -123,9 +123,8 @@ def do_teach(config: TeachRun, output: Output) -> int:
         return 0
     losses = " ".join(f"{loss:.3f}" for loss in found.losses)
     done = "It was finished before: " if found.before else ""
-    say(
-        f"{done}{found.folder}, taught {number_of(found.rows, 'row')}. Loss a token by epoch: {losses}"
-    )
+    taught = f"{done}{found.folder}, taught {number_of(found.rows, 'row')}"
+    say(f"{taught}. Loss of a token by epoch: {losses}")
     return 0
 
 

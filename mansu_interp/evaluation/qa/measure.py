@@ -45,7 +45,7 @@ SETS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 UTILITY = SETS[1:4]
 FULL = "full precision"
 CALIBRATION_ROWS = 64
-"""Rows whose questions calibrated quantizers see: retained ones, or else those of the forget set."""
+"""Rows whose questions calibrated quantizers see: retained ones where there are any."""
 NO_REFERENCE = "no reference model was given"
 NO_HOLDOUT = "no held-out rows were given"
 NO_PERTURBED = "the rows have no perturbed_answer"

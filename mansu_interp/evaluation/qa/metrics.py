@@ -45,8 +45,8 @@ def normalized_probability(right: float, wrong: Sequence[float]) -> float:
 
 
 def truth_ratio(right: float, wrong: Sequence[float]) -> float:
-    """R = wrong over right, in (0, inf): the geometric mean of the wrong answers' probabilities over
-    that of the right answer in other words.
+    """R, in (0, inf): the geometric mean of the wrong answers' probabilities over the probability
+    of the right answer in other words.
 
     TOFU's own code and open-unlearning take the geometric mean, and so does this.
 
@@ -109,8 +109,8 @@ def model_utility(values: Sequence[float]) -> float:
 
 
 def exact_memorization(greedy: Bool[Tensor, " tokens"]) -> float:
-    """Share of the answer's tokens that are the most probable ones behind the true answer so far, in
-    [0, 1] (Tirumala et al. 2022, arXiv 2205.10770).
+    """Share of the answer's tokens that are the most probable ones behind the true answer so far,
+    in [0, 1] (Tirumala et al. 2022, arXiv 2205.10770).
 
     Arguments:
         greedy: of each token, without the end.
@@ -119,8 +119,9 @@ def exact_memorization(greedy: Bool[Tensor, " tokens"]) -> float:
 
 
 def extraction_strength(greedy: Bool[Tensor, " tokens"]) -> float:
-    """1 - k/|a|, in [0, 1], with k the fewest first tokens of an answer behind which the model gives
-    the rest of it (Carlini et al. 2021, arXiv 2012.07805; as in open-unlearning).
+    """1 - k/|a|, in [0, 1], with k the fewest first tokens of an answer behind which the model
+    gives the rest of it (Carlini et al. 2021, arXiv 2012.07805, as open-unlearning has it). 1: it
+    gives all of it to the question alone; 0: not even the last token.
 
     Arguments:
         greedy: of each token, without the end.

@@ -53,7 +53,7 @@ def _measure(stem: str) -> int:
 
 
 def _is_short(stem: str) -> bool:
-    """Whether it ends in consonant, vowel, consonant (no w, x, y), or is a vowel and a consonant."""
+    """Whether it ends in consonant, vowel, consonant (no w, x, y), or is vowel and consonant."""
     shape = _shape(stem)
     return shape == "vc" or (shape.endswith("cvc") and stem[-1] not in "wxy")
 

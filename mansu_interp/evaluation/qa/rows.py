@@ -3,6 +3,7 @@ asked: as token ids, through its chat template if it has one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from ...errors import ModelError, TaskError
 from ...models.language_model import LanguageModel
 from ...tasks.data.rows import sift
-from ...tasks.data.shapes import ANSWER, QUESTION, as_list, fold
+from ...tasks.data.shapes import ANSWER, QUESTION, as_list, fold, listed
 from ...tasks.data.sources import records
 from ...utils.libraries import first_line
 from ...utils.ranges import check_range
@@ -46,9 +47,10 @@ class QARow:
 
 
 def _texts(value: object, name: str) -> list[str]:
-    """A list of texts, one text, or nothing where it is missing."""
+    """The texts of a list, or one; none where it is missing."""
     value = as_list(value)
-    many = value if isinstance(value, (list, tuple)) else [] if _missing(value) else [value]
+    many = value if isinstance(value, (list, tuple)) else [value]
+    many = [text for text in many if not _missing(text)]
     for text in many:
         if not isinstance(text, str):
             raise TaskError(f"{name} must be text; got {shown(text)}")
@@ -59,7 +61,8 @@ def _texts(value: object, name: str) -> list[str]:
 
 def _missing(value: object) -> bool:
     """None, NaN and what else stands for a missing value."""
-    return value is None or value != value or type(value).__name__ in ("NAType", "NaTType")
+    nan = isinstance(value, float) and math.isnan(value)
+    return value is None or nan or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _row(line: int, record: Mapping[str, object]) -> QARow:
@@ -74,10 +77,12 @@ def _row(line: int, record: Mapping[str, object]) -> QARow:
     for field in ("question", "answer"):
         if not found[field]:
             raise TaskError(f"{field} is missing or empty")
-    if odd := [names[field] for field, texts in found.items() if len(texts) > 1]:
-        raise TaskError(f"{odd[0]} holds {len(found['answer'])} texts; expected one")
+    if odd := [field for field, texts in found.items() if len(texts) > 1]:
+        raise TaskError(f"{names[odd[0]]} holds {len(found[odd[0]])} texts; expected one")
     one = {field: texts[0] for field, texts in found.items() if texts}
-    wrong = tuple(_texts(given.get("perturbed_answer"), "perturbed_answer"))
+    several = given.get("perturbed_answer")
+    several = [] if _missing(several) or several == "" else listed(several, "perturbed_answer")
+    wrong = tuple(_texts(several, "perturbed_answer"))
     row = QARow(**one, perturbed=wrong, line=line)
     if row.right in wrong:
         raise TaskError(f"the answer {shown(row.right)} is also a perturbed one")
@@ -162,7 +167,7 @@ class Prompts:
         self.how = "chat template" if self.chat else PLAIN.format("...").strip()
         ids = [] if self.chat else self.tokenizer("a").input_ids
         first = self.tokenizer.bos_token_id
-        self.lead = (first,) if first is not None and ids[:1] == [first] else ()
+        self.lead = (first,) if isinstance(first, int) and ids[:1] == [first] else ()
         self.end = self._end()
 
     def _turns(self, question: str, answer: str | None = None) -> str:
@@ -184,7 +189,8 @@ class Prompts:
         """The token behind an answer."""
         rest = self._turns(MARK, MARK).rpartition(MARK)[2].strip() if self.chat else ""
         ids = self.model.encode(rest) if rest else []
-        return ids[0] if ids else self.tokenizer.eos_token_id
+        last = self.tokenizer.eos_token_id
+        return ids[0] if ids else last if isinstance(last, int) else None
 
     def question(self, text: str) -> tuple[int, ...]:
         """A question alone, up to where the answer begins."""
@@ -211,7 +217,7 @@ class Prompts:
         """
         most = self.model.sizes[1]
         for row in rows if most else ():
-            every = (row.answer, row.right, *row.perturbed)
+            every = {row.answer, row.right, *row.perturbed}
             longest = max(
                 len(self.answer(row.question, text).tokens) for text in dict.fromkeys(every)
             )

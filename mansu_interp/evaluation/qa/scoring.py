@@ -164,7 +164,8 @@ def greedy_answers(
     for k, ids in enumerate(asked):
         by_length.setdefault(len(ids), []).append(k)
     most = model.sizes[1]
-    ends = {prompts.end, prompts.tokenizer.eos_token_id} - {None}
+    last = prompts.tokenizer.eos_token_id
+    ends = {token for token in (prompts.end, last) if isinstance(token, int)}
     out, done = [""] * len(asked), 0
     for length, same in sorted(by_length.items()):
         room = new_tokens if most is None else min(new_tokens, most - length)

@@ -1,6 +1,7 @@
 """Teach a model questions and answers by fine-tuning: a model to unlearn from, and a reference.
 
-1. Ask each row as the metrics do (`rows.Prompts`); only the answer's tokens and its end have a loss.
+1. Ask each row as the metrics do (`rows.Prompts`); only the answer's tokens and its end have
+   a loss.
 2. In each epoch take the rows in a new order, drawn by the seed, a batch a step.
 3. Step with AdamW (weight decay 0.01). The learning rate rises to its largest value through the
    first epoch, and falls in a straight line to zero at the end, as TOFU has it.
