@@ -192,16 +192,19 @@ class Prompts:
         last = self.tokenizer.eos_token_id
         return ids[0] if ids else last if isinstance(last, int) else None
 
+    def _before(self, question: str) -> str:
+        """All that stands before an answer."""
+        return self._turns(question) if self.chat else PLAIN.format(question)
+
     def question(self, text: str) -> tuple[int, ...]:
         """A question alone, up to where the answer begins."""
-        asked = self._turns(text) if self.chat else PLAIN.format(text).rstrip(" ")
-        return (*self.lead, *self.model.encode(asked))
+        return (*self.lead, *self.model.encode(self._before(text).rstrip(" ")))
 
     def answer(self, question: str, answer: str) -> Asked:
         """A question with an answer behind it."""
-        asked = self._turns(question) if self.chat else PLAIN.format(question)
-        begin = self.question(question)
-        both = (*self.lead, *self.model.encode(asked + answer))
+        before = self._before(question)
+        begin = (*self.lead, *self.model.encode(before.rstrip(" ")))
+        both = (*self.lead, *self.model.encode(before + answer))
         if both[: len(begin)] != begin or len(both) == len(begin):
             # The tokenizer joins the end of the question with the answer.
             both = (*begin, *self.model.encode(answer))
@@ -218,9 +221,7 @@ class Prompts:
         most = self.model.sizes[1]
         for row in rows if most else ():
             every = {row.answer, row.right, *row.perturbed}
-            longest = max(
-                len(self.answer(row.question, text).tokens) for text in dict.fromkeys(every)
-            )
+            longest = max(len(self.answer(row.question, text).tokens) for text in every)
             if longest > (most or 0):
                 raise TaskError(
                     f"{what}, line {row.line}: question and answer have {longest:,} tokens, and "
