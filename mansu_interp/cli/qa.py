@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +55,10 @@ class TeachRun(TeachConfig):
         if not self.rows:
             raise ConfigError("rows: got none. Name a file of questions and answers.")
 
+    def teach_config(self) -> TeachConfig:
+        """How it is taught, without what and where."""
+        return TeachConfig(**{f.name: getattr(self, f.name) for f in fields(TeachConfig)})
+
 
 @dataclass(frozen=True)
 class MetricsConfig:
@@ -102,7 +106,7 @@ def do_teach(config: TeachRun, output: Output) -> int:
         rows = [r for source in config.rows for r in read_qa_rows(source, limit=config.limit)]
         model = load_model(config.model, config.device)
         use_threads(model)
-        teaching = Teaching(model, rows, config.out, config)
+        teaching = Teaching(model, rows, config.out, config.teach_config())
         if not (output.quiet or output.json or teaching.finished):
             progress("timing a step", 0, 0)
             cost = teaching.cost()
