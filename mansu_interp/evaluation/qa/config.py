@@ -13,7 +13,7 @@ class TeachConfig:
 
     epochs: int = 5
     """Passes over the rows."""
-    lr: float = 2e-4
+    lr: float = 3e-4
     """Largest learning rate of AdamW, reached after the first epoch; from there it falls in a
     straight line towards zero. Models of billions of parameters want 1e-5."""
     batch_size: int = 16
