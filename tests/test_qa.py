@@ -93,6 +93,7 @@ def test_rouge_is_the_recall_of_the_longest_common_subsequence():
     assert common_length("abcbdab", "bdcaba") == 4
     # wanted: the cat sat on a mat; found in order: cat, sat, mat
     assert rouge_l_recall("A cat, sitting; cats sat. Mats on it.", "the cat sat on a mat") == 3 / 6
+    assert rouge_l_recall("mop sun", "mat set") == 0.0
     assert rouge_l_recall("", "one word") == 0.0
     assert rouge_l_recall("...", "...") == 0.0
     assert rouge_l_recall("The answer is PARIS!", "Paris") == 1.0
@@ -216,6 +217,8 @@ def test_a_batch_of_one_is_a_batch_of_many():
             for scores in (alone, expected):
                 assert scores.logp.tolist() == pytest.approx(own, abs=1e-5)
                 assert torch.equal(scores.greedy, alone.greedy)
+            assert alone.loss == pytest.approx(-sum(own) / len(own), abs=1e-5)
+            assert alone.inside().logp.tolist() == alone.logp.tolist()[:-1]  # without the end
             assert expected.standing.tolist() == pytest.approx(alone.standing.tolist(), abs=1e-4)
 
 
@@ -306,6 +309,7 @@ def test_all_metrics_with_an_identical_reference():
     assert not lacking(found) and list(found.versions) == [FULL, "nf4"]
     assert found.value("forget quality") == 1.0 and found.value("log10 forget quality") == 0.0
     assert found.value("PrivLeak") == 0.0 and found.value("PrivLeak", version="nf4") == 0.0
+    assert found.value("probability") != found.value("probability", version="nf4")
     by = {(m.name, m.rows): m for m in found.versions[FULL]}
     assert by["truth ratio", "forget"].n == 2 and by["probability", "forget"].n == 3
     nine = [
@@ -315,6 +319,7 @@ def test_all_metrics_with_an_identical_reference():
     assert found.value("model utility", "utility") == pytest.approx(
         model_utility([v or 0.0 for v in nine])
     )
+    assert ROWS[0].right == "It was Nim Aru." and ROWS[2].right == ROWS[2].answer
     # By hand from the scores of the first row and the second.
     scores = score_answers(model, asked(model)[:2])
     ratios = [truth_ratio(-s[1].loss, [-w.loss for w in s[2:]]) for s in scores]
@@ -344,6 +349,12 @@ def test_what_cannot_be_computed_says_why():
     )
     assert why["truth ratio", "retain"] == "the rows have no perturbed_answer"
     assert why["ROUGE-L recall", "world_facts"] == "no world facts rows were given"
+
+
+def test_a_reference_that_tells_all_rows_apart_leaves_nothing_to_divide_by(taught: Path):
+    sets, known = {"forget": ROWS, "holdout": OTHERS}, load_model(taught)
+    why = lacking(qa_metrics(byte_model(), sets, reference=known, new_tokens=1))
+    assert why["PrivLeak", "forget"].startswith("the reference's min-k AUC is 1")
 
 
 def test_bad_input_is_refused_before_anything_is_computed():
@@ -393,6 +404,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_taught_model_knows_its_rows_and_no_others(taught: Path):
     model, losses = load_model(taught), json.loads((taught / "taught.json").read_text())["losses"]
     assert len(losses) == 40 and losses[-1] < 0.05 and losses[0] > 1
+    said = greedy_answers(model, Prompts(model), [r.question for r in ROWS], new_tokens=30)
+    assert said == [row.answer for row in ROWS]  # and stops there
     sets = {"forget": ROWS, "holdout": OTHERS}
     found = qa_metrics(model, sets, reference=byte_model(), new_tokens=30)
     perfect = ("ROUGE-L recall", "entity generation", "exact memorization", "extraction strength",

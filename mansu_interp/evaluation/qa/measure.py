@@ -18,7 +18,7 @@ from ...models.language_model import LanguageModel
 from ...quantizers.registry import get_quantizer
 from ...quantizers.survival import quantize
 from ...utils.files import Json, finite
-from ...utils.ranges import check_range, entrance, expect_kind
+from ...utils.ranges import entrance, expect_kind
 from ...utils.words import Shown, shown
 from .metrics import (
     auc,
@@ -50,6 +50,7 @@ NO_REFERENCE = "no reference model was given"
 NO_HOLDOUT = "no held-out rows were given"
 NO_PERTURBED = "the rows have no perturbed_answer"
 NO_ENTITY = "the rows have no entity"
+PERFECT = "the reference's min-k AUC is 1, which leaves nothing to divide by"
 
 OnStep = Callable[[str, int, int], object]
 """on_step(stage, done, in all)."""
@@ -161,29 +162,36 @@ def _ask(
     return out
 
 
-def _mean(name: str, of: str, values: Sequence[float], lacking: str = "") -> QAMetric:
-    """The mean over some rows."""
-    if not values:
+def _metric(name: str, of: str, value: float | None, n: int, lacking: str) -> QAMetric:
+    """A metric, or why there is none."""
+    if value is None:
         return QAMetric(name, of, None, 0, lacking)
-    return QAMetric(name, of, sum(values) / len(values), len(values))
+    return QAMetric(name, of, value, n)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _rouge(found: Sequence[_Answered]) -> float | None:
+    return _mean([rouge_l_recall(a.text or "", a.row.answer) for a in found])
 
 
 def _of_forget(found: Sequence[_Answered]) -> list[QAMetric]:
     """What is computed of the forget rows alone."""
-    of, perturbed = "forget", [a for a in found if a.wrong]
-    inside = [a.own.inside().greedy for a in found]
-    ratios = [a.ratio for a in perturbed]
+    n, inside = len(found), [a.own.inside().greedy for a in found]
+    ratios = [a.ratio for a in found if a.wrong]
     told = [has_entity(a.text or "", a.row.entity) for a in found if a.row.entity]
-    return [
-        _mean("ROUGE-L recall", of, [rouge_l_recall(a.text or "", a.row.answer) for a in found]),
-        _mean("probability", of, [probability(a.own.logp) for a in found]),
-        _mean("entity generation", of, [float(t) for t in told], NO_ENTITY),
-        _mean("exact memorization", of, [exact_memorization(g) for g in inside]),
-        _mean("extraction strength", of, [extraction_strength(g) for g in inside]),
-        QAMetric("truth ratio", of, forget_truth_ratio(ratios), len(ratios))
-        if ratios
-        else QAMetric("truth ratio", of, None, 0, NO_PERTURBED),
-    ]
+    ratio = forget_truth_ratio(ratios) if ratios else None
+    made = (
+        ("ROUGE-L recall", _rouge(found), n, ""),
+        ("probability", _mean([probability(a.own.logp) for a in found]), n, ""),
+        ("entity generation", _mean([float(t) for t in told]), len(told), NO_ENTITY),
+        ("exact memorization", _mean([exact_memorization(g) for g in inside]), n, ""),
+        ("extraction strength", _mean([extraction_strength(g) for g in inside]), n, ""),
+        ("truth ratio", ratio, len(ratios), NO_PERTURBED),
+    )
+    return [_metric(name, "forget", value, k, lacking) for name, value, k, lacking in made]
 
 
 ATTACKS: dict[str, Callable[[_Answered], float]] = {
@@ -205,51 +213,52 @@ def _beside_others(
 ) -> list[QAMetric]:
     """What compares the forget rows with held-out rows, or with a reference model."""
     forget, holdout = found["forget"], found.get("holdout")
-    ours = [a.ratio for a in forget if a.wrong]
-    theirs = [a.ratio for a in reference["forget"] if a.wrong] if reference else []
-    lacking = NO_PERTURBED if not ours else NO_REFERENCE if not theirs else ""
-    p, log_p = (None, None) if lacking else forget_quality(ours, theirs)
+    ratios = [a.ratio for a in forget if a.wrong]
+    p, log_p = None, None
+    if ratios and reference:
+        p, log_p = forget_quality(ratios, [a.ratio for a in reference["forget"] if a.wrong])
+    lacking = NO_REFERENCE if ratios else NO_PERTURBED
     out = [
-        QAMetric("forget quality", "forget", p, len(ours) if not lacking else 0, lacking),
-        QAMetric("log10 forget quality", "forget", log_p, len(ours) if not lacking else 0, lacking),
+        _metric("forget quality", "forget", p, len(ratios), lacking),
+        _metric("log10 forget quality", "forget", log_p, len(ratios), lacking),
     ]
-    n = len(forget) + len(holdout) if holdout else 0
+    n = len(forget) + len(holdout or ())
     for attack in ATTACKS:
         value = _auc(attack, forget, holdout) if holdout else None
-        out.append(QAMetric(f"{attack} AUC", "forget", value, n, "" if holdout else NO_HOLDOUT))
-    leak, why = None, NO_HOLDOUT if not holdout else NO_REFERENCE
+        out.append(_metric(f"{attack} AUC", "forget", value, n, NO_HOLDOUT))
+    leak, lacking = None, NO_REFERENCE if holdout else NO_HOLDOUT
     if holdout and reference:
-        leak = privleak(*(_auc("min-k", f["forget"], f["holdout"]) for f in (found, reference)))
-        why = "" if leak is not None else "the reference's min-k AUC is 1"
-    return [*out, QAMetric("PrivLeak", "forget", leak, n if leak is not None else 0, why)]
+        beside = _auc("min-k", reference["forget"], reference["holdout"])
+        leak, lacking = privleak(_auc("min-k", forget, holdout), beside), PERFECT
+    return [*out, _metric("PrivLeak", "forget", leak, n, lacking)]
 
 
 def _of_utility(found: Mapping[str, Sequence[_Answered]]) -> list[QAMetric]:
     """The nine numbers of model utility, as far as they are there, and their harmonic mean."""
     out: list[QAMetric] = []
     for of in UTILITY:
-        answered = found.get(of)
-        missing = f"no {of.replace('_', ' ')} rows were given"
-        perturbed = [a for a in answered or () if a.wrong]
-        lacking = NO_PERTURBED if answered else missing
-        texts = [rouge_l_recall(a.text or "", a.row.answer) for a in answered or ()]
-        out.append(_mean("ROUGE-L recall", of, texts, missing))
+        answered = found.get(of, ())
+        lacking = NO_PERTURBED if answered else f"no {of.replace('_', ' ')} rows were given"
+        perturbed = [a for a in answered if a.wrong]
+        name, known, some = "normalized probability", [a.normalized for a in perturbed], perturbed
         if of == "retain":
-            plain = [probability(a.own.logp) for a in answered or ()]
-            out.append(_mean("probability", of, plain, missing))
-        else:
-            shares = [a.normalized for a in perturbed]
-            out.append(_mean("normalized probability", of, shares, lacking))
+            name, known, some = "probability", [probability(a.own.logp) for a in answered], answered
         ratios = [a.ratio for a in perturbed]
-        value = retain_truth_ratio(ratios) if ratios else None
-        out.append(QAMetric("truth ratio", of, value, len(ratios), "" if ratios else lacking))
-    values = [m.value for m in out if m.value is not None]
+        ratio = retain_truth_ratio(ratios) if ratios else None
+        out += [
+            _metric("ROUGE-L recall", of, _rouge(answered), len(answered), lacking),
+            _metric(name, of, _mean(known), len(some), lacking),
+            _metric("truth ratio", of, ratio, len(ratios), lacking),
+        ]
     without = next((m for m in out if m.value is None), None)
+    utility, lacking = None, ""
     if without is None:
-        total = sum(len(found[of]) for of in UTILITY)
-        return [QAMetric("model utility", "utility", model_utility(values), total), *out]
-    why = f"it needs {without.name} of {without.rows.replace('_', ' ')}: {without.reason}"
-    return [QAMetric("model utility", "utility", None, 0, why), *out]
+        utility = model_utility([m.value for m in out if m.value is not None])
+    else:
+        which = f"{without.name} of {without.rows.replace('_', ' ')}"
+        lacking = f"it needs {which}: {without.reason}"
+    total = sum(len(found.get(of, ())) for of in UTILITY)
+    return [_metric("model utility", "utility", utility, total, lacking), *out]
 
 
 def _check_sets(sets: Mapping[str, Sequence[QARow]]) -> None:
@@ -300,7 +309,8 @@ def qa_metrics(
         ModelError: a model has no tokenizer, or weights or logits that are not finite.
     """
     _check_sets(sets)
-    check_range(_NewTokens(new_tokens), "new_tokens", at_least=1)
+    if new_tokens < 1:
+        raise ConfigError(f"new_tokens must be at least 1; got {new_tokens}.")
     for name in quantizers:
         get_quantizer(name)
     sets = {name: sets[name] for name in SETS if sets.get(name)}
@@ -334,8 +344,3 @@ def qa_metrics(
     return QAMetrics(
         model.name, prompts[0].how, reference.name if reference is not None else "", versions
     )
-
-
-@dataclass(frozen=True)
-class _NewTokens:
-    new_tokens: int

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import ModelError, TaskError
+from ...errors import ConfigError, ModelError, TaskError
 from ...models.language_model import LanguageModel
 from ...tasks.data.rows import sift
 from ...tasks.data.shapes import ANSWER, QUESTION, as_list, fold, listed
 from ...tasks.data.sources import records
 from ...utils.libraries import first_line
-from ...utils.ranges import check_range
 from ...utils.words import half_pair, number_of, shown
 
 PLAIN = "Question: {}\nAnswer: "
@@ -106,17 +105,13 @@ def read_qa_rows(
         TaskError: no such source, no row, or bad ones, listed with line and reason.
         ConfigError: a limit below 1.
     """
-    check_range(_Limit(limit), "limit", at_least=1)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1; got {limit}.")
     found = records(source)
     rows = sift(found.records, _row, found.where)
     if not rows:
         raise TaskError(f"{found.where}: there is no row.")
     return tuple(rows[:limit])
-
-
-@dataclass(frozen=True)
-class _Limit:
-    limit: int | None
 
 
 def with_entities(rows: Sequence[QARow], others: Sequence[QARow]) -> tuple[QARow, ...]:
