@@ -288,7 +288,7 @@ def qa_metrics(
     new_tokens: int = 200,
     on_step: OnStep | None = None,
 ) -> QAMetrics:
-    """All metrics of a model (see the module for the steps, and docs/qa-metrics.md for each).
+    """All metrics of a model (see the module for the steps, and docs/questions.md for each).
 
     Arguments:
         model: not changed.
