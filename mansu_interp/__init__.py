@@ -109,6 +109,16 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "Scores",
         "evaluate",
     ),
+    "evaluation.qa.config": ("TeachConfig",),
+    "evaluation.qa.rows": (
+        "QARow",
+        "read_qa_rows",
+    ),
+    "evaluation.qa.measure": (
+        "QAMetrics",
+        "qa_metrics",
+    ),
+    "evaluation.qa.teach": ("teach",),
     "viz.view": (
         "View",
         "attribution_view",
@@ -159,6 +169,10 @@ if TYPE_CHECKING:
     from .circuits.search.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve
     from .circuits.search.stability import Stability
     from .errors import MansuError
+    from .evaluation.qa.config import TeachConfig
+    from .evaluation.qa.measure import QAMetrics, qa_metrics
+    from .evaluation.qa.rows import QARow, read_qa_rows
+    from .evaluation.qa.teach import teach
     from .evaluation.scores import Scores, evaluate
     from .evaluation.versions import ModelVersion
     from .masks.mask import Mask

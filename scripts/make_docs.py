@@ -54,6 +54,8 @@ COMMANDS = (
     "apply",
     "export",
     "task",
+    "teach",
+    "metrics",
 )
 
 

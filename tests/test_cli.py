@@ -72,7 +72,7 @@ def test_help_loads_no_heavy_library():
 
 def test_help_explains_itself():
     words = "run,report,bench,discover,attribute,view,compare,convert,plan,verify,relearn,cad,delta"
-    assert f"{{{words},apply,export,evaluate,task,list}}" in mansu("--help").stdout
+    assert f"{{{words},apply,export,evaluate,task,teach,metrics,list}}" in mansu("--help").stdout
     text = mansu("run", "--help").stdout
     assert "Share of all parameters that may be edited, in (0, 1]" in " ".join(
         text.replace("│", " ").split()

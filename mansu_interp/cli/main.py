@@ -42,6 +42,7 @@ from .commands import (
 )
 from .console import Output
 from .deployed import do_evaluate, do_export
+from .qa import MetricsConfig, TeachRun, do_metrics, do_teach
 from .settings import (
     BENCH,
     HELP_ALL,
@@ -79,8 +80,8 @@ Examples:
   mansu plan --model Llama-3.1-8B/config.json   what it would cost
 
 With every command: --quiet prints the result alone. run, report, plan,
-list, discover, attribute, compare, relearn and evaluate: --json prints
-it as JSON.
+list, discover, attribute, compare, relearn, evaluate, teach and metrics:
+--json prints it as JSON.
 mansu --version.
 run and bench: --help-all shows every setting.
 
@@ -227,10 +228,29 @@ COMMANDS = (
         "Make a task file from your own rows or those of TOFU, MUSE, WMDP and MMLU.\n\n"
         "Example: mansu task tofu --forget forget10.jsonl --retain retain90.jsonl --out tofu.json",
     ),
+    Command(
+        "teach",
+        TeachRun,
+        do_teach,
+        "Teach a model rows of questions and answers: one to unlearn from, or the reference that "
+        "was never taught what is forgotten. A killed command goes on where it was.\n\n"
+        "Example: mansu teach --model SmolLM2 --rows retain90.jsonl --out models/reference",
+    ),
+    Command(
+        "metrics",
+        MetricsConfig,
+        do_metrics,
+        "Say TOFU's metrics of a checkpoint and those beside them: ROUGE-L, truth ratio, forget "
+        "quality, model utility, extraction, membership.\n\n"
+        "Example: mansu metrics runs/latest --forget forget10.jsonl --reference models/reference",
+    ),
     Command("list", ListConfig, do_list),
 )
 """What the command line knows, in the order of its help."""
-JSON = ("run", "report", "plan", "list", "discover", "attribute", "compare", "relearn", "evaluate")
+JSON = (
+    "run", "report", "plan", "list", "discover", "attribute", "compare", "relearn", "evaluate",
+    "teach", "metrics",
+)  # fmt: skip
 """Commands whose result can be printed as JSON."""
 
 

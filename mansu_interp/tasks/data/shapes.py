@@ -117,7 +117,7 @@ def as_list(value: object) -> object:
     return convert_it() if callable(convert_it) else value
 
 
-def _listed(value: object, name: str) -> list[object]:
+def listed(value: object, name: str) -> list[object]:
     """A list, also from numpy, or from CSV text that holds one as JSON or as Python writes it."""
     found = as_list(value)
     for read in (json.loads, ast.literal_eval):
@@ -167,7 +167,7 @@ def _verbatim(record: Record) -> Made:
 def _chat(record: Record) -> Made:
     """One user's turn and the assistant's; system turns are left out."""
     turns = []
-    for turn in _listed(_one(record, TURNS), "messages"):
+    for turn in listed(_one(record, TURNS), "messages"):
         if not isinstance(turn, Mapping):
             raise TaskError(f"a message must be an object with role and content; got {shown(turn)}")
         who, said = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
@@ -187,9 +187,9 @@ def _choices(record: Record) -> Made:
     given = _one(record, CHOICES)
     labels: list[str] = []
     if isinstance(given, Mapping):  # ARC
-        labels = [str(x) for x in _listed(given.get("label"), "choices.label")]
+        labels = [str(x) for x in listed(given.get("label"), "choices.label")]
         given = given.get("text")
-    return _choice(record, _listed(given, "choices"), labels)
+    return _choice(record, listed(given, "choices"), labels)
 
 
 def _lettered(record: Record) -> Made:
@@ -270,7 +270,7 @@ def _tofu(record: Record) -> Made:
        Where there is no such word, the paraphrased answer takes its place (ours).
     """
     asked, answer = record["question"], record["answer"]
-    wrong = [w for w in _listed(record["perturbed_answer"], "perturbed_answer") if w]
+    wrong = [w for w in listed(record["perturbed_answer"], "perturbed_answer") if w]
     told = _either(record.get("paraphrased_answer"), answer)
     row: dict[str, object] = {
         "prompt": asked,

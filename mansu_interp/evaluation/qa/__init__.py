@@ -1,0 +1,1 @@
+"""Metrics of unlearning on questions and answers, and the taught models that they compare."""
