@@ -85,9 +85,10 @@ def ask(
 
 def _stops(model: LanguageModel, chat: bool) -> set[int]:
     """Tokens that end a continuation."""
-    eos = model.get_tokenizer().eos_token_id
     configured = getattr(model.hf.generation_config, "eos_token_id", None)
-    ends = {eos, *(configured if isinstance(configured, list) else [configured])} - {None}
+    known = configured if isinstance(configured, list) else [configured]
+    known = [model.get_tokenizer().eos_token_id, *known]
+    ends = {token for token in known if isinstance(token, int)}
     lines = () if chat else (model.encode(text) for text in ("x\n", "x\n\n"))
     return ends | {ids[-1] for ids in lines if "\n" in str(model.get_tokenizer().decode(ids[-1:]))}
 

@@ -271,9 +271,8 @@ def _row(asked: list[Question], old: list[Answer], new: list[Answer]) -> LeakRow
     if asked[0].kind != "sampling":
         hits = [float(bool(a.first)) for a in old]
         first = _share(asked, hits, hits, [float(bool(a.first)) for a in new], CHANCE)
-        lasts = [[float(bool(a.last)) for a in answers] for answers in (old, new)]
-        last = _share(asked, hits, *lasts, CHANCE)
-        last = replace(last, knows=first.knows)
+        before, after = ([float(bool(a.last)) for a in answers] for answers in (old, new))
+        last = replace(_share(asked, hits, before, after, CHANCE), knows=first.knows)
     if asked[0].kind != "choice":
         hits = [a.written or 0.0 for a in old]
         guess = sum(q.guess for q in asked) / len(asked)
