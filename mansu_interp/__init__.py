@@ -109,6 +109,10 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "Scores",
         "evaluate",
     ),
+    "evaluation.leaks.scoring": (
+        "LeakTest",
+        "leak_test",
+    ),
     "viz.view": (
         "View",
         "attribution_view",
@@ -159,6 +163,7 @@ if TYPE_CHECKING:
     from .circuits.search.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve
     from .circuits.search.stability import Stability
     from .errors import MansuError
+    from .evaluation.leaks.scoring import LeakTest, leak_test
     from .evaluation.scores import Scores, evaluate
     from .evaluation.versions import ModelVersion
     from .masks.mask import Mask

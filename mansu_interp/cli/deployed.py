@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
     from .progress import Progress
 
-SCOPES = ("must go", "may stay", "must stay")
-"""In the order in which their leaks are told."""
-
 
 def _checkpoint(given: str) -> str | Path:
     """The checkpoint of a run's folder, or what is given itself."""
@@ -111,13 +108,22 @@ def _leaks(
     from ..models.load import load_model
 
     original = load_model(_checkpoint(config.original), model.device) if config.original else None
-    return leak_test(model, task, original=original, templates=config.templates, on_step=progress)
+    return leak_test(
+        model,
+        task,
+        original=original,
+        templates=config.templates,
+        prompts=config.prompts,
+        on_step=progress,
+    )
 
 
 def leak_lines(found: LeakTest) -> list[str]:
     """A table in plain text: of every kind the share of all prompts and of known ones, those
     that the original answers, that the model gives away; then the verdict, and what was left
     out."""
+    from ..evaluation.leaks.templates import SCOPES
+
     width = max(len(r.name) for r in found.rows) + 2
     head = ("prompts", "first of all", "of known", "written of all", "of known", "last", "")
     columns = (9, 14, 26, 16, 26, 7, 11)

@@ -305,8 +305,11 @@ class EvaluateConfig:
     model itself, which shows what it knows."""
     templates: Path | None = None
     """With --leaks: a file of templates of your own."""
+    prompts: int = 40
+    """With --leaks: prompts of a kind at most; fewer take less time and tell less."""
 
     def __post_init__(self) -> None:
+        check_range(self, "prompts", at_least=1)
         beside = {"--original": self.original, "--templates": self.templates}
         if given := [name for name, value in beside.items() if value and not self.leaks]:
             raise ConfigError(f"{given[0]} goes with --leaks, which was not given.")

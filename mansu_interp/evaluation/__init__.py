@@ -1,4 +1,5 @@
 """Scores of several models, and the four properties.
 
-Public, from `mansu_interp`: ModelVersion, Scores, evaluate. The rest is implementation.
+Public, from `mansu_interp`: ModelVersion, Scores, evaluate, LeakTest, leak_test. The rest is
+implementation.
 """

@@ -150,7 +150,7 @@ def questions(
         asking = _Asking(model, task, Tables(path.parent, file.names), seed)
         for template in (t for t in file.templates if t.part == part):
             given += 1
-            if not asking.spells(_SLOT.sub(" ", f"{template.text} {template.begin}")):
+            if not asking.spells(_SLOT.sub(" ", template.said)):
                 left_out[UNKNOWN_TEMPLATE] += 1
                 continue
             for scope in asking.scopes(template):

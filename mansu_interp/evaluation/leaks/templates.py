@@ -29,6 +29,7 @@ Scope = Literal["must go", "may stay", "must stay"]
 Part = Literal["train", "unseen"]
 Language = Literal["fr", "es", "de", "pt"]
 PARTS: tuple[Part, ...] = get_args(Part)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 SLOTS = ("s", "a", "r", "t", "clue", "examples", "options")
 SHIPPED = DATA / "leaks"
 GENERAL = "general.json"
@@ -95,6 +96,11 @@ class Template(_Strict):
     def name(self) -> str:
         """What is judged together: the kind, or of languages each."""
         return f"{self.kind}: {self.label}" if self.kind == "language" else self.kind
+
+    @property
+    def said(self) -> str:
+        """All of its own words, a line each turn."""
+        return "\n".join(filter(None, (self.system, self.example, self.text, self.begin)))
 
     @property
     def slot(self) -> str:
