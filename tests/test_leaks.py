@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import comb
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ from mansu_interp.evaluation.leaks.asking import (
     questions,
 )
 from mansu_interp.evaluation.leaks.scoring import LeakTest, holm, judge, wilson
-from mansu_interp.evaluation.leaks.templates import read_templates, shipped_files
+from mansu_interp.evaluation.leaks.templates import json_schema, read_templates, shipped_files
 from mansu_interp.evaluation.versions import EDITED, ORIGINAL
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.report.html import render_html
@@ -44,9 +43,12 @@ from mansu_interp.report.markdown import render_markdown
 from mansu_interp.report.records import Report
 from mansu_interp.report.terminal import console_summary
 from mansu_interp.runs.config import RunConfig
+from mansu_interp.runs.context import RunContext
+from mansu_interp.runs.folder import Clock, RunFolder
 from mansu_interp.runs.leaks import asked_for, leak_questions, leak_tests
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.records import from_json, make_anew, to_json
+from mansu_interp.utils.shipped import DATA
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 CHAT = (
@@ -345,7 +347,7 @@ def test_a_prompt_that_outgrows_the_context_is_refused():
 
 
 def test_the_embedded_model_is_asked_what_it_can_spell(facts: LanguageModel, capitals: Task):
-    asked = questions(facts, capitals)
+    asked = questions(facts, capitals, prompts=12)
     assert {q.name for q in asked.items} == {"paraphrase", "multi-hop", "few-shot", "reversed"}
     assert asked.left_out[UNKNOWN_TEMPLATE] > 20
     pairs = {(p.subject, p.choices) for p in capitals.forget}  # the same rivals as in scores
@@ -355,6 +357,7 @@ def test_the_embedded_model_is_asked_what_it_can_spell(facts: LanguageModel, cap
     assert not [q.prompt for q in asked.items if unknown in q.tokens]
 
 
+@pytest.mark.slow
 def test_a_model_that_was_never_taught_holds(facts: LanguageModel, capitals: Task):
     from mansu_interp import load_model
 
@@ -438,13 +441,14 @@ def test_what_cannot_be_asked_is_counted(speller: Pretend, task: Task, tmp_path:
     found = questions(speller, task, templates=path, prompts=100)
     (only,) = (q for q in found.items if q.name == "language: x")
     assert (only.prompt, only.answer) == ("Capital de Francia:", "Lutecia")
-    assert found.left_out[NO_NAME] == len(FORGET) - 1 + 48  # and the states that must stay
-    assert found.left_out[TOO_LONG] == len(FORGET) + 48 and found.left_out[GIVEN_AWAY] == 3
+    both = len({p.fact for s in (task.forget, task.retain) for p in s})
+    assert found.left_out[NO_NAME] == both - 1
+    assert found.left_out[TOO_LONG] == both and found.left_out[GIVEN_AWAY] == 3
     chat = {**PLAIN, "kind": "chat"}
     plain = Pretend("speller", speller.hf, PreTrainedTokenizerFast(
         tokenizer_object=speller.get_tokenizer().backend_tokenizer, eos_token="<end>"))  # type: ignore[union-attr]  # fmt: skip
     mixed = write_templates(tmp_path, PLAIN, chat, names="mine.csv")
-    assert questions(plain, task, templates=mixed).left_out[NO_CHAT] == len(FORGET) + 48
+    assert questions(plain, task, templates=mixed).left_out[NO_CHAT] == both
 
 
 def test_a_chat_is_asked_with_its_template(speller: Pretend, task: Task, asked: Questions):
@@ -456,11 +460,12 @@ def test_a_chat_is_asked_with_its_template(speller: Pretend, task: Task, asked: 
 
 def test_letters_are_in_an_order_drawn_by_the_seed(speller: Pretend, task: Task):
     def letters(seed: int) -> list[str]:
-        items = questions(speller, task, seed=seed).items
+        items = questions(speller, task, prompts=14, seed=seed).items
         return [q.answer for q in sorted(items, key=lambda q: q.subject)
                 if q.kind == "choice" and q.scope == "must go"]  # fmt: skip
 
-    assert letters(0) == letters(0) != letters(1) and set(letters(0)) == set("ABCD")
+    zero, one = letters(0), letters(1)
+    assert zero != one and set(zero) == set("ABCD")
 
 
 def test_samples_are_counted(speller: Pretend, asked: Questions):
@@ -470,15 +475,19 @@ def test_samples_are_counted(speller: Pretend, asked: Questions):
 
 
 def test_the_shipped_templates_are_whole():
+    shipped = json.loads((DATA / "leaks.schema.json").read_text(encoding="utf-8"))
+    assert shipped == json_schema()  # made by scripts/make_docs.py
     for path in shipped_files():
         file = read_templates(path)
         parts = {(t.name, t.part) for t in file.templates if t.scope != "must stay"}
         assert {n for n, p in parts if p == "train"} == {n for n, p in parts if p == "unseen"}
 
 
-def run_of(model: LanguageModel, task: Task, how: str) -> Any:
-    config = RunConfig(leaks=how)  # type: ignore[arg-type]
-    return SimpleNamespace(config=config, model=model, task=task, note=lambda *_: None)
+def run_of(model: LanguageModel, task: Task, how: Any, out: Path) -> RunContext:
+    clock, folder = Clock(out / "seconds.json"), RunFolder(out)
+    return RunContext(
+        RunConfig(leaks=how, out=out), model, task, {}, lambda *_: None, clock, folder
+    )
 
 
 def test_a_run_asks_by_the_size_of_its_model(
@@ -495,9 +504,9 @@ def test_a_run_asks_by_the_size_of_its_model(
 
 
 @pytest.mark.slow
-def test_a_run_tells_leaks_in_every_rendering(facts: LanguageModel, capitals: Task):
-    assert leak_tests(run_of(facts, capitals, "auto"), {EDITED: facts}, make_anew) == ()
-    run = run_of(facts, capitals, "quantized")
+def test_a_run_tells_leaks_in_every_rendering(facts: LanguageModel, capitals: Task, tmp_path: Path):
+    assert leak_tests(run_of(facts, capitals, "auto", tmp_path), {EDITED: facts}, make_anew) == ()
+    run = run_of(facts, capitals, "quantized", tmp_path)
     found = leak_tests(run, {ORIGINAL: facts, EDITED: facts}, make_anew)
     assert [str(t.model) for t in found] == ["unlearned", "unlearned nf4"]
     report = replace(make_report(), leaks=found)
