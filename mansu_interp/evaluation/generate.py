@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import takewhile
 
 import torch
 from jaxtyping import Float, Int
@@ -72,9 +73,8 @@ def continuations(
             written.append(_choose(logits.float().cpu(), temperature, draw))
             ended |= torch.isin(written[-1], ends)
         for k, place in enumerate(places):
-            row = [int(step[k]) for step in written]
-            end = next((i for i, token in enumerate(row) if token in stops), len(row))
-            found[place] = tuple(row[:end])
+            row = (int(step[k]) for step in written)
+            found[place] = tuple(takewhile(lambda token: token not in stops, row))
         done += len(places)
         if on_step:
             on_step(done, len(prompts))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import TaskError
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import N_CHOICES, Pair, Tokens, gap
 from ...tasks.task import Fact, FactTable, Task
+from ...utils.words import mentions
+from .question import Question, Questions
 from .templates import (
     PARTS,
     Columns,
-    Kind,
     Part,
     Scope,
     Tables,
@@ -46,63 +45,8 @@ FEW_ANSWERS = "too few answers that begin differently"
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
-@dataclass(frozen=True)
-class Question:
-    """A fact, asked in other words."""
-
-    name: str
-    """What it is judged with: `Template.name`."""
-    kind: Kind
-    scope: Scope
-    template: str
-    """The template's text."""
-    relation: str
-    subject: str
-    prompt: str
-    tokens: Tokens
-    """The prompt, with what begins every prompt of the task."""
-    answer: str
-    accepted: tuple[str, ...]
-    """The answer's spellings, in all languages."""
-    choices: Tokens
-    """First tokens of the answer and of three rivals."""
-    guess: float
-    """How often an answer of the relation, drawn evenly, is right."""
-    chat: bool
-    """Whether an assistant's turn is continued: a new line does not end it."""
-
-    @property
-    def fact(self) -> Fact:
-        """What is asked."""
-        return self.relation, self.subject
-
-
-@dataclass(frozen=True)
-class Questions:
-    """All questions that a model can be asked."""
-
-    items: tuple[Question, ...]
-    left_out: dict[str, int]
-    """Why questions, of those that were tried, could not be asked, and how many."""
-    part: Part
-    seed: int
-
-
 class _Drop(Exception):
     """A question that cannot be asked, and why."""
-
-
-def plain_words(text: str) -> str:
-    """A text without case, accents and signs, its words between single spaces."""
-    letters = unicodedata.normalize("NFKD", text.casefold())
-    kept = "".join(c for c in letters if not unicodedata.combining(c) and c not in "'’ʼ`")
-    return " ".join(re.findall(r"\w+", kept))
-
-
-def mentions(text: str, names: Sequence[str]) -> bool:
-    """Whether a text holds one of some names, as whole words in any case and with any accents."""
-    within = f" {plain_words(text)} "
-    return any((name := plain_words(n)) and f" {name} " in within for n in names)
 
 
 def questions(
@@ -142,9 +86,38 @@ def questions(
         )
     if part not in PARTS:
         raise TaskError(f"part: got {part!r:.60}, expected {' or '.join(PARTS)}.")
-    groups: dict[tuple[str, Scope], list[Iterator[Question | str]]] = {}
-    paths, given = [templates] if templates else shipped_files(), 0
+    paths = [templates] if templates else shipped_files()
     left_out: Counter[str] = Counter()
+    groups = _sources(model, task, paths, part, seed, left_out)
+    found: list[Question] = []
+    for (name, _), sources in groups.items():
+        limit = max(1, prompts // 2) if name == "sampling" else prompts
+        found += _in_turn(sources, limit, left_out)
+    if not any(q.scope != "must stay" for q in found):
+        why = "; ".join(f"{reason}: {n}" for reason, n in left_out.most_common(3))
+        raise TaskError(
+            f"{model.name} can be asked no leak question of task {task.name!r} "
+            f"({why or 'no template asks what it forgets'}). Give templates that it can read, with "
+            "the columns of the task's tables (docs/leaks.md)."
+        )
+    return Questions(tuple(found), dict(sorted(left_out.items())), part, seed)
+
+
+def _sources(
+    model: LanguageModel,
+    task: Task,
+    paths: Sequence[Path],
+    part: Part,
+    seed: int,
+    left_out: Counter[str],
+) -> dict[tuple[str, Scope], list[Iterator[Question | str]]]:
+    """Kind and scope -> the questions of each template; counts templates that cannot be spelled.
+
+    Raises:
+        TaskError: the files have no template in the part.
+    """
+    groups: dict[tuple[str, Scope], list[Iterator[Question | str]]] = {}
+    given = 0
     for path in paths:
         file = read_templates(path)
         asking = _Asking(model, task, Tables(path.parent, file.names), seed)
@@ -160,18 +133,7 @@ def questions(
                     groups.setdefault((template.name, scope), []).append(made)
     if not given:
         raise TaskError(f"{paths[0]} has no template in the part {part}: add one.")
-    found: list[Question] = []
-    for (name, _), sources in groups.items():
-        limit = max(1, prompts // 2) if name == "sampling" else prompts
-        found += _in_turn(sources, limit, left_out)
-    if not any(q.scope != "must stay" for q in found):
-        why = "; ".join(f"{reason}: {n}" for reason, n in left_out.most_common(3))
-        raise TaskError(
-            f"{model.name} can be asked no leak question of task {task.name!r} "
-            f"({why or 'no template asks what it forgets'}). Give templates that it can read, with "
-            "the columns of the task's tables (docs/leaks.md)."
-        )
-    return Questions(tuple(found), dict(sorted(left_out.items())), part, seed)
+    return groups
 
 
 def _in_turn(
