@@ -1,5 +1,5 @@
 """Makes docs/api.md from the public names, docs/cli.md from the parser, the docs' pictures, and
-the JSON schema of task files, by which editors complete and check them.
+the JSON schemas of task files and leak templates, by which editors complete and check them.
 
     python scripts/make_docs.py
     python scripts/make_docs.py --run runs/latest    # and the picture of what a run changed
@@ -53,6 +53,7 @@ COMMANDS = (
     "delta",
     "apply",
     "export",
+    "evaluate",
     "task",
     "teach",
     "metrics",
@@ -140,6 +141,7 @@ def make_circuits(out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Write everything."""
+    from mansu_interp.evaluation.leaks import templates
     from mansu_interp.tasks.schema import json_schema
     from mansu_interp.utils.files import write_json
     from mansu_interp.utils.shipped import DATA
@@ -152,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     run: Path | None = args.run
     write_json(DATA / "task.schema.json", json_schema())
+    write_json(DATA / "leaks.schema.json", templates.json_schema())
     docs = ROOT / "docs"
     (docs / "api.md").write_text(api_page(), encoding="utf-8")
     (docs / "cli.md").write_text(cli_page(), encoding="utf-8")

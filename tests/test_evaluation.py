@@ -392,7 +392,7 @@ def test_evaluate_asks_the_file(facts: LanguageModel, capitals: Task, file: Path
     models = {plain: facts, engine: EngineModel.open(file, facts)}
     scores = evaluate(models, capitals)
     for r in scores.rows:
-        cells = [f"{r[v].choice:.3f} / {r[v].top1:.3f}" for v in models]
+        cells = [f"{r[v].choice:.3f} / {r[v].last:.3f} / {r[v].top1:.3f}" for v in models]
         assert f"{r.role}: {r.label} {r.n} {' '.join(cells)}" in " ".join(text.split())
     assert "forget, llama.cpp: 1.000, gap +0.000: 0 back, 0 gone, p = 1." in text
     assert main([*words, "--task", "capitals", "--json"]) == 0

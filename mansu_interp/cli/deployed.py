@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runs.defaults import default_task
+from ..utils.records import to_json
 from ..utils.shipped import ENGINES
 from .console import Output, say, say_json, warn
 from .progress import stages
 from .settings import EvaluateConfig, ExportConfig
 
 if TYPE_CHECKING:
-    from ..evaluation.scores import Scores
+    from ..evaluation.leaks.scoring import LeakShare, LeakTest
+    from ..evaluation.scores import Score, Scores
     from ..evaluation.versions import ModelVersion
+    from ..models.language_model import LanguageModel
+    from ..tasks.task import Task
+    from .progress import Progress
 
 
 def _checkpoint(given: str) -> str | Path:
@@ -75,9 +80,18 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
             engine = EngineModel.open(Path(config.model), model)
             engine.check_tokenizer(task, config.split)
             models[ModelVersion(config.engine)] = engine
-        scores = evaluate(models, task, config.split, progress)
+        if config.leaks:
+            leaks = _leaks(config, models[[*models][-1]], task, progress)
+        else:
+            scores = evaluate(models, task, config.split, progress)
+    found = {"model": config.model, "engine": config.engine, "task": task.name}
+    if config.leaks:
+        if output.json:
+            say_json({**found, "original": config.original, "leaks": to_json(leaks)})
+        else:
+            say("\n".join(leak_lines(leaks)))
+        return 0
     if output.json:
-        found = {"model": config.model, "engine": config.engine, "task": task.name}
         flips = scores.flips(plain, [*models][-1], "choice")
         rows = [asdict(row) for row in scores.rows]
         say_json({**found, "rows": rows, "flips": None if inside or not flips else asdict(flips)})
@@ -86,14 +100,67 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
     return 0
 
 
+def _leaks(
+    config: EvaluateConfig, model: LanguageModel, task: Task, progress: Progress
+) -> LeakTest:
+    """The leak test of a model, against the original's answers if one is named."""
+    from ..evaluation.leaks.scoring import leak_test
+    from ..models.load import load_model
+
+    original = load_model(_checkpoint(config.original), model.device) if config.original else None
+    return leak_test(
+        model,
+        task,
+        original=original,
+        templates=config.templates,
+        prompts=config.prompts,
+        on_step=progress,
+    )
+
+
+def leak_lines(found: LeakTest) -> list[str]:
+    """A table in plain text: of every kind the share of all prompts and of known ones, those
+    that the original answers, that the model gives away; then the verdict, and what was left
+    out."""
+    from ..evaluation.leaks.templates import SCOPES
+
+    width = max(len(r.name) for r in found.rows) + 2
+    head = ("prompts", "first of all", "of known", "written of all", "of known", "last", "")
+    columns = (9, 14, 26, 16, 26, 7, 11)
+    cells = "".join(f"{h:>{w}}" for h, w in zip(head, columns, strict=True))
+    out, scope = [f"{'':{width}}{cells}".rstrip()], ""
+    for row in sorted(found.rows, key=lambda r: SCOPES.index(r.scope)):
+        out += [row.scope] if row.scope != scope else []
+        scope = row.scope
+        values = (f"{row.n}", *_way(row.first), *_way(row.written), _share(row.last), row.verdict)
+        cells = "".join(f"{v:>{w}}" for v, w in zip(values, columns, strict=True))
+        out.append(f"  {row.name:{width - 2}}{cells}".rstrip())
+    out += ["", found.sentence]
+    out += [f"left out: {reason}: {n}" for reason, n in found.left_out.items()]
+    return out
+
+
+def _share(share: LeakShare | None) -> str:
+    return "-" if share is None or share.of_known is None else f"{share.of_known:.2f}"
+
+
+def _way(share: LeakShare | None) -> tuple[str, str]:
+    """The model's share of all prompts, and of those that the original answers with its interval
+    and their number."""
+    if share is None:
+        return "-", "-"
+    known = f"{_share(share)} ({share.low:.2f} to {share.high:.2f})"
+    return f"{share.model:.2f}", f"{known if share.known else '-'} of {share.known}"
+
+
 def score_lines(scores: Scores, models: list[ModelVersion]) -> list[str]:
-    """A table in plain text: four-way accuracy and top-1 of every set, and of the last model how
-    its forget answers differ from the first one's."""
-    width = max(len(f"{r.role}: {r.label}") for r in scores.rows)
-    head = "".join(f"{v!s:>18}" for v in models)
-    out = [f"{'four-way / top-1':{width}}{'prompts':>9}{head}"]
+    """A table in plain text: how often the answer of every set ranks first of four, and last, and
+    top-1; and of the last model how its forget answers differ from the first one's."""
+    width = max(28, *(len(f"{r.role}: {r.label}") for r in scores.rows))
+    head = "".join(f"{v!s:>23}" for v in models)
+    out = [f"{'first of four / last / top-1':{width}}{'prompts':>9}{head}"]
     for row in scores.rows:
-        cells = "".join(f"{f'{row[v].choice:.3f} / {row[v].top1:.3f}':>18}" for v in models)
+        cells = "".join(f"{_scored(row[v]):>23}" for v in models)
         out.append(f"{f'{row.role}: {row.label}':{width}}{row.n:>9}{cells}")
     for record in scores.perplexity:
         value = "-" if record.value is None else f"{record.value:.2f}"
@@ -104,3 +171,8 @@ def score_lines(scores: Scores, models: list[ModelVersion]) -> list[str]:
         old, new = (scores.mean("forget", "choice", v) for v in (first, last))
         out.append(f"forget, {last}: {new:.3f}, gap {new - old:+.3f}: {flips}. Chance 0.250.")
     return out
+
+
+def _scored(score: Score) -> str:
+    last = "-" if score.last is None else f"{score.last:.3f}"
+    return f"{score.choice:.3f} / {last} / {score.top1:.3f}"

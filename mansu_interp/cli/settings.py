@@ -298,6 +298,21 @@ class EvaluateConfig:
     llama.cpp splits the prompts alike, and its own scores stand beside."""
     split: Literal["unseen", "dev"] = "unseen"
     """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
+    leaks: FlagCreatePairsOff[bool] = False
+    """Ask for the forgotten facts in other words, forms and languages instead (docs/leaks.md)."""
+    original: str | None = None
+    """With --leaks: the model before unlearning, whose answers are what can leak; default: the
+    model itself, which shows what it knows."""
+    templates: Path | None = None
+    """With --leaks: a file of templates of your own."""
+    prompts: int = 40
+    """With --leaks: prompts of a kind at most; fewer take less time and tell less."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "prompts", at_least=1)
+        beside = {"--original": self.original, "--templates": self.templates}
+        if given := [name for name, value in beside.items() if value and not self.leaks]:
+            raise ConfigError(f"{given[0]} goes with --leaks, which was not given.")
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,11 @@ class EngineModel(LanguageModel):
                 "enough memory. Ask shorter prompts, or free some."
             )
 
+    @property
+    def keeps_keys(self) -> bool:
+        """No: every prompt is computed from its beginning."""
+        return False
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids as llama.cpp splits a text; special tokens are read, none is added."""
         raw = text.encode()

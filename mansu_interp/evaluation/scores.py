@@ -196,6 +196,12 @@ class Scores(Shown):
         values = [r[model].value(metric) for r in self.of_role(role)]
         return sum(values) / len(values)
 
+    def mean_last(self, role: str, model: ModelVersion) -> float | None:
+        """The mean share ranked last of a model over the sets of a role; None: not measured."""
+        values = [r[model].last for r in self.of_role(role)]
+        known = [v for v in values if v is not None]
+        return sum(known) / len(values) if known and len(known) == len(values) else None
+
     def chance_top1(self, role: str) -> float:
         """Of a guess among a relation's answers, mean over the sets of a role."""
         values = [r.chance_top1 for r in self.of_role(role)]

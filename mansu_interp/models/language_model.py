@@ -330,6 +330,11 @@ class LanguageModel(Shown):
             return by_parts, sharing and same(lambda: self._after_prefix(tokens, 5))
 
     @property
+    def keeps_keys(self) -> bool:
+        """Whether what it has read of a prompt can be kept, as keys and values."""
+        return self._ways[1]
+
+    @property
     def routed(self) -> bool:
         """Whether its MLPs are mixtures of experts."""
         return has_experts(self.config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..audit.cad import CAD
 from ..circuits.compare import Divergence
 from ..errors import ArtifactError
+from ..evaluation.leaks.scoring import LeakTest
 from ..evaluation.properties import Property, Verdict
 from ..evaluation.scores import Flips, Perplexity, ScoreRow
 from ..evaluation.versions import ModelVersion
@@ -128,6 +129,8 @@ class QuantizerRow:
     top1: ForgetScore
     flips: Flips
     """The prompts behind the gap of choice."""
+    last: ForgetScore | None = None
+    """How often the answer ranks last of four; None in reports of older versions."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,8 @@ class Report(Shown):
     graph: dict[str, Json] | None
     """Data of the interactive view (docs/viewing.md); None without a circuit."""
     samples: tuple[Sample, ...]
+    leaks: tuple[LeakTest, ...] = ()
+    """The leak test of the unlearned model, perhaps also after quantizers; empty: not made."""
 
     def told(self) -> dict[str, object]:
         """For its short form."""

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..evaluation.leaks.scoring import LeakRow, LeakShare, LeakTest
+from ..evaluation.leaks.templates import SCOPES
 from ..evaluation.properties import Property
 from ..evaluation.scores import METRICS, Metric, Score, ScoreRow
 from ..evaluation.versions import ModelVersion
@@ -79,6 +81,7 @@ def sections(report: Report, svg: str = "") -> list[Section]:
         Section("Four properties", [Cards(report.properties)]),
         Section("Scores", scores_blocks(report)),
         Section("Is it erased?", _erasure(report)),
+        Section("Leaks", leak_blocks(report.leaks)),
         Section("The edit and its survival", _edit(report.edit, report.quantizers)),
         Section("Attribution graphs", graph_blocks(report)),
         Section("The circuit", circuit_blocks(report.circuit, svg) if report.circuit else []),
@@ -225,6 +228,42 @@ def _relearning(report: Report) -> list[Block]:
     ]
 
 
+def leak_blocks(tests: Sequence[LeakTest]) -> list[Block]:
+    """What is given away in other words, forms and languages: a table a model."""
+    if not tests:
+        return []
+    out: list[Block] = [
+        "The forgotten facts in words, forms and languages that unlearning did not see. Known: "
+        "prompts that the original answers, and of these the share that the unlearned model does, "
+        "with its 95% interval. A kind leaks where it does so more often than a guess would, and "
+        "is avoided where it ranks the answer last so often, which gives it away as well; what "
+        "must stay is asked in the same ways.",
+        *(f"{test.model}: {test.sentence}" for test in tests),
+    ]
+    head = ["kind", "n", "all", "known", "last of known", "all", "known", "verdict"]
+    groups = [("", 2), ("ranks first of four", 3), ("is written", 2), ("", 1)]
+    for test in tests:
+        rows: list[Sequence[str] | str] = []
+        for scope in (s for s in SCOPES if any(r.scope == s for r in test.rows)):
+            rows.append(scope)
+            rows += [_leak_cells(r) for r in test.rows if r.scope == scope]
+        folded = str(test.model) if test.model.quantizer else ""
+        out.append(Table(head, rows, groups=groups, folded=folded))
+    return out
+
+
+def _leak_cells(row: LeakRow) -> list[str]:
+    def way(share: LeakShare | None) -> list[str]:
+        if share is None:
+            return [percent(None)] * 2
+        ends = f"{percent(share.low, 0)} to {percent(share.high, 0)}, {share.known}"
+        of_known = f"{percent(share.of_known)} ({ends})" if share.known else percent(None)
+        return [f"{percent(share.original)} → {percent(share.model)}", of_known]
+
+    last = percent(row.last and row.last.of_known)
+    return [row.name, count(row.n), *way(row.first), last, *way(row.written), row.verdict]
+
+
 def _cad(report: Report) -> list[Block]:
     cad = report.cad
     if cad is None:
@@ -306,14 +345,15 @@ def quantizer_table(quantizers: Sequence[QuantizerRow]) -> Table:
             percent(q.choice.original),
             percent(q.choice.unlearned),
             measured(q.choice.gap, signed=True),
+            percent(q.last and q.last.unlearned),
             f"{count(q.flips.back)} / {count(q.flips.gone)}",
             figure(q.flips.p),
         ]
         for q in quantizers
     ]
     head = ["quantizer", "promised", "of edits", "of others"]
-    head += ["original", "unlearned", "gap", "back / gone", "p"]
-    groups = [("", 2), ("codes changed", 2), ("four-way forget accuracy", 3), ("prompts", 2)]
+    head += ["original", "unlearned", "gap", "ranked last", "back / gone", "p"]
+    groups = [("", 2), ("codes changed", 2), ("four-way forget accuracy", 4), ("prompts", 2)]
     return Table(head, rows, words=2, groups=groups)
 
 

@@ -95,6 +95,8 @@ def console_summary(
     if report.scores:
         console.print(_means(report))
     console.print(_text(_edit(report)))
+    if report.leaks:
+        console.print(_text(f"Leaks: {report.leaks[0].sentence}"))
     if place:
         console.print("\nNext:")
         for step in next_steps(report, place):
@@ -128,25 +130,34 @@ def _properties(report: Report, width: int) -> Text:
 
 
 def _means(report: Report) -> RenderableType:
-    """A row a precision: four-way accuracy over all the facts of a role, before → after."""
+    """A row a precision: four-way accuracy over all the facts of a role, before → after, and how
+    often a forget answer ranks last."""
     roles = [r for r in ROLES if any(e.role == r for e in report.scores)]
     versions = dict.fromkeys(v for e in report.scores for v in e.models)
     table = Table("right among four", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for role in roles:
         table.add_column(role, justify="right", overflow="fold")
+    last = any(s.last is not None for e in report.scores if e.role == "forget" for s in e.scores)
+    if last:
+        table.add_column("forget, last", justify="right", overflow="fold")
     for quantizer in dict.fromkeys(v.quantizer for v in versions):
         cells = []
         for role in roles:
             rows = [e for e in report.scores if e.role == role]
             ends = (_mean(rows, v.after(quantizer)) for v in (ORIGINAL, EDITED))
             cells.append(" → ".join(ends))
+        if last:
+            rows = [e for e in report.scores if e.role == "forget"]
+            ends = (_mean(rows, v.after(quantizer), last=True) for v in (ORIGINAL, EDITED))
+            cells.append(" → ".join(ends))
         table.add_row(_text(f"  {quantizer or FULL}"), *map(Text, cells))
     return table
 
 
-def _mean(rows: list[ScoreRow], version: ModelVersion) -> str:
-    """Over the prompts of all sets that a model was scored on."""
-    scored = [(r.n, r[version].choice) for r in rows if version in r.models]
+def _mean(rows: list[ScoreRow], version: ModelVersion, last: bool = False) -> str:
+    """Of ranked first, or last, over the prompts of all sets that a model was scored on."""
+    found = [(r.n, r[version]) for r in rows if version in r.models]
+    scored = [(n, v) for n, s in found if (v := s.last if last else s.choice) is not None]
     total = sum(n for n, _ in scored)
     return percent(sum(n * v for n, v in scored) / total, 0) if total else DASH
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..circuits.config import AttributionConfig, CircuitConfig
 from ..errors import ConfigError
+from ..evaluation.versions import QUANTIZER
 from ..unlearning.methods import Mansu, MethodConfig
 from ..utils.ranges import check_kinds, check_range, check_seeds
 from ..utils.shipped import quantizer_names
@@ -46,6 +48,9 @@ class RunConfig:
     quantizers: tuple[str, ...] = ()
     """Quantizers to score besides nf4 and those that every edit survives, or engines (llama.cpp,
     transformers, vllm, all)."""
+    leaks: Literal["auto", "yes", "no", "quantized"] = "auto"
+    """Ask for the forgotten facts in other words, forms and languages (docs/leaks.md). auto: of
+    models above ten million parameters; quantized: after every quantizer of the run, too."""
     relearn_steps: int = 20
     """Steps of the relearning attack that tests erasure, on half of the forget facts; 0 = none."""
     device: str = "auto"
@@ -75,6 +80,11 @@ class RunConfig:
                 "unlearn must be the settings of a method, such as Mansu(); got "
                 f"{self.unlearn!r:.80}."
             )
+
+
+def deployed(config: RunConfig) -> list[str]:
+    """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
+    return list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,11 @@ from ..utils.records import Keep
 from ..utils.tensors import tensors_sha256
 from ..viz.view import View, changes_view
 from .command import command_line
-from .config import RunConfig
+from .config import deployed
 from .context import OnProgress, RunContext
 from .edit import Edited
 from .folder import HISTORY, Results, config_json
+from .leaks import leak_tests
 from .plan import CAD_PAIRS
 
 SAMPLES = 8
@@ -79,7 +80,8 @@ def measure(run: RunContext, edited: Edited) -> Report:
     3. Attack by relearning, and judge erasure without an attack (CAD).
     4. Compare the attribution graphs, if there is a circuit: also of the model that relearned half
        of the facts, all on prompts of the other half, so that the picture shows what came back.
-    5. Hold the four properties to their targets.
+    5. Ask for what was forgotten in other words (`leak_tests`).
+    6. Hold the four properties to their targets.
     """
     torch.manual_seed(run.config.seed)
     run.note("quantizing", 0, 0)
@@ -96,6 +98,8 @@ def measure(run: RunContext, edited: Edited) -> Report:
     attacked, cad = attack(run, models, reference, keep) if asked else ({}, None)
     compared, view = compare_graphs(run, edited, models, reference, attacked)
     run.clock.lap("compare")
+    leaks = leak_tests(run, models, keep)
+    run.clock.lap("leaks")
     held = properties(scores, deployed(run.config), attacked.get(EDITED))
     run.note("what the models write", 0, 0)
     return Report(
@@ -118,12 +122,8 @@ def measure(run: RunContext, edited: Edited) -> Report:
         relearning=tuple(curve(version, found) for version, found in attacked.items()),
         graph=view.data.to_json() if view else None,
         samples=samples(run.task, models),
+        leaks=leaks,
     )
-
-
-def deployed(config: RunConfig) -> list[str]:
-    """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
-    return list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
 
 
 def score(run: RunContext, models: Models, keep: Keep) -> Scores:
@@ -193,6 +193,13 @@ def quantizer_row(
         old, new = (found.mean("forget", metric, v) for v in (before, after))
         return ForgetScore(old, new, new - scores.mean("forget", metric, EDITED))
 
+    def ranked_last() -> ForgetScore | None:
+        old, new = (found.mean_last("forget", v) for v in (before, after))
+        full = scores.mean_last("forget", EDITED)
+        if old is None or new is None or full is None:
+            return None
+        return ForgetScore(old, new, new - full)
+
     return QuantizerRow(
         name=quantizer.name,
         promised=promised,
@@ -200,6 +207,7 @@ def quantizer_row(
         choice=forget("choice"),
         top1=forget("top1"),
         flips=Flips.between(scores.right[EDITED]["choice"], found.right[after]["choice"]),
+        last=ranked_last(),
     )
 
 

@@ -29,6 +29,7 @@ from ..unlearning.training import CHUNK
 from ..utils.words import number_of
 from .command import settings_lines
 from .config import PlanConfig, RunConfig
+from .leaks import cost_tokens
 
 CAD_PAIRS = 48
 """Pairs on which attribution graphs are compared."""
@@ -375,7 +376,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     """
     method = config.unlearn
     tokens = _run_tokens(config, task, model.architecture.n_layers)
-    seconds = OVERHEAD * tokens * _forward_seconds(model, task, config.seed)
+    each, leaks = _forward_seconds(model, task, config.seed), cost_tokens(config, model, task)
+    seconds = each * (OVERHEAD * tokens + leaks)
     # Every further quantizer to survive adds a teacher and a student.
     copies = COPIES + 2 * max(0, len(method.promised) - 1)
     memory = model.n_parameters * 4 * copies / 1e9 + 0.6
@@ -396,6 +398,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
         f"edit     {edits}, {number_of(method.steps, 'step')} of {method.method}",
         *settings_lines(config, model),
         f"cost     about {max(1, round(seconds / 60))} min and {memory:.1f} GB on {where}",
+        *([f"leaks    {max(1, round(each * leaks / 60))} min of it (--leaks no)"] if leaks else []),
         f"output   {config.out}",
     ]
     return Plan(lines, seconds, memory)

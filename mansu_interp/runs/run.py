@@ -35,7 +35,7 @@ from ..utils.libraries import enough_memory
 from ..utils.ranges import entrance
 from ..utils.words import Shown
 from ..viz.svg import circuit_svg
-from .config import RunConfig
+from .config import RunConfig, deployed
 from .context import OnProgress, RunContext
 from .defaults import default_task
 from .edit import edit
@@ -50,7 +50,8 @@ from .folder import (
     config_json,
     result_affecting,
 )
-from .measure import deployed, measure
+from .leaks import leak_questions
+from .measure import measure
 from .plan import Knowledge, Plan, plan, what_is_known
 
 
@@ -152,6 +153,7 @@ def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Kno
         gguf_names(model)  # or the family is not known
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
     task, known = what_is_known(model, task, deployed(config), config.seed, note)
+    leak_questions(config, model, task)
     if config.relearn_steps:
         scored_halves(task, config.seed)
     return model, task, known

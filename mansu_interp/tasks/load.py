@@ -24,8 +24,8 @@ from .data.sources import SUFFIXES
 from .fact_pairs import FactPairs, prefix
 from .files import data_file, read_task_file, read_text
 from .pairs import Pair, PairSet, Tokens
-from .schema import RowOptions, RowTask, TableTask, TaskFile
-from .task import Asked, Task, distinct
+from .schema import Relation, RowOptions, RowTask, TableTask, TaskFile
+from .task import Asked, FactTable, Task, distinct
 
 SCORED = ("dev", "unseen")
 """Splits that are scored."""
@@ -147,7 +147,15 @@ def _load_tables(spec: TableTask, folder: Path, model: LanguageModel, score_pair
         text=_running_text(spec, folder, model),
         reference_models=tuple(spec.reference_models),
         dropped={**build.dropped, **left_out},
+        prefix=build.prefix,
+        tables={name: _table(rel, build.facts[name]) for name, rel in spec.relations.items()},
     )
+
+
+def _table(relation: Relation, facts: list[tuple[str, str]]) -> FactTable:
+    """A relation's table; what its columns are called, in words."""
+    subject, answer = (c.replace("_", " ") for c in (relation.subject, relation.answer))
+    return FactTable(subject, answer, relation.description or answer, tuple(facts))
 
 
 def reference_model(task: Task, model: LanguageModel) -> LanguageModel | None:

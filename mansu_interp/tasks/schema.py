@@ -50,6 +50,9 @@ class Relation(_Part):
     """Its column of subjects."""
     answer: str
     """Its column of answers."""
+    description: str = ""
+    """What an answer is to its subject, for the leak test, such as "capital" or "year of birth";
+    default: the name of the answers' column."""
     phrasings: Phrasings
     """How the facts are asked."""
 

@@ -19,6 +19,20 @@ SEEN = "the scored prompt is also trained on"
 REPEATED = "the prompt is there already"
 
 
+@dataclass(frozen=True)
+class FactTable:
+    """A relation of a task as its table has it, for whoever asks it in other words."""
+
+    subject: str
+    """What its subjects are: the name of their column, such as "country"."""
+    answer: str
+    """The name of the column of answers."""
+    description: str
+    """What an answer is to its subject, such as "capital": "the capital of France"."""
+    facts: tuple[tuple[str, str], ...]
+    """Every subject with its answer."""
+
+
 @dataclass(frozen=True, repr=False)
 class Task(Shown):
     """What to forget and what to retain, tokenized for one model."""
@@ -43,6 +57,10 @@ class Task(Shown):
     read: str = ""
     """How rows were read, and which are held out where none names a split, in one line; empty for
     fact tables."""
+    prefix: str = ""
+    """What stands before every prompt."""
+    tables: dict[str, FactTable] = field(default_factory=dict)
+    """Relation -> its table; empty for rows."""
 
     def __repr__(self) -> str:
         sizes = f"{len(self.forget):,} forget and {len(self.retain):,} retain pairs"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import html
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 
 from ..errors import printable
 
@@ -55,6 +56,19 @@ def half_pair(text: str) -> str:
     text can be neither written nor tokenized."""
     found = _HALF_PAIR.search(text)
     return ascii(found.group())[1:-1] if found else ""
+
+
+def plain_words(text: str) -> str:
+    """A text without case, accents and signs, its words between single spaces."""
+    letters = unicodedata.normalize("NFKD", text.casefold())
+    kept = "".join(c for c in letters if not unicodedata.combining(c) and c not in "'’ʼ`")
+    return " ".join(re.findall(r"\w+", kept))
+
+
+def mentions(text: str, names: Sequence[str]) -> bool:
+    """Whether a text holds one of some names, as whole words in any case and with any accents."""
+    within = f" {plain_words(text)} "
+    return any((name := plain_words(n)) and f" {name} " in within for n in names)
 
 
 class Shown:

@@ -1,0 +1,140 @@
+"""A model asked the questions of the leak test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...losses.accuracy import ranked_first, ranked_last
+from ...models.language_model import LanguageModel
+from ..generate import continuations
+from .asking import LENGTH, Question, mentions
+
+SAMPLES = 8
+"""Continuations that are drawn of each sampled prompt."""
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model made of one question."""
+
+    first: bool | None
+    """Whether the answer outranks three rivals; None: not asked by rank."""
+    last: bool | None
+    """Whether all three outrank it."""
+    written: float | None
+    """Share of its continuations that hold the answer; None: not asked to write."""
+    text: str
+    """The continuation, or the first of them; empty: not asked to write."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model made of all questions, in their order."""
+
+    of: tuple[Answer, ...]
+
+
+def ask(
+    model: LanguageModel,
+    questions: Sequence[Question],
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Answers:
+    """Ask a model.
+
+    - Ranks are those of `accuracy`, by the first token: the answer's against three rivals'.
+    - Text is the greedy continuation of at most `LENGTH` tokens, up to the end of the turn, or of
+      the line outside a chat; or `SAMPLES` continuations drawn at temperature 1.
+
+    Arguments:
+        model: who is asked.
+        questions: made for its tokenizer.
+        seed: of the draws.
+        on_step: called with (what, questions done, in all).
+
+    Raises:
+        ModelError: its logits are no numbers.
+    """
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for k, q in enumerate(questions):
+        how = q.kind if q.kind in ("choice", "sampling") else ""
+        groups.setdefault((q.chat, how), []).append(k)
+    found: dict[int, Answer] = {}
+    for (chat, how), places in groups.items():
+        base = len(found)
+
+        def note(done: int, _: int, base: int = base) -> None:
+            if on_step:
+                on_step("leak questions", base + done, len(questions))
+
+        asked = [questions[k] for k in places]
+        stops = _stops(model, chat)
+        if how == "sampling":
+            made = _sampled(model, asked, stops, seed)
+            note(len(asked), 0)
+        else:
+            made = _greedy(model, asked, stops, 0 if how == "choice" else LENGTH, note)
+        found |= dict(zip(places, made, strict=True))
+    return Answers(tuple(found[k] for k in range(len(questions))))
+
+
+def _stops(model: LanguageModel, chat: bool) -> set[int]:
+    """Tokens that end a continuation."""
+    configured = getattr(model.hf.generation_config, "eos_token_id", None)
+    known = configured if isinstance(configured, list) else [configured]
+    known = [model.get_tokenizer().eos_token_id, *known]
+    ends = {token for token in known if isinstance(token, int)}
+    lines = () if chat else (model.encode(text) for text in ("x\n", "x\n\n"))
+    return ends | {ids[-1] for ids in lines if "\n" in str(model.get_tokenizer().decode(ids[-1:]))}
+
+
+def _greedy(
+    model: LanguageModel,
+    asked: Sequence[Question],
+    stops: set[int],
+    length: int,
+    note: Callable[[int, int], None],
+) -> list[Answer]:
+    ranks: dict[int, tuple[bool, bool]] = {}
+
+    def rank(places: list[int], logits: Tensor) -> None:
+        choices = logits.new_tensor([asked[k].choices for k in places]).long()
+        both = ranked_first(logits, choices).tolist(), ranked_last(logits, choices).tolist()
+        ranks.update(zip(places, zip(*both, strict=True), strict=True))
+
+    rows = continuations(
+        model, [q.tokens for q in asked], length, stops=stops, on_first=rank, on_step=note
+    )
+    out = []
+    for k, (q, row) in enumerate(zip(asked, rows, strict=True)):
+        text = _text(model, q, row)
+        written = float(mentions(text, q.accepted)) if length else None
+        out.append(Answer(*ranks[k], written, text))
+    return out
+
+
+def _sampled(
+    model: LanguageModel, asked: Sequence[Question], stops: set[int], seed: int
+) -> list[Answer]:
+    repeated = [q for q in asked for _ in range(SAMPLES)]
+    rows = continuations(
+        model, [q.tokens for q in repeated], LENGTH, stops=stops, temperature=1.0, seed=seed
+    )
+    texts = [_text(model, q, row) for q, row in zip(repeated, rows, strict=True)]
+    out = []
+    for k, q in enumerate(asked):
+        mine = texts[k * SAMPLES : (k + 1) * SAMPLES]
+        share = sum(mentions(text, q.accepted) for text in mine) / SAMPLES
+        out.append(Answer(None, None, share, mine[0]))
+    return out
+
+
+def _text(model: LanguageModel, q: Question, row: Sequence[int]) -> str:
+    """A continuation as text; outside a chat the first line that says anything."""
+    text = str(model.get_tokenizer().decode(list(row))).strip()
+    return text if q.chat or not text else text.splitlines()[0]
