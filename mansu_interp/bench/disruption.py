@@ -80,20 +80,22 @@ class LastWithin:
 
     def __post_init__(self) -> None:
         self.model = self.original
+        self._spare: LanguageModel | None = None
         _, self.text = disruption_text(self.task)
 
     @torch.no_grad()
     def look(self, model: LanguageModel, done: int) -> None:
-        """Measure a model after so many steps; keep a copy if it is within the budget."""
-        found = Look(done, disruption(self.original, model, self.text))
+        """Measure a model after so many steps, as it would be saved; keep it if it is within the
+        budget."""
+        stored = self._spare or model.copy()
+        for name, weight in stored.weights.items():
+            weight.copy_(model.weights[name].to(model.saved_dtype))
+        self._spare = stored
+        found = Look(done, disruption(self.original, stored, self.text))
         if self.looks and found == self.looks[-1]:
             return  # the run's end, looked at already
         self.looks.append(found)
         if not found.kl <= self.budget:  # NaN, too
             return
-        if self.model is self.original:
-            self.model = model.copy()
-        else:
-            for name, weight in self.model.weights.items():
-                weight.copy_(model.weights[name])
-        self.step = done
+        self._spare = None if self.model is self.original else self.model
+        self.model, self.step = stored, done

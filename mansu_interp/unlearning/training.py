@@ -175,7 +175,11 @@ def looking(look: Look) -> Iterator[None]:
 
 
 def forgetting_level(
-    outcomes: Callable[[], Sequence[LanguageModel]], task: Task, stop_at: float | None, done: int
+    outcomes: Callable[[], Sequence[LanguageModel]],
+    task: Task,
+    stop_at: float | None,
+    done: int,
+    may_end: bool = True,
 ) -> float | None:
     """Four-way forget accuracy that decides whether a run may stop: the one rule for every method.
 
@@ -186,12 +190,13 @@ def forgetting_level(
         task: whose dev phrasings decide; never the unseen ones.
         stop_at: the level; None: never stop.
         done: steps done before this one; every ``CHECK_EVERY``-th step is looked at.
+        may_end: whether the run could end with these models; if not, `looking` skips them.
 
     Returns:
         The first model's accuracy above the level, or the highest, which is then at most the level;
         None where it was not looked at.
     """
-    look = _LOOK.get()
+    look = _LOOK.get() if may_end else None
     if (done + 1) % CHECK_EVERY or (stop_at is None and look is None):
         return None
     models = outcomes()

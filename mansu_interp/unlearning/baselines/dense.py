@@ -158,6 +158,11 @@ class DenseLoop:
         torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
         self.optimiser.step()
 
+    @property
+    def may_end(self) -> bool:
+        """Whether what the student stands for now is what the method makes."""
+        return True
+
     def ends(self, choice: float | None) -> bool:
         """Whether the run may stop at a forgetting level (see `forgetting_level`)."""
         return may_stop(choice, self.config.stop_at)
@@ -227,7 +232,9 @@ def train_dense(
     for done in range(len(history), config.steps):
         loop.begin(history)
         forgotten, retained = loop.step(loop.draw(sampler), done)
-        choice = forgetting_level(lambda: [loop.outcome()], task, config.stop_at, done)
+        choice = forgetting_level(
+            lambda: [loop.outcome()], task, config.stop_at, done, loop.may_end
+        )
         history.append(StepRecord(forgotten, retained, choice=choice))
         if on_step:
             on_step(done + 1, config.steps, history[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -24,6 +24,8 @@ ELICIT_RANK = 8
 """Of the adapters that relearn before the gradient is taken."""
 SHARE = 1 / 8
 """Of the shorter side of a matrix: the authors' 512 components at a width of 4096."""
+ROUNDING = 1e-5
+"""Of a gradient: what is left of it below this share is rounding."""
 
 
 def collapse(
@@ -95,6 +97,11 @@ class FixedDirection(DenseLoop):
         return found, None
 
 
+def _mean_square(tensors: Collection[Tensor]) -> float:
+    total = sum(float(t.double().square().sum()) for t in tensors)
+    return total / sum(t.numel() for t in tensors)
+
+
 def repselect(model: LanguageModel, task: Task, config: RepSelect, seed: int = 0) -> Objective:
     """Weights = original - lr x steps x direction: one forget gradient of the MLPs, collapsed.
 
@@ -127,9 +134,8 @@ def repselect(model: LanguageModel, task: Task, config: RepSelect, seed: int = 0
     for name, slope in zip(names, slopes, strict=True):
         count = config.components or max(1, round(SHARE * min(slope.shape)))
         direction[name] = collapse(slope, count, hard=config.collapse == "hard")
-    count = sum(d.numel() for d in direction.values())
-    size = (sum(float(d.double().square().sum()) for d in direction.values()) / count) ** 0.5
-    if not size:
+    before, size = _mean_square(slopes) ** 0.5, _mean_square(direction.values()) ** 0.5
+    if size <= ROUNDING * before:
         raise ConfigError(
             "Nothing is left of the forget gradient without its principal components. Take fewer, "
             "or collapse them softly."

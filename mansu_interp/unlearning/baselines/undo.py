@@ -93,6 +93,11 @@ class UnlearnNoiseDistil(DenseLoop):
         self.finish()
         return self.descend(self.objective.forget, batch.forget, 0.0), retained
 
+    @property
+    def may_end(self) -> bool:
+        """See `DenseLoop.may_end`: what is only unlearned is another method's."""
+        return self.teacher is not None
+
     def ends(self, choice: float | None) -> bool:
         """Never: the forgetting level ends the unlearning, and distillation takes the rest."""
         return False
