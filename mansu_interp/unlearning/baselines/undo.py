@@ -104,7 +104,8 @@ class UnlearnNoiseDistil(DenseLoop):
 
     def optimised(self, history: History) -> int:
         """See `DenseLoop.optimised`."""
-        return len(history) - (self.unlearned_at(history) or 0 if self.teacher else 0)
+        before = self.unlearned_at(history) if self.teacher else None
+        return len(history) - (before or 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `DenseLoop.tensors`; the teacher's weights, too."""
