@@ -10,23 +10,27 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import bench_script
 import pytest
+import torch
 from conftest import SHIPPED
 from distributed import LocalCluster
 
 from mansu_interp.audit.cad import judge_erasure
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.relearning import relearn
+from mansu_interp.bench import disruption as disrupting
 from mansu_interp.bench import measure as measuring
 from mansu_interp.bench import trial as trials
 from mansu_interp.bench.config import BenchConfig
+from mansu_interp.bench.disruption import LastWithin, disruption, disruption_text
 from mansu_interp.bench.results import DevScores, TrialResult
-from mansu_interp.bench.run import best_retained, run_bench
+from mansu_interp.bench.run import best_retained, most_forgotten, run_bench
 from mansu_interp.bench.scoreboard import spread, write_scoreboard
 from mansu_interp.bench.table import TableRow
 from mansu_interp.bench.trial import make_trial
@@ -41,7 +45,8 @@ from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
 from mansu_interp.runs.defaults import default_config
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.methods import BASELINES, NPO
+from mansu_interp.unlearning.methods import BASELINES, NPO, get_method
+from mansu_interp.unlearning.unlearn import unlearn
 from mansu_interp.utils.shipped import DATA
 from mansu_interp.utils.words import p_value
 
@@ -69,6 +74,112 @@ def try_(forget: float, retain: float, choice: float = 1.0) -> DevScores:
 )
 def test_the_fair_stop(tries: list[DevScores | None], expected: tuple[int, bool]):
     assert best_retained(tries, 0.30) == expected
+
+
+def test_the_try_that_forgot_most_within_a_budget():
+    assert most_forgotten([try_(0.9, 1.0), try_(0.3, 0.2), None]) == 1
+    assert most_forgotten([try_(0.3, 0.8), try_(0.3, 0.9), try_(0.3, 0.9)]) == 1
+
+
+def test_disruption_by_hand(tiny_model: Callable[[int], LanguageModel]):
+    """Token by token, without padding."""
+    model, edited = tiny_model(2), tiny_model(2).copy()
+    edited.weights["lm_head.weight"].mul_(1.2)
+    text = [(3, 4, 5, 6), (7,), *[(k, 9) for k in range(1, 20)]]
+    each = []
+    for row in text:
+        with torch.no_grad():
+            p, q = (
+                m.hf(torch.tensor([row])).logits[0].double().softmax(-1) for m in (model, edited)
+            )
+        each += (p * (p / q).log()).sum(-1).tolist()
+    assert len(each) == 43
+    assert disruption(model, edited, text) == pytest.approx(sum(each) / 43, rel=1e-4)
+    assert disruption(model, model.copy(), text) == 0
+
+
+def test_disruption_is_measured_on_text_that_is_not_trained_on(capitals: Task):
+    kind, rows = disruption_text(capitals)
+    prompts = {p.clean for s in capitals.scored["dev"]["retain"].values() for p in s}
+    assert kind == "retained prompts" and len(rows) == 64 and set(rows) <= prompts
+    assert not prompts & {p.clean for p in capitals.retain}
+    text = {"train": ((1, 2),), "unseen": (tuple(range(200)), (5, 6))}
+    assert disruption_text(replace(capitals, text=text)) == (
+        "running text", [tuple(range(128)), (5, 6)],
+    )  # fmt: skip
+
+
+def test_the_last_step_within_a_budget(
+    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch
+):
+    """Also after steps beyond it; NaN is never within; the original, if none is."""
+    path = {2: 0.0, 4: 0.02, 6: 0.01, 8: 0.5, 10: float("nan")}
+    name, found = "model.norm.weight", []
+    monkeypatch.setattr(disrupting, "disruption", lambda *_: found[-1])
+    for budget, step in ((0.01, 6), (0.02, 6), (0.001, 2), (1.0, 8)):
+        last = LastWithin(facts, capitals, budget)
+        for done, kl in path.items():
+            model = facts.copy()
+            model.weights[name].fill_(done)
+            found.append(kl)
+            last.look(model, done)
+        assert last.step == step and float(last.model.weights[name][0]) == step
+        assert [look.steps for look in last.looks] == list(path)
+    last = LastWithin(facts, capitals, 1e-9)
+    found.append(0.5)
+    last.look(facts.copy(), 2)
+    assert last.step == 0 and last.model is facts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["graddiff", "mansu"])
+def test_a_trial_at_a_disruption_budget(
+    facts: LanguageModel,
+    capitals: Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+):
+    """The step chosen is within the budget, and no later one is; its checkpoint is that model."""
+    monkeypatch.setattr(trials, "unlearn", unlearn)
+    shipped = Circuit.load(SHIPPED / "facts-capitals.json")
+    pairs = capitals.forget.sample(8, 0)
+    monkeypatch.setattr(trials, "find_circuit", lambda *_: replace(shipped, pairs=pairs))
+    bench = BenchConfig(out=tmp_path, disruption=0.003, steps=12)
+    trial = make_trial(bench, facts, "capitals", method, 0, None, 3.0)
+    found = trials.attempt(trial)
+    assert found.training and found.dev and found.disruption and found.disruption.kl is not None
+    looks, step = {x.steps: x.kl for x in found.disruption.looks}, found.training.steps
+    assert list(looks) == [2, 4, 6, 8, 10, 12] and 0 < step < 12
+    assert looks[step] <= 0.003 and all(kl > 0.003 for k, kl in looks.items() if k > step)
+    assert found.disruption.kl == pytest.approx(looks[step], rel=1e-3)
+    if method == "graddiff":  # whose steps do not depend on how many there will be
+        config = replace(trial.config.unlearn, steps=step)
+        alone = unlearn(facts, capitals, None, config, seed=0).model
+        saved = load_model(trial.checkpoint)
+        for n, w in alone.weights.items():
+            assert torch.equal(w.bfloat16().float(), saved.weights[n]), n
+
+
+@pytest.mark.slow
+def test_a_benchmark_at_a_disruption_budget(tmp_path: Path):
+    """As many tries for each method, said in the table; no level; what is done stays done."""
+    settings: dict[str, Any] = {"disruption": 0.05, "relearn_steps": 0}
+    rows = run_bench(bench_script.config(tmp_path, 1, 2, **settings))
+    assert [(r.method, r.level, r.tries, r.disruption_budget) for r in rows] == [
+        (m, None, 2, 0.05) for m in ("graddiff", "ga") for _ in range(2)
+    ]
+    # The stand-ins look at nothing but the end: graddiff's is far beyond, ga's within.
+    assert [r.steps for r in rows] == [0, 0, 7, 7]
+    assert [r.reached for r in rows] == [False, False, True, True]
+    assert rows[0].disruption == 0 and rows[0].forget_choice == rows[0].forget_choice_original
+    assert rows[2].disruption is not None and 0 < rows[2].disruption <= 0.05
+    text = (tmp_path / "scoreboard.md").read_text()
+    assert "## facts, capitals, disruption at most 0.05, nf4" in text
+    assert "2 step sizes tried for each method. KL is measured on retained prompts." in text
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert {line["level"] for line in table} == {""} and {line["tries"] for line in table} == {"2"}
+    assert run_bench(bench_script.config(tmp_path, 1, 2, **settings)) == rows
 
 
 @pytest.mark.slow
@@ -116,9 +227,11 @@ def test_a_trial_is_named_by_all_that_decides_it(facts: LanguageModel, tmp_path:
         make_trial(config, facts, "capitals", "npo", 0, 0.3, 3.0),
         make_trial(replace(config, steps=9), facts, "capitals", "npo", 0, 0.3, 1.0),
         make_trial(config, facts, "countries", "npo", 0, 0.3, 1.0),
+        make_trial(replace(config, disruption=0.01), facts, "capitals", "npo", 0, None, 1.0),
+        make_trial(replace(config, disruption=0.1), facts, "capitals", "npo", 0, None, 1.0),
         replace(trial, sha256="another"),
     ]
-    assert len({c.key for c in [trial, *others]}) == 8
+    assert len({c.key for c in [trial, *others]}) == 10
     same = replace(config, quantizers=("nf4",), seeds=(5,), methods=("npo",), jobs=3)
     assert make_trial(same, facts, "capitals", "npo", 0, 0.3, 1.0).key == trial.key
 
@@ -148,7 +261,8 @@ def test_run_and_bench_train_the_same_baseline(facts: LanguageModel, tmp_path: P
     for task in ("capitals", "countries"):
         for method in BASELINES:
             trial = make_trial(bench, facts, task, method, 3, 0.3, 2.0)
-            words = f"run --task {task} --method {method} --unlearn.lr 2e-4 --unlearn.steps 40"
+            lr = 2 * get_method(method)().lr
+            words = f"run --task {task} --method {method} --unlearn.lr {lr} --unlearn.steps 40"
             run = parse([*words.split(), "--unlearn.stop-at", "0.3", "--seed", "3"])
             assert trial.config.unlearn == run.unlearn, (task, method)
             assert trial.config.seed == run.seed
@@ -380,6 +494,11 @@ def test_spread_by_hand():
         ({"seeds": ()}, "seeds needs one or more different values"),
         ({"levels": (0.3, 0.3)}, "levels needs one or more different values"),
         ({"methods": ("magic",)}, "Unknown method 'magic'; available: mansu"),
+        ({"disruption": 0.0}, "disruption must be above 0; got 0.0"),
+        (
+            {"disruption": 0.01, "levels": (0.2,)},
+            "Nothing stops at a level with a disruption budget; got levels",
+        ),
         ({"strengths": (0.0,)}, r"strengths must be above 0; got \(0\.0,\)"),
     ],
 )

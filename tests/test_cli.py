@@ -120,7 +120,7 @@ def test_list_names_what_ships():
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
     assert lines["models"] == "facts"
     assert lines["methods"].startswith("mansu, mansu-random-mask, ")
-    assert lines["methods"].endswith(", satimp, task-vector, sure")
+    assert lines["methods"].endswith(", sure, npo-sam, repselect, undo, lora, durableun")
     assert lines["quantizers"].startswith("nf4, ") and "q4_0" in lines["quantizers"]
     assert "task        capitals: Forget the capital of every country" in done.stdout
     assert "reference" not in done.stdout

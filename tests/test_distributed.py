@@ -43,7 +43,7 @@ FIRST = "model.layers.0.mlp.down_proj.weight"
 CHOICE = CircuitConfig(ig_steps=2, batch_size=2, pairs=5, faithfulness_pairs=5, top=60)
 
 
-EDITS = {"mansu": 0.3, "graddiff": 1e-3, "rmu": 1e-3}
+EDITS = {"mansu": 0.3, "graddiff": 1e-3, "rmu": 1e-3, "npo-sam": 1e-3}
 """Methods and step sizes; of rmu one process may have no part, and some weights no gradient."""
 
 

@@ -10,10 +10,13 @@ from ..unlearning.methods import METHODS, get_method
 from ..utils.ranges import check_range, check_seeds
 from ..utils.shipped import quantizer_names
 
+LEVELS = (0.3,)
+
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Models x tasks x methods x quantizers x seeds, each method stopped at the same forgetting."""
+    """Models x tasks x methods x quantizers x seeds, all methods at the same forgetting, or at
+    the same disruption."""
 
     models: tuple[str, ...] = ("facts",)
     """As --model of a run."""
@@ -28,11 +31,15 @@ class BenchConfig:
     """What the edits of mansu and its variants are made to survive."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The first one chooses the step size, which the others take over."""
-    levels: tuple[float, ...] = (0.3,)
+    levels: tuple[float, ...] = LEVELS
     """Four-way forget accuracies on the dev phrasings at which every method stops."""
+    disruption: float | None = None
+    """Disruption budget instead of the levels: mean KL to the original, in nats a token of text
+    that is not trained on, such as 0.01. No method stops early; the last measured step within it
+    counts."""
     strengths: tuple[float, ...] = (0.3, 1.0, 3.0)
-    """Step sizes that each method may try, as multiples of its usual one: of mansu and its variants
-    the task's, of each baseline its default."""
+    """Step sizes, which every method tries, as multiples of its usual one: of mansu and its
+    variants the task's, of each baseline its default."""
     steps: int = 250
     """Steps that each try may take at most."""
     relearn_steps: int = 20
@@ -71,3 +78,14 @@ class BenchConfig:
         check_range(self, "strengths", above=0)
         check_range(self, "steps", "jobs", at_least=1)
         check_range(self, "levels", "relearn_steps", at_least=0)
+        check_range(self, "disruption", above=0)
+        if self.disruption is not None and self.levels != LEVELS:
+            raise ConfigError(
+                f"Nothing stops at a level with a disruption budget; got levels {self.levels} and "
+                f"{self.disruption:g}. Leave one of them out."
+            )
+
+    @property
+    def stops(self) -> tuple[float | None, ...]:
+        """The levels; None alone with a disruption budget."""
+        return self.levels if self.disruption is None else (None,)

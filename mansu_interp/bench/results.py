@@ -26,8 +26,11 @@ class TrialName:
     method: str
     """``original``: nothing was trained."""
     seed: int
-    level: float
+    level: float | None
+    """None: a disruption budget instead."""
     strength: float
+    disruption: float | None = None
+    """The budget, in nats a token."""
 
     @property
     def version(self) -> ModelVersion:
@@ -40,6 +43,7 @@ class Training:
     """What training took."""
 
     steps: int
+    """Of the checkpoint; with a disruption budget the run may have gone on."""
     seconds: float
     peak_gb: float
 
@@ -53,6 +57,27 @@ class DevScores:
     retain: float
     """Top-1."""
     retain_choice: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at a model while it is trained found."""
+
+    steps: int
+    kl: float
+    """Nats a token (`disruption`)."""
+
+
+@dataclass(frozen=True)
+class Disruption:
+    """How far the saved checkpoint is from the original where nothing should change."""
+
+    kl: float | None
+    """Nats a token; None: not finite."""
+    text: str
+    """On what: running text, or retained prompts."""
+    looks: tuple[Look, ...] = ()
+    """While it was trained, with a disruption budget."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +138,8 @@ class TrialResult:
     """Why it could not be trained."""
     training: Training | None = None
     dev: DevScores | None = None
+    disruption: Disruption | None = None
+    """None, too: not measured (files of older versions)."""
     measured: Measured | None = None
     relearning: Relearning | None = None
     judgement: Judgement | None = None

@@ -1,4 +1,4 @@
-"""The benchmark: models x tasks x methods x quantizers x seeds, at the same forgetting.
+"""The benchmark: models x tasks x methods x quantizers x seeds, at one forgetting or disruption.
 
 For each model, task, level and method the first seed tries the same few step sizes, as multiples
 of the method's usual one, each for the same number of steps at most. A try stops when its four-way
@@ -61,6 +61,20 @@ def best_retained(tries: Sequence[DevScores | None], level: float) -> tuple[int,
     if not there:
         return min(range(len(dev)), key=lambda k: dev[k].forget), False
     return max(there, key=lambda k: (dev[k].retain, dev[k].retain_choice, -k)), True
+
+
+def most_forgotten(tries: Sequence[DevScores | None]) -> int:
+    """Which of a method's tries stands for it where all are within a disruption budget.
+
+    Arguments:
+        tries: their scores on the dev phrasings, smallest step first; None: it failed.
+
+    Returns:
+        The position of the one that forgot most, four-way (ties: the best retained, then the
+        smallest step).
+    """
+    dev = [d or DevScores(forget=9.0, retain=-1.0, retain_choice=-1.0) for d in tries]
+    return min(range(len(dev)), key=lambda k: (dev[k].forget, -dev[k].retain, k))
 
 
 def check_folder(out: Path) -> None:
@@ -143,7 +157,7 @@ def _run_missing(
     tries = [
         (m, [new(m, t, method, first, level, s) for s in strengths])
         for m, t in grid
-        for level in bench.levels
+        for level in bench.stops
         for method in bench.methods
     ]
     todo = [c for _, trials in tries for c in trials if c.read() is None]
@@ -160,7 +174,13 @@ def _choose(bench: BenchConfig, model: LanguageModel, trials: Sequence[Trial]) -
     found = [trial.read() for trial in trials]
     if bench.table_only and None in found:
         return None
-    best, reached = best_retained([f.dev if f else None for f in found], trials[0].level)
+    dev, level = [f.dev if f else None for f in found], trials[0].level
+    if level is None:
+        best = most_forgotten(dev)
+        training = won.training if (won := found[best]) else None
+        reached = training is not None and training.steps > 0
+    else:
+        best, reached = best_retained(dev, level)
     for k, trial in enumerate(trials):
         if k != best and not bench.table_only:
             shutil.rmtree(trial.checkpoint, ignore_errors=True)
@@ -177,7 +197,7 @@ def _choose(bench: BenchConfig, model: LanguageModel, trials: Sequence[Trial]) -
         )
         for seed in bench.seeds[1:]
     ]
-    return Chosen([won, *others], reached)
+    return Chosen([won, *others], reached, len(trials))
 
 
 def _unmeasured(trials: Iterable[Trial], bench: BenchConfig) -> list[Trial]:

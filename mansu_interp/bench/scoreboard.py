@@ -21,9 +21,11 @@ from .table import TableRow
 
 INTRO = (
     "Every method stops where its four-way accuracy on the dev phrasings of the forget facts comes "
-    "down to the level named; the first seed chooses the step size that retained best, among the "
-    "same few for every method. All other figures are on unseen phrasings, on the checkpoint as "
-    "saved and loaded again; q is the real library's quantizer. "
+    "down to the level named; the first seed chooses the step size that retained best, among as "
+    "many tries for every method. With a disruption budget none stops early: the last measured "
+    "step whose mean KL to the original, in nats a token, is within it counts, and the step size "
+    "is the one that forgot most there. All other figures are on unseen phrasings, on the "
+    "checkpoint as saved and loaded again; q is the real library's quantizer. "
     "Back/gone: prompts whose answer comes to the first rank of four or leaves it, seed by seed, "
     "and the least p of a sign test. Relearnt: four-way accuracy on one "
     "half of the facts once the other is relearnt, worst of three rates; erased: at most 0.40, "
@@ -72,7 +74,8 @@ Columns = Mapping[str, Callable[[Sequence[TableRow]], str]]
 
 OUTCOME: Columns = {
     "step": lambda g: "/".join(dict.fromkeys(f"{r.lr:.1e}" for r in g)),
-    "at level": lambda g: _met([r.reached for r in g]),
+    "tries": lambda g: "/".join(dict.fromkeys(str(r.tries) for r in g)),
+    "reached": lambda g: _met([r.reached for r in g]),
     "forget": lambda g: spread(r.forget_choice for r in g),
     "forget q": lambda g: spread(r.forget_choice_q for r in g),
     "top-1": lambda g: spread(r.forget_top1 for r in g),
@@ -83,6 +86,7 @@ OUTCOME: Columns = {
 }
 """What was forgotten."""
 PROPERTIES: Columns = {
+    "KL": lambda g: spread((r.disruption for r in g), 4),
     "retain headroom": lambda g: spread(r.retain_headroom for r in g),
     "forgets": lambda g: _met([r.forgets for r in g]),
     "retains": lambda g: _met([r.retains for r in g]),
@@ -157,23 +161,32 @@ def _pictures(rows: Sequence[TableRow], quantizer: str) -> list[Block]:
     return [Picture(svg) for svg in charts]
 
 
+def _stop(row: TableRow) -> str:
+    """At what a row's method was stopped."""
+    if row.level is not None:
+        return f"level {row.level:g}"
+    return f"disruption at most {row.disruption_budget or 0:g}"
+
+
 def scoreboard(rows: Sequence[TableRow]) -> list[Section]:
     """One section per model, task, level and quantizer."""
-    groups: dict[tuple[str, str, float, str], list[TableRow]] = {}
+    groups: dict[tuple[str, str, str, str], list[TableRow]] = {}
     for row in rows:
-        groups.setdefault((row.model, row.task, row.level, row.quantizer), []).append(row)
+        groups.setdefault((row.model, row.task, _stop(row), row.quantizer), []).append(row)
     out = []
-    for (model, task, level, q), group in groups.items():
+    for (model, task, stop, q), group in groups.items():
         first = next((r for r in group if r.error is None), group[0])
         seeds = ", ".join(map(str, dict.fromkeys(r.seed for r in group)))
         told = (
-            f"Level {level:g}; seeds {seeds}; {first.prompts} forget prompts a seed. The "
-            f"original scores {first.forget_choice_original or 0:.3f} four-way and "
+            f"{stop[0].upper()}{stop[1:]}; seeds {seeds}; {first.prompts} forget prompts a seed; "
+            f"{first.tries} step sizes tried for each method. KL is measured on "
+            f"{first.disruption_text or 'text'}. The original scores "
+            f"{first.forget_choice_original or 0:.3f} four-way and "
             f"{first.forget_choice_original_q or 0:.3f} after {q}."
         )
         tables = [_table(group, columns, q) for columns in (OUTCOME, PROPERTIES, REASONS)]
         blocks: list[Block] = [told, *tables, *_pictures(group, q)]
-        out.append(Section(f"{model}, {task}, level {level:g}, {q}", blocks))
+        out.append(Section(f"{model}, {task}, {stop}, {q}", blocks))
     return out
 
 

@@ -21,7 +21,9 @@ class Chosen:
 
     trials: list[Trial]
     reached: bool
-    """Whether the first seed's try reached the level."""
+    """Whether the first seed's try reached the level, or moved within the disruption budget."""
+    tries: int
+    """Settings that the first seed tried."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class TableRow:
 
     model: str
     task: str
-    level: float
-    """Four-way forget accuracy on the dev phrasings at which training stops."""
+    level: float | None
+    """Four-way forget accuracy on the dev phrasings at which training stops; None: a disruption
+    budget instead."""
     method: str
     seed: int
     strength: float
@@ -44,10 +47,17 @@ class TableRow:
     quantizer: str
     error: str | None = None
     """Why the trial could not be trained; the rest is then unknown."""
+    tries: int | None = None
+    """Settings that the seed which chose the step size tried."""
     reached: bool | None = None
-    """This seed came down to the level."""
+    """This seed came down to the level, or has a step within the disruption budget."""
     searched: bool | None = None
     """The seed that chose the step size did."""
+    disruption_budget: float | None = None
+    """Nats a token."""
+    disruption: float | None = None
+    """Mean KL to the original on the text named next, nats a token."""
+    disruption_text: str | None = None
     steps: int | None = None
     dev_forget: float | None = None
     """Four-way forget accuracy on the dev phrasings."""
@@ -123,12 +133,12 @@ def tidy(
                 if found is None or original is None or q not in original.quantizers:
                     continue
                 if found.error is not None or q in found.quantizers:
-                    rows.append(table_row(trial, found, original, q, group.reached))
+                    rows.append(table_row(trial, found, original, q, group))
     return rows
 
 
 def table_row(
-    trial: Trial, found: TrialResult, original: TrialResult, quantizer: str, searched: bool
+    trial: Trial, found: TrialResult, original: TrialResult, quantizer: str, group: Chosen
 ) -> TableRow:
     """One line of the table.
 
@@ -137,7 +147,7 @@ def table_row(
         found: what it found.
         original: the same of the original.
         quantizer: both are measured after it.
-        searched: whether the seed that chose the step size reached the level.
+        group: the trials that it is one of.
     """
     row = TableRow(
         model=Path(trial.model).name,
@@ -149,11 +159,13 @@ def table_row(
         lr=trial.config.unlearn.lr,
         quantizer=quantizer,
         error=found.error,
+        tries=group.tries,
+        disruption_budget=trial.disruption,
     )
     if found.error is not None or not found.measured or not original.measured:
         return row
     scores = original.measured.as_scores().beside(found.measured.as_scores())
-    row = replace(_with_training(row, found), searched=searched)
+    row = replace(_with_training(row, found), searched=group.reached)
     row = _with_accuracies(row, scores)
     row = _with_properties(row, scores, found.relearning)
     row = _with_judgement(row, found.judgement, found.measured)
@@ -161,10 +173,16 @@ def table_row(
 
 
 def _with_training(row: TableRow, found: TrialResult) -> TableRow:
-    training, dev = found.training, found.dev
+    training, dev, moved = found.training, found.dev, found.disruption
+    if row.level is None:
+        reached = training is not None and training.steps > 0
+    else:
+        reached = dev is not None and dev.forget <= row.level
     return replace(
         row,
-        reached=dev is not None and dev.forget <= row.level,
+        reached=reached,
+        disruption=moved.kl if moved else None,
+        disruption_text=moved.text if moved else None,
         dev_forget=dev.forget if dev else None,
         steps=training.steps if training else None,
         seconds=training.seconds if training else None,

@@ -20,7 +20,7 @@ import torch
 from ..audit.known import known_forget
 from ..circuits.circuit import Circuit
 from ..circuits.search.discover import discover
-from ..errors import MansuError, ResourceError
+from ..errors import MansuError, ModelError, ResourceError
 from ..evaluation.scores import evaluate
 from ..evaluation.versions import EDITED
 from ..models.language_model import LanguageModel
@@ -33,12 +33,13 @@ from ..runs.folder import config_json
 from ..tasks.load import load_task
 from ..tasks.task import Task
 from ..unlearning.methods import BASELINES, Mansu
-from ..unlearning.training import dev_choice
+from ..unlearning.training import dev_choice, looking
 from ..unlearning.unlearn import unlearn
 from ..utils.files import Json, atomic_folder
 from ..utils.libraries import enough_memory
 from .config import BenchConfig
-from .results import SCHEMA, DevScores, Training, TrialName, TrialResult
+from .disruption import LastWithin, disruption, disruption_text
+from .results import SCHEMA, DevScores, Disruption, Look, Training, TrialName, TrialResult
 
 ORIGINAL = "original"
 
@@ -60,13 +61,16 @@ class Trial:
     task: str
     method: str
     seed: int
-    level: float
+    level: float | None
+    """None: a disruption budget instead."""
     strength: float
     config: RunConfig
     """Everything that decides what comes out."""
     sha256: str
     """Of the model's weights."""
     out: Path
+    disruption: float | None = None
+    """The budget, in nats a token."""
 
     @property
     def key(self) -> str:
@@ -74,12 +78,14 @@ class Trial:
         given = {**config_json(self.config), "device": "auto"}  # it decides nothing
         usual = config_json(RunConfig(unlearn=type(self.config.unlearn)()))
         unusual = _differences(given, usual)
-        what = [SCHEMA, self.sha256, self.method, unusual]
+        what: list[Json] = [SCHEMA, self.sha256, self.method, unusual]
+        what += [] if self.disruption is None else [self.disruption]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         group = f"{Path(self.model).name}-{Path(self.task).stem}"
         if self.method == ORIGINAL:
             return f"{group}/{ORIGINAL}-{digest}"
-        return f"{group}/{self.method}-{self.level:g}-x{self.strength:g}-s{self.seed}-{digest}"
+        at = f"kl{self.disruption:g}" if self.level is None else f"{self.level:g}"
+        return f"{group}/{self.method}-{at}-x{self.strength:g}-s{self.seed}-{digest}"
 
     @property
     def file(self) -> Path:
@@ -94,7 +100,15 @@ class Trial:
     @property
     def name(self) -> TrialName:
         """Which try it is."""
-        return TrialName(self.model, self.task, self.method, self.seed, self.level, self.strength)
+        return TrialName(
+            model=self.model,
+            task=self.task,
+            method=self.method,
+            seed=self.seed,
+            level=self.level,
+            strength=self.strength,
+            disruption=self.disruption,
+        )
 
     def blank(self) -> TrialResult:
         """Results of nothing yet."""
@@ -107,10 +121,11 @@ class Trial:
 
 def make_trial(
     bench: BenchConfig, model: LanguageModel, task: str, method: str, seed: int,
-    level: float, strength: float,
+    level: float | None, strength: float,
 ) -> Trial:  # fmt: skip
     """A trial with all its settings: those that a run of the method starts from, at another step
-    size and level. What a task says about masks and MANSU leaves trials of baselines valid."""
+    size and level (None: the benchmark's disruption budget).
+    What a task says about masks and MANSU leaves trials of baselines valid."""
     original = method == ORIGINAL
     base = default_config(model.name, task, method=BASELINES[0] if original else method)
     own = base.unlearn
@@ -133,6 +148,7 @@ def make_trial(
         ),
         sha256=model.sha256,
         out=bench.out,
+        disruption=bench.disruption if level is None and not original else None,
     )  # fmt: skip
 
 
@@ -178,35 +194,65 @@ def _peak_gb(device: torch.device) -> float:
 
 
 def attempt(trial: Trial) -> TrialResult:
-    """Train one trial, keep its checkpoint, and score that on the dev phrasings."""
+    """Train one trial, keep its checkpoint, and score that on the dev phrasings.
+
+    With a disruption budget the checkpoint is the last measured step within it, and a killed trial
+    begins anew.
+    """
     torch.set_num_threads(1)
     model, task = loaded(trial.model, trial.task, trial.config.score_pairs, trial.config.device)
     torch.manual_seed(trial.seed)
-    needs = trial.config.unlearn.needs
-    circuit = find_circuit(trial, model, task) if "circuit" in needs else None
-    resume = trial.checkpoint.with_name(f"{trial.checkpoint.name}.state")
     _reset_peak(model.device)
     started = time.perf_counter()
+    resume = trial.checkpoint.with_name(f"{trial.checkpoint.name}.state")
     try:
         with enough_memory("training a trial", "Fewer --jobs take less."):
-            mask = make_mask(trial.config, model, task, circuit) if "mask" in needs else None
-            result = unlearn(
-                model, task, mask, trial.config.unlearn, seed=trial.seed, resume=resume
-            )
+            edited, steps, looks = _train(trial, model, task, resume)
     except ResourceError:
         raise  # says nothing of the method
     except MansuError as error:
         found = replace(trial.blank(), error=str(error))
     else:
         seconds = round(time.perf_counter() - started, 2)
-        training = Training(result.stopped_at, seconds, _peak_gb(model.device))
+        training = Training(steps, seconds, _peak_gb(model.device))
         with atomic_folder(trial.checkpoint) as partial_:
-            result.model.save(partial_)
+            edited.save(partial_)
         resume.unlink(missing_ok=True)
         saved = load_model(trial.checkpoint, model.device)
-        found = replace(trial.blank(), training=training, dev=_dev_scores(saved, task))
+        dev, moved = _dev_scores(saved, task), _disruption(model, saved, task, looks)
+        found = replace(trial.blank(), training=training, dev=dev, disruption=moved)
     found.save(trial.file)
     return found
+
+
+def _train(
+    trial: Trial, model: LanguageModel, task: Task, resume: Path
+) -> tuple[LanguageModel, int, tuple[Look, ...]]:
+    """The model that a trial comes to, its steps, and what was measured on the way."""
+    config = trial.config.unlearn
+    circuit = find_circuit(trial, model, task) if "circuit" in config.needs else None
+    mask = make_mask(trial.config, model, task, circuit) if "mask" in config.needs else None
+    if trial.disruption is None:
+        made = unlearn(model, task, mask, config, seed=trial.seed, resume=resume)
+        return made.model, made.stopped_at, ()
+    last = LastWithin(model, task, trial.disruption)
+    try:
+        with looking(last.look):
+            made = unlearn(model, task, mask, config, seed=trial.seed)
+        last.look(made.model, made.stopped_at)
+    except ModelError:
+        if not last.looks:
+            raise
+        # It diverged later: what was within the budget before stands.
+    return last.model, last.step, tuple(last.looks)
+
+
+def _disruption(
+    model: LanguageModel, saved: LanguageModel, task: Task, looks: tuple[Look, ...]
+) -> Disruption:
+    """Of a checkpoint."""
+    kind, text = disruption_text(task)
+    return Disruption(disruption(model, saved, text), kind, looks)
 
 
 def _dev_scores(saved: LanguageModel, task: Task) -> DevScores:

@@ -30,8 +30,8 @@ MANSU = ("robust", "budget", "unlearn.steps", "unlearn.lr", "unlearn.survive")
 SHARED = ("batch_size", "stop_at")
 """Not shown with a baseline, whose other settings are few."""
 BENCH = (
-    "models", "tasks", "methods", "quantizers", "survive", "seeds", "levels", "strengths", "steps",
-    "jobs", "out",
+    "models", "tasks", "methods", "quantizers", "survive", "seeds", "levels", "disruption",
+    "strengths", "steps", "jobs", "out",
 )  # fmt: skip
 """Shown of ``bench``."""
 

@@ -6,72 +6,21 @@ file each, in `baselines`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import ClassVar, Literal
 
 from ..errors import ConfigError
-from ..utils.ranges import check_kinds, check_range, entrance
+from ..utils.ranges import check_range, entrance
 from ..utils.renamed import METHODS as RENAMED
 from ..utils.shipped import quantizer_names
-
-Need = Literal["circuit", "mask", "references"]
-"""What a method cannot do without: a circuit, a mask, or the original's own predictions on every
-batch, to which its losses refer."""
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """What the settings of every method share."""
-
-    method: ClassVar[str] = ""
-    """Name of the method; see `METHODS`."""
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    """What it cannot do without."""
-
-    steps: int = 250
-    """Optimiser steps; fewer where stop_at is reached."""
-    batch_size: int = 48
-    """Forget pairs per step; methods that retain take as many retain pairs."""
-    lr: float = 1e-4
-    """Step size, in the method's own unit."""
-    stop_at: float | None = None
-    """Stop when four-way forget accuracy on the dev phrasings is at most this."""
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        check_range(self, "steps", "batch_size", at_least=1)
-        check_range(self, "lr", above=0)
-        check_range(self, "stop_at")
-
-    @property
-    def promised(self) -> tuple[str, ...]:
-        """Quantizers that every edit survives by construction; none unless a method says so."""
-        return ()
-
-
-METHODS: dict[str, type[MethodConfig]] = {}
-"""Name -> settings of every method, in the order in which they are listed."""
-
-C = TypeVar("C", bound=MethodConfig)
-
-
-def method(name: str, *, needs: Collection[Need] = ()) -> Callable[[type[C]], type[C]]:
-    """Register a class of settings under the name of its method.
-
-    Arguments:
-        name: as on the command line.
-        needs: what the method cannot do without.
-    """
-
-    def register(kind: type[C]) -> type[C]:
-        if name in METHODS or set(needs) - set(get_args(Need)):
-            raise ConfigError(f"The method {name!r} is taken, or needs something unknown.")
-        kind.method, kind.needs = name, frozenset(needs)
-        METHODS[name] = kind
-        return kind
-
-    return register
+from .registry import (
+    METHODS,
+    DenseConfig,
+    MethodConfig,
+    PreferenceConfig,
+    RetainingConfig,
+    method,
+)
 
 
 @entrance(ConfigError)
@@ -219,26 +168,6 @@ class MansuNoFloor(Mansu):
     floored: ClassVar[bool] = False
 
 
-@dataclass(frozen=True)
-class DenseConfig(MethodConfig):
-    """What baselines share that train all weights with AdamW."""
-
-    lr: float = 1e-4
-    """Learning rate of AdamW, in units of the weights."""
-
-
-@dataclass(frozen=True)
-class RetainingConfig(DenseConfig):
-    """What those share that have a retain loss."""
-
-    retain_weight: float = 1.0
-    """Weight of the retain loss beside the forget loss."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "retain_weight", at_least=0)
-
-
 @method("ga")
 @dataclass(frozen=True)
 class GA(DenseConfig):
@@ -259,20 +188,13 @@ class KL(RetainingConfig):
 
 @method("npo", needs=("references",))
 @dataclass(frozen=True)
-class NPO(RetainingConfig):
+class NPO(PreferenceConfig):
     """Negative preference optimisation."""
-
-    beta: float = 0.1
-    """Inverse temperature."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "beta", above=0)
 
 
 @method("simnpo")
 @dataclass(frozen=True)
-class SimNPO(RetainingConfig):
+class SimNPO(PreferenceConfig):
     """NPO without a reference, normalised by length."""
 
     beta: float = 4.5
@@ -282,21 +204,13 @@ class SimNPO(RetainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "beta", above=0)
         check_range(self, "delta")
 
 
 @method("dpo", needs=("references",))
 @dataclass(frozen=True)
-class DPO(RetainingConfig):
+class DPO(PreferenceConfig):
     """Direct preference optimisation towards the counterfactual answer."""
-
-    beta: float = 0.1
-    """Inverse temperature."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "beta", above=0)
 
 
 @method("idkdpo", needs=("references",))
@@ -388,5 +302,96 @@ class SURE(RetainingConfig):
         check_range(self, "percentile", at_least=0, below=100)
 
 
+@method("npo-sam", needs=("references",))
+@dataclass(frozen=True)
+class NPOSAM(NPO):
+    """NPO whose forget gradient is taken where a small step towards relearning leads."""
+
+    rho: float = 0.01
+    """Length of that step over all weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "rho", above=0)
+
+
+@method("repselect")
+@dataclass(frozen=True)
+class RepSelect(DenseConfig):
+    """Follows one forget gradient of the MLPs, its top principal components collapsed."""
+
+    lr: float = 1e-4
+    """Root mean square by which a step moves the weights of the MLPs."""
+    components: int | None = None
+    """Principal components of each matrix's gradient that are collapsed; default: an eighth of its
+    shorter side."""
+    collapse: Literal["soft", "hard"] = "soft"
+    """soft: each is divided by its singular value, in units of the smallest of them; hard: they are
+    removed."""
+    elicit_lr: float = 0.01
+    """Learning rate of the low-rank relearning before the gradient is taken (SGD, one pass)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "components", at_least=1)
+        check_range(self, "elicit_lr", at_least=0)
+
+
+@method("undo")
+@dataclass(frozen=True)
+class UNDO(RetainingConfig):
+    """Unlearns with GradDiff, noises the weights, distils from the unlearned model."""
+
+    noise: float = 0.25
+    """Share of every weight that the noise replaces, in [0, 1]."""
+    noise_scale: float = 0.1
+    """The noise over Xavier's uniform one, in [0, 1]."""
+    unlearn_share: float = 0.5
+    """Share of the steps that unlearn at most, in (0, 1); the others distil."""
+    distil_lr: float = 9e-4
+    """Learning rate of the distillation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "noise", "noise_scale", at_least=0, at_most=1)
+        check_range(self, "unlearn_share", above=0, below=1)
+        check_range(self, "distil_lr", above=0)
+        if self.steps < 2:
+            raise ConfigError(f"undo unlearns and distils: it needs 2 steps; got {self.steps}.")
+
+
+@method("lora", needs=("references",))
+@dataclass(frozen=True)
+class LoRA(NPO):
+    """NPO in low-rank adapters of all linear weights, merged."""
+
+    lr: float = 1e-3
+    """Learning rate of AdamW, of the adapters."""
+    rank: int = 16
+    """Of the adapters; no matrix may be smaller."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "rank", at_least=1)
+
+
+@method("durableun")
+@dataclass(frozen=True)
+class DurableUn(RetainingConfig):
+    """GradDiff, on the model and on its weights rounded to INT4, straight through."""
+
+    retain_weight: float = 3.0
+    """Weight of the retain loss beside the forget loss."""
+    quantized_weight: float = 3.0
+    """Weight of the forget loss of the rounded model, reached half-way from its first step on."""
+    warmup: float = 1 / 3
+    """Share of the steps before that loss takes part, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "quantized_weight", at_least=0)
+        check_range(self, "warmup", at_least=0, below=1)
+
+
 BASELINES = tuple(name for name, kind in METHODS.items() if issubclass(kind, DenseConfig))
-"""Names of the baselines, which train all weights."""
+"""Names of the baselines, which need no mask."""

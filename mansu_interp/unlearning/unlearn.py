@@ -12,16 +12,20 @@ from ..tasks.task import Task
 from ..utils.ranges import entrance
 from .baselines.dense import Objective, train_dense
 from .baselines.dpo import dpo, idkdpo
+from .baselines.durableun import durableun
 from .baselines.ga import ga
 from .baselines.graddiff import graddiff
 from .baselines.kl import kl
-from .baselines.npo import npo
+from .baselines.lora import lora
+from .baselines.npo import npo, npo_sam
+from .baselines.repselect import repselect
 from .baselines.rmu import rmu
 from .baselines.satimp import satimp
 from .baselines.simnpo import simnpo
 from .baselines.sure import sure
 from .baselines.task_vector import task_vector
 from .baselines.undial import undial
+from .baselines.undo import undo
 from .baselines.wga import wga
 from .checkpoint import Checkpoint, made_of
 from .mansu.algorithm import mansu
@@ -42,6 +46,11 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "satimp": satimp,
     "task-vector": task_vector,
     "sure": sure,
+    "npo-sam": npo_sam,
+    "repselect": repselect,
+    "undo": undo,
+    "lora": lora,
+    "durableun": durableun,
 }
 """What each dense method minimises, made from (model, task, its settings, seed)."""
 

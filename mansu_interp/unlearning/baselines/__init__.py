@@ -1,1 +1,1 @@
-"""Baselines that train all weights: one file a method."""
+"""Baselines, which need no mask: one file a method and its variants."""
