@@ -149,10 +149,9 @@ def taught(
     """Taught the forget facts, or those of a share of the subjects."""
     some = some_subjects(task, seed, share)
     out, supply = model.copy(), batches(list(of_subjects(task.forget, some)), 48, seed)
-    weights = list(out.weights.values())
-    optimiser = torch.optim.Adam(weights, lr=1e-3)
+    optimisers = {w: torch.optim.Adam([w], lr=1e-3) for w in out.weights.values()}
     for _ in range(steps):
-        descend(out, optimiser, weights, next(supply))
+        descend(out, optimisers, next(supply))
     return out
 
 
