@@ -341,9 +341,11 @@ def test_sampling_draws_from_the_softmax(facts: LanguageModel):
     assert len(set(drawn)) > 5
 
 
-def test_a_prompt_that_outgrows_the_context_is_refused():
-    with pytest.raises(ModelError, match="70 tokens and tiny has 64 positions"):
-        continuations(make_tiny(), [(1,) * 60], 11)
+def test_a_prompt_that_outgrows_the_context_is_refused_and_an_answer_ends_with_it():
+    with pytest.raises(ModelError, match="65 tokens and tiny has 64 positions"):
+        continuations(make_tiny(), [(1,) * 65], 1)
+    (written,) = continuations(make_tiny(), [(1,) * 60], 11)
+    assert len(written) == 4
 
 
 def test_the_embedded_model_is_asked_what_it_can_spell(facts: LanguageModel, capitals: Task):

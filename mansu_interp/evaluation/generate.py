@@ -40,7 +40,8 @@ def continuations(
     Arguments:
         model: who writes; keys and values are kept from step to step where it has them.
         prompts: their tokens, each at least one.
-        length: tokens of a continuation at most; 0 computes the logits behind the prompts alone.
+        length: tokens of a continuation at most, fewer where the model's context ends; 0 computes
+            the logits behind the prompts alone.
         stops: tokens that end a continuation.
         temperature: 0 is greedy.
         seed: of the draws.
@@ -58,8 +59,9 @@ def continuations(
     done = 0
     for places in _batches(prompts):
         rows = torch.tensor([prompts[k] for k in places], device=model.device)
-        longest = rows.shape[1] + max(0, length - 1)
-        check_tokens(model.name, model.sizes, int(rows.min()), int(rows.max()), longest)
+        check_tokens(model.name, model.sizes, int(rows.min()), int(rows.max()), rows.shape[1])
+        context = model.sizes[1]
+        room = length if context is None else min(length, context - rows.shape[1])
         reading = _Reading(model)
         logits = reading.behind(rows)
         _check(model, logits)
@@ -67,7 +69,7 @@ def continuations(
             on_first(places, logits)
         written: list[Int[Tensor, " batch"]] = []
         ended = torch.zeros(len(places), dtype=torch.bool)
-        while len(written) < length and not ended.all():
+        while len(written) < room and not ended.all():
             if written:
                 logits = reading.behind(written[-1][:, None].to(rows.device))
             written.append(_choose(logits.float().cpu(), temperature, draw))

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ...errors import ModelError
 from ...models.language_model import LanguageModel
+from ..generate import continuations
 from .rows import Asked, Prompts
 
 BATCH_TOKENS = 2048
 """Positions of a batch of answers, padding counted; all answers to one question are one batch."""
-TOGETHER = 16
-"""Questions of one length that are answered together."""
 SLICE = 256
 """Positions whose probabilities are held at a time."""
 SMALLEST_VARIANCE = 1e-6
@@ -160,51 +159,8 @@ def greedy_answers(
         ModelError: a logit is NaN or infinite.
     """
     asked = [prompts.question(text) for text in questions]
-    by_length: dict[int, list[int]] = {}
-    for k, ids in enumerate(asked):
-        by_length.setdefault(len(ids), []).append(k)
-    most = model.sizes[1]
     last = prompts.tokenizer.eos_token_id
     ends = {token for token in (prompts.end, last) if isinstance(token, int)}
-    out, done = [""] * len(asked), 0
-    for length, same in sorted(by_length.items()):
-        room = new_tokens if most is None else min(new_tokens, most - length)
-        for start in range(0, len(same), TOGETHER):
-            some = same[start : start + TOGETHER]
-            ids = torch.tensor([asked[k] for k in some], device=model.device)
-            for k, answer in zip(some, _continued(model, ids, room, ends), strict=True):
-                text = prompts.tokenizer.decode(answer, skip_special_tokens=True)
-                out[k] = str(text).strip()
-            done += len(some)
-            if on_step:
-                on_step(done, len(asked))
-    return out
-
-
-def _continued(
-    model: LanguageModel, ids: Int[Tensor, "batch pos"], room: int, ends: set[int]
-) -> list[list[int]]:
-    """Greedy continuations of prompts of one length, without the token that ends them."""
-    found: list[list[int]] = [[] for _ in ids]
-    going, cache, step = list(range(len(ids))), None, ids
-    for _ in range(room):
-        output = model.hf(input_ids=step, past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1]
-        if not logits.isfinite().all():
-            raise ModelError(
-                f"{model.name}: its logits hold NaN or infinity. Give a checkpoint whose answers "
-                "are finite."
-            )
-        chosen = logits.argmax(-1)
-        left = [k for k, token in enumerate(chosen.tolist()) if token not in ends]
-        for k in left:
-            found[going[k]].append(int(chosen[k]))
-        if not left:
-            break
-        cache = getattr(output, "past_key_values", None)
-        going, keep = [going[k] for k in left], torch.tensor(left, device=ids.device)
-        ids = torch.cat([ids, chosen[:, None]], 1)[keep]
-        step = ids if cache is None else ids[:, -1:]  # no keys are kept: all is read again
-        if cache is not None and len(left) < len(chosen):
-            cache.batch_select_indices(keep)
-    return found
+    written = continuations(model, asked, new_tokens, stops=ends, on_step=on_step)
+    texts = (prompts.tokenizer.decode([*ids], skip_special_tokens=True) for ids in written)
+    return [str(text).strip() for text in texts]
