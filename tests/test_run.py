@@ -57,7 +57,11 @@ from mansu_interp.runs.config import PlanConfig, RunConfig
 from mansu_interp.runs.defaults import default_config
 from mansu_interp.runs.edit import make_mask
 from mansu_interp.runs.folder import Results, RunFolder
-from mansu_interp.runs.plan import Plan, estimate, passes, plan_lines, what_is_known
+from mansu_interp.runs.planning import memory
+from mansu_interp.runs.planning.cost import Plan, estimate, passes, plan_lines
+from mansu_interp.runs.planning.knowledge import what_is_known
+from mansu_interp.runs.planning.memory import Job
+from mansu_interp.runs.planning.memory import stages as memory_by_stage
 from mansu_interp.runs.run import RunResult, run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
@@ -743,6 +747,53 @@ def test_passes_and_memory_are_those_of_a_real_run(
     assert expected.forward == passes(how, 3)[0] * 3
 
 
+def test_memory_stage_by_stage(tmp_path: Path, facts: LanguageModel):
+    """Of an 8B model, from its sizes; more quantizers cost codes, adversarial steps copies."""
+    model = empty_model(write(tmp_path, "llama-3.1-8b"))
+    whole, linear = 4 * 8.030, 4 * 6.979  # GB of all weights, and of the layers' linear ones
+
+    def found(**how: Any) -> dict[str, float]:
+        return {s.name: s.gb for s in memory_by_stage(model, Job(tokens=32, budget=0.0005, **how))}
+
+    one, four = found(), found(method=Mansu(survive=("nf4", "fp4", "int4-g32", "q4_0")))
+    assert one["mask"] == pytest.approx(whole + 3 * linear + 0.25 * linear, rel=0.1)
+    assert found(by_layer=True)["mask"] < 0.5 * one["mask"]
+    passes = 9.1  # 16 prompts of 32 tokens
+    assert one["unlearning"] - passes == pytest.approx(2 * whole + linear, rel=0.05)
+    assert four["unlearning"] - one["unlearning"] == pytest.approx(4 * 0.65 * 6.979, rel=0.2)
+    hardened = found(method=Mansu(adversarial_steps=4))
+    assert hardened["unlearning"] - one["unlearning"] == pytest.approx(3 * whole, rel=0.01)
+    assert "relearning" not in found(attacked=False)
+    assert list(found(method=GradDiff())) == [n for n in one if n not in ("circuit", "mask")]
+    small = memory_by_stage(facts, Job(tokens=15))
+    assert all(s.gb < 0.9 for s in small)
+
+
+def test_what_cannot_fit_is_refused_before_long_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "machine_gb", lambda device: 0.1)
+    monkeypatch.setattr("mansu_interp.runs.run.what_is_known", never)
+    with pytest.raises(ResourceError, match=r"needs about 0\.[78] GB, and this machine has 0\.1"):
+        run(settings(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cpu, limit = torch.device("cpu"), tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "LIMITS", (limit, tmp_path / "none"))
+    limit.write_text("max\n")
+    whole = memory.machine_gb(cpu)
+    assert whole is not None and whole > 0.5
+    limit.write_text("500000000\n")
+    assert memory.machine_gb(cpu) == 0.5
+    assert memory.machine_gb(torch.device("meta")) is None
+
+
+def never(*args: object, **kwargs: object) -> None:
+    raise AssertionError("long work was begun")
+
+
 def test_the_text_says_it_all(tmp_path: Path):
     path = write(tmp_path, "llama-3.1-8b")
     text = "\n".join(plan_lines(PlanConfig(str(path), 32)))
@@ -751,6 +802,8 @@ def test_the_text_says_it_all(tmp_path: Path):
         "805,681 edges",
         "1,057 writers",
         "32.1 GB of weights",
+        "run      circuit ",
+        "with 1 quantizer to survive and the settings of mansu run",
     ):
         assert part in text
 
@@ -765,6 +818,6 @@ def test_bad_input(tmp_path: Path):
     with pytest.raises(ModelError, match="Unknown model 'no such thing'"):
         empty_model("no such thing")
     with pytest.raises(CircuitError, match="One pair of 4096 tokens needs"):
-        plan_lines(PlanConfig("facts", 4096, AttributionConfig(memory_gb=0.001)))
+        plan_lines(PlanConfig("facts", 4096, attribution=AttributionConfig(memory_gb=0.001)))
     with pytest.raises(ConfigError, match="tokens must be at least 1; got 0"):
         PlanConfig(tokens=0)

@@ -50,7 +50,7 @@ def do_run(config: RunConfig, output: Output) -> int:
     env = os.environ  # of a process that torchrun may have started
     first = int(env.get("WORLD_SIZE", "1")) < 2 or int(env.get("RANK", "0")) == 0
     with stages(LOADING, output.quiet or not first) as progress:
-        from ..runs.plan import Plan
+        from ..runs.planning.cost import Plan
         from ..runs.run import run
         from ..utils.distributed import group
 
@@ -128,11 +128,11 @@ def do_bench(config: BenchConfig, output: Output) -> int:
 
 def do_plan(config: PlanConfig, output: Output) -> int:
     """Say what scoring a model's edges takes."""
-    from ..runs.plan import plan_lines
+    from ..runs.planning.cost import plan_lines
 
     if output.json:
         from ..models.load import empty_model
-        from ..runs.plan import estimate
+        from ..runs.planning.cost import estimate
 
         say_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
         return 0

@@ -89,14 +89,24 @@ def deployed(config: RunConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What scoring the edges of a model would take, from its configuration alone."""
+    """What scoring the edges of a model, and a run, would take, from its configuration alone."""
 
     model: str = "facts"
     """Embedded model, config.json, Hugging Face folder, or hub name (its config.json is read)."""
     tokens: int = 15
     """Tokens of the longest prompt."""
+    budget: float = 0.005
+    """Share of all parameters that a run may edit, in (0, 1]."""
+    survive: tuple[str, ...] = Mansu().survive
+    """Quantizers that a run's edits survive."""
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     """How edges would be scored."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "survive", quantizer_names(self.survive))
+        check_kinds(self)
         check_range(self, "tokens", at_least=1)
+        if not 0 < self.budget <= 1:
+            raise ConfigError(
+                f"The budget is a share of all parameters in (0, 1]; got {self.budget}."
+            )

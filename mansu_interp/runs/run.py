@@ -52,7 +52,9 @@ from .folder import (
 )
 from .leaks import leak_questions
 from .measure import measure
-from .plan import Knowledge, Plan, plan, what_is_known
+from .planning.cost import Plan, plan
+from .planning.knowledge import Knowledge, what_is_known
+from .planning.memory import Job, check_memory
 
 
 @dataclass(repr=False)
@@ -152,6 +154,7 @@ def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Kno
     if any(isinstance(get_quantizer(name), Mix) for name in config.quantizers):
         gguf_names(model)  # or the family is not known
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
+    check_memory(model, Job.of(config, task))
     task, known = what_is_known(model, task, deployed(config), config.seed, note)
     leak_questions(config, model, task)
     if config.relearn_steps:

@@ -1,0 +1,177 @@
+"""What each stage of a run holds in memory at its peak, from sizes alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...circuits.config import AttributionConfig, pairs_per_batch
+from ...errors import ResourceError
+from ...losses.gradients import PACK, ByLayer
+from ...masks.select import POOL
+from ...models.language_model import LanguageModel
+from ...tasks.task import Task
+from ...unlearning.methods import Mansu, MethodConfig
+from ...unlearning.training import CHUNK
+from ..config import RunConfig, deployed
+
+ADVICE = {
+    "circuit": "a smaller --circuit.batch-size or a --circuit.memory-gb",
+    "mask": "--by-layer",
+    "unlearning": "fewer quantizers in --unlearn.survive, or no adversarial steps",
+    "relearning": "--relearn-steps 0, and attack the checkpoint elsewhere with mansu relearn",
+    "comparison of graphs": "--relearn-steps 0",
+}
+"""What takes less, by stage."""
+SURE = 1.25
+"""Estimates are right within this factor; what needs more than it times all memory cannot run."""
+LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much memory a container may have."""
+PROCESS = 0.75
+"""GB that a process holds which has loaded the libraries."""
+PACKED = 0.65
+"""Bytes of a quantized weight that is not in use: a code of half a byte, and its group's scale."""
+ELEMENT, ELEMENT_EACH = 90, 45
+"""Bytes that unlearning keeps of each candidate of the mask, and again for each quantizer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the memory of a run, besides the model."""
+
+    tokens: float
+    """Of a prompt."""
+    budget: float = 0.005
+    circuit: AttributionConfig = field(default_factory=AttributionConfig)
+    method: MethodConfig = field(default_factory=Mansu)
+    by_layer: bool = False
+    retains: bool = True
+    """Whether anything is to be retained."""
+    attacked: bool = True
+    """Whether erasure is tested by relearning."""
+    scored: int = 1
+    """Quantizers after which the model is scored."""
+
+    @classmethod
+    def of(cls, config: RunConfig, task: Task) -> Job:
+        """The job of a run."""
+        longest = max(len(p.clean) for pairs in (task.forget, *task.retain_sets) for p in pairs)
+        return cls(
+            tokens=longest,
+            budget=config.budget,
+            circuit=config.circuit,
+            method=config.unlearn,
+            by_layer=config.by_layer,
+            attacked=config.relearn_steps > 0,
+            scored=len(deployed(config)),
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run."""
+
+    name: str
+    gb: float
+    """Memory at its peak, in GB (10^9 bytes), that of the process included."""
+
+
+def stages(model: LanguageModel, job: Job) -> list[Stage]:
+    """The memory of a run, stage by stage, in the order in which they come.
+
+    Arguments:
+        model: its weights are not read: it may be one of `empty_model`.
+        job: the rest.
+
+    Raises:
+        CircuitError: not even one pair fits into the circuit's ``memory_gb``.
+    """
+    whole, linear = 4 * model.n_parameters, 4 * _elements(model, model.linear_names)
+    passes = max(CHUNK * job.tokens, PACK / model.d_model)
+    pass_ = _activations(model, job.tokens) * passes
+    found: list[tuple[str, float]] = []
+    needs = job.method.needs
+    size, one = pairs_per_batch(model.graph, model.d_model, int(job.tokens), job.circuit)
+    pairs = min(size, job.circuit.pairs)
+    scores = one * 1e9 * pairs + _activations(model, job.tokens) * pairs * job.tokens
+    if "circuit" in needs:
+        found.append(("circuit", whole + scores))
+    if "mask" in needs:
+        kinds = 3 if job.retains else 1
+        held = max(_layers(model)) if job.by_layer else linear
+        pool = POOL * job.budget * model.n_parameters * 20
+        found.append(("mask", whole + kinds * held + linear / 4 + pool + pass_))
+    found.append(("unlearning", _unlearning(model, job) + pass_))
+    kept = 2 * whole + linear  # original, edited, and what one quantizer makes of it
+    found.append(("scores", kept + (linear if job.scored > 1 else 0) + pass_ / 2))
+    if job.attacked:  # a copy and two moments of each of its weights
+        found.append(("relearning", kept + 3 * whole + pass_))
+    found.append(("comparison of graphs", kept + (whole if job.attacked else 0) + scores))
+    return [Stage(name, PROCESS + bytes_ / 1e9) for name, bytes_ in found]
+
+
+def machine_gb(device: torch.device) -> float | None:
+    """All memory that a model on a device may have, in GB; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in LIMITS:
+        try:
+            sizes.append(int(path.read_text(encoding="ascii")))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return min(sizes) / 1e9
+
+
+def check_memory(model: LanguageModel, job: Job) -> None:
+    """Before long work.
+
+    Raises:
+        ResourceError: a stage needs more memory than the machine has, beyond all doubt.
+    """
+    most, has = max(stages(model, job), key=lambda stage: stage.gb), machine_gb(model.device)
+    if has is not None and most.gb > SURE * has:
+        less = ADVICE.get(most.name, "a smaller model")
+        raise ResourceError(
+            f"{most.name.capitalize()} needs about {most.gb:.1f} GB, and "
+            f"{'this machine' if model.device.type == 'cpu' else model.device} has {has:.1f}. Less "
+            f"is needed with {less}; else take a larger machine or a smaller model."
+        )
+
+
+def _unlearning(model: LanguageModel, job: Job) -> float:
+    """Bytes of weights, optimiser and edits while a method runs."""
+    whole, linear = 4 * model.n_parameters, 4 * _elements(model, model.linear_names)
+    if not isinstance(job.method, Mansu):
+        # The original, the student, its gradients and two moments.
+        return 5 * whole
+    several = len(job.method.survive) if len(job.method.survive) > 1 else 0
+    candidates = min(POOL * job.budget * model.n_parameters, linear / 4)
+    state = candidates * (ELEMENT + ELEMENT_EACH * len(job.method.survive))
+    total = 2 * whole + linear + several * PACKED * linear / 4 + state
+    if job.method.adversarial_steps:
+        total += 3 * whole
+    return total
+
+
+def _activations(model: LanguageModel, tokens: float) -> float:
+    """Bytes that a forward pass keeps for the backward pass, a token."""
+    a, config = model.architecture, model.config.get_text_config(decoder=True)
+    mlp = getattr(config, "intermediate_size", None) or 4 * model.d_model
+    return 4 * a.n_layers * (16 * model.d_model + 5 * mlp + 2 * a.n_heads * tokens)
+
+
+def _elements(model: LanguageModel, names: Sequence[str]) -> int:
+    return sum(model.weights[n].numel() for n in names)
+
+
+def _layers(model: LanguageModel) -> list[int]:
+    """Bytes of the linear weights of each layer."""
+    layers = ByLayer(model.linear_names, lambda _: {}).layers.values()
+    return [4 * _elements(model, names) for names in layers]
