@@ -240,8 +240,8 @@ def leak_blocks(tests: Sequence[LeakTest]) -> list[Block]:
         "must stay is asked in the same ways.",
         *(f"{test.model}: {test.sentence}" for test in tests),
     ]
-    head = ["kind", "n", "all", "known", "last of known", "all", "known", "verdict"]
-    groups = [("", 2), ("ranks first of four", 3), ("is written", 2), ("", 1)]
+    head = ["kind", "n", "first, all", "first, known", "last, known", "all", "known", "verdict"]
+    groups = [("", 2), ("rank of four", 3), ("written", 2), ("", 1)]
     for test in tests:
         rows: list[Sequence[str] | str] = []
         for scope in (s for s in SCOPES if any(r.scope == s for r in test.rows)):
