@@ -18,6 +18,7 @@ from ..utils.files import write_text
 from ..utils.words import p_value
 from ..viz.plots import Dots, scatter_svg, strip_svg
 from .table import TableRow
+from .trial import ORIGINAL
 
 INTRO = (
     "Every method stops where its four-way accuracy on the dev phrasings of the forget facts comes "
@@ -53,6 +54,12 @@ def _met(values: Sequence[bool | None]) -> str:
     return f"{sum(tested) if tested else '?'}/{len(values)}"
 
 
+def _untouched(rows: Sequence[TableRow]) -> str:
+    """Says where the figures are the original's: no step was within the disruption budget."""
+    none = [r for r in rows if r.level is None and r.steps == 0 and r.method != ORIGINAL]
+    return ", none within the budget: the original" if none else ""
+
+
 def _flips(rows: Sequence[TableRow]) -> str:
     """Seed by seed, the prompts that came back and went, and the least p of a sign test."""
     ps = [r.p for r in rows if r.p is not None]
@@ -75,7 +82,7 @@ Columns = Mapping[str, Callable[[Sequence[TableRow]], str]]
 OUTCOME: Columns = {
     "step": lambda g: "/".join(dict.fromkeys(f"{r.lr:.1e}" for r in g)),
     "tries": lambda g: "/".join(dict.fromkeys(str(r.tries) for r in g)),
-    "reached": lambda g: _met([r.reached for r in g]),
+    "reached": lambda g: _met([r.reached for r in g]) + _untouched(g),
     "forget": lambda g: spread(r.forget_choice for r in g),
     "forget q": lambda g: spread(r.forget_choice_q for r in g),
     "top-1": lambda g: spread(r.forget_top1 for r in g),

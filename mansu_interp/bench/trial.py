@@ -134,7 +134,7 @@ def make_trial(
     else:
         base = RunConfig(score_pairs=base.score_pairs, circuit=base.circuit)
     if not original:
-        own = replace(own, steps=bench.steps, stop_at=level, lr=own.lr * strength)
+        own = replace(own.at_strength(strength), steps=bench.steps, stop_at=level)
     return Trial(
         model=model.name,
         task=task,

@@ -69,6 +69,8 @@ class Progress:
                 console=self.console,
             )
         self.stage, self.done, self.total, self.told = "", 0, 0, True
+        self.found = 0
+        """What of the stage was done before it was begun here: where a killed one goes on."""
         self.printed = self.start = time.monotonic()
         self.bar = TaskID(0)
         self.closed, self.lock = threading.Event(), threading.Lock()
@@ -83,6 +85,7 @@ class Progress:
         with self.lock:
             if stage != self.stage:
                 self._begin(stage, total)
+                self.found = done
             self.done, self.total = done, total
             if self.bars:
                 self.bars.update(self.bar, completed=done, total=total or None)
@@ -119,7 +122,10 @@ class Progress:
                 return
             self.printed = now
             done, total = self.done, self.total
-            left = f", {duration(spent / done * (total - done))} left" if 0 < done < total else ""
+            here = done - self.found
+            left = (
+                f", {duration(spent / here * (total - done))} left" if here and done < total else ""
+            )
             count = f"  {done}/{total}" if total else f"  {done}" if done else ""
             self.console.print(f"{self.stage}{count}  {duration(spent)}{left}")
 

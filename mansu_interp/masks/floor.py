@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..quantizers.base import Cells, Quantizer, as_rows, parts
-from ..quantizers.registry import get_quantizer
+from ..quantizers.registry import QUANTIZERS, get_quantizer
 
 Set = Sequence[Quantizer | str] | Quantizer | str
 NARROW = (torch.bfloat16, torch.float16)
@@ -38,7 +38,8 @@ WHOLE = ("own", "dtype")
 
 
 def quantizer_set(survive: Set) -> list[Quantizer]:
-    """The quantizers of a set, by name or as they are.
+    """The quantizers of a set, by name or as they are, in one order, whatever the order in which
+    they were named.
 
     Raises:
         ConfigError: none given, unknown, or one that no edit can be sure to survive.
@@ -53,7 +54,8 @@ def quantizer_set(survive: Set) -> list[Quantizer]:
                 f"No edit can be made to survive {q.name} by construction: its groups depend on "
                 "every element. Leave it out of survive; name it under quantizers to measure it."
             )
-    return found
+    known = list(QUANTIZERS)
+    return sorted(found, key=lambda q: (known.index(q.name) if q.name in known else 999, q.name))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ file each, in `baselines`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import ConfigError
@@ -358,6 +358,10 @@ class UNDO(RetainingConfig):
         check_range(self, "distil_lr", above=0)
         if self.steps < 2:
             raise ConfigError(f"undo unlearns and distils: it needs 2 steps; got {self.steps}.")
+
+    def at_strength(self, strength: float) -> UNDO:
+        """The noise, too, at a multiple."""
+        return replace(self, lr=self.lr * strength, noise=min(1.0, self.noise * strength))
 
 
 @method("lora", needs=("references",))

@@ -6,7 +6,7 @@ Knows nothing of torch, so that ``mansu --help`` is quick.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeVar, get_args
 
 from ..errors import ConfigError
@@ -40,6 +40,11 @@ class MethodConfig:
         check_range(self, "steps", "batch_size", at_least=1)
         check_range(self, "lr", above=0)
         check_range(self, "stop_at")
+
+    def at_strength(self, strength: float) -> MethodConfig:
+        """The same settings with the step size, or whatever else decides how much a method changes,
+        at a multiple."""
+        return replace(self, lr=self.lr * strength)
 
     @property
     def promised(self) -> tuple[str, ...]:

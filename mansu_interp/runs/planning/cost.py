@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 
@@ -15,7 +13,6 @@ from ...evaluation.versions import QUANTIZER
 from ...masks.select import MASK_PAIRS
 from ...models.language_model import LanguageModel
 from ...models.load import empty_model
-from ...tasks.pairs import Pair, by_phrasing
 from ...tasks.task import Task
 from ...unlearning.mansu import margins
 from ...unlearning.mansu.adversarial import STRIDE
@@ -26,7 +23,7 @@ from ..command import settings_lines
 from ..config import PlanConfig, RunConfig
 from ..leaks import cost_tokens
 from .knowledge import Knowledge
-from .memory import Job, stages
+from .memory import Job, stages, tokens_of
 
 CAD_PAIRS = 48
 """Pairs on which attribution graphs are compared."""
@@ -109,7 +106,7 @@ def plan_lines(config: PlanConfig) -> list[str]:
     model, how = empty_model(config.model), config.attribution
     e, a = estimate(model, how, config.tokens), model.architecture
     ends = "both runs" if how.at == "both" else f"the {how.at} run"
-    job = Job(config.tokens, config.budget, how, Mansu(survive=config.survive))
+    job = Job(config.tokens, None, config.budget, how, Mansu(survive=config.survive))
     whole = ", ".join(f"{s.name} {s.gb:.1f}" for s in stages(model, job))
     formats = number_of(len(config.survive), "quantizer")
     steps = f" at {ends}" if how.method == "eap" else f" with {how.ig_steps} steps"
@@ -134,18 +131,6 @@ class Plan:
     lines: list[str]
     seconds: float
     memory_gb: float
-
-
-def _tokens(pairs: Sequence[Pair]) -> float:
-    """Mean tokens a pair costs when chunks of one phrasing share what they begin with."""
-    total, n = 0.0, 0
-    for group in by_phrasing(pairs):
-        prompts = [p.clean for p in group]
-        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-        common = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-        total += sum(len(p) - common for p in prompts) + common * len(group) / CHUNK
-        n += len(group)
-    return total / max(1, n)
 
 
 def _forward_seconds(model: LanguageModel, task: Task, seed: int) -> float:
@@ -207,8 +192,8 @@ def _run_tokens(config: RunConfig, task: Task, n_layers: int) -> float:
     """The same of a whole run; what its method does not need costs nothing."""
     c, u = config.circuit, config.unlearn
     length = sum(len(p.clean) for p in task.forget) / len(task.forget)
-    forget = _tokens(task.forget)
-    retain = _tokens([p for pairs in task.retain_sets for p in pairs])
+    forget = tokens_of(task.forget)
+    retain = tokens_of([p for pairs in task.retain_sets for p in pairs])
     scored = [p for by in task.scored["unseen"].values() for pairs in by.values() for p in pairs]
     texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
     forwards, backwards = passes(c, n_layers)
@@ -222,7 +207,7 @@ def _run_tokens(config: RunConfig, task: Task, n_layers: int) -> float:
     total += u.steps * _step_tokens(u, task, forget, retain)
     total += _margin_tokens(u, task, forget, retain)
     precisions = 1 + len({QUANTIZER, *u.promised})
-    return total + 2 * precisions * (_tokens(scored) * len(scored) + texts)
+    return total + 2 * precisions * (tokens_of(scored) * len(scored) + texts)
 
 
 def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ...errors import ResourceError
 from ...losses.gradients import PACK, ByLayer
 from ...masks.select import POOL
 from ...models.language_model import LanguageModel
+from ...tasks.pairs import Pair, by_phrasing
 from ...tasks.task import Task
 from ...unlearning.methods import Mansu, MethodConfig
 from ...unlearning.training import CHUNK
@@ -43,8 +45,11 @@ ELEMENT, ELEMENT_EACH = 90, 45
 class Job:
     """What decides the memory of a run, besides the model."""
 
-    tokens: float
-    """Of a prompt."""
+    tokens: int
+    """Of the longest prompt."""
+    batched: float | None = None
+    """Tokens of a prompt where prompts of one phrasing share what they begin with, of the longest
+    phrasing; default: ``tokens``."""
     budget: float = 0.005
     circuit: AttributionConfig = field(default_factory=AttributionConfig)
     method: MethodConfig = field(default_factory=Mansu)
@@ -59,9 +64,10 @@ class Job:
     @classmethod
     def of(cls, config: RunConfig, task: Task) -> Job:
         """The job of a run."""
-        longest = max(len(p.clean) for pairs in (task.forget, *task.retain_sets) for p in pairs)
+        pairs = [p for some in (task.forget, *task.retain_sets) for p in some]
         return cls(
-            tokens=longest,
+            tokens=max(len(p.clean) for p in pairs),
+            batched=max(tokens_of(group) for group in by_phrasing(pairs)),
             budget=config.budget,
             circuit=config.circuit,
             method=config.unlearn,
@@ -91,11 +97,11 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         CircuitError: not even one pair fits into the circuit's ``memory_gb``.
     """
     whole, linear = 4 * model.n_parameters, 4 * _elements(model, model.linear_names)
-    passes = max(CHUNK * job.tokens, PACK / model.d_model)
-    pass_ = _activations(model, job.tokens) * passes
+    batched = job.batched or job.tokens
+    pass_ = _activations(model, batched) * max(CHUNK * batched, PACK / model.d_model)
     found: list[tuple[str, float]] = []
     needs = job.method.needs
-    size, one = pairs_per_batch(model.graph, model.d_model, int(job.tokens), job.circuit)
+    size, one = pairs_per_batch(model.graph, model.d_model, job.tokens, job.circuit)
     pairs = min(size, job.circuit.pairs)
     scores = one * 1e9 * pairs + _activations(model, job.tokens) * pairs * job.tokens
     if "circuit" in needs:
@@ -112,6 +118,18 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         found.append(("relearning", kept + 3 * whole + pass_))
     found.append(("comparison of graphs", kept + (whole if job.attacked else 0) + scores))
     return [Stage(name, PROCESS + bytes_ / 1e9) for name, bytes_ in found]
+
+
+def tokens_of(pairs: Sequence[Pair]) -> float:
+    """Mean tokens a pair costs when chunks of one phrasing share what they begin with."""
+    total, n = 0.0, 0
+    for group in by_phrasing(pairs):
+        prompts = [p.clean for p in group]
+        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+        common = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
+        total += sum(len(p) - common for p in prompts) + common * len(group) / CHUNK
+        n += len(group)
+    return total / max(1, n)
 
 
 def machine_gb(device: torch.device) -> float | None:
