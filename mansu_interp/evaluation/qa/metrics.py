@@ -171,8 +171,8 @@ def auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
 
 
 def privleak(found: float, reference: float) -> float | None:
-    """PrivLeak in percent, from -100, no upper bound (Shi et al. 2024, arXiv 2407.06460): ((1 - AUC) - (1 - AUC_ref)) /
-    (1 - AUC_ref) x 100, of min-k.
+    """PrivLeak in percent, from -100, no upper bound (Shi et al. 2024, arXiv 2407.06460):
+    ((1 - AUC) - (1 - AUC_ref)) / (1 - AUC_ref) x 100, of min-k.
 
     0 = as a model that was never taught; negative = forget rows still look like members; positive =
     they look less like members than rows that were never taught do, which gives them away as well.
