@@ -4,7 +4,9 @@ where it was."""
 from __future__ import annotations
 
 import json
+import logging
 import math
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +21,7 @@ from mansu_interp import TeachConfig, load_model, qa_metrics, read_qa_rows, teac
 from mansu_interp.cli.main import main
 from mansu_interp.errors import ArtifactError, ConfigError, ModelError, TaskError
 from mansu_interp.evaluation.qa import teach as teaching
+from mansu_interp.evaluation.qa.checks import taught_rows
 from mansu_interp.evaluation.qa.measure import FULL, QAMetrics
 from mansu_interp.evaluation.qa.metrics import (
     auc,
@@ -95,8 +98,19 @@ def test_rouge_is_the_recall_of_the_longest_common_subsequence():
     assert rouge_l_recall("A cat, sitting; cats sat. Mats on it.", "the cat sat on a mat") == 3 / 6
     assert rouge_l_recall("mop sun", "mat set") == 0.0
     assert rouge_l_recall("", "one word") == 0.0
-    assert rouge_l_recall("...", "...") == 0.0
+    assert rouge_l_recall("...", "...") is None
     assert rouge_l_recall("The answer is PARIS!", "Paris") == 1.0
+
+
+def test_rouge_of_other_scripts_is_not_computed():
+    for answer in ("Москва", "巴黎。", "В 1912 году", "กรุงเทพ"):
+        assert rouge_l_recall(answer, answer) is None
+    assert rouge_l_recall("In München, 1912", "München") == 1.0
+    rows = [QARow("Who?", "Москва", entity="Москва"), QARow("Why?", "So.")]
+    found = qa_metrics(byte_model(), {"forget": rows}, new_tokens=1)
+    assert next(m.n for m in found.versions[FULL] if m.name == "ROUGE-L recall") == 1
+    found = qa_metrics(byte_model(), {"forget": rows[:1]}, new_tokens=1)
+    assert "other letters than a to z" in lacking(found)["ROUGE-L recall", "forget"]
 
 
 def test_probabilities_by_hand():
@@ -181,6 +195,10 @@ def test_entities_are_whole_words():
     assert has_entity("It was  NIM\naru, then.", "Nim Aru")
     assert not has_entity("Nim Arundel", "Nim Aru") and not has_entity("denim aru", "Nim Aru")
     assert has_entity("(C++)", "c++") and not has_entity("", "x")
+    assert has_entity("他住在巴黎的北部", "巴黎") and has_entity("อยู่ที่กรุงเทพมาก", "กรุงเทพ")
+    assert has_entity("叫Nim Aru吗", "nim aru") and has_entity("в МОСКВЕ, да", "Москве")
+    assert not has_entity("Москвец", "Москве") and not has_entity("रामी", "राम")
+    assert has_entity("Cafe\u0301", "café") and not has_entity("Cafe\u0301", "cafe")
 
 
 def test_scores_of_a_token_by_hand():
@@ -250,6 +268,20 @@ def test_an_answer_ends_with_its_token_and_begins_behind_the_question():
     assert decode(one.tokens[one.begin :]) == "No.<eos>"
 
 
+def test_plain_words_are_named_on_one_line_and_long_rows_make_no_noise(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    model = byte_model().copy()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(model.get_tokenizer(), "model_max_length", 20)
+    monkeypatch.setattr(model.get_tokenizer(), "deprecation_warnings", {})
+    found = qa_metrics(model, {"forget": ROWS[:1]}, new_tokens=1)
+    assert found.asked == r"Question: ...\nAnswer:" and "longer than" not in caplog.text
+    monkeypatch.setattr(model.get_tokenizer(), "deprecation_warnings", {})
+    model.encode("a" * 30)
+    assert "longer than" in caplog.text  # what it would say
+
+
 def test_rows_are_read_and_checked(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     lines = [
@@ -303,9 +335,16 @@ def lacking(found: QAMetrics) -> dict[tuple[str, str], str]:
 
 def test_all_metrics_with_an_identical_reference():
     model = byte_model()
+    reference = model.copy()
+    reference.weights["model.embed_tokens.weight"][0] += 1  # of a byte that no row has
     sets = {"forget": ROWS, "retain": ROWS[:2], "real_authors": ROWS[:2], "world_facts": ROWS[1:],
             "holdout": OTHERS}  # fmt: skip
-    found = qa_metrics(model, sets, reference=model, quantizers=["nf4"], new_tokens=6)
+    said: list[str] = []
+    found = qa_metrics(
+        model, sets, reference=reference, quantizers=["nf4"], new_tokens=6,
+        on_step=lambda stage, *_: said.append(stage),
+    )  # fmt: skip
+    assert "answers to forget, nf4 (2 of 2)" in said
     assert not lacking(found) and list(found.versions) == [FULL, "nf4"]
     assert found.value("forget quality") == 1.0 and found.value("log10 forget quality") == 0.0
     assert found.value("PrivLeak") == 0.0 and found.value("PrivLeak", version="nf4") == 0.0
@@ -339,7 +378,7 @@ def test_what_cannot_be_computed_says_why():
     assert why["model utility", "utility"].endswith("of retain: no retain rows were given")
     assert ("probability", "forget") not in why
     found = qa_metrics(
-        byte_model(), {"forget": ROWS, "retain": OTHERS, "holdout": OTHERS}, new_tokens=2
+        byte_model(), {"forget": ROWS, "retain": ROWS[2:], "holdout": OTHERS}, new_tokens=2
     )
     why = lacking(found)
     assert (
@@ -353,6 +392,7 @@ def test_what_cannot_be_computed_says_why():
 
 def test_a_reference_that_tells_all_rows_apart_leaves_nothing_to_divide_by(taught: Path):
     sets, known = {"forget": ROWS, "holdout": OTHERS}, load_model(taught)
+    known = replace(known, folder=None)  # whose taught.json would refuse it
     why = lacking(qa_metrics(byte_model(), sets, reference=known, new_tokens=1))
     assert why["PrivLeak", "forget"].startswith("the reference's min-k AUC is 1")
 
@@ -363,6 +403,10 @@ def test_bad_input_is_refused_before_anything_is_computed():
         ({"retain": ROWS}, "there are no forget rows"),
         ({"forget": ROWS, "held": ROWS}, "got 'held', expected some of forget"),
         ({"forget": ROWS, "holdout": ROWS[2:]}, "holdout, line 3: this row is among the forget"),
+        (
+            {"forget": ROWS, "world_facts": OTHERS[:1], "holdout": OTHERS},
+            "holdout, line 1: this row is among the world facts",
+        ),
         (
             {"forget": [QARow("Q " * 100, "A", line=7)]},
             "forget, line 7: question and answer have 2",
@@ -375,6 +419,9 @@ def test_bad_input_is_refused_before_anything_is_computed():
         qa_metrics(model, {"forget": ROWS}, quantizers=["nf5"])
     with pytest.raises(ConfigError, match="new_tokens must be at least 1"):
         qa_metrics(model, {"forget": ROWS}, new_tokens=0)
+    for same in (model, model.copy()):
+        with pytest.raises(ConfigError, match="has the very weights of the model"):
+            qa_metrics(model, {"forget": ROWS}, reference=same)
     broken = model.copy()
     broken.weights["lm_head.weight"][0, 0] = math.nan
     with pytest.raises(ModelError, match=r"lm_head\.weight holds NaN"):
@@ -447,6 +494,12 @@ def test_an_interrupted_teaching_ends_the_same(
         ArtifactError, match="belongs to another model, other rows or other settings"
     ):
         teach(byte_model(), ROWS[:2], out, config=QUICK)
+    file = tmp_path / "again-unfinished" / "checkpoint.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    with pytest.raises(ArtifactError, match=r"Delete .*again-unfinished to begin anew"):
+        teach(byte_model(), ROWS, out, config=QUICK)
+    file.write_bytes(whole)
     result = teach(byte_model(), ROWS, out, config=QUICK)
     assert not result.before and files(out) == files(taught)
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
@@ -458,6 +511,72 @@ def test_a_second_teaching_finds_the_first(taught: Path):
     assert found.before and found.rows == 3 and files(taught) == before
     with pytest.raises(ArtifactError, match="was taught from another model, other rows"):
         teach(byte_model(), ROWS, taught, config=TeachConfig(epochs=1))
+
+
+def test_rows_that_a_model_was_taught_are_no_held_out_rows(taught: Path, tmp_path: Path):
+    known = load_model(taught)
+    for model, reference in ((known, None), (byte_model(), known)):
+        with pytest.raises(TaskError, match=r"holdout: the .* was taught 1 of 1 row, such as li"):
+            qa_metrics(model, {"forget": OTHERS, "holdout": ROWS[2:]}, reference=reference)
+    with pytest.raises(TaskError, match=r"forget: the reference .* was taught 3 of 3 rows"):
+        qa_metrics(byte_model(), {"forget": ROWS}, reference=known)
+    more = teach(known, OTHERS, tmp_path / "more", config=TeachConfig(epochs=1)).folder
+    assert len(taught_rows(load_model(more))) == 5  # those that it knew before as well
+
+
+def test_a_model_that_does_not_know_its_rows_says_so(tmp_path: Path, taught: Path):
+    assert json.loads((taught / "taught.json").read_text())["warning"] == ""
+    weak = teach(byte_model(), ROWS, tmp_path / "weak", config=TeachConfig(epochs=2, lr=1e-4))
+    assert "does not know its rows yet" in weak.warning and "warning" in repr(weak)
+    assert weak.to_json()["warning"] == weak.warning
+    wild = teach(byte_model(), ROWS, tmp_path / "wild", config=TeachConfig(epochs=3, lr=1.0))
+    assert "did not fall" in wild.warning
+    saved = json.loads((tmp_path / "wild" / "taught.json").read_text())
+    assert saved["warning"] == wild.warning
+    assert teaching.Taught(Path("x"), 1, (3.0, math.log(2) - 1e-9)).warning == ""
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    step = torch.optim.AdamW.step
+
+    def spoil(self: torch.optim.AdamW) -> None:
+        step(self)
+        next(iter(self.param_groups[0]["params"])).data[0, 0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        teach(byte_model(), ROWS, tmp_path / "x", config=TeachConfig(epochs=1))
+    assert not (tmp_path / "x").exists()
+
+
+def test_repeated_rows_count_once(tmp_path: Path):
+    again = replace(ROWS[0], line=9, perturbed=("It was Oke Lind.",))
+    twice = replace(ROWS[1], perturbed=ROWS[1].perturbed * 2)
+    found = qa_metrics(byte_model(), {"forget": [ROWS[0], twice, ROWS[2], again]}, new_tokens=2)
+    once = qa_metrics(byte_model(), {"forget": ROWS}, new_tokens=2)
+    assert found.versions == once.versions and not once.notes
+    assert found.notes == {
+        "forget: rows left out, whose question and answer stand there before": 1,
+        "forget: rows with repeated perturbed answers, each of which counts once": 1,
+    }
+    one = teaching.Teaching(byte_model(), [*ROWS, again], tmp_path / "x", QUICK)
+    assert len(one.rows) == 3 and list(one.notes.values()) == [1]
+
+
+def test_rows_that_the_tokenizer_cannot_read_are_left_out(tmp_path: Path):
+    model = load_model("facts")
+    word = next(w for w in model.get_tokenizer().get_vocab() if w.isalpha())
+    rows = [QARow(word, word, line=1), QARow("Zorbel", word, line=2)]
+    found = qa_metrics(model, {"forget": rows}, new_tokens=1)
+    assert found.notes["forget: rows left out, which the tokenizer of facts cannot read"] == 1
+    assert {m.n for m in found.versions[FULL] if m.name == "probability" and m.n} == {1}
+    assert any("words around the question" in note for note in found.notes)
+    for call in (
+        lambda: qa_metrics(model, {"forget": rows[:1], "holdout": rows[1:]}),
+        lambda: teach(model, rows[1:], tmp_path / "x"),
+    ):
+        with pytest.raises(TaskError, match=r"none of 1 row can be read .* line 2: 'Zorbel'"):
+            call()
 
 
 def test_teaching_refuses_what_it_cannot_do(tmp_path: Path):
@@ -476,12 +595,14 @@ def test_teaching_refuses_what_it_cannot_do(tmp_path: Path):
 
 def test_the_learning_rate_rises_through_the_first_epoch_and_falls_to_zero(tmp_path: Path):
     config = TeachConfig(epochs=3, lr=0.1, batch_size=2)
-    one = teaching.Teaching(byte_model(), ROWS * 2, tmp_path / "x", config)
+    one = teaching.Teaching(byte_model(), [*ROWS, *OTHERS], tmp_path / "x", config)
     rates = [one.rate(step) / 0.1 for step in range(one.steps)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7])
 
 
-def test_the_commands_teach_and_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_commands_teach_and_measure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     byte_model(chat=True).save(tmp_path / "base")
     rows = [{"question": r.question, "answer": r.answer, "paraphrased_answer": r.paraphrased,
              "perturbed_answer": list(r.perturbed), "entity": r.entity} for r in ROWS]  # fmt: skip
@@ -491,8 +612,10 @@ def test_the_commands_teach_and_measure(tmp_path: Path, capsys: pytest.CaptureFi
     words = ["teach", "--model", str(tmp_path / "base"), "--rows", str(tmp_path / "full.jsonl"),
              "--out", str(out), "--epochs", "2"]  # fmt: skip
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "3 rows, asked by: chat template" in said and "2 steps, about" in said
+    said, error = capsys.readouterr()
+    assert "Careful: it does not know its rows yet" in error
+    assert "3 rows, asked by: chat template" in said and "2 steps, less than a second (" in said
+    assert " ms a step), 0.6 MB and activations" in said
     assert main(words) == 0
     assert "It was finished before" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
@@ -504,10 +627,21 @@ def test_the_commands_teach_and_measure(tmp_path: Path, capsys: pytest.CaptureFi
                "--new-tokens", "4", "--quantizers", "nf4"]  # fmt: skip
     assert main(measure) == 0
     said = capsys.readouterr().out
+    assert "rows     1 forget, 2 retain\n" in said
+    # 4 answers to the forget row, of both models, and 3 + 1 to the retained; in two versions
+    assert "cost     24 answers scored, 6 generated, in full precision and after 1 quant" in said
+    assert "world facts  " not in said  # a table without a number
     assert "Asked by: chat template." in said and "nf4   forgotten when" in said
     assert "min-k++ AUC, PrivLeak: no held-out rows were given" in said
     assert main([*measure, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["asked"] == "chat template" and list(found["versions"]) == [FULL, "nf4"]
     assert main(["metrics", str(out), "--forget", str(tmp_path / "none.jsonl")]) == 1
-    assert "neither a file nor a folder" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("none.jsonl") == 1
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mansu_interp.evaluation.qa.measure.ask", stop)
+    assert main(measure) == 130
+    assert "nothing is kept, and the same command begins anew" in capsys.readouterr().err

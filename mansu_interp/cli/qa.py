@@ -13,11 +13,14 @@ from ..evaluation.qa.config import TeachConfig
 from ..utils.ranges import check_range
 from ..utils.shipped import quantizer_names
 from ..utils.words import number_of
-from .console import Output, say, say_json
+from .console import Output, say, say_json, warn
 from .progress import duration, stages
 
 if TYPE_CHECKING:
-    from ..evaluation.qa.measure import QAMetrics
+    from collections.abc import Mapping, Sequence
+
+    from ..evaluation.qa.answered import QAMetric
+    from ..evaluation.qa.measure import Measuring, QAMetrics
     from ..evaluation.qa.rows import QARow
 
 FORGOTTEN = {
@@ -114,10 +117,11 @@ def do_teach(config: TeachRun, output: Output) -> int:
             before = f"; {number_of(taken, 'step')} taken before" if taken else ""
             lines = [
                 f"model    {model.name}: {model.n_parameters:,} parameters",
-                f"rows     {number_of(len(rows), 'row')}, asked by: {Prompts(model).how}",
-                f"cost     {number_of(cost.steps, 'step')}, about {duration(cost.seconds)} "
-                f"({cost.seconds / max(cost.steps, 1):.1f} s a step), {cost.memory_gb:.1f} GB and "
-                f"activations{before}",
+                f"rows     {number_of(len(teaching.rows), 'row')}, asked by: {Prompts(model).how}",
+                *note_lines(teaching.notes),
+                f"cost     {number_of(cost.steps, 'step')}, {_about(cost.seconds)} "
+                f"({_short(cost.seconds / max(cost.steps, 1))} a step), {_memory(cost.memory_gb)} "
+                f"and activations{before}",
                 f"output   {config.out}",
             ]
             say("\n".join(lines), flush=True)
@@ -129,13 +133,41 @@ def do_teach(config: TeachRun, output: Output) -> int:
     done = "It was finished before: " if found.before else ""
     taught = f"{done}{found.folder}, taught {number_of(found.rows, 'row')}"
     say(f"{taught}. Loss of a token by epoch: {losses}")
+    if found.warning:
+        warn(f"Careful: {found.warning}")
     return 0
 
 
+def note_lines(notes: Mapping[str, int]) -> list[str]:
+    """What was done to how many rows, a line each."""
+    return [f"note     {text}: {n}" for text, n in notes.items()]
+
+
+def _about(seconds: float) -> str:
+    return f"about {duration(seconds)}" if seconds >= 1 else "less than a second"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _memory(gb: float) -> str:
+    return f"{gb:.1f} GB" if gb >= 0.1 else f"{gb * 1e3:.1f} MB"
+
+
 def do_metrics(config: MetricsConfig, output: Output) -> int:
-    """Say the metrics of a checkpoint."""
+    """Say the metrics of a checkpoint. Nothing is kept of it where it is interrupted."""
+    try:
+        return _metrics(config, output)
+    except KeyboardInterrupt:
+        warn("\nmansu: interrupted; nothing is kept, and the same command begins anew.")
+        return 130
+
+
+def _metrics(config: MetricsConfig, output: Output) -> int:
     with stages("loading model and rows", output.quiet) as progress:
-        from ..evaluation.qa.measure import SETS, qa_metrics
+        from ..evaluation.qa.checks import SETS
+        from ..evaluation.qa.measure import Measuring
         from ..evaluation.qa.rows import read_qa_rows, with_entities
         from ..models.load import load_model, use_threads
         from .deployed import _checkpoint as checkpoint
@@ -152,19 +184,45 @@ def do_metrics(config: MetricsConfig, output: Output) -> int:
         reference = None
         if config.reference is not None:
             reference = load_model(checkpoint(config.reference), model.device)
-        found = qa_metrics(
+        progress("checking the rows", 0, 0)
+        measuring = Measuring(
             model,
             sets,
             reference=reference,
             quantizers=config.quantizers,
             new_tokens=config.new_tokens,
-            on_step=progress,
         )
+        if not (output.quiet or output.json):
+            progress("timing a batch", 0, 0)
+            say("\n".join(cost_lines(measuring)) + "\n", flush=True)
+        found = measuring.run(progress)
     if output.json:
         say_json(found.to_json())
     else:
         say("\n".join(metric_lines(found)))
     return 0
+
+
+def cost_lines(measuring: Measuring) -> list[str]:
+    """What is measured, of how many rows, and what it takes."""
+    cost, sets = measuring.cost(), measuring.sets.items()
+    rows = ", ".join(f"{len(some):,} {name.replace('_', ' ')}" for name, some in sets)
+    more = len(measuring.versions) - 1
+    after = f", in full precision and after {number_of(more, 'quantizer')}" if more else ""
+    return [
+        f"rows     {rows}",
+        *note_lines(measuring.notes),
+        f"cost     {number_of(cost.scored, 'answer')} scored, {cost.written:,} generated{after}: "
+        f"{_about(cost.seconds)} at most{', and quantizing' if more else ''}; nothing is kept of "
+        "an interrupted command",
+    ]
+
+
+def _with_numbers(found: QAMetrics) -> list[str]:
+    """The sets of which there is a number in any version."""
+    every: Sequence[QAMetric] = [m for some in found.versions.values() for m in some]
+    some = {m.rows for m in every if m.value is not None}
+    return [name for name in dict.fromkeys(m.rows for m in every) if name in some]
 
 
 def _number(value: float | None, name: str) -> str:
@@ -177,11 +235,12 @@ def _number(value: float | None, name: str) -> str:
 
 def metric_lines(found: QAMetrics) -> list[str]:
     """A table in plain text: a row a metric, a column full precision and each quantizer, and what
-    the metric is where the forget rows are forgotten; below it what was not computed, and why."""
+    the metric is where the forget rows are forgotten; sets without a number are left out; below it
+    what was not computed, and why."""
     first = next(iter(found.versions.values()))
     beside = f"; reference {found.reference}" if found.reference else ""
     out = [f"{found.model}{beside}. Asked by: {found.asked}."]
-    for of in dict.fromkeys(m.rows for m in first):
+    for of in _with_numbers(found):
         good = "forgotten" if of == "forget" else "retained"
         heads = "".join(f"{version:>16}" for version in found.versions)
         out += ["", f"{of.replace('_', ' '):24}{'rows':>6}{heads}   {good} when"]

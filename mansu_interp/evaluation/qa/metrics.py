@@ -8,7 +8,7 @@ P(a | q)^(1/|a|), the exponential of the mean log-probability of its tokens and 
 from __future__ import annotations
 
 import math
-import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...tasks.pairs import gap
 from ...utils.words import shown
 
 SHARE = 0.4
@@ -170,8 +171,8 @@ def auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
 
 
 def privleak(found: float, reference: float) -> float | None:
-    """PrivLeak in percent (Shi et al. 2024, arXiv 2407.06460): ((1 - AUC) - (1 - AUC_ref)) /
-    (1 - AUC_ref) x 100, of min-k.
+    """PrivLeak in percent, from -100, no upper bound (Shi et al. 2024, arXiv 2407.06460):
+    ((1 - AUC) - (1 - AUC_ref)) / (1 - AUC_ref) x 100, of min-k.
 
     0 = as a model that was never taught; negative = forget rows still look like members; positive =
     they look less like members than rows that were never taught do, which gives them away as well.
@@ -188,6 +189,27 @@ def privleak(found: float, reference: float) -> float | None:
 
 def has_entity(text: str, entity: str) -> bool:
     """Whether a text contains an entity: whole words, whatever their case and the white space
-    between them (ours)."""
-    words = r"\s+".join(re.escape(word) for word in entity.casefold().split())
-    return re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None
+    between them; in scripts written without spaces, such as Chinese and Thai, wherever it stands
+    (ours)."""
+    within, wanted = (" ".join(_folded(t).split()) for t in (text, entity))
+    at = within.find(wanted) if wanted else -1
+    while at >= 0:
+        end = at + len(wanted)
+        before, after = within[at - 1 : at] if at else "", within[end : end + 1]
+        marked = bool(after) and unicodedata.category(after)[0] == "M"  # such as a vowel sign
+        if not marked and _is_apart(before, wanted[0]) and _is_apart(after, wanted[-1]):
+            return True
+        at = within.find(wanted, at + 1)
+    return False
+
+
+def _folded(text: str) -> str:
+    """A text in which letters that differ in case or composition alone are the same."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+
+
+def _is_apart(outside: str, inside: str) -> bool:
+    """Whether a letter, or a mark on one, is no part of the word beside it."""
+    is_mark = bool(outside) and unicodedata.category(outside)[0] == "M"
+    is_word = is_mark or outside.isalnum() or outside == "_"
+    return not is_word or not gap(outside, inside)

@@ -145,12 +145,25 @@ def common_length(one: Sequence[str], other: Sequence[str]) -> int:
     return row[-1]
 
 
-def rouge_l_recall(text: str, answer: str) -> float:
+def is_latin(answer: str) -> bool:
+    """Whether the words that are compared hold most of an answer: at least half of its letters and
+    digits are a to z or 0 to 9."""
+    signs = [c for c in answer.lower() if c.isalnum()]
+    return bool(signs) and 2 * sum(c.isascii() for c in signs) >= len(signs)
+
+
+def rouge_l_recall(text: str, answer: str) -> float | None:
     """Longest common subsequence of words over the answer's words (Lin 2004), in [0, 1].
 
     Arguments:
         text: what a model generated.
-        answer: the true answer; 0 if it has no word in letters a to z or digits.
+        answer: the true answer.
+
+    Returns:
+        None where the answer is mostly in other letters than a to z and digits, in which
+        Google's rouge-score sees no words.
     """
+    if not is_latin(answer):
+        return None
     wanted = words(answer)
-    return common_length(words(text), wanted) / len(wanted) if wanted else 0.0
+    return common_length(words(text), wanted) / len(wanted)

@@ -4,6 +4,7 @@ asked: as token ids, through its chat template if it has one."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from ...errors import ConfigError, ModelError, TaskError
 from ...models.language_model import LanguageModel
 from ...tasks.data.rows import sift
 from ...tasks.data.shapes import ANSWER, QUESTION, as_list, fold, listed
-from ...tasks.data.sources import records
-from ...utils.libraries import first_line
+from ...tasks.data.sources import SUFFIXES, records
+from ...utils.libraries import first_line, quiet
 from ...utils.words import half_pair, number_of, shown
 
 PLAIN = "Question: {}\nAnswer: "
@@ -107,6 +108,9 @@ def read_qa_rows(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1; got {limit}.")
+    named = Path(source).expanduser() if isinstance(source, (str, Path)) else None
+    if named and named.suffix.casefold() in SUFFIXES and not os.path.exists(named):
+        raise TaskError(f"There is no file {str(source)[:300]!r}. Name one that exists.")
     found = records(source)
     rows = sift(found.records, _row, found.where)
     if not rows:
@@ -159,11 +163,14 @@ class Prompts:
     def __init__(self, model: LanguageModel) -> None:
         self.model, self.tokenizer = model, model.get_tokenizer()
         self.chat = bool(getattr(self.tokenizer, "chat_template", None))
-        self.how = "chat template" if self.chat else PLAIN.format("...").strip()
+        plain = PLAIN.format("...").strip().replace("\n", r"\n")
+        self.how = "chat template" if self.chat else plain
         ids = [] if self.chat else self.tokenizer("a").input_ids
         first = self.tokenizer.bos_token_id
         self.lead = (first,) if isinstance(first, int) and ids[:1] == [first] else ()
         self.end = self._end()
+        self.strange = not self.chat and bool(self._unknown(PLAIN.format("")))
+        """Whether the words around a question are unknown to the tokenizer."""
 
     def _turns(self, question: str, answer: str | None = None) -> str:
         turns = [{"role": "user", "content": question}]
@@ -206,6 +213,19 @@ class Prompts:
         ends = () if self.end is None else (self.end,)
         return Asked((*both, *ends), len(begin), bool(ends))
 
+    def _unknown(self, text: str) -> str:
+        """What of a text the tokenizer cannot read: a word, or all of it; else nothing."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown not in self.model.encode(text):
+            return ""
+        return next((w for w in text.split() if unknown in self.model.encode(w)), text)
+
+    def unreadable(self, row: QARow) -> str:
+        """What of a row's texts becomes the token for unknown words; else nothing."""
+        with quiet():  # of texts that exceed what the tokenizer says of the context
+            texts = (row.question, row.answer, row.right, *row.perturbed)
+            return next((word for text in texts if (word := self._unknown(text))), "")
+
     def check_fit(self, rows: Sequence[QARow], what: str) -> None:
         """Raise TaskError over rows whose question with its longest answer exceeds the context.
 
@@ -214,10 +234,11 @@ class Prompts:
             what: what they are called, such as the name of their set.
         """
         most = self.model.sizes[1]
-        for row in rows if most else ():
+        for row in rows:
             every = {row.answer, row.right, *row.perturbed}
-            longest = max(len(self.answer(row.question, text).tokens) for text in every)
-            if longest > (most or 0):
+            with quiet():
+                longest = max(len(self.answer(row.question, text).tokens) for text in every)
+            if most and longest > most:
                 raise TaskError(
                     f"{what}, line {row.line}: question and answer have {longest:,} tokens, and "
                     f"{self.model.name} has {most:,} positions. Shorten or remove the row."

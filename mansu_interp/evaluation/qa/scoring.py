@@ -6,6 +6,8 @@ is read, and only questions of one length are answered together.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +17,16 @@ from torch import Tensor
 
 from ...errors import ModelError
 from ...models.language_model import LanguageModel
-from ..generate import continuations
+from ...tasks.pairs import Tokens
+from ..generate import BATCH, continuations
 from .rows import Asked, Prompts
 
 BATCH_TOKENS = 2048
 """Positions of a batch of answers, padding counted; all answers to one question are one batch."""
 SLICE = 256
 """Positions whose probabilities are held at a time."""
+TIMED = 4
+"""Tokens that are generated to time the generation."""
 SMALLEST_VARIANCE = 1e-6
 """Of log-probabilities, below which min-k++ divides by the root of this."""
 
@@ -164,3 +169,30 @@ def greedy_answers(
     written = continuations(model, asked, new_tokens, stops=ends, on_step=on_step)
     texts = (prompts.tokenizer.decode([*ids], skip_special_tokens=True) for ids in written)
     return [str(text).strip() for text in texts]
+
+
+def score_seconds(model: LanguageModel, groups: Sequence[Sequence[Asked]]) -> float:
+    """Seconds that `score_answers` takes, from its first batch and the positions of all."""
+    batches = [[groups[k] for k in batch] for batch in _batches(groups)]
+    sizes = [sum(map(len, b)) * max(len(a.tokens) for some in b for a in some) for b in batches]
+    first = batches[0]
+    score_answers(model, [first[0][:1]])  # the first pass warms up
+    start = time.perf_counter()
+    score_answers(model, first)
+    return (time.perf_counter() - start) * sum(sizes) / sizes[0]
+
+
+def answer_seconds(model: LanguageModel, asked: Sequence[Tokens], new_tokens: int) -> float:
+    """Seconds that `greedy_answers` takes at most, from the first tokens of its largest batch.
+
+    Arguments:
+        asked: questions as token ids.
+        new_tokens: tokens of the longest answer.
+    """
+    lengths = Counter(map(len, asked))
+    batches = sum(-(-n // BATCH) for n in lengths.values())
+    length = lengths.most_common(1)[0][0]
+    some = [tokens for tokens in asked if len(tokens) == length][:BATCH]
+    start = time.perf_counter()
+    continuations(model, some, timed := min(TIMED, new_tokens))
+    return (time.perf_counter() - start) / timed * new_tokens * batches

@@ -6,7 +6,7 @@
 3. Step with AdamW (weight decay 0.01). The learning rate rises to its largest value through the
    first epoch, and falls in a straight line to zero at the end, as TOFU has it.
 4. Save an ordinary checkpoint, in the dtype of the one that was taught, with ``taught.json``: what
-   it was made from, and the losses.
+   it was made from, hashes of the rows, the losses, and a warning where the rows are not known.
 
 The model is taught everything by one call, and its reference everything but the forget rows by
 another one. A call that was killed goes on from a checkpoint beside the folder that it makes, and
@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -39,11 +40,10 @@ from ...utils.libraries import enough_memory
 from ...utils.ranges import entrance
 from ...utils.tensors import read_tensors, tensors_sha256, write_tensors
 from ...utils.words import Shown
+from .checks import TAUGHT, kept_rows, row_hash, taught_rows
 from .config import TeachConfig
 from .rows import Asked, Prompts, QARow
 
-MARK = "taught.json"
-"""The file of a finished model that says what it was taught."""
 UNFINISHED = "-unfinished"
 """What is put behind the folder's name for the one that holds the checkpoint."""
 SCHEMA = 1
@@ -53,6 +53,9 @@ CHUNK = 4
 SECONDS = 60.0
 """Between two checkpoints, at least; and twenty times as long as one takes."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+KNOWN = 0.5
+"""Probability of an answer's token in the last epoch from which rows count as known."""
 
 OnStep = Callable[[int, int], object]
 
@@ -69,15 +72,35 @@ class Taught(Shown):
     """Mean loss of an answer's token (nats) in each epoch, before the steps that it led to."""
     before: bool = False
     """Whether it had been finished by an earlier call."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """What was done to rows that were not taught as given: left out -> rows."""
+
+    @property
+    def warning(self) -> str:
+        """Why the model does not know its rows; empty where it does."""
+        first, last = self.losses[0], self.losses[-1]
+        if len(self.losses) > 1 and last >= first:
+            return (
+                f"the loss of a token did not fall ({first:.3f} in the first epoch, {last:.3f} in "
+                "the last). This model is not to be used: take a smaller --lr."
+            )
+        if (p := math.exp(-last)) < KNOWN:
+            return (
+                f"it does not know its rows yet: an answer's token has a probability of {p:.2f} in "
+                "the last epoch. Take more --epochs, or a smaller --batch-size."
+            )
+        return ""
 
     def told(self) -> dict[str, object]:
         """For its short form."""
         first, last = self.losses[0], self.losses[-1]
-        return {"": str(self.folder), "rows": self.rows, "loss": f"{first:.3f} to {last:.3f}"}
+        told = {"": str(self.folder), "rows": self.rows, "loss": f"{first:.3f} to {last:.3f}"}
+        return {**told, "warning": self.warning} if self.warning else told
 
     def to_json(self) -> dict[str, Json]:
         """For files and tables."""
-        return {**asdict(self), "folder": str(self.folder), "losses": list(self.losses)}
+        told = {"folder": str(self.folder), "losses": list(self.losses), "warning": self.warning}
+        return {**asdict(self), **told, "notes": dict(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -116,8 +139,10 @@ class Teaching:
         model.check_editable()
         if not rows:
             raise TaskError("There is no row to teach. Give some.")
-        self.model, self.rows, self.out, self.config = model, list(rows), Path(out), config
+        self.model, self.out, self.config = model, Path(out), config
         prompts = Prompts(model)
+        self.rows, self.notes = kept_rows(rows, [prompts], "rows")
+        rows = self.rows
         prompts.check_fit(rows, "rows")
         self.asked = [prompts.answer(row.question, row.answer) for row in rows]
         self.rows_sha256 = hashlib.sha256(
@@ -146,15 +171,15 @@ class Teaching:
 
     def _finished(self) -> Taught | None:
         """The model that an earlier call made."""
-        if not (self.out / MARK).exists():
+        if not (self.out / TAUGHT).exists():
             return None
-        found = read_json(self.out / MARK)
+        found = read_json(self.out / TAUGHT)
         if not isinstance(found, dict) or found.get("key") != self._key:
             raise ArtifactError(
                 f"{self.out} holds a model that was taught from another model, other rows or with "
                 "other settings. Name another --out, or delete it."
             )
-        return Taught(self.out, len(self.rows), tuple(found["losses"]), True)
+        return Taught(self.out, len(self.rows), tuple(found["losses"]), True, self.notes)
 
     @property
     def steps(self) -> int:
@@ -206,7 +231,10 @@ class Teaching:
         file = self._place / "checkpoint.safetensors"
         if not file.exists():
             return 0, [], {}
-        tensors, meta = read_tensors(file, "teaching", SCHEMA)
+        try:
+            tensors, meta = read_tensors(file, "teaching", SCHEMA)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} Delete {self._place} to begin anew.") from error
         if meta.get("key") != self._key:
             raise ArtifactError(
                 f"{file} belongs to another model, other rows or other settings. Delete "
@@ -218,7 +246,7 @@ class Teaching:
         """Take the steps that are left, and save the model.
 
         Raises:
-            ModelError: the loss is not finite.
+            ModelError: the loss, or a weight that it led to, is not finite.
             ArtifactError: the checkpoint was changed or belongs to something else.
             ResourceError: another process works on it, the disk is full, or memory ran out.
         """
@@ -228,8 +256,11 @@ class Teaching:
         with locked(self._place), enough_memory("teaching a model", "Take a smaller --batch-size."):
             model = self.model.copy()
             losses = self._steps(model, say)
+            model.check_finite()  # what the last step made
             per = self._per_epoch
             epochs = tuple(sum(losses[k : k + per]) / per for k in range(0, len(losses), per))
+            result = Taught(self.out, len(self.rows), epochs, notes=self.notes)
+            hashes = {row_hash(row) for row in self.rows} | taught_rows(self.model)
             with atomic_folder(self.out, new=True) as folder:
                 save_edited(model, self.model, folder)
                 taught = {
@@ -239,12 +270,14 @@ class Teaching:
                     "model": self.model.name,
                     "rows": len(self.rows),
                     "settings": asdict(self.config),
+                    "row_hashes": sorted(hashes),
                     "losses": list(epochs),
+                    "warning": result.warning,
                     "provenance": self.made_from,
                 }
-                write_text(folder / MARK, json_text(taught))
+                write_text(folder / TAUGHT, json_text(taught))
         shutil.rmtree(self._place, ignore_errors=True)
-        return Taught(self.out, len(self.rows), epochs)
+        return result
 
     def _steps(self, model: LanguageModel, say: OnStep) -> list[float]:
         """Steps 2 and 3 of the module, in place; returns the loss of each step."""
@@ -323,10 +356,10 @@ def teach(
         on_step: called with (steps done, steps in all).
 
     Returns:
-        The folder, and the loss in each epoch.
+        The folder, the loss in each epoch, and a warning where the rows are not known.
 
     Raises:
-        TaskError: no rows, or one that exceeds the context.
+        TaskError: no rows, none that the tokenizer can read, or one that exceeds the context.
         ModelError: no tokenizer, weights that are not float32, or a loss that is not finite.
         ArtifactError: the folder holds something else.
         ResourceError: another process works on it, the disk is full, or memory ran out.
