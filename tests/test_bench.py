@@ -45,7 +45,7 @@ from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
 from mansu_interp.runs.defaults import default_config
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning.methods import BASELINES, NPO, get_method
+from mansu_interp.unlearning.methods import BASELINES, NPO, UNDO, get_method
 from mansu_interp.unlearning.unlearn import unlearn
 from mansu_interp.utils.shipped import DATA
 from mansu_interp.utils.words import p_value
@@ -261,8 +261,12 @@ def test_run_and_bench_train_the_same_baseline(facts: LanguageModel, tmp_path: P
     for task in ("capitals", "countries"):
         for method in BASELINES:
             trial = make_trial(bench, facts, task, method, 3, 0.3, 2.0)
-            lr = 2 * get_method(method)().lr
-            words = f"run --task {task} --method {method} --unlearn.lr {lr} --unlearn.steps 40"
+            own = get_method(method)()
+            words = (
+                f"run --task {task} --method {method} --unlearn.lr {2 * own.lr} --unlearn.steps 40"
+            )
+            if isinstance(own, UNDO):  # a multiple of its noise, too
+                words += f" --unlearn.noise {2 * own.noise}"
             run = parse([*words.split(), "--unlearn.stop-at", "0.3", "--seed", "3"])
             assert trial.config.unlearn == run.unlearn, (task, method)
             assert trial.config.seed == run.seed

@@ -410,6 +410,17 @@ def test_students_are_quantized_in_turns_and_are_their_own_teachers(
         latent.models[4]
 
 
+def test_the_order_in_which_quantizers_are_named_means_nothing(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    made = [
+        unlearn(facts, capitals, mask, replace(CONFIG, survive=names, steps=5)).model
+        for names in (("nf4", "fp4", "q4_0"), ("q4_0", "nf4", "fp4"))
+    ]
+    assert all(torch.equal(w, made[1].weights[n]) for n, w in made[0].weights.items())
+    assert any(not torch.equal(w, facts.weights[n]) for n, w in made[0].weights.items())
+
+
 def test_edits_with_offsets_survive_and_each_quantized_model_has_its_own(
     facts: LanguageModel, mask: Mask
 ):
