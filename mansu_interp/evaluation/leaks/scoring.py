@@ -122,7 +122,7 @@ def leak_test(
     Examples:
         >>> model = load_model("facts")
         >>> leak_test(model, load_task("capitals", model), prompts=8).of("known")
-        ['paraphrase', 'reversed']
+        ['paraphrase', 'paraphrase', 'few-shot']
     """
     asked = questions(model, task, part=part, templates=templates, prompts=prompts, seed=seed)
     known = ask(original or model, asked.items, seed=seed, on_step=on_step)
