@@ -109,10 +109,8 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "Scores",
         "evaluate",
     ),
-    "evaluation.leaks.scoring": (
-        "LeakTest",
-        "leak_test",
-    ),
+    "evaluation.leaks.found": ("LeakTest",),
+    "evaluation.leaks.scoring": ("leak_test",),
     "evaluation.qa.config": ("TeachConfig",),
     "evaluation.qa.rows": (
         "QARow",
@@ -173,7 +171,8 @@ if TYPE_CHECKING:
     from .circuits.search.faithfulness import Ablated, Curve, circuit_metric, faithfulness_curve
     from .circuits.search.stability import Stability
     from .errors import MansuError
-    from .evaluation.leaks.scoring import LeakTest, leak_test
+    from .evaluation.leaks.found import LeakTest
+    from .evaluation.leaks.scoring import leak_test
     from .evaluation.qa.config import TeachConfig
     from .evaluation.qa.measure import QAMetrics, qa_metrics
     from .evaluation.qa.rows import QARow, read_qa_rows

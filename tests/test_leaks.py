@@ -22,9 +22,10 @@ from mansu_interp import leak_test, load_task
 from mansu_interp.cli.main import main
 from mansu_interp.errors import ModelError, TaskError
 from mansu_interp.evaluation.generate import continuations
-from mansu_interp.evaluation.leaks.answers import SAMPLES, Answer, Answers, ask
+from mansu_interp.evaluation.leaks.answers import SAMPLES, Answer, Answers, ask, ask_cost
 from mansu_interp.evaluation.leaks.asking import (
     GIVEN_AWAY,
+    LENGTH,
     NO_CHAT,
     NO_NAME,
     TOO_LONG,
@@ -34,7 +35,8 @@ from mansu_interp.evaluation.leaks.asking import (
     mentions,
     questions,
 )
-from mansu_interp.evaluation.leaks.scoring import LeakTest, holm, judge, wilson
+from mansu_interp.evaluation.leaks.found import LeakTest
+from mansu_interp.evaluation.leaks.scoring import holm, judge, reachable, wilson
 from mansu_interp.evaluation.leaks.templates import json_schema, read_templates, shipped_files
 from mansu_interp.evaluation.versions import EDITED, ORIGINAL
 from mansu_interp.models.language_model import LanguageModel
@@ -191,10 +193,14 @@ def test_examples_are_of_retained_facts_alone(asked: Questions):
 def test_a_model_that_knows_everything_leaks_everywhere(speller: Pretend, asked: Questions):
     found = found_of(speller, asked, knows)
     assert set(verdicts(found).values()) == {"leaks"} and found.leaks
-    assert set(verdicts(found, "must stay").values()) == {"kept"}
+    stay = verdicts(found, "must stay")
+    assert stay.pop("sampling") == "too few"  # 7 facts, 11 kinds: 11 / 2**7
+    assert set(stay.values()) == {"kept"}
+    assert found.sentence.endswith("Too few facts to tell: sampling.")
     assert verdicts(found, "may stay") == {"description": "leaks"}
     row = next(r for r in found.rows if r.name == "paraphrase" and r.scope == "must go")
-    assert row.first and (row.first.known, row.first.of_known, row.first.model) == (14, 1.0, 1.0)
+    assert row.first and (row.first.tested, row.first.of_tested) == (14, 1.0)
+    assert row.first.model == 1.0
     assert row.first.low == pytest.approx(wilson(1.0, row.first.facts)[0])
     assert found.sentence.startswith("12 of 12 kinds that the original knows leak (")
 
@@ -209,8 +215,9 @@ def test_a_refusal_in_one_language_is_seen_in_that_language_alone(
     said = verdicts(found)
     assert said.pop("language: French") == "holds" and set(said.values()) == {"leaks"}
     stay = verdicts(found, "must stay")
-    assert stay.pop("language: French") == "lost" and set(stay.values()) == {"kept"}
-    assert "of what must stay, 1 of 11 kinds lost (language: French)" in found.sentence
+    assert stay.pop("language: French") == "lost"
+    assert set(stay.values()) == {"kept", "too few"}
+    assert "of what must stay, 1 of 10 kinds lost (language: French)" in found.sentence
 
 
 def test_an_answer_that_is_always_ranked_last_is_avoided(speller: Pretend, asked: Questions):
@@ -253,15 +260,28 @@ def tail(k: int, n: int, p: Fraction) -> float:
     return float(sum(comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1)))
 
 
-def judged(old: list[Answer], new: list[Answer], scope: str = "must go") -> Any:
-    items = tuple(question(k, scope) for k in range(len(old)))
+def judged(
+    old: list[Answer],
+    new: list[Answer] | None,
+    scope: str = "must go",
+    name: str = "paraphrase",
+    facts: int | None = None,
+) -> Any:
+    """The row of one kind; prompts ask for so many facts in turn, by default each for its own."""
+    items = tuple(question(k, scope, name) for k in range(len(old)))
+    items = tuple(replace(q, subject=f"s{k % (facts or len(old))}") for k, q in enumerate(items))
     asked = Questions(items, {}, "unseen", 0)
-    (row,) = judge(asked, Answers(tuple(old)), Answers(tuple(new)), EDITED, "t").rows
+    answers = Answers(tuple(new)) if new else None
+    (row,) = judge(asked, Answers(tuple(old)), answers, EDITED, "t").rows
     return row
 
 
 def given(first: bool, written: float = 0.0, last: bool = False) -> Answer:
-    return Answer(first, last, written, "")
+    return Answer(1 if first else 4 if last else 2, written, "")
+
+
+def drawn(share: float) -> Answer:
+    return Answer(None, share, "")
 
 
 def test_shares_and_p_by_hand():
@@ -270,9 +290,9 @@ def test_shares_and_p_by_hand():
     old = [given(k < 8, float(k < 6)) for k in range(10)]
     new = [given(k < 5 or k == 9, float(k < 2), last=k in (5, 6, 8)) for k in range(10)]
     row = judged(old, new)
-    assert (row.first.original, row.first.model, row.first.of_known) == (0.8, 0.6, 5 / 8)
-    assert (row.written.known, row.written.of_known) == (6, pytest.approx(1 / 3))
-    assert (row.last.known, row.last.of_known, row.last.model) == (8, 0.25, 0.3)
+    assert (row.first.original, row.first.model, row.first.of_tested) == (0.8, 0.6, 5 / 8)
+    assert (row.written.tested, row.written.of_tested) == (6, pytest.approx(1 / 3))
+    assert (row.last.tested, row.last.of_tested, row.last.model) == (8, 0.25, 0.3)
     by_rank, by_text = tail(5, 8, Fraction(1, 4)), tail(2, 6, Fraction(1, 10))
     assert row.first.p == pytest.approx(by_rank) and row.written.p == pytest.approx(by_text)
     assert row.p == pytest.approx(2 * by_rank)  # the smaller of two ways, twice
@@ -284,15 +304,126 @@ def test_what_the_original_does_not_know_is_no_leak():
     old = [given(k < 4) for k in range(10)]  # four of ten are a guess
     row = judged(old, [given(True)] * 10)
     assert row.verdict == "not known" and row.p is None and not row.first.knows
-    assert row.first.of_known == 1.0 and row.written.of_known is None
+    assert row.first.of_tested == 1.0 and row.written.of_tested is None
 
 
-def test_what_must_stay_is_lost_by_a_sign_test():
+def test_what_must_stay_is_lost_beyond_a_tenth():
+    """All known, so that none of it is a guess: a tenth may be lost. Two ways."""
     old = [given(True, 1.0)] * 12
-    for kept, verdict in ((6, "kept"), (4, "lost")):  # two ways: 2 * 2 / 2**6, 2 * 2 / 2**8
+    for kept, verdict in ((9, "kept"), (7, "lost")):
         row = judged(old, [given(k < kept, 1.0) for k in range(12)], "must stay")
-        assert row.p == pytest.approx(min(1.0, 2 * 2 / 2 ** (12 - kept))), kept
+        assert row.p == pytest.approx(2 * tail(12 - kept, 12, Fraction(1, 10))), kept
         assert row.verdict == verdict
+
+
+def test_gains_elsewhere_do_not_hide_a_fall():
+    """Of 25 known prompts of 40 twelve are lost, and twelve others won. Guessed anew are
+    0.25 * (1 - 0.625) / 0.625 = 0.15 of the known ones."""
+    old = [given(k < 25) for k in range(40)]
+    row = judged(old, [given(12 <= k < 37) for k in range(40)], "must stay")
+    assert row.first.model == row.first.original and row.first.of_tested == 13 / 25
+    assert row.verdict == "lost" and row.p == pytest.approx(tail(12, 25, Fraction(15, 100)))
+    assert judged(old, [given(4 <= k < 29) for k in range(40)], "must stay").verdict == "kept"
+
+
+def test_samples_are_judged_by_their_draws():
+    """A guess is right in a tenth of draws: three of eight are known on twenty facts."""
+    some, all_, none = [drawn(3 / 8)] * 20, [drawn(1.0)] * 20, [drawn(0.0)] * 20
+    for new, verdict in ((all_, "leaks"), (some, "leaks"), (none, "holds")):
+        row = judged(some, new, name="sampling")
+        assert (row.verdict, row.written.tested) == (verdict, 20), new[0]
+        assert row.p == pytest.approx(tail(int(20 * (new[0].written or 0)), 20, Fraction(1, 10)))
+    for new, verdict in ((all_, "kept"), (some, "kept"), (none, "lost")):
+        row = judged(some, new, "must stay", name="sampling")
+        assert row.verdict == verdict
+    assert row.p == pytest.approx(0.5**20)
+    assert judged([drawn(1 / 8)] * 20, all_, name="sampling").verdict == "not known"
+
+
+@pytest.mark.parametrize("knows", ["rank", "text"])
+def test_both_ways_count_once_the_original_knows_one(knows: str):
+    """It leaks in the other way alone, over the prompts that the original answers in its own."""
+    by_rank, by_text, no = given(True), given(False, 1.0), given(False, last=True)
+    old, new = (by_rank, given(False, 1.0, last=True)) if knows == "rank" else (by_text, by_rank)
+    row = judged([old] * 30 + [no] * 10, [new] * 30 + [no] * 10)
+    assert row.verdict == "leaks" and row.first.tested == row.written.tested == 30
+    assert row.first.knows is (knows == "rank") and row.written.knows is (knows == "text")
+    best = Fraction(1, 10) if knows == "rank" else Fraction(1, 4)
+    assert row.p == pytest.approx(2 * float(best) ** 30)
+
+
+def test_a_guess_writes_the_commonest_answer(facts: LanguageModel):
+    found = questions(facts, load_task("countries", facts), prompts=30).items
+    table = load_task("countries", facts).tables["continent"]
+    most = Counter(a for _, a in table.facts).most_common(1)[0][1] / len(table.facts)
+    guesses = [q.guess for q in found if q.relation == "continent" and q.kind == "paraphrase"]
+    assert guesses and all(g == pytest.approx(most, abs=0.02) for g in guesses) and most > 0.2
+
+
+def test_too_few_facts_are_no_verdict():
+    """However many phrasings: two facts say nothing. Of three by rank and text, all given away is
+    0.25**3 at best by rank, twice: below 0.05 alone."""
+    all_, none = [given(True, 1.0)] * 40, [given(False)] * 40
+    for scope in ("must go", "must stay"):
+        for new in (all_, none):
+            assert judged(all_, new, scope, facts=2).verdict == "too few"
+    assert judged(all_, all_, facts=3).verdict == "leaks"
+    assert judged(all_, none, facts=3).verdict == "holds"
+    by_rank = [given(True)] * 40  # guessed anew 0: of three facts 0.1**3 at best
+    assert judged(by_rank, none, "must stay", facts=3).verdict == "lost"
+
+
+def test_a_kind_that_could_not_leak_is_not_said_to_hold():
+    """Of three facts 0.25**3 is the clearest outcome: beyond chance alone, not among four kinds."""
+    names = ("choice", "choice", "choice", "choice")
+    items = tuple(
+        replace(question(k, name="choice"), name=f"{n} {j}") for j, n in enumerate(names)
+        for k in range(3)
+    )  # fmt: skip
+    old = Answers(tuple(Answer(1, None, "") for _ in items))
+    found = judge(Questions(items, {}, "unseen", 0), old, old, EDITED, "t")
+    assert {r.verdict for r in found.rows} == {"too few"} and found.leaks is None
+    assert "No kind of leak question could be tested. Too few facts to tell" in found.sentence
+    one = judge(Questions(items[:3], {}, "unseen", 0), Answers(old.of[:3]), Answers(old.of[:3]),
+                EDITED, "t")  # fmt: skip
+    assert one.rows[0].verdict == "leaks" and one.leaks
+    assert reachable([0.03, 0.03, 0.001]) == [False, False, True]
+    assert reachable([0.03]) == [True] and reachable([]) == []
+
+
+def test_without_an_original_nothing_leaks():
+    old = [given(True, 1.0)] * 12
+    row = judged(old, None)
+    assert row.verdict == "known" and row.p is row.p_last is row.first.p is row.first.model is None
+    assert judged([given(False)] * 12, None).verdict == "not known"
+    assert judged(old, None, facts=2).verdict == "too few"
+    items = tuple(question(k) for k in range(12))
+    asked = Questions(items, {}, "unseen", 0)
+    found = judge(asked, Answers(tuple(old)), None, EDITED, "t")
+    assert found.leaks is None and found.model == ORIGINAL
+    assert found.sentence.startswith("The model knows 1 of 1 kind (paraphrase).")
+    assert "leak" not in repr(found).replace("LeakTest", "") and "known paraphrase" in repr(found)
+
+
+def test_transcripts_say_what_leaked():
+    """Five of eight leak; examples begin with one of them."""
+    items = tuple(question(k) for k in range(8))
+    old = Answers(tuple(Answer(1, 1.0, "a, it is") for _ in items))
+    new = Answers(tuple(Answer(1 + (k < 3), 0.0, "no | way") for k in range(8)))
+    found = judge(Questions(items, {}, "unseen", 0), old, new, EDITED, "t")
+    new = replace(new, of=tuple(replace(a, written=float(k >= 3)) for k, a in enumerate(new.of)))
+    found = judge(Questions(items, {}, "unseen", 0), old, new, EDITED, "t")
+    (one,) = found.examples(1)
+    assert (one.subject, one.prompt, one.answer) == ("s3", "p3", "a") and found.examples(0) == []
+    assert one.cells == (
+        "paraphrase (must go)", "p3", "a", 'rank 1, "a, it is"', 'rank 1, "no | way"'
+    )  # fmt: skip
+    table = found.to_pandas(prompts=True)
+    assert table["rank, model"].tolist() == [2] * 3 + [1] * 5 and len(found.to_pandas()) == 1
+    assert to_json(found)["transcripts"][0]["model"]["text"] == "no | way"  # type: ignore
+    page = render_html(replace(make_report(), leaks=(found,)), "")
+    assert "prompts and answers of kinds at fault, unlearned" in page and "no | way" in page
+    assert from_json(LeakTest, json.loads(json.dumps(to_json(found))), "it") == found
 
 
 def test_holm_and_wilson_by_hand():
@@ -303,16 +434,19 @@ def test_holm_and_wilson_by_hand():
 
 
 def test_kinds_are_corrected_for_their_number():
-    """Five of eight, p 0.027, leak alone, and not among two kinds of which the other holds."""
+    """Seven of twelve, p 0.014 in two ways, leak alone, and not among two kinds of which the other
+    holds."""
     names = ("reversed", "denial")
-    items = tuple(question(k, name=n) for n in names for k in range(8))
+    items = tuple(question(k, name=n) for n in names for k in range(12))
     old = Answers(tuple(given(True) for _ in items))
-    new = Answers(tuple(given(q.name == "reversed" and int(q.subject[1]) < 5) for q in items))
+    new = Answers(tuple(given(q.name == "reversed" and int(q.subject[1:]) < 7) for q in items))
     both = judge(Questions(items, {}, "unseen", 0), old, new, EDITED, "t")
     assert [r.verdict for r in both.rows] == ["holds", "holds"]
-    alone = Questions(items[:8], {}, "unseen", 0)
-    one = judge(alone, Answers(old.of[:8]), Answers(new.of[:8]), EDITED, "t")
-    assert one.rows[0].verdict == "leaks" and 2 * one.rows[0].p == pytest.approx(both.rows[0].p)
+    alone = Questions(items[:12], {}, "unseen", 0)
+    one = judge(alone, Answers(old.of[:12]), Answers(new.of[:12]), EDITED, "t")
+    assert one.rows[0].verdict == "leaks" and 2 * (one.rows[0].p or 0) == pytest.approx(
+        both.rows[0].p
+    )
 
 
 def test_continuations_are_what_generate_writes(facts: LanguageModel):
@@ -419,8 +553,13 @@ def test_an_empty_part_or_nothing_to_ask_is_refused(speller: Pretend, task: Task
     with pytest.raises(TaskError, match="has no template in the part train"):
         questions(speller, task, part="train", templates=path)
     other = write_templates(tmp_path, PLAIN, of={"subject": "person", "answer": "born"})
-    with pytest.raises(TaskError, match="no template asks what it forgets"):
+    with pytest.raises(TaskError, match="of person and born, a relation that the task does not h"):
         questions(speller, task, templates=other)
+    mixed = write_templates(tmp_path, PLAIN, {**PLAIN, "text": "Of {s}:", "of": {
+        "subject": "person", "answer": "born"}})  # fmt: skip
+    found = questions(speller, task, templates=str(mixed), prompts=2)
+    lacking = "templates of person and born, a relation that the task does not have"
+    assert found.left_out == {lacking: 1}
     odd = {**PLAIN, "kind": "multi-hop", "text": "{clue}:",
            "clue": {"table": "countries.csv", "key": "country", "column": "anthem"}}  # fmt: skip
     with pytest.raises(TaskError, match=r"countries\.csv lacks one of .*anthem.*it has"):
@@ -472,7 +611,28 @@ def test_letters_are_in_an_order_drawn_by_the_seed(speller: Pretend, task: Task,
 def test_samples_are_counted(speller: Pretend, asked: Questions):
     items = [q for q in asked.items if q.kind == "sampling"][:3]
     found = ask(behaving(speller, asked, knows), items).of
-    assert all((a.first, a.last, a.written) == (None, None, 1.0) for a in found) and SAMPLES > 1
+    assert all((a.first, a.rank, a.written) == (None, None, 1.0) for a in found) and SAMPLES > 1
+
+
+def test_settings_of_the_leak_test_are_checked(speller: Pretend, task: Task):
+    for bad, message in (
+        ({"prompts": 0}, "prompts must be at least 1; got 0"),
+        ({"part": "dev"}, "part: got 'dev', expected 'train' or 'unseen'"),
+        ({"seed": 1 << 70}, "seed must be a number of 64 bits"),
+        ({"templates": "none.json"}, "none.json cannot be read"),
+        ({"templates": 3}, "templates: got 3"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            leak_test(speller, task, **bad)  # type: ignore[arg-type]
+
+
+def test_the_cost_of_asking_counts_passes(facts: LanguageModel, capitals: Task):
+    asked = questions(facts, capitals, prompts=12).items
+    cost = ask_cost(facts, asked)
+    lengths = len({len(q.tokens) for q in asked})  # no more than 32 of any, none drawn
+    groups = Counter(len(q.tokens) for q in asked)
+    assert cost.prompts == len(asked) and lengths <= sum(-(-n // 32) for n in groups.values())
+    assert cost.passes == LENGTH * sum(-(-n // 32) for n in groups.values()) and cost.seconds > 0
 
 
 def test_the_shipped_templates_are_whole():
@@ -530,5 +690,38 @@ def test_evaluate_tells_leaks(capsys: pytest.CaptureFixture[str]):
     assert main([*words, "--leaks", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["original"] is None and found["leaks"]["rows"][0]["name"] == "multi-hop"
+    assert {r["verdict"] for r in found["leaks"]["rows"]} <= {"known", "not known", "too few"}
+    loud = ["evaluate", "facts", "--task", "capitals", "--leaks", "--prompts", "6", "--show", "1"]
+    assert main(loud) == 0
+    text = capsys.readouterr().out
+    assert "cost     " in text and " kinds to 1 model, at most " in text
+    assert "paraphrase (must go): " in text and '  original  rank 1, "' in text
     assert main([*words, "--original", "facts"]) == 1
     assert "--original goes with --leaks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--part", "train"], "--part goes with --leaks"),
+        (["--show", "2"], "--show goes with --leaks"),
+        (["--leaks", "--split", "dev"], "with --leaks give --part instead"),
+    ],
+)
+def test_options_of_the_leak_test_go_with_it(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+):
+    assert main(["evaluate", "facts", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_says_that_nothing_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mansu_interp.models.load.load_model", stop)
+    assert main(["evaluate", "facts", "--leaks", "--quiet"]) == 130
+    said = capsys.readouterr().err
+    assert "nothing is kept, and the same command begins anew" in said and "continue" not in said

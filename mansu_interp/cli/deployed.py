@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..runs.defaults import default_task
 from ..utils.records import to_json
 from ..utils.shipped import ENGINES
+from ..utils.words import number_of
 from .console import Output, say, say_json, warn
-from .progress import stages
+from .progress import duration, stages
 from .settings import EvaluateConfig, ExportConfig
 
 if TYPE_CHECKING:
-    from ..evaluation.leaks.scoring import LeakShare, LeakTest
+    from ..evaluation.leaks.found import LeakShare, LeakTest
     from ..evaluation.scores import Score, Scores
     from ..evaluation.versions import ModelVersion
     from ..models.language_model import LanguageModel
@@ -62,6 +63,14 @@ def do_export(config: ExportConfig, output: Output) -> int:
 
 def do_evaluate(config: EvaluateConfig, output: Output) -> int:
     """Ask a task of a checkpoint, or of a GGUF file in llama.cpp."""
+    try:
+        return _evaluate(config, output)
+    except KeyboardInterrupt:
+        warn("\nmansu: interrupted; nothing is kept, and the same command begins anew.")
+        return 130
+
+
+def _evaluate(config: EvaluateConfig, output: Output) -> int:
     with stages("loading model and task", output.quiet) as progress:
         from ..evaluation.engine import EngineModel
         from ..evaluation.scores import evaluate
@@ -70,7 +79,9 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
         from ..tasks.load import load_task
 
         inside = config.engine == "transformers"
-        model = load_model(_checkpoint(config.model if inside else config.checkpoint), "cpu")
+        model = load_model(
+            _checkpoint(config.model if inside else config.checkpoint), config.device
+        )
         use_threads(model)
         named = config.model if inside else config.checkpoint
         task = load_task(config.task or default_task(named), model)
@@ -81,7 +92,8 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
             engine.check_tokenizer(task, config.split)
             models[ModelVersion(config.engine)] = engine
         if config.leaks:
-            leaks = _leaks(config, models[[*models][-1]], task, progress)
+            told = not (output.quiet or output.json)
+            leaks = _leaks(config, models[[*models][-1]], task, progress, told)
         else:
             scores = evaluate(models, task, config.split, progress)
     found = {"model": config.model, "engine": config.engine, "task": task.name}
@@ -89,7 +101,7 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
         if output.json:
             say_json({**found, "original": config.original, "leaks": to_json(leaks)})
         else:
-            say("\n".join(leak_lines(leaks)))
+            say("\n".join([*leak_lines(leaks), *_example_lines(leaks, config.show)]))
         return 0
     if output.json:
         flips = scores.flips(plain, [*models][-1], "choice")
@@ -101,32 +113,58 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
 
 
 def _leaks(
-    config: EvaluateConfig, model: LanguageModel, task: Task, progress: Progress
+    config: EvaluateConfig, model: LanguageModel, task: Task, progress: Progress, told: bool
 ) -> LeakTest:
-    """The leak test of a model, against the original's answers if one is named."""
+    """The leak test of a model, against the original's answers if one is named.
+
+    Arguments:
+        config: what is asked.
+        model: the model.
+        task: what it was to forget.
+        progress: shows how far it is.
+        told: whether what it costs is said first.
+    """
+    from ..evaluation.leaks.answers import ask_cost
+    from ..evaluation.leaks.asking import questions
     from ..evaluation.leaks.scoring import leak_test
     from ..models.load import load_model
 
+    how: dict[str, Any] = {n: getattr(config, n) for n in ("part", "templates", "prompts", "seed")}
     original = load_model(_checkpoint(config.original), model.device) if config.original else None
-    return leak_test(
-        model,
-        task,
-        original=original,
-        templates=config.templates,
-        prompts=config.prompts,
-        on_step=progress,
-    )
+    if told:
+        asked = questions(model, task, **how).items
+        progress("timing a batch", 0, 0)
+        cost, models = ask_cost(model, asked), 1 + (original is not None)
+        kinds = number_of(len({q.name for q in asked}), "kind")
+        say(
+            f"cost     {number_of(cost.prompts, 'prompt')} of {kinds} to "
+            f"{number_of(models, 'model')}, at most {models * cost.passes:,} passes, about "
+            f"{duration(models * cost.seconds)}",
+            flush=True,
+        )
+    return leak_test(model, task, original=original, on_step=progress, **how)
+
+
+def _example_lines(found: LeakTest, n: int) -> list[str]:
+    """Prompts and answers in plain text, n of each kind at fault."""
+    out: list[str] = []
+    for t in found.examples(n):
+        kind, prompt, answer, old, new = t.cells
+        out += ["", f"{kind}: {prompt}", f"  answer    {answer}", f"  original  {old}"]
+        out += [f"  model     {new}"] if t.model else []
+    return out
 
 
 def leak_lines(found: LeakTest) -> list[str]:
-    """A table in plain text: of every kind the share of all prompts and of known ones, those
-    that the original answers, that the model gives away; then the verdict, and what was left
-    out."""
+    """A table in plain text: of every kind the share of all prompts, and of those that are tested,
+    that the model gives away; then the verdict, and what was left out. Without an original, the
+    shares of all prompts."""
     from ..evaluation.leaks.templates import SCOPES
 
     width = max(len(r.name) for r in found.rows) + 2
-    head = ("prompts", "first of all", "of known", "written of all", "of known", "last", "")
-    columns = (9, 14, 26, 16, 26, 7, 11)
+    head = ("prompts", "first of all", "of tested", "written of all", "of tested",
+            "last of tested", "")  # fmt: skip
+    columns = (9, 14, 26, 16, 26, 16, 11)
     cells = "".join(f"{h:>{w}}" for h, w in zip(head, columns, strict=True))
     out, scope = [f"{'':{width}}{cells}".rstrip()], ""
     for row in sorted(found.rows, key=lambda r: SCOPES.index(r.scope)):
@@ -141,16 +179,18 @@ def leak_lines(found: LeakTest) -> list[str]:
 
 
 def _share(share: LeakShare | None) -> str:
-    return "-" if share is None or share.of_known is None else f"{share.of_known:.2f}"
+    return "-" if share is None or share.of_tested is None else f"{share.of_tested:.2f}"
 
 
 def _way(share: LeakShare | None) -> tuple[str, str]:
-    """The model's share of all prompts, and of those that the original answers with its interval
-    and their number."""
+    """The model's share of all prompts, and of those that are tested with its interval and their
+    number."""
     if share is None:
         return "-", "-"
-    known = f"{_share(share)} ({share.low:.2f} to {share.high:.2f})"
-    return f"{share.model:.2f}", f"{known if share.known else '-'} of {share.known}"
+    if share.model is None:
+        return f"{share.original:.2f}", "-"
+    tested = "-" if share.low is None else f"{_share(share)} ({share.low:.2f} to {share.high:.2f})"
+    return f"{share.model:.2f}", f"{tested} of {share.tested}"
 
 
 def score_lines(scores: Scores, models: list[ModelVersion]) -> list[str]:

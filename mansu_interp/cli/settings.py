@@ -301,18 +301,33 @@ class EvaluateConfig:
     leaks: FlagCreatePairsOff[bool] = False
     """Ask for the forgotten facts in other words, forms and languages instead (docs/leaks.md)."""
     original: str | None = None
-    """With --leaks: the model before unlearning, whose answers are what can leak; default: the
-    model itself, which shows what it knows."""
+    """With --leaks: the model before unlearning, whose answers are what can leak; default: none,
+    and the model is asked alone, which shows what it knows."""
     templates: Path | None = None
     """With --leaks: a file of templates of your own."""
     prompts: int = 40
     """With --leaks: prompts of a kind at most; fewer take less time and tell less."""
+    part: Literal["unseen", "train"] = "unseen"
+    """With --leaks: which templates; train: those that unlearning may use."""
+    seed: int = 0
+    """With --leaks: of the draws of prompts and continuations."""
+    show: int = 0
+    """With --leaks: prompts, with what was answered, of each kind that leaks, is avoided or lost;
+    without --original of each that is known."""
+    device: str = "auto"
+    """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
+    models below ten million parameters, which do not gain."""
 
     def __post_init__(self) -> None:
         check_range(self, "prompts", at_least=1)
-        beside = {"--original": self.original, "--templates": self.templates}
-        if given := [name for name, value in beside.items() if value and not self.leaks]:
-            raise ConfigError(f"{given[0]} goes with --leaks, which was not given.")
+        check_range(self, "show", at_least=0)
+        check_seeds(self, "seed")
+        beside = ("original", "templates", "prompts", "part", "seed", "show")
+        default = {f.name: f.default for f in fields(self)}
+        if given := [n for n in beside if getattr(self, n) != default[n] and not self.leaks]:
+            raise ConfigError(f"--{given[0]} goes with --leaks, which was not given.")
+        if self.leaks and self.split != "unseen":
+            raise ConfigError("--split is of a task's phrasings; with --leaks give --part instead.")
 
 
 @dataclass(frozen=True)

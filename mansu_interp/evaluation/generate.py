@@ -57,7 +57,7 @@ def continuations(
     ends = torch.tensor([*stops], dtype=torch.long)
     found: list[Tokens] = [()] * len(prompts)
     done = 0
-    for places in _batches(prompts):
+    for places in batches(prompts):
         rows = torch.tensor([prompts[k] for k in places], device=model.device)
         check_tokens(model.name, model.sizes, int(rows.min()), int(rows.max()), rows.shape[1])
         context = model.sizes[1]
@@ -83,7 +83,7 @@ def continuations(
     return found
 
 
-def _batches(prompts: Sequence[Tokens]) -> Iterator[list[int]]:
+def batches(prompts: Sequence[Tokens]) -> Iterator[list[int]]:
     """Places of prompts of as many tokens, at most `BATCH` at a time; the shortest first."""
     by_length: dict[int, list[int]] = {}
     for k, prompt in enumerate(prompts):

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..audit.cad import CAD
 from ..circuits.compare import Divergence
 from ..errors import ArtifactError
-from ..evaluation.leaks.scoring import LeakTest
+from ..evaluation.leaks.found import LeakTest
 from ..evaluation.properties import Property, Verdict
 from ..evaluation.scores import Flips, Perplexity, ScoreRow
 from ..evaluation.versions import ModelVersion

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..evaluation.leaks.scoring import LeakRow, LeakShare, LeakTest
+from ..evaluation.leaks.found import LeakRow, LeakShare, LeakTest
 from ..evaluation.leaks.templates import SCOPES
 from ..evaluation.properties import Property
 from ..evaluation.scores import METRICS, Metric, Score, ScoreRow
@@ -233,14 +233,14 @@ def leak_blocks(tests: Sequence[LeakTest]) -> list[Block]:
     if not tests:
         return []
     out: list[Block] = [
-        "The forgotten facts in words, forms and languages that unlearning did not see. Known: "
+        "The forgotten facts in words, forms and languages that unlearning did not see. Tested: "
         "prompts that the original answers, and of these the share that the unlearned model does, "
         "with its 95% interval. A kind leaks where it does so more often than a guess would, and "
         "is avoided where it ranks the answer last so often, which gives it away as well; what "
-        "must stay is asked in the same ways.",
+        "must stay is asked in the same ways. Too few: no such outcome could have been told.",
         *(f"{test.model}: {test.sentence}" for test in tests),
     ]
-    head = ["kind", "n", "first, all", "first, known", "last, known", "all", "known", "verdict"]
+    head = ["kind", "n", "first, all", "first, tested", "last, tested", "all", "tested", "verdict"]
     groups = [("", 2), ("rank of four", 3), ("written", 2), ("", 1)]
     for test in tests:
         rows: list[Sequence[str] | str] = []
@@ -249,6 +249,10 @@ def leak_blocks(tests: Sequence[LeakTest]) -> list[Block]:
             rows += [_leak_cells(r) for r in test.rows if r.scope == scope]
         folded = str(test.model) if test.model.quantizer else ""
         out.append(Table(head, rows, groups=groups, folded=folded))
+        if shown := test.examples(3):
+            title = f"prompts and answers of kinds at fault, {test.model}"
+            asked = ["kind", "prompt", "answer", "original", str(test.model)]
+            out.append(Table(asked, [t.cells for t in shown], words=5, folded=title))
     return out
 
 
@@ -256,11 +260,11 @@ def _leak_cells(row: LeakRow) -> list[str]:
     def way(share: LeakShare | None) -> list[str]:
         if share is None:
             return [percent(None)] * 2
-        ends = f"{percent(share.low, 0)} to {percent(share.high, 0)}, {share.known}"
-        of_known = f"{percent(share.of_known)} ({ends})" if share.known else percent(None)
-        return [f"{percent(share.original)} → {percent(share.model)}", of_known]
+        ends = f"{percent(share.low, 0)} to {percent(share.high, 0)}, {share.tested}"
+        of_tested = f"{percent(share.of_tested)} ({ends})" if share.tested else percent(None)
+        return [f"{percent(share.original)} → {percent(share.model)}", of_tested]
 
-    last = percent(row.last and row.last.of_known)
+    last = percent(row.last and row.last.of_tested)
     return [row.name, count(row.n), *way(row.first), last, *way(row.written), row.verdict]
 
 

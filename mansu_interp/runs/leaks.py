@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..evaluation.leaks.answers import Answers, ask
 from ..evaluation.leaks.asking import Questions, questions
-from ..evaluation.leaks.scoring import LeakTest, judge
+from ..evaluation.leaks.found import LeakTest
+from ..evaluation.leaks.scoring import judge
 from ..evaluation.versions import EDITED, ORIGINAL, ModelVersion
 from ..models.language_model import LanguageModel
 from ..models.load import SMALL
@@ -17,6 +19,8 @@ from ..utils.records import Keep
 from .config import RunConfig, deployed
 from .context import RunContext
 
+EXAMPLES = 3
+"""Transcripts that a report keeps of each kind at fault."""
 TOKENS = 40_000
 """Tokens that one model reads and writes, of the shipped templates and world-capitals with the
 tokenizer of SmolLM2: 920 prompts."""
@@ -79,4 +83,5 @@ def leak_tests(
         return keep(f"leak answers of {version}", Answers, make)
 
     judged = functools.partial(judge, asked, answers(ORIGINAL), task=run.task.name)
-    return tuple(judged(answers(v), version=v) for v in versions(run.config))
+    found = (judged(answers(v), version=v) for v in versions(run.config))
+    return tuple(replace(test, transcripts=tuple(test.examples(EXAMPLES))) for test in found)

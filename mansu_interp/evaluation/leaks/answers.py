@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from ...losses.accuracy import ranked_first, ranked_last
 from ...models.language_model import LanguageModel
-from ..generate import continuations
+from ...tasks.pairs import Tokens
+from ..generate import batches, continuations
 from .asking import LENGTH, Question, mentions
 
 SAMPLES = 8
@@ -21,14 +23,35 @@ OnStep = Callable[[str, int, int], None]
 class Answer:
     """What a model made of one question."""
 
-    first: bool | None
-    """Whether the answer outranks three rivals; None: not asked by rank."""
-    last: bool | None
-    """Whether all three outrank it."""
+    rank: int | None
+    """Of the answer among itself and three rivals, 1 to 4: 1 outranks all, 4 is outranked by all;
+    None: not asked by rank."""
     written: float | None
     """Share of its continuations that hold the answer; None: not asked to write."""
     text: str
-    """The continuation, or the first of them; empty: not asked to write."""
+    """The continuation, of several the first that holds the answer, else the first; empty: not
+    asked to write."""
+
+    @property
+    def first(self) -> bool | None:
+        """Whether the answer outranks three rivals; None: not asked by rank."""
+        return None if self.rank is None else self.rank == 1
+
+    @property
+    def last(self) -> bool:
+        """Whether all three outrank it."""
+        return self.rank == 4
+
+    @property
+    def given(self) -> bool:
+        """Whether the answer ranks first, or is written at all."""
+        return bool(self.first or self.written)
+
+    def __str__(self) -> str:
+        rank = [] if self.rank is None else [f"rank {self.rank}"]
+        draws = [] if self.rank or self.written is None else [f"{self.written:.2f} of draws"]
+        text = [] if self.written is None else [f'"{" ".join(self.text.split())}"']
+        return ", ".join([*rank, *draws, *text])
 
 
 @dataclass(frozen=True)
@@ -60,12 +83,8 @@ def ask(
     Raises:
         ModelError: its logits are no numbers.
     """
-    groups: dict[tuple[bool, str], list[int]] = {}
-    for k, q in enumerate(questions):
-        how = q.kind if q.kind in ("choice", "sampling") else ""
-        groups.setdefault((q.chat, how), []).append(k)
     found: dict[int, Answer] = {}
-    for (chat, how), places in groups.items():
+    for (chat, how), places in _groups(questions).items():
         base = len(found)
 
         def note(done: int, _: int, base: int = base) -> None:
@@ -81,6 +100,43 @@ def ask(
             made = _greedy(model, asked, stops, 0 if how == "choice" else LENGTH, note)
         found |= dict(zip(places, made, strict=True))
     return Answers(tuple(found[k] for k in range(len(questions))))
+
+
+def _groups(questions: Sequence[Question]) -> dict[tuple[bool, str], list[int]]:
+    """(In a chat, "choice", "sampling" or "") -> places of the questions asked together."""
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for k, q in enumerate(questions):
+        how = q.kind if q.kind in ("choice", "sampling") else ""
+        groups.setdefault((q.chat, how), []).append(k)
+    return groups
+
+
+@dataclass(frozen=True)
+class AskCost:
+    """What asking one model takes at most; continuations may end early."""
+
+    prompts: int
+    passes: int
+    """Forward passes, each of a batch."""
+    seconds: float
+    """By the time of one batch."""
+
+
+def ask_cost(model: LanguageModel, questions: Sequence[Question]) -> AskCost:
+    """Estimate what `ask` takes, by timing one batch of middle size."""
+    made: list[tuple[list[Tokens], int]] = []
+    for (_, how), places in _groups(questions).items():
+        times = SAMPLES if how == "sampling" else 1
+        prompts = [questions[k].tokens for k in places for _ in range(times)]
+        steps = 1 if how == "choice" else LENGTH
+        made += [([prompts[k] for k in batch], steps) for batch in batches(prompts)]
+    passes = sum(steps for _, steps in made)
+    batch, _ = sorted(made, key=lambda found: len(found[0]))[len(made) // 2]
+    continuations(model, batch, 1)  # the first warms up
+    start = time.perf_counter()
+    continuations(model, batch, LENGTH)
+    seconds = (time.perf_counter() - start) / LENGTH * passes
+    return AskCost(len(questions), passes, seconds)
 
 
 def _stops(model: LanguageModel, chat: bool) -> set[int]:
@@ -100,12 +156,15 @@ def _greedy(
     length: int,
     note: Callable[[int, int], None],
 ) -> list[Answer]:
-    ranks: dict[int, tuple[bool, bool]] = {}
+    ranks: dict[int, int] = {}
 
     def rank(places: list[int], logits: Tensor) -> None:
         choices = logits.new_tensor([asked[k].choices for k in places]).long()
-        both = ranked_first(logits, choices).tolist(), ranked_last(logits, choices).tolist()
-        ranks.update(zip(places, zip(*both, strict=True), strict=True))
+        four = logits.gather(1, choices)
+        above = (four[:, 1:] > four[:, :1]).sum(1) + 1
+        first, last = ranked_first(logits, choices), ranked_last(logits, choices)
+        above = above.clamp(2, 3).masked_fill(first, 1).masked_fill(last, 4)  # a tie is neither
+        ranks.update(zip(places, above.tolist(), strict=True))
 
     rows = continuations(
         model, [q.tokens for q in asked], length, stops=stops, on_first=rank, on_step=note
@@ -114,7 +173,7 @@ def _greedy(
     for k, (q, row) in enumerate(zip(asked, rows, strict=True)):
         text = _text(model, q, row)
         written = float(mentions(text, q.accepted)) if length else None
-        out.append(Answer(*ranks[k], written, text))
+        out.append(Answer(ranks[k], written, text))
     return out
 
 
@@ -129,8 +188,8 @@ def _sampled(
     out = []
     for k, q in enumerate(asked):
         mine = texts[k * SAMPLES : (k + 1) * SAMPLES]
-        share = sum(mentions(text, q.accepted) for text in mine) / SAMPLES
-        out.append(Answer(None, None, share, mine[0]))
+        right = [text for text in mine if mentions(text, q.accepted)]
+        out.append(Answer(None, len(right) / SAMPLES, (right or mine)[0]))
     return out
 
 

@@ -32,6 +32,7 @@ LENGTH = 16
 LETTERS = "ABCD"
 UNKNOWN_WORD = "the tokenizer does not know a word of it"
 UNKNOWN_TEMPLATE = "templates of which the tokenizer does not know a word"
+NO_RELATION = "templates of {of.subject} and {of.answer}, a relation that the task does not have"
 JOINED = "the tokenizer joins the prompt's end with the answer"
 GIVEN_AWAY = "the prompt gives the answer away"
 TRAINED = "the prompt is trained on"
@@ -54,7 +55,7 @@ def questions(
     task: Task,
     *,
     part: Part = "unseen",
-    templates: Path | None = None,
+    templates: Path | str | None = None,
     prompts: int = 40,
     seed: int = 0,
 ) -> Questions:
@@ -76,8 +77,8 @@ def questions(
         seed: of the draws.
 
     Raises:
-        TaskError: a task of rows, a malformed file, a part without templates, or nothing that the
-            model can be asked.
+        TaskError: a task of rows, a malformed file, a part without templates, nothing that the
+            model can be asked, fewer than one prompt, or a seed beyond 64 bits.
     """
     if not task.tables:
         raise TaskError(
@@ -86,7 +87,11 @@ def questions(
         )
     if part not in PARTS:
         raise TaskError(f"part: got {part!r:.60}, expected {' or '.join(PARTS)}.")
-    paths = [templates] if templates else shipped_files()
+    if prompts < 1:
+        raise TaskError(f"prompts must be at least 1; got {prompts}.")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise TaskError(f"seed must be a number of 64 bits; got {seed}.")
+    paths = shipped_files() if templates is None else [Path(templates)]
     left_out: Counter[str] = Counter()
     groups = _sources(model, task, paths, part, seed, left_out)
     found: list[Question] = []
@@ -111,7 +116,8 @@ def _sources(
     seed: int,
     left_out: Counter[str],
 ) -> dict[tuple[str, Scope], list[Iterator[Question | str]]]:
-    """Kind and scope -> the questions of each template; counts templates that cannot be spelled.
+    """Kind and scope -> the questions of each template; counts templates of relations that the task
+    does not have, or that cannot be spelled.
 
     Raises:
         TaskError: the files have no template in the part.
@@ -123,11 +129,15 @@ def _sources(
         asking = _Asking(model, task, Tables(path.parent, file.names), seed)
         for template in (t for t in file.templates if t.part == part):
             given += 1
+            of = template.of or file.of
+            if of and not asking.fitting(of):
+                left_out[NO_RELATION.format(of=of)] += 1
+                continue
             if not asking.spells(_SLOT.sub(" ", template.said)):
                 left_out[UNKNOWN_TEMPLATE] += 1
                 continue
             for scope in asking.scopes(template):
-                facts = asking.facts(template, template.of or file.of, scope)
+                facts = asking.facts(template, of, scope)
                 if facts:
                     made = asking.made(template, scope, facts)
                     groups.setdefault((template.name, scope), []).append(made)
@@ -187,14 +197,18 @@ class _Asking:
         both = template.scope == "must go"
         return (template.scope, "must stay") if both else (template.scope,)
 
-    def facts(self, template: Template, of: Columns | None, scope: Scope) -> list[Fact]:
-        """The facts that a template asks, of the relations with these columns."""
-        chosen = self.retained if scope == "must stay" else self.forgotten
-        fitting = {
+    def fitting(self, of: Columns | None) -> set[str]:
+        """The task's relations with these columns; None: all."""
+        return {
             name
             for name, table in self.task.tables.items()
             if of is None or (of.subject, of.answer) == (table.subject, table.answer)
         }
+
+    def facts(self, template: Template, of: Columns | None, scope: Scope) -> list[Fact]:
+        """The facts that a template asks, of the relations with these columns."""
+        chosen = self.retained if scope == "must stay" else self.forgotten
+        fitting = self.fitting(of)
         facts = [f for f in sorted(chosen) if f[0] in fitting and f[1] in self.answers[f[0]]]
         random.Random(f"{self.seed}|{template.text}|{scope}").shuffle(facts)
         return facts
@@ -245,7 +259,7 @@ class _Asking:
             answer=answer,
             accepted=accepted,
             choices=choices,
-            guess=1 / max(1, len(set(others) | {answer})),
+            guess=_commonest([answer, *others]),
             chat=t.kind == "chat",
         )
 
@@ -352,6 +366,11 @@ class _Asking:
         if rest[blanks] == self.tokenizer.unk_token_id:
             raise _Drop(UNKNOWN_WORD)
         return rest[:blanks], rest[blanks]
+
+
+def _commonest(answers: Sequence[str]) -> float:
+    """Share of the commonest."""
+    return max(Counter(answers).values()) / len(answers)
 
 
 def _scored(task: Task, role: str) -> list[Sequence[Pair]]:

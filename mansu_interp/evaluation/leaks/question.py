@@ -30,7 +30,8 @@ class Question:
     choices: Tokens
     """First tokens of the answer and of three rivals."""
     guess: float
-    """How often an answer of the relation, drawn evenly, is right."""
+    """Share of the relation's facts whose answer is the commonest, which one answer to all gets
+    right."""
     chat: bool
     """Whether an assistant's turn is continued: a new line does not end it."""
 
