@@ -155,7 +155,7 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     quiet, plain = Progress(quiet=True), Progress()
     quiet("scores", 1, 2)
     assert capsys.readouterr().err == ""
-    plain("scores", 1, 2)
+    plain("scores", 0, 2)
     plain("scores", 2, 2)
     assert capsys.readouterr().err == "scores ...\n"
     for done, line in ((1, "scores  1/2  40 s, 40 s left\n"), (2, "scores  2/2  40 s\n")):
@@ -163,6 +163,10 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         plain("scores", done, 2)
         plain("scores", done, 2)
         assert capsys.readouterr().err == line
+    plain("resumed", 14, 30)  # what was done before took none of this time
+    plain.printed = plain.start = time.monotonic() - 40
+    plain("resumed", 16, 30)
+    assert capsys.readouterr().err == "resumed ...\nresumed  16/30  40 s, 4 min 40 s left\n"
     plain.close()
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes standard error for a terminal
     bars = Progress()
