@@ -272,6 +272,7 @@ def test_plain_words_are_named_on_one_line_and_long_rows_make_no_noise(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     model = byte_model().copy()
+    caplog.set_level(logging.WARNING, logger="transformers")  # whatever other tests set
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(model.get_tokenizer(), "model_max_length", 20)
     monkeypatch.setattr(model.get_tokenizer(), "deprecation_warnings", {})
@@ -473,6 +474,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_teaching_ends_the_same(
     taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -600,6 +602,7 @@ def test_the_learning_rate_rises_through_the_first_epoch_and_falls_to_zero(tmp_p
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7])
 
 
+@pytest.mark.slow
 def test_the_commands_teach_and_measure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
