@@ -203,8 +203,7 @@ class _EditLoop:
         cls, model: LanguageModel, task: Task, mask: Mask, config: Mansu, seed: int
     ) -> _EditLoop:
         """Everything before the first step."""
-        survive = quantizer_set(config.survive)
-        students = Students(model.copy(), survive)
+        students = Students(model.copy(), quantizer_set(config.survive))
         task = _answered(model, task)
         retain = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
         fisher = None
@@ -216,7 +215,6 @@ class _EditLoop:
         latent = (LatentWeights if config.floored else LatentWeightsWithoutFloor)(
             students,
             mask,
-            survive,
             fisher=fisher,
             strength=config.projection,
             offset_rate=config.offset_rate,

@@ -17,7 +17,7 @@ from ...masks.floor import Floor, floor
 from ...masks.mask import Mask
 from ...masks.rounding import candidates, joint_rounding
 from ...models.language_model import LanguageModel
-from ...quantizers.base import Cells, Quantizer
+from ...quantizers.base import Cells
 from ..checkpoint import Checkpoint
 from ..history import History
 from .students import Students, put
@@ -71,7 +71,6 @@ class LatentWeights:
     Arguments:
         students: full precision and what each quantizer makes of it; changed in place.
         mask: the editable weights.
-        survive: the quantizers, in the students' order.
         fisher: diagonal Fisher information of what must stay, of the mask's elements; None: no
             projection.
         strength: of the projection.
@@ -82,13 +81,12 @@ class LatentWeights:
         self,
         students: Students,
         mask: Mask,
-        survive: list[Quantizer],
         *,
         fisher: Weights | None = None,
         strength: float = 0.0,
         offset_rate: float = 0.0,
     ) -> None:
-        self.students, model = students, students.full
+        self.students, model, survive = students, students.full, students.quantizers
         self.offset_rate = offset_rate * len(self.models)
         offsets = len(self.models) - 1 if offset_rate and len(self.models) > 2 else 0
         self.power = 0.0

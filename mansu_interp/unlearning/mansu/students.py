@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...masks.floor import quantizer_set
 from ...models.language_model import LanguageModel
 from ...quantizers.base import Quantizer
 from ...quantizers.packed import Packed
@@ -34,22 +35,23 @@ class Students(Sequence[LanguageModel]):
 
     Arguments:
         model: full precision; changed in place by `write`.
-        quantizers: what to make of it.
+        quantizers: what to make of it; whatever their order, the students have that of
+            `quantizer_set`.
     """
 
     def __init__(self, model: LanguageModel, quantizers: Sequence[Quantizer]) -> None:
-        self.full = model
+        self.full, self.quantizers = model, quantizer_set(quantizers) if quantizers else []
         self._shelf: list[_Shelved] = []
         self._in_use = 0
         self._quantized = model
-        if len(quantizers) == 1:  # nothing to take turns with
-            self._quantized = quantize(model, quantizers[0], sharing=True)
+        if len(self.quantizers) == 1:  # nothing to take turns with
+            self._quantized = quantize(model, self.quantizers[0], sharing=True)
             self._shelf, self._in_use = [_Shelved({})], 1
-        elif quantizers:
+        elif self.quantizers:
             names = model.linear_names
             self._shelf = [
                 _Shelved({n: packed(q, w) for n in names if q.touches(w := model.weights[n])})
-                for q in quantizers
+                for q in self.quantizers
             ]
             touched = {n for x in self._shelf for n in x.packed}
             self._quantized = model.copy(sharing=set(model.weights) - touched)
