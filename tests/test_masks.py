@@ -613,6 +613,21 @@ def test_a_wish_within_the_cell_of_one_of_the_set_moves_nothing():
     assert not where.land(out_of_q8)[1][between].any()
 
 
+@pytest.mark.parametrize("survive", [("nf4", "q4_0"), ("int8",), ("nvfp4",), ("nf4", "nvfp4")])
+def test_the_floor_of_some_elements_is_that_of_all(survive: tuple[str, ...]):
+    """In any order, of few rows, and whatever a quantizer's groups are: blocks, rows, or, where one
+    scale is the whole tensor's, all of it."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.05
+    index = torch.tensor([700, 5, 130, 4000])
+    whole, some = floor(weight, survive), floor(weight, survive, index=index)
+    for name in ("up", "down", "leave_up", "leave_down", "lowest", "highest"):
+        a, b = getattr(some, name), getattr(whole, name)[index]
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    assert all(
+        torch.equal(a.codes, b.codes[index]) for a, b in zip(some.own, whole.own, strict=True)
+    )
+
+
 def test_sets_are_checked_before_any_work():
     with pytest.raises(ConfigError, match="No edit can be made to survive hqq by construction"):
         quantizer_set(("nf4", "hqq"))

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..quantizers.base import Cells, Quantizer, as_rows, parts
+from ..quantizers.base import Cells, Quantizer, as_units, in_parts
 from ..quantizers.registry import QUANTIZERS, get_quantizer
 
 Set = Sequence[Quantizer | str] | Quantizer | str
@@ -54,8 +54,8 @@ def quantizer_set(survive: Set) -> list[Quantizer]:
                 f"No edit can be made to survive {q.name} by construction: its groups depend on "
                 "every element. Leave it out of survive; name it under quantizers to measure it."
             )
-    known = list(QUANTIZERS)
-    return sorted(found, key=lambda q: (known.index(q.name) if q.name in known else 999, q.name))
+    places = {name: k for k, name in enumerate(QUANTIZERS)}
+    return sorted(found, key=lambda q: (places.get(q.name, len(places)), q.name))
 
 
 @dataclass(frozen=True)
@@ -202,17 +202,15 @@ def floor(
     quantizers = _those_that_touch(weight, survive)
     if index is None:
         index = torch.arange(weight.numel(), device=weight.device)
-    rows = as_rows(weight, quantizers)
-    held, size = (index // rows.shape[1]).unique(), rows.shape[1]
-    order, found = index.argsort(stable=True), []
+    units = as_units(weight, quantizers)
+    size, order, found = units[0].numel(), index.argsort(stable=True), []
+    held = (index // size).unique()  # units in which nothing is asked for are not looked at
     within = torch.searchsorted(held, index[order] // size) * size + index[order] % size
-    if len(held) < len(rows):  # groups in which nothing is asked for are not looked at
-        rows = rows[held]
-    for some in parts(rows, weight):
+    for some, rows in in_parts(units[held]):
         ends = torch.tensor([some.start, some.stop]).to(within) * size
         low, high = torch.searchsorted(within, ends).tolist()
         here = within[low:high] - some.start * size
-        found.append(_floor(_Grids.of(rows[some], quantizers, dtype, narrow, here)))
+        found.append(_floor(_Grids.of(rows, quantizers, dtype, narrow, here)))
     return Floor.join(found)[order.argsort()]
 
 
@@ -247,11 +245,11 @@ def floor_step(
 ) -> Float[Tensor, "out in"]:
     """The smallest step against the gradient that the floor allows; 0 where it forbids any."""
     quantizers = _those_that_touch(weight, survive)
-    rows, slopes = (as_rows(x, quantizers) for x in (weight, gradient))
-    step = torch.empty_like(rows)
-    for some in parts(rows, weight):
+    units, slopes = (as_units(x, quantizers) for x in (weight, gradient))
+    step = torch.empty_like(units)
+    for some, rows in in_parts(units):
         slope = slopes[some].flatten()
-        target = _Grids.of(rows[some], quantizers, dtype, narrow).nearest(slope <= 0)
-        found = (target - rows[some].flatten()).nan_to_num(0.0)
+        target = _Grids.of(rows, quantizers, dtype, narrow).nearest(slope <= 0)
+        found = (target - rows.flatten()).nan_to_num(0.0)
         step[some] = torch.where(slope == 0, 0.0, found).view_as(step[some])
     return step.view_as(weight)

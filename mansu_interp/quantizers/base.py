@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -154,22 +154,26 @@ PART = 2**17
 then stay small."""
 
 
-def as_rows(
+def as_units(
     weight: Float[Tensor, "out in"], quantizers: Sequence[Quantizer]
-) -> Float[Tensor, "rows size"]:
-    """A weight as the shortest rows that some quantizers treat as they do the whole; as it is where
-    there are none."""
+) -> Float[Tensor, "units rows size"]:
+    """A weight as the smallest units that some quantizers treat as they do the whole, in its
+    order: rows of a few elements, or all of it, the one unit, where there are none."""
     n, width = weight.numel(), weight.shape[1]
     for size in (32, 64, 128, 256, 512, width):
         if n % size == 0 and all(q.splits(size, width) for q in quantizers):
-            return weight.reshape(-1, size)
-    return weight
+            return weight.reshape(-1, 1, size)
+    return weight[None]
 
 
-def parts(rows: Float[Tensor, "rows size"], weight: Float[Tensor, "out in"]) -> list[slice]:
-    """Slices of the rows of `as_rows`, about `PART` elements each."""
-    step = len(rows) if rows is weight else max(1, PART // rows.shape[1])
-    return [slice(at, at + step) for at in range(0, len(rows), step)]
+def in_parts(
+    units: Float[Tensor, "units rows size"],
+) -> Iterator[tuple[slice, Float[Tensor, "some size"]]]:
+    """Units of `as_units` in parts of about `PART` elements: which, and their rows."""
+    step = max(1, PART // units[0].numel())
+    for at in range(0, len(units), step):
+        some = slice(at, at + step)
+        yield some, units[some].flatten(0, 1)
 
 
 def grouped(weight: Float[Tensor, "out in"], size: int) -> Float[Tensor, "groups size"]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from .base import Cells, Quantizer, as_rows, parts
+from .base import Cells, Quantizer, as_units, in_parts
 
 GROUPS = (256, 128, 64, 32, 16)
 """Group sizes that are looked for, the largest first."""
@@ -39,8 +39,8 @@ class Packed:
         """What a quantizer makes of a weight; None where no way of computing with the codes, scales
         and offsets of its cells gives the library's own values back."""
         wanted = quantizer.round_trip(weight)
-        rows = as_rows(weight, [quantizer])
-        found = [_Part.of(quantizer.cells(rows[some])) for some in parts(rows, weight)]
+        units = as_units(weight, [quantizer])
+        found = [_Part.of(quantizer.cells(rows)) for _, rows in in_parts(units)]
         known = [p for p in found if p is not None]
         if len(known) < len(found):
             return None
