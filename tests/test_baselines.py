@@ -15,13 +15,13 @@ from conftest import make_pairs
 
 from mansu_interp.errors import ConfigError
 from mansu_interp.losses.answers import nll
+from mansu_interp.losses.low_rank import Adapters
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.baselines import dense
 from mansu_interp.unlearning.baselines.dense import Objective, train_dense
 from mansu_interp.unlearning.baselines.durableun import int4, ramp
-from mansu_interp.unlearning.baselines.lora import Adapters
 from mansu_interp.unlearning.baselines.repselect import collapse
 from mansu_interp.unlearning.baselines.undo import (
     UnlearnNoiseDistil,
@@ -43,7 +43,7 @@ from mansu_interp.unlearning.methods import (
 )
 from mansu_interp.unlearning.methods import method as register
 from mansu_interp.unlearning.registry import MethodConfig
-from mansu_interp.unlearning.training import dev_choice, looking
+from mansu_interp.unlearning.training import dev_choice
 from mansu_interp.unlearning.unlearn import OBJECTIVES, unlearn
 
 V = 4
@@ -570,8 +570,7 @@ def test_a_forgetting_level_ends_undos_unlearning_and_the_rest_distils(
 ):
     shown: list[int] = []
     config = UNDO(steps=20, lr=3e-3, batch_size=8, stop_at=0.9)
-    with looking(lambda _, done: shown.append(done)):
-        result = unlearn(facts, capitals, None, config)
+    result = unlearn(facts, capitals, None, config, on_look=lambda _, done: shown.append(done))
     level = next(k for k, r in enumerate(result.history, 1) if r.choice and r.choice <= 0.9)
     assert level < 10 and result.stopped_at == 20
     assert shown == list(range(level + 2, 21, 2))  # what is only unlearned is another method's

@@ -29,6 +29,7 @@ from ..errors import ModelError, TaskError
 from ..losses.accuracy import accuracy
 from ..losses.answers import nll
 from ..losses.gradients import local_gradient
+from ..losses.low_rank import Adapters
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
 from ..tasks.task import Task
@@ -312,28 +313,20 @@ def mixed_batches(sets: Sequence[Sequence[Pair]], config: RelearnConfig) -> Iter
 def fine_tune_low_rank(
     model: LanguageModel, sets: Sequence[Sequence[Pair]], rate: float, config: RelearnConfig
 ) -> Iterator[LanguageModel]:
-    """`fine_tune` of W + 2 BA instead of W, for every linear weight (LoRA with alpha = 2r).
-
-    A [r, in] starts Gaussian with variance 1/in, B [out, r] at zero. The sum is written into the
-    model after each step; the gradients of A and B follow from that of W.
-    """
-    draws, names = torch.Generator().manual_seed(config.seed), model.linear_names
-    weights = [model.weights[n] for n in names]
-    start = [w.clone() for w in weights]
-    a = [torch.randn(LORA_RANK, w.shape[1], generator=draws).to(w) / w.shape[1] ** 0.5
-         for w in weights]  # fmt: skip
-    b = [w.new_zeros(w.shape[0], LORA_RANK) for w in weights]
-    optimiser = make_optimiser(config.optimiser, [*a, *b], LORA_RATE * rate)
+    """`fine_tune` of W + 2 BA instead of W, for every linear weight (see `Adapters`)."""
+    names = model.linear_names
+    adapters = Adapters(model, names, LORA_RANK, config.seed)
+    both = [*adapters.down.values(), *adapters.up.values()]
+    optimiser = make_optimiser(config.optimiser, both, LORA_RATE * rate)
     supply = mixed_batches(sets, config)
     yield model
     for _ in range(max(config.steps)):
         pairs = next(supply)
         slopes = local_gradient(model, names, [lambda pairs=pairs: nll(model, pairs).mean()])
-        for down, up, slope in zip(a, b, slopes, strict=True):
-            down.grad, up.grad = 2 * up.T @ slope, 2 * slope @ down.T
+        for name, slope in zip(names, slopes, strict=True):
+            adapters.gradients(name, slope)
         optimiser.step()
-        for w, w0, down, up in zip(weights, start, a, b, strict=True):
-            w.copy_(w0 + 2 * up @ down)
+        adapters.write()
         yield model
 
 

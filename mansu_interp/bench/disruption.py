@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from ..losses.answers import divergence, row_logits
 from ..models.language_model import LanguageModel
-from ..tasks.pairs import PairSet, Tokens, pad_right
+from ..tasks.pairs import PairSet, Tokens
 from ..tasks.task import Task
 from .results import Look
 
@@ -47,18 +47,10 @@ def disruption(original: LanguageModel, edited: LanguageModel, text: Sequence[To
     """
     total, count = 0.0, 0
     for k in range(0, len(text), BATCH):
-        rows = text[k : k + BATCH]
-        tokens = pad_right(rows, original.device)
-        lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-        there = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        p, q = (_log_probs(model, tokens, there) for model in (original, edited))
-        total += float((p.exp() * (p - q)).sum())
-        count += int(lengths.sum())
+        before, after = (row_logits(m, text[k : k + BATCH]) for m in (original, edited))
+        total += float(divergence(after, before)) * len(before)
+        count += len(before)
     return total / count
-
-
-def _log_probs(model: LanguageModel, tokens: Tensor, there: Tensor) -> Tensor:
-    return model.all_logits(tokens)[there].log_softmax(-1)
 
 
 @dataclass

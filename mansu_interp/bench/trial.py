@@ -33,7 +33,7 @@ from ..runs.folder import config_json
 from ..tasks.load import load_task
 from ..tasks.task import Task
 from ..unlearning.methods import BASELINES, Mansu
-from ..unlearning.training import dev_choice, looking
+from ..unlearning.training import dev_choice
 from ..unlearning.unlearn import unlearn
 from ..utils.files import Json, atomic_folder
 from ..utils.libraries import enough_memory
@@ -237,8 +237,7 @@ def _train(
         return made.model, made.stopped_at, ()
     last = LastWithin(model, task, trial.disruption)
     try:
-        with looking(last.look):
-            made = unlearn(model, task, mask, config, seed=trial.seed)
+        made = unlearn(model, task, mask, config, seed=trial.seed, on_look=last.look)
         last.look(made.model, made.stopped_at)
     except ModelError:
         if not last.looks:

@@ -10,7 +10,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
-from ..tasks.pairs import AnswerBatch, Pair, PairSet, by_phrasing, chunks, collate, pack_answers
+from ..tasks.pairs import (
+    AnswerBatch,
+    Pair,
+    PairSet,
+    Tokens,
+    by_phrasing,
+    chunks,
+    collate,
+    pack_answers,
+    pad_right,
+)
 from .gradients import Weights, gradient
 
 
@@ -50,6 +60,14 @@ def nll(model: LanguageModel, pairs: Sequence[Pair]) -> Float[Tensor, " batch"]:
     """Negative log-likelihood of each pair's answer (nats), summed over its tokens."""
     packed = pack_answers(pairs, model.device)
     return packed.sums(token_nll(model, packed))
+
+
+def row_logits(model: LanguageModel, rows: Sequence[Tokens]) -> Float[Tensor, "tokens vocab"]:
+    """Next-token logits behind every token of some rows, row after row."""
+    tokens = pad_right(rows, model.device)
+    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+    there = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    return model.all_logits(tokens)[there]
 
 
 def divergence(

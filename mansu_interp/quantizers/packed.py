@@ -35,10 +35,16 @@ class Packed:
     """None where it is 0 everywhere."""
 
     @classmethod
-    def of(cls, quantizer: Quantizer, weight: Float[Tensor, "out in"]) -> Packed | None:
+    def of(
+        cls,
+        quantizer: Quantizer,
+        weight: Float[Tensor, "out in"],
+        wanted: Float[Tensor, "out in"] | None = None,
+    ) -> Packed | None:
         """What a quantizer makes of a weight; None where no way of computing with the codes, scales
-        and offsets of its cells gives the library's own values back."""
-        wanted = quantizer.round_trip(weight)
+        and offsets of its cells gives the library's own values back: ``wanted``, if they are known
+        already."""
+        wanted = quantizer.round_trip(weight) if wanted is None else wanted
         units = as_units(weight, [quantizer])
         found = [_Part.of(quantizer.cells(rows)) for _, rows in in_parts(units)]
         known = [p for p in found if p is not None]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -158,20 +156,8 @@ def dev_choice(model: LanguageModel, task: Task) -> float:
     return sum(choice_accuracy(model, s) for s in sets) / len(sets)
 
 
-Look = Callable[[LanguageModel, int], None]
-"""look(full-precision model that the run would end with now, steps done)."""
-_LOOK: ContextVar[Look | None] = ContextVar("look", default=None)
-
-
-@contextmanager
-def looking(look: Look) -> Iterator[None]:
-    """Have a function look at a run's model at every ``CHECK_EVERY``-th step, whatever the method;
-    it must not change it. Of margin edits, after the last step, it sees nothing."""
-    token = _LOOK.set(look)
-    try:
-        yield
-    finally:
-        _LOOK.reset(token)
+OnLook = Callable[[LanguageModel, int], object]
+"""on_look(full-precision model that a run would end with now, steps done); it may not change it."""
 
 
 def forgetting_level(
@@ -179,7 +165,7 @@ def forgetting_level(
     task: Task,
     stop_at: float | None,
     done: int,
-    may_end: bool = True,
+    on_look: OnLook | None = None,
 ) -> float | None:
     """Four-way forget accuracy that decides whether a run may stop: the one rule for every method.
 
@@ -190,18 +176,17 @@ def forgetting_level(
         task: whose dev phrasings decide; never the unseen ones.
         stop_at: the level; None: never stop.
         done: steps done before this one; every ``CHECK_EVERY``-th step is looked at.
-        may_end: whether the run could end with these models; if not, `looking` skips them.
+        on_look: called with the first of these models, whatever the level.
 
     Returns:
         The first model's accuracy above the level, or the highest, which is then at most the level;
         None where it was not looked at.
     """
-    look = _LOOK.get() if may_end else None
-    if (done + 1) % CHECK_EVERY or (stop_at is None and look is None):
+    if (done + 1) % CHECK_EVERY or (stop_at is None and on_look is None):
         return None
     models = outcomes()
-    if look:
-        look(models[0], done + 1)
+    if on_look:
+        on_look(models[0], done + 1)
     if stop_at is None:
         return None
     worst = 0.0

@@ -30,7 +30,7 @@ from .baselines.wga import wga
 from .checkpoint import Checkpoint, made_of
 from .mansu.algorithm import mansu
 from .methods import METHODS, DenseConfig, Mansu, MethodConfig
-from .training import OnStep, Unlearned
+from .training import OnLook, OnStep, Unlearned
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "ga": ga,
@@ -64,6 +64,7 @@ def unlearn(
     *,
     seed: int = 0,
     on_step: OnStep | None = None,
+    on_look: OnLook | None = None,
     resume: Path | None = None,
 ) -> Unlearned:
     """Make a copy of a model forget.
@@ -77,6 +78,9 @@ def unlearn(
         seed: of every draw.
         on_step: called with (steps done, steps in all, record); after the last step, while margins
             are reached, with (rounds done, rounds in all, record).
+        on_look: called with (full-precision model so far, steps done) at every second step, where
+            the run could end with that model; it may not change it. Of margin edits, after the last
+            step, it sees nothing.
         resume: a file for the loop's checkpoint, written every minute; if it is there, the loop
             goes on from it and ends the same as if it had not been interrupted. It stays
             afterwards.
@@ -97,21 +101,16 @@ def unlearn(
             f"config must be the settings of a method, such as Mansu(); got {config!r:.80}."
         )
     checkpoint = Checkpoint(resume, made_of(model, task, mask, config, seed) if resume else "")
+    told = {"on_step": on_step, "on_look": on_look, "checkpoint": checkpoint}
     if isinstance(config, DenseConfig):
         objective = OBJECTIVES[config.method](model, task, config, seed)
-        return _finite(
-            train_dense(
-                model, task, config, objective, seed=seed, on_step=on_step, checkpoint=checkpoint
-            ),
-            config,
-        )
+        return _finite(train_dense(model, task, config, objective, seed=seed, **told), config)
     if mask is None:
         raise ConfigError(
             f"{config.method} edits inside a mask: give mask=circuit_mask(circuit, model)."
         )
     mask.check_fits(model)
-    made = mansu(model, task, mask, config, seed=seed, on_step=on_step, checkpoint=checkpoint)
-    return _finite(made, config)
+    return _finite(mansu(model, task, mask, config, seed=seed, **told), config)
 
 
 def _finite(made: Unlearned, config: MethodConfig) -> Unlearned:

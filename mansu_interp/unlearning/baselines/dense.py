@@ -5,7 +5,8 @@ A method that does more than minimise two losses has a `DenseLoop` of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -20,7 +21,7 @@ from ...utils.distributed import shard, sum_number, sum_over_processes, world_si
 from ..checkpoint import Checkpoint
 from ..history import History, StepRecord
 from ..methods import DenseConfig
-from ..training import OnStep, Sampler, Unlearned, forgetting_level, may_stop
+from ..training import OnLook, OnStep, Sampler, Unlearned, forgetting_level, may_stop
 
 Loss = Callable[[LanguageModel, Sequence[Pair]], Tensor]
 """Mean loss of a student over some pairs."""
@@ -196,6 +197,18 @@ class DenseLoop:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@contextmanager
+def put_back(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Weights that may be moved while the context lasts, and then are what they were."""
+    start = [w.detach().clone() for w in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, was in zip(weights, start, strict=True):
+                w.copy_(was)
+
+
 def train_dense(
     model: LanguageModel,
     task: Task,
@@ -204,6 +217,7 @@ def train_dense(
     *,
     seed: int = 0,
     on_step: OnStep | None = None,
+    on_look: OnLook | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Unlearned:
     """Minimise an objective with AdamW, gradients clipped at norm 1, no weight decay; or as its
@@ -219,6 +233,7 @@ def train_dense(
         objective: what is minimised.
         seed: order of batches.
         on_step: called after each step.
+        on_look: see `unlearn`.
         checkpoint: where a killed loop goes on.
     """
     loop = (objective.loop or DenseLoop)(model, objective, config, seed)
@@ -233,7 +248,11 @@ def train_dense(
         loop.begin(history)
         forgotten, retained = loop.step(loop.draw(sampler), done)
         choice = forgetting_level(
-            lambda: [loop.outcome()], task, config.stop_at, done, loop.may_end
+            lambda: [loop.outcome()],
+            task,
+            config.stop_at,
+            done,
+            on_look if loop.may_end else None,
         )
         history.append(StepRecord(forgotten, retained, choice=choice))
         if on_step:

@@ -14,7 +14,7 @@ from ...tasks.task import Task
 from ..methods import DurableUn
 from ..registry import DenseConfig
 from ..training import answer_loss
-from .dense import DenseLoop, Objective
+from .dense import DenseLoop, Objective, put_back
 
 LEVELS = (-8, 7)
 """Codes of signed INT4."""
@@ -53,14 +53,11 @@ class StraightThrough(DenseLoop):
         weight = self.quantized_weight * ramp(done, self.config.steps, self.warmup)
         if weight:
             linear = [self.student.weights[n] for n in self.student.linear_names]
-            start = [w.detach().clone() for w in linear]
-            with torch.no_grad():
-                for w in linear:
-                    w.copy_(int4(w))
-            self.descend(self.objective.forget, batch, weight)
-            with torch.no_grad():
-                for w, was in zip(linear, start, strict=True):
-                    w.copy_(was)
+            with put_back(linear):
+                with torch.no_grad():
+                    for w in linear:
+                        w.copy_(int4(w))
+                self.descend(self.objective.forget, batch, weight)
         return found
 
 

@@ -20,7 +20,7 @@ from ...tasks.task import Task
 from ..methods import NPO, NPOSAM
 from ..registry import DenseConfig
 from ..training import retain_loss, retain_target
-from .dense import DenseLoop, Objective
+from .dense import DenseLoop, Objective, put_back
 
 
 def npo(model: LanguageModel, task: Task, config: NPO, seed: int = 0) -> Objective:
@@ -57,17 +57,14 @@ class SharpnessAware(DenseLoop):
         found = super().forget_gradient(batch, done)
         self.sum_gradients()
         slopes = [w.grad if w.grad is not None else torch.zeros_like(w) for w in self.weights]
-        start = [w.detach().clone() for w in self.weights]
         norm = torch.stack([g.norm() for g in slopes]).norm()
-        with torch.no_grad():
-            for w, g in zip(self.weights, slopes, strict=True):
-                if norm > 0:
-                    w.add_(g * (self.rho / norm))
-                w.grad = None
-        super().forget_gradient(batch, done)
-        with torch.no_grad():
-            for w, was in zip(self.weights, start, strict=True):
-                w.copy_(was)
+        with put_back(self.weights):
+            with torch.no_grad():
+                for w, g in zip(self.weights, slopes, strict=True):
+                    if norm > 0:
+                        w.add_(g * (self.rho / norm))
+                    w.grad = None
+            super().forget_gradient(batch, done)
         return found
 
 

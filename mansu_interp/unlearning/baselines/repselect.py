@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...losses.answers import nll
+from ...losses.low_rank import Adapters
 from ...models.language_model import LanguageModel
 from ...models.layout import mlp_weights
 from ...tasks.task import Task
@@ -18,7 +19,6 @@ from ..methods import RepSelect
 from ..registry import DenseConfig
 from ..training import Sampler, answer_loss, mean_gradient
 from .dense import DenseLoop, DrawnBatch, Objective
-from .lora import Adapters
 
 ELICIT_RANK = 8
 """Of the adapters that relearn before the gradient is taken."""

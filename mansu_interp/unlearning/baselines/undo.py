@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...losses.answers import divergence
+from ...losses.answers import divergence, row_logits
 from ...models.language_model import LanguageModel
-from ...tasks.pairs import Pair, pad_right
+from ...tasks.pairs import Pair
 from ...tasks.task import Task
 from ...utils.distributed import shard
 from ..checkpoint import Checkpoint
@@ -37,12 +37,10 @@ def prompt_kl(
     student: LanguageModel, teacher: LanguageModel, pairs: Sequence[Pair]
 ) -> Float[Tensor, ""]:
     """KL(teacher || student) in nats, a mean over every token of some prompts."""
-    tokens = pad_right([p.clean for p in pairs], student.device)
-    lengths = torch.tensor([len(p.clean) for p in pairs], device=tokens.device)
-    there = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    prompts = [p.clean for p in pairs]
     with torch.no_grad():
-        wanted = teacher.all_logits(tokens)[there]
-    return divergence(student.all_logits(tokens)[there], wanted)
+        wanted = row_logits(teacher, prompts)
+    return divergence(row_logits(student, prompts), wanted)
 
 
 class UnlearnNoiseDistil(DenseLoop):

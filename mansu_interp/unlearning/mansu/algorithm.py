@@ -23,7 +23,6 @@ from ...losses.answers import nll
 from ...losses.counterfactual import CounterfactualTargets, counterfactual_loss
 from ...losses.fisher import fisher_diagonal
 from ...losses.gradients import gradient, packed
-from ...masks.floor import quantizer_set
 from ...masks.mask import Mask
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, PairSet
@@ -34,6 +33,7 @@ from ..history import History, StepRecord
 from ..methods import Mansu
 from ..training import (
     Batch,
+    OnLook,
     OnStep,
     RetainTarget,
     Sampler,
@@ -64,6 +64,7 @@ def mansu(
     *,
     seed: int = 0,
     on_step: OnStep | None = None,
+    on_look: OnLook | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Unlearned:
     """Unlearn inside a mask.
@@ -90,6 +91,7 @@ def mansu(
             they are, on the full-precision model alone.
         seed: of every draw.
         on_step: called after each step, and before and after each round of margin edits.
+        on_look: see `unlearn`.
         checkpoint: where a killed loop goes on.
 
     Returns:
@@ -101,7 +103,7 @@ def mansu(
     if history:
         loop.resume(checkpoint, len(history))
     for done in range(len(history), config.steps):
-        history.append(loop.step(done))
+        history.append(loop.step(done, on_look))
         if on_step:
             on_step(done + 1, config.steps, history[-1])
         if may_stop(history[-1].choice, config.stop_at):
@@ -203,7 +205,7 @@ class _EditLoop:
         cls, model: LanguageModel, task: Task, mask: Mask, config: Mansu, seed: int
     ) -> _EditLoop:
         """Everything before the first step."""
-        students = Students(model.copy(), quantizer_set(config.survive))
+        students = Students(model.copy(), config.survive)
         task = _answered(model, task)
         retain = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
         fisher = None
@@ -257,7 +259,7 @@ class _EditLoop:
                 self.probe.draw()
         self.latent.resume(checkpoint)
 
-    def step(self, done: int) -> StepRecord:
+    def step(self, done: int, on_look: OnLook | None) -> StepRecord:
         """One step, after ``done`` others: gradient, latent weights, edits, and a look at the
         forgetting level."""
         config, side = self.config, done % len(self.students) if self.config.floored else 0
@@ -266,7 +268,9 @@ class _EditLoop:
         rate = learning_rate(config.lr, done, config.steps)
         self.latent.step(gradients, rate, done + 1, side)
         edited = self.latent.write()
-        choice = forgetting_level(lambda: self.latent.models, self.task, config.stop_at, done)
+        choice = forgetting_level(
+            lambda: self.latent.models, self.task, config.stop_at, done, on_look
+        )
         return StepRecord(
             forget=losses["forget"],
             retain=losses["retain"],

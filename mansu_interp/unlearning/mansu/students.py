@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...masks.floor import quantizer_set
+from ...masks.floor import Set, quantizer_set
 from ...models.language_model import LanguageModel
 from ...quantizers.base import Quantizer
 from ...quantizers.packed import Packed
@@ -35,19 +35,17 @@ class Students(Sequence[LanguageModel]):
 
     Arguments:
         model: full precision; changed in place by `write`.
-        quantizers: what to make of it; whatever their order, the students have that of
-            `quantizer_set`.
+        survive: the quantizers, at least one; the students have the order of `quantizer_set`.
     """
 
-    def __init__(self, model: LanguageModel, quantizers: Sequence[Quantizer]) -> None:
-        self.full, self.quantizers = model, quantizer_set(quantizers) if quantizers else []
+    def __init__(self, model: LanguageModel, survive: Set) -> None:
+        self.full, self.quantizers = model, quantizer_set(survive)
         self._shelf: list[_Shelved] = []
         self._in_use = 0
-        self._quantized = model
         if len(self.quantizers) == 1:  # nothing to take turns with
             self._quantized = quantize(model, self.quantizers[0], sharing=True)
             self._shelf, self._in_use = [_Shelved({})], 1
-        elif self.quantizers:
+        else:
             names = model.linear_names
             self._shelf = [
                 _Shelved({n: packed(q, w) for n in names if q.touches(w := model.weights[n])})
@@ -113,10 +111,8 @@ def packed(
 ) -> Packed | Float[Tensor, "out in"]:
     """What a quantizer makes of a weight, as codes if they give it back."""
     on_cpu = weight.cpu()
-    found = Packed.of(quantizer, on_cpu)
-    return (
-        quantizer.round_trip(on_cpu).to(weight.device) if found is None else found.to(weight.device)
-    )
+    wanted = quantizer.round_trip(on_cpu)
+    return (Packed.of(quantizer, on_cpu, wanted) or wanted).to(weight.device)
 
 
 @torch.no_grad()
