@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ParamSpec
 
 from ..errors import ResourceError, printable
 from ..utils.files import finite
+
+P = ParamSpec("P")
 
 
 def prepare() -> None:
@@ -56,6 +60,20 @@ def warn(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:
         give_up("stderr")
+
+
+def keeps_nothing(command: Callable[P, int]) -> Callable[P, int]:
+    """Decorates a command that begins anew where it is interrupted, and says so."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            warn("\nmansu: interrupted; nothing is kept, and the same command begins anew.")
+            return 130
+
+    return run
 
 
 def finish() -> None:

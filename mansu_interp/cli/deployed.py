@@ -10,7 +10,7 @@ from ..runs.defaults import default_task
 from ..utils.records import to_json
 from ..utils.shipped import ENGINES
 from ..utils.words import number_of
-from .console import Output, say, say_json, warn
+from .console import Output, keeps_nothing, say, say_json, warn
 from .progress import duration, stages
 from .settings import EvaluateConfig, ExportConfig
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 
-def _checkpoint(given: str) -> str | Path:
+def checkpoint_of(given: str) -> str | Path:
     """The checkpoint of a run's folder, or what is given itself."""
     inside = Path(given) / "model"
     place = inside if (inside / "config.json").exists() else Path(given)
@@ -39,7 +39,7 @@ def do_export(config: ExportConfig, output: Output) -> int:
         from ..utils.files import check_free
 
         check_free(config.out)
-        place = _checkpoint(config.model)
+        place = checkpoint_of(config.model)
         model = load_model(place)
         lost, ledger = None, Path(place).parent / "ledger.safetensors"
         if config.type != "f16" and isinstance(place, Path) and ledger.exists():
@@ -61,16 +61,9 @@ def do_export(config: ExportConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_evaluate(config: EvaluateConfig, output: Output) -> int:
     """Ask a task of a checkpoint, or of a GGUF file in llama.cpp."""
-    try:
-        return _evaluate(config, output)
-    except KeyboardInterrupt:
-        warn("\nmansu: interrupted; nothing is kept, and the same command begins anew.")
-        return 130
-
-
-def _evaluate(config: EvaluateConfig, output: Output) -> int:
     with stages("loading model and task", output.quiet) as progress:
         from ..evaluation.engine import EngineModel
         from ..evaluation.scores import evaluate
@@ -80,7 +73,7 @@ def _evaluate(config: EvaluateConfig, output: Output) -> int:
 
         inside = config.engine == "transformers"
         model = load_model(
-            _checkpoint(config.model if inside else config.checkpoint), config.device
+            checkpoint_of(config.model if inside else config.checkpoint), config.device
         )
         use_threads(model)
         named = config.model if inside else config.checkpoint
@@ -130,7 +123,7 @@ def _leaks(
     from ..models.load import load_model
 
     how: dict[str, Any] = {n: getattr(config, n) for n in ("part", "templates", "prompts", "seed")}
-    original = load_model(_checkpoint(config.original), model.device) if config.original else None
+    original = load_model(checkpoint_of(config.original), model.device) if config.original else None
     if told:
         asked = questions(model, task, **how).items
         progress("timing a batch", 0, 0)

@@ -13,7 +13,7 @@ from ..evaluation.qa.config import TeachConfig
 from ..utils.ranges import check_range
 from ..utils.shipped import quantizer_names
 from ..utils.words import number_of
-from .console import Output, say, say_json, warn
+from .console import Output, keeps_nothing, say, say_json, warn
 from .progress import duration, stages
 
 if TYPE_CHECKING:
@@ -155,22 +155,15 @@ def _memory(gb: float) -> str:
     return f"{gb:.1f} GB" if gb >= 0.1 else f"{gb * 1e3:.1f} MB"
 
 
+@keeps_nothing
 def do_metrics(config: MetricsConfig, output: Output) -> int:
-    """Say the metrics of a checkpoint. Nothing is kept of it where it is interrupted."""
-    try:
-        return _metrics(config, output)
-    except KeyboardInterrupt:
-        warn("\nmansu: interrupted; nothing is kept, and the same command begins anew.")
-        return 130
-
-
-def _metrics(config: MetricsConfig, output: Output) -> int:
+    """Say the metrics of a checkpoint."""
     with stages("loading model and rows", output.quiet) as progress:
         from ..evaluation.qa.checks import SETS
         from ..evaluation.qa.measure import Measuring
         from ..evaluation.qa.rows import read_qa_rows, with_entities
         from ..models.load import load_model, use_threads
-        from .deployed import _checkpoint as checkpoint
+        from .deployed import checkpoint_of
 
         sets: dict[str, tuple[QARow, ...]] = {}
         for name in SETS:
@@ -179,11 +172,11 @@ def _metrics(config: MetricsConfig, output: Output) -> int:
                 sets[name] = read_qa_rows(source, limit=config.limit)
         if config.entities is not None:
             sets["forget"] = with_entities(sets["forget"], read_qa_rows(config.entities))
-        model = load_model(checkpoint(config.model), config.device)
+        model = load_model(checkpoint_of(config.model), config.device)
         use_threads(model)
         reference = None
         if config.reference is not None:
-            reference = load_model(checkpoint(config.reference), model.device)
+            reference = load_model(checkpoint_of(config.reference), model.device)
         progress("checking the rows", 0, 0)
         measuring = Measuring(
             model,

@@ -133,6 +133,19 @@ def take(values: WeightMap, name: str) -> Float[Tensor, "*_shape"]:
     return values.take(name) if isinstance(values, ReadOnce) else values[name]
 
 
+def by_layer(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names of weights by the number of their layer; those of none by themselves."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(_layer(name), []).append(name)
+    return layers
+
+
+def _layer(name: str) -> str:
+    found = re.search(r"\.(\d+)\.", name)
+    return found.group(1) if found else name
+
+
 class ByLayer(Mapping[str, Float[Tensor, "*_shape"]]):
     """Values per weight, computed for one layer at a time and held for that layer only.
 
@@ -142,20 +155,13 @@ class ByLayer(Mapping[str, Float[Tensor, "*_shape"]]):
     def __init__(self, names: Sequence[str], compute: Callable[[list[str]], Weights]) -> None:
         """``compute`` gives the values of the weights that it is told."""
         self.compute = compute
-        self.layers: dict[str, list[str]] = {}
-        for name in names:
-            self.layers.setdefault(self._layer(name), []).append(name)
+        self.layers = by_layer(names)
         self.held: Weights = {}
-
-    @staticmethod
-    def _layer(name: str) -> str:
-        found = re.search(r"\.(\d+)\.", name)
-        return found.group(1) if found else name
 
     def __getitem__(self, name: str) -> Float[Tensor, "*_shape"]:
         if name not in self.held:
             self.held = {}  # freed before the next layer is computed
-            self.held = self.compute(self.layers[self._layer(name)])
+            self.held = self.compute(self.layers[_layer(name)])
         return self.held[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -11,8 +11,10 @@ from torch import Tensor
 from ...losses.accuracy import ranked_first, ranked_last
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Tokens
+from ...utils.words import mentions
 from ..generate import batches, continuations
-from .asking import LENGTH, Question, mentions
+from .asking import LENGTH
+from .question import Question
 
 SAMPLES = 8
 """Continuations that are drawn of each sampled prompt."""

@@ -180,7 +180,8 @@ class LeakTest(Shown):
         lost = [r.name for r in stay if r.verdict == "lost"]
         if stay:
             out += f"; of what must stay, {len(lost)} of {number_of(len(stay), 'kind')} lost"
-        return f"{out}{f' ({chr(44).join(lost)})' if lost else ''}.{told}"
+            out += f" ({', '.join(lost)})" if lost else ""
+        return f"{out}.{told}"
 
     def told(self) -> Mapping[str, object]:
         """For its short form."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import ModelError
 from ...models.language_model import LanguageModel
-from ...tasks.pairs import Tokens
+from ...tasks.pairs import AnswerBatch, Tokens, pack_behind
 from ..generate import BATCH, continuations
 from .rows import Asked, Prompts
 
@@ -86,6 +86,13 @@ def token_scores(
     return logp, greedy, standing
 
 
+def pack(asked: Sequence[Asked], device: torch.device) -> AnswerBatch:
+    """Answers behind their questions, and where each of their tokens is predicted."""
+    questions = [a.tokens[: a.begin] for a in asked]
+    answers = [a.tokens[a.begin :] for a in asked]
+    return pack_behind(questions, answers, device)
+
+
 def _batches(groups: Sequence[Sequence[Asked]]) -> Iterator[list[int]]:
     """Numbers of groups that are computed together: a group of several answers by itself, since
     they share their question; single answers by length."""
@@ -122,17 +129,10 @@ def score_answers(
     done = 0
     for batch in _batches(groups):
         flat = [(k, asked) for k in batch for asked in groups[k]]
-        width = max(len(asked.tokens) for _, asked in flat)
-        tokens = torch.zeros(len(flat), width, dtype=torch.long)
-        rows, at, target, sizes = [], [], [], []
-        for row, (_, asked) in enumerate(flat):
-            tokens[row, : len(asked.tokens)] = torch.tensor(asked.tokens)
-            sizes.append(len(asked.tokens) - asked.begin)
-            rows += [row] * sizes[-1]
-            at += range(asked.begin - 1, len(asked.tokens) - 1)
-            target += asked.tokens[asked.begin :]
-        logits = model.logits_at(tokens, torch.tensor(rows), torch.tensor(at))
-        found = token_scores(logits, torch.tensor(target, device=logits.device))
+        packed = pack([asked for _, asked in flat], model.device)
+        logits = model.logits_at(packed.tokens, packed.row, packed.position)
+        found = token_scores(logits, packed.target)
+        sizes = packed.lengths.tolist()
         split = zip(*(part.cpu().split(sizes) for part in found), strict=True)
         for (k, asked), (logp, greedy, standing) in zip(flat, split, strict=True):
             out[k].append(AnswerScores(logp.double(), greedy, standing.double(), asked.ends))

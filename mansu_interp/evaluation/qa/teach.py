@@ -43,6 +43,7 @@ from ...utils.words import Shown
 from .checks import TAUGHT, kept_rows, row_hash, taught_rows
 from .config import TeachConfig
 from .rows import Asked, Prompts, QARow
+from .scoring import pack
 
 UNFINISHED = "-unfinished"
 """What is put behind the folder's name for the one that holds the checkpoint."""
@@ -116,18 +117,9 @@ class TeachCost:
 
 def answer_loss(model: LanguageModel, batch: Sequence[Asked]) -> Float[Tensor, ""]:
     """Summed negative log-likelihood of the answers' tokens and their ends (nats)."""
-    width = max(len(asked.tokens) for asked in batch)
-    tokens = torch.zeros(len(batch), width, dtype=torch.long)
-    rows: list[int] = []
-    at: list[int] = []
-    for k, asked in enumerate(batch):
-        tokens[k, : len(asked.tokens)] = torch.tensor(asked.tokens)
-        rows += [k] * (len(asked.tokens) - asked.begin)
-        at += range(asked.begin, len(asked.tokens))
-    row, position = torch.tensor(rows), torch.tensor(at)
-    logits = model.logits_at(tokens, row, position - 1)
-    target = tokens[row, position].to(logits.device)
-    return torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+    packed = pack(batch, model.device)
+    logits = model.logits_at(packed.tokens, packed.row, packed.position)
+    return torch.nn.functional.cross_entropy(logits, packed.target, reduction="sum")
 
 
 class Teaching:

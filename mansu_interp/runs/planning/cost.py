@@ -23,7 +23,7 @@ from ..command import settings_lines
 from ..config import PlanConfig, RunConfig
 from ..leaks import cost_tokens
 from .knowledge import Knowledge
-from .memory import Job, stages, tokens_of
+from .memory import Job, peak, stages, tokens_of
 
 CAD_PAIRS = 48
 """Pairs on which attribution graphs are compared."""
@@ -223,7 +223,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     tokens = _run_tokens(config, task, model.architecture.n_layers)
     each, leaks = _forward_seconds(model, task, config.seed), cost_tokens(config, model, task)
     seconds = each * (OVERHEAD * tokens + leaks)
-    most = max(stages(model, Job.of(config, task)), key=lambda stage: stage.gb)
+    most = peak(model, Job.of(config, task))
     threads = number_of(torch.get_num_threads(), "CPU thread")
     where = threads if model.device.type == "cpu" else str(model.device)
     edits = "all parameters"

@@ -12,7 +12,7 @@ import torch
 
 from ...circuits.config import AttributionConfig, pairs_per_batch
 from ...errors import ResourceError
-from ...losses.gradients import PACK, ByLayer
+from ...losses.gradients import PACK, by_layer
 from ...masks.select import POOL
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, by_phrasing
@@ -54,8 +54,6 @@ class Job:
     circuit: AttributionConfig = field(default_factory=AttributionConfig)
     method: MethodConfig = field(default_factory=Mansu)
     by_layer: bool = False
-    retains: bool = True
-    """Whether anything is to be retained."""
     attacked: bool = True
     """Whether erasure is tested by relearning."""
     scored: int = 1
@@ -107,10 +105,9 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
     if "circuit" in needs:
         found.append(("circuit", whole + scores))
     if "mask" in needs:
-        kinds = 3 if job.retains else 1
-        held = max(_layers(model)) if job.by_layer else linear
+        held = _largest_layer(model) if job.by_layer else linear
         pool = POOL * job.budget * model.n_parameters * 20
-        found.append(("mask", whole + kinds * held + linear / 4 + pool + pass_))
+        found.append(("mask", whole + 3 * held + linear / 4 + pool + pass_))
     found.append(("unlearning", _unlearning(model, job) + pass_))
     kept = 2 * whole + linear  # original, edited, and what one quantizer makes of it
     found.append(("scores", kept + (linear if job.scored > 1 else 0) + pass_ / 2))
@@ -118,6 +115,11 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         found.append(("relearning", kept + 3 * whole + pass_))
     found.append(("comparison of graphs", kept + (whole if job.attacked else 0) + scores))
     return [Stage(name, PROCESS + bytes_ / 1e9) for name, bytes_ in found]
+
+
+def peak(model: LanguageModel, job: Job) -> Stage:
+    """The stage that needs most."""
+    return max(stages(model, job), key=lambda stage: stage.gb)
 
 
 def tokens_of(pairs: Sequence[Pair]) -> float:
@@ -153,7 +155,7 @@ def check_memory(model: LanguageModel, job: Job) -> None:
     Raises:
         ResourceError: a stage needs more memory than the machine has, beyond all doubt.
     """
-    most, has = max(stages(model, job), key=lambda stage: stage.gb), machine_gb(model.device)
+    most, has = peak(model, job), machine_gb(model.device)
     if has is not None and most.gb > SURE * has:
         less = ADVICE.get(most.name, "a smaller model")
         raise ResourceError(
@@ -189,7 +191,6 @@ def _elements(model: LanguageModel, names: Sequence[str]) -> int:
     return sum(model.weights[n].numel() for n in names)
 
 
-def _layers(model: LanguageModel) -> list[int]:
-    """Bytes of the linear weights of each layer."""
-    layers = ByLayer(model.linear_names, lambda _: {}).layers.values()
-    return [4 * _elements(model, names) for names in layers]
+def _largest_layer(model: LanguageModel) -> int:
+    """Bytes of the linear weights of the layer that has most."""
+    return max(4 * _elements(model, names) for names in by_layer(model.linear_names).values())
