@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +58,16 @@ from mansu_interp.audit.relearning import (
 )
 from mansu_interp.audit.suite import AttackResults, Suite, attack_suite
 from mansu_interp.audit.transfer import answer_advantage, gradient_transfer, model_advantage
-from mansu_interp.audit.verdict import SIGNS, Evidence, decide, number, settle
+from mansu_interp.audit.verdict import (
+    SIGNS,
+    Evidence,
+    Found,
+    decide,
+    interval,
+    number,
+    resampled,
+    settle,
+)
 from mansu_interp.bench.workers import engine
 from mansu_interp.cli.commands import attack_lines
 from mansu_interp.errors import ArtifactError, ConfigError, ModelError, TaskError
@@ -306,6 +316,32 @@ def test_the_number_by_hand():
     assert number("erased", replace(GONE, **{**nothing, "hidden": 0.06})) == pytest.approx(0.9)
 
 
+def test_the_interval_of_cad_is_that_of_resampled_facts():
+    """Wide where few facts differ, none where all are alike; the number itself is within."""
+
+    class Shares(Found):
+        """Facts that differ in one sign alone."""
+
+        def __init__(self, shares: torch.Tensor):
+            self.__dict__ |= {"asked": SimpleNamespace(facts=list(shares)), "shares": shares}
+
+        def evidence(self, rows: torch.Tensor) -> Evidence:
+            return replace(GONE, relearned=float(self.__dict__["shares"][rows].mean()))
+
+    def ends(shares: torch.Tensor, seed: int = 0) -> list[float]:
+        cad = number("suppressed", replace(GONE, relearned=float(shares.mean())))
+        return interval(cad, [value for _, value in resampled(Shares(shares), seed)])
+
+    few, many = torch.tensor([0.0, 1.0]).repeat(8), torch.tensor([0.0, 1.0]).repeat(80)
+    assert ends(few) == ends(few) != ends(few, 1)
+    assert ends(few)[1] - ends(few)[0] > 2 * (ends(many)[1] - ends(many)[0]) > 0
+    alike = ends(torch.full((9,), 0.7))
+    assert alike[0] == pytest.approx(alike[1])
+    words = {word for word, _ in resampled(Shares(few), 0)}
+    assert {"suppressed", "erased"} <= words
+    assert interval(0.1, [0.5, 0.9]) == [0.1, pytest.approx(0.89)]
+
+
 def test_an_original_that_never_knew_is_refused_before_any_work(
     facts: LanguageModel, capitals: Task
 ):
@@ -319,10 +355,12 @@ def test_an_original_that_never_knew_is_refused_before_any_work(
 def test_copies_are_unchanged_and_reference_models_erased(facts: LanguageModel, capitals: Task):
     same = judge_erasure(facts, facts.copy(), capitals)
     assert (same.verdict, same.cad, same.confidence) == ("unchanged", 0.0, 1.0)
+    assert same.interval == [0.0, 0.0] and same.range == "0.00 (0.00 to 0.00)"
     for name in capitals.reference_models:  # from the same initial weights, and from others
         never = judge_erasure(facts, load_model(name), capitals)
         assert never.verdict == "erased"
         assert never.cad > 0.85
+        assert 0.7 < never.interval[0] <= never.cad <= never.interval[1] <= 1.0
     mute = facts.copy()
     mute.weights["lm_head.weight"].zero_()
     hidden = judge_erasure(facts, mute, capitals)

@@ -90,6 +90,7 @@ NF4_ROW = QuantizerRow(
 JUDGED = CAD(
     "suppressed", "Hidden.", 0.97, 0.0, {}, [], [], [], {}, [], {},
     facts={"capital: a": "erased", "capital: b": "suppressed", "capital: c": "suppressed"},
+    interval=[0.0, 0.2],
 )  # fmt: skip
 
 
@@ -427,7 +428,7 @@ def test_the_optional_parts_are_in_every_rendering(svg: str) -> None:
     assert f"| recovered | {counts['recovered']} | " in markdown
     assert "| unlearned | 2.0% / 50.0% | 40.0% / 10.0% |" in markdown
     assert "| never taught | 0.0% / – | – |" in markdown
-    assert "(CAD): suppressed (confidence 97%, CAD 0.000 of 1). Hidden." in markdown
+    assert "(CAD): suppressed (confidence 97%, CAD 0.00 (0.00 to 0.20) of 1). Hidden." in markdown
     nf4 = "| nf4 | yes | 1,612 of 1,612 | 0 | 100.0% | 28.0% | −0.007 | 41.0% | 1 / 3 | 0.625 |"
     assert nf4 in markdown
     assert (

@@ -17,7 +17,7 @@ and states alone. The algorithm (all ours):
 6. Decide (`verdict.decide`): compare these shares, the `Evidence`, with two levels for each sign.
    Erased needs all of them; one suffices for suppressed.
 7. Resample the facts: a verdict that most resamplings do not share is undecided
-   (`verdict.settle`).
+   (`verdict.settle`). The middle 95 % of their CADs are its interval.
 8. CAD itself is 1 - knowledge, from the largest sign (`verdict.number`). Every sign is put on the
    scale of shares that rank first, so that what counts as there, or as gone, does so at the same
    place; that scale runs from chance (0) to the original's own share (1). It lies in the verdict's
@@ -68,15 +68,19 @@ from .verdict import (
     SUPPRESSED,
     Found,
     decide,
+    interval,
     number,
+    resampled,
     settle,
     tell,
 )
 
-RESAMPLES = 200
 PROBE_PROMPTS, STEP_PROMPTS, ASKED_PROMPTS = 400, 96, 180
 """Prompts of each half that are probed, and asked for facts; of half A that linearized relearning
-is given; of half B that are asked after each of its steps, and stitched."""
+is given; of half B that are asked after each of its steps, and stitched (`_stitched`)."""
+DEEP = 8
+"""Blocks from which on fewer prompts are stitched, since each of them is run on from every block:
+so many times fewer as there are more blocks, down to `STEP_PROMPTS`."""
 RETAIN_PROMPTS, LOOKED_AT = 192, 24
 """Retained prompts that linearized relearning is given, and prompts of each retained relation that
 are asked for damage."""
@@ -123,11 +127,20 @@ class CAD(Shown):
     """Of each fact of half B (relation: subject): intact, suppressed or erased."""
     retained: dict[str, list[float]] = field(default_factory=dict)
     """Of each retained relation: top-1 of the original and of the edited model, on some prompts."""
+    interval: list[float] = field(default_factory=list)
+    """Where the middle 95 % of `cad` lie over resamplings of the facts, each with its own verdict;
+    empty in reports of older versions."""
 
     def told(self) -> dict[str, object]:
         """For its short form."""
-        told = {"": self.verdict, "CAD": f"{self.cad:.2f}", "confidence": f"{self.confidence:.2f}"}
+        told = {"": self.verdict, "CAD": self.range, "confidence": f"{self.confidence:.2f}"}
         return {**told, **self.counts, "sentence": self.sentence}
+
+    @property
+    def range(self) -> str:
+        """CAD and its interval as a text, such as "0.92 (0.86 to 1.00)"."""
+        ends = f" ({self.interval[0]:.2f} to {self.interval[1]:.2f})" if self.interval else ""
+        return f"{self.cad:.2f}{ends}"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -149,7 +162,7 @@ class CAD(Shown):
             return f"{name:<44} {first}  " + " ".join(f"{s:5.2f}" for s in shares)
 
         out = [
-            f"{self.verdict} (confidence {self.confidence:.2f}), CAD {self.cad:.2f} (0: all the "
+            f"{self.verdict} (confidence {self.confidence:.2f}), CAD {self.range} of 1 (0: all the "
             "knowledge is there, 1: none)",
             self.sentence,
             "",
@@ -209,11 +222,16 @@ def _split(task: Task, seed: int) -> tuple[PairSet, PairSet, PairSet]:
     """Step 1 for a task whose facts are known: prompts of half A, of half B, and retained ones."""
     first, second = halves(task.forget, seed)
     half_a, half_b = (
-        rivals_within(of_subjects(task.forget, h)).sample(PROBE_PROMPTS, seed)
+        few_prompts(rivals_within(of_subjects(task.forget, h)), PROBE_PROMPTS, seed)
         for h in (first, second)
     )
     about = tuple(p for p in task.retain if p.subject in second) or task.retain.pairs
     return half_a, half_b, PairSet("retained facts", about)
+
+
+def _stitched(blocks: int) -> int:
+    """How many prompts are stitched of a model with so many blocks."""
+    return max(STEP_PROMPTS, min(ASKED_PROMPTS, ASKED_PROMPTS * DEEP // blocks))
 
 
 def look(
@@ -258,7 +276,7 @@ def look(
     }
     some_b = half_b.sample(ASKED_PROMPTS, seed)
     retained = ranked_only(original, few_prompts(retain, RETAIN_PROMPTS, seed))
-    given = {"relearned": few_prompts(half_a, STEP_PROMPTS, seed), "retained": retained}
+    given = {"relearned": half_a.sample(STEP_PROMPTS, seed), "retained": retained}
     steps, trained = _relearn(signs, edited, given, asked, some_b, note)
     note("stitching", 0, 0)
     return Found(
@@ -272,16 +290,9 @@ def look(
         subject=shares[cuts:],
         steps=steps,
         trained=trained,
-        stitched=stitches(edited, original, few_prompts(half_b, ASKED_PROMPTS, seed)),
+        stitched=stitches(edited, original, half_b.sample(_stitched(cuts - 1), seed)),
         divergence=model_divergence(original, edited, some_b.sample(STEP_PROMPTS, seed)),
     )
-
-
-def _confidence(found: Found, verdict: str, seed: int) -> float:
-    """Share of resamplings of the facts that give the same verdict (step 7)."""
-    n, generator = len(found.asked.facts), torch.Generator().manual_seed(seed)
-    draws = (torch.randint(n, (n,), generator=generator) for _ in range(RESAMPLES))
-    return sum(decide(found.evidence(rows))[0] == verdict for rows in draws) / RESAMPLES
 
 
 def _retained(original: LanguageModel, edited: LanguageModel, task: Task) -> dict[str, list[float]]:
@@ -348,17 +359,19 @@ def conclude(
     """
     evidence = found.evidence(torch.arange(len(found.asked.facts)))
     word, reason = decide(evidence)
-    word, reason, confidence = settle(word, reason, _confidence(found, word, seed))
+    again = resampled(found, seed)
+    agree = sum(other == word for other, _ in again) / len(again)
+    word, reason, confidence = settle(word, reason, agree)
+    cad = number(word, evidence)
     facts, retained = found.states(), _retained(original, edited, task)
-    some_a, some_b = (
-        few_prompts(half, STEP_PROMPTS, seed) for half in (found.half_a, found.half_b)
-    )
+    some_a, some_b = (half.sample(STEP_PROMPTS, seed) for half in (found.half_a, found.half_b))
     steps = found.steps
     return CAD(
         verdict=word,
         sentence=tell(reason, facts, retained),
         confidence=confidence,
-        cad=number(word, evidence),
+        cad=cad,
+        interval=interval(cad, [value for _, value in again]),
         predicted={name: float(v.mean()) for name, v in found.first.items()},
         half_b=steps.half_b.float().mean(1).tolist(),
         half_a=steps.half_a.float().mean(1).tolist(),

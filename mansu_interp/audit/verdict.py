@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,9 @@ SAME = 0.01
 its states look like. Quantized copies of the embedded model: up to 0.0014."""
 RECOVERED = 0.10
 """Rise of the four-way choice under quantization that counts as recovery."""
+RESAMPLES = 200
+MIDDLE = (0.025, 0.975)
+"""Quantiles between which the interval of CAD lies."""
 MAJORITY = 0.5
 """Share of the resamplings that a verdict needs."""
 DAMAGE = 0.1
@@ -283,6 +287,23 @@ class Found:
                 asked.facts, whole.tolist(), found.tolist(), strict=True
             )
         }
+
+
+def resampled(found: Found, seed: int) -> list[tuple[str, float]]:
+    """Verdict and CAD of resamplings of the facts (step 7)."""
+    n, generator = len(found.asked.facts), torch.Generator().manual_seed(seed)
+    out: list[tuple[str, float]] = []
+    for _ in range(RESAMPLES):
+        some = found.evidence(torch.randint(n, (n,), generator=generator))
+        word = decide(some)[0]
+        out.append((word, number(word, some)))
+    return out
+
+
+def interval(cad: float, again: Sequence[float]) -> list[float]:
+    """Where the middle 95 % of resampled CADs lie, and the number itself."""
+    low, high = np.quantile(again, MIDDLE)
+    return [min(cad, float(low)), max(cad, float(high))]
 
 
 def tell(reason: str, facts: dict[str, str], retained: dict[str, list[float]]) -> str:

@@ -274,7 +274,7 @@ def _cad(report: Report) -> list[Block]:
         return []
     return [
         f"Predicted without an attack, by linearized relearning and a linear probe (CAD): "
-        f"{cad.verdict} (confidence {percent(cad.confidence, 0)}, CAD {measured(cad.cad)} of 1). "
+        f"{cad.verdict} (confidence {percent(cad.confidence, 0)}, CAD {cad.range} of 1). "
         f"{cad.sentence}{_attack_beside(report)}"
     ]
 

@@ -39,6 +39,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,18 +114,18 @@ COMBINED = (
 """Signs of the combination: a logistic regression fitted on the choosing half."""
 
 
-def read_zoo() -> dict[Key, Row]:
-    """The rows as texts, by task, name and seed."""
-    return {(r["task"], r["name"], r["seed"]): r for r in read_table(PATH)}
+def read_zoo(path: Path = PATH) -> dict[Key, Row]:
+    """The rows of a table as texts, by task, name and seed."""
+    return {(r["task"], r["name"], r["seed"]): r for r in read_table(path)}
 
 
-def write_zoo(rows: dict[Key, Row]) -> None:
+def write_zoo(rows: dict[Key, Row], path: Path = PATH) -> None:
     """Write all rows, sorted by key."""
     out = []
     for key, row in sorted(rows.items()):
         head = dict(zip(("task", "name", "seed"), key, strict=True))
         out.append({**head, **dict.fromkeys(FIRST, ""), **row, **head})
-    write_table(PATH, out)
+    write_table(path, out)
 
 
 def load(by_construction: bool = False) -> list[Row]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -207,7 +207,13 @@ class Bench:
             return -torch.cat([nll(model, part) for part in parts])
 
 
-def attacked(edited: LanguageModel, task: Task, steps: tuple[int, ...] = MARKS) -> Row:
+def attacked(
+    edited: LanguageModel,
+    task: Task,
+    steps: tuple[int, ...] = MARKS,
+    attacks: Sequence[tuple[str, float]] = ATTACKS,
+    batch_size: int = RelearnConfig.batch_size,
+) -> Row:
     """The truth: how much of half B ranks first of four, or last, on unseen phrasings, in the
     strongest attack. What is found at `DECIDED` or more is not attacked further."""
     given = Given.of(task, 0, "unseen")
@@ -222,10 +228,10 @@ def attacked(edited: LanguageModel, task: Task, steps: tuple[int, ...] = MARKS) 
 
     first, last = found(edited)
     row: Row = {"first": first, "last": last, "most": max(first, last), "arm": "none"}
-    for arm, rate in ATTACKS:
+    for arm, rate in attacks:
         if row["most"] >= DECIDED:
             break
-        config = RelearnConfig(steps=steps, rates=(rate,))
+        config = RelearnConfig(steps=steps, rates=(rate,), batch_size=batch_size)
         sets = [getattr(given, name) for name in ARMS[arm].sets]
         if None in sets:
             continue
