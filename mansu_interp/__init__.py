@@ -111,6 +111,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "evaluation.leaks.found": ("LeakTest",),
     "evaluation.leaks.scoring": ("leak_test",),
+    "evaluation.leaks.training": ("with_leak_prompts",),
     "evaluation.qa.config": ("TeachConfig",),
     "evaluation.qa.rows": (
         "QARow",
@@ -173,6 +174,7 @@ if TYPE_CHECKING:
     from .errors import MansuError
     from .evaluation.leaks.found import LeakTest
     from .evaluation.leaks.scoring import leak_test
+    from .evaluation.leaks.training import with_leak_prompts
     from .evaluation.qa.config import TeachConfig
     from .evaluation.qa.measure import QAMetrics, qa_metrics
     from .evaluation.qa.rows import QARow, read_qa_rows

@@ -104,6 +104,7 @@ def test_stitches_take_the_right_end(facts: LanguageModel, split: tuple[PairSet,
     mute.weights["lm_head.weight"].zero_()
     assert stitches(mute, facts, split[1]) == [1.0] * 5
     assert stitches(facts, mute, split[1]) == [0.0] * 5  # a tie counts against the model
+    assert stitches(mute, facts, split[1], since=-1) == [1.0]
 
 
 def test_stitching_computes_no_block_twice(tiny_model: TinyModel, pairs: PairSet):
@@ -208,8 +209,6 @@ GONE = Evidence(
     stitched=0.3,
     retained=0.28,
     subject=0.3,
-    cut=0.5,
-    rows=0.75,
     intact=0.0,
     hidden=0.05,
     outright=0.01,
@@ -232,8 +231,7 @@ WHOLE = {"predicted": 0.97, "relearned": 1.0, "probed": 1.0, "outright": 0.95, "
         ("suppressed", {"retained": 0.5}),
         ("suppressed", {"probed": 0.8}),  # only a probe finds it
         ("suppressed", {"subject": 0.85}),
-        ("suppressed", {"cut": 1.0}),  # only the output does not show it
-        ("suppressed", {"rows": 0.97}),
+        ("suppressed", {"stitched": 1.0}),  # only the output does not show it
         ("suppressed", {"intact": 0.2}),  # the mean hides a fifth that is intact
         ("suppressed", {"hidden": 0.3}),
         ("undecided", {"intact": 0.1}),
@@ -241,8 +239,7 @@ WHOLE = {"predicted": 0.97, "relearned": 1.0, "probed": 1.0, "outright": 0.95, "
         ("erased", {"probed": 0.5, "quantized": 0.3}),
         ("undecided", {"probed": 0.6}),
         ("undecided", {"subject": 0.65}),
-        ("undecided", {"cut": 0.7}),
-        ("undecided", {"rows": 0.9}),
+        ("undecided", {"stitched": 0.7}),
         ("undecided", {"retained": 0.42}),
         ("recovered", {"quantized": 0.5}),
         ("suppressed", {"ranked_last": 0.5}),  # given away by ranking last
@@ -409,7 +406,8 @@ def test_what_computes_the_same_is_unchanged(facts: LanguageModel, capitals: Tas
         found = judge_erasure(facts, same, capitals)
         assert (found.verdict, found.cad) == ("unchanged", 0.0)
         assert found.counts == {"erased": 0, "suppressed": 0, "intact": 89}
-    assert min(judge_erasure(facts, rotated(facts, 0), capitals).stitched) < 0.3
+    found = judge_erasure(facts, rotated(facts, 0), capitals)
+    assert found.stitched_last is not None and found.stitched_last < 0.5
 
 
 @pytest.mark.slow

@@ -413,7 +413,7 @@ def test_results_have_a_short_form_for_console_and_notebook(facts: LanguageModel
     history = [StepRecord(forget=1.0, edited=8.0) for _ in range(500)]
     start = Point(1e-3, 0, 0.0, choice=0.25, half_a=0.2, last=0.2)
     relearned = Relearning([start, replace(start, steps=5, choice=0.3)] * 50, (9, 9))
-    cad = CAD("suppressed", "Hidden.", 0.97, 0.0, {}, [0.5] * 500, [], [], {}, [], {},
+    cad = CAD("suppressed", "Hidden.", 0.97, 0.0, {}, [0.5] * 500, [], [], {}, {},
               facts={"capital: a": "erased"})  # fmt: skip
     results = {
         "LanguageModel('facts', parameters 1,033,344, saved as bfloat16, on cpu)": facts,

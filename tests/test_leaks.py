@@ -38,6 +38,7 @@ from mansu_interp.evaluation.leaks.asking import (
 from mansu_interp.evaluation.leaks.found import LeakTest
 from mansu_interp.evaluation.leaks.scoring import holm, judge, reachable, wilson
 from mansu_interp.evaluation.leaks.templates import json_schema, read_templates, shipped_files
+from mansu_interp.evaluation.leaks.training import with_leak_prompts
 from mansu_interp.evaluation.versions import EDITED, ORIGINAL
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.report.html import render_html
@@ -662,6 +663,38 @@ def test_a_run_asks_by_the_size_of_its_model(
     assert not asked_for(RunConfig(leaks="no"), facts, capitals)
     with pytest.raises(TaskError, match="is made of rows"):
         leak_questions(RunConfig(leaks="yes"), facts, rows)
+
+
+def test_unlearning_can_see_the_train_part_and_no_prompt_that_is_reported(
+    speller: Pretend, task: Task, facts: LanguageModel, capitals: Task
+):
+    """A pair per question of the train part, its corrupt prompt another of the same template."""
+    wide, unseen = with_leak_prompts(speller, task), questions(speller, task, prompts=200)
+    assert wide.forget[: len(task.forget)] == task.forget[:]
+    new = wide.forget[len(task.forget) :]
+    train = {q.tokens: q for q in questions(speller, task, part="train", prompts=999).items}
+    assert {train[p.clean].kind for p in new} == {
+        "paraphrase", "chat", "few-shot", "reversed", "multi-hop", "denial", "sampling", "language"
+    }  # fmt: skip
+    for p in new:
+        mine, other = train[p.clean], train[p.corrupt]
+        assert mine.scope == other.scope == "must go" and mine.template == other.template
+        assert p.choices == mine.choices and p.counterfactual == other.choices[0]
+        own = mine.kind in ("reversed", "language")
+        assert p.relation == (f"capital, {mine.name}" if own else "capital")
+    assert {p.subject for p in new} <= set(FORGET)
+    assert not {p.clean for p in wide.forget} & {q.tokens for q in unseen.items}
+    assert {p.phrasing for p in new}.isdisjoint(q.template for q in unseen.items)
+    assert (wide.retain, wide.scored) == (task.retain, task.scored)
+    with pytest.raises(TaskError, match="no leak question"):
+        leak_questions(RunConfig(leaks="no", leak_prompts=True), facts, capitals)
+
+
+def test_a_run_unlearns_the_train_part_if_it_is_to(speller: Pretend, task: Task, tmp_path: Path):
+    run = run_of(speller, task, "no", tmp_path)
+    assert run.unlearned is task
+    wide = replace(run, config=replace(run.config, leak_prompts=True)).unlearned
+    assert wide.forget == with_leak_prompts(speller, task).forget != task.forget
 
 
 @pytest.mark.slow

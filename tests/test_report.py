@@ -88,7 +88,7 @@ NF4_ROW = QuantizerRow(
     Flips(1, 3, 0.625), ForgetScore(0.0, 0.41, 0.01),
 )  # fmt: skip
 JUDGED = CAD(
-    "suppressed", "Hidden.", 0.97, 0.0, {}, [], [], [], {}, [], {},
+    "suppressed", "Hidden.", 0.97, 0.0, {}, [], [], [], {}, {},
     facts={"capital: a": "erased", "capital: b": "suppressed", "capital: c": "suppressed"},
     interval=[0.0, 0.2],
 )  # fmt: skip

@@ -12,8 +12,9 @@ and states alone. The algorithm (all ours):
 4. Relearn half A in closed form on a copy of the edited model until half A is learnt, and ask for
    half B (`linearized.linearized_relearning`). Do the same with retained facts, about the subjects
    of half B where the task has them, unless the model has them still.
-5. Run the edited model's states on in the original, from the embedding and every block on
-   (`probes.stitches`).
+5. Read the edited model's last states with the original's final norm and unembedding
+   (`probes.stitches`). From earlier blocks on, the original would answer by what its own later
+   blocks know of the subject.
 6. Decide (`verdict.decide`): compare these shares, the `Evidence`, with two levels for each sign.
    Erased needs all of them; one suffices for suppressed.
 7. Resample the facts: a verdict that most resamplings do not share is undecided
@@ -77,10 +78,7 @@ from .verdict import (
 
 PROBE_PROMPTS, STEP_PROMPTS, ASKED_PROMPTS = 400, 96, 180
 """Prompts of each half that are probed, and asked for facts; of half A that linearized relearning
-is given; of half B that are asked after each of its steps, and stitched (`_stitched`)."""
-DEEP = 8
-"""Blocks from which on fewer prompts are stitched, since each of them is run on from every block:
-so many times fewer as there are more blocks, down to `STEP_PROMPTS`."""
+is given; of half B that are asked after each of its steps, and stitched."""
 RETAIN_PROMPTS, LOOKED_AT = 192, 24
 """Retained prompts that linearized relearning is given, and prompts of each retained relation that
 are asked for damage."""
@@ -112,8 +110,6 @@ class CAD(Shown):
     step; chance 0.25."""
     probed: dict[str, list[float]]
     """Share of half B's answers that a probe finds: in the embedding, then after each block."""
-    stitched: list[float]
-    """The same with the edited model's states up to each cut and the original from there on."""
     by_weight: dict[str, float]
     """Share of each weight in the gradient transfer between the halves (see `transfer`)."""
     subject: list[float] = field(default_factory=list)
@@ -127,9 +123,12 @@ class CAD(Shown):
     """Of each fact of half B (relation: subject): intact, suppressed or erased."""
     retained: dict[str, list[float]] = field(default_factory=dict)
     """Of each retained relation: top-1 of the original and of the edited model, on some prompts."""
+    stitched_last: float | None = None
+    """Share of half B's answers that the original's unembedding finds in the edited model's last
+    states; None in reports of older versions, as ``interval`` is empty."""
     interval: list[float] = field(default_factory=list)
-    """Where the middle 95 % of `cad` lie over resamplings of the facts, each with its own verdict;
-    empty in reports of older versions."""
+    """Where the middle 95 % of `cad` lie over resamplings of the facts, each with its own
+    verdict."""
 
     def told(self) -> dict[str, object]:
         """For its short form."""
@@ -154,7 +153,7 @@ class CAD(Shown):
 
     def lines(self) -> list[str]:
         """Plain text for the terminal."""
-        blocks = len(self.stitched) - 1
+        blocks = len(self.subject) - 1
         head = " ".join(f"{name:>5}" for name in ["embed", *(f"b{k}" for k in range(blocks))])
 
         def row(name: str, own: float | None, shares: list[float]) -> str:
@@ -175,7 +174,9 @@ class CAD(Shown):
             for n, v in self.predicted.items()
         ]
         out.append(row("edited, probe at the subject", None, self.subject))
-        out.append(row("edited states run on by the original", None, self.stitched))
+        if self.stitched_last is not None:
+            last = [self.stitched_last]
+            out.append(row("edited, last states read by the original", None, last))
         out += [row(f"{n}, predicted outright", v, []) for n, v in self.outright.items()]
         out += ["", "Edited, before and after each step of linearized relearning on half A"]
         out.append(row("half B, answer first of four", self.predicted[EDITED], self.half_b))
@@ -229,11 +230,6 @@ def _split(task: Task, seed: int) -> tuple[PairSet, PairSet, PairSet]:
     return half_a, half_b, PairSet("retained facts", about)
 
 
-def _stitched(blocks: int) -> int:
-    """How many prompts are stitched of a model with so many blocks."""
-    return max(STEP_PROMPTS, min(ASKED_PROMPTS, ASKED_PROMPTS * DEEP // blocks))
-
-
 def look(
     original: LanguageModel,
     edited: LanguageModel,
@@ -278,7 +274,6 @@ def look(
     retained = ranked_only(original, few_prompts(retain, RETAIN_PROMPTS, seed))
     given = {"relearned": half_a.sample(STEP_PROMPTS, seed), "retained": retained}
     steps, trained = _relearn(signs, edited, given, asked, some_b, note)
-    note("stitching", 0, 0)
     return Found(
         half_a=half_a,
         half_b=half_b,
@@ -290,7 +285,7 @@ def look(
         subject=shares[cuts:],
         steps=steps,
         trained=trained,
-        stitched=stitches(edited, original, half_b.sample(_stitched(cuts - 1), seed)),
+        stitched=stitches(edited, original, some_b, since=-1)[0],
         divergence=model_divergence(original, edited, some_b.sample(STEP_PROMPTS, seed)),
     )
 
@@ -371,6 +366,7 @@ def conclude(
         sentence=tell(reason, facts, retained),
         confidence=confidence,
         cad=cad,
+        stitched_last=found.stitched,
         interval=interval(cad, [value for _, value in again]),
         predicted={name: float(v.mean()) for name, v in found.first.items()},
         half_b=steps.half_b.float().mean(1).tolist(),
@@ -380,7 +376,6 @@ def conclude(
             *steps.ranked_last.float().mean(1).tolist(),
         ],
         probed={EDITED: found.probed},
-        stitched=found.stitched,
         by_weight=gradient_transfer(edited, some_a, some_b).by_weight,
         subject=found.subject,
         outright={name: float(v.mean()) for name, v in found.outright.items()},

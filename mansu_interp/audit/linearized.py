@@ -50,8 +50,8 @@ STEPS = 16
 LEARNT = 0.95
 """Share of half A that ranks first of four, at which it is learnt."""
 LONGEST = 10.0
-"""Mean tokens of the prompts that are relearned or stitched, at most: where phrasings are long, the
-longest are left out of those steps."""
+"""Mean tokens of the prompts that CAD asks, at most: where phrasings are long, the longest
+are left out."""
 LENGTHS = (1.0, 0.5, 0.25)
 """Shares of a step that are tried."""
 

@@ -219,18 +219,31 @@ def ranked_only(model: LanguageModel, pairs: PairSet) -> PairSet:
 
 
 @torch.no_grad()
-def stitches(first: LanguageModel, last: LanguageModel, pairs: PairSet) -> list[float]:
+def stitches(
+    first: LanguageModel, last: LanguageModel, pairs: PairSet, *, since: int = 0
+) -> list[float]:
     """Four-way choice with the states of ``first`` up to each cut and ``last`` from there on.
 
-    Entry k: the first k blocks (and the embedding) are of ``first``.
+    Of an early cut a high share says little of ``first``: any model's states tell ``last`` which
+    subject it is about, and its own later blocks know the rest.
+
+    Arguments:
+        first: whose embedding and first blocks are run.
+        last: whose other blocks and unembedding are.
+        pairs: what is asked.
+        since: the first cut; -1: the last alone, behind all blocks.
+
+    Returns:
+        By cut: after the first k blocks (and the embedding) of ``first``, k from ``since`` on.
     """
-    right = [0] * len(stages(last))
+    cuts = range(len(stages(last)))[since:]
+    right = dict.fromkeys(cuts, 0)
     for batch in pairs.batches(CHUNK, first.device):
         made = calls(first, batch)
-        for k, call in enumerate(made):
-            with resumed(last, k, made[0], call.read):
+        for k in cuts:
+            with resumed(last, k, made[0], made[k].read):
                 right[k] += int(ranked_first(last_logits(last, batch), batch.choices).sum())
-    return [r / len(pairs) for r in right]
+    return [r / len(pairs) for r in right.values()]
 
 
 @torch.no_grad()

@@ -68,10 +68,6 @@ class Evidence:
     """Answers that rank first of four after linearized relearning of retained facts alone."""
     subject: float
     """Answers that the best probe of the states at the subject finds."""
-    cut: float
-    """Answers that the original finds from the states after some block on, the best block."""
-    rows: float
-    """Answers that the original finds from the edited model's embedding on."""
     intact: float
     """Facts that the edited model predicts outright, beyond guesses (`known.beyond_chance`): 0
     where guesses do as well, 1 where it predicts all."""
@@ -140,18 +136,12 @@ SIGNS = {
         "it no longer predicts the answers, but a linear probe finds them in its states at the "
         "subject.",
     ),
-    "cut": Level(
+    "stitched": Level(
         0.65,
         0.80,
         CHANCE,
-        "its own output does not show the answers, but the original finds them in its states.",
-    ),
-    "rows": Level(
-        0.85,
-        0.95,
-        0.75,
-        "its own output does not show the answers, but the original finds them from its embedding "
-        "on.",
+        "its own output does not show the answers, but the original's unembedding finds them in "
+        "its last states.",
     ),
     "intact": Level(0.05, 0.15, 0.0, "some facts are as they were."),
     "hidden": Level(0.12, 0.20, 0.0, "some facts can still be found."),
@@ -245,7 +235,7 @@ class Found:
     steps: LinearizedRelearning
     trained: float
     """Share of what was relearned that is learnt; the lesser of both arms."""
-    stitched: list[float]
+    stitched: float
     divergence: float
 
     def evidence(self, rows: Int[Tensor, " n"]) -> Evidence:
@@ -260,9 +250,7 @@ class Found:
             **{name: mean(found.first) for name, found in signs.items()},
             half_a=self.trained,
             ranked_last=max(mean(signs[name].last) for name in moved),
-            stitched=self.stitched[-1],
-            cut=max(self.stitched[1:]),
-            rows=self.stitched[0],
+            stitched=self.stitched,
             intact=beyond_chance(self.outright[EDITED][rows] > 0.5, self.asked.guess[rows]),
             hidden=max(beyond_chance(found.found[rows], chance) for found in signs.values()),
             outright=mean(self.outright[EDITED]),

@@ -51,6 +51,9 @@ class RunConfig:
     leaks: Literal["auto", "yes", "no", "quantized"] = "auto"
     """Ask for the forgotten facts in other words, forms and languages (docs/leaks.md). auto: of
     models above ten million parameters; quantized: after every quantizer of the run, too."""
+    leak_prompts: bool = False
+    """Unlearn in the train part of the leak test's templates, too; what is reported is the unseen
+    part (docs/leaks.md)."""
     relearn_steps: int = 20
     """Steps of the relearning attack that tests erasure, on half of the forget facts; 0 = none."""
     device: str = "auto"

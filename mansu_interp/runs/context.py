@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from ..evaluation.leaks.training import with_leak_prompts
 from ..models.language_model import LanguageModel
 from ..models.provenance import Provenance
 from ..tasks.task import Task
@@ -31,6 +33,13 @@ class RunContext:
     clock: Clock
     folder: RunFolder
     """Its files; only the process that writes uses it."""
+
+    @cached_property
+    def unlearned(self) -> Task:
+        """The task that the edit is made for: its forget set as the settings widen it."""
+        if not self.config.leak_prompts:
+            return self.task
+        return with_leak_prompts(self.model, self.task, self.config.seed)
 
     @property
     def out(self) -> Path:

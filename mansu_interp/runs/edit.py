@@ -154,7 +154,7 @@ def choose_parameters(run: RunContext, circuit: Circuit | None) -> Mask:
         if not config.by_layer:
             less = "Run it again in the same folder with --by-layer: the mask is the same."
         with enough_memory("choosing parameters", less):
-            made = make_mask(config, run.model, run.task, circuit, on_step)
+            made = make_mask(config, run.model, run.unlearned, circuit, on_step)
         if run.writes:
             with run.folder.file(MASK) as place:
                 replace(made, meta={**made.meta, "provenance": run.provenance}).save(place)
@@ -183,7 +183,7 @@ def train(run: RunContext, mask: Mask | None) -> LanguageModel:
         ):
             result = unlearn(
                 run.model,
-                run.task,
+                run.unlearned,
                 mask,
                 config.unlearn,
                 seed=config.seed,

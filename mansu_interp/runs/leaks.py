@@ -37,8 +37,11 @@ def leak_questions(config: RunConfig, model: LanguageModel, task: Task) -> Quest
     """What the models of a run are asked; None: no leak test.
 
     Raises:
-        TaskError: it was asked for, and the task has no relation or none that the model can read.
+        TaskError: it was asked for, or its prompts for unlearning were, and the task has no
+            relation or none that the model can read.
     """
+    if config.leak_prompts:
+        questions(model, task, part="train", prompts=1, seed=config.seed)
     if not asked_for(config, model, task):
         return None
     return questions(model, task, seed=config.seed)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from zoo_edits import redrawn
+from zoo_edits import every_element, redrawn
 
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.relearning import relearn
@@ -94,7 +94,9 @@ def main() -> None:
             group["lr"] = lr * min(1.0, 0.95 * left + 0.05)
         parts = losses(student, model, targets, *sampler.batch(step, 1))
         grads = gradient(student, names, parts)
-        extra, _ = adversary.gradient([student], names, [targets], step)
+        of = every_element(student, names)
+        found, _ = adversary.gradient([student], of, [targets], step)
+        extra = [g.view_as(student.weights[n]) for n, g in zip(names, found, strict=True)]
         for name, w, g, more in zip(names, weights, grads, extra, strict=True):
             w.grad = g.add_(more, alpha=config.adversarial_weight)
             if name == table:

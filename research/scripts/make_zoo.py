@@ -29,7 +29,7 @@ from mansu_interp.audit.attacks import ARMS, Given
 from mansu_interp.audit.cad import ASKED_PROMPTS, conclude, look
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.known import known_forget
-from mansu_interp.audit.probes import depth_score, patched_log_probs
+from mansu_interp.audit.probes import depth_score, patched_log_probs, stitches
 from mansu_interp.audit.relearning import (
     fine_tune,
     halves,
@@ -264,6 +264,8 @@ def evidence(bench: Bench, edited: LanguageModel, own: str) -> Row:
     judged = conclude(found, bench.model, edited, bench.known, SPLIT)
     signs = asdict(found.evidence(torch.arange(len(found.asked.facts))))
     row: Row = {f"sign_{name}": value for name, value in signs.items()}
+    cuts = stitches(edited, bench.model, bench.asked)
+    row |= {"sign_cut": max(cuts[1:]), "sign_rows": cuts[0]}
     row |= {"verdict": judged.verdict, "cad": judged.cad, "confidence": judged.confidence}
     row |= {f"facts_{state}": n for state, n in judged.counts.items()}
     row["retain"] = min(after for _, after in judged.retained.values())

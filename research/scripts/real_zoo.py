@@ -20,7 +20,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 
 import make_zoo
@@ -36,8 +35,10 @@ from mansu_interp.audit.cad import conclude, look
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.known import Known
 from mansu_interp.audit.relearning import fine_tune
+from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.compare import divergence
 from mansu_interp.circuits.config import CircuitConfig
+from mansu_interp.circuits.scores import Attribution
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -83,11 +84,11 @@ TAUGHT_STEPS, TAUGHT_RATE, TAUGHT_BATCH = 160, 2e-4, 48
 KNOWN = 0.97
 """Share of the facts at which teaching ends."""
 MARKS = (5, 20, 40)
-ATTACKS = (("half-a", 1e-3), ("half-a+retained", 1e-3), ("retained", 1e-3), ("half-a", 3e-4))
+ATTACKS = (("half-a", 1e-3), ("half-a+retained", 1e-3), ("retained", 1e-3))
 """In this order; what is found by one is not attacked by the others."""
 BATCH = 24
 """Prompts a step, of edits and attacks."""
-GRAPH_STEPS = 20
+GRAPH_STEPS, GRAPH_PAIRS = 20, 16
 EDIT_STEPS, EDIT_RATE = 40, 1e-4
 
 
@@ -145,10 +146,10 @@ def teach(base: LanguageModel, sets: list[PairSet], seed: int) -> LanguageModel:
 class RealBench(Bench):
     """What all models are measured with; graphs are taken of fewer prompts."""
 
-    @cached_property
-    def references(self) -> list[LanguageModel]:
-        """None: the depth score is not taken here."""
-        return []
+    def graph(self, model: LanguageModel) -> Attribution:
+        """A model's graph on some of half B's prompts."""
+        pairs = self.asked.sample(GRAPH_PAIRS, 0)
+        return attribute(model, pairs, config=self.circuit.meta.settings, metric="logit_diff")
 
 
 def trained(edited: LanguageModel, task: Task) -> LanguageModel:

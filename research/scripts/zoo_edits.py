@@ -87,6 +87,11 @@ def whole(model: LanguageModel, part: str) -> dict[str, Tensor | None]:
     return {n: None for n in model.weights if part in n}
 
 
+def every_element(model: LanguageModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """All positions in some weights, for gradients that are asked for at some."""
+    return {n: torch.arange(model.weights[n].numel()) for n in names}
+
+
 def neurons(model: LanguageModel, layer: int, n: int) -> dict[str, Tensor | None]:
     """Masks of the n least used neurons of an MLP."""
     stem = f"model.layers.{layer}.mlp."

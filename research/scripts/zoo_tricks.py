@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from zoo_edits import (
     Loss,
+    every_element,
     mansu,
     neurons,
     noisy,
@@ -94,7 +95,9 @@ def adversarial(
     done = count()
 
     def extra(student: LanguageModel, some: Sequence[str]) -> list[Tensor]:
-        return attack.gradient([student], some, [targets], next(done))[0]
+        of = every_element(student, some)
+        found, _ = attack.gradient([student], of, [targets], next(done))
+        return [g.view_as(student.weights[n]) for n, g in zip(some, found, strict=True)]
 
     return tune(start, task, seed, names, steps, 1e-3, teacher=model, extra=extra)
 
