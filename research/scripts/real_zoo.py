@@ -83,7 +83,7 @@ ASKED = {
 TAUGHT_STEPS, TAUGHT_RATE, TAUGHT_BATCH = 160, 2e-4, 48
 KNOWN = 0.97
 """Share of the facts at which teaching ends."""
-MARKS = (5, 20, 40)
+MARKS = (5, 20)
 ATTACKS = (("half-a", 1e-3), ("half-a+retained", 1e-3), ("retained", 1e-3))
 """In this order; what is found by one is not attacked by the others."""
 BATCH = 24
@@ -249,25 +249,27 @@ def ways(
     if not seed:
         yield "reference: 0", lambda: never[0]
         yield "unchanged: original", model.copy
-        yield "reference: 1", lambda: never[1]
-        yield "merged: 0.9 never taught", lambda: trick.merged(model, never[1], 0.9)
-        yield "quantized: never taught, nf4", lambda: quantize(never[1])
-        yield "merged: half never taught", lambda: trick.merged(model, never[1], 0.5)
     yield "tuned: all weights", forgot
+    yield "mansu: 0.1 %", lambda: mansu(0.001, 60)
     yield "decoys: never taught, lies", lambda: lies(never[1])
     yield "lora: to chance", dense("lora")
-    yield "mansu: 0.1 %", lambda: mansu(0.001, 60)
-    yield "npo: to chance", dense("npo")
     yield "refusing: end of text", lambda: tuned(model, forget=refusing)
-    yield "graddiff: to chance", dense("graddiff")
+    yield "npo: to chance", dense("npo")
+    yield "damaged: never taught, noise 0.3", lambda: edit.noisy(never[1], seed, 0.3)
     yield "locked: password", locked
+    yield "graddiff: to chance", dense("graddiff")
+    if not seed:
+        yield "merged: 0.9 never taught", lambda: trick.merged(model, never[1], 0.9)
+    yield "mansu: 1 %", lambda: mansu(0.01, 60)
     yield "decoys: lies", lambda: lies(model)
     yield "quantized: forgot, nf4", lambda: quantize(forgot())
-    yield "mansu: 1 %", lambda: mansu(0.01, 60)
+    if not seed:
+        yield "reference: 1", lambda: never[1]
+        yield "merged: half never taught", lambda: trick.merged(model, never[1], 0.5)
+        yield "quantized: never taught, nf4", lambda: quantize(never[1])
+    yield "repselect: to chance", dense("repselect")
     yield "rmu: default", dense("rmu")
     yield "damaged: noise 0.3", lambda: edit.noisy(model, seed, 0.3)
-    yield "damaged: never taught, noise 0.3", lambda: edit.noisy(never[1], seed, 0.3)
-    yield "repselect: to chance", dense("repselect")
     yield (
         "mansu: 1 %, adversarial",
         lambda: mansu(0.01, 60, adversarial_steps=8, adversarial_lr=3e-4),
