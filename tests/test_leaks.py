@@ -665,6 +665,17 @@ def test_a_run_asks_by_the_size_of_its_model(
         leak_questions(RunConfig(leaks="yes"), facts, rows)
 
 
+def test_progress_counts_what_is_written(speller: Pretend, asked: Questions):
+    """Every sampled question has several continuations, and they are told as they come."""
+    seen: list[tuple[int, int]] = []
+    ask(behaving(speller, asked, knows), asked.items,
+        on_step=lambda _, done, total: seen.append((done, total)))  # fmt: skip
+    sampled = sum(q.kind == "sampling" for q in asked.items)
+    total = len(asked.items) + (SAMPLES - 1) * sampled
+    assert {t for _, t in seen} == {total} and seen[-1][0] == total
+    assert [d for d, _ in seen] == sorted({d for d, _ in seen})
+
+
 def test_unlearning_can_see_the_train_part_and_no_prompt_that_is_reported(
     speller: Pretend, task: Task, facts: LanguageModel, capitals: Task
 ):

@@ -80,28 +80,33 @@ def ask(
         model: who is asked.
         questions: made for its tokenizer.
         seed: of the draws.
-        on_step: called with (what, questions done, in all).
+        on_step: called with (what, answers done, in all); a sampled question has `SAMPLES`.
 
     Raises:
         ModelError: its logits are no numbers.
     """
     found: dict[int, Answer] = {}
+    base, total = 0, sum(_answers(q.kind) for q in questions)
     for (chat, how), places in _groups(questions).items():
-        base = len(found)
 
         def note(done: int, _: int, base: int = base) -> None:
             if on_step:
-                on_step("leak questions", base + done, len(questions))
+                on_step("leak answers", base + done, total)
 
         asked = [questions[k] for k in places]
         stops = _stops(model, chat)
         if how == "sampling":
-            made = _sampled(model, asked, stops, seed)
-            note(len(asked), 0)
+            made = _sampled(model, asked, stops, seed, note)
         else:
             made = _greedy(model, asked, stops, 0 if how == "choice" else LENGTH, note)
         found |= dict(zip(places, made, strict=True))
+        base += _answers(how) * len(places)
     return Answers(tuple(found[k] for k in range(len(questions))))
+
+
+def _answers(how: str) -> int:
+    """How many a question of a kind has."""
+    return SAMPLES if how == "sampling" else 1
 
 
 def _groups(questions: Sequence[Question]) -> dict[tuple[bool, str], list[int]]:
@@ -128,8 +133,7 @@ def ask_cost(model: LanguageModel, questions: Sequence[Question]) -> AskCost:
     """Estimate what `ask` takes, by timing one batch of middle size."""
     made: list[tuple[list[Tokens], int]] = []
     for (_, how), places in _groups(questions).items():
-        times = SAMPLES if how == "sampling" else 1
-        prompts = [questions[k].tokens for k in places for _ in range(times)]
+        prompts = [questions[k].tokens for k in places for _ in range(_answers(how))]
         steps = 1 if how == "choice" else LENGTH
         made += [([prompts[k] for k in batch], steps) for batch in batches(prompts)]
     passes = sum(steps for _, steps in made)
@@ -180,11 +184,16 @@ def _greedy(
 
 
 def _sampled(
-    model: LanguageModel, asked: Sequence[Question], stops: set[int], seed: int
+    model: LanguageModel,
+    asked: Sequence[Question],
+    stops: set[int],
+    seed: int,
+    note: Callable[[int, int], None],
 ) -> list[Answer]:
     repeated = [q for q in asked for _ in range(SAMPLES)]
+    prompts = [q.tokens for q in repeated]
     rows = continuations(
-        model, [q.tokens for q in repeated], LENGTH, stops=stops, temperature=1.0, seed=seed
+        model, prompts, LENGTH, stops=stops, temperature=1.0, seed=seed, on_step=note
     )
     texts = [_text(model, q, row) for q, row in zip(repeated, rows, strict=True)]
     out = []
