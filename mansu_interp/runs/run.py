@@ -147,7 +147,7 @@ def _check_settings(config: RunConfig) -> None:
 def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Knowledge]:
     """The rest of step 1: the model, the task without what it does not know, and what it knows."""
     note("loading model and task", 0, 0)
-    model = load_model(config.model, config.device)
+    model = load_model(config.model, config.device, config.dtype)
     use_threads(model, config.threads)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
