@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +28,14 @@ from mansu_interp.masks.mask import Mask
 from mansu_interp.models import load
 from mansu_interp.models.hooked import as_language_model
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.models.layout import unembedded
-from mansu_interp.models.load import load_model, pick_dtype
+from mansu_interp.models.layout import output_embeddings, unembedded
+from mansu_interp.models.load import empty_model, load_model, pick_dtype
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.runs import measure as measuring
-from mansu_interp.runs.config import RunConfig
+from mansu_interp.runs.config import PlanConfig, RunConfig
+from mansu_interp.runs.planning import memory
+from mansu_interp.runs.planning.cost import plan_lines
+from mansu_interp.runs.planning.memory import PROCESS, Job, disk_gb, fitting, stages
 from mansu_interp.runs.run import run
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
@@ -54,6 +58,11 @@ def low() -> LanguageModel:
 @pytest.fixture(scope="module")
 def few(capitals: Task) -> PairSet:
     return capitals.forget.sample(12, 0)
+
+
+def low_copy(model: LanguageModel) -> LanguageModel:
+    """A copy whose weights are rounded to bfloat16."""
+    return LanguageModel("low", copy.deepcopy(model.hf).bfloat16(), None, LOW)
 
 
 def mask_of(model: LanguageModel) -> Mask:
@@ -88,9 +97,7 @@ def test_one_place_decides(
 @pytest.mark.parametrize("stored", [WIDE, torch.float16])
 def test_what_bfloat16_would_round_is_refused(stored: torch.dtype):
     kind = str(stored).removeprefix("torch.")
-    with pytest.raises(
-        ConfigError, match=f"bfloat16 for a checkpoint that is stored as {kind} and"
-    ):
+    with pytest.raises(ConfigError, match=f"for a checkpoint that is stored as {kind} and would"):
         pick_dtype("bfloat16", stored, 10**9, CPU)
     with pytest.raises(ConfigError, match=r"dtype: got 'int8', expected auto, float32, bfloat16\."):
         pick_dtype("int8", stored, 10**9, CPU)
@@ -116,19 +123,20 @@ def test_logits_are_not_rounded_to_bfloat16(low: LanguageModel, few: PairSet):
     """Else many answers would be level, and a tie counts against a model."""
     batch = next(few.batches(12, CPU))
     hidden = low.hf.base_model(input_ids=batch.clean).last_hidden_state[:, -1].detach()
-    weight = low.hf.get_output_embeddings().weight
+    head = output_embeddings(low.hf)
+    weight = head.get_parameter("weight")
     exact = hidden.double() @ weight.double().T
     logits = low.unembed(hidden)
     assert logits.dtype == WIDE
     assert (logits - exact).abs().max() < 1e-4
-    rounded = low.hf.lm_head(hidden)
+    rounded = head(hidden)
     assert rounded[0].unique().numel() < 0.8 * logits[0].unique().numel()
     assert low.last_logits(batch.clean, batch.last).dtype == low.all_logits(batch.clean).dtype
 
 
 def test_gradients_pass_the_unembedding(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mansu_interp.models.layout.ROWS", 16)  # the last part is smaller
-    hf = copy.deepcopy(make_tiny().hf).to(LOW)
+    hf = low_copy(make_tiny()).hf
     hidden = torch.randn(3, 2, hf.config.hidden_size).to(LOW).requires_grad_(True)
     weight = hf.lm_head.weight.requires_grad_(True)
     slope = torch.randn(3, 2, hf.config.vocab_size)
@@ -166,11 +174,10 @@ def test_gradients_are_near_those_of_float32(
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_edges_agree_with_the_definition_in_64_bits(kv_heads: int):
     """Large random weights are the worst case: on the embedded model they agree to 0.001."""
-    hf = copy.deepcopy(make_tiny(kv_heads).hf).to(LOW)
-    exact, pairs = LanguageModel("exact", copy.deepcopy(hf).double(), None), make_pairs()
+    narrow, pairs = low_copy(make_tiny(kv_heads)), make_pairs()
+    exact = LanguageModel("exact", copy.deepcopy(narrow.hf).double(), None)
     expected = np.mean([reference.eap(exact, p) for p in pairs], axis=0)
     assert expected.dtype == np.float64
-    narrow = LanguageModel("low", hf, None, LOW)
     found = attribute(narrow, pairs, config=AttributionConfig(method="eap")).scores
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999
@@ -241,10 +248,8 @@ def test_what_relearns_does_so_in_float32(facts: LanguageModel, low: LanguageMod
     one, other = (relearn(m, capitals, config=config, split="dev").points for m in (low, facts))
     assert one[-1] == other[-1]
     assert low.trainable_copy().dtype == WIDE and low.dtype == LOW
-    assert (
-        DenseLoop(low, Objective(lambda m, p: nll(m, list(p)).mean()), GradDiff()).student.dtype
-        == WIDE
-    )
+    loop = DenseLoop(low, Objective(lambda m, p: nll(m, list(p)).mean()), GradDiff())
+    assert loop.student.dtype == WIDE
 
 
 def test_adversarial_relearning_and_probes_work(low: LanguageModel, capitals: Task):
@@ -297,3 +302,65 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for n, i in before.indices.items()
     )
     assert common > 0.8 * sum(map(len, after.indices.values()))
+
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+
+
+def test_the_plan_of_8b_in_bfloat16(tmp_path: Path):
+    """GB by hand: 16.06 of weights, 13.96 of those in layers; 1.75 of float32 a layer."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA, "dtype": "bfloat16"}))
+    model = empty_model(path, dtype="bfloat16")
+    assert (model.dtype, model.saved_dtype) == (LOW, LOW)
+    assert empty_model(path, dtype="float32").dtype == WIDE
+    job = Job(32, budget=0.0005, by_layer=True, method=Mansu(survive=SET))
+    found = {s.name: s.gb - PROCESS for s in stages(model, job)}
+    passes = 4.6  # 16 prompts of 32 tokens
+    assert found["mask"] - passes == pytest.approx(16.06 + 3 * 0.87 + 6.98 + 0.48, rel=0.05)
+    candidates = 6 * 0.0005 * 8.03 * (90 + 45 * 4)
+    parts = 2 * 16.06 + 13.96 + 4 * 0.65 * 6.98 + candidates
+    assert found["unlearning"] - passes == pytest.approx(parts, rel=0.05)
+    assert found["unlearning"] < 80 < found["relearning"]
+    text = "\n".join(plan_lines(PlanConfig(str(path), 32, dtype="bfloat16")))
+    assert "16.1 GB of weights in bfloat16;" in text
+    path.write_text(json.dumps(LLAMA))
+    with pytest.raises(ConfigError, match="a checkpoint that is stored as float32 and would be"):
+        empty_model(path, dtype="bfloat16")
+
+
+def test_layers_take_turns_where_all_at_once_do_not_fit(
+    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch
+):
+    config = RunConfig(task="capitals")
+    layered = replace(config, by_layer=True)
+    at_once, one = (
+        next(s.gb for s in stages(facts, Job.of(c, capitals)) if s.name == "mask")
+        for c in (config, layered)
+    )
+    for has, expected in ((at_once, config), ((at_once + one) / 2, layered), (one / 2, config)):
+        monkeypatch.setattr(memory, "machine_gb", lambda device, has=has: has)
+        assert fitting(config, facts, capitals) == expected
+    dense = replace(config, unlearn=GradDiff())
+    assert fitting(dense, facts, capitals) == dense
+
+
+def test_the_disk_of_a_run_by_hand(facts: LanguageModel):
+    """1,033,344 weights of 2 bytes; 5,167 edits with a position, two values and two codes each of
+    two quantizers; six candidates for each, with a position."""
+    method = Mansu(survive=("nf4", "q4_0"))
+    found = disk_gb(RunConfig(unlearn=method), facts)
+    assert found.kept * 1e9 == pytest.approx(2_066_688 + 5_167 * (12 + 24), rel=0.001)
+    assert (found.most - found.kept) * 1e9 == pytest.approx(2 * 31_000 * 8 * 3, rel=0.001)
+    dense = disk_gb(RunConfig(unlearn=GradDiff()), facts)
+    assert dense.kept * 1e9 == pytest.approx(2_066_688)

@@ -97,13 +97,18 @@ def _read_config(file: Path) -> dict[str, Json]:
     return raw
 
 
-def empty_model(name: str | Path) -> LanguageModel:
+def empty_model(
+    name: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> LanguageModel:
     """A model without weights, from its configuration alone: sizes and graph, nothing else.
 
     Arguments:
         name: as in `load_model`, or the path of a config.json.
+        device: where it would compute, which decides its dtype.
+        dtype: as in `pick_dtype`; the checkpoint's is the one that its configuration names.
 
     Raises:
+        ConfigError: a dtype that does not fit.
         ModelError: no such configuration, or one that transformers does not know.
     """
     given = Path(name)
@@ -123,7 +128,9 @@ def empty_model(name: str | Path) -> LanguageModel:
             raise ModelError(
                 f"{name} is not the configuration of a causal language model: {first_line(error)}"
             ) from error
-    return LanguageModel(str(name), hf, None)
+    stored = getattr(config, "dtype", None) or torch.float32
+    held = pick_dtype(dtype, stored, hf.num_parameters(), pick_device(device))
+    return LanguageModel(str(name), hf.to(dtype=held), None, stored)
 
 
 def pick_device(name: str | torch.device) -> torch.device:

@@ -103,6 +103,8 @@ class PlanConfig:
     """Share of all parameters that a run may edit, in (0, 1]."""
     survive: tuple[str, ...] = Mansu().survive
     """Quantizers that a run's edits survive."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which weights would be held, as in mansu run, on this machine."""
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     """How edges would be scored."""
 
