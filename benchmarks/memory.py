@@ -1,12 +1,13 @@
 """Peak memory of the stages of a run, as ratios to a bare forward and backward pass.
 
-    python benchmarks/memory.py [--shape smollm2] [--survive nf4 fp4 int4-g32 q4_0] [--only unlearn]
+    python benchmarks/memory.py [--shape smollm2] [--dtype bfloat16]
+        [--survive nf4 fp4 int4-g32 q4_0] [--only unlearn]
 
 Random Llamas (`SHAPES`) and random prompts, 8 pairs of 16 tokens; few steps, since what is held
 does not depend on how many there are. "Bare" is a forward and backward pass of all pairs through
-the same model, every weight with a gradient: weights, gradients and activations. Each stage runs in
-a process of its own; its peak is the kernel's (VmHWM of /proc/self/status, Linux alone) less what a
-process holds that has loaded the libraries.
+the same model in the same dtype, every weight with a gradient: weights, gradients and activations.
+Each stage runs in a process of its own; its peak is the kernel's (VmHWM of /proc/self/status, Linux
+alone) less what a process holds that has loaded the libraries.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ SHAPES = {
     "0.35B": (24, 1024, 2816, 16, 8),
     "1.1B": (22, 2048, 5632, 32, 4),
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
 STAGES = ("attribution", "mask", "mask --by-layer", "unlearn", "scores", "relearning")
 SHARE = 0.003
 """Candidates of the mask, of all linear weights: six times a budget of 0.05 %."""
 
 
-def make_model(shape: str) -> LanguageModel:
+def make_model(shape: str, dtype: torch.dtype) -> LanguageModel:
     """A random Llama."""
     torch.manual_seed(0)
     layers, width, mlp, heads, groups = SHAPES[shape]
@@ -65,7 +67,10 @@ def make_model(shape: str) -> LanguageModel:
         tie_word_embeddings=True,
         architectures=["LlamaForCausalLM"],
     )
-    return LanguageModel(shape, LlamaForCausalLM(config).eval(), None)
+    torch.set_default_dtype(dtype)
+    hf = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return LanguageModel(shape, hf, None, dtype)
 
 
 def make_task() -> Task:
@@ -133,7 +138,7 @@ def measured(args: argparse.Namespace) -> str:
     torch.set_num_threads(args.threads)
     task, began = make_task(), time.perf_counter()
     if args.stage != "nothing":
-        model = make_model(args.shape)
+        model = make_model(args.shape, DTYPES[args.dtype])
         began = time.perf_counter()
         stages(model, task, args.survive)[args.stage]()
     took = time.perf_counter() - began
@@ -153,6 +158,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Peak memory of the stages of a run.")
     parser.add_argument("--shape", default="smollm2", choices=SHAPES)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--survive", nargs="+", default=list(SET))
     parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -163,9 +169,11 @@ def main() -> None:
         return
     nothing, _ = run_stage("nothing")
     least = run_stage("bare")[0] - nothing
-    weights = sum(w.numel() for w in make_model(args.shape).weights.values()) * 4 / 1e9
+    dtype = DTYPES[args.dtype]
+    weights = make_model(args.shape, dtype).n_parameters * dtype.itemsize / 1e9
     print(
-        f"{args.shape}: weights {weights:.2f} GB in float32, bare pass {least:.2f} GB", flush=True
+        f"{args.shape}: weights {weights:.2f} GB in {args.dtype}, bare pass {least:.2f} GB",
+        flush=True,
     )
     for stage in args.only:
         peak, took = run_stage(stage)

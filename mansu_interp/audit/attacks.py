@@ -75,13 +75,13 @@ class Given:
 
 def copied(model: LanguageModel, _: int) -> LanguageModel:
     """The model itself, as a copy."""
-    return model.copy()
+    return model.trainable_copy()
 
 
 @torch.no_grad()
 def noisy(model: LanguageModel, seed: int) -> LanguageModel:
     """A copy with Gaussian noise on every weight of two dimensions, `NOISE` of its deviation."""
-    copy, draws = model.copy(), torch.Generator().manual_seed(seed)
+    copy, draws = model.trainable_copy(), torch.Generator().manual_seed(seed)
     for weight in copy.weights.values():
         if weight.ndim == 2:
             noise = torch.randn(weight.shape, generator=draws).to(weight)
@@ -91,7 +91,7 @@ def noisy(model: LanguageModel, seed: int) -> LanguageModel:
 
 def quantized(model: LanguageModel, _: int) -> LanguageModel:
     """A copy with the linear weights that NF4 stands for."""
-    return quantize(model, "nf4")
+    return quantize(model, "nf4").trainable_copy()
 
 
 Trainer = Callable[

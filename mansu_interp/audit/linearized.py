@@ -289,7 +289,7 @@ def linearized_relearning(
         steps: the most that are taken, at least one; fewer where half A is learnt before.
         on_step: called with (steps done, steps in all).
     """
-    moved = model.copy()
+    moved = model.trainable_copy()
     first_a, first_b, last_b = [], [], []
     for done in range(1, steps + 1):
         gauss_newton_step(moved, half_a, damping)

@@ -24,6 +24,7 @@ from ..losses.answers import divergence
 from ..losses.gradients import passes
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
+from ..models.stream import widen
 from ..tasks.pairs import Batch, Pair, PairSet, collate
 
 CHUNK = 48
@@ -181,17 +182,17 @@ def last_states(
     reads at the subject's last token, which is the last that the corrupt prompt changes."""
     batch = collate(pairs, model.device)
     read, rows = states(model, batch), torch.arange(len(batch), device=model.device)
-    out = [s[rows, batch.last] for s in read]
+    out = [widen(s[rows, batch.last]) for s in read]
     if subject:
         positions = torch.arange(batch.clean.shape[1], device=model.device)
         at = ((batch.clean != batch.corrupt) * positions).amax(1)
-        out += [s[rows, at] for s in read]
+        out += [widen(s[rows, at]) for s in read]
     return out
 
 
 def answer_rows(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
     """The unembedding's rows, centred: what a probe maps states to."""
-    rows = output_embeddings(model.hf).get_parameter("weight").detach()
+    rows = widen(output_embeddings(model.hf).get_parameter("weight").detach())
     return rows - rows.mean(0)
 
 

@@ -382,7 +382,7 @@ def relearn(
     points: list[Point] = []
     for rate in config.rates:
         points.append(replace(start, rate=rate))
-        for done, attacked in enumerate(fine_tune(model.copy(), [train], rate, config)):
+        for done, attacked in enumerate(fine_tune(model.trainable_copy(), [train], rate, config)):
             if done in config.steps:
                 points.append(score_halves(attacked, half_a, half_b, rate=rate, steps=done))
             if on_step and done:
@@ -401,5 +401,5 @@ def relearned(
     """A copy that relearned half A, as `relearn` does at one of its rates, after the last step."""
     config = replace(config or RelearnConfig(), rates=(rate,))  # which checks it
     first, _ = halves(task.forget, config.seed)
-    *_, last = fine_tune(model.copy(), [of_subjects(task.forget, first)], rate, config)
+    *_, last = fine_tune(model.trainable_copy(), [of_subjects(task.forget, first)], rate, config)
     return last

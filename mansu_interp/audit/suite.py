@@ -253,7 +253,7 @@ class Suite:
         todo, two = [a for a in self.attacks if not self._read(a)], replace(self.config, steps=(2,))
         model = max(self.models.values(), key=lambda m: m.n_parameters)
         with one_thread():
-            training = fine_tune(model.copy(), [self._given.half_a], 1e-9, two)
+            training = fine_tune(model.trainable_copy(), [self._given.half_a], 1e-9, two)
             copy = next(training)
             next(training)  # the first warms up
             start = time.perf_counter()

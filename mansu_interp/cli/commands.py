@@ -134,7 +134,8 @@ def do_plan(config: PlanConfig, output: Output) -> int:
         from ..models.load import empty_model
         from ..runs.planning.cost import estimate
 
-        say_json(asdict(estimate(empty_model(config.model), config.attribution, config.tokens)))
+        model = empty_model(config.model, dtype=config.dtype)
+        say_json(asdict(estimate(model, config.attribution, config.tokens)))
         return 0
     say("\n".join(plan_lines(config)))
     return 0

@@ -246,4 +246,4 @@ def _put(model: LanguageModel, ledger: Ledger, kind: str) -> None:
         if values is None or not fits or not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ArtifactError(f"The ledger does not fit {model.name}: see {name}.")
         weight = model.weights[name].view(-1)
-        weight[index.long().to(weight.device)] = values.float().to(weight.device)
+        weight[index.long().to(weight.device)] = values.to(weight)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
+from ..models.stream import widen
 from ..tasks.pairs import Batch, PairSet
 from ..utils.distributed import rank, sum_over_processes, world_size
 from .gradients import Elements, Weights, gradient, local_gradient
@@ -132,7 +133,7 @@ def retain_bound(
     fisher = fisher_diagonal(model, names, pairs, seed=seed)
     first = second = 0.0
     for name, g in zip(names, slopes, strict=True):
-        d = edited.weights[name] - model.weights[name]
+        d = widen(edited.weights[name]) - model.weights[name]
         first += float((g.double() * d).sum())
         second += 0.5 * float((fisher[name].double() * d * d).sum())
     return RetainBound(abs(first), second, change)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..models.stream import widen
 from ..tasks.pairs import Pair, by_phrasing, chunks
 from ..utils.distributed import shard, sum_over_processes
 
@@ -58,6 +59,8 @@ def gradient(
     a ``torch.distributed`` process group each process computes its share of the losses and all
     return the gradient of the whole sum.
 
+    The gradient of one loss has the weights' dtype; it is added up in float32.
+
     Arguments:
         model: whose weights.
         of: their names; or positions in them, to get the gradient there alone: memory then holds
@@ -85,7 +88,7 @@ def local_gradient(
         """Add a weight's gradient as soon as it is whole, and free it."""
         found, weight.grad = weight.grad, None
         assert found is not None
-        part = found.flatten()[at[name].to(found.device)] if name in at else found
+        part = widen(found.flatten()[at[name].to(found.device)] if name in at else found)
         if squared:
             part.square_()
         total[name] = total[name].add_(part) if name in total else part
@@ -103,7 +106,7 @@ def local_gradient(
         for name, weight in wanted.items():
             weight.requires_grad_(False).grad = held[name]
     return [
-        total[n] if n in total else torch.zeros_like(w.flatten()[at[n]] if n in at else w)
+        total[n] if n in total else torch.zeros_like(widen(w.flatten()[at[n]] if n in at else w))
         for n, w in wanted.items()
     ]
 

@@ -190,7 +190,7 @@ def floor(
     """The floor for a weight.
 
     Arguments:
-        weight: as loaded, in float32.
+        weight: as loaded.
         survive: the set; its order means nothing.
         dtype: of the checkpoint.
         index: flat positions of the elements wanted; default: all.
@@ -246,7 +246,7 @@ def floor_step(
     """The smallest step against the gradient that the floor allows; 0 where it forbids any."""
     quantizers = _those_that_touch(weight, survive)
     units, slopes = (as_units(x, quantizers) for x in (weight, gradient))
-    step = torch.empty_like(units)
+    step = torch.empty_like(units, dtype=torch.float32)
     for some, rows in in_parts(units):
         slope = slopes[some].flatten()
         target = _Grids.of(rows, quantizers, dtype, narrow).nearest(slope <= 0)

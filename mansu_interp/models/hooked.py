@@ -41,7 +41,7 @@ from .hugging_face import (
 )
 from .language_model import LanguageModel
 from .layout import is_packed, unwrapped
-from .load import load_model
+from .load import load_model, pick_dtype
 from .stream import Reading, Stream, widen
 
 
@@ -206,9 +206,10 @@ def as_model(model: object) -> LanguageModel | HookedModel:
 def as_language_model(model: object) -> LanguageModel:
     """The weights of a model as they are deployed, with its tokenizer where it has one.
 
-    Of a model in float16 or bfloat16 a float32 copy is made, whose edits are saved in its own dtype
-    again; all others share the memory of what was given. Weights packed to 4 bits by bitsandbytes
-    stay packed: such a model answers, and what edits or quantizes refuses it.
+    Of a model in float16, or in bfloat16 where `pick_dtype` prefers float32, a float32 copy is
+    made, whose edits are saved in its own dtype again; all others share the memory of what was
+    given. Weights packed to 4 bits by bitsandbytes stay packed: such a model answers, and what
+    edits or quantizes refuses it.
 
     Arguments:
         model: as in `as_model`.
@@ -238,9 +239,12 @@ def as_language_model(model: object) -> LanguageModel:
     packed = any(map(is_packed, found.hf.parameters()))
     if isinstance(model, LanguageModel) or packed or not narrow:
         return found
-    (dtype, *more) = narrow
-    hf = copy.deepcopy(found.hf).float()
-    return replace(found, hf=hf, saved_dtype=torch.float32 if more else dtype)
+    kinds = {w.dtype for w in found.weights.values() if w.is_floating_point()}
+    stored = narrow.pop() if len(kinds) == 1 else torch.float32
+    found = replace(found, saved_dtype=stored)
+    if pick_dtype("auto", stored, found.n_parameters, found.device) == stored:
+        return found
+    return replace(found, hf=copy.deepcopy(found.hf).float())
 
 
 def merged(adapted: nn.Module) -> nn.Module:

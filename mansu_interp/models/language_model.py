@@ -36,9 +36,9 @@ from .hugging_face import (
 from .layout import (
     is_packed,
     linear_weights,
-    output_embeddings,
     turn,
     turn_back,
+    unembedded,
     unpack_4bit,
 )
 
@@ -58,7 +58,7 @@ def _common_prefix(tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " n"]) -> i
 
 @dataclass(repr=False)
 class LanguageModel(Shown):
-    """A causal language model in float32, its tokenizer, and views of both.
+    """A causal language model, its tokenizer, and views of both.
 
     Examples:
         >>> model = load_model("facts")
@@ -69,8 +69,8 @@ class LanguageModel(Shown):
     name: str
     """Embedded name, folder or hub name it was loaded from."""
     hf: PreTrainedModel
-    """The Hugging Face ``PreTrainedModel`` (float32, eval mode); a `Conv1D` in it is turned into a
-    linear layer, see `layout`."""
+    """The Hugging Face ``PreTrainedModel`` (eval mode; float32, or the checkpoint's bfloat16, see
+    `pick_dtype`); a `Conv1D` in it is turned into a linear layer, see `layout`."""
     tokenizer: PreTrainedTokenizerBase | None
     """The Hugging Face tokenizer; None of a model that only computes on token ids."""
     saved_dtype: torch.dtype = torch.float32
@@ -102,6 +102,11 @@ class LanguageModel(Shown):
     def device(self) -> torch.device:
         """Where its weights lie, and so where it computes."""
         return next(iter(self.weights.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its weights are held and its layers compute."""
+        return next(iter(self.weights.values())).dtype
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -184,8 +189,7 @@ class LanguageModel(Shown):
         return bridge
 
     def check_editable(self) -> None:
-        """Raise ModelError unless every weight is float32, in which gradients and edits are
-        computed."""
+        """Raise ModelError unless every weight is float32, or bfloat16 as in the checkpoint."""
         parameters = self.hf.named_parameters()
         if name := next((n for n, w in parameters if is_packed(w)), ""):
             raise ModelError(
@@ -195,12 +199,13 @@ class LanguageModel(Shown):
                 "quantization_config. Prompts are answered and circuits found as it is."
             )
         for name, weight in self.weights.items():
-            if weight.dtype != torch.float32:
+            own = weight.dtype == self.saved_dtype == torch.bfloat16
+            if weight.dtype != torch.float32 and not own:
                 packed = "packed as " if not weight.is_floating_point() else ""
                 raise ModelError(
                     f"{self.name}: {name} is {packed}{str(weight.dtype).removeprefix('torch.')}, "
-                    "expected float32, in which gradients and edits are computed. load_model() "
-                    "widens a checkpoint, and save() stores it in its own dtype again."
+                    "expected float32, or bfloat16 that the checkpoint is stored in. load_model() "
+                    "takes care of it, and save() stores a checkpoint in its own dtype again."
                 )
 
     def copy(self, sharing: Collection[str] = ()) -> LanguageModel:
@@ -210,6 +215,11 @@ class LanguageModel(Shown):
         with quiet():
             hf = copy.deepcopy(self.hf, memo)
         return replace(self, hf=hf)
+
+    def trainable_copy(self) -> LanguageModel:
+        """A copy in float32: in bfloat16 the steps of an optimiser would be rounded away."""
+        copied = self.copy()
+        return copied if self.dtype == torch.float32 else replace(copied, hf=copied.hf.float())
 
     def check_finite(self) -> None:
         """Raise ModelError over a weight that holds NaN or infinity.
@@ -282,7 +292,7 @@ class LanguageModel(Shown):
         tokens, rows, at = (t.to(self.device) for t in (tokens, rows, at))
         by_parts, sharing = self._ways
         if not by_parts:
-            return self.hf(input_ids=tokens, use_cache=False).logits[rows, at]
+            return self._own_logits(tokens)[rows, at]
         common = _common_prefix(tokens, at) if sharing else 0
         if not common or common * (len(tokens) - 1) < self._min_shared:
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -348,8 +358,8 @@ class LanguageModel(Shown):
 
     def unembed(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
         """Logits of what the final norm has made of hidden states, scaled and capped as in the
-        model's own forward pass."""
-        logits = output_embeddings(self.hf)(hidden)
+        model's own forward pass, and never in bfloat16."""
+        logits = unembedded(self.hf, hidden)
         config = self.config.get_text_config(decoder=True)
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
@@ -358,8 +368,12 @@ class LanguageModel(Shown):
         return torch.tanh(logits / cap) * cap if cap else logits
 
     def all_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
-        """Next-token logits at every position."""
-        return self.hf(input_ids=tokens.to(self.device), use_cache=False).logits
+        """Next-token logits at every position, as the model rounds them; never in bfloat16."""
+        return self._own_logits(tokens.to(self.device))
+
+    def _own_logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        logits = self.hf(input_ids=tokens, use_cache=False).logits
+        return logits.float() if self.dtype == torch.bfloat16 else logits
 
     @torch.no_grad()
     @entrance(ModelError)

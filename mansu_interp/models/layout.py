@@ -11,10 +11,11 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from ..errors import ModelError
 from .hook_points import Component
@@ -31,6 +32,8 @@ BY_HEAD = ("gpt_neox", "bloom")
 """Model types whose fused projection is q, k and v of the first head, then of the second..."""
 ONE_KEY = ("falcon", "gpt_bigcode")
 """Model types with ``multi_query``: all q heads, then the only k head, then the only v head."""
+ROWS = 4096
+"""Rows of an unembedding in bfloat16 that are widened at a time."""
 _ATTENTION = re.compile(r"\.(self_attn|attn|attention|self_attention)\.")
 
 
@@ -120,6 +123,43 @@ def output_embeddings(hf: PreTrainedModel) -> nn.Module:
     if found is None:
         raise ModelError(f"A {type(hf).__name__} has no unembedding: give a causal language model.")
     return found
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T of bfloat16 factors, computed and returned in float32, some rows of W at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.cat([x.float() @ rows.float().T for rows in weight.split(ROWS)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, weight), parts = ctx.saved_tensors, slopes[0].split(ROWS, -1)
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.zeros_like(x, dtype=torch.float32)
+            for slope, rows in zip(parts, weight.split(ROWS), strict=True):
+                of_x += slope @ rows.float()
+            of_x = of_x.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            flat = x.float().flatten(0, -2)
+            found = [(s.flatten(0, -2).T @ flat).to(weight.dtype) for s in parts]
+            of_weight = torch.cat(found)
+        return of_x, of_weight
+
+
+def unembedded(
+    hf: PreTrainedModel, hidden: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch vocab"]:
+    """What a model's unembedding makes of hidden states; of bfloat16 in float32: rounded to it,
+    logits from 16 on are multiples of an eighth, and scores count a tie as lost."""
+    head = output_embeddings(hf)
+    weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+    if weight.dtype != torch.bfloat16:
+        return head(hidden)
+    logits = _WideProduct.apply(hidden, weight)
+    return logits if bias is None else logits + bias
 
 
 def linear_weights(hf: PreTrainedModel) -> list[str]:

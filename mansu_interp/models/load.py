@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ..utils.hub import cached_model, check_online, fetch_model, is_hub_name
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from ..utils.ranges import entrance
 from ..utils.shipped import DATA, is_embedded
+from ..utils.words import shown
 from .files import weight_files
 from .language_model import LanguageModel
 
@@ -34,7 +36,10 @@ DTYPES = {
 """What weights are stored as, in safetensors' words."""
 
 SMALL = 10**7
-"""Parameters below which ``auto`` stays on the CPU, which is faster then."""
+"""Parameters below which ``auto`` stays on the CPU and in float32, which is faster then."""
+
+HELD = ("auto", "float32", "bfloat16")
+"""What `pick_dtype` knows."""
 
 
 def embedded_models() -> list[str]:
@@ -92,13 +97,18 @@ def _read_config(file: Path) -> dict[str, Json]:
     return raw
 
 
-def empty_model(name: str | Path) -> LanguageModel:
+def empty_model(
+    name: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> LanguageModel:
     """A model without weights, from its configuration alone: sizes and graph, nothing else.
 
     Arguments:
         name: as in `load_model`, or the path of a config.json.
+        device: where it would compute, which decides its dtype.
+        dtype: as in `pick_dtype`; the checkpoint's is the one that its configuration names.
 
     Raises:
+        ConfigError: a dtype that does not fit.
         ModelError: no such configuration, or one that transformers does not know.
     """
     given = Path(name)
@@ -118,7 +128,9 @@ def empty_model(name: str | Path) -> LanguageModel:
             raise ModelError(
                 f"{name} is not the configuration of a causal language model: {first_line(error)}"
             ) from error
-    return LanguageModel(str(name), hf, None)
+    stored = getattr(config, "dtype", None) or torch.float32
+    held = pick_dtype(dtype, stored, hf.num_parameters(), pick_device(device))
+    return LanguageModel(str(name), hf.to(dtype=held), None, stored)
 
 
 def pick_device(name: str | torch.device) -> torch.device:
@@ -146,6 +158,42 @@ def pick_device(name: str | torch.device) -> torch.device:
     return found
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device is quick in bfloat16: below AVX-512 PyTorch emulates it, fifteen times as
+    slowly as it computes float32."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def pick_dtype(
+    name: str | torch.dtype, stored: torch.dtype, n_parameters: int, device: torch.device
+) -> torch.dtype:
+    """The dtype in which the weights of a checkpoint are held and its layers compute; edits, losses
+    and everything that is summed are float32 in either.
+
+    Arguments:
+        name: ``float32``; ``bfloat16``, of a checkpoint that is stored in it; ``auto``: the latter
+            for ten million parameters and more, on devices that are quick at it.
+        stored: in the checkpoint.
+        n_parameters: of the model.
+        device: where it will compute.
+
+    Raises:
+        ConfigError: another name, or bfloat16 for a checkpoint that it would round.
+    """
+    asked = str(name).removeprefix("torch.")
+    if asked not in HELD:
+        raise ConfigError(f"dtype: got {shown(asked)}, expected {', '.join(HELD)}.")
+    exact = stored == torch.bfloat16
+    if asked == "bfloat16" and not exact:
+        raise ConfigError(
+            f"dtype: got bfloat16 for a checkpoint that is stored as "
+            f"{str(stored).removeprefix('torch.')} and would be rounded, so that another model "
+            "would be edited. Give auto or float32, or store the checkpoint in bfloat16 first."
+        )
+    quick = exact and n_parameters >= SMALL and computes_bfloat16(device)
+    return torch.bfloat16 if asked == "bfloat16" or (asked == "auto" and quick) else torch.float32
+
+
 def use_threads(model: LanguageModel, threads: int | None = None) -> None:
     """Set how many CPU threads this process computes with.
 
@@ -160,17 +208,20 @@ def use_threads(model: LanguageModel, threads: int | None = None) -> None:
 
 
 @entrance(ModelError)
-def load_model(name: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
-    """Load an embedded model, a local Hugging Face folder, or a model of the hub, in float32.
+def load_model(
+    name: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+) -> LanguageModel:
+    """Load an embedded model, a local Hugging Face folder, or a model of the hub.
 
     Arguments:
         name: embedded name (see `embedded_models`), folder, or a name on the hub, ``owner/name`` or
             ``owner/name@revision``. Only a hub name that is not in the cache touches the network.
         device: where it computes, as in `pick_device`; ``auto`` leaves a model below ten million
             parameters on the CPU, as `SMALL` says.
+        dtype: in which its weights are held and it computes, as in `pick_dtype`.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: no such device, or a dtype that does not fit the checkpoint.
         ModelError: unknown name, unreachable hub (within 5 s), no safetensors, or a checkpoint
             that is already packed to 4 or 8 bits.
     """
@@ -187,22 +238,25 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
                 "weights: give the original checkpoint; this tool quantizes the result itself."
             )
         files = weight_files(place, raw)
+        stored, size = _stored(name, files)
+        small = device == "auto" and size < SMALL
+        target = torch.device("cpu") if small else target
+        held = pick_dtype(dtype, stored, size, target)
         try:
             # Code that comes with a model is never run, and never offered to be.
             how = {"local_files_only": True, "trust_remote_code": False}
             hf, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
-                place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **how
+                place, dtype=held, use_safetensors=True, output_loading_info=True, **how
             )
-            hf.eval()
-            small = device == "auto" and hf.num_parameters() < SMALL
-            hf.to(torch.device("cpu") if small else target)  # pyright: ignore[reportArgumentType]
+            hf.eval().to(target)  # pyright: ignore[reportArgumentType]
             tokenizer = AutoTokenizer.from_pretrained(place, **how)
             tokenizer.decode(tokenizer("a").input_ids)  # a damaged one may load, and fail here
         except Exception as error:  # the libraries below trip over damaged files in many ways
             if is_out_of_memory(error):
                 raise ResourceError(
-                    f"Out of memory while loading {name}. It takes four bytes a parameter and as "
-                    "much again for each copy: take a smaller model or a larger machine."
+                    f"Out of memory while loading {name}. It takes {held.itemsize} bytes a "
+                    "parameter and as much again for each copy: take a smaller model or a larger "
+                    "machine."
                 ) from error
             raise ModelError(f"{name} could not be loaded: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
@@ -211,27 +265,32 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Language
             "Give a whole checkpoint that fits its config.json."
         )
     unread = tuple(sorted(found["unexpected_keys"]))
-    dtype, sha = _stored_dtype(name, files), file_sha256(*files)
-    return LanguageModel(str(name), hf, tokenizer, dtype, sha, folder=place, unread=unread)
+    sha = file_sha256(*files)
+    return LanguageModel(str(name), hf, tokenizer, stored, sha, folder=place, unread=unread)
 
 
-def _stored_dtype(name: str | Path, files: Sequence[Path]) -> torch.dtype:
-    """The dtype in which a checkpoint's weights are stored, whatever its config.json says; of
-    several, one that holds all their values.
+def _stored(name: str | Path, files: Sequence[Path]) -> tuple[torch.dtype, int]:
+    """The dtype in which a checkpoint's weights are stored, whatever its config.json says (of
+    several, one that holds all their values), and how many elements they have.
 
     Raises:
-        ModelError: they are no floats.
+        ModelError: they are no floats, or a file is damaged.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    found = set()
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+    found, size = set(), 0
+    try:
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                for part in map(tensors.get_slice, tensors.keys()):
+                    found.add(part.get_dtype())
+                    size += math.prod(part.get_shape())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{name} could not be loaded: {first_line(error)}") from error
     kinds = {DTYPES[x] for x in found if x in DTYPES}
     if not kinds:
         raise ModelError(
             f"{name} stores {', '.join(sorted(found)) or 'no weights'}; expected floats, such as "
             f"{', '.join(DTYPES)}. Give the original checkpoint."
         )
-    return kinds.pop() if len(kinds) == 1 else torch.float32
+    return kinds.pop() if len(kinds) == 1 else torch.float32, size

@@ -70,7 +70,8 @@ class Packed:
         return replace(self, **{n: t.to(device) for n, t in held.items() if t is not None})
 
     def unpack(self, into: Float[Tensor, "out in"]) -> None:
-        """Write the de-quantized weight into a contiguous tensor of its shape."""
+        """Write the de-quantized weight into a contiguous tensor of its shape, as its dtype rounds
+        it."""
         groups = into.view(len(self.scale), -1)
         each = self.table.element_size() // 4  # codes a byte
         step = max(1, BYTES * each // groups.shape[1])
@@ -81,9 +82,10 @@ class Packed:
             levels = self.table[bytes_.int()].view(torch.float32).view_as(groups[some])
             if self.zero is not None:
                 levels.sub_(self.zero[some])
-            torch.mul(levels, self.scale[some], out=groups[some])
+            levels.mul_(self.scale[some])
             if self.offset is not None:
-                groups[some].add_(self.offset[some])
+                levels.add_(self.offset[some])
+            groups[some].copy_(levels)
 
 
 @dataclass(frozen=True)

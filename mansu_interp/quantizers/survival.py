@@ -110,7 +110,7 @@ def survival(
     edited = survived = collateral = intended = 0
     update = bins = along = noise = 0.0
     for name, first, second in _of_both(before, after, quantizer, calibration, embedding):
-        a, b = before.weights[name].cpu(), after.weights[name].cpu()
+        a, b = before.weights[name].cpu().float(), after.weights[name].cpu().float()
         moved = (a != b).flatten()
         # The same quantizer gives the same weight the same codes; a calibrated one need not.
         if first is second and not moved.any():

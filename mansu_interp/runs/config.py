@@ -59,6 +59,10 @@ class RunConfig:
     device: str = "auto"
     """Where models compute: cpu, cuda or cuda:1; auto: CUDA where there is one, but the CPU for
     models below ten million parameters, which do not gain."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which weights are held and layers compute; edits, losses and sums are float32 in either.
+    auto: bfloat16 of a checkpoint that is stored in it and has ten million parameters or more,
+    where the device is quick at it (GPUs, processors with AVX-512); else float32."""
     threads: int | None = None
     """CPU threads; default: one for models below ten million parameters, which do not gain from
     more, else torch's own choice."""
@@ -102,6 +106,8 @@ class PlanConfig:
     """Share of all parameters that a run may edit, in (0, 1]."""
     survive: tuple[str, ...] = Mansu().survive
     """Quantizers that a run's edits survive."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which weights would be held, as in mansu run, on this machine."""
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     """How edges would be scored."""
 

@@ -196,7 +196,7 @@ def train(run: RunContext, mask: Mask | None) -> LanguageModel:
                 save_edited(result.model, run.model, made)
         run.wait()
     checkpoint.unlink(missing_ok=True)
-    return load_model(folder, run.model.device)
+    return load_model(folder, run.model.device, run.model.dtype)
 
 
 def record(run: RunContext, mask: Mask | None, model: LanguageModel) -> None:

@@ -54,7 +54,7 @@ from .leaks import leak_questions
 from .measure import measure
 from .planning.cost import Plan, plan
 from .planning.knowledge import Knowledge, what_is_known
-from .planning.memory import Job, check_memory
+from .planning.memory import Job, check_memory, fitting
 
 
 @dataclass(repr=False)
@@ -120,7 +120,13 @@ def run(
             note(stage, done, total)
 
         context = RunContext(
-            config, model, task=task, provenance=made_from, note=held, clock=clock, folder=folder
+            fitting(config, model, task),
+            model,
+            task=task,
+            provenance=made_from,
+            note=held,
+            clock=clock,
+            folder=folder,
         )
         if on_plan:
             held("timing a small batch", 0, 0)
@@ -147,14 +153,14 @@ def _check_settings(config: RunConfig) -> None:
 def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Knowledge]:
     """The rest of step 1: the model, the task without what it does not know, and what it knows."""
     note("loading model and task", 0, 0)
-    model = load_model(config.model, config.device)
+    model = load_model(config.model, config.device, config.dtype)
     use_threads(model, config.threads)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
     if any(isinstance(get_quantizer(name), Mix) for name in config.quantizers):
         gguf_names(model)  # or the family is not known
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
-    check_memory(model, Job.of(config, task))
+    check_memory(model, Job.of(fitting(config, model, task), task))
     task, known = what_is_known(model, task, deployed(config), config.seed, note)
     leak_questions(config, model, task)
     if config.relearn_steps:

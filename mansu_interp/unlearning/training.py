@@ -14,6 +14,7 @@ from ..losses.accuracy import choice_accuracy, ranked_first, right
 from ..losses.answers import divergence, nll
 from ..losses.gradients import Elements, gradient, passes
 from ..models.language_model import LanguageModel
+from ..models.load import computes_bfloat16
 from ..tasks.pairs import Pair, by_phrasing, chunks, collate, pack_answers
 from ..tasks.task import Task
 from ..utils.distributed import sum_number
@@ -76,9 +77,8 @@ def arithmetic(model: LanguageModel, precision: str) -> torch.autocast:
     """The context in which a loss is computed, at `Mansu.precision`. One for each loss: the low
     copies of the weights that it holds would go stale with a step."""
     kind = model.device.type
-    # Below AVX-512 PyTorch emulates bf16, fifteen times as slowly as it computes fp32.
-    quick = kind != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return torch.autocast(kind, torch.bfloat16, enabled=quick and precision == "bf16")
+    wanted = precision == "bf16" and model.dtype == torch.float32  # else it is what weights are
+    return torch.autocast(kind, torch.bfloat16, enabled=wanted and computes_bfloat16(model.device))
 
 
 Batch = tuple[list[list[Pair]], list[list[Pair]], Tensor | None]

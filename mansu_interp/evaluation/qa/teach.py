@@ -246,7 +246,7 @@ class Teaching:
             return self.finished
         say = on_step or (lambda *_: None)
         with locked(self._place), enough_memory("teaching a model", "Take a smaller --batch-size."):
-            model = self.model.copy()
+            model = self.model.trainable_copy()
             losses = self._steps(model, say)
             model.check_finite()  # what the last step made
             per = self._per_epoch

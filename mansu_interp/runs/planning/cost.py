@@ -23,7 +23,7 @@ from ..command import settings_lines
 from ..config import PlanConfig, RunConfig
 from ..leaks import cost_tokens
 from .knowledge import Knowledge
-from .memory import Job, peak, stages, tokens_of
+from .memory import Job, disk_gb, fitting, peak, stages, tokens_of
 
 CAD_PAIRS = 48
 """Pairs on which attribution graphs are compared."""
@@ -47,7 +47,7 @@ class Estimate:
     backward: int
     """Backward passes, each over one batch."""
     weights_gb: float
-    """The weights in float32."""
+    """The weights, in the dtype that they are held in."""
     attribution_gb: float
     """What attribution holds beyond the model's own passes, for one batch."""
     pflop: float
@@ -90,7 +90,7 @@ def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Es
         batches=batches,
         forward=forward * batches,
         backward=backward * batches,
-        weights_gb=model.n_parameters * 4 / 1e9,
+        weights_gb=model.n_parameters * model.dtype.itemsize / 1e9,
         attribution_gb=one * size,
         pflop=per_token * tokens * config.pairs * (forward + backward) / 1e15,
     )
@@ -103,7 +103,7 @@ def plan_lines(config: PlanConfig) -> list[str]:
         ModelError: no such config.
         CircuitError: not even one pair fits into ``config.attribution.memory_gb``.
     """
-    model, how = empty_model(config.model), config.attribution
+    model, how = empty_model(config.model, dtype=config.dtype), config.attribution
     e, a = estimate(model, how, config.tokens), model.architecture
     ends = "both runs" if how.at == "both" else f"the {how.at} run"
     job = Job(config.tokens, None, config.budget, how, Mansu(survive=config.survive))
@@ -117,11 +117,15 @@ def plan_lines(config: PlanConfig) -> list[str]:
         f"passes   {how.method}{steps}, {how.pairs} pairs of {config.tokens} tokens, "
         f"{e.pairs_per_batch} at a time: {e.forward} forward and {e.backward} backward",
         f"compute  {e.pflop:.3g} PFLOP",
-        f"memory   {e.weights_gb:.3g} GB of weights in float32 ({e.weights_gb / 2:.3g} in bf16); "
+        f"memory   {e.weights_gb:.3g} GB of weights in {_name(model.dtype)}; "
         f"{e.attribution_gb:.3g} GB for attribution, beyond the passes' own activations",
         f"scores   {e.writers * e.readers * 4 / 1e6:.3g} MB, as one tensor",
         f"run      {whole} GB at the peak, with {formats} to survive and the settings of mansu run",
     ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     tokens = _run_tokens(config, task, model.architecture.n_layers)
     each, leaks = _forward_seconds(model, task, config.seed), cost_tokens(config, model, task)
     seconds = each * (OVERHEAD * tokens + leaks)
-    most = peak(model, Job.of(config, task))
+    chosen = fitting(config, model, task)
+    most, disk = peak(model, Job.of(chosen, task)), disk_gb(config, model)
     threads = number_of(torch.get_num_threads(), "CPU thread")
     where = threads if model.device.type == "cpu" else str(model.device)
     edits = "all parameters"
@@ -233,15 +238,21 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     facts = {p.fact for p in task.forget}
     unseen = sum(len(s) for s in task.scored["unseen"]["forget"].values())
     lines = [
-        f"model    {model.name}: {number_of(model.n_parameters, 'parameter')}",
+        f"model    {model.name}: {number_of(model.n_parameters, 'parameter')}, held in "
+        f"{_name(model.dtype)}",
         f"task     {task.name}: {number_of(len(facts), 'fact')} to forget, scored on "
         f"{number_of(unseen, 'unseen prompt')}",
         *([f"rows     {task.read}"] if task.read else []),
         *known.lines(),
         f"edit     {edits}, {number_of(method.steps, 'step')} of {method.method}",
         *settings_lines(config, model),
+        *(
+            ["mask     a layer at a time, as with --by-layer: all at once would not fit in memory"]
+            if chosen != config
+            else []
+        ),
         f"cost     about {max(1, round(seconds / 60))} min on {where}, and {most.gb:.1f} GB of "
-        f"memory ({most.name})",
+        f"memory ({most.name}); {disk.kept:.2g} GB of disk, {disk.most:.2g} meanwhile",
         *([f"leaks    {max(1, round(each * leaks / 60))} min of it (--leaks no)"] if leaks else []),
         f"output   {config.out}",
     ]

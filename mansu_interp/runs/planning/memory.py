@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -29,6 +29,9 @@ ADVICE = {
     "comparison of graphs": "--relearn-steps 0",
 }
 """What takes less, by stage."""
+WIDE = 4
+"""Bytes of a number in float32, in which gradients are added up and relearning computes, whatever
+dtype weights are held in."""
 SURE = 1.25
 """Estimates are right within this factor; what needs more than it times all memory cannot run."""
 LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -94,7 +97,8 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
     Raises:
         CircuitError: not even one pair fits into the circuit's ``memory_gb``.
     """
-    whole, linear = 4 * model.n_parameters, 4 * _elements(model, model.linear_names)
+    n, in_layers = model.n_parameters, _elements(model, model.linear_names)
+    whole, linear = model.dtype.itemsize * n, model.dtype.itemsize * in_layers
     batched = job.batched or job.tokens
     pass_ = _activations(model, batched) * max(CHUNK * batched, PACK / model.d_model)
     found: list[tuple[str, float]] = []
@@ -105,21 +109,60 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
     if "circuit" in needs:
         found.append(("circuit", whole + scores))
     if "mask" in needs:
-        held = _largest_layer(model) if job.by_layer else linear
-        pool = POOL * job.budget * model.n_parameters * 20
-        found.append(("mask", whole + 3 * held + linear / 4 + pool + pass_))
+        held = WIDE * (_largest_layer(model) if job.by_layer else in_layers)
+        pool = POOL * job.budget * n * 20
+        found.append(("mask", whole + 3 * held + in_layers + pool + pass_))
     found.append(("unlearning", _unlearning(model, job) + pass_))
     kept = 2 * whole + linear  # original, edited, and what one quantizer makes of it
     found.append(("scores", kept + (linear if job.scored > 1 else 0) + pass_ / 2))
     if job.attacked:  # a copy and two moments of each of its weights
-        found.append(("relearning", kept + 3 * whole + pass_))
-    found.append(("comparison of graphs", kept + (whole if job.attacked else 0) + scores))
+        found.append(("relearning", kept + 3 * WIDE * n + pass_))
+    found.append(("comparison of graphs", kept + (WIDE * n if job.attacked else 0) + scores))
     return [Stage(name, PROCESS + bytes_ / 1e9) for name, bytes_ in found]
+
+
+def fitting(config: RunConfig, model: LanguageModel, task: Task) -> RunConfig:
+    """The settings, with ``by_layer`` where the machine cannot hold the gradients of all layers at
+    once and can hold those of one: the mask is the same."""
+    if config.by_layer or "mask" not in config.unlearn.needs:
+        return config
+    layered = replace(config, by_layer=True)
+    at_once, one = (
+        next(s.gb for s in stages(model, Job.of(c, task)) if s.name == "mask")
+        for c in (config, layered)
+    )
+    has = machine_gb(model.device)
+    return layered if has is not None and at_once > has >= one else config
 
 
 def peak(model: LanguageModel, job: Job) -> Stage:
     """The stage that needs most."""
     return max(stages(model, job), key=lambda stage: stage.gb)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Disk that a run's folder takes, in GB."""
+
+    kept: float
+    """When it is finished, without its pages and circuit (a megabyte)."""
+    most: float
+    """While it unlearns: with the checkpoint to go on from, whose old file stays until the new one
+    is whole."""
+
+
+def disk_gb(config: RunConfig, model: LanguageModel) -> Disk:
+    """The disk that a run takes at most, from sizes alone."""
+    n, method, stored = model.n_parameters, config.unlearn, model.saved_dtype.itemsize
+    kept, state = stored * n, 3 * WIDE * n  # a dense method's weights and two moments
+    if "mask" in method.needs:
+        edits = config.budget * n
+        candidates = min(POOL * edits, _elements(model, model.linear_names))
+        sets = len(method.promised)
+        # A position (int32) of each candidate; of each edit also both values and codes.
+        kept += 4 * candidates + edits * (4 + 2 * stored + 2 * sets)
+        state = 2 * WIDE * candidates * (1 + (sets if sets > 1 else 0))
+    return Disk(kept / 1e9, (kept + 2 * state) / 1e9)
 
 
 def tokens_of(pairs: Sequence[Pair]) -> float:
@@ -167,16 +210,17 @@ def check_memory(model: LanguageModel, job: Job) -> None:
 
 def _unlearning(model: LanguageModel, job: Job) -> float:
     """Bytes of weights, optimiser and edits while a method runs."""
-    whole, linear = 4 * model.n_parameters, 4 * _elements(model, model.linear_names)
+    n, in_layers = model.n_parameters, _elements(model, model.linear_names)
+    whole, linear = model.dtype.itemsize * n, model.dtype.itemsize * in_layers
     if not isinstance(job.method, Mansu):
         # The original, the student, its gradients and two moments.
-        return 5 * whole
+        return whole + 4 * WIDE * n
     several = len(job.method.survive) if len(job.method.survive) > 1 else 0
-    candidates = min(POOL * job.budget * model.n_parameters, linear / 4)
+    candidates = min(POOL * job.budget * n, in_layers)
     state = candidates * (ELEMENT + ELEMENT_EACH * len(job.method.survive))
-    total = 2 * whole + linear + several * PACKED * linear / 4 + state
+    total = 2 * whole + linear + several * PACKED * in_layers + state
     if job.method.adversarial_steps:
-        total += 3 * whole
+        total += 3 * WIDE * n
     return total
 
 
@@ -184,7 +228,9 @@ def _activations(model: LanguageModel, tokens: float) -> float:
     """Bytes that a forward pass keeps for the backward pass, a token."""
     a, config = model.architecture, model.config.get_text_config(decoder=True)
     mlp = getattr(config, "intermediate_size", None) or 4 * model.d_model
-    return 4 * a.n_layers * (16 * model.d_model + 5 * mlp + 2 * a.n_heads * tokens)
+    return (
+        model.dtype.itemsize * a.n_layers * (16 * model.d_model + 5 * mlp + 2 * a.n_heads * tokens)
+    )
 
 
 def _elements(model: LanguageModel, names: Sequence[str]) -> int:
@@ -192,5 +238,5 @@ def _elements(model: LanguageModel, names: Sequence[str]) -> int:
 
 
 def _largest_layer(model: LanguageModel) -> int:
-    """Bytes of the linear weights of the layer that has most."""
-    return max(4 * _elements(model, names) for names in by_layer(model.linear_names).values())
+    """Linear weights of the layer that has most."""
+    return max(_elements(model, names) for names in by_layer(model.linear_names).values())

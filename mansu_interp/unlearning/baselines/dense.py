@@ -82,7 +82,7 @@ class DenseLoop:
         self, model: LanguageModel, objective: Objective, config: DenseConfig, seed: int = 0
     ) -> None:
         self.objective, self.config, self.seed = objective, config, seed
-        self.student = model.copy()
+        self.student = model.trainable_copy()
         self.rows = objective.rows or {}
         self.weights = [self.student.weights[n] for n in (self.rows or self.student.weights)]
         self.trained = self.parameters()

@@ -60,7 +60,7 @@ def elicit(
     model: LanguageModel, task: Task, names: Sequence[str], config: RepSelect, seed: int
 ) -> LanguageModel:
     """A copy that knows the forget facts better: one pass of SGD on NLL(forget), in adapters."""
-    copy = model.copy()
+    copy = model.trainable_copy()
     rank = min(ELICIT_RANK, *(min(copy.weights[n].shape) for n in names))
     adapters, sampler = Adapters(copy, names, rank, seed), Sampler(task, config.batch_size, seed)
     for _ in range(max(1, len(task.forget) // config.batch_size)):

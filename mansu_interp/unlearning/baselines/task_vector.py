@@ -20,7 +20,7 @@ def task_vector(model: LanguageModel, task: Task, config: TaskVector, seed: int 
 
     @torch.no_grad()
     def negated(tuned: LanguageModel) -> LanguageModel:
-        out = model.copy()
+        out = model.trainable_copy()
         for name, weight in out.weights.items():
             weight.sub_(config.scale * (tuned.weights[name] - weight))
         return out

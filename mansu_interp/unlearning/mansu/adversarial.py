@@ -77,7 +77,7 @@ class Attack:
     def follow(self, student: LanguageModel) -> None:
         """Change in the copy what was changed in the attacked model since."""
         for name, old in self.before.items():
-            new = student.weights[name].flatten()[self.of[name]]
+            new = student.weights[name].flatten()[self.of[name]].float()
             self.copy.weights[name].view(-1)[self.of[name]] += new - old
             old.copy_(new)
 
@@ -110,11 +110,11 @@ class AdversarialRelearning:
         first, second = halves(self.task.forget, rng.getrandbits(32))
         rate = config.adversarial_lr * SPREAD ** rng.uniform(-1, 1)
         train = of_subjects(self.task.forget, first).pairs
-        copy, unseen = student.copy(), list(of_subjects(self.task.forget, second))
+        copy, unseen = student.trainable_copy(), list(of_subjects(self.task.forget, second))
         return Attack(
             copy=copy,
             of=of,
-            before={n: student.weights[n].flatten()[i] for n, i in of.items()},
+            before={n: student.weights[n].flatten()[i].float() for n, i in of.items()},
             optimisers=make_optimisers("adam", copy, rate),
             supply=batches(train, config.batch_size, rng.getrandbits(32)),
             unseen=unseen,

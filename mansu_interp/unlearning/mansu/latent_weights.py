@@ -61,8 +61,8 @@ class LatentGroup:
 
 
 def gather(weights: Mapping[str, Tensor], indices: dict[str, Tensor]) -> Float[Tensor, " n"]:
-    """The elements at some positions, weight after weight."""
-    return torch.cat([weights[name].flatten()[index] for name, index in indices.items()])
+    """The elements at some positions, weight after weight, in float32."""
+    return torch.cat([weights[name].flatten()[index].float() for name, index in indices.items()])
 
 
 class LatentWeights:

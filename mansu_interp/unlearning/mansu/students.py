@@ -112,14 +112,17 @@ def packed(
     """What a quantizer makes of a weight, as codes if they give it back."""
     on_cpu = weight.cpu()
     wanted = quantizer.round_trip(on_cpu)
-    return (Packed.of(quantizer, on_cpu, wanted) or wanted).to(weight.device)
+    codes = Packed.of(quantizer, on_cpu, wanted)
+    return wanted.to(weight) if codes is None else codes.to(weight.device)
 
 
 @torch.no_grad()
 def put(
     model: LanguageModel, indices: dict[str, Int[Tensor, " _m"]], values: Float[Tensor, " n"]
 ) -> None:
-    """Write values into some elements of a model's weights, weight after weight."""
+    """Write values into some elements of a model's weights, weight after weight. Edits are exact in
+    the weights' dtype; what a quantizer makes of them is rounded to it."""
     parts = values.split([len(i) for i in indices.values()])
     for (name, index), part in zip(indices.items(), parts, strict=True):
-        model.weights[name].view(-1)[index] = part
+        weight = model.weights[name].view(-1)
+        weight[index] = part.to(weight.dtype)
