@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, CircuitError
 from ..models.graph import Architecture, Graph, Node
-from ..models.hooked import HookedModel
-from ..models.language_model import LanguageModel
+from ..models.stream import StreamedModel
 from ..tasks.pairs import Pair, PairSet
 from ..utils.files import expect
 from ..utils.ranges import entrance
@@ -87,7 +86,7 @@ class Unfinished(Checkpoint):
     def load(
         self,
         sums: Sums,
-        model: LanguageModel | HookedModel,
+        model: StreamedModel,
         pairs: PairSet,
         *settings: object,
     ) -> int:

@@ -136,8 +136,9 @@ def discover(
     )
     edges, discount = selected.edges, config.retain_discount
     stable = draws and _stability(found, ranking, edges, draws, again, discount)
-    for which in ("forget", "retain") if resume else ():
-        (resume / UNFINISHED.format(which)).unlink(missing_ok=True)
+    if resume is not None:
+        for which in ("forget", "retain"):
+            (resume / UNFINISHED.format(which)).unlink(missing_ok=True)
     return Circuit(found.graph, found.scores, edges, selected.describe(meta), chosen, stable)
 
 
