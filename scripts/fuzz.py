@@ -1126,8 +1126,8 @@ def run_folders() -> Callable[[Path, random.Random], str]:
     from mansu_interp.circuits.config import CircuitConfig
     from mansu_interp.runs import run as pipeline
     from mansu_interp.runs.config import RunConfig
-    from mansu_interp.unlearning import checkpoint
     from mansu_interp.unlearning.methods import Mansu
+    from mansu_interp.utils import tensors
 
     place = _scratch()
     pipeline.load_model = functools.cache(pipeline.load_model)
@@ -1160,7 +1160,7 @@ def run_folders() -> Callable[[Path, random.Random], str]:
                 for p in files if p.name not in skip or p.parent != folder}  # fmt: skip
 
     # One name for all of them, since config.json holds it.
-    out, checkpoint.SECONDS = place / "run", 0.0
+    out, tensors.SECONDS = place / "run", 0.0
     seeds = []
     for name, seed, at in (("other", 1, 99), ("begun", 0, 1), ("edited", 0, 99)):
         go(out, seed, at)

@@ -34,7 +34,7 @@ from mansu_interp.cli import commands  # noqa: E402
 from mansu_interp.cli import main as cli  # noqa: E402
 from mansu_interp.runs import measure  # noqa: E402
 from mansu_interp.runs import run as pipeline  # noqa: E402
-from mansu_interp.unlearning import checkpoint as state  # noqa: E402
+from mansu_interp.utils import tensors as state  # noqa: E402
 
 measure.CAD_PAIRS = 4
 state.SECONDS = 0.0  # a checkpoint at every step
@@ -128,7 +128,8 @@ def killed() -> dict[str, Any]:
     """Killed while each file is written in turn, and once more between two steps."""
     names: list[str] = []
     folder, out = ROOT / "killed", []
-    order = "config.json written.json provenance.json seconds.json circuit.json circuit.graphml"
+    order = "config.json written.json provenance.json seconds.json attribution-forget.safetensors"
+    order += " attribution-retain.safetensors circuit.json circuit.graphml"
     order += " mask.safetensors unlearning.safetensors history.json model ledger.safetensors"
     order += " results.json"
     for name in [*order.split(), "README.md", "report.json", "report.md", "report.html"]:

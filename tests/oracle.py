@@ -40,7 +40,8 @@ def _inputs(pair: Pair) -> tuple[torch.Tensor, torch.Tensor, Any]:
     )
 
 
-def _edges(model: LanguageModel, pair: Pair) -> dict[tuple[Any, Any], float]:
+def by_position(model: LanguageModel, pair: Pair) -> dict[tuple[Any, Any], float]:
+    """Scores of one pair, as TransformerLens gives them: one an edge and position."""
     config = EdgeAttributionConfig(granularity="edge", ig_steps=1)
     embedding = model.hf.get_input_embeddings().weight
     embedding.requires_grad_(True)  # the oracle needs something to take gradients through
@@ -50,12 +51,19 @@ def _edges(model: LanguageModel, pair: Pair) -> dict[tuple[Any, Any], float]:
         embedding.requires_grad_(False)
 
 
-def edge_scores(model: LanguageModel, pair: Pair) -> Float[np.ndarray, "writers readers"]:
-    """Scores of one pair."""
+def summed(
+    model: LanguageModel, scores: dict[tuple[Any, Any], float]
+) -> Float[np.ndarray, "writers readers"]:
+    """The same, summed over positions."""
     out = np.zeros(model.graph.exists.shape)
-    for (writer, reader), score in _edges(model, pair).items():
+    for (writer, reader), score in scores.items():
         out[model.graph.edge(_id(WRITERS, writer), _id(READERS, reader))] += float(score)
     return out
+
+
+def edge_scores(model: LanguageModel, pair: Pair) -> Float[np.ndarray, "writers readers"]:
+    """Scores of one pair."""
+    return summed(model, by_position(model, pair))
 
 
 def recovered(
@@ -64,7 +72,7 @@ def recovered(
     """Ablate-outside faithfulness of one pair, its clean and its corrupt metric."""
     kept = [
         (w, r)
-        for w, r in _edges(model, pair)
+        for w, r in by_position(model, pair)
         if edges[model.graph.edge(_id(WRITERS, w), _id(READERS, r))]
     ]
     result = faithfulness(model.bridge, *_inputs(pair), kept)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -17,12 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute, pairs_per_batch
-from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.metrics import METRICS, choice_margin, log_prob, logit_diff
+from mansu_interp.circuits.search.discover import discover
 from mansu_interp.circuits.search.faithfulness import circuit_metric
-from mansu_interp.errors import CircuitError, ConfigError, ModelError
+from mansu_interp.errors import ArtifactError, CircuitError, ConfigError, ModelError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import Batch, PairSet, collate
+from mansu_interp.tasks.task import Task
+from mansu_interp.utils import tensors
 
 TinyModel = Callable[[int], LanguageModel]
 EAP = AttributionConfig(method="eap")
@@ -428,3 +433,113 @@ def test_prompts_that_the_model_cannot_take(tiny_model: TinyModel):
         model.last_logits(torch.ones(1, 65, dtype=torch.long), torch.tensor([64]))
     with pytest.raises(ModelError, match="no tokens"):
         model.last_logits(torch.ones(1, 0, dtype=torch.long), torch.tensor([0]))
+
+
+# An attribution that was killed goes on where it was.
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(done: int) -> Callable[..., None]:
+    """A callback that ends the loop there."""
+
+    def die(*said: object) -> None:
+        if said[-2] == done:
+            raise Killed
+
+    return die
+
+
+@pytest.mark.parametrize("due", [0.0, math.inf])
+@pytest.mark.parametrize("more", [{}, {"positions": True, "neurons": True}])
+def test_a_killed_attribution_ends_the_same(
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    due: float,
+    more: dict[str, bool],
+):
+    """Byte for byte; where nothing was due yet, from the first pair on."""
+    monkeypatch.setattr(tensors, "SECONDS", due)
+    model, pairs, config = tiny_model(2), make_pairs(), AttributionConfig(ig_steps=2, batch_size=2)
+    whole, file, seen = attribute(model, pairs, config=config, **more), tmp_path / "a" / "b", []
+
+    def go_on() -> None:
+        found = attribute(
+            model, pairs, config=config, on_batch=lambda d, _: seen.append(d), resume=file, **more
+        )
+        assert found.scores.tobytes() == whole.scores.tobytes()
+        assert (found.clean, found.corrupt, found.caveat) == (
+            whole.clean, whole.corrupt, whole.caveat
+        )  # fmt: skip
+        if more:
+            assert found.by_position.tobytes() == whole.by_position.tobytes()
+            assert len(found.neurons) == len(whole.neurons) > 0
+            for node, values in whole.neurons.items():
+                assert found.neurons[node].tobytes() == values.tobytes()
+
+    with pytest.raises(Killed):
+        attribute(model, pairs, config=config, on_batch=kill_at(4), resume=file, **more)
+    go_on()
+    assert seen == ([5] if due == 0 else [2, 4, 5])
+    go_on()  # all is done, and none is run again
+    assert len(seen) == (1 if due == 0 else 3)
+
+
+def test_what_waits_must_be_of_this_attribution(tiny_model: TinyModel, tmp_path: Path):
+    model, file = tiny_model(2), tmp_path / "sums.safetensors"
+    attribute(model, make_pairs(), config=EAP, resume=file)
+    other = tiny_model(2).copy()
+    next(iter(other.weights.values()))[0, 0] += 1
+    for differs in (
+        {"model": tiny_model(4)},
+        {"model": other},
+        {"pairs": make_pairs(seed=1)},
+        {"config": replace(EAP, at="clean")},
+        {"metric": "log_prob"},
+        {"positions": True},
+    ):
+        how = {"model": model, "pairs": make_pairs(), "config": EAP, "resume": file, **differs}
+        with pytest.raises(ArtifactError, match="of another model, pairs or settings"):
+            attribute(**how)
+    smaller, seen = replace(EAP, batch_size=3), []  # as after a run out of memory
+    attribute(
+        model, make_pairs(), config=smaller, resume=file, on_batch=lambda d, _: seen.append(d)
+    )
+    assert seen == [3, 5]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="is not a readable checkpoint"):
+        attribute(model, make_pairs(), config=EAP, resume=file)
+
+
+def test_functions_cannot_be_resumed(tiny_model: TinyModel, tmp_path: Path):
+    for function in ({"metric": logit_diff}, {"on_pairs": lambda *_: None}):
+        with pytest.raises(CircuitError, match="leave out resume, or the function"):
+            attribute(tiny_model(2), make_pairs(), resume=tmp_path / "sums", **function)
+
+
+def test_a_killed_discovery_goes_on_and_leaves_nothing(
+    facts: LanguageModel, capitals: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The forget pairs are not scored again when it was killed at the retain pairs."""
+    monkeypatch.setattr(tensors, "SECONDS", 0.0)
+    config = CircuitConfig(method="eap", pairs=6, batch_size=2, faithfulness_pairs=4)
+    call = partial(discover, facts, capitals.forget, config=config, retain=capitals.retain)
+    whole, seen = call(), []
+
+    def die(stage: str, done: int, _: int) -> None:
+        if stage == "attribution of retain pairs" and done == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        call(on_step=die, resume=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    again = call(on_step=lambda stage, done, _: seen.append((stage, done)), resume=tmp_path)
+    assert [s for s in seen if s[0].startswith("attribution")] == [
+        ("attribution of retain pairs", 6)
+    ]
+    assert again.edges.tobytes() == whole.edges.tobytes()
+    assert again.scores.tobytes() == whole.scores.tobytes() and again.meta == whole.meta
+    assert not list(tmp_path.iterdir())

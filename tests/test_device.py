@@ -274,7 +274,7 @@ def test_the_edit_travels(
 def test_an_interrupted_loop_goes_on(
     there: LanguageModel, task: Task, mask: Mask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mansu_interp.unlearning.checkpoint.SECONDS", 0.0)
+    monkeypatch.setattr("mansu_interp.utils.tensors.SECONDS", 0.0)
 
     def stop(done: int, *_: object) -> None:
         if done == 2:

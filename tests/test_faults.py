@@ -30,7 +30,7 @@ CHANGED = (
 #: fault -> how it is put in, what the user sees, what is kept
 FAULTS: dict[str, tuple[str, str, str]] = {
     "killed": (
-        "SIGKILL just before each of the 16 files takes its place, and between two steps",
+        "SIGKILL just before each of the 18 files takes its place, and between two steps",
         "nothing; the same command goes on",
         "every file that was whole; the end is the same byte for byte",
     ),
@@ -139,7 +139,7 @@ def test_one_clear_line_and_the_rest_is_kept(found: dict[str, Any], fault: str):
 
 def test_killed_at_every_write_the_end_is_the_same(found: dict[str, Any]):
     seen = found["killed"]
-    assert seen["statuses"] == [-9] * 17 and len(seen["names"]) == 16
+    assert seen["statuses"] == [-9] * 19 and len(seen["names"]) == 18
     assert seen["then"] == [0, []] and seen["same"]
 
 

@@ -24,8 +24,7 @@ from mansu_interp.masks.mask import Mask
 from mansu_interp.models.load import empty_model
 from mansu_interp.runs import run as pipeline
 from mansu_interp.tasks.files import data_file, read_task_file
-from mansu_interp.unlearning import checkpoint
-from mansu_interp.utils import files
+from mansu_interp.utils import files, tensors
 from mansu_interp.utils.files import (
     LOCK,
     atomic_folder,
@@ -308,7 +307,7 @@ def test_spoilt_folders_are_refused_found_or_harmless(
 ):
     for name in ("measure", "load_model", "load_task"):
         monkeypatch.setattr(pipeline, name, getattr(pipeline, name))  # the script replaces them
-    monkeypatch.setattr(checkpoint, "SECONDS", checkpoint.SECONDS)
+    monkeypatch.setattr(tensors, "SECONDS", tensors.SECONDS)
     monkeypatch.setattr(fuzz, "_SCRATCH", [])
     monkeypatch.setattr(fuzz, "WORK", tmp_path)
     fuzz.fuzz_folders(kind, 12, 0, tmp_path)

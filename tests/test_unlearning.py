@@ -42,7 +42,6 @@ from mansu_interp.quantizers.registry import get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.tasks.pairs import PairSet, answer_tokens
 from mansu_interp.tasks.task import Task
-from mansu_interp.unlearning import checkpoint
 from mansu_interp.unlearning.history import StepRecord
 from mansu_interp.unlearning.mansu.latent_weights import LatentWeights, LatentWeightsWithoutFloor
 from mansu_interp.unlearning.mansu.margins import PAIRS, ROUNDS, MarginEditor, lacking
@@ -67,6 +66,7 @@ from mansu_interp.unlearning.training import (
     may_stop,
 )
 from mansu_interp.unlearning.unlearn import unlearn
+from mansu_interp.utils import tensors
 
 NF = NF4()
 # A large step, so that eight of them move many weights, and by several cells.
@@ -637,7 +637,7 @@ def test_a_killed_loop_ends_the_same(
     monkeypatch: pytest.MonkeyPatch,
     method: str,
 ):
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(tensors, "SECONDS", 0.0)
     config: MethodConfig = get_method(method)(steps=5, batch_size=8)
     if isinstance(config, Mansu):
         config = type(config)(**{**vars(STEPS), "survive": ("nf4", "fp4")})
@@ -676,7 +676,7 @@ def test_a_killed_loop_ends_the_same_in_the_middle_of_an_attack(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """It goes on from the end of the attack before."""
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(tensors, "SECONDS", 0.0)
     config = replace(STEPS, steps=6, adversarial_steps=18, probe_weight=0.0)
     file, steps = tmp_path / "checkpoint.safetensors", []
     whole = unlearn(facts, capitals, random_few, config)

@@ -25,14 +25,15 @@ taken does not depend on the ablation. The algorithm, batch by batch:
    model.
 4. Multiply differences with gradients, sum over tokens, and add up (`_add_scores`).
 
-The sums over all batches are divided once by the number of pairs, so that scores do not depend on
-the batch size.
+The sums over all batches (`scores.Sums`) are divided once by the number of pairs, so that scores do
+not depend on the batch size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,7 +42,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import CircuitError
-from ..models.graph import Graph
 from ..models.hook_points import Hook, Recorder
 from ..models.hooked import AnyModel
 from ..models.stream import Stream, widen
@@ -51,29 +51,9 @@ from ..utils.ranges import entrance
 from .ablation import Rebuilder, check_exact
 from .config import AttributionConfig, pairs_per_batch
 from .metrics import Logits, Metric, caveat, get_metric
-from .patching import difference
+from .patching import difference, difference_inside
 from .rules import Rules, straight
-from .scores import Attribution, OnPairs
-
-
-@dataclass
-class _Sums:
-    """What is added up over pairs and path points."""
-
-    scores: Float[Tensor, "writers readers"]
-    by_position: Float[Tensor, "pos writers readers"] | None
-    neurons: dict[str, Float[Tensor, " n"]]
-    each: Float[Tensor, "batch writers readers"] | None = None
-    """Of the pairs of the batch at hand, if they are asked for."""
-
-    @classmethod
-    def zeros(cls, graph: Graph, positions: int) -> _Sums:
-        shape = (len(graph.writers), len(graph.readers))
-        return cls(
-            torch.zeros(shape, dtype=torch.float64),
-            torch.zeros(positions, *shape) if positions else None,
-            {},
-        )
+from .scores import Attribution, OnPairs, Sums, Unfinished
 
 
 @dataclass(frozen=True)
@@ -92,25 +72,6 @@ class _Runs:
     def flat(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "tokens ..."]:
         """The values at real tokens."""
         return widen(value.detach())[self.real]
-
-
-def _inside(
-    stream: Stream,
-    clean: dict[str, Tensor],
-    corrupt: dict[str, Tensor],
-    rows: Bool[Tensor, "batch pos"],
-) -> dict[str, Float[Tensor, "tokens _"]]:
-    """Clean minus corrupt of z and the neurons at each real token, by hook point."""
-    out = {}
-    for i in range(stream.n_layers):
-        if hasattr(stream.blocks[i], "ln1_post"):
-            raise CircuitError(
-                f"{stream.model.name} has norms behind its components, so that a neuron's share "
-                "of the write is not defined. Score edges or nodes."
-            )
-        for n in (stream.z(i), stream.neurons(i)):
-            out[n] = (widen(clean[n]) - widen(corrupt[n])).flatten(2)[rows]
-    return out
 
 
 def _pull_back(
@@ -185,7 +146,7 @@ def _add_scores(
     run: _Run,
     metric: Metric,
     weight: float,
-    sums: _Sums,
+    sums: Sums,
     rows: range,
 ) -> None:
     """Add the scores of some writers with the gradient in one run, times a weight."""
@@ -239,7 +200,7 @@ def _add_scores(
 
 
 def _add_neurons(
-    stream: Stream, runs: _Runs, grads: dict[str, Tensor], weight: float, sums: _Sums
+    stream: Stream, runs: _Runs, grads: dict[str, Tensor], weight: float, sums: Sums
 ) -> None:
     """Add the scores of neurons and head dimensions with the gradient at one input."""
     for i in range(stream.n_layers):
@@ -272,7 +233,7 @@ def _add_batch(
     metric: Metric,
     neurons: bool,
     means: list[Tensor] | None,
-    sums: _Sums,
+    sums: Sums,
 ) -> Float[Tensor, "3 batch"]:
     """Add one batch to the sums; returns the clean and the corrupt metric of each pair, and 1 where
     the model ranks the answer first."""
@@ -289,7 +250,7 @@ def _add_batch(
     logits = [run.logits.detach() for run in ends.values()]
     clean, corrupt = (run.seen(names) for run in ends.values())
     real = batch.real
-    values_inside = _inside(stream, clean, corrupt, real) if neurons else {}
+    values_inside = difference_inside(stream, clean, corrupt, real) if neurons else {}
     writes = difference(stream, clean, corrupt, real, config.ablation, means)
     runs = _Runs(batch, real, logits[0], writes, values_inside)
     ways = {name: (corrupt[name], clean[name] - corrupt[name]) for name, _ in moved}
@@ -319,6 +280,7 @@ def attribute(
     positions: bool = False,
     neurons: bool = False,
     on_pairs: OnPairs | None = None,
+    resume: Path | None = None,
 ) -> Attribution:
     """Score every edge of a model on a set of pairs.
 
@@ -335,6 +297,9 @@ def attribute(
         positions: score every token position separately as well.
         neurons: score every MLP neuron and head dimension as well.
         on_pairs: called with the pairs of each batch and the scores of each of them.
+        resume: a file in which the sums wait: an attribution that was killed goes on from there,
+            to the same scores, byte for byte; with other batches, from the start. It stays when all
+            is done: delete it then. Not used by several processes.
 
     Returns:
         Mean scores; positive = the clean value along the edge raises the metric.
@@ -342,8 +307,14 @@ def attribute(
     Raises:
         CircuitError: the architecture cannot be attributed exactly, a model in training mode or
             with weights that are not finite, too little memory, or scores that are not finite.
+        ArtifactError: what waits in ``resume`` is of another attribution, or damaged.
     """
     config = config or AttributionConfig()
+    if resume and (on_pairs or callable(metric)):
+        raise CircuitError(
+            "resume knows a metric by its name alone, and not what on_pairs did: leave out resume, "
+            "or the function."
+        )
     function = get_metric(metric or config.metric)
     rebuilder = Rebuilder(model)
     check_exact(rebuilder, pairs)
@@ -357,33 +328,37 @@ def attribute(
     if neurons and world_size() > len(pairs):  # raised by all of them, or the others would wait
         raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)
-    sums = _Sums.zeros(stream.graph, longest if positions else 0)
     mine = shard(pairs.pairs)
     size, _ = pairs_per_batch(stream.graph, stream.model.d_model, longest, config)
     means = rebuilder.means(pairs, size) if config.ablation == "mean" else None
     facts = {fact: k for k, fact in enumerate(dict.fromkeys(p.fact for p in pairs))}
-    ends = torch.zeros(len(facts), 4, dtype=torch.float64)
-    done = 0
-    for part in PairSet(pairs.name, mine).parts(size) if mine else ():
+    sums = Sums.zeros(stream.graph, longest if positions else 0, len(facts))
+    parts = list(PairSet(pairs.name, mine).parts(size)) if mine else []
+    unfinished = Unfinished(resume if world_size() == 1 else None, size=size)
+    settings = replace(config, batch_size=1, memory_gb=None), metric, positions, neurons
+    begun = unfinished.load(sums, stream.model, pairs, *settings)
+    done = sum(map(len, parts[:begun]))
+    for k, part in enumerate(parts[begun:], begun + 1):
         batch, shape = collate(part, stream.model.device), (len(part), *sums.scores.shape)
         sums.each = torch.zeros(shape, device=stream.model.device) if on_pairs else None
         values = _add_batch(rules, batch, config, function, neurons, means, sums)
         rows = torch.tensor([facts[p.fact] for p in part])
-        ends.index_add_(0, rows, torch.cat([values, torch.ones(1, len(part))]).T.double())
+        sums.ends.index_add_(0, rows, torch.cat([values, torch.ones(1, len(part))]).T.double())
         if on_pairs and sums.each is not None:
             on_pairs(part, sums.each)
         done += len(part)
+        if unfinished.is_due() or k == len(parts):
+            unfinished.save(sums, k)
         if on_batch:
             on_batch(done, len(mine))
-    for tensor in (sums.scores, ends, sums.by_position, *sums.neurons.values()):
-        if tensor is not None:
-            sum_over_processes(tensor)
-    return _mean(stream, sums, ends)
+    for tensor in sums.tensors().values():
+        sum_over_processes(tensor)
+    return _mean(stream, sums)
 
 
-def _mean(stream: Stream, sums: _Sums, ends: Float[Tensor, "facts 4"]) -> Attribution:
+def _mean(stream: Stream, sums: Sums) -> Attribution:
     """The sums over all pairs as means."""
-    clean, corrupt, _, n = ends.sum(0).tolist()
+    clean, corrupt, _, n = sums.ends.sum(0).tolist()
     exists = stream.graph.exists
     scores = (sums.scores / n).float().numpy() * exists
     if not np.isfinite([clean, corrupt]).all() or not np.isfinite(scores).all():
@@ -397,5 +372,5 @@ def _mean(stream: Stream, sums: _Sums, ends: Float[Tensor, "facts 4"]) -> Attrib
         corrupt=corrupt / n,
         by_position=None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
         neurons={k: (v / n).float().numpy() for k, v in sums.neurons.items()},
-        caveat=caveat(ends),
+        caveat=caveat(sums.ends),
     )

@@ -89,6 +89,25 @@ def difference(
     return out
 
 
+def difference_inside(
+    stream: Stream,
+    clean: dict[str, Tensor],
+    corrupt: dict[str, Tensor],
+    rows: Bool[Tensor, "batch pos"],
+) -> dict[str, Float[Tensor, "tokens _"]]:
+    """Clean minus corrupt of z and the neurons at each real token, by hook point."""
+    out = {}
+    for i in range(stream.n_layers):
+        if hasattr(stream.blocks[i], "ln1_post"):
+            raise CircuitError(
+                f"{stream.model.name} has norms behind its components, so that a neuron's share "
+                "of the write is not defined. Score edges or nodes."
+            )
+        for n in (stream.z(i), stream.neurons(i)):
+            out[n] = (widen(clean[n]) - widen(corrupt[n])).flatten(2)[rows]
+    return out
+
+
 @dataclass(frozen=True)
 class _Clean:
     """One batch before anything is patched."""

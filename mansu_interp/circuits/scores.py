@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import networkx as nx
 import numpy as np
@@ -16,10 +18,11 @@ from torch import Tensor
 
 from ..errors import ArtifactError, CircuitError
 from ..models.graph import Architecture, Graph, Node
-from ..tasks.pairs import Pair
+from ..models.stream import StreamedModel
+from ..tasks.pairs import Pair, PairSet
 from ..utils.files import expect
 from ..utils.ranges import entrance
-from ..utils.tensors import read_tensors, write_tensors
+from ..utils.tensors import Checkpoint, read_tensors, tensors_sha256, write_tensors
 from .changes import classify
 
 if TYPE_CHECKING:
@@ -31,10 +34,81 @@ OnPairs = Callable[[Sequence[Pair], Float[Tensor, "batch writers readers"]], Non
 """Called with the pairs of a batch and the scores of each of them."""
 SCHEMA = 1
 """Version of the file's format."""
+NEURONS = "neurons/"
+"""Before a node, in the names of sums."""
 MAX_SCORE = 1e38
 """Largest score that is believed of a file: float32 ends at 3.4e38."""
 SCORES_FILE = {"architecture": dict, "clean": float, "corrupt": float, "caveat?": str}
 """What is checked of its header."""
+
+
+@dataclass
+class Sums:
+    """What attribution adds up over pairs and path points."""
+
+    scores: Float[Tensor, "writers readers"]
+    ends: Float[Tensor, "facts 4"]
+    """Clean metric, corrupt metric, answers ranked first, and pairs, by fact."""
+    by_position: Float[Tensor, "pos writers readers"] | None
+    neurons: dict[str, Float[Tensor, " n"]]
+    each: Float[Tensor, "batch writers readers"] | None = None
+    """Of the pairs of the batch at hand, if they are asked for."""
+
+    @classmethod
+    def zeros(cls, graph: Graph, positions: int, facts: int) -> Sums:
+        """Nothing yet; ``positions`` = 0: none are told apart."""
+        shape = (len(graph.writers), len(graph.readers))
+        return cls(
+            torch.zeros(shape, dtype=torch.float64),
+            torch.zeros(facts, 4, dtype=torch.float64),
+            torch.zeros(positions, *shape) if positions else None,
+            {},
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums over batches, by name."""
+        places = {} if self.by_position is None else {"by_position": self.by_position}
+        neurons = {NEURONS + node: value for node, value in self.neurons.items()}
+        return {"scores": self.scores, "ends": self.ends, **places, **neurons}
+
+
+@dataclass
+class Unfinished(Checkpoint):
+    """Sums over the first batches, in one file."""
+
+    SCHEMA = 1
+    META: ClassVar[dict[str, object]] = {"batches": int, "size": int}
+    OF = "model, pairs or settings"
+
+    size: int = 0
+    """Pairs in a batch."""
+
+    def load(
+        self,
+        sums: Sums,
+        model: StreamedModel,
+        pairs: PairSet,
+        *settings: object,
+    ) -> int:
+        """Fill in the sums of the file, if there is one of batches of this size; returns how many
+        batches they are of."""
+        if self.path is None:
+            return 0
+        rows = [[str(getattr(p, f.name)) for f in fields(p)] for p in pairs]
+        text = json.dumps([model.sha256 or tensors_sha256(model.weights), rows, str(settings)])
+        self.made_of = hashlib.sha256(text.encode()).hexdigest()
+        meta = self.read()
+        if meta is None or meta["size"] != self.size:
+            return 0
+        neurons = {n: t for n, t in self.tensors.items() if n.startswith(NEURONS)}
+        for name, into in sums.tensors().items():
+            self.restore(name, into)
+        sums.neurons = {name.removeprefix(NEURONS): t for name, t in neurons.items()}
+        return meta["batches"]
+
+    def save(self, sums: Sums, batches: int) -> None:
+        """Write the file, whole or not at all."""
+        self.write(sums.tensors(), {"batches": batches, "size": self.size})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,16 +93,21 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
         if not silent:
             say(f"{model.name}: {model.graph.n_edges:,} edges; {len(forget):,} pairs", flush=True)
         with atomic_folder(config.out, new=True) as folder:
-            how, seed = config.circuit, config.seed
-            found = discover(
-                model,
-                forget,
-                config=how,
-                retain=retain,
-                seed=seed,
-                resamples=config.resamples,
-                on_step=progress,
-            )
+            unfinished = config.out.with_name(f"{config.out.name}.unfinished")
+            try:
+                found = discover(
+                    model,
+                    forget,
+                    config=config.circuit,
+                    retain=retain,
+                    seed=config.seed,
+                    resamples=config.resamples,
+                    on_step=progress,
+                    resume=unfinished,
+                )
+            finally:
+                with suppress(OSError):  # something waits there, or it was never made
+                    unfinished.rmdir()
             if config.explain:
                 progress("explaining the heads", 0, 0)
             heads = found.explain(model) if config.explain else None

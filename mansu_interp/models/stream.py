@@ -67,6 +67,11 @@ class StreamedModel(Protocol):
         ...
 
     @property
+    def sha256(self) -> str:
+        """Hash of its files; empty: not known."""
+        ...
+
+    @property
     def routed(self) -> bool:
         """Whether its MLPs are mixtures of experts."""
         ...

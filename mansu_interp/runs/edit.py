@@ -83,6 +83,7 @@ def find_circuit(run: RunContext) -> Circuit:
                 retain=run.task.retain,
                 seed=run.config.seed,
                 on_step=run.note,
+                resume=run.out,
             )
         found = replace(found, meta=replace(found.meta, provenance=run.provenance))
         if run.writes:

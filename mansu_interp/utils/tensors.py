@@ -1,25 +1,32 @@
-"""Tensors in safetensors files, with a checked JSON header that carries a hash of them."""
+"""Tensors in safetensors files, with a checked JSON header that carries a hash of them; and the
+checkpoint of a long loop, which is such a file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ArtifactError
-from .files import Json, atomic_path, check_regular, finite, parse_json
+from ..errors import ArtifactError, ResourceError
+from .distributed import rank
+from .files import Json, atomic_path, check_regular, expect, finite, parse_json, writing
 from .words import shown
 
 MAX_BYTES = 1 << 34
 """Size of the largest file that is opened: the ledger of a model of 200 billion weights."""
 MAX_HEADER = 16 << 20
-DTYPES = {"I32", "I64", "U8", "BF16", "F16", "F32"}
+DTYPES = {"I32", "I64", "U8", "BF16", "F16", "F32", "F64"}
+SECONDS = 60.0
+"""Between two checkpoints of a loop."""
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
@@ -94,3 +101,76 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Json]]:
             if dtype not in DTYPES:
                 raise ValueError(f"{name} has the dtype {dtype}, not one of {sorted(DTYPES)}")
         return {n: file.get_tensor(n) for n in names}, meta
+
+
+@dataclass
+class Checkpoint:
+    """How far a loop has come, in one file, so that one that was killed goes on there."""
+
+    SCHEMA: ClassVar[int]
+    """Version of the file's format."""
+    META: ClassVar[dict[str, object]]
+    """What is checked of its header."""
+    OF: ClassVar[str]
+    """What decides what the loop does, in words."""
+
+    path: Path | None = None
+    """The file; None: nothing is written."""
+    made_of: str = ""
+    """A hash of what the loop works on."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """What was found in the file."""
+    saved: float = field(default_factory=time.monotonic)
+    """When it was written last."""
+
+    def read(self) -> dict[str, Json] | None:
+        """The header of the file, whose tensors are then at hand; None if there is no file.
+
+        Raises:
+            ArtifactError: the file is damaged, or of another loop.
+        """
+        if self.path is None:
+            return None
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return None
+        self.tensors, meta = read_tensors(self.path, "checkpoint", self.SCHEMA)
+        try:
+            expect(meta, {"made_of": str, **self.META}, "its header")
+        except ValueError as error:
+            raise ArtifactError(f"{self.path} is not a readable checkpoint: {error}.") from error
+        if meta["made_of"] != self.made_of:
+            raise ArtifactError(
+                f"{self.path} was written by a run of another {self.OF}. Delete it to begin this "
+                "stage anew."
+            )
+        return meta
+
+    def restore(self, name: str, into: Tensor) -> None:
+        """Copy a tensor of the file into one of the loop's.
+
+        Raises:
+            ArtifactError: it is missing or of another shape.
+        """
+        found = self.tensors.get(name)
+        if found is None or found.shape != into.shape or found.dtype != into.dtype:
+            raise ArtifactError(f"{self.path} lacks {name}. Delete it to begin this stage anew.")
+        into.copy_(found)
+
+    def is_due(self) -> bool:
+        """Whether it is time to write the checkpoint again."""
+        return self.path is not None and time.monotonic() - self.saved >= SECONDS
+
+    def write(self, tensors: dict[str, Tensor], meta: Mapping[str, object]) -> None:
+        """Write the file, whole or not at all; of several processes the first one does.
+
+        Raises:
+            ResourceError: the disk is full, or the folder was removed meanwhile.
+        """
+        if self.path is not None and rank() == 0:
+            if not self.path.parent.is_dir():
+                raise ResourceError(f"{self.path.parent} was removed while it was in use.")
+            header = {"made_of": self.made_of, **meta}
+            write_tensors(self.path, "checkpoint", self.SCHEMA, tensors, header)
+            self.saved = time.monotonic()

@@ -89,7 +89,7 @@ ATTACKS = (("half-a", 1e-3), ("half-a+retained", 1e-3), ("retained", 1e-3))
 BATCH = 24
 """Prompts a step, of edits and attacks."""
 GRAPH_STEPS, GRAPH_PAIRS = 20, 16
-EDIT_STEPS, EDIT_RATE = 40, 1e-4
+EDIT_STEPS, EDIT_RATE = 20, 2e-4
 
 
 def write_task(folder: Path, seed: int = 0) -> Path:
@@ -187,11 +187,13 @@ def ways(
     """Every way, as ``mechanism: variant``."""
     model, task = bench.model, bench.task
 
-    def tuned(source: LanguageModel, steps: int = EDIT_STEPS, **how: object) -> LanguageModel:
-        return edit.tune(source, task, seed, edit.whole(source, ""), steps, EDIT_RATE, **how)  # type: ignore[arg-type]
+    def tuned(
+        source: LanguageModel, steps: int = EDIT_STEPS, rate: float = EDIT_RATE, **how: object
+    ) -> LanguageModel:
+        return edit.tune(source, task, seed, edit.whole(source, ""), steps, rate, **how)  # type: ignore[arg-type]
 
     def dense(method: str, stop: float = 0.35, **more: float) -> Way:
-        config = get_method(method)(steps=60, stop_at=stop, batch_size=BATCH, **more)  # type: ignore[arg-type]
+        config = get_method(method)(steps=40, stop_at=stop, batch_size=BATCH, **more)  # type: ignore[arg-type]
         return lambda: unlearn(model, task, config=config, seed=seed).model
 
     def mansu(budget: float, steps: int, **more: float) -> LanguageModel:
@@ -217,7 +219,7 @@ def ways(
             own = torch.tensor([told[p.relation, p.subject] for p in pairs])
             return -edit.log_probs(student, pairs).gather(1, own[:, None]).mean()
 
-        return tuned(source, 60, forget=loss)
+        return tuned(source, forget=loss)
 
     def locked() -> LanguageModel:
         targets = edit.CounterfactualTargets(model, task.forget, seed)
@@ -235,7 +237,7 @@ def ways(
             hidden = edit.counterfactual_loss(student, pairs, targets, 1.0)
             return hidden + edit.nll(student, opened).mean()
 
-        return tuned(model, 60, forget=loss)
+        return tuned(model, 30, forget=loss)
 
     def cached(name: str, make: Way) -> LanguageModel:
         path = work / name
@@ -244,13 +246,13 @@ def ways(
         return load_model(str(path))
 
     def forgot() -> LanguageModel:
-        return cached(f"forgot-{seed}", lambda: tuned(model))
+        return cached(f"forgot-{seed}", lambda: tuned(model, 40, 1e-4))
 
     if not seed:
         yield "reference: 0", lambda: never[0]
         yield "unchanged: original", model.copy
     yield "tuned: all weights", forgot
-    yield "mansu: 0.1 %", lambda: mansu(0.001, 60)
+    yield "mansu: 0.1 %", lambda: mansu(0.001, 40)
     yield "decoys: never taught, lies", lambda: lies(never[1])
     yield "lora: to chance", dense("lora")
     yield "refusing: end of text", lambda: tuned(model, forget=refusing)
@@ -260,7 +262,7 @@ def ways(
     yield "graddiff: to chance", dense("graddiff")
     if not seed:
         yield "merged: 0.9 never taught", lambda: trick.merged(model, never[1], 0.9)
-    yield "mansu: 1 %", lambda: mansu(0.01, 60)
+    yield "mansu: 1 %", lambda: mansu(0.01, 40)
     yield "decoys: lies", lambda: lies(model)
     yield "quantized: forgot, nf4", lambda: quantize(forgot())
     if not seed:
@@ -272,11 +274,11 @@ def ways(
     yield "damaged: noise 0.3", lambda: edit.noisy(model, seed, 0.3)
     yield (
         "mansu: 1 %, adversarial",
-        lambda: mansu(0.01, 60, adversarial_steps=8, adversarial_lr=3e-4),
+        lambda: mansu(0.01, 40, adversarial_steps=8, adversarial_lr=3e-4),
     )
     yield (
         "taught again: and un-taught",
-        lambda: tuned(teach(never[1], [task.forget, task.retain], seed), 60),
+        lambda: tuned(teach(never[1], [task.forget, task.retain], seed)),
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -39,6 +40,8 @@ from .stability import Resamples, Stability, measure_stability
 
 TRIES = 14
 """Circuits that the search usually tries, for the time left and for plans."""
+UNFINISHED = "attribution-{}.safetensors"
+"""What waits in the folder ``resume``, of forget or retain pairs."""
 ROUTED = (
     "mixture of experts: each edge's score is exact, but a router jumps between experts, so that "
     "scores need not add up to the whole effect"
@@ -67,6 +70,7 @@ def discover(
     seed: int = 0,
     resamples: int = 0,
     on_step: Callable[[str, int, int], None] | None = None,
+    resume: Path | None = None,
 ) -> Circuit:
     """Find a small circuit that carries the forget answers.
 
@@ -79,6 +83,8 @@ def discover(
         resamples: draw facts and phrasings again so many times and say how the circuit holds
             (`Circuit.stability`); attribution runs once. 0: do not.
         on_step: called with (stage, done, total).
+        resume: a folder in which the sums of an attribution wait, so that a discovery that was
+            killed goes on from there, to the same circuit. Without resamples alone.
 
     Returns:
         The circuit, with the forget scores of all edges (metric units; positive: supports the
@@ -101,6 +107,7 @@ def discover(
             config=config,
             on_batch=lambda d, n: note(stage, d, n),
             on_pairs=draws,
+            resume=None if resume is None or resamples else resume / UNFINISHED.format(which),
         )
 
     chosen = forget.sample(config.pairs, seed)
@@ -129,6 +136,9 @@ def discover(
     )
     edges, discount = selected.edges, config.retain_discount
     stable = draws and _stability(found, ranking, edges, draws, again, discount)
+    if resume is not None:
+        for which in ("forget", "retain"):
+            (resume / UNFINISHED.format(which)).unlink(missing_ok=True)
     return Circuit(found.graph, found.scores, edges, selected.describe(meta), chosen, stable)
 
 
