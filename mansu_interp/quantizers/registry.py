@@ -6,8 +6,9 @@ from ..errors import ConfigError
 from ..utils.ranges import entrance
 from .base import Quantizer
 from .bitsandbytes import FourBit, Int8
-from .fitted import Calibrated, Hqq
+from .fitted import AutoRound, Hqq
 from .gguf import EXACT, MIXES, Gguf, Mix
+from .gptq import Gptq
 from .torchao import Int4, Nvfp4
 
 BLOCKS = (64, 128, 256, 512)
@@ -20,7 +21,8 @@ _ALL: list[Quantizer] = [
     *(Mix(name) for name in MIXES),
     Nvfp4(),
     Hqq(),
-    *(Calibrated(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),
+    *(AutoRound(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),
+    *(Gptq(group=g) for g in GROUPS),
 ]
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in _ALL}
 """Every quantizer, by the name that settings and the command line use."""
