@@ -118,17 +118,18 @@ def gptq_codes(
     order = diagonal.argsort(descending=True, stable=True)
     h = hessian.double()[order][:, order]
     dead = h.diagonal() == 0
-    w, s = weight.double()[:, order].masked_fill(dead, 0.0), scale.double()[:, order]
+    # Turned, so that a column is a row, and lies in one piece.
+    w, s = (x.double().T[order].contiguous() for x in (weight, scale))
+    w[dead] = 0
     h.diagonal().add_(DAMPING * h.diagonal().mean() + dead.double())
     spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    codes, width = torch.empty_like(w), w.shape[1]
+    codes, width = torch.empty_like(w), len(w)
     for start in range(0, width, BLOCK):
         end = min(start + BLOCK, width)
-        errors = torch.empty_like(w[:, start:end])
+        errors = torch.empty_like(w[start:end])
         for i in range(start, end):
-            codes[:, i] = (w[:, i] / s[:, i]).round().clamp(-8, 7)
-            error = (w[:, i] - codes[:, i] * s[:, i]) / spread[i, i]
-            w[:, i + 1 : end] -= error[:, None] * spread[i, i + 1 : end]
-            errors[:, i - start] = error
-        w[:, end:] -= errors @ spread[start:end, end:]
-    return codes[:, order.argsort()].float()
+            codes[i] = (w[i] / s[i]).round().clamp(-8, 7)
+            errors[i - start] = (w[i] - codes[i] * s[i]) / spread[i, i]
+            w[i + 1 : end].addr_(spread[i, i + 1 : end], errors[i - start], alpha=-1)
+        w[end:] -= spread[start:end, end:].T @ errors
+    return codes[order.argsort()].T.float().contiguous()

@@ -9,6 +9,7 @@ from .bitsandbytes import FourBit, Int8
 from .fitted import AutoRound, Hqq
 from .gguf import EXACT, MIXES, Gguf, Mix
 from .gptq import Gptq
+from .quanto import Quanto
 from .torchao import Int4, Nvfp4
 
 BLOCKS = (64, 128, 256, 512)
@@ -20,6 +21,7 @@ _ALL: list[Quantizer] = [
     *(Gguf(name) for name in EXACT),
     *(Mix(name) for name in MIXES),
     Nvfp4(),
+    Quanto(),
     Hqq(),
     *(AutoRound(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),
     *(Gptq(group=g) for g in GROUPS),
