@@ -16,6 +16,7 @@ from .settings import EvaluateConfig, ExportConfig
 
 if TYPE_CHECKING:
     from ..evaluation.leaks.found import LeakShare, LeakTest
+    from ..evaluation.packed import BesideEngine
     from ..evaluation.scores import Score, Scores
     from ..evaluation.versions import ModelVersion
     from ..models.language_model import LanguageModel
@@ -84,6 +85,14 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
             engine = EngineModel.open(Path(config.model), model)
             engine.check_tokenizer(task, config.split)
             models[ModelVersion(config.engine)] = engine
+        besides = []
+        for name in config.quantizers:
+            from ..evaluation.packed import beside_engine
+
+            beside, simulated, loaded = beside_engine(model, name, task, config.split, progress)
+            besides.append(beside)
+            models[ModelVersion("simulated", name)] = simulated
+            models[ModelVersion("transformers", name)] = loaded
         if config.leaks:
             told = not (output.quiet or output.json)
             leaks = _leaks(config, models[[*models][-1]], task, progress, told)
@@ -96,6 +105,9 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
         else:
             say("\n".join([*leak_lines(leaks), *_example_lines(leaks, config.show)]))
         return 0
+    if besides:
+        _say_besides(besides, scores, found, output)
+        return 0
     if output.json:
         flips = scores.flips(plain, [*models][-1], "choice")
         rows = [asdict(row) for row in scores.rows]
@@ -103,6 +115,24 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
         return 0
     say("\n".join(score_lines(scores, list(models))))
     return 0
+
+
+def _say_besides(
+    besides: list[BesideEngine], scores: Scores, found: dict[str, Any], output: Output
+) -> None:
+    """Of every quantizer how transformers answers, and how far the simulated one is from it."""
+    from ..evaluation.versions import ModelVersion
+
+    plain, told, lines = ModelVersion("transformers"), [], []
+    for beside in besides:
+        versions = [plain, *(v for v in scores.rows[0].models if v.quantizer == beside.quantizer)]
+        flips = scores.flips(plain, versions[-1], "choice")
+        told.append({**asdict(beside), "flips": asdict(flips) if flips else None})
+        lines += [*score_lines(scores, versions), str(beside), ""]
+    if output.json:
+        say_json({**found, "rows": [asdict(row) for row in scores.rows], "quantizers": told})
+    else:
+        say("\n".join(lines[:-1]))
 
 
 def _leaks(

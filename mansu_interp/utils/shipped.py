@@ -41,6 +41,9 @@ ENGINES = {
 """What runs models -> what it quantizes them to. ``nf4-dq`` has the codes of ``nf4``, and
 ``int4-sym-g128`` the cells of compressed-tensors' W4A16."""
 
+LOADED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "quanto-int4")
+"""Quantizers that transformers loads a folder with, on any processor."""
+
 
 def quantizer_names(given: Iterable[str], exact: bool = False) -> tuple[str, ...]:
     """Names of quantizers; those of `ENGINES`, and ``all`` of them, replaced by their formats.
