@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.defaults import default_task
+from ..utils.libraries import quiet
 from ..utils.records import to_json
 from ..utils.shipped import ENGINES
 from ..utils.words import number_of
@@ -97,7 +98,8 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
             told = not (output.quiet or output.json)
             leaks = _leaks(config, models[[*models][-1]], task, progress, told)
         else:
-            scores = evaluate(models, task, config.split, progress)
+            with quiet():  # bitsandbytes tells every layer's dtypes
+                scores = evaluate(models, task, config.split, progress)
     found = {"model": config.model, "engine": config.engine, "task": task.name}
     if config.leaks:
         if output.json:
@@ -220,10 +222,11 @@ def score_lines(scores: Scores, models: list[ModelVersion]) -> list[str]:
     """A table in plain text: how often the answer of every set ranks first of four, and last, and
     top-1; and of the last model how its forget answers differ from the first one's."""
     width = max(28, *(len(f"{r.role}: {r.label}") for r in scores.rows))
-    head = "".join(f"{v!s:>23}" for v in models)
+    column = max(23, *(len(str(v)) + 2 for v in models))
+    head = "".join(f"{v!s:>{column}}" for v in models)
     out = [f"{'first of four / last / top-1':{width}}{'prompts':>9}{head}"]
     for row in scores.rows:
-        cells = "".join(f"{_scored(row[v]):>23}" for v in models)
+        cells = "".join(f"{_scored(row[v]):>{column}}" for v in models)
         out.append(f"{f'{row.role}: {row.label}':{width}}{row.n:>9}{cells}")
     for record in scores.perplexity:
         value = "-" if record.value is None else f"{record.value:.2f}"

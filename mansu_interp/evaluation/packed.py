@@ -164,7 +164,8 @@ def beside_engine(
     simulated, found = quantize(model, name), []
     for k, one in enumerate((model, simulated, engine)):
         step(f"asking {name}", k, 3)
-        found.append(_logits(one, task, split))
+        with quiet():
+            found.append(_logits(one, task, split))
     full, ours, theirs = found
     beside = BesideEngine(
         quantizer=name,
