@@ -111,7 +111,8 @@ def load_quantized(model: LanguageModel, name: str) -> LanguageModel:
 def stored_codes(loaded: LanguageModel, name: str, weight: str) -> Int[Tensor, " n"]:
     """Codes that a model of `load_quantized` stores, a higher one for a higher value; to be read
     before it first runs, when some processors repack them."""
-    packed = loaded.hf.get_submodule(weight.removesuffix(".weight")).weight
+    layer: Any = loaded.hf.get_submodule(weight.removesuffix(".weight"))
+    packed = layer.weight
     if name == "quanto-int4":
         return packed._data.unpack().flatten().long()
     if name == "int8":
