@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from functools import lru_cache
 
 import gguf
 import numpy as np
@@ -18,11 +19,13 @@ from mansu_interp.errors import ConfigError
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.masks.floor import floor
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.quantizers.base import as_units
 from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.gguf import EXACT as EXACT_FORMATS
 from mansu_interp.quantizers.gguf import FITTED, TYPES, Mix, pack
 from mansu_interp.quantizers.gguf import llama_cpp as engine
 from mansu_interp.quantizers.packed import Packed
+from mansu_interp.quantizers.quanto import group_of
 from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
@@ -242,9 +245,23 @@ def reference_codes(name: str, weight: Tensor) -> Tensor:
         quantizer = get_quantizer(name)
         assert isinstance(quantizer, Int4)
         return quantizer.library_codes(weight)[0].long().flatten() + 8 * (quantizer.rule == "sym")
+    if name == "quanto-int4":
+        quanto = library("optimum.quanto", "quanto")
+        group = quanto_group(weight.shape[1])
+        scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, 0, group)
+        codes = torch.ops.quanto.quantize_affine(weight, 4, 0, group, scale, shift).long()
+        codes[(scale == 0).flatten()] = 0  # 0 / 0, cast to an integer; every code stands for min
+        return codes.flatten()
     if name == "nvfp4":
         return float_ranks(unpack_uint4(to_nvfp4(weight).qdata).flatten())
     return torch.from_numpy(gguf_codes(name, weight.numpy())).flatten()
+
+
+@lru_cache
+def quanto_group(width: int) -> int | None:
+    """Of the package's own layer."""
+    layer = library("optimum.quanto", "quanto").QLinear
+    return layer(width, 2, weights="qint4", device="meta").weight_group_size
 
 
 def float_ranks(codes: Tensor) -> Tensor:
@@ -400,7 +417,7 @@ def test_w4a16_of_compressed_tensors_is_symmetric_int4(kind: str):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "names", [("mxfp4",), ("nvfp4",), ("nf4", "q5_0", "q5_1", "mxfp4", "nvfp4")]
+    "names", [("mxfp4",), ("nvfp4",), ("quanto-int4",), ("nf4", "q5_0", "q5_1", "mxfp4", "nvfp4")]
 )
 def test_what_the_floor_admits_survives(names: tuple[str, ...], dtype: torch.dtype):
     """A third of a weight edited up or down, as far as the floor allows or just so far: in the
@@ -417,6 +434,25 @@ def test_what_the_floor_admits_survives(names: tuple[str, ...], dtype: torch.dty
         a, b = weight.to(kind).float(), after.to(kind).float()
         for name in names:
             assert torch.equal(reference_codes(name, a) != reference_codes(name, b), moves), name
+
+
+@pytest.mark.parametrize("width", [64, 128, 160, 192, 200, 256, 320, 576])
+def test_groups_of_quanto_go_by_width(width: int):
+    assert group_of(width) == (quanto_group(width) or width)
+    weight, quantizer = made_weights("normal", torch.float32, width), get_quantizer("quanto-int4")
+    assert torch.equal(quantizer.cells(weight).codes, reference_codes("quanto-int4", weight))
+    part = as_units(weight, [quantizer])
+    codes = [quantizer.cells(unit).codes for unit in part]
+    assert torch.equal(torch.cat(codes), quantizer.cells(weight).codes)
+
+
+@pytest.mark.slow  # the package compiles its extension, which takes a minute
+def test_quanto_restores_what_its_tensors_do():
+    quanto = library("optimum.quanto", "quanto")
+    weight = torch.cat([made_weights(kind, torch.float32) for kind in VALUES])
+    scale, shift = quanto.MaxOptimizer()(weight, quanto.qint4, 0, 128)
+    packed = quanto.quantize_weight(weight, quanto.qint4, 0, scale, shift, 128, optimized=False)
+    assert torch.equal(get_quantizer("quanto-int4").round_trip(weight), packed.dequantize())
 
 
 def test_hqq_is_the_package_s_own():
@@ -466,7 +502,9 @@ def test_an_engine_stands_for_its_formats():
     assert VerifyConfig("a", "b", ("all",)).survive == quantizer_names(["all"], exact=True)
 
 
-@pytest.mark.parametrize("name", ["q4_0", "int4-g32", "nvfp4", "hqq", "awq-g64", "q4_k_m"])
+@pytest.mark.parametrize(
+    "name", ["q4_0", "int4-g32", "nvfp4", "quanto-int4", "hqq", "awq-g64", "q4_k_m"]
+)
 def test_a_missing_package_is_said_before_a_run(name: str, monkeypatch, tmp_path):
     quantizer = get_quantizer(name)
     package, extra = quantizer.needs[-1]
@@ -668,7 +706,7 @@ def test_without_prompts_a_calibrated_quantizer_says_what_it_needs(facts):
     ("name", "bytes_"),
     [
         *((n, 0.5) for n in ("nf4", "fp4", "int4-g32", "int4-g128", "int4-sym-g32")),
-        *((n, 0.5) for n in ("q4_0", "q4_1", "mxfp4", "nvfp4")),
+        *((n, 0.5) for n in ("q4_0", "q4_1", "mxfp4", "nvfp4", "quanto-int4")),
         *((n, 1) for n in ("q5_0", "q8_0")),
     ],
 )

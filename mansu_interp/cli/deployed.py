@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.defaults import default_task
+from ..utils.libraries import quiet
 from ..utils.records import to_json
 from ..utils.shipped import ENGINES
 from ..utils.words import number_of
@@ -16,6 +17,7 @@ from .settings import EvaluateConfig, ExportConfig
 
 if TYPE_CHECKING:
     from ..evaluation.leaks.found import LeakShare, LeakTest
+    from ..evaluation.packed import BesideEngine
     from ..evaluation.scores import Score, Scores
     from ..evaluation.versions import ModelVersion
     from ..models.language_model import LanguageModel
@@ -84,17 +86,29 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
             engine = EngineModel.open(Path(config.model), model)
             engine.check_tokenizer(task, config.split)
             models[ModelVersion(config.engine)] = engine
+        besides = []
+        for name in config.quantizers:
+            from ..evaluation.packed import beside_engine
+
+            beside, simulated, loaded = beside_engine(model, name, task, config.split, progress)
+            besides.append(beside)
+            models[ModelVersion("simulated", name)] = simulated
+            models[ModelVersion("transformers", name)] = loaded
         if config.leaks:
             told = not (output.quiet or output.json)
             leaks = _leaks(config, models[[*models][-1]], task, progress, told)
         else:
-            scores = evaluate(models, task, config.split, progress)
+            with quiet():  # bitsandbytes tells every layer's dtypes
+                scores = evaluate(models, task, config.split, progress)
     found = {"model": config.model, "engine": config.engine, "task": task.name}
     if config.leaks:
         if output.json:
             say_json({**found, "original": config.original, "leaks": to_json(leaks)})
         else:
             say("\n".join([*leak_lines(leaks), *_example_lines(leaks, config.show)]))
+        return 0
+    if besides:
+        _say_besides(besides, scores, found, output)
         return 0
     if output.json:
         flips = scores.flips(plain, [*models][-1], "choice")
@@ -103,6 +117,24 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
         return 0
     say("\n".join(score_lines(scores, list(models))))
     return 0
+
+
+def _say_besides(
+    besides: list[BesideEngine], scores: Scores, found: dict[str, Any], output: Output
+) -> None:
+    """Of every quantizer how transformers answers, and how far the simulated one is from it."""
+    from ..evaluation.versions import ModelVersion
+
+    plain, told, lines = ModelVersion("transformers"), [], []
+    for beside in besides:
+        versions = [plain, *(v for v in scores.rows[0].models if v.quantizer == beside.quantizer)]
+        flips = scores.flips(plain, versions[-1], "choice")
+        told.append({**asdict(beside), "flips": asdict(flips) if flips else None})
+        lines += [*score_lines(scores, versions), str(beside), ""]
+    if output.json:
+        say_json({**found, "rows": [asdict(row) for row in scores.rows], "quantizers": told})
+    else:
+        say("\n".join(lines[:-1]))
 
 
 def _leaks(
@@ -190,10 +222,11 @@ def score_lines(scores: Scores, models: list[ModelVersion]) -> list[str]:
     """A table in plain text: how often the answer of every set ranks first of four, and last, and
     top-1; and of the last model how its forget answers differ from the first one's."""
     width = max(28, *(len(f"{r.role}: {r.label}") for r in scores.rows))
-    head = "".join(f"{v!s:>23}" for v in models)
+    column = max(23, *(len(str(v)) + 2 for v in models))
+    head = "".join(f"{v!s:>{column}}" for v in models)
     out = [f"{'first of four / last / top-1':{width}}{'prompts':>9}{head}"]
     for row in scores.rows:
-        cells = "".join(f"{_scored(row[v]):>23}" for v in models)
+        cells = "".join(f"{_scored(row[v]):>{column}}" for v in models)
         out.append(f"{f'{row.role}: {row.label}':{width}}{row.n:>9}{cells}")
     for record in scores.perplexity:
         value = "-" if record.value is None else f"{record.value:.2f}"

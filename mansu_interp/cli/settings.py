@@ -17,7 +17,7 @@ from ..runs.config import RunConfig
 from ..unlearning.methods import Mansu, MethodConfig
 from ..utils.ranges import check_range, check_seeds
 from ..utils.records import Record
-from ..utils.shipped import ENGINES, quantizer_names, split_names
+from ..utils.shipped import ENGINES, LOADED, quantizer_names, split_names
 
 Settings = TypeVar("Settings", bound=Record)
 HELP_ALL = "--help-all"
@@ -296,6 +296,9 @@ class EvaluateConfig:
     checkpoint: str = "runs/latest"
     """Of a GGUF file: what it was made from. Its tokenizer encodes the task, after a check that
     llama.cpp splits the prompts alike, and its own scores stand beside."""
+    quantizers: tuple[str, ...] = ()
+    """Load the folder in transformers with a quantization config, as its users do: nf4, nf4-dq,
+    fp4, fp4-dq, int8 (bitsandbytes), quanto-int4. What is simulated here stands beside."""
     split: Literal["unseen", "dev"] = "unseen"
     """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
     leaks: FlagCreatePairsOff[bool] = False
@@ -326,6 +329,16 @@ class EvaluateConfig:
         default = {f.name: f.default for f in fields(self)}
         if given := [n for n in beside if getattr(self, n) != default[n] and not self.leaks]:
             raise ConfigError(f"--{given[0]} goes with --leaks, which was not given.")
+        object.__setattr__(self, "quantizers", split_names(self.quantizers))
+        if odd := [n for n in self.quantizers if n not in LOADED]:
+            raise ConfigError(
+                f"quantizers: got {odd[0]!r:.60}, expected some that transformers loads on any "
+                f"processor: {', '.join(LOADED)}."
+            )
+        if self.quantizers and (self.leaks or self.engine != "transformers"):
+            raise ConfigError(
+                "--quantizers loads a folder in transformers; leave out --leaks and --engine."
+            )
         if self.leaks and self.split != "unseen":
             raise ConfigError("--split is of a task's phrasings; with --leaks give --part instead.")
 

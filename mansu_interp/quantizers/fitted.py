@@ -18,11 +18,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -117,22 +118,22 @@ class Fitted(Quantizer):
 
 @dataclass(frozen=True)
 class Calibrated(Quantizer):
-    """One algorithm of auto-round at one group size, with the package's own defaults."""
+    """One algorithm at one group size that looks at what the layers do on calibration prompts."""
 
-    algorithm: str = "awq"
+    algorithm: str
     group: int = 128
     promises: bool = False
-    needs = (("auto_round", "autoround"),)
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As in `get_quantizer`."""
         return f"{self.algorithm}-g{self.group}"
 
-    @property
-    def rescales(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """True of AWQ."""
-        return self.algorithm == "awq"
+    @abstractmethod
+    def calibrate(
+        self, model: LanguageModel, rows: Int[Tensor, "rows pos"]
+    ) -> dict[str, Quantizer]:
+        """What quantizes each weight of a model, by name, after a look at rows of tokens."""
 
     def fit(
         self, model: LanguageModel, calibration: Sequence[Sequence[int]]
@@ -144,7 +145,7 @@ class Calibrated(Quantizer):
             calibration: prompts as token ids, joined to rows of ``ROW`` tokens.
 
         Raises:
-            ConfigError: auto-round is not installed, or there are too few calibration tokens.
+            ConfigError: a package is not installed, or there are too few calibration tokens.
         """
         tokens = [t for prompt in calibration for t in prompt][: ROW * ROWS]
         if len(tokens) < ROW:
@@ -156,7 +157,8 @@ class Calibrated(Quantizer):
         if key not in _FITTED:
             while len(_FITTED) >= REMEMBERED:
                 del _FITTED[next(iter(_FITTED))]
-            _FITTED[key] = _fit(self, model, tuple(tokens))
+            rows = torch.tensor(tokens)[: len(tokens) // ROW * ROW].view(-1, ROW)
+            _FITTED[key] = self.calibrate(model, rows)
         return dict(_FITTED[key])
 
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
@@ -166,9 +168,42 @@ class Calibrated(Quantizer):
     round_trip = cells  # pyright: ignore[reportAssignmentType]
 
 
-def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dict[str, Quantizer]:
+@dataclass(frozen=True)
+class AutoRound(Calibrated):
+    """One algorithm of auto-round, with the package's own defaults."""
+
+    algorithm: str = "awq"
+    needs = (("auto_round", "autoround"),)
+
+    @property
+    def rescales(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True of AWQ."""
+        return self.algorithm == "awq"
+
+    def calibrate(
+        self, model: LanguageModel, rows: Int[Tensor, "rows pos"]
+    ) -> dict[str, Quantizer]:
+        """See `Calibrated.calibrate`."""
+        hf = _rounded(self, model, rows)
+        layers = dict(hf.named_modules())
+        fitted: dict[str, Quantizer] = {}
+        for name, value in hf.named_parameters():
+            original, restored = model.weights[name].float().cpu(), value.detach().float()
+            scale = getattr(layers[name.rpartition(".")[0]], "scale", None)
+            if scale is not None and name.endswith(".weight"):
+                # A negative scale turns -8..7 around.
+                cells = fitted_cells(original, restored, scale.detach().float().abs())
+                fitted[name] = Fitted(restored, cells)
+            elif not torch.equal(restored, original):
+                fitted[name] = Fitted(restored)
+        return fitted
+
+
+def _rounded(
+    kind: AutoRound, model: LanguageModel, rows: Int[Tensor, "rows pos"]
+) -> torch.nn.Module:
+    """A copy of a model, de-quantized by the package."""
     package = library("auto_round", "autoround")
-    rows = torch.tensor(tokens)[: len(tokens) // ROW * ROW].view(-1, 1, ROW)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.enable_grad():
@@ -178,36 +213,32 @@ def _fit(kind: Calibrated, model: LanguageModel, tokens: tuple[int, ...]) -> dic
                 scheme="W4A16",
                 alg_configs={"awq": "awq", "autoround": "auto_round"}[kind.algorithm],
                 group_size=kind.group,
-                dataset=list(rows),
+                dataset=list(rows[:, None]),
                 seqlen=ROW,
                 nsamples=len(rows),
                 device_map="cpu",
                 enable_torch_compile=False,
                 seed=0,
             )
-            hf, _ = rounder.quantize()
+            return rounder.quantize()[0]
     finally:
         torch.set_rng_state(state)
         torch.set_num_threads(threads)
-    layers = dict(hf.named_modules())
-    fitted: dict[str, Quantizer] = {}
-    for name, value in hf.named_parameters():
-        original, restored = model.weights[name].float().cpu(), value.detach().float()
-        scale = getattr(layers[name.rpartition(".")[0]], "scale", None)
-        if scale is not None and name.endswith(".weight"):
-            fitted[name] = Fitted(restored, _cells(original, restored, scale))
-        elif not torch.equal(restored, original):
-            fitted[name] = Fitted(restored)
-    return fitted
 
 
-def _cells(
+def fitted_cells(
     original: Float[Tensor, "out in"],
     restored: Float[Tensor, "out in"],
     scale: Float[Tensor, "*_shape"],
 ) -> Cells:
-    """Cells of a layer that auto-round left de-quantized; a negative scale turns -8..7 around."""
-    scale = scale.detach().float().abs().reshape(-1, 1)
+    """Cells of a weight whose symmetric INT4 codes are in its restored values.
+
+    Arguments:
+        original: the weight before.
+        restored: codes times scale.
+        scale: of each group along a row, not negative.
+    """
+    scale = scale.reshape(-1, 1)
     codes = (restored.view(len(scale), -1) / scale.clamp_min(1e-30)).round() + MIDDLE
     x = original.view(len(scale), -1)
     every = torch.ones_like(x, dtype=torch.bool)

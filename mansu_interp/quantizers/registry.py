@@ -6,8 +6,10 @@ from ..errors import ConfigError
 from ..utils.ranges import entrance
 from .base import Quantizer
 from .bitsandbytes import FourBit, Int8
-from .fitted import Calibrated, Hqq
+from .fitted import AutoRound, Hqq
 from .gguf import EXACT, MIXES, Gguf, Mix
+from .gptq import Gptq
+from .quanto import Quanto
 from .torchao import Int4, Nvfp4
 
 BLOCKS = (64, 128, 256, 512)
@@ -19,8 +21,10 @@ _ALL: list[Quantizer] = [
     *(Gguf(name) for name in EXACT),
     *(Mix(name) for name in MIXES),
     Nvfp4(),
+    Quanto(),
     Hqq(),
-    *(Calibrated(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),
+    *(AutoRound(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),
+    *(Gptq(group=g) for g in GROUPS),
 ]
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in _ALL}
 """Every quantizer, by the name that settings and the command line use."""

@@ -34,10 +34,15 @@ ENGINES = {
         ("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl"),
     ),
     "transformers": Formats(("nf4", "fp4", "int8", "torchao-int4-g128"), ("hqq",)),
-    "vllm": Formats(("nf4", "int4-sym-g128", "mxfp4", "nvfp4"), ("awq-g128", "autoround-g128")),
+    "vllm": Formats(
+        ("nf4", "int4-sym-g128", "mxfp4", "nvfp4"), ("awq-g128", "autoround-g128", "gptq-g128")
+    ),
 }
 """What runs models -> what it quantizes them to. ``nf4-dq`` has the codes of ``nf4``, and
 ``int4-sym-g128`` the cells of compressed-tensors' W4A16."""
+
+LOADED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "quanto-int4")
+"""Quantizers that transformers loads a folder with, on any processor."""
 
 
 def quantizer_names(given: Iterable[str], exact: bool = False) -> tuple[str, ...]:

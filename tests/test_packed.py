@@ -1,0 +1,115 @@
+"""Checkpoints as transformers loads them in 4 and 8 bits, beside the simulated quantizers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny
+
+from mansu_interp.cli.main import main
+from mansu_interp.cli.settings import EvaluateConfig
+from mansu_interp.errors import ConfigError, ModelError
+from mansu_interp.evaluation.packed import beside_engine, load_quantized, stored_codes
+from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.tasks.task import Task
+from mansu_interp.utils.shipped import LOADED
+
+ON_ANY = [n for n in LOADED if n != "quanto-int4"]
+
+
+@pytest.fixture(scope="module")
+def edited(facts: LanguageModel, tmp_path_factory) -> LanguageModel:
+    """Two layers with other weights, saved and loaded."""
+    copy, folder = facts.copy(), tmp_path_factory.mktemp("edited") / "model"
+    for name in copy.linear_names[3:5]:
+        copy.weights[name].view(-1)[1:4000:9] *= -1
+    copy.save(folder)
+    return load_model(folder)
+
+
+@pytest.mark.parametrize("name", ON_ANY)
+def test_the_engine_stores_the_codes_and_computes_what_is_simulated(
+    edited: LanguageModel, capitals: Task, name: str
+):
+    found, simulated, engine = beside_engine(edited, name, capitals)
+    prompts = {p.clean for by in capitals.scored["unseen"].values() for s in by.values() for p in s}
+    assert found.codes == sum(edited.weights[n].numel() for n in edited.linear_names)
+    assert found.codes_apart == 0 and found.prompts == len(prompts) > 500
+    assert found.answers_apart <= 0.01 * found.prompts
+    # In bfloat16; LLM.int8() rounds activations, too, which moves more than its weights do.
+    assert 0 < found.logits_apart < (0.05 if name == "int8" else 0.2 * found.logits_moved)
+    (pairs,) = capitals.scored["unseen"]["forget"].values()
+    ours, theirs = (accuracy(m, pairs).choice for m in (simulated, engine))
+    assert ours == pytest.approx(theirs, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+def test_other_codes_are_counted(facts: LanguageModel, edited: LanguageModel, name: str):
+    """The original's cells against the edited folder: as many as the edit changes."""
+    engine, quantizer = (
+        load_quantized(replace(facts, folder=edited.folder), name),
+        get_quantizer(name),
+    )
+    for weight in facts.linear_names[2:5]:
+        stored = stored_codes(engine, name, weight)
+        before, after = (quantizer.cells(m.weights[weight]).codes for m in (facts, edited))
+        assert torch.equal(stored, after)
+        assert (before == after).all() == (weight == facts.linear_names[2])
+
+
+@pytest.mark.slow  # the package compiles its extension, which takes a minute
+def test_quanto_has_the_codes_of_float32_weights(facts: LanguageModel, tmp_path: Path):
+    """Given bfloat16 it rounds its scales to that, and one code in forty is another."""
+    wide = replace(facts.copy(), saved_dtype=torch.float32)
+    wide.save(tmp_path / "wide")
+    quantizer = get_quantizer("quanto-int4")
+    for model, most in ((load_model(tmp_path / "wide"), 0.0), (facts, 0.04)):
+        engine = load_quantized(model, "quanto-int4")
+        apart = [
+            (stored_codes(engine, "quanto-int4", n) != quantizer.cells(model.weights[n]).codes)
+            for n in model.linear_names
+        ]
+        share = float(torch.cat(apart).float().mean())
+        assert share <= most and (share > 0) == (most > 0)
+
+
+@pytest.mark.slow
+def test_evaluate_tells_both(capsys):
+    words = ["evaluate", "facts", "--task", "capitals", "--quiet", "--quantizers"]
+    assert main([*words, "nf4"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "prompts transformers simulated nf4 transformers nf4 forget: " in text
+    assert "forget, transformers nf4: 1.000, gap +0.000: 0 back, 0 gone" in text
+    assert "nf4 in transformers: 0 of 786,432 codes and" in text
+    assert main([*words, "nf4,int8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [q["quantizer"] for q in found["quantizers"]] == ["nf4", "int8"]
+    assert all(q["codes_apart"] == 0 and q["flips"]["back"] == 0 for q in found["quantizers"])
+    assert len(found["rows"][0]["scores"]) == 5
+
+
+def test_what_transformers_cannot_load_is_said(facts: LanguageModel, monkeypatch):
+    for name in ("hqq", "torchao-int4-g128", "q4_0"):
+        with pytest.raises(ConfigError, match=f"got '{name}', expected .* nf4, nf4-dq, fp4"):
+            EvaluateConfig("facts", quantizers=(name,))
+        with pytest.raises(ConfigError, match=f"got '{name}', expected one that transformers"):
+            load_quantized(facts, name)
+    for other in ({"leaks": True}, {"engine": "llama.cpp"}):
+        with pytest.raises(ConfigError, match="--quantizers loads a folder in transformers; leave"):
+            EvaluateConfig("facts", quantizers=("nf4",), **other)
+    with pytest.raises(ModelError, match="tiny was not loaded from a folder"):
+        load_quantized(make_tiny(4), "nf4")
+
+    def fails(*_: object, **__: object):
+        raise NotImplementedError("QuantizationMethod.X is not available yet")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fails)
+    with pytest.raises(ModelError, match="cannot load facts as nf4: QuantizationMethod"):
+        load_quantized(facts, "nf4")
