@@ -23,7 +23,13 @@ from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.metrics import METRICS, choice_margin, log_prob, logit_diff
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.circuits.search.faithfulness import circuit_metric
-from mansu_interp.errors import ArtifactError, CircuitError, ConfigError, ModelError
+from mansu_interp.errors import (
+    ArtifactError,
+    CircuitError,
+    ConfigError,
+    ModelError,
+    ResourceError,
+)
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import Batch, PairSet, collate
 from mansu_interp.tasks.task import Task
@@ -452,6 +458,13 @@ def kill_at(done: int) -> Callable[..., None]:
     return die
 
 
+def test_an_attribution_makes_no_folder_for_its_sums(tiny_model: TinyModel, tmp_path: Path):
+    """One that was removed meanwhile stays away, and is told."""
+    with pytest.raises(ResourceError, match="There is no folder"):
+        attribute(tiny_model(2), make_pairs(), resume=tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("due", [0.0, math.inf])
 @pytest.mark.parametrize("more", [{}, {"positions": True, "neurons": True}])
 def test_a_killed_attribution_ends_the_same(
@@ -464,7 +477,7 @@ def test_a_killed_attribution_ends_the_same(
     """Byte for byte; where nothing was due yet, from the first pair on."""
     monkeypatch.setattr(tensors, "SECONDS", due)
     model, pairs, config = tiny_model(2), make_pairs(), AttributionConfig(ig_steps=2, batch_size=2)
-    whole, file, seen = attribute(model, pairs, config=config, **more), tmp_path / "a" / "b", []
+    whole, file, seen = attribute(model, pairs, config=config, **more), tmp_path / "a", []
 
     def go_on() -> None:
         found = attribute(

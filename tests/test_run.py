@@ -531,7 +531,7 @@ def test_a_folder_that_is_removed_meanwhile_is_said(tmp_path: Path):
     def remove(stage: str, done: int, total: int) -> None:
         shutil.rmtree(config.out, ignore_errors=True)
 
-    with pytest.raises(ResourceError, match=r"was removed or taken over while this run was wri"):
+    with pytest.raises(ResourceError, match=r"was removed (or taken over )?while"):
         run(config, remove)
     assert not config.out.exists()
 
@@ -544,7 +544,8 @@ def test_no_setting_may_be_infinite_or_no_number():
         for item in fields(kind):
             usual = getattr(kind(), item.name)
             some = usual[0] if isinstance(usual, tuple) and usual else usual
-            if not (isinstance(some, float) or "float" in str(item.type)):
+            words = "Literal" in str(item.type)  # such as "float32"
+            if not (isinstance(some, float) or ("float" in str(item.type) and not words)):
                 continue
             for odd in (math.nan, math.inf, -math.inf):
                 seen += 1

@@ -297,9 +297,9 @@ def attribute(
         positions: score every token position separately as well.
         neurons: score every MLP neuron and head dimension as well.
         on_pairs: called with the pairs of each batch and the scores of each of them.
-        resume: a file in which the sums wait: an attribution that was killed goes on from there,
-            to the same scores, byte for byte; with other batches, from the start. It stays when all
-            is done: delete it then. Not used by several processes.
+        resume: a file, in a folder that is there, in which the sums wait: an attribution that was
+            killed goes on from there, to the same scores, byte for byte; with other batches, from
+            the start. It stays when all is done: delete it then. Not used by several processes.
 
     Returns:
         Mean scores; positive = the clean value along the edge raises the metric.
@@ -308,6 +308,7 @@ def attribute(
         CircuitError: the architecture cannot be attributed exactly, a model in training mode or
             with weights that are not finite, too little memory, or scores that are not finite.
         ArtifactError: what waits in ``resume`` is of another attribution, or damaged.
+        ResourceError: its folder is not there.
     """
     config = config or AttributionConfig()
     if resume and (on_pairs or callable(metric)):

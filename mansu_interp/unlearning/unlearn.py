@@ -10,6 +10,7 @@ from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..tasks.task import Task
 from ..utils.ranges import entrance
+from ..utils.tensors import make_folder
 from .baselines.dense import Objective, train_dense
 from .baselines.dpo import dpo, idkdpo
 from .baselines.durableun import durableun
@@ -100,6 +101,8 @@ def unlearn(
         raise ConfigError(
             f"config must be the settings of a method, such as Mansu(); got {config!r:.80}."
         )
+    if resume:
+        make_folder(resume.parent)
     checkpoint = Checkpoint(resume, made_of(model, task, mask, config, seed) if resume else "")
     told = {"on_step": on_step, "on_look": on_look, "checkpoint": checkpoint}
     if isinstance(config, DenseConfig):

@@ -103,6 +103,16 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Json]]:
         return {n: file.get_tensor(n) for n in names}, meta
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a checkpoint.
+
+    Raises:
+        ResourceError: it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @dataclass
 class Checkpoint:
     """How far a loop has come, in one file, so that one that was killed goes on there."""
@@ -128,11 +138,11 @@ class Checkpoint:
 
         Raises:
             ArtifactError: the file is damaged, or of another loop.
+            ResourceError: its folder is not there.
         """
         if self.path is None:
             return None
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._check_folder(self.path.parent)
         if not self.path.exists():
             return None
         self.tensors, meta = read_tensors(self.path, "checkpoint", self.SCHEMA)
@@ -146,6 +156,14 @@ class Checkpoint:
                 "stage anew."
             )
         return meta
+
+    def _check_folder(self, folder: Path) -> None:
+        """Raise ResourceError unless it is there: whoever names a checkpoint makes its folder."""
+        if not folder.is_dir():
+            raise ResourceError(
+                f"There is no folder {folder}: it was removed while it was in use, or never made. "
+                "Make it, or name another."
+            )
 
     def restore(self, name: str, into: Tensor) -> None:
         """Copy a tensor of the file into one of the loop's.
@@ -169,8 +187,7 @@ class Checkpoint:
             ResourceError: the disk is full, or the folder was removed meanwhile.
         """
         if self.path is not None and rank() == 0:
-            if not self.path.parent.is_dir():
-                raise ResourceError(f"{self.path.parent} was removed while it was in use.")
+            self._check_folder(self.path.parent)
             header = {"made_of": self.made_of, **meta}
             write_tensors(self.path, "checkpoint", self.SCHEMA, tensors, header)
             self.saved = time.monotonic()

@@ -28,6 +28,7 @@ from ...models.language_model import LanguageModel
 from ...models.provenance import provenance
 from ...tasks.pairs import PairSet
 from ...utils.ranges import entrance
+from ...utils.tensors import make_folder
 from ..ablation import Ablation
 from ..attribution import attribute
 from ..circuit import Circuit
@@ -98,6 +99,8 @@ def discover(
     if isinstance(resamples, bool) or resamples < 0:
         raise CircuitError(f"resamples must be a number, at least 0; got {resamples}.")
     note = on_step or (lambda *_: None)
+    if resume is not None and not resamples:
+        make_folder(resume)
 
     def score(which: str, pairs: PairSet, draws: Resamples | None) -> Attribution:
         stage = f"attribution of {which} pairs"

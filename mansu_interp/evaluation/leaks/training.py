@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...errors import TaskError
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, PairSet
 from ...tasks.task import Task
+from ...utils.ranges import entrance
 from .asking import questions
 from .question import Question
 
@@ -22,6 +24,7 @@ OWN_ANSWERS = ("reversed", "language")
 their own."""
 
 
+@entrance(TaskError)
 def with_leak_prompts(model: LanguageModel, task: Task, seed: int = 0) -> Task:
     """The task, its forget set with prompts of the train part beside those it has.
 
