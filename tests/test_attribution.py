@@ -523,7 +523,7 @@ def test_what_waits_must_be_of_this_attribution(tiny_model: TinyModel, tmp_path:
     )
     assert seen == [3, 5]
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match="is not a readable checkpoint"):
+    with pytest.raises(ArtifactError, match=r"is not a readable checkpoint.*Delete it to begin"):
         attribute(model, make_pairs(), config=EAP, resume=file)
 
 

@@ -64,6 +64,7 @@ from mansu_interp.audit.verdict import (
     Found,
     decide,
     interval,
+    most_telling,
     number,
     resampled,
     settle,
@@ -311,6 +312,13 @@ def test_the_number_by_hand():
     assert number("suppressed", replace(GONE, probed=0.7)) == pytest.approx(1 - 0.2 / 0.75)
     assert number("erased", replace(GONE, probed=0.55)) == pytest.approx(0.8)
     assert number("erased", replace(GONE, **{**nothing, "hidden": 0.06})) == pytest.approx(0.9)
+
+
+def test_the_most_telling_sign_is_the_one_that_cad_comes_from():
+    read = "answers that the original's unembedding finds in the last states: 0.60 (gone up to 0.65"
+    assert most_telling(replace(GONE, stitched=0.6)).startswith(read)
+    back = most_telling(replace(GONE, stitched=0.6, relearned=0.5))
+    assert back.endswith("relearning of half A: 0.50 (gone up to 0.40, there from 0.45)")
 
 
 def test_the_interval_of_cad_is_that_of_resampled_facts():

@@ -168,6 +168,13 @@ def test_an_index_is_followed_only_where_it_is_true(folder: Path, facts: Languag
             load_model(folder)
 
 
+def test_a_folder_without_a_tokenizer_is_told_what_it_lacks(folder: Path):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer .* Copy the original checkpoint's"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("name", ["x.safetensors", "tokenizer.json", "generation_config.json"])
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
 def test_what_only_looks_like_a_file_is_refused_at_once(folder: Path, name: str, kind: str):

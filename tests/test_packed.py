@@ -104,6 +104,8 @@ def test_what_transformers_cannot_load_is_said(facts: LanguageModel, monkeypatch
     for other in ({"leaks": True}, {"engine": "llama.cpp"}):
         with pytest.raises(ConfigError, match="--quantizers loads a folder in transformers; leave"):
             EvaluateConfig("facts", quantizers=("nf4",), **other)
+    with pytest.raises(ConfigError, match=r"x\.gguf is a GGUF file: give --engine llama\.cpp"):
+        EvaluateConfig("x.gguf", quantizers=("nf4",))
     with pytest.raises(ModelError, match="tiny was not loaded from a folder"):
         load_quantized(make_tiny(4), "nf4")
 

@@ -70,6 +70,7 @@ from .verdict import (
     Found,
     decide,
     interval,
+    most_telling,
     number,
     resampled,
     settle,
@@ -123,6 +124,8 @@ class CAD(Shown):
     """Of each fact of half B (relation: subject): intact, suppressed or erased."""
     retained: dict[str, list[float]] = field(default_factory=dict)
     """Of each retained relation: top-1 of the original and of the edited model, on some prompts."""
+    most_telling: str = ""
+    """The sign that says most of what is there, with its share and levels, in words."""
     stitched_last: float | None = None
     """Share of half B's answers that the original's unembedding finds in the edited model's last
     states; None in reports of older versions, as ``interval`` is empty."""
@@ -164,6 +167,7 @@ class CAD(Shown):
             f"{self.verdict} (confidence {self.confidence:.2f}), CAD {self.range} of 1 (0: all the "
             "knowledge is there, 1: none)",
             self.sentence,
+            f"Most telling: {self.most_telling}",
             "",
             "Half B, first of four (chance 0.25): the model itself, then what is found in the "
             "states",
@@ -366,6 +370,7 @@ def conclude(
         sentence=tell(reason, facts, retained),
         confidence=confidence,
         cad=cad,
+        most_telling=most_telling(evidence),
         stitched_last=found.stitched,
         interval=interval(cad, [value for _, value in again]),
         predicted={name: float(v.mean()) for name, v in found.first.items()},

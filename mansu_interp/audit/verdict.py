@@ -95,18 +95,25 @@ class Level:
     """From here on the knowledge is there."""
     chance: float
     """What a model that knows nothing shows."""
+    of: str
+    """What is shared."""
     says: str
     """What it means that the knowledge is there."""
 
 
 SIGNS = {
     "predicted": Level(
-        ERASED_LEVEL, PRESENT, CHANCE, "it gives fewer of the answers than before, and still many."
+        ERASED_LEVEL,
+        PRESENT,
+        CHANCE,
+        "answers of half B that rank first of four",
+        "it gives fewer of the answers than before, and still many.",
     ),
     "relearned": Level(
         ERASED_LEVEL,
         PRESENT,
         CHANCE,
+        "answers that rank first after linearized relearning of half A",
         "it no longer predicts the answers, but a few steps on half of the facts bring back the "
         "others.",
     ),
@@ -114,6 +121,7 @@ SIGNS = {
         ERASED_LEVEL,
         PRESENT,
         CHANCE,
+        "answers that rank first after linearized relearning of retained facts",
         "it no longer predicts the answers, but relearning what was to be retained brings them "
         "back.",
     ),
@@ -121,18 +129,21 @@ SIGNS = {
         ERASED_LEVEL,
         PRESENT,
         CHANCE,
+        "answers that rank last of four",
         "it ranks the answers last of four too often, which gives them away as well.",
     ),
     "probed": Level(
         0.55,
         0.70,
         CHANCE,
+        "answers that a probe at the last token finds",
         "it no longer predicts the answers, but a linear probe finds them in its states.",
     ),
     "subject": Level(
         0.60,
         0.75,
         CHANCE,
+        "answers that a probe at the subject finds",
         "it no longer predicts the answers, but a linear probe finds them in its states at the "
         "subject.",
     ),
@@ -140,11 +151,20 @@ SIGNS = {
         0.65,
         0.80,
         CHANCE,
+        "answers that the original's unembedding finds in the last states",
         "its own output does not show the answers, but the original's unembedding finds them in "
         "its last states.",
     ),
-    "intact": Level(0.05, 0.15, 0.0, "some facts are as they were."),
-    "hidden": Level(0.12, 0.20, 0.0, "some facts can still be found."),
+    "intact": Level(
+        0.05, 0.15, 0.0, "facts predicted outright, beyond guesses", "some facts are as they were."
+    ),
+    "hidden": Level(
+        0.12,
+        0.20,
+        0.0,
+        "facts found by some sign, beyond guesses",
+        "some facts can still be found.",
+    ),
 }
 """Signs by the names of their fields in `Evidence`, in the order in which they are said. How the
 levels were chosen is told in docs/cad.md: models that were never taught are below every ``gone``
@@ -156,6 +176,16 @@ def as_first(share: float, level: Level) -> float:
     `ERASED_LEVEL`, what is there at least `PRESENT`."""
     marks = (level.chance, level.gone, level.there, 1.0)
     return float(np.interp(share, marks, (CHANCE, ERASED_LEVEL, PRESENT, 1.0)))
+
+
+def most_telling(found: Evidence) -> str:
+    """The sign that says most of what is there, with its levels, in words."""
+    name = max(SIGNS, key=lambda n: as_first(getattr(found, n), SIGNS[n]))
+    level = SIGNS[name]
+    return (
+        f"{level.of}: {getattr(found, name):.2f} (gone up to {level.gone:.2f}, there from "
+        f"{level.there:.2f})"
+    )
 
 
 def decide(found: Evidence) -> tuple[str, str]:

@@ -113,7 +113,8 @@ def _called() -> str:
     if Path(called).stem != "mansu":  # python -m, or another program
         return shlex.join([sys.executable, "-m", "mansu_interp"])
     on_path = shutil.which("mansu")
-    return "mansu" if on_path and os.path.samefile(on_path, called) else shlex.quote(called)
+    same = on_path and Path(called).exists() and os.path.samefile(on_path, called)
+    return "mansu" if same else shlex.quote(called)
 
 
 def do_bench(config: BenchConfig, output: Output) -> int:

@@ -74,7 +74,7 @@ ABOUT = """Make a language model forget something, and check that it stays forgo
 Examples:
   mansu list                                    what ships
   mansu discover --pairs my.jsonl --model gpt2  a circuit, and a page to look at
-  mansu run --out runs/first                    the embedded model forgets capitals
+  mansu run --out runs/first                    the embedded model forgets countries
   mansu run --task my-task.json --out runs/mine your own facts
   mansu run --method npo --out runs/npo         a baseline
   mansu plan --model Llama-3.1-8B/config.json   what it would cost

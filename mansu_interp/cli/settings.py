@@ -335,6 +335,11 @@ class EvaluateConfig:
                 f"quantizers: got {odd[0]!r:.60}, expected some that transformers loads on any "
                 f"processor: {', '.join(LOADED)}."
             )
+        if self.engine == "transformers" and self.model.lower().endswith(".gguf"):
+            raise ConfigError(
+                f"{self.model} is a GGUF file: give --engine llama.cpp, and no --quantizers, which "
+                "load a folder in transformers."
+            )
         if self.quantizers and (self.leaks or self.engine != "transformers"):
             raise ConfigError(
                 "--quantizers loads a folder in transformers; leave out --leaks and --engine."

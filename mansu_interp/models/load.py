@@ -37,6 +37,8 @@ DTYPES = {
 
 SMALL = 10**7
 """Parameters below which ``auto`` stays on the CPU and in float32, which is faster then."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files of which a folder with a tokenizer has one."""
 
 HELD = ("auto", "float32", "bfloat16")
 """What `pick_dtype` knows."""
@@ -257,6 +259,11 @@ def load_model(
                     f"Out of memory while loading {name}. It takes {held.itemsize} bytes a "
                     "parameter and as much again for each copy: take a smaller model or a larger "
                     "machine."
+                ) from error
+            if not any((place / file).exists() for file in TOKENIZERS):
+                raise ModelError(
+                    f"{name} has no tokenizer (none of {', '.join(TOKENIZERS)}). Copy the original "
+                    "checkpoint's into the folder, with tokenizer_config.json."
                 ) from error
             raise ModelError(f"{name} could not be loaded: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):

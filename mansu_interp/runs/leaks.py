@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..errors import TaskError
 from ..evaluation.leaks.answers import Answers, ask
 from ..evaluation.leaks.asking import Questions, questions
 from ..evaluation.leaks.found import LeakTest
@@ -41,7 +42,12 @@ def leak_questions(config: RunConfig, model: LanguageModel, task: Task) -> Quest
             relation or none that the model can read.
     """
     if config.leak_prompts:
-        questions(model, task, part="train", prompts=1, seed=config.seed)
+        try:
+            questions(model, task, part="train", prompts=1, seed=config.seed)
+        except TaskError as error:
+            raise TaskError(
+                f"There are no leak prompts to unlearn in: leave out --leak-prompts. {error}"
+            ) from error
     if not asked_for(config, model, task):
         return None
     return questions(model, task, seed=config.seed)

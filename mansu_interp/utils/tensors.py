@@ -145,15 +145,20 @@ class Checkpoint:
         self._check_folder(self.path.parent)
         if not self.path.exists():
             return None
-        self.tensors, meta = read_tensors(self.path, "checkpoint", self.SCHEMA)
+        anew = "Delete it to begin this stage anew."
         try:
+            self.tensors, meta = read_tensors(self.path, "checkpoint", self.SCHEMA)
             expect(meta, {"made_of": str, **self.META}, "its header")
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} {anew}") from error
         except ValueError as error:
-            raise ArtifactError(f"{self.path} is not a readable checkpoint: {error}.") from error
+            raise ArtifactError(
+                f"{self.path} is not a readable checkpoint: {error}. {anew}"
+            ) from error
         if meta["made_of"] != self.made_of:
             raise ArtifactError(
-                f"{self.path} was written by a run of another {self.OF}. Delete it to begin this "
-                "stage anew."
+                f"{self.path} was written by a run of another {self.OF}. With what it was written "
+                f"for, the same command goes on. {anew}"
             )
         return meta
 
