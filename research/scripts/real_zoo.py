@@ -8,7 +8,8 @@ model that was never taught them; and what attacks bring back, and what can be s
 so that no fact tells another. The model is taught both for `taught`, the arms alone for the models
 that were *never taught*. Teaching and all edits are cached in --work, rows of
 research/tables/zoo-real.csv are made once. Truth and signs are those of `make_zoo.py`, with fewer
-steps (`MARKS`) and without its closed-form graphs; `judge_zoo.py --table zoo-real.csv` reads it.
+steps (`MARKS`) and without its closed-form graphs; of the references also what the taught model
+answers when it is run on from their embedding, or from some block on. --show prints the table.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mansu_interp.audit.attacks import Given
 from mansu_interp.audit.cad import conclude, look
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.known import Known
+from mansu_interp.audit.probes import stitches
 from mansu_interp.audit.relearning import fine_tune
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.compare import divergence
@@ -161,7 +163,7 @@ def trained(edited: LanguageModel, task: Task) -> LanguageModel:
     return out
 
 
-def evidence(bench: Bench, edited: LanguageModel) -> Row:
+def evidence(bench: Bench, edited: LanguageModel, reference: bool) -> Row:
     """The verdict and its signs, and the graphs as edited and after training."""
     found = look(bench.model, edited, bench.known, SPLIT, lambda: quantize(edited))
     judged = conclude(found, bench.model, edited, bench.known, SPLIT)
@@ -170,6 +172,9 @@ def evidence(bench: Bench, edited: LanguageModel) -> Row:
     row |= {"verdict": judged.verdict, "cad": judged.cad, "confidence": judged.confidence}
     row |= {f"facts_{state}": n for state, n in judged.counts.items()}
     row["retain"] = min(after for _, after in judged.retained.values())
+    if reference:
+        cuts = stitches(edited, bench.model, bench.asked)
+        row |= {"sign_cut": max(cuts[1:]), "sign_rows": cuts[0]}
     row["logp"] = float(bench.logp(edited).mean())
     for name, model in (("edited", edited), ("half-a", trained(edited, bench.task))):
         seen = divergence(bench.before.scores, bench.graph(model).scores, bench.circuit.edges)
@@ -282,6 +287,27 @@ def ways(
     )
 
 
+def show(table: Path) -> None:
+    """Print what was found, a line a model."""
+    print("| model | as edited | most, by | retained | verdict | CAD | half A, retained ", end="")
+    print("| probes | last states | graph: edited, trained |\n" + "|---" * 10 + "|")
+    level: dict[str, float] = {}
+    rows = list(read_zoo(table).values())
+    for name in ("edited", "half-a"):
+        (known,) = (r for r in rows if r["name"] == "unchanged: original")
+        level[name] = float(known[f"mass_{name}"])
+    for r in sorted(rows, key=lambda r: -float(r["most"])):
+        shares = {k: float(v) for k, v in r.items() if v and k.startswith("sign_")}
+        graphs = (f"{float(r[f'mass_{n}']) / level[n]:.2f}" for n in level)
+        print(
+            f"| {r['name']} | {max(float(r['first']), float(r['last'])):.2f} | "
+            f"{float(r['most']):.2f}, {r['arm']} | {float(r['retain']):.2f} | {r['verdict']} | "
+            f"{float(r['cad']):.2f} | {shares['sign_relearned']:.2f}, "
+            f"{shares['sign_retained']:.2f} | {shares['sign_probed']:.2f}, "
+            f"{shares['sign_subject']:.2f} | {shares['sign_stitched']:.2f} | {', '.join(graphs)} |"
+        )
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Make and measure the zoo on a real model.")
@@ -289,9 +315,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/real-zoo"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--only", default="", help="ways whose name holds this")
+    parser.add_argument("--show", action="store_true", help="only print what was found")
     args = parser.parse_args()
     torch.set_num_threads(1)
     table = TABLES / "zoo-real.csv"
+    if args.show:
+        show(table)
+        return
     base = load_model(args.model)
     path = write_task(args.work)
     blank = load_task(path, base)
@@ -323,7 +353,7 @@ def main() -> None:
             spent = [time.process_time() - start]
             row = attacked(edited, task, MARKS, ATTACKS, BATCH)
             spent.append(time.process_time() - start)
-            row |= evidence(bench, edited)
+            row |= evidence(bench, edited, name.startswith("reference"))
             row["seconds"] = time.process_time() - start
             write_zoo({**read_zoo(table), key: row}, table)
             found = f"{row['most']:.2f} {row['arm']} {row['verdict']} {row['cad']:.2f}"
