@@ -375,6 +375,8 @@ def test_copies_are_unchanged_and_reference_models_erased(facts: LanguageModel, 
     assert lines[0].startswith("suppressed") and lines[1] == hidden.sentence
     assert len(hidden.half_b) == len(hidden.half_a) == len(hidden.ranked_last) - 1 <= module.STEPS
     assert f"{hidden.half_b[-1]:.2f}" in next(x for x in lines if "answer first" in x)
+    read, head = (next(x for x in lines if x.startswith(n)) for n in ("edited, last", " " * 40))
+    assert len(read) == len(head)  # in the column of the last block
     assert hidden.to_json()["probed"]["edited"] == hidden.probed["edited"]
 
 

@@ -179,8 +179,9 @@ class CAD(Shown):
         ]
         out.append(row("edited, probe at the subject", None, self.subject))
         if self.stitched_last is not None:
-            last = [self.stitched_last]
-            out.append(row("edited, last states read by the original", None, last))
+            before = " " * len(f"{0.0:5.2f} ") * blocks
+            name = "edited, last states read by the original"
+            out.append(f"{row(name, None, [])}{before}{self.stitched_last:5.2f}")
         out += [row(f"{n}, predicted outright", v, []) for n, v in self.outright.items()]
         out += ["", "Edited, before and after each step of linearized relearning on half A"]
         out.append(row("half B, answer first of four", self.predicted[EDITED], self.half_b))
