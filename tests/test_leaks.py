@@ -48,7 +48,7 @@ from mansu_interp.report.terminal import console_summary
 from mansu_interp.runs.config import RunConfig
 from mansu_interp.runs.context import RunContext
 from mansu_interp.runs.folder import Clock, RunFolder
-from mansu_interp.runs.leaks import asked_for, leak_questions, leak_tests
+from mansu_interp.runs.leaks import asked_for, check_leak_prompts, leak_questions, leak_tests
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.records import from_json, make_anew, to_json
 from mansu_interp.utils.shipped import DATA
@@ -698,7 +698,7 @@ def test_unlearning_can_see_the_train_part_and_no_prompt_that_is_reported(
     assert {p.phrasing for p in new}.isdisjoint(q.template for q in unseen.items)
     assert (wide.retain, wide.scored) == (task.retain, task.scored)
     with pytest.raises(TaskError, match=r"leave out --leak-prompts.* no leak question"):
-        leak_questions(RunConfig(leaks="no", leak_prompts=True), facts, capitals)
+        check_leak_prompts(RunConfig(leaks="no", leak_prompts=True), facts, capitals)
 
 
 def test_a_run_unlearns_the_train_part_if_it_is_to(speller: Pretend, task: Task, tmp_path: Path):

@@ -179,9 +179,8 @@ class CAD(Shown):
         ]
         out.append(row("edited, probe at the subject", None, self.subject))
         if self.stitched_last is not None:
-            before = " " * len(f"{0.0:5.2f} ") * blocks
-            name = "edited, last states read by the original"
-            out.append(f"{row(name, None, [])}{before}{self.stitched_last:5.2f}")
+            name = row("edited, last states read by the original", None, [])
+            out.append(f"{name}{self.stitched_last:{6 * blocks + 5}.2f}")  # in the last column
         out += [row(f"{n}, predicted outright", v, []) for n, v in self.outright.items()]
         out += ["", "Edited, before and after each step of linearized relearning on half A"]
         out.append(row("half B, answer first of four", self.predicted[EDITED], self.half_b))

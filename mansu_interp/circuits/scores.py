@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +19,7 @@ from ..errors import ArtifactError, CircuitError
 from ..models.graph import Architecture, Graph, Node
 from ..models.stream import StreamedModel
 from ..tasks.pairs import Pair, PairSet
+from ..tasks.task import spelled
 from ..utils.files import expect
 from ..utils.ranges import entrance
 from ..utils.tensors import Checkpoint, read_tensors, tensors_sha256, write_tensors
@@ -94,9 +94,8 @@ class Unfinished(Checkpoint):
         batches they are of."""
         if self.path is None:
             return 0
-        rows = [[str(getattr(p, f.name)) for f in fields(p)] for p in pairs]
-        text = json.dumps([model.sha256 or tensors_sha256(model.weights), rows, str(settings)])
-        self.made_of = hashlib.sha256(text.encode()).hexdigest()
+        text = f"{model.sha256 or tensors_sha256(model.weights)} {spelled(pairs)} {settings}"
+        self.made_of = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         meta = self.read()
         if meta is None or meta["size"] != self.size:
             return 0

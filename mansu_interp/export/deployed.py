@@ -18,6 +18,7 @@ from ..models.language_model import LanguageModel
 from ..models.provenance import tokenizer_sha256
 from ..utils.files import Json, read_json
 from ..utils.shipped import DATA
+from ..utils.tensors import dtype_name
 
 LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 """How files begin that lay down the terms of a model."""
@@ -162,7 +163,7 @@ def _dtype_change(original: LanguageModel, edited: LanguageModel) -> list[str]:
         (raw.get("dtype") or raw.get("torch_dtype"))
         for raw in (_raw(m, "config.json") for m in (edited, original))
     )
-    own = str(edited.saved_dtype).removeprefix("torch.")
+    own = dtype_name(edited.saved_dtype)
     known = (None, usual, own)
     return [] if named in known else [f"dtype of config.json is {named!r:.60}, not {own!r}"]
 

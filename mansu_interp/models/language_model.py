@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ModelError, TaskError
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from ..utils.ranges import entrance, expect_kind
+from ..utils.tensors import dtype_name
 from ..utils.words import Shown, half_pair
 from .graph import Architecture, Graph
 from .hook_points import Component
@@ -86,7 +87,7 @@ class LanguageModel(Shown):
 
     def told(self) -> dict[str, object]:
         """For its short form."""
-        dtype = str(self.saved_dtype).removeprefix("torch.")
+        dtype = dtype_name(self.saved_dtype)
         size = f"{self.n_parameters:,}"
         without = {} if self.tokenizer else {"tokenizer": "none"}
         return {
@@ -203,7 +204,7 @@ class LanguageModel(Shown):
             if weight.dtype != torch.float32 and not own:
                 packed = "packed as " if not weight.is_floating_point() else ""
                 raise ModelError(
-                    f"{self.name}: {name} is {packed}{str(weight.dtype).removeprefix('torch.')}, "
+                    f"{self.name}: {name} is {packed}{dtype_name(weight.dtype)}, "
                     "expected float32, or bfloat16 that the checkpoint is stored in. load_model() "
                     "takes care of it, and save() stores a checkpoint in its own dtype again."
                 )

@@ -16,6 +16,7 @@ from ..utils.hub import cached_model, check_online, fetch_model, is_hub_name
 from ..utils.libraries import first_line, is_out_of_memory, quiet
 from ..utils.ranges import entrance
 from ..utils.shipped import DATA, is_embedded
+from ..utils.tensors import dtype_name
 from ..utils.words import shown
 from .files import weight_files
 from .language_model import LanguageModel
@@ -189,7 +190,7 @@ def pick_dtype(
     if asked == "bfloat16" and not exact:
         raise ConfigError(
             f"dtype: got bfloat16 for a checkpoint that is stored as "
-            f"{str(stored).removeprefix('torch.')} and would be rounded, so that another model "
+            f"{dtype_name(stored)} and would be rounded, so that another model "
             "would be edited. Give auto or float32, or store the checkpoint in bfloat16 first."
         )
     quick = exact and n_parameters >= SMALL and computes_bfloat16(device)

@@ -64,4 +64,4 @@ class Quanto(Quantizer):
 
 def group_of(width: int) -> int:
     """Elements of a group in rows of some width."""
-    return next((size for size in SIZES if width > 128 and width % size == 0), width)
+    return next((size for size in SIZES if width % size == 0), width)

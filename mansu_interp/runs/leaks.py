@@ -38,19 +38,27 @@ def leak_questions(config: RunConfig, model: LanguageModel, task: Task) -> Quest
     """What the models of a run are asked; None: no leak test.
 
     Raises:
-        TaskError: it was asked for, or its prompts for unlearning were, and the task has no
-            relation or none that the model can read.
+        TaskError: it was asked for, and the task has no relation or none that the model can read.
     """
-    if config.leak_prompts:
-        try:
-            questions(model, task, part="train", prompts=1, seed=config.seed)
-        except TaskError as error:
-            raise TaskError(
-                f"There are no leak prompts to unlearn in: leave out --leak-prompts. {error}"
-            ) from error
     if not asked_for(config, model, task):
         return None
     return questions(model, task, seed=config.seed)
+
+
+def check_leak_prompts(config: RunConfig, model: LanguageModel, task: Task) -> None:
+    """Raise TaskError if a run is to unlearn in leak prompts, and there are none.
+
+    Raises:
+        TaskError: the task has no relation, or none that the model can read.
+    """
+    if not config.leak_prompts:
+        return
+    try:
+        questions(model, task, part="train", prompts=1, seed=config.seed)
+    except TaskError as error:
+        raise TaskError(
+            f"There are no leak prompts to unlearn in: leave out --leak-prompts. {error}"
+        ) from error
 
 
 def versions(config: RunConfig) -> list[ModelVersion]:

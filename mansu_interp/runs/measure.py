@@ -53,7 +53,7 @@ from ..tasks.task import Task
 from ..unlearning.history import StepRecord, read_history
 from ..unlearning.methods import Mansu
 from ..utils.records import Keep
-from ..utils.tensors import tensors_sha256
+from ..utils.tensors import dtype_name, tensors_sha256
 from ..viz.view import View, changes_view
 from .command import command_line
 from .config import deployed
@@ -303,7 +303,7 @@ def curve(version: ModelVersion, found: Relearning) -> RelearningCurve:
 
 def model_facts(model: LanguageModel) -> ReportModel:
     """The original, for the report."""
-    dtype = str(model.saved_dtype).removeprefix("torch.")
+    dtype = dtype_name(model.saved_dtype)
     return ReportModel(model.name, model.sha256, model.n_parameters, dtype)
 
 

@@ -50,7 +50,7 @@ from .folder import (
     config_json,
     result_affecting,
 )
-from .leaks import leak_questions
+from .leaks import check_leak_prompts, leak_questions
 from .measure import measure
 from .planning.cost import Plan, plan
 from .planning.knowledge import Knowledge, what_is_known
@@ -163,6 +163,7 @@ def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Kno
     check_memory(model, Job.of(fitting(config, model, task), task))
     task, known = what_is_known(model, task, deployed(config), config.seed, note)
     leak_questions(config, model, task)
+    check_leak_prompts(config, model, task)
     if config.relearn_steps:
         scored_halves(task, config.seed)
     return model, task, known

@@ -108,7 +108,7 @@ class Task(Shown):
     def sha256(self) -> str:
         """Hash of all prompts, answers and texts, as tokens."""
         parts = (self.forget, self.retain, self.retain_unscored, self.scored, self.text)
-        return hashlib.sha256(_spelled(parts).encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(spelled(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def calibration(self) -> list[Tokens]:
@@ -118,15 +118,15 @@ class Task(Shown):
         return [*self.text.get("train", ())[:CALIBRATION_TEXTS], *(p.clean for p in prompts)]
 
 
-def _spelled(value: object) -> str:
+def spelled(value: object) -> str:
     """A value with every field of the records in it; their own ``repr`` is short."""
     if isinstance(value, (Pair, PairSet)):
-        inside = ", ".join(f"{f.name}={_spelled(getattr(value, f.name))}" for f in fields(value))
+        inside = ", ".join(f"{f.name}={spelled(getattr(value, f.name))}" for f in fields(value))
         return f"{type(value).__name__}({inside})"
     if isinstance(value, tuple):
-        return f"({', '.join(map(_spelled, value))}{',' * (len(value) == 1)})"
+        return f"({', '.join(map(spelled, value))}{',' * (len(value) == 1)})"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{k!r}: {_spelled(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{k!r}: {spelled(v)}' for k, v in value.items())}}}"
     return repr(value)
 
 

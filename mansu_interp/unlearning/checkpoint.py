@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import ArtifactError
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
 from ..tasks.task import Task
@@ -54,7 +53,7 @@ class Checkpoint(utils.Checkpoint):
         try:
             history = [StepRecord.from_json(record) for record in meta["history"]]
         except ValueError as error:
-            raise ArtifactError(f"{self.path} is not a readable checkpoint: {error}.") from error
+            raise self.unreadable(error) from error
         self.power = meta["power"]
         return history
 

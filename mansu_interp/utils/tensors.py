@@ -27,6 +27,12 @@ MAX_HEADER = 16 << 20
 DTYPES = {"I32", "I64", "U8", "BF16", "F16", "F32", "F64"}
 SECONDS = 60.0
 """Between two checkpoints of a loop."""
+ANEW = "Delete it to begin this stage anew."
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without the package's name, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
@@ -145,22 +151,23 @@ class Checkpoint:
         self._check_folder(self.path.parent)
         if not self.path.exists():
             return None
-        anew = "Delete it to begin this stage anew."
         try:
             self.tensors, meta = read_tensors(self.path, "checkpoint", self.SCHEMA)
             expect(meta, {"made_of": str, **self.META}, "its header")
         except ArtifactError as error:
-            raise ArtifactError(f"{error} {anew}") from error
+            raise ArtifactError(f"{error} {ANEW}") from error
         except ValueError as error:
-            raise ArtifactError(
-                f"{self.path} is not a readable checkpoint: {error}. {anew}"
-            ) from error
+            raise self.unreadable(error) from error
         if meta["made_of"] != self.made_of:
             raise ArtifactError(
                 f"{self.path} was written by a run of another {self.OF}. With what it was written "
-                f"for, the same command goes on. {anew}"
+                f"for, the same command goes on. {ANEW}"
             )
         return meta
+
+    def unreadable(self, why: ValueError) -> ArtifactError:
+        """The error over a header that does not hold what it should."""
+        return ArtifactError(f"{self.path} is not a readable checkpoint: {why}. {ANEW}")
 
     def _check_folder(self, folder: Path) -> None:
         """Raise ResourceError unless it is there: whoever names a checkpoint makes its folder."""
@@ -178,7 +185,7 @@ class Checkpoint:
         """
         found = self.tensors.get(name)
         if found is None or found.shape != into.shape or found.dtype != into.dtype:
-            raise ArtifactError(f"{self.path} lacks {name}. Delete it to begin this stage anew.")
+            raise ArtifactError(f"{self.path} lacks {name}. {ANEW}")
         into.copy_(found)
 
     def is_due(self) -> bool:

@@ -18,6 +18,7 @@ from ...unlearning.mansu import margins
 from ...unlearning.mansu.adversarial import STRIDE
 from ...unlearning.methods import Mansu, MethodConfig, RetainingConfig
 from ...unlearning.training import CHUNK
+from ...utils.tensors import dtype_name
 from ...utils.words import number_of
 from ..command import settings_lines
 from ..config import PlanConfig, RunConfig
@@ -117,15 +118,11 @@ def plan_lines(config: PlanConfig) -> list[str]:
         f"passes   {how.method}{steps}, {how.pairs} pairs of {config.tokens} tokens, "
         f"{e.pairs_per_batch} at a time: {e.forward} forward and {e.backward} backward",
         f"compute  {e.pflop:.3g} PFLOP",
-        f"memory   {e.weights_gb:.3g} GB of weights in {_name(model.dtype)}; "
+        f"memory   {e.weights_gb:.3g} GB of weights in {dtype_name(model.dtype)}; "
         f"{e.attribution_gb:.3g} GB for attribution, beyond the passes' own activations",
         f"scores   {e.writers * e.readers * 4 / 1e6:.3g} MB, as one tensor",
         f"run      {whole} GB at the peak, with {formats} to survive and the settings of mansu run",
     ]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -239,7 +236,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     unseen = sum(len(s) for s in task.scored["unseen"]["forget"].values())
     lines = [
         f"model    {model.name}: {number_of(model.n_parameters, 'parameter')}, held in "
-        f"{_name(model.dtype)}",
+        f"{dtype_name(model.dtype)}",
         f"task     {task.name}: {number_of(len(facts), 'fact')} to forget, scored on "
         f"{number_of(unseen, 'unseen prompt')}",
         *([f"rows     {task.read}"] if task.read else []),
