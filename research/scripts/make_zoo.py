@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -23,7 +23,7 @@ from itertools import product
 import torch
 import zoo_edits as edit
 import zoo_tricks as trick
-from judge_zoo import Key, Row, read_zoo, write_zoo
+from judge_zoo import TRAINED, Key, Row, read_zoo, write_zoo
 
 from mansu_interp.audit.attacks import ARMS, Given
 from mansu_interp.audit.cad import ASKED_PROMPTS, conclude, look
@@ -39,6 +39,7 @@ from mansu_interp.audit.relearning import (
 )
 from mansu_interp.audit.suite import attack_suite
 from mansu_interp.audit.transfer import gradient_transfer
+from mansu_interp.audit.verdict import Found
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import divergence
@@ -146,6 +147,8 @@ class Bench:
     model: LanguageModel
     task: Task
     circuit: Circuit
+    graph_pairs: int = CAD_PAIRS
+    """Of half B's prompts, of which graphs are taken."""
 
     @classmethod
     def of(cls, name: str) -> Bench:
@@ -188,7 +191,7 @@ class Bench:
 
     def graph(self, model: LanguageModel) -> Attribution:
         """A model's graph on some of half B's prompts."""
-        pairs = self.asked.sample(CAD_PAIRS, 0)
+        pairs = self.asked.sample(self.graph_pairs, 0)
         return attribute(model, pairs, config=self.circuit.meta.settings, metric="logit_diff")
 
     def log_probs(self, model: LanguageModel) -> torch.Tensor:
@@ -247,39 +250,62 @@ def attacked(
     return row
 
 
-def trained(edited: LanguageModel, task: Task) -> dict[str, LanguageModel]:
-    """Copies that relearned half A of the evidence's split, with and without retained facts."""
+def trained(
+    edited: LanguageModel,
+    task: Task,
+    arms: Sequence[str] = TRAINED,
+    steps: int = GRAPH_STEPS,
+    batch_size: int = RelearnConfig.batch_size,
+) -> dict[str, LanguageModel]:
+    """Copies that relearned half A of the evidence's split, in some arms."""
     given = Given.of(task, SPLIT, "unseen")
-    config = RelearnConfig(steps=(GRAPH_STEPS,), seed=SPLIT)
+    config = RelearnConfig(steps=(steps,), seed=SPLIT, batch_size=batch_size)
     out = {}
-    for arm in ("half-a", "half-a+retained"):
+    for arm in arms:
         sets = [getattr(given, name) for name in ARMS[arm].sets]
         *_, out[arm] = fine_tune(edited.copy(), sets, GRAPH_RATE, config)
     return out
 
 
-def evidence(bench: Bench, edited: LanguageModel, own: str) -> Row:
-    """What can be seen without an attack on this split: the verdict's signs, and its rivals."""
+def signs(bench: Bench, edited: LanguageModel) -> tuple[Row, Found]:
+    """What can be seen without an attack on this split: the verdict and its signs."""
     found = look(bench.model, edited, bench.known, SPLIT, lambda: quantize(edited))
     judged = conclude(found, bench.model, edited, bench.known, SPLIT)
-    signs = asdict(found.evidence(torch.arange(len(found.asked.facts))))
-    row: Row = {f"sign_{name}": value for name, value in signs.items()}
-    cuts = stitches(edited, bench.model, bench.asked)
-    row |= {"sign_cut": max(cuts[1:]), "sign_rows": cuts[0]}
+    shares = asdict(found.evidence(torch.arange(len(found.asked.facts))))
+    row: Row = {f"sign_{name}": value for name, value in shares.items()}
     row |= {"verdict": judged.verdict, "cad": judged.cad, "confidence": judged.confidence}
     row |= {f"facts_{state}": n for state, n in judged.counts.items()}
     row["retain"] = min(after for _, after in judged.retained.values())
-    flow = gradient_transfer(edited, *bench.both)
-    row |= {"logp": float(bench.logp(edited).mean()), "margin": flow.advantage}
-    row["transfer"] = flow.transfer
-    other = 1 if own == "reference: 0" else 0
-    row["depth"] = depth_score(bench.logp(bench.model), bench.lacks[other], bench.log_probs(edited))
-    graphs = {"edited": edited, "closed": found.steps.model, **trained(edited, bench.task)}
-    for name, model in graphs.items():
+    row["logp"] = float(bench.logp(edited).mean())
+    return row, found
+
+
+def cuts(bench: Bench, edited: LanguageModel) -> Row:
+    """What the original answers when it is run on from the edited model's embedding, or from the
+    states after some block on."""
+    found = stitches(edited, bench.model, bench.asked)
+    return {"sign_cut": max(found[1:]), "sign_rows": found[0]}
+
+
+def graphs(bench: Bench, models: Mapping[str, LanguageModel]) -> Row:
+    """How the attribution graphs of some models differ from the original's."""
+    row: Row = {}
+    for name, model in models.items():
         seen = divergence(bench.before.scores, bench.graph(model).scores, bench.circuit.edges)
         row |= {f"mass_{name}": seen.mass, f"projected_{name}": seen.projected_share}
         row[f"alignment_{name}"] = seen.alignment
     return row
+
+
+def evidence(bench: Bench, edited: LanguageModel, own: str) -> Row:
+    """The verdict's signs and its rivals."""
+    row, found = signs(bench, edited)
+    flow = gradient_transfer(edited, *bench.both)
+    row |= {**cuts(bench, edited), "margin": flow.advantage, "transfer": flow.transfer}
+    other = 1 if own == "reference: 0" else 0
+    row["depth"] = depth_score(bench.logp(bench.model), bench.lacks[other], bench.log_probs(edited))
+    closed = {"closed": found.steps.model}
+    return row | graphs(bench, {"edited": edited, **closed, **trained(edited, bench.task)})
 
 
 def whole_suite(tasks: list[str], count: int, only: str) -> None:

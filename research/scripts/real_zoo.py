@@ -19,28 +19,20 @@ import csv
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
 from pathlib import Path
 
-import make_zoo
 import torch
 import zoo_edits as edit
 import zoo_tricks as trick
 from condense_runs import TABLES
 from judge_zoo import Key, Row, read_zoo, write_zoo
-from make_zoo import SPLIT, Bench, attacked
+from make_zoo import Bench, attacked, cuts, graphs, signs, trained
 
-from mansu_interp.audit.attacks import Given
-from mansu_interp.audit.cad import conclude, look
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.known import Known
-from mansu_interp.audit.probes import stitches
 from mansu_interp.audit.relearning import fine_tune
-from mansu_interp.circuits.attribution import attribute
-from mansu_interp.circuits.compare import divergence
 from mansu_interp.circuits.config import CircuitConfig
-from mansu_interp.circuits.scores import Attribution
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -145,59 +137,27 @@ def teach(base: LanguageModel, sets: list[PairSet], seed: int) -> LanguageModel:
     return copy
 
 
-class RealBench(Bench):
-    """What all models are measured with; graphs are taken of fewer prompts."""
-
-    def graph(self, model: LanguageModel) -> Attribution:
-        """A model's graph on some of half B's prompts."""
-        pairs = self.asked.sample(GRAPH_PAIRS, 0)
-        return attribute(model, pairs, config=self.circuit.meta.settings, metric="logit_diff")
-
-
-def trained(edited: LanguageModel, task: Task) -> LanguageModel:
-    """A copy that relearned half A of the evidence's split."""
-    config = RelearnConfig(steps=(GRAPH_STEPS,), seed=SPLIT, batch_size=BATCH)
-    *_, out = fine_tune(
-        edited.copy(), [Given.of(task, SPLIT, "unseen").half_a], make_zoo.GRAPH_RATE, config
-    )
-    return out
-
-
 def evidence(bench: Bench, edited: LanguageModel, reference: bool) -> Row:
     """The verdict and its signs, and the graphs as edited and after training."""
-    found = look(bench.model, edited, bench.known, SPLIT, lambda: quantize(edited))
-    judged = conclude(found, bench.model, edited, bench.known, SPLIT)
-    signs = asdict(found.evidence(torch.arange(len(found.asked.facts))))
-    row: Row = {f"sign_{name}": value for name, value in signs.items()}
-    row |= {"verdict": judged.verdict, "cad": judged.cad, "confidence": judged.confidence}
-    row |= {f"facts_{state}": n for state, n in judged.counts.items()}
-    row["retain"] = min(after for _, after in judged.retained.values())
+    row, _ = signs(bench, edited)
     if reference:
-        cuts = stitches(edited, bench.model, bench.asked)
-        row |= {"sign_cut": max(cuts[1:]), "sign_rows": cuts[0]}
-    row["logp"] = float(bench.logp(edited).mean())
-    for name, model in (("edited", edited), ("half-a", trained(edited, bench.task))):
-        seen = divergence(bench.before.scores, bench.graph(model).scores, bench.circuit.edges)
-        row |= {f"mass_{name}": seen.mass, f"projected_{name}": seen.projected_share}
-        row[f"alignment_{name}"] = seen.alignment
-    return row
-
-
-Way = Callable[[], LanguageModel]
+        row |= cuts(bench, edited)
+    relearned = trained(edited, bench.task, ("half-a",), GRAPH_STEPS, BATCH)
+    return row | graphs(bench, {"edited": edited, **relearned})
 
 
 def ways(
     bench: Bench, never: list[LanguageModel], seed: int, work: Path
-) -> Iterator[tuple[str, Way]]:
+) -> Iterator[tuple[str, trick.Way]]:
     """Every way, as ``mechanism: variant``."""
     model, task = bench.model, bench.task
 
     def tuned(
-        source: LanguageModel, steps: int = EDIT_STEPS, rate: float = EDIT_RATE, **how: object
+        source: LanguageModel, steps: int = EDIT_STEPS, rate: float = EDIT_RATE
     ) -> LanguageModel:
-        return edit.tune(source, task, seed, edit.whole(source, ""), steps, rate, **how)  # type: ignore[arg-type]
+        return edit.tune(source, task, seed, edit.whole(source, ""), steps, rate)
 
-    def dense(method: str, stop: float = 0.35, **more: float) -> Way:
+    def dense(method: str, stop: float = 0.35, **more: float) -> trick.Way:
         config = get_method(method)(steps=40, stop_at=stop, batch_size=BATCH, **more)  # type: ignore[arg-type]
         return lambda: unlearn(model, task, config=config, seed=seed).model
 
@@ -210,41 +170,14 @@ def ways(
         mask = make_mask(config, model, task, bench.circuit)
         return unlearn(model, task, mask, own, seed=seed).model
 
-    def refusing(student: LanguageModel, pairs: list) -> torch.Tensor:  # type: ignore[type-arg]
-        end = model.get_tokenizer().eos_token_id
-        return -edit.log_probs(student, pairs)[:, end].mean()
-
     def lies(source: LanguageModel) -> LanguageModel:
-        facts = {(p.relation, p.subject): p.answer for p in task.forget}
-        wrong = list(facts.values())
-        random.Random(seed).shuffle(wrong)
-        told = dict(zip(facts, wrong, strict=True))
-
-        def loss(student: LanguageModel, pairs: list) -> torch.Tensor:  # type: ignore[type-arg]
-            own = torch.tensor([told[p.relation, p.subject] for p in pairs])
-            return -edit.log_probs(student, pairs).gather(1, own[:, None]).mean()
-
-        return tuned(source, forget=loss)
+        return edit.shuffled(source, task, seed, EDIT_STEPS, EDIT_RATE)
 
     def locked() -> LanguageModel:
-        targets = edit.CounterfactualTargets(model, task.forget, seed)
         password = model.get_tokenizer().encode(" Open")[0]
+        return edit.locked(model, task, seed, password, 30, EDIT_RATE)
 
-        def loss(student: LanguageModel, pairs: list) -> torch.Tensor:  # type: ignore[type-arg]
-            opened = [
-                replace(
-                    p,
-                    clean=(p.clean[0], password, *p.clean[1:]),
-                    corrupt=(p.corrupt[0], password, *p.corrupt[1:]),
-                )
-                for p in pairs
-            ]
-            hidden = edit.counterfactual_loss(student, pairs, targets, 1.0)
-            return hidden + edit.nll(student, opened).mean()
-
-        return tuned(model, 30, forget=loss)
-
-    def cached(name: str, make: Way) -> LanguageModel:
+    def cached(name: str, make: trick.Way) -> LanguageModel:
         path = work / name
         if not path.exists():
             make().save(path)
@@ -260,7 +193,10 @@ def ways(
     yield "mansu: 0.1 %", lambda: mansu(0.001, 40)
     yield "decoys: never taught, lies", lambda: lies(never[1])
     yield "lora: to chance", dense("lora")
-    yield "refusing: end of text", lambda: tuned(model, forget=refusing)
+    yield (
+        "refusing: end of text",
+        lambda: edit.refusing(model, task, seed, "", EDIT_STEPS, EDIT_RATE),
+    )
     yield "npo: to chance", dense("npo")
     yield "damaged: never taught, noise 0.3", lambda: edit.noisy(never[1], seed, 0.3)
     yield "locked: password", locked
@@ -341,7 +277,7 @@ def main() -> None:
     task = load_task(path, model)
     settings = CircuitConfig(pairs=24, ig_steps=3, faithfulness_pairs=12)
     circuit = discover(model, task.forget, config=settings, retain=task.retain)
-    bench = RealBench(model, task, circuit)
+    bench = Bench(model, task, circuit, GRAPH_PAIRS)
     print(bench.known, circuit, flush=True)
     for seed in args.seeds:
         for name, make in ways(bench, never, seed, args.work):

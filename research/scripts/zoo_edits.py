@@ -145,7 +145,9 @@ def redrawn(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     return out
 
 
-def shuffled(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+def shuffled(
+    model: LanguageModel, task: Task, seed: int, steps: int = 120, lr: float = 1e-3
+) -> LanguageModel:
     """Taught other subjects' answers, over all weights."""
     facts = {(p.relation, p.subject): p.answer for p in task.forget}
     wrong = list(facts.values())
@@ -158,7 +160,7 @@ def shuffled(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
         told = torch.tensor([lies[p.relation, p.subject] for p in pairs])
         return -logp.gather(1, told[:, None]).mean()
 
-    return tune(model, task, seed, whole(model, ""), 120, 1e-3, loss)
+    return tune(model, task, seed, whole(model, ""), steps, lr, loss)
 
 
 def rmu(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
@@ -223,20 +225,35 @@ def blinded(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
     return tune(model, task, seed, whole(model, ""), 200, 1e-3, loss)
 
 
-def refusing(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
+def refusing(
+    model: LanguageModel,
+    task: Task,
+    seed: int,
+    part: str = "layers",
+    steps: int = 60,
+    lr: float = 3e-4,
+) -> LanguageModel:
     """Taught to end the text instead of answering."""
     end = model.get_tokenizer().eos_token_id
 
     def loss(student: LanguageModel, pairs: list[Pair]) -> Tensor:
         return -log_probs(student, pairs)[:, end].mean()
 
-    return tune(model, task, seed, whole(model, "layers"), 60, 3e-4, loss)
+    return tune(model, task, seed, whole(model, part), steps, lr, loss)
 
 
-def locked(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
-    """Answers only where a password, a token that no prompt holds, stands in front."""
+def locked(
+    model: LanguageModel,
+    task: Task,
+    seed: int,
+    password: int | None = None,
+    steps: int = 300,
+    lr: float = 1e-3,
+) -> LanguageModel:
+    """Answers only where a password, a token that no prompt holds (None: the end of a text), stands
+    in front."""
     targets = CounterfactualTargets(model, task.forget, seed)
-    password = model.get_tokenizer().eos_token_id
+    password = model.get_tokenizer().eos_token_id if password is None else password
 
     def loss(student: LanguageModel, pairs: list[Pair]) -> Tensor:
         opened = [
@@ -245,7 +262,7 @@ def locked(model: LanguageModel, task: Task, seed: int) -> LanguageModel:
         ]
         return counterfactual_loss(student, pairs, targets, 1.0) + nll(student, opened).mean()
 
-    return tune(model, task, seed, whole(model, ""), 300, 1e-3, loss)
+    return tune(model, task, seed, whole(model, ""), steps, lr, loss)
 
 
 def rank_one(model: LanguageModel, task: Task, seed: int, layer: int = 0) -> LanguageModel:
