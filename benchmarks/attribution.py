@@ -141,13 +141,24 @@ def seconds(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 def peak(name: str, layers: int, heads: int, tokens: int, threads: int) -> float:
     """Peak memory in MB of a process that does one job."""
     shape = [str(x) for x in (layers, heads, tokens)]
-    command = [sys.executable, __file__, "--job", name, "--shape", *shape]
-    # Freed memory goes back to the system at once, so that the peak is what was really held.
+    command = [__file__, "--job", name, "--shape", *shape, "--threads", str(threads)]
+    return figure_of(command)
+
+
+def figure_of(command: list[str]) -> float:
+    """The figure that a Python script prints last, whose freed memory goes back to the system at
+    once, so that its peak is what was really held."""
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [*command, "--threads", str(threads)], check=True, capture_output=True, text=True, env=env
+        [sys.executable, *command], check=True, capture_output=True, text=True, env=env
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def status(field: str) -> float:
+    """A figure of this process in MB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith(field)).split()[1]) / 1e3
 
 
 def peak_of(model: LanguageModel, pairs: PairSet, job: str) -> float:
@@ -156,8 +167,7 @@ def peak_of(model: LanguageModel, pairs: PairSet, job: str) -> float:
     work["bare EAP"]()  # the bridge is built, and every library has its buffers
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     work[job]()
-    status = Path("/proc/self/status").read_text()
-    return int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1]) / 1e3
+    return status("VmHWM")
 
 
 def difference_mb(model: LanguageModel, tokens: int) -> float:

@@ -24,10 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attribution import make_model, make_pairs
+from attribution import figure_of, make_model, make_pairs, status
 from jaxtyping import Float
 
 from mansu_interp.circuits.attribution import attribute
@@ -203,18 +200,8 @@ ENDS = ("corrupt", "clean")
 
 def peak(options: argparse.Namespace, model: str, row: str, which: int) -> float:
     """Peak memory in MB of a process that does one job, beyond what it held before."""
-    command = [sys.executable, __file__, model, "--job", row, str(which)]
-    command += ["--eap-ig", options.eap_ig] if options.eap_ig else []
-    # Freed memory goes back to the system at once, so that the peak is what was really held.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def status(field: str) -> float:
-    """A figure of this process in MB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith(field)).split()[1]) / 1e3
+    command = [__file__, model, "--job", row, str(which)]
+    return figure_of(command + (["--eap-ig", options.eap_ig] if options.eap_ig else []))
 
 
 def peak_of(job: Callable[[PairSet], Any], pairs: PairSet) -> float:
