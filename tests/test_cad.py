@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +83,7 @@ from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
 from mansu_interp.tasks.pairs import Pair, PairSet, answer_tokens, collate
 from mansu_interp.tasks.task import Statements, Task
+from mansu_interp.unlearning.mansu import adversarial
 from mansu_interp.unlearning.mansu.adversarial import AdversarialRelearning, ranking_loss
 from mansu_interp.unlearning.methods import Mansu
 
@@ -1080,7 +1083,7 @@ def test_the_attackers_gradient_is_at_the_relearned_point(facts: LanguageModel, 
 
     def one(seed: int) -> tuple[list[Tensor], float]:
         adversary = AdversarialRelearning(capitals, config, seed)
-        return adversary.gradient([facts], whole(facts), [targets], 0)
+        return adversary.gradient([facts], whole(facts), [targets], 0)()
 
     (first, loss), (again, _), (other, _) = one(0), one(0), one(1)
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
@@ -1098,7 +1101,7 @@ def test_an_attack_is_kept_up_while_the_model_changes(facts: LanguageModel, capi
     adversary = AdversarialRelearning(capitals, config)
     assert [adversary.between(n) for n in range(5)] == [True, False, True, False, True]
 
-    adversary.gradient(models, whole(facts), both, 0)
+    adversary.gradient(models, whole(facts), both, 0)()
     attack = adversary.attack
     assert attack and len({p.subject for p in attack.unseen}) == 89
     relearned = attack.copy.weights[LAYER].clone()
@@ -1108,11 +1111,38 @@ def test_an_attack_is_kept_up_while_the_model_changes(facts: LanguageModel, capi
     attack.follow(models[0])  # nothing has changed since
     assert torch.allclose(attack.copy.weights[LAYER], relearned + 0.5, atol=1e-6)
 
-    adversary.gradient(models, whole(facts), both, 1)
+    adversary.gradient(models, whole(facts), both, 1)()
     assert adversary.attack is attack
-    adversary.gradient(models, whole(facts), both, 2)
+    adversary.gradient(models, whole(facts), both, 2)()
     assert adversary.attack is not attack and adversary.attack
     assert not adversary.attack.before[LAYER].any()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_attack_beside_the_models_own_gradient_finds_the_same(
+    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch, beside: bool
+):
+    """In a thread of its own it has one CPU thread, too, and is over when it is asked for."""
+    monkeypatch.setattr(adversarial, "two_at_once", lambda _: beside)
+    targets = CounterfactualTargets(facts, capitals.forget)
+    config = Mansu(adversarial_steps=3, batch_size=8, adversarial_lr=0.003)
+    threads: list[tuple[str, int]] = []
+
+    def descend(*given: Any) -> None:
+        threads.append((threading.current_thread().name, torch.get_num_threads()))
+        relearning.descend(*given)
+
+    monkeypatch.setattr(adversarial, "descend", descend)
+    found = AdversarialRelearning(capitals, config).gradient([facts], whole(facts), [targets], 0)
+    nll(facts, capitals.forget[:8])
+    (alone,), loss = found()
+    assert all(name.startswith("attack") == beside for name, _ in threads) and len(threads) == 3
+    assert not beside or all(n == 1 for _, n in threads)
+
+    monkeypatch.setattr(adversarial, "two_at_once", lambda _: not beside)
+    found = AdversarialRelearning(capitals, config).gradient([facts], whole(facts), [targets], 0)
+    (again,), same = found()
+    assert torch.equal(alone, again) and loss == same
 
 
 def test_the_attack_follows_the_precision(
@@ -1125,7 +1155,7 @@ def test_the_attack_follows_the_precision(
     moved, gradients = [], []
     for c in (config, replace(config, precision="bf16")):
         adversary = AdversarialRelearning(capitals, c, seed=2)
-        found = adversary.gradient([facts], whole(facts), [targets], 0)[0][0]
+        found = adversary.gradient([facts], whole(facts), [targets], 0)()[0][0]
         assert adversary.attack
         moved.append(adversary.attack.copy.weights[LAYER] - facts.weights[LAYER])
         gradients.append(found.flatten())

@@ -250,12 +250,13 @@ def _processes(cost: Cost, device: str) -> int:
     accelerator, and where Dask is not installed."""
     if cost.seconds < 60 or device != "cpu" or find_spec("distributed") is None:
         return 1
+    from ..utils.distributed import cores
+
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        cores = len(os.sched_getaffinity(0))
     except (AttributeError, ValueError):  # not on every system
         return 1
-    return max(1, min(cores, cost.attacks, int(memory / cost.memory_gb)))
+    return max(1, min(cores(), cost.attacks, int(memory / cost.memory_gb)))
 
 
 def _plan_of_attacks(suite: Suite, cost: Cost, processes: int) -> list[str]:

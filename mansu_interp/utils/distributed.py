@@ -39,6 +39,14 @@ def group() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows do not say
+        return os.cpu_count() or 1
+
+
 def rank() -> int:
     """This process's number; 0 without a group."""
     return distributed.get_rank() if _active() else 0

@@ -17,8 +17,10 @@ The loss, the ranking among half B's answers, and the attack that is kept up are
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -28,8 +30,10 @@ from ...audit.relearning import Optimisers, batches, descend, halves, make_optim
 from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
 from ...losses.gradients import Positions
 from ...models.language_model import LanguageModel
+from ...models.load import SMALL
 from ...tasks.pairs import Pair, answer_tokens
 from ...tasks.task import Task
+from ...utils.distributed import cores, world_size
 from ..methods import Mansu
 from ..training import arithmetic, mean_gradient
 
@@ -82,6 +86,17 @@ class Attack:
             old.copy_(new)
 
 
+Found = tuple[list[Tensor], float]
+"""A gradient at some elements of the weights, and the loss there (nats)."""
+
+
+def two_at_once(model: LanguageModel) -> bool:
+    """Whether two passes through a model are quicker side by side, in a thread each: its matrix
+    products are too small to be shared out among cores, and a second core is there."""
+    small = model.device.type == "cpu" and model.n_parameters < SMALL
+    return small and world_size() == 1 and cores() > 1
+
+
 class AdversarialRelearning:
     """Seeded relearning attacks on copies of a model, and the gradients that resist them.
 
@@ -94,6 +109,7 @@ class AdversarialRelearning:
     def __init__(self, task: Task, config: Mansu, seed: int = 0) -> None:
         self.task, self.config, self.seed = task, config, seed
         self.attack: Attack | None = None
+        self.thread = ThreadPoolExecutor(1, "attack", torch.set_num_threads, (1,))
 
     @property
     def length(self) -> int:
@@ -127,8 +143,11 @@ class AdversarialRelearning:
         of: Positions,
         targets: Sequence[CounterfactualTargets],
         done: int,
-    ) -> tuple[list[Tensor], float]:
-        """Gradient at a relearned point at some elements of the weights, and the loss there (nats).
+    ) -> Callable[[], Found]:
+        """Begin to compute the gradient at a relearned point; the call of what comes back ends it.
+
+        In between the models may be computed with, but their weights may not change. Where it is
+        quicker, a thread of its own does the work meanwhile (`two_at_once`), with the same result.
 
         Arguments:
             students: the models that are attacked in turns.
@@ -136,14 +155,22 @@ class AdversarialRelearning:
             targets: what each of them should predict.
             done: steps of unlearning before this one; each is asked for once, in order.
         """
-        config, (index, begun) = self.config, divmod(done, self.length)
+        index, begun = divmod(done, self.length)
         side = index % len(students)
         if self.attack is None or not begun:
             self.attack = None  # freed before the next one is made
             self.attack = self.begin(students[side], of, index)
-        attack = self.attack
-        attack.follow(students[side])
-        for _ in range(min(STRIDE, config.adversarial_steps - begun * STRIDE)):
+        self.attack.follow(students[side])
+        further = min(STRIDE, self.config.adversarial_steps - begun * STRIDE)
+        found = partial(self.relearn, self.attack, targets[side], further, done)
+        return self.thread.submit(found).result if two_at_once(students[side]) else found
+
+    def relearn(
+        self, attack: Attack, targets: CounterfactualTargets, further: int, done: int
+    ) -> Found:
+        """Take an attack some steps further, and the gradient of the forget loss there."""
+        config = self.config
+        for _ in range(further):
             with arithmetic(attack.copy, config.precision):
                 descend(attack.copy, attack.optimisers, next(attack.supply))
         some = min(config.batch_size, len(attack.unseen))
@@ -152,7 +179,7 @@ class AdversarialRelearning:
         def loss(part: list[Pair]) -> Tensor:
             with arithmetic(attack.copy, config.precision):
                 return ranking_loss(
-                    attack.copy, part, targets[side], attack.among, config.training_margin
+                    attack.copy, part, targets, attack.among, config.training_margin
                 )
 
-        return mean_gradient(attack.copy, of, chosen, loss)
+        return mean_gradient(attack.copy, attack.of, chosen, loss)

@@ -286,15 +286,18 @@ class _EditLoop:
         """The gradient of one student's losses at the mask's elements, and those."""
         config, of = self.config, self.latent.indices
         student, targets = self.students[side], self.targets[side]
+        attacked = None
+        if self.adversary:
+            sides = (self.students, self.targets) if config.floored else ([student], [targets])
+            attacked = self.adversary.gradient(sides[0], of, sides[1], done)
         with nullcontext(self.original) if not side else self.latent.unedited(side) as teacher:
             retained = _retained(teacher, batch, config)
         losses = {"forget": 0.0, "retain": 0.0}
         parts = _partial_losses(student, targets, retained, batch, config, losses)
         gradients = gradient(student, of, parts)
         losses = {kind: sum_number(value) for kind, value in losses.items()}
-        if self.adversary:
-            sides = (self.students, self.targets) if config.floored else ([student], [targets])
-            more, losses["adversarial"] = self.adversary.gradient(sides[0], of, sides[1], done)
+        if attacked:
+            more, losses["adversarial"] = attacked()
             for g, m in zip(gradients, more, strict=True):
                 g.add_(m, alpha=config.adversarial_weight)
         if self.probe:
