@@ -11,8 +11,9 @@ is in both; thresholds and weights are chosen on one and judged on the other, bo
 sign: AUROC over all models with its 95 % interval over resampled models, within each task, and over
 the silent models, which answer no more than that as they are; then what the thresholds make of the
 judged halves. *False erased*: called gone, and there. A maximum over many attacks lies above chance
-in any model: with --by-construction those that were made of never-taught models alone, and never
-told a forget fact, count as gone whatever the attacks say.
+in any model, and no attack is the strongest: with --by-construction those that were made of
+never-taught models alone, and never told a forget fact, count as gone whatever the attacks say; and
+as there those whose weights are the original's, untouched, up to where it has written the answer.
 
 Columns of the table, shares of half B unless said otherwise:
 
@@ -71,6 +72,9 @@ NEVER = (
     "quantized: never",
 )
 """What the names of models begin with that were never told a forget fact."""
+HELD = ("unembedding: ", "final norm: ", "grafted: last half")
+"""Those that are the original up to the states in which its answers can be read: all of its blocks,
+or the first half (a probe reads 1.00 there)."""
 BORDER = 0.05
 """Distance from the level of what is there within which a truth is borderline."""
 
@@ -135,8 +139,8 @@ def load(by_construction: bool = False) -> list[Row]:
         row: Row = {k: v if k in TEXTS else float(v or "nan") for k, v in found.items()}
         row["mechanism"] = row["name"].split(":")[0]
         row["there"] = row["most"] > ERASED_LEVEL
-        if by_construction and row["name"].startswith(NEVER):
-            row["there"] = False
+        if by_construction and row["name"].startswith((*NEVER, *HELD)):
+            row["there"] = row["name"].startswith(HELD)
         row["silent"] = max(row["first"], row["last"]) <= ERASED_LEVEL
         rows.append(row)
     names = ("edited", "closed", *TRAINED)
