@@ -231,7 +231,7 @@ class VerifyConfig:
     """mask.safetensors of the run; no edit may lie outside it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "survive", quantizer_names(self.survive, exact=True))
+        object.__setattr__(self, "survive", quantizer_names(self.survive, "exact"))
 
 
 @dataclass(frozen=True)
