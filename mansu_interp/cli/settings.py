@@ -25,7 +25,14 @@ RUN = (
     "model", "task", "method", "out", "seed", "quantizers", "relearn_steps", "device",
 )  # fmt: skip
 """Shown of ``run`` with every method."""
-MANSU = ("robust", "budget", "unlearn.steps", "unlearn.lr", "unlearn.survive")
+MANSU = (
+    "robust",
+    "budget",
+    "unlearn.steps",
+    "unlearn.lr",
+    "unlearn.survive",
+    "unlearn.train_through",
+)
 """And with MANSU."""
 SHARED = ("batch_size", "stop_at")
 """Not shown with a baseline, whose other settings are few."""

@@ -139,6 +139,11 @@ class Mansu(MethodConfig):
         """The quantizers of ``survive``; none without the floor."""
         return self.survive if self.floored else ()
 
+    @property
+    def trained_through(self) -> tuple[str, ...]:
+        """The quantizers of ``train_through``."""
+        return self.train_through
+
 
 @method("mansu-random-mask", needs=("mask", "references"))
 @dataclass(frozen=True)
