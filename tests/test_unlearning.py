@@ -717,9 +717,7 @@ def random_few(facts: LanguageModel) -> Mask:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", ["mansu", "mansu through q4_k_m", "mansu-no-floor", *BASELINES]
-)
+@pytest.mark.parametrize("method", ["mansu", "mansu through q4_k_m", "mansu-no-floor", *BASELINES])
 def test_a_killed_loop_ends_the_same(
     facts: LanguageModel,
     capitals: Task,
