@@ -432,6 +432,7 @@ def test_students_of_fitted_quantizers_are_quantized_anew(
     teachers = [facts, *(quantize(facts, q, prompts) for q in names)]
     generator = torch.Generator().manual_seed(0)
     for t in (1, 2):
+        assert latent.models[2]  # of the weights that are now edited
         some = [torch.randn(i.shape, generator=generator) for i in latent.indices.values()]
         latent.step(some, 0.3, t, t + 1)
         assert latent.write() > 500
