@@ -4,7 +4,8 @@ replaced by.
     python research/scripts/fitted_formats.py --task countries --seed 10
 
 Trains the embedded model inside the mask that ships, with the task's settings: as they are,
-through fitted formats, for an exact format whose grid one of them has, and for a fine one alone. After each fitted
+through fitted formats, for an exact format whose grid one of them has, and for a fine one
+alone. After each fitted
 format: by how many nats the forget answers stand higher among their relation's answers than in
 full precision (mean and spread over prompts), and how many come back to the first of four ranks,
 or are gone from it.
