@@ -332,6 +332,11 @@ def test_the_plan_of_8b_in_bfloat16(tmp_path: Path):
     parts = 2 * 16.06 + 13.96 + 4 * 0.65 * 6.98 + candidates
     assert found["unlearning"] - passes == pytest.approx(parts, rel=0.05)
     assert found["unlearning"] < 80 < found["relearning"]
+    through = Mansu(survive=("nf4",), train_through=("q4_k_m", "iq4_nl"))
+    found = {s.name: s.gb - PROCESS for s in stages(model, replace(job, method=through))}
+    candidates = 6 * 0.0005 * 8.03 * (90 + 45 + 2 * 4)
+    parts = 2 * 16.06 + 3 * 13.96 + 0.65 * 6.98 + 4 * 4 * 6.98 + candidates
+    assert found["unlearning"] - passes == pytest.approx(parts, rel=0.05)
     text = "\n".join(plan_lines(PlanConfig(str(path), 32, dtype="bfloat16")))
     assert "16.1 GB of weights in bfloat16;" in text
     path.write_text(json.dumps(LLAMA))

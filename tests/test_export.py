@@ -464,12 +464,15 @@ def test_the_card_says_which_formats_were_looked_at():
     rows = (
         replace(first, name="nf4", promised=True, survival=kept),
         replace(first, name="q4_k_m", promised=False, survival=kept),
+        replace(first, name="iq4_nl", promised=False, survival=kept, trained_through=True),
     )
     card = model_card(replace(report, quantizers=rows))
     assert "made to survive nf4: every edited weight" in card
     assert "That holds of this checkpoint" in card
     assert "Nothing is promised of q4_k_m, which were measured. No other format" in card
+    assert "Training went through iq4_nl as well, which promises nothing there." in card
     assert re.search(r"\n\| q4\S*_k\S*_m \| no \| 9 of 9 \| 0 ", card)
+    assert re.search(r"\n\| iq4\S*_nl \| trained through \| 9 of 9 \| 0 ", card)
     lost = (replace(rows[0], survival=replace(kept, survived=8)),)
     card = model_card(replace(report, quantizers=lost))
     assert "does NOT hold" in card and "which were measured" not in card

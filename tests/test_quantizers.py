@@ -488,7 +488,7 @@ def test_an_engine_stands_for_its_formats():
     for name, formats in ENGINES.items():
         assert all(get_quantizer(q).promises for q in formats.exact), name
         assert not any(get_quantizer(q).promises for q in formats.fitted), name
-        assert quantizer_names([name], exact=True) == formats.exact
+        assert quantizer_names([name], "exact") == formats.exact
     both = quantizer_names(["q4_0, vllm", "llama.cpp"])
     assert len(both) == len(set(both)) and both[:2] == ("q4_0", "nf4") and "q4_k_m" in both
     every = {q for f in ENGINES.values() for q in (*f.exact, *f.fitted)}
@@ -499,7 +499,7 @@ def test_an_engine_stands_for_its_formats():
     assert config.quantizers == ("nf4", "fp4", "int8", "torchao-int4-g128", "hqq")
     bench = BenchConfig(survive=("vllm",), quantizers=("vllm",))
     assert bench.survive == ENGINES["vllm"].exact != bench.quantizers
-    assert VerifyConfig("a", "b", ("all",)).survive == quantizer_names(["all"], exact=True)
+    assert VerifyConfig("a", "b", ("all",)).survive == quantizer_names(["all"], "exact")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -57,7 +59,7 @@ from mansu_interp.runs.config import PlanConfig, RunConfig
 from mansu_interp.runs.defaults import default_config
 from mansu_interp.runs.edit import make_mask
 from mansu_interp.runs.folder import Results, RunFolder
-from mansu_interp.runs.planning import memory
+from mansu_interp.runs.planning import cost, memory
 from mansu_interp.runs.planning.cost import Plan, estimate, passes, plan_lines
 from mansu_interp.runs.planning.knowledge import what_is_known
 from mansu_interp.runs.planning.memory import Job
@@ -613,6 +615,45 @@ def test_a_baseline_needs_no_circuit_and_no_mask(tmp_path: Path):
     assert "The circuit" not in text and "Attribution graphs" not in text
     with pytest.raises(ArtifactError, match="already holds this run, finished"):
         run(config)
+
+
+def test_the_plan_tells_what_training_through_costs(
+    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch
+):
+    """On its turns; each quantizer is timed once."""
+    known = what_is_known(facts, capitals, (), 0, lambda *_: None)[1]
+    asked: list[str] = []
+
+    def slow(model: LanguageModel, name: str, *_: Any, **__: Any) -> LanguageModel:
+        asked.append(name)
+        time.sleep(0.1)
+        return model
+
+    monkeypatch.setattr(cost, "quantize", slow)
+    method = replace(UNLEARN, steps=3000, train_through=("q4_k_m", "hqq"))
+    config = RunConfig(task="capitals", unlearn=method)
+    plain = replace(config, unlearn=replace(method, train_through=()))
+    found, without = (cost.plan(c, facts, capitals, known) for c in (config, plain))
+    assert asked == ["q4_k_m", "hqq"]
+    (line,) = [line for line in found.lines if line.startswith("through")]
+    assert re.fullmatch(
+        r"through  [23] min of it: q4_k_m, hqq quantize anew on each of 750 turns", line
+    )
+    assert not any(line.startswith("through") for line in without.lines)
+
+
+@pytest.mark.slow
+def test_formats_that_training_goes_through_have_a_row(tmp_path: Path):
+    unlearn = replace(UNLEARN, train_through=("q4_k_m",), steps=3)
+    config = replace(settings(tmp_path / "through"), unlearn=unlearn, relearn_steps=0)
+    nf4, q4 = run(config).report.quantizers
+    assert (nf4.promised, nf4.trained_through) == (True, False)
+    assert (q4.name, q4.promised, q4.trained_through) == ("q4_k_m", False, True)
+    assert q4.survival.share_kept is not None
+    wrong = replace(UNLEARN, train_through=("q4_0",))
+    with pytest.raises(ConfigError, match="An edit can be made to survive q4_0: name it under"):
+        run(replace(config, out=tmp_path / "wrong", unlearn=wrong))
+    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.slow

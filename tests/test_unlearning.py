@@ -38,11 +38,12 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.bitsandbytes import NF4
 from mansu_interp.quantizers.packed import Packed
-from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.quantizers.registry import fitted_quantizers, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.tasks.pairs import PairSet, answer_tokens
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.history import StepRecord
+from mansu_interp.unlearning.mansu import algorithm
 from mansu_interp.unlearning.mansu.latent_weights import LatentWeights, LatentWeightsWithoutFloor
 from mansu_interp.unlearning.mansu.margins import PAIRS, ROUNDS, MarginEditor, lacking
 from mansu_interp.unlearning.mansu.probe_penalty import ProbePenalty, z_scores
@@ -67,6 +68,7 @@ from mansu_interp.unlearning.training import (
 )
 from mansu_interp.unlearning.unlearn import unlearn
 from mansu_interp.utils import tensors
+from mansu_interp.utils.shipped import ENGINES
 
 NF = NF4()
 # A large step, so that eight of them move many weights, and by several cells.
@@ -413,6 +415,94 @@ def test_students_are_quantized_in_turns_and_are_their_own_teachers(
         latent.models[4]
 
 
+def test_students_of_fitted_quantizers_are_quantized_anew(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    """After every edit, by the quantizer itself; and of the original, for their teachers. They take
+    turns in the memory of the others, whose edits they leave as they are."""
+    name = facts.embedding_name
+    both = Mask({**mask.indices, name: embedding_rows(facts, capitals.forget)}, {"limit": 3000})
+    names, prompts = ("nf4", "q4_k_m", "gptq-g128"), capitals.calibration
+    students = Students(edited := facts.copy(), names[:1], ("gptq-g128", "q4_k_m"), prompts)
+    assert [q.name for q in students.fitted] == ["q4_k_m", "gptq-g128"] and len(students) == 4
+    latent = LatentWeights(students, both, offset_rate=1.0)
+    assert not any(x.offsets for x in latent.groups)  # one exact quantizer: none to tell apart
+    held = {w.data_ptr() for m in latent.models for w in m.weights.values()}
+    assert len(held) == len(facts.weights) + len(facts.linear_names)
+    teachers = [facts, *(quantize(facts, q, prompts) for q in names)]
+    generator = torch.Generator().manual_seed(0)
+    for t in (1, 2):
+        assert latent.models[2]  # of the weights that are now edited
+        some = [torch.randn(i.shape, generator=generator) for i in latent.indices.values()]
+        latent.step(some, 0.3, t, t + 1)
+        assert latent.write() > 500
+        for side in (2, 1, 3, 0):
+            wanted = quantize(edited, names[side - 1], prompts) if side else edited
+            for _ in range(2):
+                for n, w in latent.models[side].weights.items():
+                    assert torch.equal(w, wanted.weights[n]), (side, n)
+                with latent.unedited(side) as found:
+                    for n, w in found.weights.items():
+                        assert torch.equal(w, teachers[side].weights[n]), (side, n)
+            assert not torch.equal(edited.weights[name], facts.weights[name])
+    with pytest.raises(IndexError):
+        latent.models[4]
+
+
+def test_training_through_a_fitted_quantizer_keeps_the_promise(
+    facts: LanguageModel, capitals: Task, mask: Mask
+):
+    """On its turns the losses are those of the quantized model, and its teacher the original after
+    the same quantizer; attacks and margins are of the exact ones."""
+    through = replace(CONFIG, steps=6, train_through=("q4_k_m",))
+    made = unlearn(facts, capitals, mask, through)
+    found = survival(facts, made.model, "nf4")
+    assert found.edited == found.survived > 300 and found.collateral == 0
+    plain = unlearn(facts, capitals, mask, replace(through, train_through=())).model
+    assert any(not torch.equal(w, plain.weights[n]) for n, w in made.model.weights.items())
+    more = replace(
+        through, steps=4, adversarial_steps=7, probe_weight=0.1, quantization_margin=0.01
+    )
+    last = unlearn(facts, capitals, mask, more).history[-1]
+    assert last.adversarial is not None and last.quantization_margin_reached is not None
+
+
+def test_the_losses_of_a_turn_are_those_of_the_quantized_model(
+    facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[LanguageModel, dict[str, Tensor]]] = []
+    real = algorithm._retained
+
+    def retained(teacher: LanguageModel, *rest: Any) -> Any:
+        seen.append((teacher, {n: w.clone() for n, w in teacher.weights.items()}))
+        return real(teacher, *rest)
+
+    monkeypatch.setattr(algorithm, "_retained", retained)
+    config = replace(CONFIG, steps=6, train_through=("q4_k_m",))
+    unlearn(facts, capitals, mask, config)
+    for side, quantizer in enumerate((None, "nf4", "q4_k_m") * 2):
+        wanted = quantize(facts, quantizer) if quantizer else facts
+        for n, w in seen[side][1].items():
+            assert torch.equal(w, wanted.weights[n]), (side, n)
+
+
+def test_what_training_goes_through_is_fitted():
+    """And what can be promised is named where it is."""
+    assert Mansu(train_through=("llama.cpp",)).train_through == ENGINES["llama.cpp"].fitted
+    assert [q.name for q in fitted_quantizers(("hqq", "q2_k"))] == ["q2_k", "hqq"]
+    for names, error in (
+        (("nf4",), "An edit can be made to survive nf4: name it under survive, where that is"),
+        (("awq-g128",), "Training cannot go through awq-g128: it moves scales between layers"),
+        (("q9",), "Unknown quantizer 'q9'; available: nf4, "),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            fitted_quantizers(names)
+    with pytest.raises(ConfigError, match="train_through names different quantizers; got hqq, hqq"):
+        Mansu(train_through=("hqq,hqq",))
+    with pytest.raises(ConfigError, match="mansu-no-floor trains the full-precision model alone"):
+        MansuNoFloor(train_through=("hqq",))
+
+
 def test_the_order_in_which_quantizers_are_named_means_nothing(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):
@@ -628,7 +718,7 @@ def random_few(facts: LanguageModel) -> Mask:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mansu", "mansu-no-floor", *BASELINES])
+@pytest.mark.parametrize("method", ["mansu", "mansu through q4_k_m", "mansu-no-floor", *BASELINES])
 def test_a_killed_loop_ends_the_same(
     facts: LanguageModel,
     capitals: Task,
@@ -638,10 +728,13 @@ def test_a_killed_loop_ends_the_same(
     method: str,
 ):
     monkeypatch.setattr(tensors, "SECONDS", 0.0)
+    method, _, through = method.partition(" through ")
     config: MethodConfig = get_method(method)(steps=5, batch_size=8)
     if isinstance(config, Mansu):
         config = type(config)(**{**vars(STEPS), "survive": ("nf4", "fp4")})
         config = replace(config, quantization_margin=0.01)
+    if through:
+        config = replace(config, train_through=(through,))
     file, steps = tmp_path / "checkpoint.safetensors", []
     whole = unlearn(facts, capitals, random_few, config)
 

@@ -58,7 +58,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "quantizers", quantizer_names(self.quantizers))
-        object.__setattr__(self, "survive", quantizer_names(self.survive, exact=True))
+        object.__setattr__(self, "survive", quantizer_names(self.survive, "exact"))
         for name in (
             "models",
             "tasks",

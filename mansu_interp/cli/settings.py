@@ -25,7 +25,14 @@ RUN = (
     "model", "task", "method", "out", "seed", "quantizers", "relearn_steps", "device",
 )  # fmt: skip
 """Shown of ``run`` with every method."""
-MANSU = ("robust", "budget", "unlearn.steps", "unlearn.lr", "unlearn.survive")
+MANSU = (
+    "robust",
+    "budget",
+    "unlearn.steps",
+    "unlearn.lr",
+    "unlearn.survive",
+    "unlearn.train_through",
+)
 """And with MANSU."""
 SHARED = ("batch_size", "stop_at")
 """Not shown with a baseline, whose other settings are few."""
@@ -231,7 +238,7 @@ class VerifyConfig:
     """mask.safetensors of the run; no edit may lie outside it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "survive", quantizer_names(self.survive, exact=True))
+        object.__setattr__(self, "survive", quantizer_names(self.survive, "exact"))
 
 
 @dataclass(frozen=True)

@@ -101,15 +101,15 @@ class Fitted(Quantizer):
 
     restored: Float[Tensor, "*shape"]
     """Of a matrix, or of a norm that was scaled with it."""
-    found: Cells | None = None
-    """None: left in full precision, but scaled."""
+    scale: Float[Tensor, "*groups"] | None = None
+    """Of each group along a row; None: left in full precision, but scaled."""
     promises: bool = False
 
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
         """The cells that calibration gave to this weight."""
-        if self.found is None:
+        if self.scale is None:
             raise ConfigError("This weight was scaled and not quantized: it has no codes.")
-        return self.found
+        return fitted_cells(weight.float().cpu(), self.restored, self.scale)
 
     def round_trip(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The values that calibration gave to this weight."""
@@ -192,8 +192,7 @@ class AutoRound(Calibrated):
             scale = getattr(layers[name.rpartition(".")[0]], "scale", None)
             if scale is not None and name.endswith(".weight"):
                 # A negative scale turns -8..7 around.
-                cells = fitted_cells(original, restored, scale.detach().float().abs())
-                fitted[name] = Fitted(restored, cells)
+                fitted[name] = Fitted(restored, scale.detach().float().abs())
             elif not torch.equal(restored, original):
                 fitted[name] = Fitted(restored)
         return fitted

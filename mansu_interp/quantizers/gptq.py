@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..models.language_model import LanguageModel
 from .base import Quantizer, divided, grouped
-from .fitted import Calibrated, Fitted, fitted_cells
+from .fitted import Calibrated, Fitted
 
 DAMPING = 0.01
 BLOCK = 128
@@ -71,13 +71,7 @@ class Gptq(Calibrated):
                 hook.remove()
         for name in waiting:
             _round(work.weights[name], scales[name], None)
-        return {
-            n: Fitted(
-                restored := work.weights[n].float().cpu(),
-                fitted_cells(model.weights[n].float().cpu(), restored, scales[n].cpu()),
-            )
-            for n in names
-        }
+        return {n: Fitted(work.weights[n].float().cpu(), scales[n].cpu()) for n in names}
 
 
 def group_scales(weight: Float[Tensor, "out in"], group: int) -> Float[Tensor, "groups 1"]:

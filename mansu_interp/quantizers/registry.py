@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import ConfigError
 from ..utils.ranges import entrance
 from .base import Quantizer
@@ -40,3 +42,28 @@ def get_quantizer(name: str) -> Quantizer:
     if name not in QUANTIZERS:
         raise ConfigError(f"Unknown quantizer {name!r}; available: {', '.join(QUANTIZERS)}.")
     return QUANTIZERS[name]
+
+
+def fitted_quantizers(names: Sequence[str]) -> list[Quantizer]:
+    """Quantizers that training can go through without a promise, by name, in one order, whatever
+    the order in which they were named.
+
+    Raises:
+        ConfigError: unknown, one that an edit can be made to survive, or one that moves scales
+            between layers.
+    """
+    found = [get_quantizer(name) for name in names]
+    for q in found:
+        if q.promises:
+            raise ConfigError(
+                f"An edit can be made to survive {q.name}: name it under survive, where that is "
+                "promised, and leave it out of train_through."
+            )
+        if q.rescales:
+            raise ConfigError(
+                f"Training cannot go through {q.name}: it moves scales between layers, so that its "
+                "weights are no longer those that are edited. Name it under quantizers to measure "
+                "it."
+            )
+    places = {name: k for k, name in enumerate(QUANTIZERS)}
+    return sorted(found, key=lambda q: places[q.name])

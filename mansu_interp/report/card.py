@@ -93,7 +93,8 @@ def _formats(report: Report) -> list[str]:
     if not rows:
         return []
     promised = [r.name for r in rows if r.promised]
-    measured = [r.name for r in rows if not r.promised]
+    through = [r.name for r in rows if r.trained_through]
+    measured = [r.name for r in rows if not r.promised and not r.trained_through]
     holds = all(r.survival.survived == r.survival.edited and not r.survival.collateral
                 for r in rows if r.promised)  # fmt: skip
     said = []
@@ -102,6 +103,10 @@ def _formats(report: Report) -> list[str]:
         said.append(
             f"The edit was made to survive {', '.join(promised)}: every edited weight changes its "
             f"code there, and no other weight does. That {word} of this checkpoint."
+        )
+    if through:
+        said.append(
+            f"Training went through {', '.join(through)} as well, which promises nothing there."
         )
     if measured:
         said.append(f"Nothing is promised of {', '.join(measured)}, which were measured.")

@@ -131,6 +131,8 @@ class QuantizerRow:
     """The prompts behind the gap of choice."""
     last: ForgetScore | None = None
     """How often the answer ranks last of four; None in reports of older versions."""
+    trained_through: bool = False
+    """Training took turns with it, which promises nothing."""
 
 
 @dataclass(frozen=True)

@@ -299,9 +299,10 @@ def _edit(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[Block]:
     blocks: list[Block] = [Table(["the edit", "value"], _edit_facts(edit, quantizers))]
     if quantizers:
         blocks.append(
-            "What each quantizer leaves of the edit, and four-way forget accuracy after it. The "
-            "gap is to full precision; behind it are the prompts whose answer came back to the "
-            "first rank, or is gone from it, and p, the probability of a split so uneven by chance."
+            "What each quantizer leaves of the edit (kept: its projected share), and four-way "
+            "forget accuracy after it. The gap is to full precision; behind it are the prompts "
+            "whose answer came back to the first rank, or is gone from it, and p, the probability "
+            "of a split so uneven by chance."
         )
         blocks.append(quantizer_table(quantizers))
     if edit.by_weight:
@@ -343,9 +344,10 @@ def quantizer_table(quantizers: Sequence[QuantizerRow]) -> Table:
     rows = [
         [
             q.name,
-            "yes" if q.promised else "no",
+            "yes" if q.promised else "trained through" if q.trained_through else "no",
             f"{count(q.survival.survived)} of {count(q.survival.edited)}",
             count(q.survival.collateral),
+            measured(q.survival.share_kept),
             percent(q.choice.original),
             percent(q.choice.unlearned),
             measured(q.choice.gap, signed=True),
@@ -355,9 +357,15 @@ def quantizer_table(quantizers: Sequence[QuantizerRow]) -> Table:
         ]
         for q in quantizers
     ]
-    head = ["quantizer", "promised", "of edits", "of others"]
+    head = ["quantizer", "promised", "of edits", "of others", "kept"]
     head += ["original", "unlearned", "gap", "ranked last", "back / gone", "p"]
-    groups = [("", 2), ("codes changed", 2), ("four-way forget accuracy", 4), ("prompts", 2)]
+    groups = [
+        ("", 2),
+        ("codes changed", 2),
+        ("edit", 1),
+        ("four-way forget accuracy", 4),
+        ("prompts", 2),
+    ]
     return Table(head, rows, words=2, groups=groups)
 
 

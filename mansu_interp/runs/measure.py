@@ -143,8 +143,9 @@ def quantizer_rows(
     run: RunContext, edited: LanguageModel, scores: Scores, keep: Keep
 ) -> tuple[QuantizerRow, ...]:
     """What each quantizer makes of the edit; nf4 first."""
-    names = list(dict.fromkeys((*deployed(run.config), *run.config.quantizers)))
-    promised, rows = run.config.unlearn.promised, []
+    promised, through = run.config.unlearn.promised, run.config.unlearn.trained_through
+    names = list(dict.fromkeys((*deployed(run.config), *through, *run.config.quantizers)))
+    rows = []
     for k, q in enumerate(names):
         run.note("what quantizers leave of the edit", k, len(names))
         made = functools.partial(
@@ -154,6 +155,7 @@ def quantizer_rows(
             quantizer=get_quantizer(q),
             task=run.task,
             promised=q in promised,
+            trained_through=q in through,
             scores=scores,
             note=run.note,
         )
@@ -168,6 +170,7 @@ def quantizer_row(
     task: Task,
     promised: bool,
     scores: Scores,
+    trained_through: bool = False,
     note: OnProgress | None = None,
 ) -> QuantizerRow:
     """What one quantizer makes of an edit: survival, and forget accuracy on unseen phrasings.
@@ -180,6 +183,7 @@ def quantizer_row(
         promised: whether every edit survives it by construction.
         scores: of the unlearned model in full precision, and perhaps of both after the quantizer;
             else these are scored here.
+        trained_through: whether training took turns with it.
         note: called with (stage, done, total) while they are.
     """
     before, after = ORIGINAL.after(quantizer.name), EDITED.after(quantizer.name)
@@ -208,6 +212,7 @@ def quantizer_row(
         top1=forget("top1"),
         flips=Flips.between(scores.right[EDITED]["choice"], found.right[after]["choice"]),
         last=ranked_last(),
+        trained_through=trained_through,
     )
 
 

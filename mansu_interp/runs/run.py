@@ -22,7 +22,7 @@ from ..models.layout import check_layout
 from ..models.load import load_model, use_threads
 from ..models.provenance import provenance
 from ..quantizers.gguf import Mix, gguf_names
-from ..quantizers.registry import get_quantizer
+from ..quantizers.registry import fitted_quantizers, get_quantizer
 from ..report.card import model_card
 from ..report.records import Report
 from ..report.write import report_files
@@ -146,7 +146,8 @@ def _check_settings(config: RunConfig) -> None:
     check_folder(config)
     if isinstance(config.unlearn, Mansu):
         quantizer_set(config.unlearn.survive)
-    for name in (*deployed(config), *config.quantizers):
+    fitted_quantizers(config.unlearn.trained_through)
+    for name in (*deployed(config), *config.unlearn.trained_through, *config.quantizers):
         get_quantizer(name).check_installed()
 
 
@@ -157,7 +158,8 @@ def _load(config: RunConfig, note: OnProgress) -> tuple[LanguageModel, Task, Kno
     use_threads(model, config.threads)
     arch = model.architecture
     check_layout(model.hf, model.linear_names, arch.n_heads, arch.n_kv_heads)
-    if any(isinstance(get_quantizer(name), Mix) for name in config.quantizers):
+    measured = (*config.unlearn.trained_through, *config.quantizers)
+    if any(isinstance(get_quantizer(name), Mix) for name in measured):
         gguf_names(model)  # or the family is not known
     task = load_task(config.task or default_task(config.model), model, config.score_pairs)
     check_memory(model, Job.of(fitting(config, model, task), task))

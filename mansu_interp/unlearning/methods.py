@@ -73,6 +73,9 @@ class Mansu(MethodConfig):
     """Quantizers that every edit survives by construction (`mansu list` names them), or engines for
     all that can be survived there: llama.cpp, transformers, vllm, all. Separated by spaces or
     commas. Steps take turns in full precision and after each of them."""
+    train_through: tuple[str, ...] = ()
+    """Fitted quantizers that take turns as well, such as q4_k_m, iq4_nl or gptq-g128, or engines
+    for all of theirs. Nothing is promised there; what survives is in the report."""
     offset_rate: float = 1.0
     """With several quantizers: rate of each quantized model's own offsets from the shared latent
     weights, which decide among the values that the floor allows; 1 = as fast as those move on its
@@ -92,7 +95,7 @@ class Mansu(MethodConfig):
     a random half of the forget subjects, reads of the other half; 0 = none."""
     stop_at: float | None = None
     """Stop when four-way forget accuracy on the dev phrasings is at most this, in full precision
-    and after every quantizer of survive."""
+    and after every quantizer of survive and train_through."""
 
     floored: ClassVar[bool] = True
     """Whether every edit leaves its quantizer cell."""
@@ -100,11 +103,22 @@ class Mansu(MethodConfig):
     """Settings of MANSU that are always 0, in ablations."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "survive", names := quantizer_names(self.survive, exact=True))
+        object.__setattr__(self, "survive", names := quantizer_names(self.survive, "exact"))
+        through = quantizer_names(self.train_through, "fitted")
+        object.__setattr__(self, "train_through", through)
         super().__post_init__()
         if not names or len(set(names)) < len(names):
             raise ConfigError(
                 f"survive names one or more different quantizers; got {', '.join(names) or 'none'}."
+            )
+        if len(set(through)) < len(through):
+            raise ConfigError(
+                f"train_through names different quantizers; got {', '.join(through)}."
+            )
+        if through and not self.floored:
+            raise ConfigError(
+                f"{self.method} trains the full-precision model alone; got train_through "
+                f"{', '.join(through)}. Leave it out."
             )
         for name in self.lacks:
             if getattr(self, name) != 0:
@@ -124,6 +138,11 @@ class Mansu(MethodConfig):
     def promised(self) -> tuple[str, ...]:
         """The quantizers of ``survive``; none without the floor."""
         return self.survive if self.floored else ()
+
+    @property
+    def trained_through(self) -> tuple[str, ...]:
+        """The quantizers of ``train_through``."""
+        return self.train_through
 
 
 @method("mansu-random-mask", needs=("mask", "references"))

@@ -51,6 +51,11 @@ class MethodConfig:
         """Quantizers that every edit survives by construction; none unless a method says so."""
         return ()
 
+    @property
+    def trained_through(self) -> tuple[str, ...]:
+        """Fitted quantizers that training takes turns with; none unless a method says so."""
+        return ()
+
 
 METHODS: dict[str, type[MethodConfig]] = {}
 """Name -> settings of every method, in the order in which they are listed."""

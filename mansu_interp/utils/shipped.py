@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..errors import ConfigError
 
@@ -45,12 +46,14 @@ LOADED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "quanto-int4")
 """Quantizers that transformers loads a folder with, on any processor."""
 
 
-def quantizer_names(given: Iterable[str], exact: bool = False) -> tuple[str, ...]:
+def quantizer_names(
+    given: Iterable[str], only: Literal["exact", "fitted"] | None = None
+) -> tuple[str, ...]:
     """Names of quantizers; those of `ENGINES`, and ``all`` of them, replaced by their formats.
 
     Arguments:
         given: names, separated by spaces or commas.
-        exact: leave out what no edit can be made to survive.
+        only: which of an engine's formats; default: both.
 
     Raises:
         ConfigError: see `split_names`.
@@ -59,7 +62,8 @@ def quantizer_names(given: Iterable[str], exact: bool = False) -> tuple[str, ...
     out: list[str] = []
     for name in names:
         engines = [e for key, e in ENGINES.items() if name in (key, "all")]
-        found = [q for e in engines for q in (*e.exact, *(() if exact else e.fitted))]
+        parts = ("exact", "fitted") if only is None else (only,)
+        found = [q for e in engines for part in parts for q in getattr(e, part)]
         new = [q for q in dict.fromkeys(found) if q not in (*out, *names)]
         out += new if engines else [name]
     return tuple(out)

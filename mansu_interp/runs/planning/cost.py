@@ -13,6 +13,7 @@ from ...evaluation.versions import QUANTIZER
 from ...masks.select import MASK_PAIRS
 from ...models.language_model import LanguageModel
 from ...models.load import empty_model
+from ...quantizers.survival import quantize
 from ...tasks.task import Task
 from ...unlearning.mansu import margins
 from ...unlearning.mansu.adversarial import STRIDE
@@ -189,6 +190,34 @@ def _margin_tokens(method: MethodConfig, task: Task, forget: float, retain: floa
     )
 
 
+def _fitting_seconds(method: MethodConfig, model: LanguageModel, task: Task) -> float:
+    """Seconds of quantizing anew on every turn of a fitted quantizer, each timed once."""
+    total = 0.0
+    for name in method.trained_through:
+        start = time.perf_counter()
+        quantize(model, name, task.calibration, sharing=True)
+        total += time.perf_counter() - start
+    return total * turns(method)
+
+
+def _through_line(method: MethodConfig, seconds: float) -> list[str]:
+    """What training through fitted quantizers adds to the cost, if it does."""
+    if not method.trained_through:
+        return []
+    names = ", ".join(method.trained_through)
+    return [
+        f"through  {max(1, round(seconds / 60))} min of it: {names} quantize anew on each of "
+        f"{turns(method)} turns"
+    ]
+
+
+def turns(method: MethodConfig) -> int:
+    """How often a quantizer has its turn in training, at most."""
+    if not isinstance(method, Mansu):
+        return 0
+    return -(-method.steps // (1 + len(method.survive) + len(method.train_through)))
+
+
 def _run_tokens(config: RunConfig, task: Task, n_layers: int) -> float:
     """The same of a whole run; what its method does not need costs nothing."""
     c, u = config.circuit, config.unlearn
@@ -223,7 +252,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     method = config.unlearn
     tokens = _run_tokens(config, task, model.architecture.n_layers)
     each, leaks = _forward_seconds(model, task, config.seed), cost_tokens(config, model, task)
-    seconds = each * (OVERHEAD * tokens + leaks)
+    quantizing = _fitting_seconds(method, model, task)
+    seconds = each * (OVERHEAD * tokens + leaks) + quantizing
     chosen = fitting(config, model, task)
     most, disk = peak(model, Job.of(chosen, task)), disk_gb(config, model)
     threads = number_of(torch.get_num_threads(), "CPU thread")
@@ -250,6 +280,7 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
         ),
         f"cost     about {max(1, round(seconds / 60))} min on {where}, and {most.gb:.1f} GB of "
         f"memory ({most.name}); {disk.kept:.2g} GB of disk, {disk.most:.2g} meanwhile",
+        *_through_line(method, quantizing),
         *([f"leaks    {max(1, round(each * leaks / 60))} min of it (--leaks no)"] if leaks else []),
         f"output   {config.out}",
     ]

@@ -24,7 +24,8 @@ from ..config import RunConfig, deployed
 ADVICE = {
     "circuit": "a smaller --circuit.batch-size or a --circuit.memory-gb",
     "mask": "--by-layer",
-    "unlearning": "fewer quantizers in --unlearn.survive, or no adversarial steps",
+    "unlearning": "fewer quantizers in --unlearn.survive and --unlearn.train-through, or no "
+    "adversarial steps",
     "relearning": "--relearn-steps 0, and attack the checkpoint elsewhere with mansu relearn",
     "comparison of graphs": "--relearn-steps 0",
 }
@@ -40,6 +41,8 @@ PROCESS = 0.75
 """GB that a process holds which has loaded the libraries."""
 PACKED = 0.65
 """Bytes of a quantized weight that is not in use: a code of half a byte, and its group's scale."""
+FITTING = 4
+"""Copies of the linear weights that a calibrated quantizer holds while it works."""
 ELEMENT, ELEMENT_EACH = 90, 45
 """Bytes that unlearning keeps of each candidate of the mask, and again for each quantizer."""
 
@@ -215,10 +218,13 @@ def _unlearning(model: LanguageModel, job: Job) -> float:
     if not isinstance(job.method, Mansu):
         # The original, the student, its gradients and two moments.
         return whole + 4 * WIDE * n
-    several = len(job.method.survive) if len(job.method.survive) > 1 else 0
+    exact, fitted = len(job.method.survive), len(job.method.train_through)
+    several = exact if exact + fitted > 1 else 0
     candidates = min(POOL * job.budget * n, in_layers)
-    state = candidates * (ELEMENT + ELEMENT_EACH * len(job.method.survive))
+    state = candidates * (ELEMENT + ELEMENT_EACH * exact + WIDE * fitted)
     total = 2 * whole + linear + several * PACKED * in_layers + state
+    if fitted:  # what each makes of the original, and the work of one, its last results included
+        total += fitted * linear + FITTING * WIDE * in_layers
     if job.method.adversarial_steps:
         total += 3 * WIDE * n
     return total

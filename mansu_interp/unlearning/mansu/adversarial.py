@@ -150,13 +150,13 @@ class AdversarialRelearning:
         quicker, a thread of its own does the work meanwhile (`two_at_once`), with the same result.
 
         Arguments:
-            students: the models that are attacked in turns.
+            students: models of which the first are attacked in turns.
             of: the elements that unlearning edits, by weight.
-            targets: what each of them should predict.
+            targets: what each of these should predict.
             done: steps of unlearning before this one; each is asked for once, in order.
         """
         index, begun = divmod(done, self.length)
-        side = index % len(students)
+        side = index % len(targets)
         if self.attack is None or not begun:
             self.attack = None  # freed before the next one is made
             self.attack = self.begin(students[side], of, index)

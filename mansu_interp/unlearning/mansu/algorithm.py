@@ -70,7 +70,9 @@ def mansu(
     """Unlearn inside a mask.
 
     1. Copy the model in full precision and after every quantizer: the students. Each is compared
-       with its teacher, the original at the same precision: itself without its edits.
+       with its teacher, the original at the same precision: itself without its edits. Those of
+       fitted quantizers are quantized anew on each of their turns, and gradients pass the
+       quantizer straight through.
     2. Measure the Fisher information F of what must stay, for the null-space projection
        lambda / (lambda + F), which multiplies every step.
     3. In each step one student has its turn, full precision first, so that all of them forget and
@@ -205,7 +207,7 @@ class _EditLoop:
         cls, model: LanguageModel, task: Task, mask: Mask, config: Mansu, seed: int
     ) -> _EditLoop:
         """Everything before the first step."""
-        students = Students(model.copy(), config.survive)
+        students = Students(model.copy(), config.survive, config.train_through, task.calibration)
         task = _answered(model, task)
         retain = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
         fisher = None
@@ -285,13 +287,14 @@ class _EditLoop:
     ) -> tuple[list[Tensor], dict[str, float]]:
         """The gradient of one student's losses at the mask's elements, and those."""
         config, of = self.config, self.latent.indices
-        student, targets = self.students[side], self.targets[side]
         attacked = None
         if self.adversary:
-            sides = (self.students, self.targets) if config.floored else ([student], [targets])
-            attacked = self.adversary.gradient(sides[0], of, sides[1], done)
+            # Fitted models change too much between two steps for one attack to go on.
+            exact = 1 + len(self.students.quantizers) if config.floored else 1
+            attacked = self.adversary.gradient(self.students, of, self.targets[:exact], done)
         with nullcontext(self.original) if not side else self.latent.unedited(side) as teacher:
             retained = _retained(teacher, batch, config)
+        student, targets = self.students[side], self.targets[side]
         losses = {"forget": 0.0, "retain": 0.0}
         parts = _partial_losses(student, targets, retained, batch, config, losses)
         gradients = gradient(student, of, parts)
@@ -301,7 +304,7 @@ class _EditLoop:
             for g, m in zip(gradients, more, strict=True):
                 g.add_(m, alpha=config.adversarial_weight)
         if self.probe:
-            more, losses["probe"] = self.probe.gradient(self.students[side], of)
+            more, losses["probe"] = self.probe.gradient(student, of)
             for g, m in zip(gradients, more, strict=True):
                 g.add_(m, alpha=config.probe_weight)
         return gradients, losses

@@ -37,9 +37,11 @@ class LatentGroup:
     original: Float[Tensor, " n"]
     """Their values before the edit."""
     quantized: list[Float[Tensor, " n"]]
-    """What each quantizer makes of those."""
+    """What each exact quantizer makes of those."""
+    fitted: list[Float[Tensor, " n"]]
+    """What each fitted quantizer makes of those, if nothing is edited."""
     grids: list[Cells | None]
-    """Each quantizer's cells; None where it leaves these weights as they are."""
+    """Each exact quantizer's cells; None where it leaves these weights as they are."""
     floor: Floor
     """The values that an edit may take."""
     scale: Float[Tensor, " n"]
@@ -51,7 +53,7 @@ class LatentGroup:
     mean: Float[Tensor, " n"]
     """Momentum of the position."""
     offsets: list[Float[Tensor, " n"]]
-    """Each quantized model's own offset from the position; empty where none has any."""
+    """Each exact quantized model's own offset from the position; empty where none has any."""
     offset_momenta: list[Float[Tensor, " n"]]
     """Momentum of the offsets."""
 
@@ -88,7 +90,7 @@ class LatentWeights:
     ) -> None:
         self.students, model, survive = students, students.full, students.quantizers
         self.offset_rate = offset_rate * len(self.models)
-        offsets = len(self.models) - 1 if offset_rate and len(self.models) > 2 else 0
+        offsets = len(survive) if offset_rate and len(survive) > 1 else 0
         self.power = 0.0
         """Running mean of the squared gradient, over the whole mask."""
         self.limit = mask.limit
@@ -113,6 +115,7 @@ class LatentWeights:
                     indices=those,
                     original=original,
                     quantized=[],
+                    fitted=[],
                     grids=grids,
                     floor=where,
                     scale=scale,
@@ -127,8 +130,10 @@ class LatentWeights:
             )
 
         for side in range(1, len(students)):
+            made = students.unedited(side).weights
             for x in self.groups:
-                x.quantized.append(gather(students[side].weights, x.indices))
+                values = x.quantized if side <= len(survive) else x.fitted
+                values.append(gather(made, x.indices))
 
     @property
     def model(self) -> LanguageModel:
@@ -148,10 +153,10 @@ class LatentWeights:
     @contextmanager
     def unedited(self, side: int) -> Iterator[LanguageModel]:
         """One of the `models` as it was before all edits, while the context lasts."""
-        model = self.models[side]
+        model = self.students.unedited(side) if side else self.model
         edited = [gather(model.weights, x.indices) for x in self.groups]
         for x in self.groups:
-            put(model, x.indices, x.quantized[side - 1] if side else x.original)
+            put(model, x.indices, [x.original, *x.quantized, *x.fitted][side])
         try:
             yield model
         finally:
@@ -199,7 +204,7 @@ class LatentWeights:
             group.mean.lerp_(g, 1 - BETA1)
             direction = group.mean / (1 - BETA1**t) / rms
             group.position.sub_(lr * direction * group.projection).clamp_(-1, 1)
-            if side and group.offsets:
+            if 0 < side <= len(group.offsets):
                 mean, turn = group.offset_momenta[side - 1], (t - 1) // len(self.models) + 1
                 own = mean.lerp_(g, 1 - BETA_OWN) / (1 - BETA_OWN**turn) / rms
                 step = lr * self.offset_rate * own * group.projection
@@ -228,15 +233,15 @@ class LatentWeights:
         bar = self._bar(torch.cat([d[m] for m, _, d in plans]), 0.0)
         made = [moved & (distance > bar) for moved, _, distance in plans]
         values = [value for _, value, _ in plans]
-        if len(self.students) > 2:
+        if len(self.students.quantizers) > 1:
             values = self._rounded_jointly(values, made)
         for k, (value, m) in enumerate(zip(values, made, strict=True)):
             self.write_edits(k, value, m)
         return sum(int(m.sum()) for m in made)
 
     def write_edits(self, k: int, value: Float[Tensor, " n"], made: Bool[Tensor, " n"]) -> None:
-        """Put the values of some edits of a group, and what each quantizer makes of them, into all
-        models; all its other elements are put back to the original."""
+        """Put the values of some edits of a group, and what each exact quantizer makes of them,
+        into the models; all its other elements are put back to the original."""
         x = self.groups[k]
         self.students.write(0, k, x.indices, torch.where(made, value, x.original))
         for side, (own, grid) in enumerate(zip(x.quantized, x.grids, strict=True), 1):

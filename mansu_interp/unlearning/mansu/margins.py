@@ -116,7 +116,8 @@ class MarginEditor:
         self, margin: float, most: int, on_round: OnRound | None = None
     ) -> Margin:
         """Edit until in every quantized model the answers' mean excess lies a margin below full
-        precision's, which does not move, or as many are edited as may be.
+        precision's, which does not move, or as many are edited as may be. Fitted quantizers, of
+        which no one knows beforehand what they make of an edit, are left out.
 
         Arguments:
             margin: nats.
@@ -125,7 +126,8 @@ class MarginEditor:
         """
 
         def measure() -> Measured:
-            full, *others = (self._excess(model) for model in self.latent.models)
+            exact, models = len(self.latent.students.quantizers), self.latent.models
+            full, *others = (self._excess(models[side]) for side in range(1 + exact))
             distance = full - torch.stack(others)
             reached = nearest(distance)
             return Measured(lacking(distance, margin), margin - reached, reached)

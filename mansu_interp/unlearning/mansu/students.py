@@ -1,4 +1,9 @@
-"""The models that MANSU trains: full precision, and what each quantizer makes of it."""
+"""The models that MANSU trains: full precision, and what each quantizer makes of it.
+
+The cells of an exact quantizer do not move, so that what it makes of an edit is known element by
+element. A fitted one (llama.cpp's K-quants, GPTQ) chooses scales and roundings anew by all that was
+edited: its model is quantized again, by the library itself, whenever it has its turn.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from ...masks.floor import Set, quantizer_set
 from ...models.language_model import LanguageModel
 from ...quantizers.base import Quantizer
 from ...quantizers.packed import Packed
+from ...quantizers.registry import fitted_quantizers
 from ...quantizers.survival import quantize
 
 
@@ -21,7 +27,7 @@ class _Shelved:
     """A quantized model that is not in use."""
 
     packed: dict[str, Packed | Tensor]
-    """Its linear weights before all edits."""
+    """Its weights before all edits."""
     edits: dict[int, tuple[dict[str, Tensor], Tensor]] = field(default_factory=dict)
     """Flat positions by weight, and the values there, weight after weight."""
 
@@ -35,14 +41,26 @@ class Students(Sequence[LanguageModel]):
 
     Arguments:
         model: full precision; changed in place by `write`.
-        survive: the quantizers, at least one; the students have the order of `quantizer_set`.
+        survive: exact quantizers, at least one; the students have the order of `quantizer_set`.
+        through: fitted quantizers, whose students come after those.
+        calibration: see `quantize`; calibrated quantizers alone look.
+
+    Raises:
+        ConfigError: see `quantizer_set`, `fitted_quantizers` and `Quantizer.fit`.
     """
 
-    def __init__(self, model: LanguageModel, survive: Set) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        survive: Set,
+        through: Sequence[str] = (),
+        calibration: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.full, self.quantizers = model, quantizer_set(survive)
+        self.fitted, self.calibration = fitted_quantizers(through), calibration
         self._shelf: list[_Shelved] = []
         self._in_use = 0
-        if len(self.quantizers) == 1:  # nothing to take turns with
+        if len(self.quantizers) == 1 and not self.fitted:  # nothing to take turns with
             self._quantized = quantize(model, self.quantizers[0], sharing=True)
             self._shelf, self._in_use = [_Shelved({})], 1
         else:
@@ -51,6 +69,12 @@ class Students(Sequence[LanguageModel]):
                 _Shelved({n: packed(q, w) for n in names if q.touches(w := model.weights[n])})
                 for q in self.quantizers
             ]
+            for q in self.fitted:
+                layers = q.fit(model, calibration)
+                made = {
+                    n: q.round_trip(w := model.weights[n].cpu()).to(w) for n, q in layers.items()
+                }
+                self._shelf.append(_Shelved({n: w.to(model.device) for n, w in made.items()}))
             touched = {n for x in self._shelf for n in x.packed}
             self._quantized = model.copy(sharing=set(model.weights) - touched)
             self._own = {n: self._quantized.weights[n] for n in touched}
@@ -60,12 +84,32 @@ class Students(Sequence[LanguageModel]):
 
     def __getitem__(self, side: int) -> LanguageModel:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Full precision (0), or what the quantizer of that number, from 1 on, makes of it: valid
-        until another quantized one is asked for."""
+        until another quantized one is asked for, and a fitted one until full precision is written.
+        """
         if not 0 <= side < len(self):
             raise IndexError(side)
         if side and side != self._in_use:
-            self._take(side)
+            self._take(side) if side <= len(self.quantizers) else self._fit(side)
+            self._in_use = side
         return self._quantized if side else self.full
+
+    @torch.no_grad()
+    def _fit(self, side: int) -> None:
+        """Quantize the edited model."""
+        layers = self.fitted[side - 1 - len(self.quantizers)].fit(self.full, self.calibration)
+        for name, weight in self._own.items():
+            layer = layers.get(name)
+            full = self.full.weights[name]
+            weight.copy_(full if layer is None else layer.round_trip(full.cpu()))
+
+    def unedited(self, side: int) -> LanguageModel:
+        """One of the quantized models; a fitted one as its quantizer made it of the original, but
+        for weights that it leaves alone. Valid until another one is asked for."""
+        if side <= len(self.quantizers):
+            return self[side]
+        self._take(side)
+        self._in_use = 0
+        return self._quantized
 
     @torch.no_grad()
     def _take(self, side: int) -> None:
@@ -79,7 +123,6 @@ class Students(Sequence[LanguageModel]):
                 weight.copy_(self.full.weights[name] if kept is None else kept)
         for indices, values in shelved.edits.values():
             put(self._quantized, indices, values)
-        self._in_use = side
 
     @torch.no_grad()
     def write(
@@ -92,7 +135,7 @@ class Students(Sequence[LanguageModel]):
         """Write values of some elements into one of the models.
 
         Arguments:
-            side: which.
+            side: full precision, or which of the exact quantizers.
             key: the number of these elements: the same elements again take the place of the last
                 values.
             indices: flat positions by weight.
@@ -100,6 +143,8 @@ class Students(Sequence[LanguageModel]):
         """
         if not side:
             put(self.full, indices, values)
+            if self._in_use > len(self.quantizers):
+                self._in_use = 0  # fitted to what was there before
             return
         self._shelf[side - 1].edits[key] = indices, values
         if side == self._in_use:
