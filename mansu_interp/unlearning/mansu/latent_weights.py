@@ -90,7 +90,8 @@ class LatentWeights:
     ) -> None:
         self.students, model, survive = students, students.full, students.quantizers
         self.offset_rate = offset_rate * len(self.models)
-        offsets = len(survive) if offset_rate and len(survive) > 1 else 0
+        exact = len(survive) if len(self.models) > 1 else 0
+        offsets = exact if offset_rate and exact > 1 else 0
         self.power = 0.0
         """Running mean of the squared gradient, over the whole mask."""
         self.limit = mask.limit
