@@ -46,6 +46,7 @@ def small() -> Batch:
         clean=torch.zeros(2, 1, dtype=torch.long),
         corrupt=torch.zeros(2, 1, dtype=torch.long),
         last=torch.zeros(2, dtype=torch.long),
+        corrupt_last=torch.zeros(2, dtype=torch.long),
         answer=torch.tensor([0, 3]),
         counterfactual=torch.tensor([2, 1]),
         choices=torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2]]),

@@ -241,21 +241,25 @@ def _add_batch(
     layers, path, moved = range(stream.n_layers), config.path(), _moved(stream, config)
     inside = [n for i in layers for n in (stream.z(i), stream.neurons(i))] if neurons else []
     names = list(dict.fromkeys([*stream.writers(), *inside]))
-    # An end of the path whose gradient is asked for is run once.
+    # An end of the path whose gradient is asked for is run once; but the path has the clean
+    # prompts' positions, which a corrupt run of other lengths has not.
     ends: dict[float, _Run] = {}
-    for alpha, tokens in ((1.0, batch.clean), (0.0, batch.corrupt)):
-        more = _watched(stream, inside) if alpha in path else []
+    here = {a for a in path if a == 1 or batch.of_clean is None}
+    both = (1.0, batch.clean, batch.last), (0.0, batch.corrupt, batch.corrupt_last)
+    for alpha, tokens, last in both:
+        more = _watched(stream, inside) if alpha in here else []
         watched = list(dict.fromkeys([*names, *more]))
-        ends[alpha] = _run(rules, tokens, batch.last, watched, grad=alpha in path)
+        ends[alpha] = _run(rules, tokens, last, watched, grad=alpha in here)
     logits = [run.logits.detach() for run in ends.values()]
     clean, corrupt = (run.seen(names) for run in ends.values())
+    corrupt = {n: batch.as_clean(value) for n, value in corrupt.items()}
     real = batch.real
     values_inside = difference_inside(stream, clean, corrupt, real) if neurons else {}
     writes = difference(stream, clean, corrupt, real, config.ablation, means)
     runs = _Runs(batch, real, logits[0], writes, values_inside)
     ways = {name: (corrupt[name], clean[name] - corrupt[name]) for name, _ in moved}
     del clean, corrupt  # the writes of both runs are not needed any more
-    kept = {alpha: ends[alpha] for alpha in path if alpha in ends}
+    kept = {alpha: ends[alpha] for alpha in here if alpha in ends}
     ends.clear()
     for name, rows in moved:
         start, way = ways[name]
@@ -354,11 +358,11 @@ def attribute(
             on_batch(done, len(mine))
     for tensor in sums.tensors().values():
         sum_over_processes(tensor)
-    return _mean(stream, sums)
+    return _mean(stream, sums, sum(not p.level for p in pairs))
 
 
-def _mean(stream: Stream, sums: Sums) -> Attribution:
-    """The sums over all pairs as means."""
+def _mean(stream: Stream, sums: Sums, aligned: int) -> Attribution:
+    """The sums over all pairs as means; ``aligned`` are of different lengths."""
     clean, corrupt, _, n = sums.ends.sum(0).tolist()
     exists = stream.graph.exists
     scores = (sums.scores / n).float().numpy() * exists
@@ -373,5 +377,5 @@ def _mean(stream: Stream, sums: Sums) -> Attribution:
         corrupt=corrupt / n,
         by_position=None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
         neurons={k: (v / n).float().numpy() for k, v in sums.neurons.items()},
-        caveat=caveat(sums.ends),
+        caveat=caveat(sums.ends, aligned),
     )

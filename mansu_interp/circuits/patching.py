@@ -115,6 +115,8 @@ class _Clean:
     batch: Batch
     tokens: Tensor
     """Of the run into which edges are patched."""
+    last: Tensor
+    """Index of the last real token of each of its rows."""
     clean_logits: Logits
     whole: float
     """Summed metric of that run."""
@@ -138,17 +140,25 @@ def _prepare(
     reads = [n for i in layers for n in (stream.before_attention(i), stream.before_mlp(i))]
     names = list(dict.fromkeys([*stream.writers(), *reads, stream.final]))
     seen, logits = [], []
-    for tokens in (batch.clean, batch.corrupt):
+    ends = [(batch.clean, batch.last), (batch.corrupt, batch.corrupt_last)]
+    for tokens, last in ends:
         recorder = Recorder()
         with stream.hooked(recorder.on(names)):
-            logits.append(stream.logits(tokens, batch.last))
+            logits.append(stream.logits(tokens, last))
         seen.append({n: recorder[n] for n in names})
-    every = torch.ones_like(batch.real)
-    change = difference(stream, seen[0], seen[1], every, ablation, means)
+    tokens, last = ends[int(denoise)]
+    clean, corrupt = seen
+    if denoise:
+        clean = {n: batch.as_corrupt(value) for n, value in clean.items()}
+    else:
+        corrupt = {n: batch.as_clean(value) for n, value in corrupt.items()}
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    change = difference(stream, clean, corrupt, every, ablation, means)
     change = rearrange(change, "w (batch pos) d -> w batch pos d", batch=len(batch))
     return _Clean(
         batch=batch,
-        tokens=batch.corrupt if denoise else batch.clean,
+        tokens=tokens,
+        last=last,
         clean_logits=logits[0],
         whole=metric(logits[int(denoise)], batch, logits[0]).sum().item(),
         streams={n: seen[int(denoise)][n] for n in (*reads, stream.final)},
@@ -221,7 +231,7 @@ class _Group:
         """The summed metric with each edge patched."""
         base, n = self.base, len(self.edges)
         with self.stream.hooked(self.hooks()):
-            logits = self.stream.logits(base.tokens.repeat(n, 1), base.batch.last.repeat(n))
+            logits = self.stream.logits(base.tokens.repeat(n, 1), base.last.repeat(n))
         each = logits.split(len(base.batch))
         return [metric(x, base.batch, base.clean_logits).sum().item() for x in each]
 
