@@ -50,6 +50,7 @@ def difference(
     rows: Bool[Tensor, "batch pos"],
     ablation: str = "corrupt",
     means: list[Tensor] | None = None,
+    layers: range | None = None,
 ) -> Float[Tensor, "writers tokens d_model"]:
     """What each writer adds at some tokens in the clean run beyond its ablated value.
 
@@ -60,7 +61,10 @@ def difference(
         rows: True at the tokens that are taken.
         ablation: ``corrupt``, ``mean`` or ``zero``.
         means: with ``mean``, see `Rebuilder.means`.
+        layers: whose writers are taken; default: all. The first brings the input with it.
     """
+    layers = range(stream.n_layers) if layers is None else layers
+    writers = layers_writers(stream, layers)
 
     def flat(run: Seen, name: str) -> Float[Tensor, "tokens ..."]:
         return widen(run[name])[rows]
@@ -68,10 +72,11 @@ def difference(
     swap = ablation == "corrupt"
     first = flat(clean, stream.input)
     first = first - flat(corrupt, stream.input) if swap else first
-    out = first.new_empty(len(stream.graph.writers), *first.shape)
-    out[0] = first
-    at = 1
-    for i in range(stream.n_layers):
+    out = first.new_empty(len(writers), *first.shape)
+    at = 0
+    if writers.start == 0:
+        out[0], at = first, 1
+    for i in layers:
         heads, mlp = out[at : at + stream.n_heads], out[at + stream.n_heads]
         z, out_at = stream.z(i), stream.mlp_out(i)
         if not swap or hasattr(stream.blocks[i], "ln1_post"):  # then no share is linear in z
@@ -85,8 +90,15 @@ def difference(
         at += stream.n_heads + 1
     if means is not None:
         position = rows.nonzero()[:, 1].to(out.device)
-        out -= torch.cat([rearrange(m, "... pos d -> (...) pos d") for m in means])[:, position]
+        every = torch.cat([rearrange(m, "... pos d -> (...) pos d") for m in means])
+        out -= every[writers.start : writers.stop, position]
     return out
+
+
+def layers_writers(stream: Stream, layers: range) -> range:
+    """The writers of some layers; the first layer brings the input with it."""
+    first, last = (1 + i * (stream.n_heads + 1) for i in (layers.start, layers.stop))
+    return range(first if layers.start else 0, last)
 
 
 def difference_inside(
