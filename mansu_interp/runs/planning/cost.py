@@ -73,7 +73,7 @@ def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Es
         tokens: tokens of the longest prompt.
 
     Raises:
-        CircuitError: not even one pair fits into ``config.memory_gb``.
+        CircuitError: not even one layer of one pair fits into ``config.memory_gb``.
     """
     size, one, layers = fit_memory(model.graph, model.d_model, tokens, config)
     size = min(size, config.pairs)
@@ -105,7 +105,7 @@ def plan_lines(config: PlanConfig) -> list[str]:
 
     Raises:
         ModelError: no such config.
-        CircuitError: not even one pair fits into ``config.attribution.memory_gb``.
+        CircuitError: not even one layer of one pair fits into ``config.attribution.memory_gb``.
     """
     model, how = empty_model(config.model, dtype=config.dtype), config.attribution
     e, a = estimate(model, how, config.tokens), model.architecture

@@ -95,7 +95,7 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         job: the rest.
 
     Raises:
-        CircuitError: not even one pair fits into the circuit's ``memory_gb``.
+        CircuitError: not even one layer of one pair fits into the circuit's ``memory_gb``.
     """
     n, in_layers = model.n_parameters, _elements(model, model.linear_names)
     whole, linear = model.dtype.itemsize * n, model.dtype.itemsize * in_layers
