@@ -170,6 +170,15 @@ def peak_of(model: LanguageModel, pairs: PairSet, job: str) -> float:
     return status("VmHWM")
 
 
+def peak_beyond(job: Callable[[PairSet], object], pairs: PairSet) -> float:
+    """The same of any job, beyond what the process held before it."""
+    job(PairSet(pairs.name, pairs.pairs[:1]))  # bridge and libraries have their buffers
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    job(pairs)
+    return status("VmHWM") - before
+
+
 def difference_mb(model: LanguageModel, tokens: int) -> float:
     """Size of the writers' difference tensor."""
     return PAIRS * tokens * len(model.graph.writers) * model.d_model * 4 / 1e6

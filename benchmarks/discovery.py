@@ -15,7 +15,11 @@ circuits are measured on as many others, so that "at 0.85" is known to a factor 
                          among as many by score
     CPR, CMD             areas of the faithfulness curve (higher, lower is better)
     at 0.85              edges asked for until faithfulness reaches 0.85
+    stable               Jaccard index of as many of the strongest edges with those of a bootstrap
+                         resample of the pairs, the mean over `RESAMPLES`
     seconds, / EAP       CPU time of one thread, and as a ratio to EAP's
+    MB                   with --memory alone: peak memory of a process of its own, beyond the model
+                         and one pair scored before (Linux)
 
 "exact" ranks by the exact effect itself, "mean rank" by the mean of the ranks of three methods,
 "signed" by the score with its sign, positive first.
@@ -25,18 +29,25 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 
 import numpy as np
 import torch
+from attribution import figure_of, peak_beyond
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.circuits.patching import patch_edges
-from mansu_interp.circuits.search.faithfulness import FRACTIONS, faithfulness_curve, minimal_edges
-from mansu_interp.circuits.search.stability import ranks
+from mansu_interp.circuits.search.faithfulness import (
+    FRACTIONS,
+    faithfulness_curve,
+    minimal_edges,
+    strongest,
+)
+from mansu_interp.circuits.search.stability import Resamples, ranks
 from mansu_interp.models.graph import Graph
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -48,6 +59,7 @@ SMALL = 5000
 """Edges up to which all are patched."""
 SAMPLE, STRONGEST = 100, 50
 """Edges that are patched of larger models: drawn, and of each method."""
+RESAMPLES = 50
 FEW = (0.001, 0.01, 0.1, 1.0)
 """Shares of the edges at which the curve of a larger model is measured."""
 METHODS = {
@@ -124,25 +136,45 @@ def make(task: str, folder: str | None, n: int, seed: int) -> tuple[LanguageMode
     return model, load_task(task, model).forget.sample(2 * n, seed)
 
 
+def configured(name: str) -> AttributionConfig:
+    """The settings of a method."""
+    return AttributionConfig(**METHODS[name])  # type: ignore[arg-type]
+
+
 def score(
-    model: LanguageModel, pairs: PairSet, methods: list[str]
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Scores of each method, and its CPU seconds."""
+    model: LanguageModel, pairs: PairSet, methods: list[str], seed: int
+) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]], dict[str, float]]:
+    """Scores of each method, the same of each resample, and CPU seconds."""
     attribute(model, pairs, config=AttributionConfig(method="eap"))  # warm up
-    scores, seconds = {}, {}
+    scores, drawn, seconds = {}, [{} for _ in range(RESAMPLES)], {}
     for name in methods:
         start = time.process_time()
-        config = AttributionConfig(**METHODS[name])  # type: ignore[arg-type]
-        scores[name] = np.asarray(attribute(model, pairs, config=config).scores, dtype=float)
+        scores[name] = attribute(model, pairs, config=configured(name)).scores.astype(float)
         seconds[name] = time.process_time() - start
-    exists = model.graph.exists
-    mean = np.zeros(exists.shape)
+        resamples = Resamples(pairs, RESAMPLES, seed)
+        attribute(model, pairs, config=configured(name), on_pairs=resamples)
+        for into, values in zip(drawn, resamples.means(), strict=True):
+            into[name] = values.astype(float)
+    seconds["mean rank"] = sum(seconds[m] for m in MEAN)
+    seconds[f"{SIGNED}, signed"] = seconds[SIGNED]
+    for each in (scores, *drawn):
+        each.update(ranked(model.graph, each))
+    return scores, drawn, seconds
+
+
+def ranked(graph: Graph, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rankings that are made of the scores of methods."""
+    exists = graph.exists
+    mean, signed = np.zeros(exists.shape), np.zeros(exists.shape)
     mean[exists] = sum(ranks(np.abs(scores[m][exists])) for m in MEAN)
-    scores["mean rank"], seconds["mean rank"] = mean, sum(seconds[m] for m in MEAN)
-    signed = np.zeros(exists.shape)
     signed[exists] = ranks(scores[SIGNED][exists])
-    scores[f"{SIGNED}, signed"], seconds[f"{SIGNED}, signed"] = signed, seconds[SIGNED]
-    return scores, seconds
+    return {"mean rank": mean, f"{SIGNED}, signed": signed}
+
+
+def jaccard(graph: Graph, a: np.ndarray, b: np.ndarray, n: int) -> float:
+    """Edges that the circuits of two rankings have in common, over those of either."""
+    one, other = (strongest(graph, values, n) for values in (a, b))
+    return float((one & other).sum() / (one | other).sum())
 
 
 def chosen(graph: Graph, scores: dict[str, np.ndarray], seed: int) -> np.ndarray:
@@ -163,7 +195,7 @@ def table(task: str, folder: str | None, n: int, seed: int) -> None:
     pairs, others = PairSet(task, every.pairs[:n]), PairSet(task, every.pairs[n:])
     graph, small = model.graph, model.graph.n_edges <= SMALL
     methods = [m for m in METHODS if small or m not in SLOW]
-    scores, seconds = score(model, pairs, methods)
+    scores, drawn, seconds = score(model, pairs, methods, seed)
     edges = chosen(graph, scores, seed)
     few = pairs if small else PairSet(task, pairs.pairs[: max(2, n // 2)])
     start = time.process_time()
@@ -178,8 +210,8 @@ def table(task: str, folder: str | None, n: int, seed: int) -> None:
         f"{int(edges.sum()):,} edges patched on {len(few)}, {len(tested)} other pairs to measure, "
         f"seed {seed}; the metric there is {ablation.ends[0]:.2f} whole, {ablation.ends[1]:.2f} "
         "ablated\n\n"
-        "| method | rho noise | rho restore | top 20 | top 100 | CPR | CMD | at 0.85 | seconds | "
-        "/ EAP |\n|---|---|---|---|---|---|---|---|---|---|",
+        "| method | rho noise | rho restore | top 20 | top 100 | CPR | CMD | at 0.85 | stable | "
+        "seconds | / EAP |\n|---|---|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )
     for name, values in scores.items():
@@ -189,14 +221,33 @@ def table(task: str, folder: str | None, n: int, seed: int) -> None:
             graph, values, ablation.faithfulness, tolerance=0.05 if small else 0.5
         )
         least = min(count for count, reached in tried if reached >= 0.85)
+        held = [jaccard(graph, values, x[name], least) for x in drawn if name in x]
+        stable = f"{np.mean(held):.2f}" if held else "–"
         back = "–" if restore is None else f"{spearman(size, np.abs(restore[edges])):.2f}"
         print(
             f"| {name} | {spearman(size, exact):.2f} | "
             f"{back} | {overlap(size, exact, 20):.2f} | "
             f"{overlap(size, exact, 100):.2f} | {curve.cpr:.3f} | {curve.cmd:.3f} | {least:,} | "
-            f"{seconds[name]:.1f} | {seconds[name] / seconds['EAP']:.1f} |",
+            f"{stable} | {seconds[name]:.1f} | {seconds[name] / seconds['EAP']:.1f} |",
             flush=True,
         )
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Print what each method takes, each in a process of its own."""
+    for task in args.tasks:
+        small = make(task, args.model, 1, args.seed)[0].graph.n_edges <= SMALL
+        print(f"\n{task}, {args.pairs} pairs\n\n| method | MB |\n|---|---|")
+        for name in (m for m in METHODS if small or m not in SLOW):
+            command = [__file__, *sys.argv[1:], "--job", name, task]
+            print(f"| {name} | {figure_of(command):.0f} |", flush=True)
+
+
+def peak(name: str, task: str, args: argparse.Namespace) -> float:
+    """Peak memory (MB) of one method in this process."""
+    model, every = make(task, args.model, args.pairs, args.seed)
+    pairs, config = PairSet(task, every.pairs[: args.pairs]), configured(name)
+    return peak_beyond(lambda x: attribute(model, x, config=config), pairs)
 
 
 def main() -> None:
@@ -206,8 +257,16 @@ def main() -> None:
     parser.add_argument("--model", help="name or folder; default: the embedded one")
     parser.add_argument("--pairs", type=int, default=24, help="to score; as many to measure")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", action="store_true", help="what each method takes, instead")
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.job:
+        print(peak(*args.job, args))
+        return
+    if args.memory:
+        memory(args)
+        return
     for task in args.tasks:
         table(task, args.model, args.pairs, args.seed)
 

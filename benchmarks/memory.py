@@ -1,13 +1,14 @@
 """Peak memory of the stages of a run, as ratios to a bare forward and backward pass.
 
-    python benchmarks/memory.py [--shape smollm2] [--dtype bfloat16]
+    python benchmarks/memory.py [--shape smollm2] [--dtype bfloat16] [--tokens 16]
+        [--attribution-gb 0.1]
         [--survive nf4 fp4 int4-g32 q4_0] [--only unlearn]
 
-Random Llamas (`SHAPES`) and random prompts, 8 pairs of 16 tokens; few steps, since what is held
-does not depend on how many there are. "Bare" is a forward and backward pass of all pairs through
-the same model in the same dtype, every weight with a gradient: weights, gradients and activations.
-Each stage runs in a process of its own; its peak is the kernel's (VmHWM of /proc/self/status, Linux
-alone) less what a process holds that has loaded the libraries.
+Random Llamas (`SHAPES`) and random prompts, 8 pairs of so many tokens; few steps, since what is
+held does not depend on how many there are. "Bare" is a forward and backward pass of all pairs
+through the same model in the same dtype, every weight with a gradient: weights, gradients and
+activations. Each stage runs in a process of its own; its peak is the kernel's (VmHWM of
+/proc/self/status, Linux alone) less what a process holds that has loaded the libraries.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.unlearning.unlearn import unlearn
 
-TOKENS, VOCAB, STEPS = 16, 50257, 3
+VOCAB, STEPS = 50257, 3
 # layers, width, MLP width, heads, key-value heads
 SHAPES = {
     "smollm2": (30, 576, 1536, 9, 3),
@@ -73,9 +74,9 @@ def make_model(shape: str, dtype: torch.dtype) -> LanguageModel:
     return LanguageModel(shape, hf, None, dtype)
 
 
-def make_task() -> Task:
+def make_task(tokens: int) -> Task:
     """Random pairs to forget, and others to retain."""
-    forget, retain = make_pairs(TOKENS), make_pairs(TOKENS + 1)
+    forget, retain = make_pairs(tokens), make_pairs(tokens + 1)
     return Task("random", "random", forget, retain, None, {"dev": {}, "unseen": {}})
 
 
@@ -117,11 +118,11 @@ def some_mask(model: LanguageModel) -> Mask:
 
 
 def stages(
-    model: LanguageModel, task: Task, survive: Sequence[str]
+    model: LanguageModel, task: Task, survive: Sequence[str], attribution_gb: float | None
 ) -> dict[str, Callable[[], object]]:
     """What is measured."""
     method = Mansu(steps=STEPS, survive=tuple(survive), batch_size=len(task.forget))
-    config = AttributionConfig(batch_size=len(task.forget))
+    config = AttributionConfig(batch_size=len(task.forget), memory_gb=attribution_gb)
     return {
         "bare": lambda: bare(model, task),
         "attribution": lambda: attribute(model, task.forget, config=config),
@@ -136,11 +137,11 @@ def stages(
 def measured(args: argparse.Namespace) -> str:
     """Peak (bytes) and seconds of one stage, in this process."""
     torch.set_num_threads(args.threads)
-    task, began = make_task(), time.perf_counter()
+    task, began = make_task(args.tokens), time.perf_counter()
     if args.stage != "nothing":
         model = make_model(args.shape, DTYPES[args.dtype])
         began = time.perf_counter()
-        stages(model, task, args.survive)[args.stage]()
+        stages(model, task, args.survive, args.attribution_gb)[args.stage]()
     took = time.perf_counter() - began
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return f"{int(status.partition('VmHWM:')[2].split()[0]) * 1024} {took}"
@@ -159,6 +160,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of the stages of a run.")
     parser.add_argument("--shape", default="smollm2", choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--tokens", type=int, default=16, help="of each prompt")
+    parser.add_argument("--attribution-gb", type=float, help="memory_gb of attribution")
     parser.add_argument("--survive", nargs="+", default=list(SET))
     parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attribution import figure_of, make_model, make_pairs, status
+from attribution import figure_of, make_model, make_pairs, peak_beyond
 from jaxtyping import Float
 
 from mansu_interp.circuits.attribution import attribute
@@ -204,15 +204,6 @@ def peak(options: argparse.Namespace, model: str, row: str, which: int) -> float
     return figure_of(command + (["--eap-ig", options.eap_ig] if options.eap_ig else []))
 
 
-def peak_of(job: Callable[[PairSet], Any], pairs: PairSet) -> float:
-    """Peak resident memory of this process in MB while it does a job, beyond that before."""
-    job(PairSet(pairs.name, pairs.pairs[:1]))  # bridge and libraries have their buffers
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
-    job(pairs)
-    return status("VmHWM") - before
-
-
 def table(options: argparse.Namespace, name: str) -> None:
     """Print the rows of one model."""
     pairs = make(name)[1]
@@ -247,7 +238,7 @@ def main() -> None:
     if options.job:
         row, which = options.job
         name = options.models[0]
-        print(peak_of(jobs(name, options.eap_ig)[row][int(which)], make(name)[1]))
+        print(peak_beyond(jobs(name, options.eap_ig)[row][int(which)], make(name)[1]))
         return
     print(
         "| model, peer, method | difference | seconds here | there | ratio | MB here | there | "

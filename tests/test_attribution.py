@@ -18,7 +18,7 @@ from conftest import make_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.circuits.ablation import Ablation
-from mansu_interp.circuits.attribution import attribute, pairs_per_batch
+from mansu_interp.circuits.attribution import attribute, fit_memory
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.metrics import METRICS, choice_margin, log_prob, logit_diff
 from mansu_interp.circuits.search.discover import discover
@@ -46,6 +46,7 @@ def small() -> Batch:
         clean=torch.zeros(2, 1, dtype=torch.long),
         corrupt=torch.zeros(2, 1, dtype=torch.long),
         last=torch.zeros(2, dtype=torch.long),
+        corrupt_last=torch.zeros(2, dtype=torch.long),
         answer=torch.tensor([0, 3]),
         counterfactual=torch.tensor([2, 1]),
         choices=torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2]]),
@@ -303,15 +304,16 @@ def test_kl_is_zero_at_the_clean_run(tiny_model: TinyModel, pairs: PairSet):
 
 def test_memory_decides_the_batch(tiny_model: TinyModel, pairs: PairSet):
     model, longest = tiny_model(2), 7
-    _, one = pairs_per_batch(model.graph, model.d_model, longest, EAP)
+    _, one, layers = fit_memory(model.graph, model.d_model, longest, EAP)
+    assert layers == 3
     assert one == pytest.approx(1.5 * 16 * 7 * 32 * 4 / 1e9)  # 16 writers
     tight = replace(EAP, memory_gb=2.5 * one, batch_size=5)
-    assert pairs_per_batch(model.graph, model.d_model, longest, tight)[0] == 2
+    assert fit_memory(model.graph, model.d_model, longest, tight)[0] == 2
     seen: list[int] = []
     a = attribute(model, pairs, config=tight, on_batch=lambda done, _: seen.append(done))
     assert seen == [2, 4, 5]
     assert np.allclose(a.scores, attribute(model, pairs, config=EAP).scores, atol=1e-5)
-    with pytest.raises(CircuitError, match=r"One pair of 7 tokens needs .* Give more"):
+    with pytest.raises(CircuitError, match=r"7 tokens needs .* by layers; .* Give"):
         attribute(model, pairs, config=replace(EAP, memory_gb=one / 2))
 
 

@@ -747,6 +747,9 @@ def test_what_eight_billion_parameters_take(tmp_path: Path):
     tight = estimate(empty_model(write(tmp_path, "llama-3.1-8b")), replace(how, memory_gb=2.0), 32)
     assert tight.pairs_per_batch == 2
     assert tight.attribution_gb <= 2.0
+    tight = estimate(empty_model(write(tmp_path, "llama-3.1-8b")), replace(how, memory_gb=0.3), 32)
+    assert (tight.pairs_per_batch, tight.layers_at_once) == (1, 8)
+    assert 0.27 < tight.attribution_gb <= 0.3
 
 
 @pytest.mark.parametrize(

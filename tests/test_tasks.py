@@ -73,36 +73,13 @@ def test_only_whole_words_give_a_fact_away():
     assert not _mentions("the capital of {s} is", "s is the")
 
 
-@pytest.mark.parametrize("corrupt", [(1, 2), ()])
-def test_lengths_must_match(corrupt: tuple[int, ...]):
+def test_prompts_have_tokens():
     pair = make_pairs((5,)).pairs[0]
-    with pytest.raises(
-        TaskError,
-        match=rf"the clean prompt has 5 tokens and the corrupt one {len(corrupt)}\. Give prompts",
-    ):
-        replace(pair, corrupt=corrupt)
-    with pytest.raises(TaskError, match="the clean prompt has 0 tokens"):
-        replace(pair, clean=(), corrupt=())
-
-
-@pytest.mark.parametrize(
-    ("corrupt", "differ"),
-    [
-        (
-            "<bos>the capital of Ghana Ghana is",
-            r"'Malta' \(1 token\) against 'Ghana Ghana' \(2 tok",
-        ),
-        ("<bos>the capital of Malta Malta is", r"nothing against 'Malta' \(1 token\)"),
-        ("<bos>the capital of", r"'Malta is' \(2 tokens\) against nothing"),
-    ],
-)
-def test_prompts_of_other_lengths_say_where(facts: LanguageModel, corrupt: str, differ: str):
-    n = corrupt.count(" ") + 2
-    told = rf"has 6 tokens and the corrupt one '{corrupt}' has {n}: {differ}.* swap a name"
+    told = r"the clean prompt has 5 tokens and the corrupt one 0\. Give prompts of at least one"
     with pytest.raises(TaskError, match=told):
-        PairSet.from_prompts(
-            facts, ["<bos>the capital of Malta is"], [corrupt], ["Valletta"], ["Kigali"]
-        )
+        replace(pair, corrupt=())
+    with pytest.raises(TaskError, match="the clean prompt has 0 tokens"):
+        replace(pair, clean=())
 
 
 def test_answer_must_differ_at_its_first_token():
@@ -469,8 +446,8 @@ def test_texts_that_make_no_pair_are_told(facts: LanguageModel):
         PairSet.from_prompts(facts, *([x] for x in given))
 
     malta, rwanda = ASKED.format("Malta"), ASKED.format("Rwanda")
-    with pytest.raises(TaskError, match=r"Pair 1: the clean prompt .* has 6 tokens and the .* 5"):
-        make(malta, malta.removesuffix(" is"), "Valletta", "Kigali")
+    with pytest.raises(TaskError, match="Pair 1 has an empty corrupt prompt: give a text"):
+        make(malta, "", "Valletta", "Kigali")
     with pytest.raises(TaskError, match=r"does not know a word of '.*Atlantis"):
         make(malta, ASKED.format("Atlantis"), "Valletta", "Kigali")
     with pytest.raises(TaskError, match="has no wrong answer"):

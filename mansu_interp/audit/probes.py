@@ -185,7 +185,7 @@ def last_states(
     out = [widen(s[rows, batch.last]) for s in read]
     if subject:
         positions = torch.arange(batch.clean.shape[1], device=model.device)
-        at = ((batch.clean != batch.corrupt) * positions).amax(1)
+        at = (batch.changed * positions).amax(1)
         out += [widen(s[rows, at]) for s in read]
     return out
 

@@ -31,7 +31,8 @@ from ..losses.answers import nll
 from ..losses.gradients import local_gradient
 from ..losses.low_rank import Adapters
 from ..models.language_model import LanguageModel
-from ..tasks.pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash
+from ..tasks.answers import Tokens, WholeAnswers, clash
+from ..tasks.pairs import N_CHOICES, Pair, PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import entrance

@@ -16,6 +16,7 @@ a model is attributed or ablated, `check_exact` tries just that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -59,11 +60,12 @@ class Rebuilder:
 
     @torch.no_grad()
     def writes(self, batch: Batch) -> dict[str, Tensor]:
-        """What passes the hook points of all writers in the corrupt run of a batch."""
+        """What passes the hook points of all writers in the corrupt run of a batch, at the
+        positions of the clean prompts."""
         recorder = Recorder()
         with self.stream.hooked(recorder.on(self.stream.writers())):
-            self.stream.logits(batch.corrupt, batch.last)
-        return {n: recorder[n] for n in self.stream.writers()}
+            self.stream.logits(batch.corrupt, batch.corrupt_last)
+        return {n: batch.as_clean(recorder[n]) for n in self.stream.writers()}
 
     @torch.no_grad()
     def base(self, batch: Batch, ablation: str, means: list[Tensor] | None) -> Base:
@@ -97,9 +99,9 @@ class Rebuilder:
 
     @torch.no_grad()
     def means(self, pairs: PairSet, batch_size: int) -> list[Tensor]:
-        """Mean write at each position over the corrupt prompts that reach it, in the order of
-        `Stream.writers`: ``[1, pos, d_model]``, for heads ``[heads, 1, pos, d_model]``."""
-        longest = max(len(p.corrupt) for p in pairs)
+        """Mean write over the corrupt prompts at each position (of the clean ones), in the order
+        of `Stream.writers`: ``[1, pos, d_model]``, for heads ``[heads, 1, pos, d_model]``."""
+        longest = max(len(p.clean) for p in pairs)
         total: dict[str, Tensor] = {}
         count = torch.zeros(longest, device=self.stream.model.device)
         writes_at: dict[str, Callable[[Tensor], Tensor]] = {self.stream.input: widen}
@@ -334,14 +336,15 @@ def check_exact(rebuilder: Rebuilder, pairs: PairSet) -> None:
 
     Arguments:
         rebuilder: of the model.
-        pairs: of which the longest is taken.
+        pairs: of which the longest is taken, with as many tokens in both prompts.
     """
     stream = rebuilder.stream
     name, tolerance = stream.model.name, TOLERANCE.get(stream.dtype, 0.2)
     longest = max(pairs, key=lambda p: len(p.clean))
     tokens = {t for p in pairs for t in (*p.clean, *p.corrupt, *p.choices, p.counterfactual)}
-    check_tokens(name, stream.model.sizes, min(tokens), max(tokens), len(longest.clean))
-    batch = collate([longest], stream.model.device)
+    positions = max(len(longest.clean), *(len(p.corrupt) for p in pairs))
+    check_tokens(name, stream.model.sizes, min(tokens), max(tokens), positions)
+    batch = collate([replace(longest, corrupt=longest.aligned)], stream.model.device)
 
     def compare(what: str, found: Tensor, real: Tensor, most: float) -> None:
         if not real.isfinite().all():

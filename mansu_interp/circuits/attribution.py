@@ -23,7 +23,8 @@ taken does not depend on the ablation. The algorithm, batch by batch:
 3. Pull the gradients back per head through projection and norm, to each reader's own residual
    input, by a vector-Jacobian product (`_pull_back`); q, k and v inputs need not be split in the
    model.
-4. Multiply differences with gradients, sum over tokens, and add up (`_add_scores`).
+4. Multiply differences with gradients, sum over tokens, and add up (`_add_scores`); where memory is
+   short, the differences of a few layers at a time.
 
 The sums over all batches (`scores.Sums`) are divided once by the number of pairs, so that scores do
 not depend on the batch size.
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +51,9 @@ from ..tasks.pairs import Batch, PairSet, collate
 from ..utils.distributed import shard, sum_over_processes, world_size
 from ..utils.ranges import entrance
 from .ablation import Rebuilder, check_exact
-from .config import AttributionConfig, pairs_per_batch
+from .config import AttributionConfig, fit_memory
 from .metrics import Logits, Metric, caveat, get_metric
-from .patching import difference, difference_inside
+from .patching import difference, difference_inside, layers_writers
 from .rules import Rules, straight
 from .scores import Attribution, OnPairs, Sums, Unfinished
 
@@ -64,8 +66,8 @@ class _Runs:
     real: Bool[Tensor, "batch pos"]
     """True at real tokens, False at padding."""
     clean_logits: Logits
-    writes: Float[Tensor, "writers tokens d_model"]
-    """What each writer adds in the clean run beyond the corrupt run."""
+    writes: dict[range, Callable[[], Float[Tensor, "writers tokens d_model"]]]
+    """By a run of writers, what each adds in the clean run beyond its ablated value."""
     inside: dict[str, Float[Tensor, "tokens _"]]
     """By hook point, the same of z and the neurons; empty unless they are asked for."""
 
@@ -140,31 +142,38 @@ def _watched(stream: Stream, inside: list[str]) -> list[str]:
     return list(dict.fromkeys([*reads, *_asked(stream, inside)]))
 
 
-def _add_scores(
-    rules: Rules,
-    runs: _Runs,
-    run: _Run,
-    metric: Metric,
-    weight: float,
-    sums: Sums,
-    rows: range,
-) -> None:
-    """Add the scores of some writers with the gradient in one run, times a weight."""
-    stream, recorder = rules.stream, run.recorder
-    graph, asked = stream.graph, _asked(stream, list(runs.inside))
+def _gradients(stream: Stream, runs: _Runs, run: _Run, metric: Metric) -> dict[str, Tensor]:
+    """The metric's gradient in one run, by hook point."""
+    recorder, asked = run.recorder, _asked(stream, list(runs.inside))
     with torch.enable_grad():
         value = metric(run.logits, runs.batch, runs.clean_logits).sum()
     if not value.requires_grad:
         raise CircuitError("The metric has no gradient: compute it from the logits, in torch.")
     found = torch.autograd.grad(value, [recorder[n] for n in asked])
-    grads = dict(zip(asked, found, strict=True))
+    return dict(zip(asked, found, strict=True))
+
+
+def _add_scores(
+    rules: Rules,
+    runs: _Runs,
+    recorder: Recorder,
+    grads: dict[str, Tensor],
+    weight: float,
+    sums: Sums,
+    rows: range,
+    held: range,
+) -> None:
+    """Add the scores of some writers, of those that are held, with the gradient in one run, times a
+    weight."""
+    stream, graph = rules.stream, rules.stream.graph
+    every = runs.writes[held]()
     position = runs.real.nonzero()[:, 1].cpu()
 
     def add(column: int, g: Float[Tensor, "readers tokens d_model"], n_writers: int) -> None:
         if n_writers <= rows.start:
             return
         at = slice(rows.start, min(rows.stop, n_writers))
-        writes = runs.writes[at]
+        writes = every[at.start - held.start : at.stop - held.start]
         flat_writes = rearrange(writes, "writers tokens d -> writers (tokens d)")
         part = weight * (flat_writes @ rearrange(g, "readers tokens d -> readers (tokens d)").T)
         sums.scores[at, column : column + len(g)] += part.cpu()
@@ -180,6 +189,8 @@ def _add_scores(
             at_columns.index_add_(0, position, by_token)
 
     for i in range(stream.n_layers):
+        if graph.writers_before(i, mlp=True) <= rows.start:
+            continue
         x = runs.flat(recorder[stream.before_attention(i)])
         parts = []
         for r in stream.readings(i):
@@ -195,8 +206,6 @@ def _add_scores(
         g = _pull_back(rules.norm(i, mlp=True), x, runs.flat(grads[stream.mlp_in(i)])[None])
         add(column + len(pulled), g, graph.writers_before(i, mlp=True))
     add(len(graph.readers) - 1, runs.flat(grads[stream.final])[None], len(graph.writers))
-    if runs.inside:
-        _add_neurons(stream, runs, grads, weight, sums)
 
 
 def _add_neurons(
@@ -234,28 +243,41 @@ def _add_batch(
     neurons: bool,
     means: list[Tensor] | None,
     sums: Sums,
+    at_once: int,
 ) -> Float[Tensor, "3 batch"]:
-    """Add one batch to the sums; returns the clean and the corrupt metric of each pair, and 1 where
-    the model ranks the answer first."""
+    """Add one batch to the sums, with the differences of so many layers at once; returns the clean
+    and the corrupt metric of each pair, and 1 where the model ranks the answer first."""
     stream = rules.stream
     layers, path, moved = range(stream.n_layers), config.path(), _moved(stream, config)
     inside = [n for i in layers for n in (stream.z(i), stream.neurons(i))] if neurons else []
     names = list(dict.fromkeys([*stream.writers(), *inside]))
-    # An end of the path whose gradient is asked for is run once.
+    # An end of the path whose gradient is asked for is run once; but the path has the clean
+    # prompts' positions, which a corrupt run of other lengths has not.
     ends: dict[float, _Run] = {}
-    for alpha, tokens in ((1.0, batch.clean), (0.0, batch.corrupt)):
-        more = _watched(stream, inside) if alpha in path else []
+    here = {a for a in path if a == 1 or batch.of_clean is None}
+    both = (1.0, batch.clean, batch.last), (0.0, batch.corrupt, batch.corrupt_last)
+    for alpha, tokens, last in both:
+        more = _watched(stream, inside) if alpha in here else []
         watched = list(dict.fromkeys([*names, *more]))
-        ends[alpha] = _run(rules, tokens, batch.last, watched, grad=alpha in path)
+        ends[alpha] = _run(rules, tokens, last, watched, grad=alpha in here)
     logits = [run.logits.detach() for run in ends.values()]
     clean, corrupt = (run.seen(names) for run in ends.values())
+    corrupt = {n: batch.as_clean(value) for n, value in corrupt.items()}
     real = batch.real
     values_inside = difference_inside(stream, clean, corrupt, real) if neurons else {}
-    writes = difference(stream, clean, corrupt, real, config.ablation, means)
+    writes: dict[range, Callable[[], Tensor]] = {}
+    if at_once < stream.n_layers:  # held as they passed, and expanded when they are asked for
+        for first in layers[::at_once]:
+            block = range(first, min(first + at_once, stream.n_layers))
+            make = partial(difference, stream, clean, corrupt, real, config.ablation, means, block)
+            writes[layers_writers(stream, block)] = make
+    else:
+        every = difference(stream, clean, corrupt, real, config.ablation, means)
+        writes[range(len(every))] = lambda: every
     runs = _Runs(batch, real, logits[0], writes, values_inside)
     ways = {name: (corrupt[name], clean[name] - corrupt[name]) for name, _ in moved}
     del clean, corrupt  # the writes of both runs are not needed any more
-    kept = {alpha: ends[alpha] for alpha in path if alpha in ends}
+    kept = {alpha: ends[alpha] for alpha in here if alpha in ends}
     ends.clear()
     for name, rows in moved:
         start, way = ways[name]
@@ -264,7 +286,13 @@ def _add_batch(
             if run is None:
                 at, watched = start + alpha * way, _watched(stream, inside)
                 run = _run(rules, batch.clean, batch.last, watched, (name, at), grad=True)
-            _add_scores(rules, runs, run, metric, 1 / len(path), sums, rows)
+            grads, weight = _gradients(stream, runs, run, metric), 1 / len(path)
+            for held in writes:
+                part = range(max(rows.start, held.start), min(rows.stop, held.stop))
+                if part:
+                    _add_scores(rules, runs, run.recorder, grads, weight, sums, part, held)
+            if inside:
+                _add_neurons(stream, runs, grads, weight, sums)
     values = [metric(x, batch, logits[0]) for x in logits]
     return torch.stack([*values, logits[0].argmax(-1) == batch.answer]).detach().cpu()
 
@@ -330,7 +358,7 @@ def attribute(
         raise CircuitError("More processes than pairs: give every process a pair.")
     longest = max(len(p.clean) for p in pairs)
     mine = shard(pairs.pairs)
-    size, _ = pairs_per_batch(stream.graph, stream.model.d_model, longest, config)
+    size, _, at_once = fit_memory(stream.graph, stream.model.d_model, longest, config)
     means = rebuilder.means(pairs, size) if config.ablation == "mean" else None
     facts = {fact: k for k, fact in enumerate(dict.fromkeys(p.fact for p in pairs))}
     sums = Sums.zeros(stream.graph, longest if positions else 0, len(facts))
@@ -342,7 +370,7 @@ def attribute(
     for k, part in enumerate(parts[begun:], begun + 1):
         batch, shape = collate(part, stream.model.device), (len(part), *sums.scores.shape)
         sums.each = torch.zeros(shape, device=stream.model.device) if on_pairs else None
-        values = _add_batch(rules, batch, config, function, neurons, means, sums)
+        values = _add_batch(rules, batch, config, function, neurons, means, sums, at_once)
         rows = torch.tensor([facts[p.fact] for p in part])
         sums.ends.index_add_(0, rows, torch.cat([values, torch.ones(1, len(part))]).T.double())
         if on_pairs and sums.each is not None:
@@ -354,11 +382,11 @@ def attribute(
             on_batch(done, len(mine))
     for tensor in sums.tensors().values():
         sum_over_processes(tensor)
-    return _mean(stream, sums)
+    return _mean(stream, sums, sum(not p.level for p in pairs))
 
 
-def _mean(stream: Stream, sums: Sums) -> Attribution:
-    """The sums over all pairs as means."""
+def _mean(stream: Stream, sums: Sums, aligned: int) -> Attribution:
+    """The sums over all pairs as means; ``aligned`` are of different lengths."""
     clean, corrupt, _, n = sums.ends.sum(0).tolist()
     exists = stream.graph.exists
     scores = (sums.scores / n).float().numpy() * exists
@@ -373,5 +401,5 @@ def _mean(stream: Stream, sums: Sums) -> Attribution:
         corrupt=corrupt / n,
         by_position=None if sums.by_position is None else (sums.by_position / n).numpy() * exists,
         neurons={k: (v / n).float().numpy() for k, v in sums.neurons.items()},
-        caveat=caveat(sums.ends),
+        caveat=caveat(sums.ends, aligned),
     )

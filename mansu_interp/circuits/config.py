@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import CircuitError, ConfigError
 from ..models.graph import Graph
@@ -37,7 +37,7 @@ class AttributionConfig:
     """Pairs per forward pass; changes memory and speed, not scores."""
     memory_gb: float | None = None
     """Memory (GB) that attribution may take beyond the model's own passes; fewer pairs are taken
-    per pass if need be."""
+    per pass if need be and, where one is too much, the differences of a few layers at a time."""
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -61,27 +61,46 @@ class AttributionConfig:
         return [(k + 0.5) / self.ig_steps for k in range(self.ig_steps)]
 
 
-def pairs_per_batch(
-    graph: Graph, d_model: int, positions: int, config: AttributionConfig
-) -> tuple[int, float]:
-    """How many pairs fit into ``config.memory_gb``, and what one needs (GB).
+class Fit(NamedTuple):
+    """What fits into `AttributionConfig.memory_gb`."""
 
-    Counted is what attribution adds to the forward and backward passes: the writers' differences
-    (writers x positions x d_model, float32) and half as much again for the readers' gradients.
+    pairs: int
+    """Pairs per pass."""
+    gb: float
+    """What one of them needs (GB)."""
+    layers: int
+    """Layers whose writers' differences are held at a time."""
+
+
+def fit_memory(graph: Graph, d_model: int, positions: int, config: AttributionConfig) -> Fit:
+    """How many pairs fit into ``config.memory_gb`` and, where not even one does, how many layers of
+    one.
+
+    Counted is what attribution adds to the forward and backward passes, in vectors (d_model,
+    float32) a position: the writers' differences, and half as much again for the readers'
+    gradients; by layers, the differences of those layers, what both runs passed at all hook
+    points, and three times the readers of one layer.
 
     Raises:
-        CircuitError: not even one pair fits.
+        CircuitError: not even one layer of one pair fits.
     """
-    one = 1.5 * len(graph.writers) * positions * d_model * 4 / 1e9
+    a, unit = graph.architecture, positions * d_model * 4 / 1e9
+    one = 1.5 * len(graph.writers) * unit
     if config.memory_gb is None:
-        return config.batch_size, one
-    fit = int(config.memory_gb / one)
-    if fit < 1:
+        return Fit(config.batch_size, one, a.n_layers)
+    if (pairs := int(config.memory_gb / one)) >= 1:
+        return Fit(min(config.batch_size, pairs), one, a.n_layers)
+    rest = 2 * (2 * a.n_layers + 1) + 3 * (graph.readers_per_layer + 1)
+    layers = int((config.memory_gb / unit - rest - 1) / (a.n_heads + 1))
+    layers = min(layers, a.n_layers - 1)
+    needs = (rest + 1 + max(layers, 1) * (a.n_heads + 1)) * unit
+    if layers < 1:
         raise CircuitError(
-            f"One pair of {positions} tokens needs {one:.2f} GB beyond the model's own passes; "
-            f"memory_gb is {config.memory_gb}. Give more, or shorter prompts."
+            f"One pair of {positions} tokens needs {min(one, needs):.2g} GB beyond the model's own "
+            f"passes, even by layers; memory_gb is {config.memory_gb}. Give more, or shorter "
+            "prompts."
         )
-    return min(config.batch_size, fit), one
+    return Fit(1, needs, layers)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def get_metric(metric: Metric | str) -> Metric:
     return checked
 
 
-def caveat(ends: Float[Tensor, "facts 4"]) -> str:
+def caveat(ends: Float[Tensor, "facts 4"], aligned: int = 0) -> str:
     """What to know of scores of a model that hardly does what is attributed; empty: nothing.
 
     The gap between clean and corrupt runs counts as seen if its 95 % interval, mean +- 1.96
@@ -84,6 +84,7 @@ def caveat(ends: Float[Tensor, "facts 4"]) -> str:
     Arguments:
         ends: sums over the pairs of each fact: clean metric, corrupt metric, pairs whose answer the
             model ranks first of all tokens, and pairs.
+        aligned: pairs whose prompts have different numbers of tokens.
     """
     clean, corrupt, first, n = ends.sum(0).tolist()
     gap, facts, out = (clean - corrupt) / n, len(ends), []
@@ -96,4 +97,9 @@ def caveat(ends: Float[Tensor, "facts 4"]) -> str:
         )
     if first < n / 2:
         out.append(f"the model ranks the answer first on {first:.0f} of {n:.0f} pairs")
+    if aligned:
+        out.append(
+            f"in {aligned} of {n:.0f} pairs the prompts have different numbers of tokens: they are "
+            "aligned, and scores hold what the shift does as well"
+        )
     return "; ".join(out)

@@ -50,6 +50,7 @@ def difference(
     rows: Bool[Tensor, "batch pos"],
     ablation: str = "corrupt",
     means: list[Tensor] | None = None,
+    layers: range | None = None,
 ) -> Float[Tensor, "writers tokens d_model"]:
     """What each writer adds at some tokens in the clean run beyond its ablated value.
 
@@ -60,7 +61,10 @@ def difference(
         rows: True at the tokens that are taken.
         ablation: ``corrupt``, ``mean`` or ``zero``.
         means: with ``mean``, see `Rebuilder.means`.
+        layers: whose writers are taken; default: all. The first brings the input with it.
     """
+    layers = range(stream.n_layers) if layers is None else layers
+    writers = layers_writers(stream, layers)
 
     def flat(run: Seen, name: str) -> Float[Tensor, "tokens ..."]:
         return widen(run[name])[rows]
@@ -68,10 +72,11 @@ def difference(
     swap = ablation == "corrupt"
     first = flat(clean, stream.input)
     first = first - flat(corrupt, stream.input) if swap else first
-    out = first.new_empty(len(stream.graph.writers), *first.shape)
-    out[0] = first
-    at = 1
-    for i in range(stream.n_layers):
+    out = first.new_empty(len(writers), *first.shape)
+    at = 0
+    if writers.start == 0:
+        out[0], at = first, 1
+    for i in layers:
         heads, mlp = out[at : at + stream.n_heads], out[at + stream.n_heads]
         z, out_at = stream.z(i), stream.mlp_out(i)
         if not swap or hasattr(stream.blocks[i], "ln1_post"):  # then no share is linear in z
@@ -85,8 +90,15 @@ def difference(
         at += stream.n_heads + 1
     if means is not None:
         position = rows.nonzero()[:, 1].to(out.device)
-        out -= torch.cat([rearrange(m, "... pos d -> (...) pos d") for m in means])[:, position]
+        every = torch.cat([rearrange(m, "... pos d -> (...) pos d") for m in means])
+        out -= every[writers.start : writers.stop, position]
     return out
+
+
+def layers_writers(stream: Stream, layers: range) -> range:
+    """The writers of some layers; the first layer brings the input with it."""
+    first, last = (1 + i * (stream.n_heads + 1) for i in (layers.start, layers.stop))
+    return range(first if layers.start else 0, last)
 
 
 def difference_inside(
@@ -115,6 +127,8 @@ class _Clean:
     batch: Batch
     tokens: Tensor
     """Of the run into which edges are patched."""
+    last: Tensor
+    """Index of the last real token of each of its rows."""
     clean_logits: Logits
     whole: float
     """Summed metric of that run."""
@@ -138,17 +152,25 @@ def _prepare(
     reads = [n for i in layers for n in (stream.before_attention(i), stream.before_mlp(i))]
     names = list(dict.fromkeys([*stream.writers(), *reads, stream.final]))
     seen, logits = [], []
-    for tokens in (batch.clean, batch.corrupt):
+    ends = [(batch.clean, batch.last), (batch.corrupt, batch.corrupt_last)]
+    for tokens, last in ends:
         recorder = Recorder()
         with stream.hooked(recorder.on(names)):
-            logits.append(stream.logits(tokens, batch.last))
+            logits.append(stream.logits(tokens, last))
         seen.append({n: recorder[n] for n in names})
-    every = torch.ones_like(batch.real)
-    change = difference(stream, seen[0], seen[1], every, ablation, means)
+    tokens, last = ends[int(denoise)]
+    clean, corrupt = seen
+    if denoise:
+        clean = {n: batch.as_corrupt(value) for n, value in clean.items()}
+    else:
+        corrupt = {n: batch.as_clean(value) for n, value in corrupt.items()}
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    change = difference(stream, clean, corrupt, every, ablation, means)
     change = rearrange(change, "w (batch pos) d -> w batch pos d", batch=len(batch))
     return _Clean(
         batch=batch,
-        tokens=batch.corrupt if denoise else batch.clean,
+        tokens=tokens,
+        last=last,
         clean_logits=logits[0],
         whole=metric(logits[int(denoise)], batch, logits[0]).sum().item(),
         streams={n: seen[int(denoise)][n] for n in (*reads, stream.final)},
@@ -221,7 +243,7 @@ class _Group:
         """The summed metric with each edge patched."""
         base, n = self.base, len(self.edges)
         with self.stream.hooked(self.hooks()):
-            logits = self.stream.logits(base.tokens.repeat(n, 1), base.batch.last.repeat(n))
+            logits = self.stream.logits(base.tokens.repeat(n, 1), base.last.repeat(n))
         each = logits.split(len(base.batch))
         return [metric(x, base.batch, base.clean_logits).sum().item() for x in each]
 

@@ -39,7 +39,7 @@ class CounterfactualTargets:
             few = PairSet(first.relation, tuple(group)).sample(TARGET_PROMPTS, seed)
             with torch.no_grad():
                 probabilities = [
-                    model.last_logits(b.corrupt, b.last).softmax(-1)
+                    model.last_logits(b.corrupt, b.corrupt_last).softmax(-1)
                     for b in few.batches(32, model.device)
                 ]
             mean = torch.cat(probabilities).mean(0)

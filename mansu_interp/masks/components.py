@@ -75,7 +75,7 @@ def region(
 def subject_tokens(pairs: Iterable[Pair]) -> list[int]:
     """Tokens that tell the pairs' subjects from others: those of the clean prompts in whose place
     the corrupt ones have others."""
-    return sorted({a for p in pairs for a, b in zip(p.clean, p.corrupt, strict=True) if a != b})
+    return sorted({a for p in pairs for a, b in zip(p.clean, p.aligned, strict=True) if a != b})
 
 
 def embedding_rows(

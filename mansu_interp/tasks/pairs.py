@@ -1,10 +1,11 @@
 """Prompt pairs and sets of them: what losses, circuits and audits work on.
 
-A `Pair` is a clean prompt, a corrupt prompt of equal token length, the answer, the counterfactual
-answer and distractors for a choice. Answers of one token are plain numbers. Longer ones are also
-held whole in `WholeAnswers`: accuracy and the answers' losses take all their tokens, log p(answer)
-= sum over them; attribution, whose metrics read one position, takes the *deciding token*, the first
-in which answer and counterfactual differ, with what they share appended to both prompts.
+A `Pair` is a clean prompt, a corrupt prompt, the answer, the counterfactual answer and distractors
+for a choice. Prompts of a task have equally many tokens; others are aligned (`alignment`). Answers
+of one token are plain numbers. Longer ones are also held whole in `WholeAnswers`: accuracy and the
+answers' losses take all their tokens, log p(answer) = sum over them; attribution, whose metrics
+read one position, takes the *deciding token*, the first in which answer and counterfactual differ,
+with what they share appended to both prompts.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
 import torch
-from jaxtyping import Bool, Int, Num
+from jaxtyping import Bool, Int, Num, Shaped
 from torch import Tensor
 
 from ..errors import TaskError
 from ..utils.ranges import check_kinds, entrance
+from .alignment import align, take
+from .answers import Tokens, WholeAnswers, clash
 
 if TYPE_CHECKING:
     from ..models.language_model import LanguageModel
 
 N_CHOICES = 4
 
-Tokens = tuple[int, ...]
 Fact = tuple[str, str]
 """Relation and subject."""
 
@@ -49,41 +51,6 @@ def gap(prompt: str, answer: str) -> str:
     return "" if _SPACELESS.match(answer) or _SPACELESS.match(prompt[-1:]) else " "
 
 
-def clash(one: Tokens, other: Tokens) -> bool:
-    """Whether one answer is the beginning of the other (or both are the same)."""
-    return one[: len(other)] == other[: len(one)]
-
-
-@dataclass(frozen=True)
-class WholeAnswers:
-    """Answers of several tokens, as each follows the prompt."""
-
-    answer: Tokens
-    counterfactual: Tokens
-    distractors: tuple[Tokens, ...]
-    normalise: bool = False
-    """Whether choices are compared by log-probability per token instead of by its sum."""
-
-    @property
-    def shared(self) -> int:
-        """How many tokens answer and counterfactual begin alike with."""
-        both = zip(self.answer, self.counterfactual, strict=False)
-        return next((k for k, (a, c) in enumerate(both) if a != c), 0)
-
-    def deciding(self) -> Tokens:
-        """The answer's deciding token, the counterfactual's, and one for each distractor: its own
-        where it gets so far and differs there, otherwise the counterfactual's."""
-        at = self.shared
-        answer, counterfactual = self.answer[at], self.counterfactual[at]
-        own = dict.fromkeys(
-            d[at]
-            for d in self.distractors
-            if d[:at] == self.answer[:at] and len(d) > at and d[at] != answer
-        )
-        rivals = [*own, *[counterfactual] * len(self.distractors)][: len(self.distractors)]
-        return (answer, counterfactual, *rivals)
-
-
 @dataclass(frozen=True)
 class Pair:
     """One fact asked in one phrasing, with a corrupt prompt beside it."""
@@ -91,7 +58,7 @@ class Pair:
     clean: Tokens
     """Prompt tokens; the answer comes next."""
     corrupt: Tokens
-    """The same phrasing about another subject; as many tokens."""
+    """The same phrasing about another subject; in tasks, as many tokens."""
     answer: int
     """First token of the answer; of several, the deciding one."""
     counterfactual: int
@@ -113,10 +80,10 @@ class Pair:
 
     def __post_init__(self) -> None:
         where = f"{self.relation} of {self.subject!r} in {self.phrasing!r}"
-        if len(self.clean) != len(self.corrupt) or not self.clean:
+        if not self.clean or not self.corrupt:
             raise TaskError(
                 f"{where}: the clean prompt has {len(self.clean)} tokens and the corrupt one "
-                f"{len(self.corrupt)}. Give prompts of equal, non-zero token length."
+                f"{len(self.corrupt)}. Give prompts of at least one."
             )
         if self.answer == self.counterfactual or self.answer in self.distractors:
             raise TaskError(
@@ -128,6 +95,16 @@ class Pair:
     def fact(self) -> Fact:
         """What is asked, in whatever phrasing."""
         return self.relation, self.subject
+
+    @property
+    def level(self) -> bool:
+        """Whether both prompts have equally many tokens."""
+        return len(self.clean) == len(self.corrupt)
+
+    @property
+    def aligned(self) -> Tokens:
+        """The corrupt prompt's tokens that stand for the clean one's (see `align`)."""
+        return tuple(self.corrupt[k] for k in align(self.clean, self.corrupt))
 
     @property
     def choices(self) -> Tokens:
@@ -158,12 +135,12 @@ class Pair:
 
         Arguments:
             question: the clean prompt.
-            corrupt: the corrupt one, as many tokens.
+            corrupt: the corrupt one.
             whole: the answers.
             labels: relation, subject, phrasing, prompt and answer_text.
 
         Raises:
-            TaskError: prompts of different lengths, or an answer that begins another.
+            TaskError: an empty prompt, or an answer that begins another.
         """
         if any(clash(whole.answer, x) for x in (whole.counterfactual, *whole.distractors)):
             raise TaskError(
@@ -197,17 +174,41 @@ class Batch:
     """Pairs as right-padded tensors."""
 
     clean: Int[Tensor, "batch pos"]
-    corrupt: Int[Tensor, "batch pos"]
+    corrupt: Int[Tensor, "batch corrupt_pos"]
     last: Int[Tensor, " batch"]
-    """Index of the last real token of each row."""
+    """Index of the last real token of each clean prompt."""
+    corrupt_last: Int[Tensor, " batch"]
+    """The same of the corrupt ones."""
     answer: Int[Tensor, " batch"]
     counterfactual: Int[Tensor, " batch"]
     choices: Int[Tensor, "batch choice"]
     """The answer first, then the distractors; four in tasks."""
+    of_clean: Int[Tensor, "batch pos"] | None = None
+    """For each position of a clean prompt, which one of the corrupt prompt stands for it (see
+    `align`); None: the same, since all pairs have as many tokens in both."""
+    of_corrupt: Int[Tensor, "batch corrupt_pos"] | None = None
+    """The other way round."""
+
+    def as_clean(
+        self, value: Shaped[Tensor, "batch corrupt_pos ..."]
+    ) -> Shaped[Tensor, "batch pos ..."]:
+        """What corrupt prompts have at each position, put where the clean ones have it."""
+        return value if self.of_clean is None else take(value, self.of_clean)
+
+    def as_corrupt(
+        self, value: Shaped[Tensor, "batch pos ..."]
+    ) -> Shaped[Tensor, "batch corrupt_pos ..."]:
+        """The other way round."""
+        return value if self.of_corrupt is None else take(value, self.of_corrupt)
+
+    @property
+    def changed(self) -> Bool[Tensor, "batch pos"]:
+        """True at tokens of the clean prompts for which others stand in the corrupt ones."""
+        return self.clean != self.as_clean(self.corrupt)
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"]:
-        """True at real tokens, False at padding."""
+        """True at real tokens of the clean prompts, False at padding."""
         return torch.arange(self.clean.shape[1], device=self.last.device) <= self.last[:, None]
 
     def __len__(self) -> int:
@@ -230,13 +231,20 @@ def collate(pairs: Sequence[Pair], device: Device = "cpu") -> Batch:
         raise TaskError(
             f"Pairs with {min(counts)} and with {max(counts)} distractors: give all as many."
         )
+    of_clean = of_corrupt = None
+    if not all(p.level for p in pairs):
+        of_clean = pad_right([align(p.clean, p.corrupt) for p in pairs], device)
+        of_corrupt = pad_right([align(p.corrupt, p.clean) for p in pairs], device)
     return Batch(
         clean=pad_right([p.clean for p in pairs], device),
         corrupt=pad_right([p.corrupt for p in pairs], device),
         last=torch.tensor([len(p.clean) - 1 for p in pairs], device=device),
+        corrupt_last=torch.tensor([len(p.corrupt) - 1 for p in pairs], device=device),
         answer=torch.tensor([p.answer for p in pairs], device=device),
         counterfactual=torch.tensor([p.counterfactual for p in pairs], device=device),
         choices=torch.tensor([p.choices for p in pairs], device=device),
+        of_clean=of_clean,
+        of_corrupt=of_corrupt,
     )
 
 

@@ -48,7 +48,7 @@ _VOCABULARY = 4096
 def _tokens_by_role(batch: Batch) -> Bool[Tensor, "roles batch pos"]:
     """Which tokens have which role; every real one has one."""
     at, last = torch.arange(batch.clean.shape[1], device=batch.last.device), batch.last[:, None]
-    found = [batch.clean != batch.corrupt, at == last, at == 0, at == last - 1, at >= 0]
+    found = [batch.changed, at == last, at == 0, at == last - 1, at >= 0]
     left, out = batch.real, []
     for role in found:
         out.append(role & left)

@@ -32,7 +32,7 @@ from ...utils.tensors import make_folder
 from ..ablation import Ablation
 from ..attribution import attribute
 from ..circuit import Circuit
-from ..config import CircuitConfig, pairs_per_batch
+from ..config import CircuitConfig, fit_memory
 from ..scores import Attribution
 from .faithfulness import completeness, minimal_edges, random_completeness, strongest
 from .meta import CircuitMeta
@@ -125,7 +125,7 @@ def discover(
         ranking = selective_scores(found.scores, retained.scores, config.retain_discount)
     selected = _select(model, chosen, config, ranking, note, seed)
     longest = max(len(p.clean) for p in chosen)
-    size, gb = pairs_per_batch(model.graph, model.d_model, longest, config)
+    size, gb, _ = fit_memory(model.graph, model.d_model, longest, config)
     meta = CircuitMeta(
         model=model.name,
         model_sha256=model.sha256,

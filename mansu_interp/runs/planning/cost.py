@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...circuits.config import AttributionConfig, pairs_per_batch
+from ...circuits.config import AttributionConfig, fit_memory
 from ...circuits.search.discover import TRIES
 from ...evaluation.versions import QUANTIZER
 from ...masks.select import MASK_PAIRS
@@ -43,6 +43,8 @@ class Estimate:
     readers: int
     edges: int
     pairs_per_batch: int
+    layers_at_once: int
+    """Layers whose writers' differences are held at a time."""
     batches: int
     forward: int
     """Forward passes, each over one batch."""
@@ -72,9 +74,9 @@ def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Es
         tokens: tokens of the longest prompt.
 
     Raises:
-        CircuitError: not even one pair fits into ``config.memory_gb``.
+        CircuitError: not even one layer of one pair fits into ``config.memory_gb``.
     """
-    size, one = pairs_per_batch(model.graph, model.d_model, tokens, config)
+    size, one, layers = fit_memory(model.graph, model.d_model, tokens, config)
     size = min(size, config.pairs)
     batches = -(-config.pairs // size)
     forward, backward = passes(config, model.architecture.n_layers)
@@ -89,6 +91,7 @@ def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Es
         readers=len(model.graph.readers),
         edges=model.graph.n_edges,
         pairs_per_batch=size,
+        layers_at_once=layers,
         batches=batches,
         forward=forward * batches,
         backward=backward * batches,
@@ -103,7 +106,7 @@ def plan_lines(config: PlanConfig) -> list[str]:
 
     Raises:
         ModelError: no such config.
-        CircuitError: not even one pair fits into ``config.attribution.memory_gb``.
+        CircuitError: not even one layer of one pair fits into ``config.attribution.memory_gb``.
     """
     model, how = empty_model(config.model, dtype=config.dtype), config.attribution
     e, a = estimate(model, how, config.tokens), model.architecture
@@ -111,6 +114,7 @@ def plan_lines(config: PlanConfig) -> list[str]:
     job = Job(config.tokens, None, config.budget, how, Mansu(survive=config.survive))
     whole = ", ".join(f"{s.name} {s.gb:.1f}" for s in stages(model, job))
     formats = number_of(len(config.survive), "quantizer")
+    by = f", {e.layers_at_once} layers at a time" if e.layers_at_once < a.n_layers else ""
     steps = f" at {ends}" if how.method == "eap" else f" with {how.ig_steps} steps"
     return [
         f"model    {model.name}: {e.parameters:,} parameters, {a.n_layers} layers of {a.n_heads} "
@@ -120,7 +124,7 @@ def plan_lines(config: PlanConfig) -> list[str]:
         f"{e.pairs_per_batch} at a time: {e.forward} forward and {e.backward} backward",
         f"compute  {e.pflop:.3g} PFLOP",
         f"memory   {e.weights_gb:.3g} GB of weights in {dtype_name(model.dtype)}; "
-        f"{e.attribution_gb:.3g} GB for attribution, beyond the passes' own activations",
+        f"{e.attribution_gb:.3g} GB for attribution{by}, beyond the passes' own activations",
         f"scores   {e.writers * e.readers * 4 / 1e6:.3g} MB, as one tensor",
         f"run      {whole} GB at the peak, with {formats} to survive and the settings of mansu run",
     ]

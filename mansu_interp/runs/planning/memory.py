@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...circuits.config import AttributionConfig, pairs_per_batch
+from ...circuits.config import AttributionConfig, fit_memory
 from ...errors import ResourceError
 from ...losses.gradients import PACK, by_layer
 from ...masks.select import POOL
@@ -98,7 +98,7 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         job: the rest.
 
     Raises:
-        CircuitError: not even one pair fits into the circuit's ``memory_gb``.
+        CircuitError: not even one layer of one pair fits into the circuit's ``memory_gb``.
     """
     n, in_layers = model.n_parameters, _elements(model, model.linear_names)
     whole, linear = model.dtype.itemsize * n, model.dtype.itemsize * in_layers
@@ -106,7 +106,7 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
     pass_ = _activations(model, batched) * max(CHUNK * batched, PACK / model.d_model)
     found: list[tuple[str, float]] = []
     needs = job.method.needs
-    size, one = pairs_per_batch(model.graph, model.d_model, job.tokens, job.circuit)
+    size, one, _ = fit_memory(model.graph, model.d_model, job.tokens, job.circuit)
     pairs = min(size, job.circuit.pairs)
     scores = one * 1e9 * pairs + _activations(model, job.tokens) * pairs * job.tokens
     if "circuit" in needs:

@@ -1,6 +1,6 @@
 """Prompt pairs from plain texts: what exploring a circuit needs, without a task.
 
-A clean and a corrupt prompt of equal token length, the answer, and a wrong answer (or several). A
+A clean and a corrupt prompt, the answer, and a wrong answer (or several). A
 file holds one such pair a row::
 
     {"clean": "The capital of France is", "corrupt": "The capital of Spain is",
@@ -17,8 +17,8 @@ from pathlib import Path
 from ...errors import TaskError
 from ...models.language_model import LanguageModel
 from ...utils.ranges import entrance
-from ...utils.words import number_of
-from ..pairs import Pair, PairSet, Tokens, WholeAnswers, gap
+from ..answers import Tokens, WholeAnswers
+from ..pairs import Pair, PairSet, gap
 from .rows import sift
 from .shapes import as_list
 from .sources import records
@@ -49,7 +49,8 @@ def pairs_from_prompts(
         model: whose tokenizer is used.
         clean: prompts, as the model is to read them. Where its tokenizer begins every text with a
             token of its own (BOS), that token comes first here, too.
-        corrupt: the same with another right answer, each as many tokens as its clean prompt.
+        corrupt: the same with another right answer, best as many tokens as its clean
+            prompt; otherwise they are aligned (see `alignment`).
         answers: what follows each clean prompt. Where neither the prompt ends nor the answer begins
             with white space, one space stands between them.
         wrong: what follows instead: one text a pair, or equally many; the first is the
@@ -83,13 +84,9 @@ def _pair(model: LanguageModel, k: int, name: str, texts: tuple[str, str, str, A
     if not others:
         raise TaskError(f"Pair {k} has no wrong answer: give at least one.")
     tokens, others_tokens = _encode(model, k, clean), _encode(model, k, corrupt)
-    if len(tokens) != len(others_tokens) or not tokens:
-        where = _difference(model, tokens, others_tokens)
-        raise TaskError(
-            f"Pair {k}: the clean prompt {clean!r} has {len(tokens)} tokens and the corrupt one "
-            f"{corrupt!r} has {len(others_tokens)}{where}. Give prompts of equal length in tokens: "
-            "swap a name for another of as many."
-        )
+    if not tokens or not others_tokens:
+        which = "corrupt" if tokens else "clean"
+        raise TaskError(f"Pair {k} has an empty {which} prompt: give a text.")
     rivals = tuple(_following(model, k, clean, w) for w in others)
     whole = WholeAnswers(_following(model, k, clean, answer), rivals[0], rivals)
     return Pair.build(
@@ -102,23 +99,6 @@ def _pair(model: LanguageModel, k: int, name: str, texts: tuple[str, str, str, A
         prompt=clean,
         answer_text=answer.strip(),
     )
-
-
-def _difference(model: LanguageModel, one: Tokens, other: Tokens) -> str:
-    """Where two prompts differ, as a message says it; nothing where one is empty."""
-    shortest = min(len(one), len(other))
-    begin = next((k for k in range(shortest) if one[k] != other[k]), shortest)
-    both = range(1, shortest - begin + 1)
-    end = next((k - 1 for k in both if one[-k] != other[-k]), shortest - begin)
-    parts = [tokens[begin : len(tokens) - end] for tokens in (one, other)]
-    decode = model.get_tokenizer().decode
-    shown = [
-        f"{str(decode(list(part))).strip()!r} ({number_of(len(part), 'token')})"
-        if part
-        else "nothing"
-        for part in parts
-    ]
-    return f": {shown[0]} against {shown[1]}" if shortest else ""
 
 
 def _following(model: LanguageModel, k: int, prompt: str, answer: str) -> Tokens:

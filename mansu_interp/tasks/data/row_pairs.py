@@ -23,7 +23,8 @@ from ...errors import TaskError
 from ...models.language_model import LanguageModel
 from ...utils.libraries import first_line
 from ...utils.ranges import entrance
-from ..pairs import N_CHOICES, Pair, PairSet, Tokens, WholeAnswers, clash, gap
+from ..answers import Tokens, WholeAnswers, clash
+from ..pairs import N_CHOICES, Pair, PairSet, gap
 from ..schema import RowOptions
 from ..task import Asked, Task, distinct
 from .rows import SHOWN, SPLITS, Row, hold_out
