@@ -304,7 +304,7 @@ def test_kl_is_zero_at_the_clean_run(tiny_model: TinyModel, pairs: PairSet):
 def test_memory_decides_the_batch(tiny_model: TinyModel, pairs: PairSet):
     model, longest = tiny_model(2), 7
     _, one = pairs_per_batch(model.graph, model.d_model, longest, EAP)
-    assert one == pytest.approx(1.5 * 16 * 7 * 32 * 4 / 1e9)  # 16 writers
+    assert one == pytest.approx((16 + 8 * 9) * 7 * 32 * 4 / 1e9)  # 16 writers, 9 readers a layer
     tight = replace(EAP, memory_gb=2.5 * one, batch_size=5)
     assert pairs_per_batch(model.graph, model.d_model, longest, tight)[0] == 2
     seen: list[int] = []

@@ -9,6 +9,9 @@ from ..errors import CircuitError, ConfigError
 from ..models.graph import Graph
 from ..utils.ranges import check_kinds, check_range
 
+PULLED = 8
+"""Tensors of the size of a layer's readers' gradients that are alive at once."""
+
 
 @dataclass(frozen=True)
 class AttributionConfig:
@@ -67,12 +70,14 @@ def pairs_per_batch(
     """How many pairs fit into ``config.memory_gb``, and what one needs (GB).
 
     Counted is what attribution adds to the forward and backward passes: the writers' differences
-    (writers x positions x d_model, float32) and half as much again for the readers' gradients.
+    (writers x positions x d_model, float32), and as much as `PULLED` times that of a layer's
+    readers while their gradients are pulled back.
 
     Raises:
         CircuitError: not even one pair fits.
     """
-    one = 1.5 * len(graph.writers) * positions * d_model * 4 / 1e9
+    rows = len(graph.writers) + PULLED * graph.readers_per_layer
+    one = rows * positions * d_model * 4 / 1e9
     if config.memory_gb is None:
         return config.batch_size, one
     fit = int(config.memory_gb / one)

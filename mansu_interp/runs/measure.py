@@ -61,7 +61,7 @@ from .context import OnProgress, RunContext
 from .edit import Edited
 from .folder import HISTORY, Results, config_json
 from .leaks import leak_tests
-from .planning.cost import CAD_PAIRS
+from .planning.seconds import CAD_PAIRS
 
 SAMPLES = 8
 GRAPH_LIMIT = 1500
