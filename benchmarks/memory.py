@@ -181,7 +181,8 @@ def stages(
 
 def beside(model: LanguageModel, stage: str) -> list[LanguageModel]:
     """What a run holds beside the original while it measures: the edited model, what nf4 makes of
-    it, and, while it scores, what another quantizer makes of both."""
+    it, and, while it scores, what another quantizer makes of the original, with that of the edited
+    model, which the stage makes itself."""
     if stage not in ("scores", "relearning"):
         return []
     edited = model.copy()

@@ -26,7 +26,7 @@ from mansu_interp.circuits import attribution
 from mansu_interp.masks import floor, select
 from mansu_interp.masks.pool import SAMPLE, Pool, Regions
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.quantizers import packed
+from mansu_interp.quantizers import base, packed
 from mansu_interp.quantizers.base import in_parts
 from mansu_interp.quantizers.registry import get_quantizer
 
@@ -171,7 +171,7 @@ def stand_ins(survive: Sequence[str]) -> Iterator[None]:
 
     The check that a model is rebuilt exactly is left out. Quantizers' libraries give float32 of a
     weight's shape; every group is one of 32. Loops over equal parts of a weight look at the first
-    part, and codes are packed and unpacked a whole weight at a time.
+    part, codes are packed in parts of 16 million and unpacked a whole weight at a time.
 
     Arguments:
         survive: the quantizers.
@@ -186,8 +186,9 @@ def stand_ins(survive: Sequence[str]) -> Iterator[None]:
         "trainable_copy": (LanguageModel, _fake_trainable_copy),
     }
 
-    def whole(units: Tensor) -> list[tuple[slice, Tensor]]:
-        return [(slice(0, len(units)), units.flatten(0, 1))]
+    def few_parts(units: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        with patch.object(base, "PART", 2**24):
+            yield from in_parts(units)
 
     def round_trip(quantizer: object, weight: Tensor) -> Tensor:
         return torch.empty_like(weight, dtype=torch.float32)
@@ -195,7 +196,7 @@ def stand_ins(survive: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, (of, stand_in) in patches.items():
             stack.enter_context(patch.object(of, name, stand_in))
-        stack.enter_context(patch.object(packed, "in_parts", whole))
+        stack.enter_context(patch.object(packed, "in_parts", few_parts))
         for kind in {type(get_quantizer(name)) for name in survive}:
             stack.enter_context(patch.object(kind, "round_trip", round_trip))
         yield

@@ -815,12 +815,12 @@ def test_work_by_stage(facts: LanguageModel):
     short = found(unlearn=Mansu(steps=250))
     per_step = (longer["unlearn"].both - short["unlearn"].both) / 250
     assert short["unlearn"].both > 250 * per_step  # margin edits come on top
-    assert Speed(0.1, 0.3).seconds(Work(2, 1) + Work(0, 1) * 2) == pytest.approx(1.1)
+    assert Speed(0.1, 0.3, 0.5).seconds(Work(2, 1) + Work(0, 1, 3) * 2) == pytest.approx(4.1)
 
 
 def test_speed_leaves_the_model_as_it_was(facts: LanguageModel):
-    speed = measure_speed(facts, load_task("capitals", facts, 20))
-    assert 0 < speed.forward < speed.both
+    speed = measure_speed(facts, load_task("capitals", facts, 20), AttributionConfig(batch_size=8))
+    assert 0 < speed.forward < speed.both and speed.scored > 0
     assert all(w.grad is None and not w.requires_grad for w in facts.weights.values())
 
 

@@ -136,6 +136,7 @@ def score(run: RunContext, models: Models, keep: Keep) -> Scores:
     for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
         pair = {v.after(name): quantize(models[v], name, sharing=True) for v in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(pair, run.task, on_step=run.note, keep=keep))
+        del pair  # before the next are made
     return scores
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ...circuits.config import AttributionConfig, pairs_per_batch
+from ...evaluation.versions import QUANTIZER
 from ...models.language_model import LanguageModel
 from ...models.load import empty_model, load_model, use_threads
 from ...tasks.load import load_task
@@ -92,7 +93,14 @@ def plan_lines(config: PlanConfig) -> list[str]:
     model, how = empty_model(config.model, dtype=config.dtype), config.attribution
     e, a = estimate(model, how, config.tokens), model.architecture
     ends = "both runs" if how.at == "both" else f"the {how.at} run"
-    job = Job(config.tokens, None, config.budget, how, Mansu(survive=config.survive))
+    method = Mansu(survive=config.survive)
+    job = Job(
+        config.tokens,
+        budget=config.budget,
+        circuit=how,
+        method=method,
+        scored=len({QUANTIZER, *method.promised}),
+    )
     whole = ", ".join(f"{s.name} {s.gb:.1f}" for s in stages(model, job))
     formats, took = number_of(len(config.survive), "quantizer"), _seconds(config, model)
     steps = f" at {ends}" if how.method == "eap" else f" with {how.ig_steps} steps"

@@ -118,7 +118,8 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         found.append(("mask", whole + 3 * held + in_layers + pool + max(chosen, pass_)))
     found.append(("unlearning", _unlearning(model, job) + pass_))
     kept = 2 * whole + linear  # original, edited, and what one quantizer makes of it
-    found.append(("scores", kept + (linear if job.scored > 1 else 0) + pass_ / 2))
+    # Besides, what it makes of the original, or what another makes of both.
+    found.append(("scores", kept + (2 if job.scored > 1 else 1) * linear + pass_ / 2))
     if job.attacked:  # a copy and two moments; the gradient of one weight, and its step
         step = 3 * WIDE * max(w.numel() for w in model.weights.values())
         found.append(("relearning", kept + 3 * WIDE * n + step + pass_))

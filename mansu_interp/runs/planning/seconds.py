@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from ...audit.config import RelearnConfig
-from ...circuits.config import AttributionConfig
+from ...circuits.attribution import attribute
+from ...circuits.config import AttributionConfig, pairs_per_batch
 from ...circuits.search.discover import TRIES
 from ...losses.answers import nll
 from ...losses.gradients import local_gradient
 from ...masks.select import MASK_PAIRS
 from ...models.language_model import LanguageModel
-from ...tasks.pairs import by_phrasing, collate
+from ...tasks.pairs import PairSet, by_phrasing, collate
 from ...tasks.task import Task
 from ...unlearning.mansu import margins
 from ...unlearning.mansu.adversarial import STRIDE
@@ -43,14 +44,18 @@ class Work:
     """Forwards alone."""
     both: float = 0.0
     """Forwards, and backwards to the weights."""
+    scored: float = 0.0
+    """Forwards or backwards while edges are scored, each pass counted."""
 
     def __add__(self, other: Work) -> Work:
         """Both together."""
-        return Work(self.forward + other.forward, self.both + other.both)
+        return Work(
+            self.forward + other.forward, self.both + other.both, self.scored + other.scored
+        )
 
     def __mul__(self, times: float) -> Work:
         """So many times the same."""
-        return Work(self.forward * times, self.both * times)
+        return Work(self.forward * times, self.both * times, self.scored * times)
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,23 @@ class Speed:
 
     forward: float
     both: float
+    scored: float
 
     def seconds(self, work: Work) -> float:
         """Of some work."""
-        return self.forward * work.forward + self.both * work.both
+        found = self.forward * work.forward + self.both * work.both
+        return found + self.scored * work.scored
 
 
-def measure_speed(model: LanguageModel, task: Task) -> Speed:
+def measure_speed(model: LanguageModel, task: Task, config: AttributionConfig) -> Speed:
     """Time bare passes over `CHUNK` forget pairs of one phrasing: forwards without gradients, and
-    forwards and backwards to a few elements of every linear weight, as a step of unlearning does.
+    forwards and backwards to a few elements of every linear weight, as a step of unlearning does;
+    and EAP of a batch of pairs, two passes forwards and one backwards.
 
     Arguments:
         model: the original; it is left as it was.
         task: what is forgotten.
+        config: how edges are scored.
     """
     pairs = by_phrasing(task.forget)[0][:CHUNK]
     batch = collate(pairs, model.device)
@@ -85,8 +94,30 @@ def measure_speed(model: LanguageModel, task: Task) -> Speed:
         return local_gradient(model, few, [lambda: nll(model, pairs).mean()])[0][0]
 
     return Speed(
-        _fastest(forward) / batch.clean.numel(), _fastest(both) / (tokens_of(pairs) * len(pairs))
+        _fastest(forward) / batch.clean.numel(),
+        _fastest(both) / (tokens_of(pairs) * len(pairs)),
+        _scored(model, task, config),
     )
+
+
+def _scored(model: LanguageModel, task: Task, config: AttributionConfig) -> float:
+    """Seconds of EAP a token and pass, by the batches after the first, which is slower."""
+    size, _ = pairs_per_batch(model.graph, model.d_model, _longest(task.forget), config)
+    pairs = task.forget.sample(2 * size, 0)
+    ends = [(0, time.perf_counter())]
+    attribute(
+        model,
+        pairs,
+        config=AttributionConfig(method="eap", metric=config.metric, batch_size=size),
+        on_batch=lambda done, _: ends.append((done, time.perf_counter())),
+    )
+    (first, began), (last, ended) = ends[-2:]
+    tokens = sum(len(p.clean) for p in pairs) / len(pairs) * (last - first)
+    return (ended - began) / (sum(passes(AttributionConfig(method="eap"), 0)) * tokens)
+
+
+def _longest(pairs: PairSet) -> int:
+    return max(len(p.clean) for p in pairs)
 
 
 def _fastest(pass_: Callable[[], torch.Tensor]) -> float:
@@ -122,12 +153,11 @@ def stage_work(config: RunConfig, task: Task, n_layers: int) -> dict[str, Work]:
     scored = [p for by in task.scored["unseen"].values() for pairs in by.values() for p in pairs]
     asked = [p for pairs in task.scored["unseen"]["forget"].values() for p in pairs]
     texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
-    # Backwards to activations alone, a pass takes about what it takes forwards.
-    scoring = Work(length * sum(passes(c, n_layers)))
+    scoring = Work(scored=length * sum(passes(c, n_layers)))
     found = dict.fromkeys(("discover", "mask", "unlearn", "evaluate", "relearn", "compare"), Work())
     if "circuit" in u.needs:
         found["discover"] = scoring * (2 * min(c.pairs, len(task.forget))) + Work(
-            TRIES * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
+            scored=TRIES * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
         )
     if "mask" in u.needs:
         found["mask"] = Work(both=MASK_PAIRS * (forget + (1 + len(task.retain_sets)) * retain))
@@ -147,7 +177,7 @@ def stage_work(config: RunConfig, task: Task, n_layers: int) -> dict[str, Work]:
 def stage_seconds(config: RunConfig, model: LanguageModel, task: Task) -> dict[str, float]:
     """Seconds of each stage of a run on this machine, the leak test's included: takes a second or
     two, of a large model longer."""
-    speed = measure_speed(model, task)
+    speed = measure_speed(model, task, config.circuit)
     found = stage_work(config, task, model.architecture.n_layers)
     found["leaks"] = Work(cost_tokens(config, model, task))
     return {stage: speed.seconds(work) for stage, work in found.items()}
