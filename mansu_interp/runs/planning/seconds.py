@@ -154,7 +154,8 @@ def stage_work(config: RunConfig, task: Task, n_layers: int) -> dict[str, Work]:
     asked = [p for pairs in task.scored["unseen"]["forget"].values() for p in pairs]
     texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
     scoring = Work(scored=length * sum(passes(c, n_layers)))
-    found = dict.fromkeys(("discover", "mask", "unlearn", "evaluate", "relearn", "compare"), Work())
+    stages = ("discover", "mask", "unlearn", "evaluate", "relearn", "compare")
+    found: dict[str, Work] = {stage: Work() for stage in stages}
     if "circuit" in u.needs:
         found["discover"] = scoring * (2 * min(c.pairs, len(task.forget))) + Work(
             scored=TRIES * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
