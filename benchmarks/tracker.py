@@ -171,7 +171,7 @@ def stand_ins(survive: Sequence[str]) -> Iterator[None]:
 
     The check that a model is rebuilt exactly is left out. Quantizers' libraries give float32 of a
     weight's shape; every group is one of 32. Loops over equal parts of a weight look at the first
-    part, codes are packed in parts of 16 million and unpacked a whole weight at a time.
+    part, codes are packed in parts of 4 million and unpacked a whole weight at a time.
 
     Arguments:
         survive: the quantizers.
@@ -187,7 +187,7 @@ def stand_ins(survive: Sequence[str]) -> Iterator[None]:
     }
 
     def few_parts(units: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        with patch.object(base, "PART", 2**24):
+        with patch.object(base, "PART", 2**22):
             yield from in_parts(units)
 
     def round_trip(quantizer: object, weight: Tensor) -> Tensor:
