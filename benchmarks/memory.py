@@ -3,12 +3,16 @@
     python benchmarks/memory.py [--shape smollm2] [--dtype bfloat16] [--tokens 16]
         [--attribution-gb 0.1]
         [--survive nf4 fp4 int4-g32 q4_0] [--only unlearn]
+    python benchmarks/memory.py --shape 8B --dtype bfloat16 --tracked    beside the plan
 
 Random Llamas (`SHAPES`) and random prompts, 8 pairs of so many tokens; few steps, since what is
 held does not depend on how many there are. "Bare" is a forward and backward pass of all pairs
 through the same model in the same dtype, every weight with a gradient: weights, gradients and
 activations. Each stage runs in a process of its own; its peak is the kernel's (VmHWM of
 /proc/self/status, Linux alone) less what a process holds that has loaded the libraries.
+
+With ``--tracked`` nothing is allocated: the stages run on fake weights (`tracker`), with what a run
+holds beside them, and the peak stands beside that of `mansu plan`. So on any machine, for any size.
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from attribution import make_pairs
+from tracker import Tracker, make_fake, stand_ins
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.audit.config import RelearnConfig
@@ -33,44 +39,62 @@ from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.answers import nll
 from mansu_interp.masks.mask import Mask
-from mansu_interp.masks.select import circuit_mask
+from mansu_interp.masks.select import POOL, circuit_mask
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.survival import quantize
+from mansu_interp.runs.planning.memory import PROCESS, Job
+from mansu_interp.runs.planning.memory import stages as plan
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.unlearning.unlearn import unlearn
 
-VOCAB, STEPS = 50257, 3
-# layers, width, MLP width, heads, key-value heads
+TOKENS, PAIRS, VOCAB, STEPS = 16, 8, 50257, 3
+# layers, width, MLP width, heads, key-value heads, vocabulary, tied unembedding
 SHAPES = {
-    "smollm2": (30, 576, 1536, 9, 3),
-    "0.35B": (24, 1024, 2816, 16, 8),
-    "1.1B": (22, 2048, 5632, 32, 4),
+    "smollm2": (30, 576, 1536, 9, 3, VOCAB, True),
+    "0.35B": (24, 1024, 2816, 16, 8, VOCAB, True),
+    "1.1B": (22, 2048, 5632, 32, 4, VOCAB, True),
+    "1B": (16, 2048, 8192, 32, 8, 128256, True),  # Llama 3.2
+    "8B": (32, 4096, 14336, 32, 8, 128256, False),  # Llama 3.1
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
 STAGES = ("attribution", "mask", "mask --by-layer", "unlearn", "scores", "relearning")
+PLANNED = {
+    "attribution": "circuit",
+    "mask": "mask",
+    "mask --by-layer": "mask",
+    "unlearn": "unlearning",
+    "scores": "scores",
+    "relearning": "relearning",
+}
+"""What the plan calls each."""
 SHARE = 0.003
 """Candidates of the mask, of all linear weights: six times a budget of 0.05 %."""
 
 
-def make_model(shape: str, dtype: torch.dtype) -> LanguageModel:
-    """A random Llama."""
+def make_model(
+    shape: str, dtype: torch.dtype, *, layers: int | None = None, fake: bool = False
+) -> LanguageModel:
+    """A random Llama, of as many layers as are asked for; or a fake one."""
     torch.manual_seed(0)
-    layers, width, mlp, heads, groups = SHAPES[shape]
+    depth, width, mlp, heads, groups, vocabulary, tied = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=mlp,
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or depth,
         num_attention_heads=heads,
         num_key_value_heads=groups,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         architectures=["LlamaForCausalLM"],
     )
     torch.set_default_dtype(dtype)
-    hf = LlamaForCausalLM(config).eval()
+    with torch.device("meta" if fake else "cpu"):
+        hf = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
+    if fake:
+        make_fake(hf, dtype)
     return LanguageModel(shape, hf, None, dtype)
 
 
@@ -95,7 +119,7 @@ def scores(model: LanguageModel, task: Task, survive: Sequence[str]) -> None:
 
 def relearning(model: LanguageModel, task: Task) -> None:
     """Two steps of an attack."""
-    copy, config = model.copy(), RelearnConfig()
+    copy, config = model.trainable_copy(), RelearnConfig()
     optimisers = make_optimisers(config.optimiser, copy, 1e-5)
     for _ in range(2):
         descend(copy, optimisers, list(task.forget))
@@ -105,7 +129,29 @@ def mask(model: LanguageModel, task: Task, survive: Sequence[str], by_layer: boo
     """The choice of parameters, the whole model as the circuit."""
     every = np.ones_like(model.graph.exists)
     circuit = Circuit(model.graph, np.zeros(every.shape, np.float32), every, pairs=task.forget)
-    circuit_mask(circuit, model, retain=task.retain_sets, survive=survive, by_layer=by_layer)
+    circuit_mask(
+        circuit,
+        model,
+        budget=SHARE / POOL,
+        retain=task.retain_sets,
+        survive=survive,
+        by_layer=by_layer,
+    )
+
+
+class Enough(Exception):
+    """All pairs went through."""
+
+
+def edges(model: LanguageModel, task: Task, config: AttributionConfig) -> None:
+    """Scores of all edges, up to their mean, which takes numbers."""
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise Enough
+
+    with suppress(Enough):
+        attribute(model, task.forget, config=config, on_batch=stop)
 
 
 def some_mask(model: LanguageModel) -> Mask:
@@ -125,13 +171,56 @@ def stages(
     config = AttributionConfig(batch_size=len(task.forget), memory_gb=attribution_gb)
     return {
         "bare": lambda: bare(model, task),
-        "attribution": lambda: attribute(model, task.forget, config=config),
+        "attribution": lambda: edges(model, task, config),
         "mask": lambda: mask(model, task, survive, False),
         "mask --by-layer": lambda: mask(model, task, survive, True),
         "unlearn": lambda: unlearn(model, task, some_mask(model), method),
         "scores": lambda: scores(model, task, survive),
         "relearning": lambda: relearning(model, task),
     }
+
+
+def beside(model: LanguageModel, stage: str) -> list[LanguageModel]:
+    """What a run holds beside the original while it measures: the edited model, what nf4 makes of
+    it, and, while it scores, what another quantizer makes of the original, with that of the edited
+    model, which the stage makes itself."""
+    if stage not in ("scores", "relearning"):
+        return []
+    edited = model.copy()
+    held = [edited, quantize(edited, sharing=True)]
+    return [*held, quantize(edited, "fp4", sharing=True)] if stage == "scores" else held
+
+
+def job(model: LanguageModel, survive: Sequence[str], by_layer: bool = False) -> Job:
+    """The same for the plan."""
+    method = Mansu(steps=STEPS, survive=tuple(survive), batch_size=PAIRS)
+    return Job(
+        tokens=TOKENS + 1,
+        budget=SHARE / POOL,
+        circuit=AttributionConfig(batch_size=PAIRS),
+        method=method,
+        by_layer=by_layer,
+        scored=len(survive),
+    )
+
+
+def tracked(
+    shape: str,
+    dtype: torch.dtype,
+    survive: Sequence[str],
+    stage: str,
+    layers: int | None = None,
+) -> tuple[float, float]:
+    """Peak of a stage on fake weights, and the plan's, both in GB beyond an empty process's."""
+    model, task = make_model(shape, dtype, layers=layers, fake=True), make_task()
+    # Of the candidates of a mask those are edited that fill the budget.
+    tracker = Tracker(model.weights.values(), share=1 / POOL if stage == "unlearn" else 1)
+    with stand_ins(survive), tracker:
+        held = beside(model, stage)
+        stages(model, task, survive)[stage]()
+        del held
+    planned = plan(model, job(model, survive, stage == "mask --by-layer"))
+    return tracker.gb, next(s.gb for s in planned if s.name == PLANNED[stage]) - PROCESS
 
 
 def measured(args: argparse.Namespace) -> str:
@@ -166,7 +255,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--tracked", action="store_true", help="on fake weights, beside the plan")
     args = parser.parse_args()
+    if args.tracked:
+        for stage in args.only:
+            found, planned = tracked(args.shape, DTYPES[args.dtype], args.survive, stage)
+            print(f"{stage:16} {found:6.1f} GB tracked  {planned:6.1f} planned", flush=True)
+        return
     if args.stage:
         print(measured(args))
         return

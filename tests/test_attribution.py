@@ -306,7 +306,7 @@ def test_memory_decides_the_batch(tiny_model: TinyModel, pairs: PairSet):
     model, longest = tiny_model(2), 7
     _, one, layers = fit_memory(model.graph, model.d_model, longest, EAP)
     assert layers == 3
-    assert one == pytest.approx(1.5 * 16 * 7 * 32 * 4 / 1e9)  # 16 writers
+    assert one == pytest.approx((16 + 8 * 9) * 7 * 32 * 4 / 1e9)  # 16 writers, 9 readers a layer
     tight = replace(EAP, memory_gb=2.5 * one, batch_size=5)
     assert fit_memory(model.graph, model.d_model, longest, tight)[0] == 2
     seen: list[int] = []

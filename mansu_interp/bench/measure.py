@@ -16,7 +16,7 @@ from ..export.ledger import changed_elements
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
 from ..quantizers.survival import quantize, survival
-from ..runs.planning.cost import CAD_PAIRS
+from ..runs.planning.seconds import CAD_PAIRS
 from ..tasks.load import reference_model
 from .config import BenchConfig
 from .results import Judgement, Measured, QuantizedEdit, TrialResult

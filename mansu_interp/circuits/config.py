@@ -9,6 +9,9 @@ from ..errors import CircuitError, ConfigError
 from ..models.graph import Graph
 from ..utils.ranges import check_kinds, check_range
 
+PULLED = 8
+"""Tensors of the size of a layer's readers' gradients that are alive at once."""
+
 
 @dataclass(frozen=True)
 class AttributionConfig:
@@ -77,20 +80,21 @@ def fit_memory(graph: Graph, d_model: int, positions: int, config: AttributionCo
     one.
 
     Counted is what attribution adds to the forward and backward passes, in vectors (d_model,
-    float32) a position: the writers' differences, and half as much again for the readers'
-    gradients; by layers, the differences of those layers, what both runs passed at all hook
-    points, and three times the readers of one layer.
+    float32) a position: the writers' differences, and `PULLED` times a layer's readers while their
+    gradients are pulled back; by layers, the differences of those layers alone, and what both runs
+    passed at all hook points.
 
     Raises:
         CircuitError: not even one layer of one pair fits.
     """
     a, unit = graph.architecture, positions * d_model * 4 / 1e9
-    one = 1.5 * len(graph.writers) * unit
+    pulled = PULLED * graph.readers_per_layer
+    one = (len(graph.writers) + pulled) * unit
     if config.memory_gb is None:
         return Fit(config.batch_size, one, a.n_layers)
     if (pairs := int(config.memory_gb / one)) >= 1:
         return Fit(min(config.batch_size, pairs), one, a.n_layers)
-    rest = 2 * (2 * a.n_layers + 1) + 3 * (graph.readers_per_layer + 1)
+    rest = 2 * (2 * a.n_layers + 1) + pulled
     layers = int((config.memory_gb / unit - rest - 1) / (a.n_heads + 1))
     layers = min(layers, a.n_layers - 1)
     needs = (rest + 1 + max(layers, 1) * (a.n_heads + 1)) * unit

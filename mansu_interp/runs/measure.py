@@ -61,7 +61,7 @@ from .context import OnProgress, RunContext
 from .edit import Edited
 from .folder import HISTORY, Results, config_json
 from .leaks import leak_tests
-from .planning.cost import CAD_PAIRS
+from .planning.seconds import CAD_PAIRS
 
 SAMPLES = 8
 GRAPH_LIMIT = 1500
@@ -136,6 +136,7 @@ def score(run: RunContext, models: Models, keep: Keep) -> Scores:
     for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
         pair = {v.after(name): quantize(models[v], name, sharing=True) for v in (ORIGINAL, EDITED)}
         scores = scores.beside(evaluate(pair, run.task, on_step=run.note, keep=keep))
+        del pair  # before the next are made
     return scores
 
 

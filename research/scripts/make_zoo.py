@@ -51,7 +51,7 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
 from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.planning.cost import CAD_PAIRS
+from mansu_interp.runs.planning.seconds import CAD_PAIRS
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task

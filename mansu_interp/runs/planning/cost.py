@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 
 from ...circuits.config import AttributionConfig, fit_memory
-from ...circuits.search.discover import TRIES
 from ...evaluation.versions import QUANTIZER
-from ...masks.select import MASK_PAIRS
 from ...models.language_model import LanguageModel
-from ...models.load import empty_model
-from ...quantizers.survival import quantize
+from ...models.load import empty_model, load_model, use_threads
+from ...tasks.load import load_task
 from ...tasks.task import Task
-from ...unlearning.mansu import margins
-from ...unlearning.mansu.adversarial import STRIDE
-from ...unlearning.methods import Mansu, MethodConfig, RetainingConfig
-from ...unlearning.training import CHUNK
+from ...unlearning.methods import Mansu, MethodConfig
+from ...utils.shipped import is_embedded
 from ...utils.tensors import dtype_name
 from ...utils.words import number_of
 from ..command import settings_lines
 from ..config import PlanConfig, RunConfig
-from ..leaks import cost_tokens
+from ..defaults import default_config, default_task
 from .knowledge import Knowledge
-from .memory import Job, disk_gb, fitting, peak, stages, tokens_of
-
-CAD_PAIRS = 48
-"""Pairs on which attribution graphs are compared."""
-OVERHEAD = 1.6
-"""Seconds of a whole run over those that its counted passes would take at the timed speed: measured
-on SmolLM2-135M, two idle cores (12.8 min against 8)."""
+from .memory import Job, disk_gb, fitting, machine_gb, peak, stages
+from .seconds import passes, stage_seconds, told, turns
 
 
 @dataclass(frozen=True)
@@ -56,13 +48,6 @@ class Estimate:
     """What attribution holds beyond the model's own passes, for one batch."""
     pflop: float
     """Floating-point operations of the passes, in 10^15."""
-
-
-def passes(config: AttributionConfig, n_layers: int) -> tuple[int, int]:
-    """Forward and backward passes over each batch: the clean and the corrupt run, then one of each
-    per point of each component's path; an end of it, EAP's point, is one of those runs."""
-    path, moved = config.path(), config.components(n_layers)
-    return 2 + moved * sum(alpha not in (0.0, 1.0) for alpha in path), moved * len(path)
 
 
 def estimate(model: LanguageModel, config: AttributionConfig, tokens: int) -> Estimate:
@@ -111,9 +96,16 @@ def plan_lines(config: PlanConfig) -> list[str]:
     model, how = empty_model(config.model, dtype=config.dtype), config.attribution
     e, a = estimate(model, how, config.tokens), model.architecture
     ends = "both runs" if how.at == "both" else f"the {how.at} run"
-    job = Job(config.tokens, None, config.budget, how, Mansu(survive=config.survive))
+    method = Mansu(survive=config.survive)
+    job = Job(
+        config.tokens,
+        budget=config.budget,
+        circuit=how,
+        method=method,
+        scored=len({QUANTIZER, *method.promised}),
+    )
     whole = ", ".join(f"{s.name} {s.gb:.1f}" for s in stages(model, job))
-    formats = number_of(len(config.survive), "quantizer")
+    formats, took = number_of(len(config.survive), "quantizer"), _seconds(config, model)
     by = f", {e.layers_at_once} layers at a time" if e.layers_at_once < a.n_layers else ""
     steps = f" at {ends}" if how.method == "eap" else f" with {how.ig_steps} steps"
     return [
@@ -127,7 +119,38 @@ def plan_lines(config: PlanConfig) -> list[str]:
         f"{e.attribution_gb:.3g} GB for attribution{by}, beyond the passes' own activations",
         f"scores   {e.writers * e.readers * 4 / 1e6:.3g} MB, as one tensor",
         f"run      {whole} GB at the peak, with {formats} to survive and the settings of mansu run",
+        *(
+            []
+            if took is None
+            else [f"time     about {told(sum(took.values()))}: {stage_line(took)}"]
+        ),
     ]
+
+
+def _seconds(config: PlanConfig, sizes: LanguageModel) -> dict[str, float] | None:
+    """Seconds of a run's stages, timed on this machine, with the model's own task; None of a model
+    whose weights are not here, or would take a quarter of the memory to load."""
+    folder = Path(config.model)
+    here = is_embedded(config.model) or any(folder.glob("*.safetensors"))
+    has = machine_gb(sizes.device if sizes.device.type != "meta" else torch.device("cpu"))
+    if not here or (has and sizes.n_parameters * sizes.dtype.itemsize / 1e9 > has / 4):
+        return None
+    model = load_model(config.model, "cpu", config.dtype)
+    run = default_config(config.model)
+    asked = {f.name: getattr(config.attribution, f.name) for f in fields(AttributionConfig)}
+    run = replace(
+        run,
+        budget=config.budget,
+        circuit=replace(run.circuit, **asked),
+        unlearn=Mansu(**{**vars(run.unlearn), "survive": config.survive}),
+    )
+    use_threads(model, None)
+    return stage_seconds(run, model, load_task(default_task(config.model), model, run.score_pairs))
+
+
+def stage_line(seconds: Mapping[str, float]) -> str:
+    """Stages and their time, those without any left out."""
+    return ", ".join(f"{stage} {told(s)}" for stage, s in seconds.items() if s)
 
 
 @dataclass(frozen=True)
@@ -135,113 +158,22 @@ class Plan:
     """What a run is about to do, and roughly what it costs."""
 
     lines: list[str]
-    seconds: float
+    stages: dict[str, float]
+    """Seconds of each stage, by the names of the run's clock."""
     memory_gb: float
 
-
-def _forward_seconds(model: LanguageModel, task: Task, seed: int) -> float:
-    """Seconds of a forward pass per token, timed on one small batch."""
-    batch = next(task.forget.sample(CHUNK, seed).batches(CHUNK, model.device))
-    start = time.perf_counter()
-    with torch.no_grad():
-        for _ in range(2):  # the first warms up
-            start = time.perf_counter()
-            hidden = model.hf.base_model(input_ids=batch.clean, use_cache=False)[0]
-            hidden[0, 0, 0].item()  # waits until it is computed
-    return (time.perf_counter() - start) / batch.clean.numel()
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
 
 
-def _step_tokens(method: MethodConfig, task: Task, forget: float, retain: float) -> float:
-    """Tokens of forward passes that one step costs; a backward pass costs two forward ones.
-
-    Arguments:
-        method: its settings.
-        task: what is forgotten and retained.
-        forget: tokens of a forget pair.
-        retain: tokens of a retain pair.
-    """
-    if not isinstance(method, Mansu):
-        each = 4 if "references" in method.needs else 3
-        retains = isinstance(method, RetainingConfig)
-        return method.batch_size * each * (forget + (retain if retains else 0))
-    # Forget: forward and backward. Retain: the teacher's forward pass besides.
-    step = method.batch_size * (3 * forget + 4 * retain) + (64 * 4 if task.text else 0)
-    if method.adversarial_steps:
-        # The attack's own steps, and the gradient at their end.
-        step += (min(STRIDE, method.adversarial_steps) + 1) * method.batch_size * 3 * forget
-    if method.probe_weight:
-        # A probe reads every prompt of a half, and a batch of the other gives the gradient.
-        step += (len(task.forget) / 2 + method.batch_size * 3) * forget
-    return step
-
-
-def _margin_tokens(method: MethodConfig, task: Task, forget: float, retain: float) -> float:
-    """The same of all margin edits, after the last step."""
-    if not isinstance(method, Mansu):
-        return 0.0
-    # Every round: the answers of the models looked at, and one's slope of them and of those
-    # retained; a last look.
-    slopes = 3 * margins.ROUNDS
-    forgotten = min(margins.PAIRS, len(task.forget)) * forget
-    retained = min(margins.PAIRS, sum(map(len, task.retain_sets))) * retain * slopes
-    return sum(
-        forgotten * (models * (margins.ROUNDS + 1) + slopes) + retained
-        for models, asked in (
-            (1, method.final_margin is not None),
-            (1 + len(method.survive), method.quantization_margin),
-        )
-        if asked
-    )
-
-
-def _fitting_seconds(method: MethodConfig, model: LanguageModel, task: Task) -> float:
-    """Seconds of quantizing anew on every turn of a fitted quantizer, each timed once."""
-    total = 0.0
-    for name in method.trained_through:
-        start = time.perf_counter()
-        quantize(model, name, task.calibration, sharing=True)
-        total += time.perf_counter() - start
-    return total * turns(method)
-
-
-def _through_line(method: MethodConfig, seconds: float) -> list[str]:
-    """What training through fitted quantizers adds to the cost, if it does."""
+def _through_line(method: MethodConfig) -> list[str]:
+    """Which fitted quantizers training goes through, if any."""
     if not method.trained_through:
         return []
     names = ", ".join(method.trained_through)
-    return [
-        f"through  {max(1, round(seconds / 60))} min of it: {names} quantize anew on each of "
-        f"{turns(method)} turns"
-    ]
-
-
-def turns(method: MethodConfig) -> int:
-    """How often a quantizer has its turn in training, at most."""
-    if not isinstance(method, Mansu):
-        return 0
-    return -(-method.steps // (1 + len(method.survive) + len(method.train_through)))
-
-
-def _run_tokens(config: RunConfig, task: Task, n_layers: int) -> float:
-    """The same of a whole run; what its method does not need costs nothing."""
-    c, u = config.circuit, config.unlearn
-    length = sum(len(p.clean) for p in task.forget) / len(task.forget)
-    forget = tokens_of(task.forget)
-    retain = tokens_of([p for pairs in task.retain_sets for p in pairs])
-    scored = [p for by in task.scored["unseen"].values() for pairs in by.values() for p in pairs]
-    texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
-    forwards, backwards = passes(c, n_layers)
-    per_pair = length * (forwards + 2 * backwards)
-    total = 3 * CAD_PAIRS * per_pair
-    if "circuit" in u.needs:
-        total += 2 * min(c.pairs, len(task.forget)) * per_pair
-        total += TRIES * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
-    if "mask" in u.needs:
-        total += MASK_PAIRS * 3 * (forget + (1 + len(task.retain_sets)) * retain)
-    total += u.steps * _step_tokens(u, task, forget, retain)
-    total += _margin_tokens(u, task, forget, retain)
-    precisions = 1 + len({QUANTIZER, *u.promised})
-    return total + 2 * precisions * (tokens_of(scored) * len(scored) + texts)
+    return [f"through  {names}, each quantized anew on each of its {turns(method)} turns"]
 
 
 def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) -> Plan:
@@ -253,11 +185,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
         task: what is forgotten and retained.
         known: what the original knows of it.
     """
-    method = config.unlearn
-    tokens = _run_tokens(config, task, model.architecture.n_layers)
-    each, leaks = _forward_seconds(model, task, config.seed), cost_tokens(config, model, task)
-    quantizing = _fitting_seconds(method, model, task)
-    seconds = each * (OVERHEAD * tokens + leaks) + quantizing
+    method, stages_ = config.unlearn, stage_seconds(config, model, task)
+    seconds, leaks = sum(stages_.values()), stages_["leaks"]
     chosen = fitting(config, model, task)
     most, disk = peak(model, Job.of(chosen, task)), disk_gb(config, model)
     threads = number_of(torch.get_num_threads(), "CPU thread")
@@ -282,10 +211,11 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
             if chosen != config
             else []
         ),
-        f"cost     about {max(1, round(seconds / 60))} min on {where}, and {most.gb:.1f} GB of "
+        f"cost     about {told(seconds)} on {where}, and {most.gb:.1f} GB of "
         f"memory ({most.name}); {disk.kept:.2g} GB of disk, {disk.most:.2g} meanwhile",
-        *_through_line(method, quantizing),
-        *([f"leaks    {max(1, round(each * leaks / 60))} min of it (--leaks no)"] if leaks else []),
+        f"stages   {stage_line(stages_)}",
+        *_through_line(method),
+        *([f"leaks    {told(leaks)} of it (--leaks no)"] if leaks else []),
         f"output   {config.out}",
     ]
-    return Plan(lines, seconds, most.gb)
+    return Plan(lines, stages_, most.gb)

@@ -43,6 +43,9 @@ PACKED = 0.65
 """Bytes of a quantized weight that is not in use: a code of half a byte, and its group's scale."""
 FITTING = 4
 """Copies of the linear weights that a calibrated quantizer holds while it works."""
+CHOOSING = 54
+"""Bytes of each element of the weight among which parameters are being chosen: positions twice,
+step, gain, damage and score."""
 ELEMENT, ELEMENT_EACH = 90, 45
 """Bytes that unlearning keeps of each candidate of the mask, and again for each quantizer."""
 
@@ -114,12 +117,15 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
     if "mask" in needs:
         held = WIDE * (_largest_layer(model) if job.by_layer else in_layers)
         pool = POOL * job.budget * n * 20
-        found.append(("mask", whole + 3 * held + in_layers + pool + pass_))
+        chosen = CHOOSING * max(model.weights[x].numel() for x in model.linear_names)
+        found.append(("mask", whole + 3 * held + in_layers + pool + max(chosen, pass_)))
     found.append(("unlearning", _unlearning(model, job) + pass_))
     kept = 2 * whole + linear  # original, edited, and what one quantizer makes of it
-    found.append(("scores", kept + (linear if job.scored > 1 else 0) + pass_ / 2))
-    if job.attacked:  # a copy and two moments of each of its weights
-        found.append(("relearning", kept + 3 * WIDE * n + pass_))
+    # Besides, what it makes of the original, or what another makes of both.
+    found.append(("scores", kept + (2 if job.scored > 1 else 1) * linear + pass_ / 2))
+    if job.attacked:  # a copy and two moments; the gradient of one weight, and its step
+        step = 3 * WIDE * max(w.numel() for w in model.weights.values())
+        found.append(("relearning", kept + 3 * WIDE * n + step + pass_))
     found.append(("comparison of graphs", kept + (WIDE * n if job.attacked else 0) + scores))
     return [Stage(name, PROCESS + bytes_ / 1e9) for name, bytes_ in found]
 

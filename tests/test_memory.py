@@ -1,0 +1,100 @@
+"""What stages hold at their peak, tracked on fake weights of published sizes, beside the plan.
+
+Nothing of these sizes is allocated (`benchmarks/tracker.py`). Only a few layers are tracked: memory
+is linear in their number, which is tested, and so known for all of them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import memory
+import pytest
+import torch
+from conftest import make_pairs, make_tiny
+from tracker import Tracker, make_fake
+from transformers import LlamaForCausalLM
+
+from mansu_interp.losses.answers import nll
+from mansu_interp.losses.fisher import fisher_diagonal
+from mansu_interp.models.language_model import LanguageModel
+
+FEW = (1, 2)
+"""Layers that are tracked."""
+STAGES = ("attribution", "mask --by-layer", "unlearn", "scores", "relearning")
+FITTING = ("attribution", "mask --by-layer", "unlearn", "scores")
+"""Stages of 8B that one card of 80 GB holds."""
+
+
+@lru_cache
+def found(shape: str, stage: str, layers: int) -> tuple[float, float]:
+    """GB tracked and planned, with four quantizers."""
+    return memory.tracked(shape, torch.bfloat16, memory.SET, stage, layers)
+
+
+def whole(shape: str, stage: str) -> tuple[float, float]:
+    """The same of all layers, from those of a few."""
+    (a, b), n = FEW, memory.SHAPES[shape][0]
+    first, second = found(shape, stage, a), found(shape, stage, b)
+    tracked, planned = (x + (y - x) * (n - a) / (b - a) for x, y in zip(first, second, strict=True))
+    return tracked, planned
+
+
+def test_the_tracker_counts_what_is_alive():
+    tracker = Tracker()
+    with tracker:
+        a = torch.ones(1000)
+        view = a[10:]
+        b = a + view.sum()
+        del a, b
+        c = torch.ones(500, dtype=torch.float64)
+        assert tracker.alive == 8000  # a lives on in its view
+        del view
+        assert tracker.alive == 4000
+    assert tracker.peak == 8000 + 4  # the two, and the sum
+    del c
+
+
+def test_fake_weights_take_what_real_ones_do():
+    """The same peak to the byte, forwards, backwards and for the Fisher."""
+    real = make_tiny(2)
+    hf = LlamaForCausalLM(real.config).eval()
+    make_fake(hf, torch.float32)
+    fake = LanguageModel("fake", hf, None)
+    pairs = make_pairs()
+    peaks: list[list[int]] = []
+    for model in (real, fake):
+        ones: list[int] = []
+        for job in (
+            lambda m: nll(m, list(pairs)).sum(),
+            lambda m: fisher_diagonal(m, m.linear_names, pairs),
+        ):
+            with Tracker(model.weights.values()) as tracker:
+                job(model)
+            ones.append(tracker.peak)
+        peaks.append(ones)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("shape", ["8B", "1B"])
+def test_the_plan_says_what_is_tracked(shape: str, stage: str):
+    """Within a quarter, of few layers and of all."""
+    for tracked, planned in (*(found(shape, stage, n) for n in FEW), whole(shape, stage)):
+        assert planned == pytest.approx(tracked, rel=0.25)
+
+
+@pytest.mark.slow
+def test_memory_is_linear_in_the_number_of_layers():
+    few = [found("1B", "attribution", n)[0] for n in (1, 2, 3, 4)]
+    assert few[3] - few[1] == pytest.approx(2 * (few[2] - few[1]), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", FITTING)
+def test_sizes_that_one_card_holds(stage: str):
+    """8B in 80 GB and 1B in 12, with what a process takes besides, four quantizers to survive."""
+    for shape, card in (("8B", 80), ("1B", 12)):
+        tracked, planned = whole(shape, stage)
+        assert max(tracked, planned) + memory.PROCESS < card
