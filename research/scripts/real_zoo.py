@@ -26,12 +26,12 @@ import torch
 import zoo_edits as edit
 import zoo_tricks as trick
 from condense_runs import TABLES
-from judge_zoo import Key, Row, read_zoo, write_zoo
+from judge_zoo import TRAINED, Key, Row, auroc, interval, read_zoo, right, write_zoo
 from make_zoo import Bench, attacked, cuts, graphs, signs, trained
 
 from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.known import Known
-from mansu_interp.audit.relearning import fine_tune
+from mansu_interp.audit.relearning import ERASED_LEVEL, fine_tune
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.models.language_model import LanguageModel
@@ -242,6 +242,25 @@ def show(table: Path) -> None:
             f"{shares['sign_retained']:.2f} | {shares['sign_probed']:.2f}, "
             f"{shares['sign_subject']:.2f} | {shares['sign_stitched']:.2f} | {', '.join(graphs)} |"
         )
+    numbers: list[Row] = [
+        {
+            **{k: float(r[k]) for k in r if r[k] and k.startswith(("cad", "sign_", "mass_"))},
+            "verdict": r["verdict"],
+            "there": float(r["most"]) > ERASED_LEVEL,
+        }
+        for r in rows
+    ]
+    print(f"\nRight: {right(numbers)}. AUROC (95 % over models):")
+    for label, sign in {
+        "1 - CAD": lambda r: 1 - r["cad"],
+        "linearized relearning, half A": lambda r: max(r["sign_relearned"], r["sign_ranked_last"]),
+        "facts found by some sign": lambda r: r["sign_hidden"],
+        "graph as edited, mass": lambda r: r["mass_edited"],
+        "graph after training, either arm": lambda r: max(
+            r[f"mass_{n}"] for n in TRAINED if f"mass_{n}" in r
+        ),
+    }.items():
+        print(f"  {label}: {auroc(numbers, sign):.2f} ({interval(numbers, sign, 0)})")
 
 
 def main() -> None:
