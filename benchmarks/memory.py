@@ -164,7 +164,7 @@ def some_mask(model: LanguageModel) -> Mask:
 
 
 def stages(
-    model: LanguageModel, task: Task, survive: Sequence[str], attribution_gb: float | None
+    model: LanguageModel, task: Task, survive: Sequence[str], attribution_gb: float | None = None
 ) -> dict[str, Callable[[], object]]:
     """What is measured."""
     method = Mansu(steps=STEPS, survive=tuple(survive), batch_size=len(task.forget))
@@ -212,7 +212,7 @@ def tracked(
     layers: int | None = None,
 ) -> tuple[float, float]:
     """Peak of a stage on fake weights, and the plan's, both in GB beyond an empty process's."""
-    model, task = make_model(shape, dtype, layers=layers, fake=True), make_task()
+    model, task = make_model(shape, dtype, layers=layers, fake=True), make_task(TOKENS)
     # Of the candidates of a mask those are edited that fill the budget.
     tracker = Tracker(model.weights.values(), share=1 / POOL if stage == "unlearn" else 1)
     with stand_ins(survive), tracker:
@@ -249,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of the stages of a run.")
     parser.add_argument("--shape", default="smollm2", choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--tokens", type=int, default=16, help="of each prompt")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each prompt")
     parser.add_argument("--attribution-gb", type=float, help="memory_gb of attribution")
     parser.add_argument("--survive", nargs="+", default=list(SET))
     parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
