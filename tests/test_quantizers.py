@@ -26,7 +26,7 @@ from mansu_interp.quantizers.gguf import FITTED, TYPES, Mix, pack
 from mansu_interp.quantizers.gguf import llama_cpp as engine
 from mansu_interp.quantizers.packed import Packed
 from mansu_interp.quantizers.quanto import group_of
-from mansu_interp.quantizers.registry import QUANTIZERS, get_quantizer
+from mansu_interp.quantizers.registry import QUANTIZERS, fitted_quantizers, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
 from mansu_interp.runs.config import RunConfig
@@ -737,3 +737,18 @@ def test_what_codes_do_not_give_back_is_not_packed():
             return back
 
     assert Packed.of(Wrong(NF.kind), weight) is None and Packed.of(NF, weight) is not None
+
+
+def test_what_training_can_go_through_of_an_engine():
+    for name, formats in ENGINES.items():
+        assert [q for q in formats.fitted if get_quantizer(q).rescales] == [*formats.rescaling]
+        through = Mansu(train_through=(name,)).train_through
+        assert through == formats.of("through")
+        assert [q.promises or q.rescales for q in fitted_quantizers(through)] == [False] * len(
+            through
+        )
+    assert "awq-g128" in quantizer_names(("vllm",))
+    with pytest.raises(ConfigError, match="Unknown quantizer 'q9'; training can go through q2_k"):
+        fitted_quantizers(["q9"])
+    with pytest.raises(ConfigError, match="are 3 models that take turns, one a step; got 2 steps"):
+        Mansu(steps=2, train_through=("q4_k_m",))

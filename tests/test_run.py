@@ -637,7 +637,7 @@ def test_the_plan_tells_what_training_through_costs(
     plain = replace(config, unlearn=replace(method, train_through=()))
     found, without = (cost.plan(c, facts, capitals, known) for c in (config, plain))
     assert asked == ["q4_k_m", "hqq"]
-    assert "through  q4_k_m, hqq, each quantized anew on each of its 750 turns" in found.lines
+    assert "through  q4_k_m, hqq, each quantized anew on its turns, 750 at most" in found.lines
     assert found.stages["unlearn"] > 150
     assert not any(line.startswith("through") for line in without.lines)
 

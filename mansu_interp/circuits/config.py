@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -64,6 +65,12 @@ class AttributionConfig:
         return [(k + 0.5) / self.ig_steps for k in range(self.ig_steps)]
 
 
+def _upwards(gb: float) -> str:
+    """Two digits, which are enough."""
+    unit = 10.0 ** (math.floor(math.log10(gb)) - 1)
+    return f"{math.ceil(gb / unit) * unit:.2g}"
+
+
 class Fit(NamedTuple):
     """What fits into `AttributionConfig.memory_gb`."""
 
@@ -100,8 +107,8 @@ def fit_memory(graph: Graph, d_model: int, positions: int, config: AttributionCo
     needs = (rest + 1 + max(layers, 1) * (a.n_heads + 1)) * unit
     if layers < 1:
         raise CircuitError(
-            f"One pair of {positions} tokens needs {min(one, needs):.2g} GB beyond the model's own "
-            f"passes, even by layers; memory_gb is {config.memory_gb}. Give more, or shorter "
+            f"One pair of {positions} tokens needs {_upwards(min(one, needs))} GB beyond the model's "
+            f"own passes, even by layers; memory_gb is {config.memory_gb}. Give more, or shorter "
             "prompts."
         )
     return Fit(1, needs, layers)

@@ -52,7 +52,8 @@ def quantizer_set(survive: Set) -> list[Quantizer]:
         if not q.promises:
             raise ConfigError(
                 f"No edit can be made to survive {q.name} by construction: its groups depend on "
-                "every element. Leave it out of survive; name it under quantizers to measure it."
+                "every element. Leave it out of survive; name it under quantizers to measure it, "
+                "or under train_through to let training take turns with it, without a promise."
             )
     places = {name: k for k, name in enumerate(QUANTIZERS)}
     return sorted(found, key=lambda q: (places.get(q.name, len(places)), q.name))

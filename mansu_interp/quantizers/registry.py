@@ -52,7 +52,12 @@ def fitted_quantizers(names: Sequence[str]) -> list[Quantizer]:
         ConfigError: unknown, one that an edit can be made to survive, or one that moves scales
             between layers.
     """
-    found = [get_quantizer(name) for name in names]
+    usable = [n for n, q in QUANTIZERS.items() if not q.promises and not q.rescales]
+    if unknown := [name for name in names if name not in QUANTIZERS]:
+        raise ConfigError(
+            f"Unknown quantizer {unknown[0]!r}; training can go through {', '.join(usable)}."
+        )
+    found = [QUANTIZERS[name] for name in names]
     for q in found:
         if q.promises:
             raise ConfigError(

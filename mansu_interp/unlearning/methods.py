@@ -75,7 +75,7 @@ class Mansu(MethodConfig):
     commas. Steps take turns in full precision and after each of them."""
     train_through: tuple[str, ...] = ()
     """Fitted quantizers that take turns as well, such as q4_k_m, iq4_nl or gptq-g128, or engines
-    for all of theirs. Nothing is promised there; what survives is in the report."""
+    for all of theirs but AWQ. Nothing is promised there; what survives is in the report."""
     offset_rate: float = 1.0
     """With several quantizers: rate of each quantized model's own offsets from the shared latent
     weights, which decide among the values that the floor allows; 1 = as fast as those move on its
@@ -104,7 +104,7 @@ class Mansu(MethodConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "survive", names := quantizer_names(self.survive, "exact"))
-        through = quantizer_names(self.train_through, "fitted")
+        through = quantizer_names(self.train_through, "through")
         object.__setattr__(self, "train_through", through)
         super().__post_init__()
         if not names or len(set(names)) < len(names):
@@ -114,6 +114,12 @@ class Mansu(MethodConfig):
         if len(set(through)) < len(through):
             raise ConfigError(
                 f"train_through names different quantizers; got {', '.join(through)}."
+            )
+        models = 1 + len(names) + len(through)
+        if through and self.steps < models:
+            raise ConfigError(
+                f"Full precision and the quantizers of survive and train_through are {models} "
+                f"models that take turns, one a step; got {self.steps} steps. Give as many."
             )
         if through and not self.floored:
             raise ConfigError(

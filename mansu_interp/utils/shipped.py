@@ -27,6 +27,15 @@ class Formats:
     """An edit can be made to survive them."""
     fitted: tuple[str, ...]
     """What survives them is measured."""
+    rescaling: tuple[str, ...] = ()
+    """Of these the ones that move scales between layers: training cannot go through them."""
+
+    def of(self, kind: Literal["exact", "through"] | None) -> tuple[str, ...]:
+        """All, the exact ones, or those that training can go through without a promise."""
+        if kind == "exact":
+            return self.exact
+        through = tuple(q for q in self.fitted if q not in self.rescaling)
+        return through if kind else self.exact + self.fitted
 
 
 ENGINES = {
@@ -36,7 +45,9 @@ ENGINES = {
     ),
     "transformers": Formats(("nf4", "fp4", "int8", "torchao-int4-g128"), ("hqq",)),
     "vllm": Formats(
-        ("nf4", "int4-sym-g128", "mxfp4", "nvfp4"), ("awq-g128", "autoround-g128", "gptq-g128")
+        ("nf4", "int4-sym-g128", "mxfp4", "nvfp4"),
+        ("awq-g128", "autoround-g128", "gptq-g128"),
+        ("awq-g128",),
     ),
 }
 """What runs models -> what it quantizes them to. ``nf4-dq`` has the codes of ``nf4``, and
@@ -47,13 +58,13 @@ LOADED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "quanto-int4")
 
 
 def quantizer_names(
-    given: Iterable[str], only: Literal["exact", "fitted"] | None = None
+    given: Iterable[str], only: Literal["exact", "through"] | None = None
 ) -> tuple[str, ...]:
     """Names of quantizers; those of `ENGINES`, and ``all`` of them, replaced by their formats.
 
     Arguments:
         given: names, separated by spaces or commas.
-        only: which of an engine's formats; default: both.
+        only: which of an engine's formats (`Formats.of`); default: all.
 
     Raises:
         ConfigError: see `split_names`.
@@ -62,8 +73,7 @@ def quantizer_names(
     out: list[str] = []
     for name in names:
         engines = [e for key, e in ENGINES.items() if name in (key, "all")]
-        parts = ("exact", "fitted") if only is None else (only,)
-        found = [q for e in engines for part in parts for q in getattr(e, part)]
+        found = [q for e in engines for q in e.of(only)]
         new = [q for q in dict.fromkeys(found) if q not in (*out, *names)]
         out += new if engines else [name]
     return tuple(out)

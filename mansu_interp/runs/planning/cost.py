@@ -173,7 +173,7 @@ def _through_line(method: MethodConfig) -> list[str]:
     if not method.trained_through:
         return []
     names = ", ".join(method.trained_through)
-    return [f"through  {names}, each quantized anew on each of its {turns(method)} turns"]
+    return [f"through  {names}, each quantized anew on its turns, {turns(method)} at most"]
 
 
 def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) -> Plan:

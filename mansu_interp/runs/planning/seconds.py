@@ -184,7 +184,9 @@ def stage_seconds(config: RunConfig, model: LanguageModel, task: Task) -> dict[s
     found = stage_work(config, task, model.architecture.n_layers)
     found["leaks"] = Work(cost_tokens(config, model, task))
     seconds = {stage: speed.seconds(work) for stage, work in found.items()}
-    seconds["unlearn"] += _fitting_seconds(config.unlearn, model, task)
+    once = _fitting_seconds(config.unlearn, model, task)
+    seconds["unlearn"] += once * turns(config.unlearn)
+    seconds["evaluate"] += once * 2  # of the original and of the edited model
     return seconds
 
 
@@ -196,13 +198,13 @@ def turns(method: MethodConfig) -> int:
 
 
 def _fitting_seconds(method: MethodConfig, model: LanguageModel, task: Task) -> float:
-    """Quantizing anew on every turn of a fitted quantizer, each timed once."""
+    """Quantizing once with each fitted quantizer that training goes through."""
     total = 0.0
     for name in method.trained_through:
         start = time.perf_counter()
         quantize(model, name, task.calibration, sharing=True)
         total += time.perf_counter() - start
-    return total * turns(method)
+    return total
 
 
 def _step(method: MethodConfig, task: Task, forget: float, retain: float) -> Work:
