@@ -108,8 +108,8 @@ def fit_memory(graph: Graph, d_model: int, positions: int, config: AttributionCo
     if layers < 1:
         raise CircuitError(
             f"One pair of {positions} tokens needs {_upwards(min(one, needs))} GB beyond the "
-            f"model's own passes, even by layers; memory_gb is {config.memory_gb}. Give more, or shorter "
-            "prompts."
+            f"model's own passes, even by layers; memory_gb is {config.memory_gb}. Give more, or "
+            "shorter prompts."
         )
     return Fit(1, needs, layers)
 
