@@ -816,8 +816,11 @@ def test_memory_stage_by_stage(tmp_path: Path, facts: LanguageModel):
 
 
 @pytest.mark.slow
-def test_tokens_of_a_step_are_those_that_pass_through_the_models(facts: LanguageModel):
-    """Those of four steps, the mean of their batches; forwards alone and with gradients."""
+def test_prompts_of_a_step_are_those_that_pass_through_the_models(
+    facts: LanguageModel, monkeypatch: pytest.MonkeyPatch
+):
+    """Of eight steps; forwards alone and with gradients."""
+    monkeypatch.setattr(seconds, "tokens_of", lambda _: 1.0)
     task = load_task("capitals", facts, 20)
     how = Mansu(survive=("nf4",), final_margin=None, quantization_margin=0, stop_at=None)
     mask = random_mask(facts, 0.001)
@@ -829,7 +832,7 @@ def test_tokens_of_a_step_are_those_that_pass_through_the_models(facts: Language
             own = torch.nn.Embedding.forward
 
             def forward(module: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-                passed[torch.is_grad_enabled()] += ids.numel()
+                passed[torch.is_grad_enabled()] += len(ids)
                 return own(module, ids)
 
             m.setattr(torch.nn.Embedding, "forward", forward)

@@ -104,7 +104,8 @@ def measure_speed(model: LanguageModel, task: Task, config: AttributionConfig) -
 
 def _scored(model: LanguageModel, task: Task, config: AttributionConfig) -> float:
     """Seconds of EAP a token and pass, by the batches after the first, which is slower."""
-    size = fit_memory(model.graph, model.d_model, _longest(task.forget), config).pairs
+    fits = fit_memory(model.graph, model.d_model, _longest(task.forget), config).pairs
+    size = min(fits, CHUNK)  # a plan must not take the memory that it plans
     pairs = task.forget.sample(2 * size, 0)
     ends = [(0, time.perf_counter())]
     attribute(
