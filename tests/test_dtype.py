@@ -215,7 +215,7 @@ def test_students_are_the_quantized_models(low: LanguageModel):
                 assert weight.dtype == LOW and torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.parametrize("survive", [("nf4",), SET[:3]])
+@pytest.mark.parametrize("survive", [("nf4",), pytest.param(SET[:3], marks=pytest.mark.slow)])
 def test_every_edit_survives_and_nothing_else_moves(
     survive: tuple[str, ...], low: LanguageModel, capitals: Task, tmp_path: Path
 ):
