@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -132,19 +132,18 @@ def _seconds(config: PlanConfig, sizes: LanguageModel) -> dict[str, float] | Non
     whose weights are not here, or would take a quarter of the memory to load."""
     folder = Path(config.model)
     here = is_embedded(config.model) or any(folder.glob("*.safetensors"))
-    has = machine_gb(sizes.device if sizes.device.type != "meta" else torch.device("cpu"))
+    has = machine_gb(torch.device("cpu"))
     if not here or (has and sizes.n_parameters * sizes.dtype.itemsize / 1e9 > has / 4):
         return None
     model = load_model(config.model, "cpu", config.dtype)
     run = default_config(config.model)
-    asked = {f.name: getattr(config.attribution, f.name) for f in fields(AttributionConfig)}
     run = replace(
         run,
         budget=config.budget,
-        circuit=replace(run.circuit, **asked),
-        unlearn=Mansu(**{**vars(run.unlearn), "survive": config.survive}),
+        circuit=replace(run.circuit, **vars(config.attribution)),
+        unlearn=replace(run.unlearn, survive=config.survive),
     )
-    use_threads(model, None)
+    use_threads(model)
     return stage_seconds(run, model, load_task(default_task(config.model), model, run.score_pairs))
 
 

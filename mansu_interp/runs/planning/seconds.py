@@ -22,7 +22,7 @@ from ...losses.gradients import local_gradient
 from ...masks.select import MASK_PAIRS
 from ...models.language_model import LanguageModel
 from ...quantizers.survival import quantize
-from ...tasks.pairs import PairSet, by_phrasing, collate
+from ...tasks.pairs import by_phrasing, collate
 from ...tasks.task import Task
 from ...unlearning.mansu import margins
 from ...unlearning.mansu.adversarial import STRIDE
@@ -104,7 +104,8 @@ def measure_speed(model: LanguageModel, task: Task, config: AttributionConfig) -
 
 def _scored(model: LanguageModel, task: Task, config: AttributionConfig) -> float:
     """Seconds of EAP a token and pass, by the batches after the first, which is slower."""
-    fits = fit_memory(model.graph, model.d_model, _longest(task.forget), config).pairs
+    longest = max(len(p.clean) for p in task.forget)
+    fits = fit_memory(model.graph, model.d_model, longest, config).pairs
     size = min(fits, CHUNK)  # a plan must not take the memory that it plans
     pairs = task.forget.sample(2 * size, 0)
     ends = [(0, time.perf_counter())]
@@ -117,10 +118,6 @@ def _scored(model: LanguageModel, task: Task, config: AttributionConfig) -> floa
     (first, began), (last, ended) = ends[-2:]
     tokens = sum(len(p.clean) for p in pairs) / len(pairs) * (last - first)
     return (ended - began) / (sum(passes(AttributionConfig(method="eap"), 0)) * tokens)
-
-
-def _longest(pairs: PairSet) -> int:
-    return max(len(p.clean) for p in pairs)
 
 
 def _fastest(pass_: Callable[[], torch.Tensor]) -> float:
@@ -166,8 +163,8 @@ def stage_work(config: RunConfig, task: Task, n_layers: int) -> dict[str, Work]:
     if "mask" in u.needs:
         found["mask"] = Work(both=MASK_PAIRS * (forget + (1 + len(task.retain_sets)) * retain))
     found["unlearn"] = _step(u, task, forget, retain) * u.steps + _margins(u, task, forget, retain)
-    found["evaluate"] = Work(2 * len(deployed(config)) * (tokens_of(scored) * len(scored) + texts))
-    found["evaluate"] += Work(2 * (tokens_of(scored) * len(scored) + texts))
+    precisions = 1 + len(deployed(config))
+    found["evaluate"] = Work(2 * precisions * (tokens_of(scored) * len(scored) + texts))
     if config.relearn_steps:
         how = RelearnConfig()
         marks = 3 * tokens_of(asked) * len(asked)  # before, after a quarter and after all steps
