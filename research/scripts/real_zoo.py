@@ -26,7 +26,7 @@ import torch
 import zoo_edits as edit
 import zoo_tricks as trick
 from condense_runs import TABLES
-from judge_zoo import TRAINED, Key, Row, auroc, interval, read_zoo, right, write_zoo
+from judge_zoo import SIGNS, TRAINED, Key, Row, auroc, interval, read_zoo, right, write_zoo
 from make_zoo import Bench, attacked, cuts, graphs, signs, trained
 
 from mansu_interp.audit.config import RelearnConfig
@@ -251,10 +251,9 @@ def show(table: Path) -> None:
         for r in rows
     ]
     print(f"\nRight: {right(numbers)}. AUROC (95 % over models):")
+    same = ("1 - CAD", "linearized relearning, half A", "facts found by some sign")
     for label, sign in {
-        "1 - CAD": lambda r: 1 - r["cad"],
-        "linearized relearning, half A": lambda r: max(r["sign_relearned"], r["sign_ranked_last"]),
-        "facts found by some sign": lambda r: r["sign_hidden"],
+        **{name: SIGNS[name] for name in same},
         "graph as edited, mass": lambda r: r["mass_edited"],
         "graph after training, either arm": lambda r: max(
             r[f"mass_{n}"] for n in TRAINED if f"mass_{n}" in r
