@@ -30,6 +30,8 @@ _ALL: list[Quantizer] = [
 ]
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in _ALL}
 """Every quantizer, by the name that settings and the command line use."""
+THROUGH = tuple(n for n, q in QUANTIZERS.items() if not q.promises and not q.rescales)
+"""Those that training can go through without a promise."""
 
 
 @entrance(ConfigError)
@@ -52,13 +54,11 @@ def fitted_quantizers(names: Sequence[str]) -> list[Quantizer]:
         ConfigError: unknown, one that an edit can be made to survive, or one that moves scales
             between layers.
     """
-    usable = [n for n, q in QUANTIZERS.items() if not q.promises and not q.rescales]
     if unknown := [name for name in names if name not in QUANTIZERS]:
         raise ConfigError(
-            f"Unknown quantizer {unknown[0]!r}; training can go through {', '.join(usable)}."
+            f"Unknown quantizer {unknown[0]!r}; training can go through {', '.join(THROUGH)}."
         )
-    found = [QUANTIZERS[name] for name in names]
-    for q in found:
+    for q in (QUANTIZERS[name] for name in names):
         if q.promises:
             raise ConfigError(
                 f"An edit can be made to survive {q.name}: name it under survive, where that is "
@@ -70,5 +70,4 @@ def fitted_quantizers(names: Sequence[str]) -> list[Quantizer]:
                 "weights are no longer those that are edited. Name it under quantizers to measure "
                 "it."
             )
-    places = {name: k for k, name in enumerate(QUANTIZERS)}
-    return sorted(found, key=lambda q: places[q.name])
+    return [q for name, q in QUANTIZERS.items() if name in names]

@@ -20,7 +20,7 @@ from rich.text import Text
 from ..errors import printable
 from ..evaluation.scores import ScoreRow
 from ..evaluation.versions import EDITED, ORIGINAL, QUANTIZER, ModelVersion
-from ..quantizers.registry import QUANTIZERS
+from ..quantizers.registry import QUANTIZERS, THROUGH
 from ..utils.files import Json, unused
 from ..utils.words import number_of, shortened
 from .records import Report
@@ -322,20 +322,17 @@ def _erase(report: Report, place: Place) -> _Made:
 
 def _survive(report: Report, place: Place) -> _Made:
     promised = [row.name for row in report.quantizers if row.promised]
-    others = [r for r in report.quantizers if not r.promised and (r.choice.gap or 0) > 0]
-    kinds = {r.name: QUANTIZERS[r.name] for r in others if r.name in QUANTIZERS}
-    exact = [name for name, kind in kinds.items() if kind.promises]
-    fitted = [name for name, kind in kinds.items() if not kind.promises and not kind.rescales]
-    through = [r.name for r in report.quantizers if r.trained_through]
+    through = [row.name for row in report.quantizers if row.trained_through]
+    known = [row for row in report.quantizers if row.name in QUANTIZERS]
+    others = [row.name for row in known if not row.promised and (row.choice.gap or 0) > 0]
     if not _is_mansu(report):
         reason = "A quantizer may undo edits of this method; those of mansu it cannot:"
-        survive = [n for r in report.quantizers if (n := r.name) in QUANTIZERS]
-        survive = [n for n in survive if QUANTIZERS[n].promises] or [QUANTIZER]
+        survive = [row.name for row in known if QUANTIZERS[row.name].promises] or [QUANTIZER]
         return "survive", reason, {**_without(report, "--method"), "--unlearn.survive": survive}
-    if exact:
+    if exact := [name for name in others if QUANTIZERS[name].promises]:
         reason = f"The edit was not made to survive {', '.join(exact)}; this is:"
         return "survive", reason, {"--unlearn.survive": [*promised, *exact]}
-    if new := [name for name in fitted if name not in through]:
+    if new := [name for name in others if name in THROUGH and name not in through]:
         reason = f"Training did not go through {', '.join(new)}; this does, and promises nothing:"
         return "survive", reason, {"--unlearn.train-through": [*through, *new]}
     reason = "Answers came back; this lowers them further in the quantized models:"

@@ -70,11 +70,11 @@ class Students(Sequence[LanguageModel]):
                 for q in self.quantizers
             ]
             for q in self.fitted:
-                layers = q.fit(model, calibration)
-                made = {
-                    n: q.round_trip(w := model.weights[n].cpu()).to(w) for n, q in layers.items()
-                }
-                self._shelf.append(_Shelved({n: w.to(model.device) for n, w in made.items()}))
+                made = {}
+                for name, layer in q.fit(model, calibration).items():
+                    weight = model.weights[name]
+                    made[name] = layer.round_trip(weight.cpu()).to(weight)
+                self._shelf.append(_Shelved(made))
             touched = {n for x in self._shelf for n in x.packed}
             self._quantized = model.copy(sharing=set(model.weights) - touched)
             self._own = {n: self._quantized.weights[n] for n in touched}
