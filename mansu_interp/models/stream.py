@@ -8,6 +8,7 @@ still add up exactly.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -333,12 +334,18 @@ class Stream:
         return out
 
     def norm(self, layer: int, mlp: bool) -> Callable[[Tensor], Tensor]:
-        """The norm in front of a layer's attention or MLP."""
+        """The norm in front of a layer's attention or MLP, of float32."""
         block = self.blocks[layer]
         after = hasattr(block, "ln1_post") and not hasattr(block, "ln1")  # OLMo 2
         first = None if after else block.ln1
         norm = getattr(block, "ln2", None if after else first) if mlp else first
-        return (lambda x: x) if norm is None else getattr(norm, "original_component", norm)
+        if norm is None:
+            return lambda x: x
+        norm = getattr(norm, "original_component", norm)
+        # PyTorch's own takes inputs of its weights' dtype alone.
+        own = norm.weight if isinstance(norm, nn.LayerNorm) else None
+        half = own is not None and own.dtype in (torch.bfloat16, torch.float16)
+        return copy.deepcopy(norm).float() if half else norm
 
     def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """What attention adds whatever its heads do; it belongs to no head."""
