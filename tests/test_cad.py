@@ -6,6 +6,7 @@ import json
 import math
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,6 @@ from mansu_interp.audit.relearning import (
     scored_halves,
 )
 from mansu_interp.audit.suite import AttackResults, Suite, attack_suite
-from mansu_interp.audit.transfer import answer_advantage, gradient_transfer, model_advantage
 from mansu_interp.audit.verdict import (
     SIGNS,
     Evidence,
@@ -75,6 +75,7 @@ from mansu_interp.bench.workers import engine
 from mansu_interp.cli.commands import attack_lines
 from mansu_interp.errors import ArtifactError, ConfigError, ModelError, TaskError
 from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.losses.advantage import answer_advantage, gradient_transfer, model_advantage
 from mansu_interp.losses.answers import nll
 from mansu_interp.losses.counterfactual import CounterfactualTargets
 from mansu_interp.masks.components import subject_tokens
@@ -360,6 +361,25 @@ def test_an_original_that_never_knew_is_refused_before_any_work(
 
 
 @pytest.mark.slow
+def test_an_original_that_is_loaded_for_it_is_let_go(facts: LanguageModel, capitals: Task):
+    edited, made, held = facts.copy(), list[weakref.ref[LanguageModel]](), dict[str, bool]()
+    edited.weights[edited.linear_names[9]].mul_(0.5)
+
+    def load() -> LanguageModel:
+        original = facts.copy()
+        made.append(weakref.ref(original))
+        return original
+
+    def note(stage: str, *_: int) -> None:
+        held[stage] = made[0]() is not None
+
+    found = judge_erasure(load, edited, capitals, on_step=note)
+    assert len(made) == 1
+    assert held["asking the models"] and not held["probing states"]
+    assert found == judge_erasure(facts, edited, capitals)
+
+
+@pytest.mark.slow
 def test_copies_are_unchanged_and_reference_models_erased(facts: LanguageModel, capitals: Task):
     same = judge_erasure(facts, facts.copy(), capitals)
     assert (same.verdict, same.cad, same.confidence) == ("unchanged", 0.0, 1.0)
@@ -557,12 +577,14 @@ def test_the_steps_teach_half_a(sixty: tuple[PairSet, PairSet]):
     never = load_model("facts-capitals-reference-1")
     before = {name: w.clone() for name, w in never.weights.items()}
     few = sixty[0].sample(24, 0)
-    found = linearized_relearning(never, few, few)
+    found, moved = linearized_relearning(never, few, few)
     assert found.half_a.shape[1] == 24 and torch.equal(found.half_a, found.half_b)
     shares = found.half_a.float().mean(1)
     assert shares[-1] >= module.LEARNT and (shares[:-1] < module.LEARNT).all()  # and then it ends
-    assert torch.equal(ranked(found.model, few)[0], found.half_a[-1])
-    assert torch.equal(linearized_relearning(never, few, few, steps=1).half_a[0], found.half_a[0])
+    assert torch.equal(ranked(moved, few)[0], found.half_a[-1])
+    assert torch.equal(
+        linearized_relearning(never, few, few, steps=1)[0].half_a[0], found.half_a[0]
+    )
     assert all(torch.equal(before[name], w) for name, w in never.weights.items())
 
 
@@ -610,9 +632,9 @@ def test_a_step_is_as_long_as_serves_half_a(
 
 
 def test_it_tells_hidden_from_gone(facts: LanguageModel, sixty: tuple[PairSet, PairSet]):
-    known = linearized_relearning(facts, *sixty).half_b.float().mean(1)
+    known = linearized_relearning(facts, *sixty)[0].half_b.float().mean(1)
     assert known.min() > 0.95
-    never = linearized_relearning(load_model("facts-capitals-reference-1"), *sixty)
+    never, _ = linearized_relearning(load_model("facts-capitals-reference-1"), *sixty)
     assert never.half_b.float().mean(1).max() < 0.4
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import make_pairs, make_tiny
 
-from mansu_interp.audit.transfer import gradient_transfer
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import CircuitError
+from mansu_interp.losses.advantage import gradient_transfer
 from mansu_interp.losses.answers import answer_gradient
 from mansu_interp.losses.fisher import fisher_diagonal
 from mansu_interp.losses.gradients import gradient

@@ -15,13 +15,13 @@ from conftest import VOCAB, make_pairs
 
 from mansu_interp.audit.linearized import moved_names, tangent_kernel
 from mansu_interp.audit.probes import last_logits, stitches
-from mansu_interp.audit.transfer import answer_advantage
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import CircuitError, ModelError
 from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.losses.advantage import answer_advantage
 from mansu_interp.models import language_model
 from mansu_interp.models.graph import Architecture
 from mansu_interp.models.hook_points import Recorder

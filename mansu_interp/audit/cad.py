@@ -38,34 +38,19 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from ..errors import ModelError
-from ..losses.accuracy import accuracy
+from ..losses.advantage import gradient_transfer
 from ..models.language_model import LanguageModel
-from ..tasks.pairs import Pair, PairSet
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import entrance
 from ..utils.words import Shown
-from .known import Asked, FactRanks, known_forget
-from .linearized import LEARNT, LinearizedRelearning, few_prompts, linearized_relearning
-from .probes import (
-    CHUNK,
-    answer_scores,
-    check_alike,
-    model_divergence,
-    probe_scores,
-    ranked,
-    ranked_only,
-    stages,
-    stitches,
-)
-from .relearning import halves, of_subjects, rivals_within
-from .transfer import gradient_transfer
+from .evidence import STEP_PROMPTS, Quantized, compare, search
+from .known import known_forget
+from .probes import check_alike
 from .verdict import (
     EDITED,
     ERASED,
     INTACT,
-    ORIGINAL,
-    QUANTIZED,
     SUPPRESSED,
     Found,
     decide,
@@ -76,15 +61,6 @@ from .verdict import (
     settle,
     tell,
 )
-
-PROBE_PROMPTS, STEP_PROMPTS, ASKED_PROMPTS = 400, 96, 180
-"""Prompts of each half that are probed, and asked for facts; of half A that linearized relearning
-is given; of half B that are asked after each of its steps, and stitched."""
-RETAIN_PROMPTS, LOOKED_AT = 192, 24
-"""Retained prompts that linearized relearning is given, and prompts of each retained relation that
-are asked for damage."""
-
-Quantized = LanguageModel | Callable[[], LanguageModel] | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,7 +88,8 @@ class CAD(Shown):
     probed: dict[str, list[float]]
     """Share of half B's answers that a probe finds: in the embedding, then after each block."""
     by_weight: dict[str, float]
-    """Share of each weight in the gradient transfer between the halves (see `transfer`)."""
+    """Share of each weight in the gradient transfer between the halves (see
+    `losses.advantage`)."""
     subject: list[float] = field(default_factory=list)
     """What a probe of the edited model's states at the subject's last token finds."""
     outright: dict[str, float] = field(default_factory=dict)
@@ -195,117 +172,9 @@ class CAD(Shown):
         return out + [f"  {name}  {share:+.3f}" for name, share in top]
 
 
-def _relearn(
-    found: dict[str, FactRanks],
-    edited: LanguageModel,
-    given: dict[str, PairSet],
-    asked: Asked,
-    some_b: PairSet,
-    note: Callable[[str, int, int], None],
-) -> tuple[LinearizedRelearning, float]:
-    """Step 4, into ``found``: half A's steps, and how much of both arms is learnt."""
-    steps, trained = None, 1.0
-    for name, pairs in given.items():
-        note(f"relearning, linearized, {pairs.name}", 0, 0)
-        if name == "retained" and float(ranked(edited, pairs)[0].float().mean()) >= LEARNT:
-            found[name] = found["predicted"]
-            continue
-        arm = linearized_relearning(
-            edited,
-            pairs,
-            some_b,
-            on_step=lambda done, total: note("relearning, linearized", done, total),
-        )
-        found[name] = asked.ranks(answer_scores(arm.model, asked.pairs, asked.tokens)[0])
-        trained = min(trained, float(arm.half_a[-1].float().mean()))
-        steps = steps or arm
-    assert steps is not None
-    return steps, trained
-
-
-def _split(task: Task, seed: int) -> tuple[PairSet, PairSet, PairSet]:
-    """Step 1 for a task whose facts are known: prompts of half A, of half B, and retained ones."""
-    first, second = halves(task.forget, seed)
-    half_a, half_b = (
-        few_prompts(rivals_within(of_subjects(task.forget, h)), PROBE_PROMPTS, seed)
-        for h in (first, second)
-    )
-    about = tuple(p for p in task.retain if p.subject in second) or task.retain.pairs
-    return half_a, half_b, PairSet("retained facts", about)
-
-
-def look(
-    original: LanguageModel,
-    edited: LanguageModel,
-    task: Task,
-    seed: int,
-    quantized: Quantized = None,
-    note: Callable[[str, int, int], None] = lambda *_: None,
-) -> Found:
-    """Steps 2 to 5: what is found of half B.
-
-    Arguments:
-        original: the model before the edit.
-        edited: the model after it.
-        task: without facts that the original does not know.
-        seed: of the split and of the samples.
-        quantized: see `judge_erasure`.
-        note: called with (stage, done, total).
-    """
-    half_a, half_b, retain = _split(task, seed)
-    asked = Asked([p for part in half_b.parts(CHUNK) for p in part])
-    note("asking the models", 0, 0)
-    models = {ORIGINAL: original, EDITED: edited}
-    scores = {n: answer_scores(m, asked.pairs, asked.tokens) for n, m in models.items()}
-    if quantized is not None:
-        made = quantized if isinstance(quantized, LanguageModel) else quantized()
-        scores[QUANTIZED] = answer_scores(made, asked.pairs, asked.tokens)
-        del made, quantized
-    ranks = {name: asked.ranks(found) for name, (found, _) in scores.items()}
-    note("probing states", 0, 0)
-    cuts = len(stages(edited))
-    read = probe_scores(edited, half_a, asked.pairs, asked.tokens, subject=True)
-    probes = [asked.ranks(found) for found in read]
-    shares = [float(found.first.mean()) for found in probes]
-    best = max(range(cuts), key=lambda k: shares[k])
-    best_subject = max(range(cuts, 2 * cuts), key=lambda k: shares[k])
-    signs = {
-        "predicted": ranks[EDITED],
-        "probed": probes[best],
-        "subject": probes[best_subject],
-    }
-    some_b = half_b.sample(ASKED_PROMPTS, seed)
-    retained = ranked_only(original, few_prompts(retain, RETAIN_PROMPTS, seed))
-    given = {"relearned": half_a.sample(STEP_PROMPTS, seed), "retained": retained}
-    steps, trained = _relearn(signs, edited, given, asked, some_b, note)
-    return Found(
-        half_a=half_a,
-        half_b=half_b,
-        asked=asked,
-        first={name: found.first for name, found in ranks.items()},
-        outright={name: asked.by_fact(right) for name, (_, right) in scores.items()},
-        signs=signs,
-        probed=shares[:cuts],
-        subject=shares[cuts:],
-        steps=steps,
-        trained=trained,
-        stitched=stitches(edited, original, some_b, since=-1)[0],
-        divergence=model_divergence(original, edited, some_b.sample(STEP_PROMPTS, seed)),
-    )
-
-
-def _retained(original: LanguageModel, edited: LanguageModel, task: Task) -> dict[str, list[float]]:
-    """`CAD.retained`."""
-    by_relation: dict[str, list[Pair]] = {}
-    for pair in task.retain:
-        by_relation.setdefault(pair.relation, []).append(pair)
-    some = {r: PairSet(r, tuple(p)).sample(LOOKED_AT, 0) for r, p in by_relation.items()}
-    return {r: [accuracy(m, pairs).top1 for m in (original, edited)] for r, pairs in some.items()}
-
-
 @entrance(ModelError)
 def judge_erasure(
-    original: LanguageModel,
+    original: LanguageModel | Callable[[], LanguageModel],
     edited: LanguageModel,
     task: Task,
     *,
@@ -319,7 +188,8 @@ def judge_erasure(
     stay independent evidence.
 
     Arguments:
-        original: the model before the edit.
+        original: the model before the edit; or what loads it, and then it is not held while the
+            edited model is probed and relearned.
         edited: the model after it; it is not changed.
         task: its forget facts are split in two by subject.
         quantized: the edited model's quantized form, for ``recovered``; or what makes it, which
@@ -334,26 +204,25 @@ def judge_erasure(
         ModelError: the checkpoints cannot be compared.
         TaskError: fewer than two forget subjects, or the original does not know the facts.
     """
-    original.check_editable()
+    before = original if isinstance(original, LanguageModel) else original()
+    before.check_editable()
     edited.check_editable()
-    check_alike(original, edited)
-    task, _ = known_forget(original, task)
+    check_alike(before, edited)
+    task, _ = known_forget(before, task)
     note = on_step or (lambda *_: None)
-    found = look(original, edited, task, seed, quantized, note)
+    compared = compare(before, edited, task, seed, quantized, note)
+    del before, original
+    found = search(edited, compared, note)
     note("confidence of the verdict", 0, 0)
-    return conclude(found, original, edited, task, seed)
+    return conclude(found, edited, seed)
 
 
-def conclude(
-    found: Found, original: LanguageModel, edited: LanguageModel, task: Task, seed: int
-) -> CAD:
+def conclude(found: Found, edited: LanguageModel, seed: int) -> CAD:
     """Steps 6 to 9, from what was found.
 
     Arguments:
-        found: by `look`, of the same models, task and seed.
-        original: the model before the edit.
-        edited: the model after it.
-        task: without facts that the original does not know.
+        found: by `look`, of the same model and seed.
+        edited: the model after the edit.
         seed: of the split and of the resamplings.
     """
     evidence = found.evidence(torch.arange(len(found.asked.facts)))
@@ -361,13 +230,12 @@ def conclude(
     again = resampled(found, seed)
     agree = sum(other == word for other, _ in again) / len(again)
     word, reason, confidence = settle(word, reason, agree)
-    cad = number(word, evidence)
-    facts, retained = found.states(), _retained(original, edited, task)
+    cad, facts = number(word, evidence), found.states()
     some_a, some_b = (half.sample(STEP_PROMPTS, seed) for half in (found.half_a, found.half_b))
     steps = found.steps
     return CAD(
         verdict=word,
-        sentence=tell(reason, facts, retained),
+        sentence=tell(reason, facts, found.retained),
         confidence=confidence,
         cad=cad,
         most_telling=most_telling(evidence),
@@ -386,5 +254,5 @@ def conclude(
         outright={name: float(v.mean()) for name, v in found.outright.items()},
         after_retained=evidence.retained,
         facts=facts,
-        retained=retained,
+        retained=found.retained,
     )

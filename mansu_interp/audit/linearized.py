@@ -1,9 +1,9 @@
 """Linearized relearning: what a few closed-form steps on half A bring back of half B.
 
 Fine-tuning on half A moves half B through the model's tangent kernel. With a_A the advantages of
-half A's answers (log p(answer among the half's answers) + log n, nats; see `transfer`), J_A their
-Jacobian by the weights of the linear layers and of an untied embedding (`moved_names`) and
-K = J_A J_A^T, one damped Gauss-Newton step
+half A's answers (log p(answer among the half's answers) + log n, nats; see `losses.advantage`),
+J_A their Jacobian by the weights of the linear layers and of an untied embedding (`moved_names`)
+and K = J_A J_A^T, one damped Gauss-Newton step
 
     delta = J_A^T (K + damping mean(diag K))^-1 (log n - a_A)
 
@@ -34,12 +34,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from ..losses.advantage import answer_advantage, model_advantage
 from ..losses.gradients import gradient, passes
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, collate
 from .probes import CHUNK, Call, calls, last_logits, ranked, resumed, stages
-from .transfer import answer_advantage, model_advantage
 
 DAMPING = 0.1
 """Of the kernel, as a share of its mean diagonal."""
@@ -67,8 +67,6 @@ class LinearizedRelearning:
     """Of the others, first."""
     ranked_last: Bool[Tensor, "steps asked"]
     """Of the others, last."""
-    model: LanguageModel
-    """The copy after the last step."""
 
 
 def few_prompts(pairs: PairSet, n: int, seed: int) -> PairSet:
@@ -277,7 +275,7 @@ def linearized_relearning(
     damping: float = DAMPING,
     steps: int = STEPS,
     on_step: Callable[[int, int], None] | None = None,
-) -> LinearizedRelearning:
+) -> tuple[LinearizedRelearning, LanguageModel]:
     """What closed-form steps on half A bring back of half B (see the module).
 
     Arguments:
@@ -288,8 +286,12 @@ def linearized_relearning(
         damping: of the kernel, as a share of its mean diagonal.
         steps: the most that are taken, at least one; fewer where half A is learnt before.
         on_step: called with (steps done, steps in all).
+
+    Returns:
+        What was found, and the copy after the last step.
     """
-    moved = model.trainable_copy()
+    moving = set(moved_names(model))
+    moved = model.trainable_copy(sharing=[n for n in model.weights if n not in moving])
     first_a, first_b, last_b = [], [], []
     for done in range(1, steps + 1):
         gauss_newton_step(moved, half_a, damping)
@@ -301,6 +303,5 @@ def linearized_relearning(
             on_step(done, steps)
         if first_a[-1].float().mean() >= LEARNT:
             break
-    return LinearizedRelearning(
-        torch.stack(first_a), torch.stack(first_b), torch.stack(last_b), moved
-    )
+    found = LinearizedRelearning(torch.stack(first_a), torch.stack(first_b), torch.stack(last_b))
+    return found, moved

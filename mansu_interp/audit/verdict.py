@@ -267,6 +267,8 @@ class Found:
     """Share of what was relearned that is learnt; the lesser of both arms."""
     stitched: float
     divergence: float
+    retained: dict[str, list[float]]
+    """As in `audit.cad.CAD`."""
 
     def evidence(self, rows: Int[Tensor, " n"]) -> Evidence:
         """The evidence on some facts of half B."""

@@ -320,10 +320,10 @@ def do_cad(config: CadConfig, output: Output) -> int:
         from ..quantizers.survival import quantize
         from ..tasks.load import load_task
 
-        original = load_model(config.original, config.device)
-        use_threads(original)
-        edited = load_model(config.edited, original.device)
-        task = load_task(config.task or default_task(config.original), original)
+        edited = load_model(config.edited, config.device)
+        use_threads(edited)
+        original = partial(load_model, config.original, edited.device)  # held while it is needed
+        task = load_task(config.task or default_task(config.original), edited)
         made = None if config.quantizer == "none" else partial(quantize, edited, config.quantizer)
         found = judge_erasure(
             original, edited, task, quantized=made, seed=config.seed, on_step=progress

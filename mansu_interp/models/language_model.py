@@ -217,10 +217,13 @@ class LanguageModel(Shown):
             hf = copy.deepcopy(self.hf, memo)
         return replace(self, hf=hf)
 
-    def trainable_copy(self) -> LanguageModel:
-        """A copy in float32: in bfloat16 the steps of an optimiser would be rounded away."""
+    def trainable_copy(self, sharing: Collection[str] = ()) -> LanguageModel:
+        """A copy in float32: in bfloat16 the steps of an optimiser would be rounded away. Of a
+        model in float32 the weights in ``sharing``, which stay, are not copied."""
+        if self.dtype == torch.float32:
+            return self.copy(sharing)
         copied = self.copy()
-        return copied if self.dtype == torch.float32 else replace(copied, hf=copied.hf.float())
+        return replace(copied, hf=copied.hf.float())
 
     def check_finite(self) -> None:
         """Raise ModelError over a weight that holds NaN or infinity.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -26,8 +26,9 @@ import zoo_tricks as trick
 from judge_zoo import TRAINED, Key, Row, read_zoo, write_zoo
 
 from mansu_interp.audit.attacks import ARMS, Given
-from mansu_interp.audit.cad import ASKED_PROMPTS, conclude, look
+from mansu_interp.audit.cad import conclude
 from mansu_interp.audit.config import RelearnConfig
+from mansu_interp.audit.evidence import ASKED_PROMPTS, look
 from mansu_interp.audit.known import known_forget
 from mansu_interp.audit.probes import depth_score, patched_log_probs, stitches
 from mansu_interp.audit.relearning import (
@@ -38,14 +39,13 @@ from mansu_interp.audit.relearning import (
     scored_halves,
 )
 from mansu_interp.audit.suite import attack_suite
-from mansu_interp.audit.transfer import gradient_transfer
-from mansu_interp.audit.verdict import Found
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.compare import divergence
 from mansu_interp.circuits.scores import Attribution
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.losses.advantage import gradient_transfer
 from mansu_interp.losses.answers import nll
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -267,17 +267,22 @@ def trained(
     return out
 
 
-def signs(bench: Bench, edited: LanguageModel) -> tuple[Row, Found]:
-    """What can be seen without an attack on this split: the verdict and its signs."""
-    found = look(bench.model, edited, bench.known, SPLIT, lambda: quantize(edited))
-    judged = conclude(found, bench.model, edited, bench.known, SPLIT)
+def signs(
+    bench: Bench, edited: LanguageModel, seen: Callable[[LanguageModel], None] = lambda _: None
+) -> Row:
+    """What can be seen without an attack on this split: the verdict and its signs. ``seen`` is
+    called with the copy that was relearned in closed form."""
+    found = look(
+        bench.model, edited, bench.known, SPLIT, lambda: quantize(edited), on_relearned=seen
+    )
+    judged = conclude(found, edited, SPLIT)
     shares = asdict(found.evidence(torch.arange(len(found.asked.facts))))
     row: Row = {f"sign_{name}": value for name, value in shares.items()}
     row |= {"verdict": judged.verdict, "cad": judged.cad, "confidence": judged.confidence}
     row |= {f"facts_{state}": n for state, n in judged.counts.items()}
     row["retain"] = min(after for _, after in judged.retained.values())
     row["logp"] = float(bench.logp(edited).mean())
-    return row, found
+    return row
 
 
 def cuts(bench: Bench, edited: LanguageModel) -> Row:
@@ -299,13 +304,14 @@ def graphs(bench: Bench, models: Mapping[str, LanguageModel]) -> Row:
 
 def evidence(bench: Bench, edited: LanguageModel, own: str) -> Row:
     """The verdict's signs and its rivals."""
-    row, found = signs(bench, edited)
+    closed: Row = {}
+    row = signs(bench, edited, lambda model: closed.update(graphs(bench, {"closed": model})))
     flow = gradient_transfer(edited, *bench.both)
     row |= {**cuts(bench, edited), "margin": flow.advantage, "transfer": flow.transfer}
     other = 1 if own == "reference: 0" else 0
     row["depth"] = depth_score(bench.logp(bench.model), bench.lacks[other], bench.log_probs(edited))
-    closed = {"closed": found.steps.model}
-    return row | graphs(bench, {"edited": edited, **closed, **trained(edited, bench.task)})
+    row |= graphs(bench, {"edited": edited}) | closed
+    return row | graphs(bench, trained(edited, bench.task))
 
 
 def whole_suite(tasks: list[str], count: int, only: str) -> None:

@@ -139,7 +139,7 @@ def teach(base: LanguageModel, sets: list[PairSet], seed: int) -> LanguageModel:
 
 def evidence(bench: Bench, edited: LanguageModel, reference: bool) -> Row:
     """The verdict and its signs, and the graphs as edited and after training."""
-    row, _ = signs(bench, edited)
+    row = signs(bench, edited)
     if reference:
         row |= cuts(bench, edited)
     relearned = trained(edited, bench.task, ("half-a",), GRAPH_STEPS, BATCH)

@@ -19,17 +19,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..losses.answers import above_rivals
-from ..losses.gradients import gradient, passes
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, PairSet, answer_tokens, collate
 from ..utils.distributed import sum_number
-from .probes import CHUNK
+from .answers import above_rivals
+from .gradients import by_layer, gradient, passes
+
+CHUNK = 48
+"""Prompts per forward pass."""
 
 
 def answer_advantage(
@@ -75,22 +78,33 @@ def gradient_transfer(model: LanguageModel, half_a: PairSet, half_b: PairSet) ->
         half_a: prompts of the half that would be relearned.
         half_b: prompts of the other half.
     """
-    names, advantage = list(model.weights), 0.0
+    among = [answer_tokens(half, model.device) for half in (half_a, half_b)]
+    parts = [passes(half, CHUNK, model.d_model) for half in (half_a, half_b)]
+    advantage = 0.0
 
-    def of(pairs: PairSet) -> list[Tensor]:
-        among = answer_tokens(pairs, model.device)
+    def mean(k: int, part: list[Pair]) -> Tensor:
+        """What some pairs of a half add to its mean advantage."""
+        nonlocal advantage
+        value = model_advantage(model, part, among[k]).sum() / sum(map(len, parts[k]))
+        advantage += value.item() / 2
+        return value
 
-        def mean(part: list[Pair]) -> Tensor:
-            nonlocal advantage
-            value = model_advantage(model, part, among).sum() / len(pairs)
-            advantage += value.item() / 2
-            return value
-
-        parts = passes(pairs, CHUNK, model.d_model)
-        return gradient(model, names, [lambda p=p: mean(p) for p in parts])
-
-    a, b = of(half_a), of(half_b)
-    advantage = sum_number(advantage)
-    size = math.sqrt(sum(float((g * g).sum()) for g in a) * sum(float((g * g).sum()) for g in b))
-    shares = [float((x * y).sum()) / max(size, 1e-30) for x, y in zip(a, b, strict=True)]
-    return Transfer(sum(shares), dict(zip(names, shares, strict=True)), advantage)
+    products: dict[str, float] = {}
+    squares = [0.0, 0.0]
+    layers = list(by_layer(list(model.weights)).values())
+    half = len(layers) // 2
+    # One half of the layers after the other, so that one copy of the weights is held, not two.
+    for some in (layers[:half], layers[half:]):
+        names, advantage = [n for layer in some for n in layer], 0.0
+        a, b = (
+            gradient(model, names, [partial(mean, k, part) for part in parts[k]]) for k in (0, 1)
+        )
+        for name, x, y in zip(names, a, b, strict=True):
+            products[name] = float((x * y).sum())
+            squares = [
+                total + float((g * g).sum()) for total, g in zip(squares, (x, y), strict=True)
+            ]
+        del a, b, x, y
+    size = max(math.sqrt(squares[0] * squares[1]), 1e-30)
+    shares = {name: products[name] / size for name in model.weights}
+    return Transfer(sum(shares.values()), shares, sum_number(advantage))
