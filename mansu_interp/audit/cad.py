@@ -208,8 +208,9 @@ def judge_erasure(
     before.check_editable()
     edited.check_editable()
     check_alike(before, edited)
-    task, _ = known_forget(before, task)
     note = on_step or (lambda *_: None)
+    note("what the original knows", 0, 0)
+    task, _ = known_forget(before, task)
     compared = compare(before, edited, task, seed, quantized, note)
     del before, original
     found = search(edited, compared, note)
