@@ -759,13 +759,15 @@ def test_options_of_the_leak_test_go_with_it(
     assert message in capsys.readouterr().err
 
 
-def test_an_interrupted_evaluation_says_that_nothing_is_kept(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["evaluate facts --leaks", "cad facts facts", "plan"])
+def test_an_interrupted_command_says_that_nothing_is_kept(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mansu_interp.models.load.load_model", stop)
-    assert main(["evaluate", "facts", "--leaks", "--quiet"]) == 130
+    monkeypatch.setattr("mansu_interp.runs.planning.cost.plan_lines", stop)
+    assert main([*command.split(), "--quiet"]) == 130
     said = capsys.readouterr().err
     assert "nothing is kept, and the same command begins anew" in said and "continue" not in said

@@ -20,7 +20,7 @@ from ..runs.config import PlanConfig, RunConfig
 from ..runs.defaults import default_config, default_task
 from ..tasks.data.benchmarks import TaskConfig
 from ..utils.words import number_of
-from .console import Output, say, say_json
+from .console import Output, keeps_nothing, say, say_json
 from .progress import Progress, duration, stages
 from .settings import (
     ApplyConfig,
@@ -127,6 +127,7 @@ def do_bench(config: BenchConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_plan(config: PlanConfig, output: Output) -> int:
     """Say what scoring a model's edges takes."""
     from ..runs.planning.cost import plan_lines
@@ -312,6 +313,7 @@ def attack_lines(found: Mapping[str, AttackResults]) -> list[str]:
     return out
 
 
+@keeps_nothing
 def do_cad(config: CadConfig, output: Output) -> int:
     """Judge an edited checkpoint."""
     with stages(LOADING, output.quiet) as progress:
