@@ -351,6 +351,21 @@ def test_the_interval_of_cad_is_that_of_resampled_facts():
     assert interval(0.1, [0.5, 0.9]) == [0.1, pytest.approx(0.89)]
 
 
+@pytest.mark.parametrize(("outright", "said"), [(0.75, "predicts fewer"), (0.1, "hardly predicts")])
+def test_how_little_is_predicted_is_told(outright: float, said: str):
+    word, reason = decide(replace(GONE, **{**WHOLE, "outright": outright}))
+    assert word == "suppressed" and said in reason
+
+
+def test_what_is_no_model_is_told(facts: LanguageModel, capitals: Task):
+    """A model of another library can be called, too."""
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        judge_erasure(facts.hf, facts, capitals)  # type: ignore[arg-type]
+    for made in ("facts", None):
+        with pytest.raises(ModelError, match=r"original\(\) returns: got .*LanguageModel"):
+            judge_erasure(lambda made=made: made, facts, capitals)  # type: ignore[arg-type]
+
+
 def test_an_original_that_never_knew_is_refused_before_any_work(
     facts: LanguageModel, capitals: Task
 ):

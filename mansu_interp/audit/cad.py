@@ -44,7 +44,7 @@ from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import entrance
 from ..utils.words import Shown
-from .evidence import STEP_PROMPTS, Quantized, compare, search
+from .evidence import STEP_PROMPTS, Quantized, compare, made_model, search
 from .known import known_forget
 from .probes import check_alike
 from .verdict import (
@@ -204,7 +204,7 @@ def judge_erasure(
         ModelError: the checkpoints cannot be compared.
         TaskError: fewer than two forget subjects, or the original does not know the facts.
     """
-    before = original if isinstance(original, LanguageModel) else original()
+    before = made_model(original, "original")
     before.check_editable()
     edited.check_editable()
     check_alike(before, edited)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import ModelError
 from ..losses.accuracy import accuracy
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, PairSet
 from ..tasks.task import Task
+from ..utils.ranges import expect_kind
 from .known import Asked, FactRanks
 from .linearized import LEARNT, LinearizedRelearning, few_prompts, linearized_relearning
 from .probes import (
@@ -35,8 +37,23 @@ RETAIN_PROMPTS, LOOKED_AT = 192, 24
 """Retained prompts that linearized relearning is given, and prompts of each retained relation that
 are asked for damage."""
 
+GIVEN = {"relearned": "half A", "retained": "retained facts"}
+"""Signs by closed-form steps -> what is relearned."""
+
 Quantized = LanguageModel | Callable[[], LanguageModel] | None
 """The edited model's quantized form, or what makes it."""
+
+
+def made_model(given: LanguageModel | Callable[[], LanguageModel], argument: str) -> LanguageModel:
+    """A model, or what a function makes, which must be one.
+
+    Raises:
+        ModelError: it makes something else.
+    """
+    found: object = given if isinstance(given, LanguageModel) else given()
+    expect_kind(ModelError, f"what {argument}() returns", found, LanguageModel)
+    assert isinstance(found, LanguageModel)
+    return found
 
 
 def _relearn(
@@ -52,7 +69,8 @@ def _relearn(
     called with the copy that half A was relearned on, which is not held on to."""
     steps, trained = None, 1.0
     for name, pairs in given.items():
-        note(f"relearning, linearized, {pairs.name}", 0, 0)
+        stage = f"relearning {GIVEN[name]} in closed form"
+        note(stage, 0, 0)
         if name == "retained" and float(ranked(edited, pairs)[0].float().mean()) >= LEARNT:
             found[name] = found["predicted"]
             continue
@@ -60,7 +78,7 @@ def _relearn(
             edited,
             pairs,
             some_b,
-            on_step=lambda done, total: note("relearning, linearized", done, total),
+            on_step=lambda done, _, stage=stage: note(stage, done, 0),
         )
         found[name] = asked.ranks(answer_scores(moved, asked.pairs, asked.tokens)[0])
         trained = min(trained, float(arm.half_a[-1].float().mean()))
@@ -117,7 +135,7 @@ def compare(
     models = {ORIGINAL: original, EDITED: edited}
     scores = {n: answer_scores(m, asked.pairs, asked.tokens) for n, m in models.items()}
     if quantized is not None:
-        made = quantized if isinstance(quantized, LanguageModel) else quantized()
+        made = made_model(quantized, "quantized")
         scores[QUANTIZED] = answer_scores(made, asked.pairs, asked.tokens)
         del made, quantized
     some_b = half_b.sample(ASKED_PROMPTS, seed)

@@ -58,6 +58,15 @@ def stages(model: LanguageModel) -> list[torch.nn.Module]:
     return [*blocks[0], norms[0]]
 
 
+def _shape(model: LanguageModel) -> str:
+    """A model's architecture in words."""
+    shape = model.architecture
+    return (
+        f"a {type(model.hf).__name__} of {shape.n_layers} layers, {shape.n_heads} heads and width "
+        f"{model.d_model}"
+    )
+
+
 def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
     """Raise ModelError unless two checkpoints can be compared state by state.
 
@@ -67,8 +76,8 @@ def check_alike(original: LanguageModel, edited: LanguageModel) -> None:
     """
     if original.architecture != edited.architecture or original.d_model != edited.d_model:
         raise ModelError(
-            f"{edited.name} is {edited.architecture} of width {edited.d_model}; {original.name} is "
-            f"{original.architecture} of width {original.d_model}. Compare two of one model."
+            f"{edited.name} is {_shape(edited)}; {original.name} is {_shape(original)}. Compare "
+            "two of one model."
         )
     sizes = [len(output_embeddings(m.hf).get_parameter("weight")) for m in (original, edited)]
     if sizes[0] != sizes[1]:

@@ -197,10 +197,9 @@ def decide(found: Evidence) -> tuple[str, str]:
         return "recovered", "quantization brings answers back."
     if found.predicted >= UNCHANGED * found.original:
         if found.outright < UNCHANGED * found.original_outright:
-            return (
-                "suppressed",
-                "it hardly predicts the answers any more, but still ranks them first of four.",
-            )
+            few = found.outright < 0.5 * found.original_outright
+            how = "hardly predicts the answers any more" if few else "predicts fewer of the answers"
+            return "suppressed", f"it {how}, but still ranks them first of four."
         if found.stitched < UNDERSTOOD:
             return "relocated", "it answers as before, but from states unknown to the original."
         return "unchanged", "it answers about as well as before."

@@ -212,7 +212,10 @@ def _made(value: object, hint: object) -> object:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         makers = sorted(n for n in map(_name, args) if n in MADE)  # a HookedModel, if it may be
-        return value if _fits(value, hint) or not makers else _make(value, makers[0])
+        # A model of another kind can be called, and is none the less no function that makes one.
+        kinds = [kind for kind in args if get_origin(kind) is not Callable]
+        fits = any(_fits(value, kind) for kind in kinds)
+        return value if fits or not makers else _make(value, makers[0])
     if _name(hint) in MADE and not _fits(value, hint):
         return _make(value, _name(hint))
     if isinstance(value, Mapping) and isinstance(origin, type) and issubclass(origin, Mapping):
