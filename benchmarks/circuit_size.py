@@ -9,12 +9,12 @@ completeness: the metric that is left when the circuit alone is ablated, beside 
 random edges. The random models are Llamas of three layers with random weights, on random tokens:
 there is nothing to generalize, so they have no held-out pairs.
 
-With ``--greedy`` the search of removal stands beside plain greedy removal: from twice as many of
-the top-ranked edges as reach the target, leave out the edge without which most of the metric is
-left, one at a time and exactly, until the target would be missed. "One less" is the most faithful
-circuit of one edge less than the smaller of the two that exchanges find: leave out what costs
-least, then exchange any one edge for any of the `OUTSIDE` most promising by their gradient, as long
-as that gains.
+With ``--greedy``, in the embedded model, the search of removal stands beside plain greedy removal:
+from twice as many of the top-ranked edges as reach the target, leave out the edge without which
+most of the metric is left, one at a time and exactly, until the target would be missed. "One less"
+is the most faithful circuit of one edge less than the smaller of the two that exchanges find: leave
+out what costs least, then exchange any one edge for any of the `OUTSIDE` most promising by their
+gradient, as long as that gains.
 """
 
 from __future__ import annotations
@@ -196,11 +196,6 @@ def greedy_table(seeds: int, tries: int) -> None:
         for seed in range(seeds):
             chosen = forget.sample(CircuitConfig().pairs, seed)
             beside_greedy(f"facts, {name}, {seed}", model, chosen, seed, tries)
-    for seed in range(2 * seeds):
-        made, pairs = random_model(seed), random_pairs(seed)
-        full, empty = Ablation(made, pairs).ends
-        if full > empty:
-            beside_greedy(f"random, {seed}", made, pairs, 0, tries)
 
 
 def speed(repeats: int) -> None:
