@@ -4,7 +4,7 @@
         [--attribution-gb 0.1]
         [--survive nf4 fp4 int4-g32 q4_0] [--only unlearn]
     python benchmarks/memory.py --shape 8B --dtype bfloat16 --tracked    beside the plan
-    python benchmarks/memory.py --tokens 512 --layers 0.34 0.25    attribution by layers
+    python benchmarks/memory.py --tokens 256 --layers 0.18 0.16    attribution by layers
 
 Random Llamas (`SHAPES`) and random prompts, 8 pairs of so many tokens; few steps, since what is
 held does not depend on how many there are. "Bare" is a forward and backward pass of all pairs
@@ -15,9 +15,9 @@ activations. Each stage runs in a process of its own; its peak is the kernel's (
 With ``--tracked`` nothing is allocated: the stages run on fake weights (`tracker`), with what a run
 holds beside them, and the peak stands beside that of `mansu plan`. So on any machine, for any size.
 
-With ``--layers`` one pair is scored at once, and with each `memory_gb` that is given: what a
-process takes at its peak beyond one that does the same two forward passes and five forward and
-backward passes alone, beside what `fit_memory` counts.
+With ``--layers`` one pair is scored by EAP at once, and with each `memory_gb` that is given: what a
+process takes at its peak beyond one that does two forward passes and one backward pass alone,
+beside what `fit_memory` counts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attribution import IG_STEPS, make_pairs
 from attribution import bare as bare_passes
+from attribution import make_pairs
 from tracker import Tracker, make_fake, stand_ins
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -177,11 +177,12 @@ def stages(
 ) -> dict[str, Callable[[], object]]:
     """What is measured."""
     method = Mansu(steps=STEPS, survive=tuple(survive), batch_size=len(task.forget))
-    config = AttributionConfig(batch_size=len(task.forget), memory_gb=attribution_gb)
+    how = "eap" if len(task.forget) == 1 else "eap-ig"
+    config = AttributionConfig(how, batch_size=len(task.forget), memory_gb=attribution_gb)
     return {
         "bare": lambda: bare(model, task),
         "attribution": lambda: edges(model, task, config),
-        "passes": lambda: bare_passes(model, task.forget, IG_STEPS),
+        "passes": lambda: bare_passes(model, task.forget, 0),
         "mask": lambda: mask(model, task, survive, False),
         "mask --by-layer": lambda: mask(model, task, survive, True),
         "unlearn": lambda: unlearn(model, task, some_mask(model), method),
