@@ -89,13 +89,13 @@ def row(label: str, how: str, circuit: Circuit, held: str) -> None:
     )
 
 
-def sizes(seeds: int, tries: int) -> None:
-    """The table."""
+def sizes(seeds: int, tries: int, tasks: list[str]) -> None:
+    """The table: some tasks in the embedded model, and the random models."""
     settings = {"ranking": CircuitConfig(), "removal": CircuitConfig(removal_tries=tries)}
     print("| model, pairs, seed | search | edges | faithfulness | held out | without | random |")
     print("|---|---|---|---|---|---|---|")
     model = load_model("facts")
-    for name in ("capitals", "countries"):
+    for name in tasks:
         forget = load_task(name, model).forget
         for seed in range(seeds):
             seen = set(forget.sample(CircuitConfig().pairs, seed))
@@ -236,6 +236,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--greedy", action="store_true")
+    parser.add_argument("--tasks", nargs="*", default=["capitals", "countries"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--tries", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=7)
@@ -246,4 +247,4 @@ if __name__ == "__main__":
     elif given.greedy:
         greedy_table(given.seeds, given.tries)
     else:
-        sizes(given.seeds, given.tries)
+        sizes(given.seeds, given.tries, given.tasks)
