@@ -1,12 +1,20 @@
 """How small circuits get: the ranking alone, and with edges left out by exact ablation.
 
     python benchmarks/circuit_size.py              the embedded model, and random ones (minutes)
+    python benchmarks/circuit_size.py --greedy     beside plain greedy removal, and one edge less
     python benchmarks/circuit_size.py --speed      what one circuit costs, alone and among several
 
 Held-out pairs are forget pairs of the same task that neither scores nor search saw. "Without" is
 completeness: the metric that is left when the circuit alone is ablated, beside that of as many
 random edges. The random models are Llamas of three layers with random weights, on random tokens:
 there is nothing to generalize, so they have no held-out pairs.
+
+With ``--greedy``, in the embedded model, the search of removal stands beside plain greedy removal:
+from twice as many of the top-ranked edges as reach the target, leave out the edge without which
+most of the metric is left, one at a time and exactly, until the target would be missed. "One less"
+is the most faithful circuit of one edge less than the smaller of the two that exchanges find: leave
+out what costs least, then exchange any one edge for any of the `OUTSIDE` most promising by their
+gradient, as long as that gains.
 """
 
 from __future__ import annotations
@@ -20,10 +28,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mansu_interp.circuits.ablation import Ablation
+from mansu_interp.circuits.ablation import Ablation, Edges
+from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.search.discover import discover
+from mansu_interp.circuits.search.faithfulness import minimal_edges, strongest
+from mansu_interp.circuits.search.removal import remove_edges
 from mansu_interp.errors import CircuitError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
@@ -31,6 +42,9 @@ from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair, PairSet
 
 HELD_OUT, VOCAB = 200, 50
+TARGET = CircuitConfig().faithfulness
+OUTSIDE = 40
+"""Edges outside a circuit that are tried in an exchange."""
 
 
 def random_model(seed: int) -> LanguageModel:
@@ -75,13 +89,13 @@ def row(label: str, how: str, circuit: Circuit, held: str) -> None:
     )
 
 
-def sizes(seeds: int, tries: int) -> None:
-    """The table."""
+def sizes(seeds: int, tries: int, tasks: list[str]) -> None:
+    """The table: some tasks in the embedded model, and the random models."""
     settings = {"ranking": CircuitConfig(), "removal": CircuitConfig(removal_tries=tries)}
     print("| model, pairs, seed | search | edges | faithfulness | held out | without | random |")
     print("|---|---|---|---|---|---|---|")
     model = load_model("facts")
-    for name in ("capitals", "countries"):
+    for name in tasks:
         forget = load_task(name, model).forget
         for seed in range(seeds):
             seen = set(forget.sample(CircuitConfig().pairs, seed))
@@ -98,6 +112,90 @@ def sizes(seeds: int, tries: int) -> None:
             except CircuitError:  # the clean prompts must give more of the metric
                 continue
             row(f"random, {seed}", how, found, "")
+
+
+def faithful(ablation: Ablation, circuits: list[Edges]) -> np.ndarray:
+    """Faithfulness of some circuits."""
+    full, empty = ablation.ends
+    return (np.array(ablation.many(circuits)) - empty) / (full - empty)
+
+
+def each_without(ablation: Ablation, edges: Edges, lost: Edges) -> list[Edges]:
+    """A circuit without each of some edges, and without what is then on no path."""
+    out = [edges.copy() for _ in range(int(lost.sum()))]
+    for less, edge in zip(out, np.argwhere(lost), strict=True):
+        less[tuple(edge)] = False
+    return [ablation.graph.prune(less) for less in out]
+
+
+def greedy(ablation: Ablation, edges: Edges, *, least: int = 0) -> tuple[Edges, int]:
+    """Plain greedy removal down to the target, or to a size; and how many circuits it tried."""
+    tried = 0
+    while edges.sum() > least:
+        circuits = each_without(ablation, edges, edges)
+        values = faithful(ablation, circuits)
+        tried += len(circuits)
+        best = int(values.argmax())
+        if not least and values[best] < TARGET:
+            break
+        edges = circuits[best]
+    return edges, tried
+
+
+def exchanged(ablation: Ablation, edges: Edges) -> float:
+    """The faithfulness that exchanges of one edge end at, never with more edges."""
+    value, here = faithful(ablation, [edges])[0], int(edges.sum())
+    while True:
+        useful = np.abs(ablation.gradient(edges)) * ~edges
+        circuits = []
+        for at in np.argsort(-useful, axis=None, kind="stable")[:OUTSIDE]:
+            wider = edges.copy()
+            wider.flat[at] = True
+            circuits += each_without(ablation, wider, edges)
+        values = faithful(ablation, circuits)
+        best = int(values.argmax())
+        if values[best] <= value + 1e-6:
+            return float(value)
+        edges, value = circuits[best], values[best]
+        assert edges.sum() <= here
+
+
+def beside_greedy(label: str, model: LanguageModel, pairs: PairSet, seed: int, tries: int) -> None:
+    """The row of one model: the ranking, removal, greedy removal, and one edge less."""
+    config = CircuitConfig()
+    scores, graph = attribute(model, pairs, config=config).scores, model.graph
+    ablation = Ablation(model, pairs.sample(config.faithfulness_pairs, seed))
+    ranked, _ = minimal_edges(graph, scores, ablation.faithfulness, target=TARGET)
+    start = time.process_time()
+    found = remove_edges(ablation, ranked, target=TARGET, tries=tries)
+    took = time.process_time() - start
+    wide = strongest(graph, scores, min(graph.n_edges, 2 * int(ranked.sum())))
+    start = time.process_time()
+    plain, tried = greedy(ablation, wide)
+    took_plain = time.process_time() - start
+    small = min(found.edges, plain, key=lambda edges: int(edges.sum()))
+    less, _ = greedy(ablation, small, least=int(small.sum()) - 1)
+    values = (ablation.faithfulness(found.edges), ablation.faithfulness(plain))
+    print(
+        f"| {label} | {ranked.sum()} | {found.edges.sum()} | {values[0]:.3f} | {found.tried} | "
+        f"{took:.1f} | {plain.sum()} | {values[1]:.3f} | {tried:,} | {took_plain:.1f} | "
+        f"{exchanged(ablation, less):.3f} |",
+        flush=True,
+    )
+
+
+def greedy_table(seeds: int, tries: int) -> None:
+    """Removal beside plain greedy removal."""
+    print(
+        "| model, pairs, seed | ranking | removal | faithfulness | tried | seconds | greedy | "
+        "faithfulness | tried | seconds | one less |\n" + "|---" * 11 + "|"
+    )
+    model = load_model("facts")
+    for name in ("capitals", "countries"):
+        forget = load_task(name, model).forget
+        for seed in range(seeds):
+            chosen = forget.sample(CircuitConfig().pairs, seed)
+            beside_greedy(f"facts, {name}, {seed}", model, chosen, seed, tries)
 
 
 def speed(repeats: int) -> None:
@@ -137,9 +235,16 @@ def speed(repeats: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--greedy", action="store_true")
+    parser.add_argument("--tasks", nargs="*", default=["capitals", "countries"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--tries", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    speed(given.repeats) if given.speed else sizes(given.seeds, given.tries)
+    if given.speed:
+        speed(given.repeats)
+    elif given.greedy:
+        greedy_table(given.seeds, given.tries)
+    else:
+        sizes(given.seeds, given.tries, given.tasks)

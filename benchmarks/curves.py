@@ -1,6 +1,7 @@
 """What a user gains: faithfulness of circuits against their size, as a picture.
 
     python benchmarks/curves.py        prints the points, writes docs/pictures/faithfulness.svg
+    python benchmarks/curves.py --seed 1 --out FILE.svg    other pairs, another picture
 
 Three cases: `capitals` and `countries` in the embedded model (1,055 edges), and a random Llama of
 three layers (190 edges; `discovery.py`). Edges are scored on 96 pairs (random: 32), and circuits
@@ -16,7 +17,7 @@ Sizes are of what is left on paths from input to logits.
 
 from __future__ import annotations
 
-import random
+import argparse
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from mansu_interp.viz.plots import Axis
 from mansu_interp.viz.svg import escape, open_svg
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "faithfulness.svg"
-SEED, TRIES, HELD_OUT = 0, 300, 100
+TRIES, HELD_OUT = 300, 100
 TARGETS = (0.5, 0.7, 0.85, 0.95)
 SERIES = {
     "random": ("quiet", "2 3"),
@@ -50,17 +51,17 @@ WIDTH, HEIGHT, LEFT, TOP = 250, 190, 44, 44
 Points = list[tuple[int, float]]
 
 
-def make(case: str) -> tuple[LanguageModel, PairSet, PairSet]:
+def make(case: str, seed: int) -> tuple[LanguageModel, PairSet, PairSet]:
     """A model, pairs to score and to search on, and held-out pairs."""
     if case == "random":
-        pairs = random_pairs(64, SEED).pairs
+        pairs = random_pairs(64, seed).pairs
         return random_model(), PairSet(case, pairs[:32]), PairSet(case, pairs[32:])
     model = load_model("facts")
     forget = load_task(case, model).forget
-    chosen = forget.sample(CircuitConfig().pairs, SEED)
+    chosen = forget.sample(CircuitConfig().pairs, seed)
     seen = set(chosen)
     rest = PairSet(case, tuple(p for p in forget if p not in seen))
-    return model, chosen, rest.sample(HELD_OUT, SEED)
+    return model, chosen, rest.sample(HELD_OUT, seed)
 
 
 def sizes(n_edges: int) -> list[int]:
@@ -71,11 +72,11 @@ def sizes(n_edges: int) -> list[int]:
     return out
 
 
-def measure(case: str) -> dict[str, Points]:
+def measure(case: str, seed: int) -> dict[str, Points]:
     """(edges, faithfulness) of every series."""
-    model, pairs, others = make(case)
+    model, pairs, others = make(case, seed)
     graph, held_out = model.graph, Ablation(model, others)
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     scores = {
         "random": rng.random(graph.exists.shape),
         "EAP": attribute(model, pairs, config=AttributionConfig(method="eap")).scores,
@@ -87,7 +88,7 @@ def measure(case: str) -> dict[str, Points]:
             edges = strongest(graph, values, n)
             if edges.any():
                 out[name].append((int(edges.sum()), held_out.faithfulness(edges)))
-    search = Ablation(model, pairs.sample(CircuitConfig().faithfulness_pairs, SEED))
+    search = Ablation(model, pairs.sample(CircuitConfig().faithfulness_pairs, seed))
     for target in TARGETS:
         edges, _ = minimal_edges(graph, scores["EAP-IG"], search.faithfulness, target=target)
         less = remove_edges(search, edges, target=target, tries=TRIES).edges
@@ -154,21 +155,22 @@ def draw(cases: dict[str, dict[str, Points]]) -> str:
 
 
 def main() -> None:
-    """Measure, print and draw."""
+    """Read the command line, measure, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of pairs and of the random order")
+    parser.add_argument("--out", type=Path, default=PICTURE, help="the picture")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    random.seed(SEED)
     cases = {}
     for case in ("capitals", "countries", "random"):
-        found = measure(case)
+        found = measure(case, args.seed)
         label = "random weights" if case == "random" else f"facts, {case}"
         cases[label] = found
-        print(
-            "\n| " + " | ".join((label, "edges: faithfulness on held-out pairs")) + " |\n|---|---|"
-        )
+        print(f"\n| {label} | edges: faithfulness on held-out pairs |\n|---|---|")
         for name, points in found.items():
             print(f"| {name} | " + ", ".join(f"{n}: {f:.2f}" for n, f in points) + " |", flush=True)
-    PICTURE.write_text(draw(cases) + "\n")
-    print(f"wrote {PICTURE}", file=sys.stderr)
+    args.out.write_text(draw(cases) + "\n", encoding="utf-8")
+    print(f"wrote {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

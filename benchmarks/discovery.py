@@ -1,7 +1,7 @@
 """Which edge scores find circuits: each method against exact patching, and by faithfulness.
 
     python benchmarks/discovery.py capitals countries            embedded model (two minutes each)
-    python benchmarks/discovery.py random                        a random Llama of three layers
+    python benchmarks/discovery.py random gemma3                 random Llama, random Gemma 3
     python benchmarks/discovery.py ioi greater agreement --model FOLDER    such as SmolLM2-135M
 
 Scores are taken on some pairs; the circuits of their rankings are measured on other pairs of the
@@ -35,7 +35,7 @@ import time
 import numpy as np
 import torch
 from attribution import figure_of, peak_beyond
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
@@ -59,7 +59,7 @@ SMALL = 5000
 """Edges up to which all are patched."""
 SAMPLE, STRONGEST = 100, 50
 """Edges that are patched of larger models: drawn, and of each method."""
-RESAMPLES = 50
+RESAMPLES, VOCAB = 50, 50
 FEW = (0.001, 0.01, 0.1, 1.0)
 """Shares of the edges at which the curve of a larger model is measured."""
 METHODS = {
@@ -95,7 +95,7 @@ def random_model() -> LanguageModel:
     """Three layers of four heads over two keys, of width 32."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50,
+        vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
@@ -109,13 +109,42 @@ def random_model() -> LanguageModel:
     return LanguageModel("random", LlamaForCausalLM(config).eval(), None)
 
 
-def random_pairs(n: int, seed: int) -> PairSet:
+def random_gemma3() -> LanguageModel:
+    """Six layers of the shape of Gemma 3 and of width 32: four heads over one key, norms before and
+    behind every block and on queries and keys, attention to four tokens but in the last layer."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        architectures=["Gemma3ForCausalLM"],
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # 0 as they are made: a factor of one in every norm
+            torch.nn.init.normal_(weight, std=0.2)
+    return LanguageModel("gemma3", model, None)
+
+
+RANDOM = {"random": random_model, "gemma3": random_gemma3}
+"""Models with random weights."""
+
+
+def random_pairs(n: int, seed: int, model: LanguageModel | None = None) -> PairSet:
     """Pairs of six random tokens that differ in one; the answer is what the model changes most."""
-    rng, model, pairs = random.Random(seed), random_model(), []
+    rng, model, pairs = random.Random(seed), model or random_model(), []
     for k in range(n):
-        clean = tuple(rng.randrange(50) for _ in range(6))
-        at, other = rng.randrange(6), rng.randrange(50)
-        corrupt = (*clean[:at], (clean[at] + 1 + other % 49) % 50, *clean[at + 1 :])
+        clean = tuple(rng.randrange(VOCAB) for _ in range(6))
+        at, other = rng.randrange(6), rng.randrange(VOCAB)
+        corrupt = (*clean[:at], (clean[at] + 1 + other % (VOCAB - 1)) % VOCAB, *clean[at + 1 :])
         tokens, last = torch.tensor([clean, corrupt]), torch.tensor([5, 5])
         with torch.no_grad():
             rise = model.last_logits(tokens, last).diff(dim=0)[0]
@@ -128,8 +157,9 @@ def random_pairs(n: int, seed: int) -> PairSet:
 
 def make(task: str, folder: str | None, n: int, seed: int) -> tuple[LanguageModel, PairSet]:
     """A model and 2 n pairs."""
-    if task == "random":
-        return random_model(), random_pairs(2 * n, seed)
+    if task in RANDOM:
+        model = RANDOM[task]()
+        return model, random_pairs(2 * n, seed, model)
     model = load_model(folder or "facts")
     if task in KINDS:
         return model, synthetic_pairs(model, task, 2 * n, seed)
@@ -253,7 +283,7 @@ def peak(name: str, task: str, args: argparse.Namespace) -> float:
 def main() -> None:
     """Read the command line and print a table for each task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks", nargs="+", help="capitals, countries, random, ioi, ...")
+    parser.add_argument("tasks", nargs="+", help="capitals, countries, random, gemma3, ioi, ...")
     parser.add_argument("--model", help="name or folder; default: the embedded one")
     parser.add_argument("--pairs", type=int, default=24, help="to score; as many to measure")
     parser.add_argument("--seed", type=int, default=0)

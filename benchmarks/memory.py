@@ -4,6 +4,7 @@
         [--attribution-gb 0.1]
         [--survive nf4 fp4 int4-g32 q4_0] [--only unlearn]
     python benchmarks/memory.py --shape 8B --dtype bfloat16 --tracked    beside the plan
+    python benchmarks/memory.py --tokens 256 --layers 0.18 0.16    attribution by layers
 
 Random Llamas (`SHAPES`) and random prompts, 8 pairs of so many tokens; few steps, since what is
 held does not depend on how many there are. "Bare" is a forward and backward pass of all pairs
@@ -13,20 +14,27 @@ activations. Each stage runs in a process of its own; its peak is the kernel's (
 
 With ``--tracked`` nothing is allocated: the stages run on fake weights (`tracker`), with what a run
 holds beside them, and the peak stands beside that of `mansu plan`. So on any machine, for any size.
+
+With ``--layers`` one pair is scored by EAP at once, and with each `memory_gb` that is given: what a
+process takes at its peak beyond one that does two forward passes and one backward pass alone,
+beside what `fit_memory` counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from attribution import bare as bare_passes
 from attribution import make_pairs
 from tracker import Tracker, make_fake, stand_ins
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,7 +43,7 @@ from mansu_interp.audit.config import RelearnConfig
 from mansu_interp.audit.relearning import descend, make_optimisers
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
-from mansu_interp.circuits.config import AttributionConfig
+from mansu_interp.circuits.config import AttributionConfig, fit_memory
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.answers import nll
 from mansu_interp.masks.mask import Mask
@@ -44,6 +52,7 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.quantizers.survival import quantize
 from mansu_interp.runs.planning.memory import PROCESS, Job
 from mansu_interp.runs.planning.memory import stages as plan
+from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.unlearning.unlearn import unlearn
@@ -168,10 +177,12 @@ def stages(
 ) -> dict[str, Callable[[], object]]:
     """What is measured."""
     method = Mansu(steps=STEPS, survive=tuple(survive), batch_size=len(task.forget))
-    config = AttributionConfig(batch_size=len(task.forget), memory_gb=attribution_gb)
+    how = "eap" if len(task.forget) == 1 else "eap-ig"
+    config = AttributionConfig(how, batch_size=len(task.forget), memory_gb=attribution_gb)
     return {
         "bare": lambda: bare(model, task),
         "attribution": lambda: edges(model, task, config),
+        "passes": lambda: bare_passes(model, task.forget, 0),
         "mask": lambda: mask(model, task, survive, False),
         "mask --by-layer": lambda: mask(model, task, survive, True),
         "unlearn": lambda: unlearn(model, task, some_mask(model), method),
@@ -227,6 +238,8 @@ def measured(args: argparse.Namespace) -> str:
     """Peak (bytes) and seconds of one stage, in this process."""
     torch.set_num_threads(args.threads)
     task, began = make_task(args.tokens), time.perf_counter()
+    if args.layers:
+        task = replace(task, forget=PairSet("one", task.forget.pairs[:1]))
     if args.stage != "nothing":
         model = make_model(args.shape, DTYPES[args.dtype])
         began = time.perf_counter()
@@ -236,12 +249,38 @@ def measured(args: argparse.Namespace) -> str:
     return f"{int(status.partition('VmHWM:')[2].split()[0]) * 1024} {took}"
 
 
-def run_stage(stage: str) -> tuple[float, float]:
-    """Peak (GB) and seconds of one stage, in a process of its own with this one's arguments."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--stage", stage]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def run_stage(stage: str, *more: str) -> tuple[float, float]:
+    """Peak (GB) and seconds of one stage, in a process of its own with this one's arguments, whose
+    freed memory goes back to the system at once where one pair is measured."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, *more]
+    freed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if more else {}
+    env = os.environ | freed
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     peak, took = done.stdout.split()
     return int(peak) / 1e9, float(took)
+
+
+def by_layers(args: argparse.Namespace) -> None:
+    """Print what attribution of one pair takes, counted and measured."""
+    model = make_model(args.shape, DTYPES[args.dtype], fake=True)
+    least, plain = run_stage("passes", "--attribution-gb", "1")
+    print(
+        f"{args.shape}, one pair of {args.tokens} tokens, {args.threads} threads; bare passes "
+        f"{plain:.1f} s\n\n| memory_gb | layers at a time | GB counted | GB measured | time / bare "
+        "|\n|---|---|---|---|---|",
+        flush=True,
+    )
+    for gb in (None, *args.layers):
+        fit = fit_memory(
+            model.graph, model.d_model, args.tokens, AttributionConfig(memory_gb=gb, batch_size=1)
+        )
+        given = 1e3 if gb is None else gb
+        peak, took = run_stage("attribution", "--attribution-gb", str(given))
+        print(
+            f"| {'–' if gb is None else gb} | {fit.layers} | {fit.gb:.2f} | {peak - least:.2f} | "
+            f"{took / plain:.1f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -251,6 +290,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each prompt")
     parser.add_argument("--attribution-gb", type=float, help="memory_gb of attribution")
+    parser.add_argument("--layers", type=float, nargs="+", help="memory_gb, for one pair by layers")
     parser.add_argument("--survive", nargs="+", default=list(SET))
     parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -264,6 +304,9 @@ def main() -> None:
         return
     if args.stage:
         print(measured(args))
+        return
+    if args.layers:
+        by_layers(args)
         return
     nothing, _ = run_stage("nothing")
     least = run_stage("bare")[0] - nothing

@@ -17,6 +17,7 @@ from checked import wrong_type
 from conftest import make_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mansu_interp.circuits import attribution
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute, fit_memory
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
@@ -302,7 +303,9 @@ def test_kl_is_zero_at_the_clean_run(tiny_model: TinyModel, pairs: PairSet):
     assert METRICS["kl"](logits, small(), same).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_memory_decides_the_batch(tiny_model: TinyModel, pairs: PairSet):
+def test_memory_decides_the_batch(
+    tiny_model: TinyModel, pairs: PairSet, monkeypatch: pytest.MonkeyPatch
+):
     model, longest = tiny_model(2), 7
     _, one, layers = fit_memory(model.graph, model.d_model, longest, EAP)
     assert layers == 3
@@ -313,6 +316,7 @@ def test_memory_decides_the_batch(tiny_model: TinyModel, pairs: PairSet):
     a = attribute(model, pairs, config=tight, on_batch=lambda done, _: seen.append(done))
     assert seen == [2, 4, 5]
     assert np.allclose(a.scores, attribute(model, pairs, config=EAP).scores, atol=1e-5)
+    monkeypatch.setattr(attribution, "check_exact", lambda *_: pytest.fail("a pass was made"))
     with pytest.raises(CircuitError, match=r"7 tokens needs .* by layers; .* Give"):
         attribute(model, pairs, config=replace(EAP, memory_gb=one / 2))
 

@@ -17,13 +17,20 @@ from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, CircuitConfig
 from mansu_interp.circuits.search.discover import discover
-from mansu_interp.circuits.search.faithfulness import completeness, random_completeness, strongest
+from mansu_interp.circuits.search.faithfulness import (
+    completeness,
+    minimal_edges,
+    random_completeness,
+    strongest,
+)
 from mansu_interp.circuits.search.meta import CircuitMeta, necessity
 from mansu_interp.circuits.search.rebuilt import Rebuilt
 from mansu_interp.circuits.search.removal import remove_edges
 from mansu_interp.errors import ConfigError
 from mansu_interp.models.graph import Graph
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
+from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair, PairSet
 
 FEW = CircuitConfig(pairs=5, ig_steps=2, faithfulness_pairs=5)
@@ -164,6 +171,35 @@ def test_no_single_edge_of_what_is_left_can_go():
         less = found.edges.copy()
         less[tuple(edge)] = False
         assert ablation.faithfulness(less) < TARGET
+
+
+def plain_greedy(ablation: Ablation, edges: np.ndarray) -> np.ndarray:
+    """Leave out the edge that costs least, one at a time, until the target would be missed."""
+    full, empty = ablation.ends
+    while True:
+        circuits = [edges.copy() for _ in range(int(edges.sum()))]
+        for less, edge in zip(circuits, np.argwhere(edges), strict=True):
+            less[tuple(edge)] = False
+        circuits = [ablation.graph.prune(less) for less in circuits]
+        values = (np.array(ablation.many(circuits)) - empty) / (full - empty)
+        if values.max() < TARGET:
+            return edges
+        edges = circuits[int(values.argmax())]
+
+
+@pytest.mark.slow
+def test_removal_ends_no_larger_than_plain_greedy_removal():
+    """In the embedded model, where single edges alone leave a larger circuit."""
+    model, config = load_model("facts"), CircuitConfig()
+    pairs = load_task("countries", model).forget.sample(config.pairs, 0)
+    scores = attribute(model, pairs, config=config).scores
+    ablation = Ablation(model, pairs.sample(config.faithfulness_pairs, 0))
+    ranked, _ = minimal_edges(model.graph, scores, ablation.faithfulness, target=TARGET)
+    wider = strongest(model.graph, scores, int(ranked.sum()) + 4)
+    plain = plain_greedy(ablation, wider)
+    found = remove_edges(ablation, ranked, target=TARGET, tries=300)
+    assert found.irreducible and found.edges.sum() <= plain.sum() < ranked.sum()
+    assert ablation.faithfulness(found.edges) >= TARGET and found.tried <= 300
 
 
 @pytest.mark.slow

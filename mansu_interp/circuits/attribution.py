@@ -346,8 +346,10 @@ def attribute(
         )
     function = get_metric(metric or config.metric)
     rebuilder = Rebuilder(model)
+    stream, longest = rebuilder.stream, max(len(p.clean) for p in pairs)
+    # Before any pass: what cannot fit is refused at once.
+    size, _, at_once = fit_memory(stream.graph, stream.model.d_model, longest, config)
     check_exact(rebuilder, pairs)
-    stream = rebuilder.stream
     rules = Rules(config.rules, stream)
     if neurons and (config.ablation != "corrupt" or config.method == "eap-ig-activations"):
         raise CircuitError(
@@ -356,9 +358,7 @@ def attribute(
         )
     if neurons and world_size() > len(pairs):  # raised by all of them, or the others would wait
         raise CircuitError("More processes than pairs: give every process a pair.")
-    longest = max(len(p.clean) for p in pairs)
     mine = shard(pairs.pairs)
-    size, _, at_once = fit_memory(stream.graph, stream.model.d_model, longest, config)
     means = rebuilder.means(pairs, size) if config.ablation == "mean" else None
     facts = {fact: k for k, fact in enumerate(dict.fromkeys(p.fact for p in pairs))}
     sums = Sums.zeros(stream.graph, longest if positions else 0, len(facts))

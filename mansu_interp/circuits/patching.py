@@ -306,7 +306,8 @@ def patch_edges(
 
     Returns:
         Mean effects over the pairs in units of the metric, positive: the clean value along the edge
-        raises it. NaN where nothing was patched.
+        raises it. NaN where nothing was patched: at edges that were not asked for, and where the
+        graph has no edge. `numpy.nan_to_num` makes a ranking of it that has them last.
 
     Raises:
         CircuitError: an unknown edge, direction or ablation, or a model that cannot be rebuilt

@@ -11,11 +11,13 @@ once, in one order):
 2. Leave out every single edge in turn, exactly, all from the same circuit. Of those that can go,
    best first, drop all, or half, or a quarter, ... at once, whichever is the most that stays at the
    target; at least the one without which most of the metric is left. Until no single edge can go.
-3. Leave out several at once, which only together can go: all edges of one writer or reader, pairs
+3. Go back to what was found with as many edges from outside, those that matter most to first order,
+   and go on at 1: from there another circuit may be reached. The smaller of the two counts.
+4. Leave out several at once, which only together can go: all edges of one writer or reader, pairs
    of edges, and pairs in exchange for one edge from outside. Tried are the pairs that cost least by
    themselves, and the edges that promise most by their gradient. If something can go, go on at 2.
-4. Add edges from outside, a random half of those that matter most to first order, and go on at 1;
-   some times. The smallest circuit of all counts.
+5. Some times: add a random half of twice as many edges from outside, and go on at 1; what is then
+   smaller goes through 4 as well.
 
 What comes out is the smallest circuit *found*, of which no single edge can be left out. A smaller
 one may exist; only trying all sets of edges could rule it out.
@@ -28,7 +30,7 @@ so (`Removal.irreducible`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -45,7 +47,7 @@ ADDED = 16
 """Edges outside the circuit that are tried in exchanges."""
 EXCHANGES = 64
 """Pairs, and exchanges of one edge for a pair, that are tried each time."""
-RESTARTS = 4
+RESTARTS = 5
 """Times that edges are added to what was found, and the search goes on from there."""
 
 
@@ -88,6 +90,10 @@ class _Search:
         self.full, self.empty = ablation.ends
         self.target, self.tries, self.note = target, tries, note
         self.tried = 0
+        self.best: tuple[Edges, float] | None = None
+        """The smallest circuit of which no single edge can go, and its faithfulness."""
+        self.costs: dict[Edge, float] = {}
+        """What is lost without each of its edges, in faithfulness."""
         self.go_to(edges)
 
     def go_to(self, edges: Edges) -> None:
@@ -153,34 +159,34 @@ def remove_edges(
         on_step: called with (circuits tried, tries).
     """
     search = _Search(ablation, edges, target, tries, on_step or (lambda *_: None))
-    rng, best = np.random.default_rng(0), Removal(edges, search.value, 1, False)
+    rng, seen = np.random.default_rng(0), None
     try:
-        for restart in range(RESTARTS + 1):
-            if restart:
-                search.go_to(_widened(search, best.edges, rng))
+        for start in range(RESTARTS + 1):
+            if start:
+                _widen(search, rng if start > 1 else None)
             while _remove_shares(search):
                 pass
-            while True:
-                costs = _remove_singles(search)
-                if restart == 0 or search.edges.sum() < best.edges.sum():
-                    best = Removal(search.edges, search.value, search.tried, True)
-                if not _remove_several(search, costs):
-                    break
+            _remove_singles(search)
+            while start and search.best is not seen:
+                seen = search.best
+                if _remove_several(search):
+                    _remove_singles(search)
     except _Spent:
-        if not best.irreducible:
-            best = Removal(search.edges, search.value, search.tried, False)
-    return replace(best, tried=search.tried)
+        pass
+    left, value = search.best or (search.edges, search.value)
+    return Removal(left, value, search.tried, search.best is not None)
 
 
-def _widened(search: _Search, edges: Edges, rng: np.random.Generator) -> Edges:
-    """Step 4: a circuit with a random half of the outside edges that matter most to first order,
-    twice as many as it has."""
-    search.edges = edges
+def _widen(search: _Search, rng: np.random.Generator | None) -> None:
+    """Steps 3 and 5: go to the best circuit with as many of the outside edges that matter most to
+    first order, or with a random half of twice as many."""
+    assert search.best
+    search.edges = edges = search.best[0]
     useful = np.where(search.graph.exists & ~edges, np.abs(search.useful()), 0.0)
-    order = np.argsort(-useful, axis=None, kind="stable")[: 2 * int(edges.sum())]
+    order, n = np.argsort(-useful, axis=None, kind="stable"), int(edges.sum())
     more = edges.copy()
-    more.flat[order[rng.random(len(order)) < 0.5]] = True
-    return search.graph.prune(more)
+    more.flat[order[:n] if rng is None else order[: 2 * n][rng.random(2 * n) < 0.5]] = True
+    search.go_to(search.graph.prune(more & search.graph.exists))
 
 
 def _remove_shares(search: _Search) -> bool:
@@ -192,33 +198,30 @@ def _remove_shares(search: _Search) -> bool:
     return bool(circuits) and search.take(circuits, search.try_all(circuits))
 
 
-def _remove_singles(search: _Search) -> dict[Edge, float]:
-    """Step 2: leave out single edges until none can go.
-
-    Returns:
-        What is lost without each edge that is left, in faithfulness.
-    """
+def _remove_singles(search: _Search) -> None:
+    """Step 2: leave out single edges until none can go, and keep what is left if it is smallest."""
     while True:
         lost = _listed(search.edges)
         start, circuits = search.edges, [search.without(e) for e in lost]
         values = search.try_all(circuits)
         able = sorted((-v, k) for k, v in enumerate(values) if v >= search.target)
         if not able:
-            return {e: search.value - v for e, v in zip(lost, values, strict=True)}
+            break
         best = able[0][1]
         search.edges, search.value = circuits[best], values[best]
         sizes = [n for k in range(len(able).bit_length()) if (n := len(able) >> k) > 1]
         together = [search.without(*(lost[k] for _, k in able[:n]), start=start) for n in sizes]
         search.take(together, search.try_all(together))
+    if search.best is None or start.sum() < search.best[0].sum():
+        search.best = start, search.value
+        search.costs = {e: search.value - v for e, v in zip(lost, values, strict=True)}
 
 
-def _remove_several(search: _Search, costs: dict[Edge, float]) -> bool:
-    """Step 3: leave out several edges that only together can go, also in exchange for one.
-
-    Arguments:
-        search: at a circuit of which no single edge can go.
-        costs: what is lost without each of its edges.
-    """
+def _remove_several(search: _Search) -> bool:
+    """Step 4: leave out several edges of the best circuit that only together can go, also in
+    exchange for one."""
+    assert search.best
+    (search.edges, search.value), costs = search.best, search.costs
     nodes = [search.without(*((i, j) for i, j in costs if i == w)) for w in {i for i, _ in costs}]
     nodes += [search.without(*((i, j) for i, j in costs if j == r)) for r in {j for _, j in costs}]
     cheap = sorted(costs, key=lambda edge: costs[edge])[:ADDED]
