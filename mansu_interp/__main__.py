@@ -4,11 +4,15 @@ import locale
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
 BURST = 2.0
 """Seconds within which further Ctrl-C are the same one: the first is still being answered."""
+
+SOON = 0.02
+"""Seconds after which it is tried again where it cannot be answered."""
 
 
 class _Interrupt:
@@ -16,11 +20,17 @@ class _Interrupt:
 
     last = -BURST
 
-    def __call__(self, _: int, __: FrameType | None) -> None:
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if now - self.last >= BURST:
-            self.last = now
-            raise KeyboardInterrupt
+        if now - self.last < BURST:
+            return
+        while frame and frame.f_code.co_name != "__del__":
+            frame = frame.f_back
+        if frame:  # Python swallows what is raised there
+            threading.Timer(SOON, signal.raise_signal, [signum]).start()
+            return
+        self.last = now
+        raise KeyboardInterrupt
 
 
 def _use_utf8() -> None:

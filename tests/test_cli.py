@@ -535,6 +535,31 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up():
     assert done.stderr == "\nmansu: interrupted; run the same command again to continue.\n"
 
 
+IN_DEL = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mansu_interp import __main__
+from mansu_interp.cli import main
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+def work(*_):
+    Dying()
+    time.sleep(20)
+    return 0
+main.COMMANDS[-1].__dict__["do"] = work
+sys.argv = ["mansu", "list"]
+sys.exit(__main__.main())
+"""
+
+
+def test_an_interrupt_while_something_is_freed_is_not_lost():
+    """Python ignores what is raised in a ``__del__``."""
+    done = python("-c", IN_DEL)
+    assert done.returncode == 130
+    assert done.stderr == "\nmansu: interrupted; run the same command again to continue.\n"
+
+
 def test_a_name_too_long_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for option in ("--task", "--out", "--model"):
         assert main(["run", option, str(tmp_path / ("x" * 300))]) == 1
