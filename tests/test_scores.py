@@ -319,3 +319,8 @@ def test_an_unknown_direction_or_rule(tiny_model: TinyModel):
         patch_edges(tiny_model(4), make_pairs((4,)), direction="up")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rules: got 'lrp', expected 'gradient'"):
         AttributionConfig(rules="lrp")  # type: ignore[arg-type]
+
+
+def test_a_place_for_the_gradient_is_of_eap_alone():
+    with pytest.raises(ConfigError, match="at=both with eap-ig, which takes it all along the path"):
+        AttributionConfig(at="both")

@@ -53,6 +53,11 @@ class AttributionConfig:
         if self.memory_gb is not None and self.memory_gb <= 0:
             raise ConfigError(f"memory_gb must be positive; got {self.memory_gb}.")
         check_range(self, "memory_gb")
+        if self.at != "corrupt" and self.method != "eap":
+            raise ConfigError(
+                f"at is where eap takes its gradient; got at={self.at} with {self.method}, which "
+                "takes it all along the path. Give method eap, or leave at out."
+            )
 
     def components(self, n_layers: int) -> int:
         """How many components a path moves, each in passes of its own."""
