@@ -524,8 +524,11 @@ def saved(driver: Any, folder: Path, kind: str) -> Path:
     place = {"behavior": "allow", "downloadPath": str(folder)}
     driver.execute_cdp_cmd("Browser.setDownloadBehavior", place)
     driver.find_element("xpath", f"//div[@class='foot']/button[text()='{kind}']").click()
+    size = 0
     for _ in range(100):
-        if found := list(folder.glob(f"*.{kind.lower()}")):
+        found = list(folder.glob(f"*.{kind.lower()}"))
+        before, size = size, found[0].stat().st_size if found else 0
+        if size and size == before:  # all of it is there
             return found[0]
         time.sleep(0.05)
     raise AssertionError(f"no {kind} in {folder}")
