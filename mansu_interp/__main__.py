@@ -27,10 +27,18 @@ class _Interrupt:
         while frame and frame.f_code.co_name != "__del__":
             frame = frame.f_back
         if frame:  # Python swallows what is raised there
-            threading.Timer(SOON, signal.raise_signal, [signum]).start()
+            threading.Timer(SOON, _again, [signum]).start()
             return
         self.last = now
         raise KeyboardInterrupt
+
+
+def _again(signum: int) -> None:
+    """Send a signal to the main thread, which may sleep."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signum)
+    else:  # Windows
+        signal.raise_signal(signum)
 
 
 def _use_utf8() -> None:

@@ -353,6 +353,7 @@ def test_both_ways_count_once_the_original_knows_one(knows: str):
     assert row.p == pytest.approx(2 * float(best) ** 30)
 
 
+@pytest.mark.slow
 def test_a_guess_writes_the_commonest_answer(facts: LanguageModel):
     found = questions(facts, load_task("countries", facts), prompts=30).items
     table = load_task("countries", facts).tables["continent"]
@@ -676,6 +677,7 @@ def test_progress_counts_what_is_written(speller: Pretend, asked: Questions):
     assert [d for d, _ in seen] == sorted({d for d, _ in seen})
 
 
+@pytest.mark.slow
 def test_unlearning_can_see_the_train_part_and_no_prompt_that_is_reported(
     speller: Pretend, task: Task, facts: LanguageModel, capitals: Task
 ):

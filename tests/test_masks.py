@@ -419,6 +419,7 @@ def test_projection_formula():
     assert projection(torch.zeros(2), 1.0, 0.0).tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_by_layer_gives_the_same_mask_and_holds_one_layer(facts, capitals):
     circuit = Circuit.load(SHIPPED / "facts-capitals.json")
     how = {
@@ -444,6 +445,7 @@ def test_by_layer_gives_the_same_mask_and_holds_one_layer(facts, capitals):
     assert len(asked) == facts.architecture.n_layers and len(asked[0]) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_the_typical_damage_of_a_large_region_is_told_by_some_rows(
     facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch, by_layer: bool

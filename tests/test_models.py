@@ -77,6 +77,7 @@ def test_remote_name_and_a_closed_port(monkeypatch: pytest.MonkeyPatch):
     assert "cannot be reached" in offline_error("nobody/no-such-model")
 
 
+@pytest.mark.slow
 def test_a_network_that_never_answers(monkeypatch: pytest.MonkeyPatch):
     """Name lookup may hang for longer than any socket timeout."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

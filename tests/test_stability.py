@@ -133,6 +133,7 @@ def test_one_pass_gives_what_single_pairs_give(tiny_model: TinyModel, pairs: Pai
         resamples.means()
 
 
+@pytest.mark.slow
 def test_after_removal_resamples_are_compared_with_the_circuit_that_is_left(
     tiny_model: TinyModel, pairs: PairSet
 ):

@@ -415,6 +415,7 @@ def test_students_are_quantized_in_turns_and_are_their_own_teachers(
         latent.models[4]
 
 
+@pytest.mark.slow
 def test_students_of_fitted_quantizers_are_quantized_anew(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):
@@ -449,6 +450,7 @@ def test_students_of_fitted_quantizers_are_quantized_anew(
         latent.models[4]
 
 
+@pytest.mark.slow
 def test_training_through_a_fitted_quantizer_keeps_the_promise(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):
@@ -503,6 +505,7 @@ def test_what_training_goes_through_is_fitted():
         MansuNoFloor(train_through=("hqq",))
 
 
+@pytest.mark.slow
 def test_the_order_in_which_quantizers_are_named_means_nothing(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):

@@ -807,6 +807,7 @@ def touches(edge: tuple[str, str], component: str) -> bool:
     return component in (edge[0].split("@")[0], edge[1].split("@")[0])
 
 
+@pytest.mark.slow
 def test_the_layout_by_position(driver: Any, tmp_path: Path):
     """The two layouts, their list, pins, link and files."""
     made = by_position(2)
