@@ -539,6 +539,7 @@ def test_functions_cannot_be_resumed(tiny_model: TinyModel, tmp_path: Path):
             attribute(tiny_model(2), make_pairs(), resume=tmp_path / "sums", **function)
 
 
+@pytest.mark.slow
 def test_a_killed_discovery_goes_on_and_leaves_nothing(
     facts: LanguageModel, capitals: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

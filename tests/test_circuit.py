@@ -242,6 +242,7 @@ def test_the_smallest_circuit_reaches_its_target(tiny_model: TinyModel):
     assert low.n_edges < high.n_edges < low.graph.n_edges
 
 
+@pytest.mark.slow
 def test_retained_edges_lose_rank(tiny_model: TinyModel, pairs: PairSet):
     """An edge that the retain set needs as much keeps a tenth of its score."""
     forget = np.array([[4.0, -4.0, 4.0]])

@@ -703,6 +703,7 @@ def test_unlearning_can_see_the_train_part_and_no_prompt_that_is_reported(
         check_leak_prompts(RunConfig(leaks="no", leak_prompts=True), facts, capitals)
 
 
+@pytest.mark.slow
 def test_a_run_unlearns_the_train_part_if_it_is_to(speller: Pretend, task: Task, tmp_path: Path):
     run = run_of(speller, task, "no", tmp_path)
     assert run.unlearned is task

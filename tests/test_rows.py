@@ -842,6 +842,7 @@ def unsplit(*asked: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in ("split", "phrasing")} for r in rows]
 
 
+@pytest.mark.slow
 def test_without_splits_the_last_phrasing_is_held_out(facts: LanguageModel):
     rows = [r for r in unsplit("train", "dev", "unseen") if not r["prompt"].endswith("capital in")]
     task = task_from_rows(parse_rows(enumerate(rows, 1)), facts, BOS)

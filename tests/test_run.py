@@ -529,6 +529,7 @@ def test_a_later_go_trusts_only_what_the_run_wrote(finished: RunResult, tmp_path
         run(settings(out))
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_removed_meanwhile_is_said(tmp_path: Path):
     config = settings(tmp_path / "run")
 

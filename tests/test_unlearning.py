@@ -334,6 +334,7 @@ def test_mansu_goes_on_until_its_quantized_models_are_there(
     assert len(LatentWeightsWithoutFloor(students, mask).models) == 1
 
 
+@pytest.mark.slow
 def test_every_quantizer_of_a_set_keeps_all_of_the_edit(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):

@@ -892,6 +892,7 @@ def test_the_layout_by_position(driver: Any, tmp_path: Path):
     assert [c for c in browser.complaints(driver) if "readback" not in c] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", [4, 2])
 def test_paths_by_position_go_on_at_later_tokens_only(driver: Any, tmp_path: Path, kv: int):
     """By networkx: keys and values lead to their heads' writes there and later, a query there."""
@@ -1193,6 +1194,7 @@ def test_paths_and_search_reach_into_closed_groups(driver: Any, tmp_path: Path, 
     quiet(driver, page)
 
 
+@pytest.mark.slow
 def test_closed_groups_are_saved_and_restored(driver: Any, tmp_path: Path):
     circuit = make_circuit(n=60)
     made = changes_view(circuit, *make_attributions(circuit), title="closed")
