@@ -242,7 +242,7 @@ def conclude(found: Found, edited: LanguageModel, seed: int) -> CAD:
         most_telling=most_telling(evidence),
         stitched_last=found.stitched,
         interval=interval(cad, [value for _, value in again]),
-        predicted={name: float(v.mean()) for name, v in found.first.items()},
+        predicted={name: float(ranks.first.mean()) for name, ranks in found.ranks.items()},
         half_b=steps.half_b.float().mean(1).tolist(),
         half_a=steps.half_a.float().mean(1).tolist(),
         ranked_last=[

@@ -4,13 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-
-from jaxtyping import Float
-from torch import Tensor
 
 from ..errors import ModelError
 from ..losses.accuracy import accuracy
+from ..losses.gradients import CHUNK
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, PairSet
 from ..tasks.task import Task
@@ -18,7 +15,6 @@ from ..utils.ranges import expect_kind
 from .known import Asked, FactRanks
 from .linearized import LEARNT, LinearizedRelearning, few_prompts, linearized_relearning
 from .probes import (
-    CHUNK,
     answer_scores,
     model_divergence,
     probe_scores,
@@ -28,7 +24,7 @@ from .probes import (
     stitches,
 )
 from .relearning import halves, of_subjects, rivals_within
-from .verdict import EDITED, ORIGINAL, QUANTIZED, Found
+from .verdict import EDITED, ORIGINAL, QUANTIZED, Compared, Found
 
 PROBE_PROMPTS, STEP_PROMPTS, ASKED_PROMPTS = 400, 96, 180
 """Prompts of each half that are probed, and asked for facts; of half A that linearized relearning
@@ -84,7 +80,7 @@ def _relearn(
         trained = min(trained, float(arm.half_a[-1].float().mean()))
         if steps is None:
             seen(moved)
-        steps = steps or arm
+            steps = arm
         del moved
     assert steps is not None
     return steps, trained
@@ -99,25 +95,6 @@ def _split(task: Task, seed: int) -> tuple[PairSet, PairSet, PairSet]:
     )
     about = tuple(p for p in task.retain if p.subject in second) or task.retain.pairs
     return half_a, half_b, PairSet("retained facts", about)
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Steps 1, 2 and 5: all that the original is needed for."""
-
-    half_a: PairSet
-    half_b: PairSet
-    some_b: PairSet
-    asked: Asked
-    given: dict[str, PairSet]
-    """What is relearned: some of half A, and retained facts that the original knows."""
-    ranks: dict[str, FactRanks]
-    """By model."""
-    outright: dict[str, Float[Tensor, " facts"]]
-    """By model, share of each fact's prompts."""
-    stitched: float
-    divergence: float
-    retained: dict[str, list[float]]
 
 
 def compare(
@@ -178,19 +155,12 @@ def search(
         signs, edited, compared.given, asked, compared.some_b, note, on_relearned
     )
     return Found(
-        half_a=half_a,
-        half_b=compared.half_b,
-        asked=asked,
-        first={name: found.first for name, found in compared.ranks.items()},
-        outright=compared.outright,
+        **vars(compared),
         signs=signs,
         probed=shares[:cuts],
         subject=shares[cuts:],
         steps=steps,
         trained=trained,
-        stitched=compared.stitched,
-        divergence=compared.divergence,
-        retained=compared.retained,
     )
 
 

@@ -35,11 +35,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..losses.advantage import answer_advantage, model_advantage
-from ..losses.gradients import gradient, passes
+from ..losses.gradients import CHUNK, gradient, passes
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, collate
-from .probes import CHUNK, Call, calls, last_logits, ranked, resumed, stages
+from .probes import Call, calls, last_logits, ranked, resumed, stages
 
 DAMPING = 0.1
 """Of the kernel, as a share of its mean diagonal."""

@@ -21,14 +21,12 @@ from torch import Tensor
 from ..errors import ModelError
 from ..losses.accuracy import ranked_first, ranked_last
 from ..losses.answers import divergence
-from ..losses.gradients import passes
+from ..losses.gradients import CHUNK, passes
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..models.stream import widen
 from ..tasks.pairs import Batch, Pair, PairSet, collate
 
-CHUNK = 48
-"""Prompts per forward pass."""
 RIDGE = 0.01
 """Ridge of the probe, as a share of the standardised inputs' variance."""
 BLOCKS = ("layers", "h")

@@ -245,18 +245,32 @@ def number(verdict: str, found: Evidence) -> float:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What steps 2 to 5 of `audit.cad` find, fact by fact."""
+class Compared:
+    """What steps 1, 2 and 5 of `audit.cad` find: all that the original is needed for."""
 
     half_a: PairSet
     half_b: PairSet
     """Prompts of the halves that the task was split into."""
+    some_b: PairSet
+    """Of half B, those that are asked after each step of relearning."""
     asked: Asked
     """All of half B's."""
-    first: dict[str, Float[Tensor, " facts"]]
-    """By model: share of the fact's prompts whose answer ranks first of four."""
+    given: dict[str, PairSet]
+    """What is relearned: some of half A, and retained facts that the original knows."""
+    ranks: dict[str, FactRanks]
+    """By model."""
     outright: dict[str, Float[Tensor, " facts"]]
-    """By model: share whose answer is predicted."""
+    """By model: share of the fact's prompts whose answer is predicted."""
+    stitched: float
+    divergence: float
+    retained: dict[str, list[float]]
+    """As in `audit.cad.CAD`."""
+
+
+@dataclass(frozen=True)
+class Found(Compared):
+    """What steps 1 to 5 of `audit.cad` find, fact by fact."""
+
     signs: dict[str, FactRanks]
     """By field of `Evidence`: predicted, relearned, retained, and the best probes."""
     probed: list[float]
@@ -264,10 +278,6 @@ class Found:
     steps: LinearizedRelearning
     trained: float
     """Share of what was relearned that is learnt; the lesser of both arms."""
-    stitched: float
-    divergence: float
-    retained: dict[str, list[float]]
-    """As in `audit.cad.CAD`."""
 
     def evidence(self, rows: Int[Tensor, " n"]) -> Evidence:
         """The evidence on some facts of half B."""
@@ -275,7 +285,7 @@ class Found:
         def mean(shares: Float[Tensor, " facts"]) -> float:
             return float(shares[rows].mean())
 
-        signs, chance, quantized = self.signs, self.asked.chance[rows], self.first.get(QUANTIZED)
+        signs, chance, quantized = self.signs, self.asked.chance[rows], self.ranks.get(QUANTIZED)
         moved = ("predicted", "relearned", "retained")
         return Evidence(
             **{name: mean(found.first) for name, found in signs.items()},
@@ -285,10 +295,10 @@ class Found:
             intact=beyond_chance(self.outright[EDITED][rows] > 0.5, self.asked.guess[rows]),
             hidden=max(beyond_chance(found.found[rows], chance) for found in signs.values()),
             outright=mean(self.outright[EDITED]),
-            original=mean(self.first[ORIGINAL]),
+            original=mean(self.ranks[ORIGINAL].first),
             original_outright=mean(self.outright[ORIGINAL]),
             divergence=self.divergence,
-            quantized=None if quantized is None else mean(quantized),
+            quantized=None if quantized is None else mean(quantized.first),
         )
 
     def states(self) -> dict[str, str]:

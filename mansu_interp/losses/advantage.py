@@ -29,10 +29,7 @@ from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, PairSet, answer_tokens, collate
 from ..utils.distributed import sum_number
 from .answers import above_rivals
-from .gradients import by_layer, gradient, passes
-
-CHUNK = 48
-"""Prompts per forward pass."""
+from .gradients import CHUNK, by_layer, gradient, passes
 
 
 def answer_advantage(

@@ -25,6 +25,8 @@ Elements = Sequence[str] | Positions
 """Whole weights, by name, or some elements of each."""
 
 
+CHUNK = 48
+"""Prompts of one phrasing per pass, at most, where a verdict is made."""
 PACK = 2**17
 """Numbers of a residual stream (padded tokens x d_model) up to which chunks are computed together:
 below it a pass through a layer costs more in calls than in arithmetic."""
