@@ -22,7 +22,7 @@ circuits are measured on as many others, so that "at 0.85" is known to a factor 
                          and one pair scored before (Linux)
 
 "exact" ranks by the exact effect itself, "mean rank" by the mean of the ranks of three methods,
-"signed" by the score with its sign, positive first.
+"signed" by the score with its sign, positive first. Other tools' scores: `peer_circuits.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ import time
 import numpy as np
 import torch
 from attribution import figure_of, peak_beyond
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from mansu_interp.circuits.ablation import Ablation
 from mansu_interp.circuits.attribution import attribute
@@ -134,7 +141,23 @@ def random_gemma3() -> LanguageModel:
     return LanguageModel("gemma3", model, None)
 
 
-RANDOM = {"random": random_model, "gemma3": random_gemma3}
+def random_gpt2() -> LanguageModel:
+    """Three layers of the shape of GPT-2, of four heads and of width 32."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LanguageModel("gpt2", GPT2LMHeadModel(config).eval(), None)
+
+
+RANDOM = {"random": random_model, "gemma3": random_gemma3, "gpt2": random_gpt2}
 """Models with random weights."""
 
 
@@ -219,6 +242,14 @@ def chosen(graph: Graph, scores: dict[str, np.ndarray], seed: int) -> np.ndarray
     return out
 
 
+def curve_of(ablation: Ablation, graph: Graph, values: np.ndarray) -> tuple[float, float, int]:
+    """CPR and CMD of a ranking, and edges asked for until faithfulness reaches 0.85."""
+    small = graph.n_edges <= SMALL
+    curve = faithfulness_curve(ablation, values, fractions=FRACTIONS if small else FEW)
+    _, tried = minimal_edges(graph, values, ablation.faithfulness, tolerance=0.05 if small else 0.5)
+    return curve.cpr, curve.cmd, min(count for count, reached in tried if reached >= 0.85)
+
+
 def table(task: str, folder: str | None, n: int, seed: int) -> None:
     """Print the rows of one task."""
     model, every = make(task, folder, n, seed)
@@ -246,18 +277,14 @@ def table(task: str, folder: str | None, n: int, seed: int) -> None:
     )
     for name, values in scores.items():
         size, exact = np.abs(values[edges]), np.abs(noise[edges])
-        curve = faithfulness_curve(ablation, values, fractions=FRACTIONS if small else FEW)
-        _, tried = minimal_edges(
-            graph, values, ablation.faithfulness, tolerance=0.05 if small else 0.5
-        )
-        least = min(count for count, reached in tried if reached >= 0.85)
+        cpr, cmd, least = curve_of(ablation, graph, values)
         held = [jaccard(graph, values, x[name], least) for x in drawn if name in x]
         stable = f"{np.mean(held):.2f}" if held else "–"
         back = "–" if restore is None else f"{spearman(size, np.abs(restore[edges])):.2f}"
         print(
             f"| {name} | {spearman(size, exact):.2f} | "
             f"{back} | {overlap(size, exact, 20):.2f} | "
-            f"{overlap(size, exact, 100):.2f} | {curve.cpr:.3f} | {curve.cmd:.3f} | {least:,} | "
+            f"{overlap(size, exact, 100):.2f} | {cpr:.3f} | {cmd:.3f} | {least:,} | "
             f"{stable} | {seconds[name]:.1f} | {seconds[name] / seconds['EAP']:.1f} |",
             flush=True,
         )
@@ -276,7 +303,8 @@ def memory(args: argparse.Namespace) -> None:
 def peak(name: str, task: str, args: argparse.Namespace) -> float:
     """Peak memory (MB) of one method in this process."""
     model, every = make(task, args.model, args.pairs, args.seed)
-    pairs, config = PairSet(task, every.pairs[: args.pairs]), configured(name)
+    pairs = PairSet(task, every.pairs[: args.pairs])
+    config = configured(name)
     return peak_beyond(lambda x: attribute(model, x, config=config), pairs)
 
 

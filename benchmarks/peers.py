@@ -28,7 +28,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from attribution import figure_of, make_model, make_pairs, peak_beyond
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
@@ -51,6 +52,7 @@ from mansu_interp.tasks.synthetic import synthetic_pairs
 BATCH, IG_STEPS = 8, 5
 REPEATS = 3
 Scores = Float[np.ndarray, "writers readers"]
+Edges = Bool[np.ndarray, "writers readers"]
 
 
 class LeftEnds(AttributionConfig):
@@ -117,6 +119,13 @@ def ours(model: Any, pairs: PairSet, config: AttributionConfig) -> Scores:
     return attribute(model, pairs, config=config).scores
 
 
+def mean_of_transformer_lens(model: LanguageModel, pairs: PairSet) -> Scores:
+    """The mean of TransformerLens' own, positions summed."""
+    import oracle
+
+    return np.mean([oracle.summed(model, x) for x in of_transformer_lens(model, pairs)], axis=0)
+
+
 def of_transformer_lens(model: LanguageModel, pairs: PairSet) -> list[dict[Any, float]]:
     """TransformerLens' own, one pair at a time."""
     import oracle
@@ -124,37 +133,67 @@ def of_transformer_lens(model: LanguageModel, pairs: PairSet) -> list[dict[Any, 
     return [oracle.by_position(model, pair) for pair in pairs]
 
 
-def of_eap_ig(model: Any, pairs: PairSet, method: str) -> torch.Tensor:
-    """hannamw/EAP-IG's, in its own order of readers."""
-    import eap.attribute  # type: ignore[import-not-found]
-    from eap.graph import Graph as TheirGraph  # type: ignore[import-not-found]
+@contextmanager
+def switched_on(model: Any) -> Iterator[None]:
+    """A `HookedTransformer` with the hooks that EAP-IG needs."""
+    switches = [model.set_use_attn_result, model.set_use_split_qkv_input, model.set_use_hook_mlp_in]
+    if model.cfg.n_key_value_heads:
+        switches.append(model.set_ungroup_grouped_query_attention)
+    for switch in switches:
+        switch(True)
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch(False)
+        model.zero_grad(set_to_none=True)
+
+
+def loaded(pairs: PairSet, module: Any) -> list[tuple[Any, ...]]:
+    """What EAP-IG's functions take for a data set, and a module of it that reads such batches."""
 
     def tokens(model: Any, rows: torch.Tensor) -> tuple[Any, ...]:
         lengths = ends[rows.data_ptr()].last + 1
         real = torch.arange(rows.shape[1]) < lengths[:, None]
         return rows, real.long(), lengths, rows.shape[1]
 
+    batches = list(pairs.batches(BATCH))
+    ends = {rows.data_ptr(): b for b in batches for rows in (b.clean, b.corrupt)}
+    module.torch, module.tokenize_plus = OnCpu(), tokens
+    return [(b.clean, b.corrupt, b) for b in batches]
+
+
+def of_eap_ig(model: Any, pairs: PairSet, method: str) -> torch.Tensor:
+    """hannamw/EAP-IG's, in its own order of readers."""
+    import eap.attribute  # type: ignore[import-not-found]
+    from eap.graph import Graph as TheirGraph  # type: ignore[import-not-found]
+
     def worse(logits: torch.Tensor, clean: torch.Tensor, _: object, batch: Batch) -> torch.Tensor:
         rows = torch.arange(len(batch))
         return -logit_diff(logits[rows, batch.last], batch, clean[rows, batch.last]).sum()
 
-    batches = list(pairs.batches(BATCH))
-    ends = {rows.data_ptr(): b for b in batches for rows in (b.clean, b.corrupt)}
-    loader = [(b.clean, b.corrupt, b) for b in batches]
-    eap.attribute.torch, eap.attribute.tokenize_plus = OnCpu(), tokens
-    switches = [model.set_use_attn_result, model.set_use_split_qkv_input, model.set_use_hook_mlp_in]
-    if model.cfg.n_key_value_heads:
-        switches.append(model.set_ungroup_grouped_query_attention)
-    graph = TheirGraph.from_model(model)
-    for switch in switches:
-        switch(True)
-    try:
+    loader = loaded(pairs, eap.attribute)
+    with switched_on(model):
+        graph = TheirGraph.from_model(model)
         eap.attribute.attribute(model, graph, loader, worse, method, ig_steps=IG_STEPS, quiet=True)
-    finally:
-        for switch in switches:
-            switch(False)
-        model.zero_grad(set_to_none=True)
     return graph.scores
+
+
+def metric_by_eap_ig(model: Any, pairs: PairSet, edges: Edges, a: Architecture) -> float:
+    """Mean metric of a circuit of this package, measured by hannamw/EAP-IG."""
+    import eap.evaluate  # type: ignore[import-not-found]
+    from eap.graph import Graph as TheirGraph  # type: ignore[import-not-found]
+
+    def gap(logits: torch.Tensor, _: object, __: object, batch: Batch) -> torch.Tensor:
+        rows = torch.arange(len(batch))
+        return logit_diff(logits[rows, batch.last], batch, logits[rows, batch.last])
+
+    loader = loaded(pairs, eap.evaluate)
+    with switched_on(model):
+        graph = TheirGraph.from_model(model)
+        graph.in_graph[:] = in_their_order(edges & Graph(a).exists, a) & graph.real_edge_mask
+        graph.nodes_in_graph[:] = True
+        return float(eap.evaluate.evaluate_graph(model, graph, loader, gap, quiet=True).mean())
 
 
 def in_our_order(theirs: torch.Tensor, a: Architecture) -> Scores:
@@ -164,6 +203,15 @@ def in_our_order(theirs: torch.Tensor, a: Architecture) -> Scores:
     k, v = (x.unflatten(2, (a.n_kv_heads, -1)).sum(3) for x in (k, v))
     readers = torch.cat([q, k, v, mlp], 2).flatten(1)
     return torch.cat([readers, last], 1).numpy() * Graph(a).exists
+
+
+def in_their_order(edges: Edges, a: Architecture) -> torch.Tensor:
+    """A circuit of this package in EAP-IG's order: every head of a group has the group's edges."""
+    layers, last = edges[:, :-1].reshape(len(edges), a.n_layers, -1), edges[:, -1:]
+    q, k, v, mlp = np.split(layers, np.cumsum([a.n_heads, a.n_kv_heads, a.n_kv_heads]), axis=2)
+    k, v = (x.repeat(a.n_heads // a.n_kv_heads, axis=2) for x in (k, v))
+    readers = np.concatenate([q, k, v, mlp], 2).reshape(len(edges), -1)
+    return torch.from_numpy(np.concatenate([readers, last], 1))
 
 
 def jobs(name: str, eap_ig: str | None) -> dict[str, tuple[Callable[[PairSet], Any], ...]]:
