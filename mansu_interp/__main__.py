@@ -1,4 +1,5 @@
-"""``mansu`` and ``python -m mansu_interp``: the process around the command, which Ctrl-C ends."""
+"""``mansu`` and ``python -m mansu_interp``: the process around the command, which Ctrl-C and a
+polite `kill` end."""
 
 import locale
 import os
@@ -9,14 +10,17 @@ import time
 from types import FrameType
 
 BURST = 2.0
-"""Seconds within which further Ctrl-C are the same one: the first is still being answered."""
+"""Seconds within which further signals are the same one: the first is still being answered."""
 
 SOON = 0.02
 """Seconds after which it is tried again where it cannot be answered."""
 
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""What answers a signal where nobody has chosen otherwise, as a shell does for background jobs."""
+
 
 class _Interrupt:
-    """What Ctrl-C does."""
+    """What Ctrl-C and `kill` do: nothing half-written is left."""
 
     last = -BURST
 
@@ -55,8 +59,10 @@ def _use_utf8() -> None:
 def main() -> int:
     """Run the command; returns its exit status."""
     _use_utf8()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _Interrupt())
+    interrupt = _Interrupt()
+    for signum, default in DEFAULTS.items():
+        if signal.getsignal(signum) is default:
+            signal.signal(signum, interrupt)
     try:
         from .cli.main import main as command
 
@@ -65,6 +71,7 @@ def main() -> int:
         return 130
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

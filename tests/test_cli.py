@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -510,16 +509,19 @@ def test_a_console_that_knows_ascii_alone():
     assert r"mansu: Unknown task 'caf\xe9'. Shipped: capitals" in done.stderr
 
 
+SIGNALS = ("SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow))
+
 INTERRUPTED = """
 import os, signal, sys
+number = getattr(signal, sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 from mansu_interp import __main__
 from mansu_interp.cli import commands, main
 def twice(*_):
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
     finally:
-        os.kill(os.getpid(), signal.SIGINT)  # while what was begun is being removed
+        os.kill(os.getpid(), number)  # while what was begun is being removed
         print("removed")
 main.COMMANDS[-1].__dict__["do"] = twice
 sys.argv = ["mansu", "list"]
@@ -529,20 +531,22 @@ sys.exit(status)
 """
 
 
-def test_a_second_interrupt_does_not_stop_the_cleaning_up():
-    done = python("-c", INTERRUPTED)
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_second_interrupt_does_not_stop_the_cleaning_up(name: str):
+    done = python("-c", INTERRUPTED, name)
     assert done.stdout == "removed\n" and done.returncode == 130, done.stderr
     assert done.stderr == "\nmansu: interrupted; run the same command again to continue.\n"
 
 
 IN_DEL = """
 import os, signal, sys, time
+number = getattr(signal, sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from mansu_interp import __main__
 from mansu_interp.cli import main
 class Dying:
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 def work(*_):
     Dying()
     time.sleep(20)
@@ -553,11 +557,32 @@ sys.exit(__main__.main())
 """
 
 
-def test_an_interrupt_while_something_is_freed_is_not_lost():
+@pytest.mark.parametrize("name", SIGNALS)
+def test_an_interrupt_while_something_is_freed_is_not_lost(name: str):
     """Python ignores what is raised in a ``__del__``."""
-    done = python("-c", IN_DEL)
+    done = python("-c", IN_DEL, name)
     assert done.returncode == 130
     assert done.stderr == "\nmansu: interrupted; run the same command again to continue.\n"
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from mansu_interp import __main__
+from mansu_interp.export import ledger
+def killed(*_):
+    assert len(list(Path(sys.argv[-1]).parent.iterdir())) == 1
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+ledger.delta = killed
+sys.exit(__main__.main())
+"""
+
+
+def test_a_polite_kill_in_the_midst_of_writing_leaves_nothing_half_written(tmp_path: Path):
+    done = python("-c", KILLED, "delta", "facts", "facts", "--out", str(tmp_path / "d"))
+    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_too_long_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -661,23 +686,6 @@ def test_compared_circuits_and_scores(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_the_version(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"mansu {__version__}\n"
-
-
-def test_a_polite_kill_ends_a_command_as_ctrl_c_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """In the midst of writing: nothing half-written is left, and the handler is as before."""
-
-    def killed(*_: object) -> None:
-        assert len(list(tmp_path.iterdir())) == 1
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-
-    monkeypatch.setattr("mansu_interp.export.ledger.delta", killed)
-    before = signal.getsignal(signal.SIGTERM)
-    assert main(["delta", "facts", "facts", "--out", str(tmp_path / "d")]) == 130
-    assert "interrupted" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_relearn_runs_the_suite_or_the_quick_attack():

@@ -6,10 +6,8 @@ import argparse
 import contextlib
 import errno
 import io
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -308,31 +306,13 @@ def parse(argv: list[str]) -> object:
     return config.run_config() if isinstance(config, RunCommand) else config
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let a polite `kill` end a command as Ctrl-C does, so that nothing half-written is left."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (0 fine, 1 bad input, 130 interrupted, 141 nobody reads
     the output any more; verify: more)."""
     console.prepare()
     try:
         try:
-            with _terminable():
-                return _main(sys.argv[1:] if argv is None else argv)
+            return _main(sys.argv[1:] if argv is None else argv)
         finally:
             console.finish()
     except BrokenPipeError:  # such as head, which has seen enough
