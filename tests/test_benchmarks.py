@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_pairs, make_tiny
 from mask_circuits import jaccard, random_paths
-from peers import LeftEnds, OnCpu, in_our_order
+from peers import LeftEnds, OnCpu, in_our_order, in_their_order
 
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
@@ -30,6 +30,19 @@ def test_readers_of_eap_ig_come_in_our_order_with_shared_keys_summed():
     for edge, score in wanted.items():
         assert found[graph.edge(*edge)] == pytest.approx(float(score))
     assert not found[~graph.exists].any() and found[graph.exists].all()
+
+
+def test_a_circuit_of_ours_goes_into_eap_igs_order_with_shared_keys_for_every_head():
+    a = Architecture(n_layers=2, n_heads=4, n_kv_heads=2)
+    graph = Graph(a)
+    edges = np.zeros_like(graph.exists)
+    for edge in (("a0.h0", "a1.h3<q>"), ("a0.h0", "a1.kv1<k>"), ("m1", "logits")):
+        edges[graph.edge(*edge)] = True
+    found = {tuple(at) for at in in_their_order(edges, a).nonzero().tolist()}
+    assert found == {(1, 13 + 3), (1, 13 + 4 + 2), (1, 13 + 4 + 3), (10, 26)}
+    heads = in_our_order(in_their_order(graph.exists, a).double(), a)  # two heads share a key
+    assert heads[graph.edge("m0", "a1.kv0<v>")] == 2 == heads[graph.edge("input", "a0.kv1<k>")]
+    assert heads[graph.edge("m0", "a1.h0<q>")] == 1 == heads[graph.edge("m0", "logits")]
 
 
 def test_one_left_end_is_eap_at_the_corrupt_run():
