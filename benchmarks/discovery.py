@@ -153,6 +153,7 @@ def random_gpt2() -> LanguageModel:
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=None,
+        architectures=["GPT2LMHeadModel"],
     )
     return LanguageModel("gpt2", GPT2LMHeadModel(config).eval(), None)
 
