@@ -35,6 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -308,7 +309,7 @@ def attribute(
     positions: bool = False,
     neurons: bool = False,
     on_pairs: OnPairs | None = None,
-    resume: Path | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> Attribution:
     """Score every edge of a model on a set of pairs.
 
@@ -363,7 +364,7 @@ def attribute(
     facts = {fact: k for k, fact in enumerate(dict.fromkeys(p.fact for p in pairs))}
     sums = Sums.zeros(stream.graph, longest if positions else 0, len(facts))
     parts = list(PairSet(pairs.name, mine).parts(size)) if mine else []
-    unfinished = Unfinished(resume if world_size() == 1 else None, size=size)
+    unfinished = Unfinished(Path(resume) if resume and world_size() == 1 else None, size=size)
     settings = replace(config, batch_size=1, memory_gb=None), metric, positions, neurons
     begun = unfinished.load(sums, stream.model, pairs, *settings)
     done = sum(map(len, parts[:begun]))

@@ -135,7 +135,12 @@ def ranked_edges(
         scores: of every edge.
         n: at most so many; default: all.
         edges: True for those that count; default: all of the graph.
+
+    Raises:
+        CircuitError: a negative number.
     """
+    if n is not None and n < 0:
+        raise CircuitError(f"Give how many edges there are to be, at least 0; got {n}.")
     rows, columns = np.nonzero(graph.exists if edges is None else edges)
     order = np.argsort(-np.abs(scores[rows, columns]), kind="stable")[:n]
     return [
@@ -223,7 +228,11 @@ class Attribution:
 
     @entrance(CircuitError)
     def top(self, n: int = 10) -> list[ScoredEdge]:
-        """The strongest edges by |score|."""
+        """The strongest edges by |score|, at most ``n``.
+
+        Raises:
+            CircuitError: a negative number.
+        """
         return ranked_edges(self.graph, self.scores, n)
 
     def to_networkx(self) -> nx.DiGraph:
