@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from mansu_interp.errors import (
     ResourceError,
 )
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.tasks.pairs import Batch, PairSet, collate
+from mansu_interp.tasks.pairs import Batch, Pair, PairSet, collate
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils import tensors
 
@@ -380,6 +380,24 @@ def test_no_score_where_no_edge_exists(tiny_model: TinyModel):
     found = attribute(tiny_model(2), make_pairs((3, 5)), config=EAP)
     assert not found.scores[~found.graph.exists].any()
     assert (found.scores[found.graph.exists] != 0).mean() > 0.9
+
+
+def test_sums_over_many_batches_hardly_round(tiny_model: TinyModel):
+    """Against float64 sums of what each pair comes to; float32 ones would be further off."""
+    model, pairs = tiny_model(2), PairSet("many", make_pairs().pairs * 20)
+    sums = [torch.zeros(model.graph.exists.shape, dtype=t) for t in (torch.float64, torch.float32)]
+
+    def add(_: Sequence[Pair], scores: torch.Tensor) -> None:
+        for total in sums:
+            total.add_(scores[0])
+
+    found = attribute(model, pairs, config=replace(EAP, batch_size=1), on_pairs=add).scores
+    exact, rounded = (total.numpy() / len(pairs) for total in sums)
+
+    def off(scores: np.ndarray) -> float:
+        return float(np.abs(scores - exact).max() / np.abs(exact).max())
+
+    assert off(found) < 7e-8 < off(rounded)
 
 
 @pytest.mark.parametrize("settings", [{"ig_steps": 0}, {"pairs": 0}, {"batch_size": -1}])

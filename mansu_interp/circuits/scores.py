@@ -44,13 +44,20 @@ SCORES_FILE = {"architecture": dict, "clean": float, "corrupt": float, "caveat?"
 
 @dataclass
 class Sums:
-    """What attribution adds up over pairs and path points."""
+    """What attribution adds up over pairs and path points.
+
+    Sums over batches are float64 on the CPU: they are added to once a batch, which takes no time,
+    and hardly round, however many batches there are. On the device nothing is float64, which MPS
+    does not have.
+    """
 
     scores: Float[Tensor, "writers readers"]
     ends: Float[Tensor, "facts 4"]
     """Clean metric, corrupt metric, answers ranked first, and pairs, by fact."""
     by_position: Float[Tensor, "pos writers readers"] | None
     neurons: dict[str, Float[Tensor, " n"]]
+    batch: Float[Tensor, "writers readers"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """Scores of the batch at hand, on the device."""
     each: Float[Tensor, "batch writers readers"] | None = None
     """Of the pairs of the batch at hand, if they are asked for."""
 
