@@ -3,6 +3,7 @@
     python benchmarks/attribution.py               against the passes it cannot avoid (a minute)
     python benchmarks/attribution.py --peer        and against TransformerLens' own (ten minutes)
     python benchmarks/attribution.py --growth      how both grow; writes docs/attribution-growth.svg
+    python benchmarks/attribution.py --sums        how far sums over batches round (a minute)
 
 The model has GPT-2 small's shape and random weights; there are 8 pairs of 15 tokens. "Bare" are the
 forward and backward passes that the method needs, on the same bridge, hooked only where the
@@ -22,9 +23,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -35,7 +37,9 @@ from mansu_interp.circuits.metrics import logit_diff
 from mansu_interp.circuits.search.faithfulness import strongest
 from mansu_interp.circuits.search.stability import Resamples
 from mansu_interp.models.language_model import LanguageModel
+from mansu_interp.models.load import load_model
 from mansu_interp.models.stream import Stream
+from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.pairs import Pair, PairSet, collate
 
 PAIRS, TOKENS, VOCAB, IG_STEPS, RESAMPLES = 8, 15, 50257, 5, 100
@@ -285,11 +289,32 @@ def growth(threads: int) -> None:
     print(f"wrote {PLOT}")
 
 
+def sums() -> None:
+    """How far scores of the embedded model are from those of the same model in float64, one pair a
+    batch: as `attribute` sums them, and summed in float32 throughout."""
+    model = load_model("facts")
+    pairs = load_task("capitals", model).forget
+    config = AttributionConfig(method="eap", batch_size=1)
+    total = torch.zeros(model.graph.exists.shape)
+
+    def add(_: Sequence[Pair], scores: torch.Tensor) -> None:
+        total.add_(scores.sum(0))
+
+    found = attribute(model, pairs, config=config, on_pairs=add).scores
+    wide = model.copy()
+    wide.hf.double()
+    exact = attribute(wide, pairs, config=config).scores
+    print(f"{len(pairs)} batches of one pair, EAP; largest difference over the largest score")
+    for name, scores in (("as here", found), ("float32", total.numpy() / len(pairs))):
+        print(f"  {name}: {np.abs(scores - exact).max() / np.abs(exact).max():.1e}")
+
+
 def main() -> None:
     """Parse the options and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", action="store_true", help="also time TransformerLens' own")
     parser.add_argument("--growth", action="store_true", help="plot how time and memory grow")
+    parser.add_argument("--sums", action="store_true", help="how far sums over batches round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -302,6 +327,10 @@ def main() -> None:
         return
     if options.growth:
         growth(options.threads)
+        return
+    if options.sums:
+        torch.set_num_threads(options.threads)
+        sums()
         return
     against_bare(options.repeats, options.threads)
     if options.peer:

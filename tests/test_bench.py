@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_script
+import numpy as np
 import pytest
 import torch
 from conftest import SHIPPED
@@ -44,6 +45,7 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.survival import quantize
 from mansu_interp.runs.defaults import default_config
+from mansu_interp.runs.edit import make_mask
 from mansu_interp.tasks.task import Task
 from mansu_interp.unlearning.methods import BASELINES, NPO, UNDO, get_method
 from mansu_interp.unlearning.unlearn import unlearn
@@ -606,3 +608,22 @@ def test_a_table_needs_no_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(sys.modules, "distributed", None)
     config: dict[str, Any] = {"methods": ("ga",), "out": tmp_path, "jobs": 2}
     assert run_bench(BenchConfig(table_only=True, **config)) == []
+
+
+@pytest.mark.slow
+def test_a_run_and_the_benchmark_have_one_mask_of_the_whole_model(
+    facts: LanguageModel, capitals: Task
+):
+    """That of a circuit of every edge, though no circuit is looked for."""
+    config = default_config("facts", "capitals", method="mansu-whole-model")
+    assert "circuit" not in config.unlearn.needs
+    trial = make_trial(BenchConfig(), facts, "capitals", "mansu-whole-model", 0, 0.35, 1.0)
+    every = Circuit(facts.graph, np.zeros(facts.graph.exists.shape, np.float32), facts.graph.exists)
+    of_run, of_bench = (make_mask(c, facts, capitals) for c in (config, trial.config))
+    own = default_config("facts", "capitals")
+    of_circuit = make_mask(own, facts, capitals, Circuit.load(SHIPPED / "facts-capitals.json"))
+    for mask in (of_bench, make_mask(own, facts, capitals, every)):
+        assert mask.indices.keys() == of_run.indices.keys()
+        assert all(torch.equal(i, of_run.indices[n]) for n, i in mask.indices.items())
+    assert of_circuit.n_parameters == of_run.n_parameters
+    assert of_circuit.indices.keys() < of_run.indices.keys()  # some weights are in no circuit

@@ -353,6 +353,9 @@ def test_scores_by_edge_by_rank_and_as_files(facts: LanguageModel, capitals: Tas
     found.save(tmp_path / "scores.safetensors")
     again = Attribution.load(tmp_path / "scores.safetensors")
     assert np.array_equal(again.scores, found.scores) and again.clean == found.clean
+    assert found.top(0) == []
+    with pytest.raises(CircuitError, match=r"how many edges there are to be, at least 0; got -1\."):
+        found.top(-1)
     assert again.by_position is not None and found.by_position is not None
     assert np.array_equal(again.by_position, found.by_position)
     flat = {"scores": found.scores, "by_position": found.by_position[0]}

@@ -610,7 +610,8 @@ def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path, capsys: pytest.Capture
     assert main(["discover", "--pairs", str(file), "--out", str(out), "--quiet"]) == 0
     told = capsys.readouterr().out
     assert "It is the smallest found: no single" in told and "\nCompleteness: " in told
-    assert {p.name for p in out.iterdir()} == {"circuit.json", "circuit.graphml", "circuit.html"}
+    made = {"circuit.json", "circuit.graphml", "circuit.html", "scores.safetensors"}
+    assert {p.name for p in out.iterdir()} == made
     assert not (tmp_path / "c.unfinished").exists()
     assert main(["discover", "--pairs", str(file), "--out", str(out)]) == 1  # never overwritten
     assert main(["attribute", "--pairs", str(file), "--out", str(scores), "--quiet"]) == 0

@@ -17,6 +17,8 @@ from transformer_lens.tools.analysis.attribution_patching import Node as LensNod
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.formats.files import read_circuit, write_circuit
+from mansu_interp.circuits.formats.scored import save_scores
+from mansu_interp.circuits.scores import Attribution
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.cli.main import main
@@ -404,3 +406,107 @@ def test_convert_compare_and_view(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "and the model is Architecture(" in capsys.readouterr().err
     assert main(back) == 0
     assert Circuit.load(tmp_path / "n.json").n_edges == 6
+
+
+@pytest.fixture
+def scores() -> Attribution:
+    """Scores of every edge, with keys that heads share."""
+    graph = Graph(Architecture(4, 8, 4))
+    values = np.random.default_rng(0).normal(size=graph.exists.shape) * graph.exists
+    return Attribution(graph, values.astype(np.float32), 2.0, -1.0)
+
+
+@pytest.mark.parametrize("name", ["s.csv", "s.safetensors"])
+def test_scores_of_every_edge_are_converted_in_full(
+    scores: Attribution, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, out = tmp_path / name, tmp_path / "c.json"
+    if name == "s.csv":
+        path.write_text(scores.to_pandas().to_csv(index=False))
+    else:
+        scores.save(path)
+    words = ["convert", str(path), "--to", "eap-ig", "--out", str(out)]
+    if name == "s.csv":
+        assert main(words) == 1
+        assert "name its model (mansu convert --model" in capsys.readouterr().err
+        words += ["--model", "facts"]
+    assert main(words) == 0
+    edges = json.loads(out.read_text())["edges"]
+    assert all(edge["in_graph"] for edge in edges.values())
+    back = read_circuit(out)
+    assert (back.edges == scores.graph.exists).all()
+    np.testing.assert_allclose(back.scores, scores.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("input,m0,1\n", r"first line must be source,target,score.*'input,m0,1'"),
+        ("source,target,score\ninput,m9,1\n", "line 2: .*m9"),
+        ("source,target,score\ninput,m0,1\ninput,m0,2\n", "line 3: input -> m0 is there twice"),
+        ("source,target,score\ninput,m0,nan\n", "line 2: input -> m0 has the score nan"),
+        ("source,target,score\ninput,m0\n", "line 2: "),
+        ("source,target,score\n", "it holds no edge"),
+        ("", "first line must be"),
+    ],
+)
+def test_tables_of_scores_that_lie(text: str, message: str, tmp_path: Path):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(ArtifactError, match=message):
+        read_circuit(tmp_path / "s.csv", Architecture(4, 8, 4))
+
+
+def test_a_table_of_some_edges_says_so(tmp_path: Path):
+    (tmp_path / "s.txt").write_text("source,target,score\ninput,m0,1.5\n\nm0,logits,-2\n")
+    found = read_circuit(tmp_path / "s.txt", Architecture(4, 8, 4))
+    assert found.n_edges == 2 and found.scores[found.graph.edge("m0", "logits")] == -2
+    assert found.meta.caveat.startswith(f"{found.graph.n_edges - 2:,} of the model's edges are not")
+
+
+def test_the_folder_of_a_discovery_is_converted_in_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    made, folder, out = some_circuit(ARCHITECTURES["shared keys"]), tmp_path / "f", tmp_path / "c"
+    folder.mkdir()
+    words = ["convert", str(folder), "--to", "eap-ig", "--out"]
+    assert main([*words, str(out)]) == 1
+    assert "holds no circuit.json: name the folder of a run" in capsys.readouterr().err
+    made.save(folder / "circuit.json")
+    save_scores(made, folder / "scores.safetensors")
+    assert main([*words, str(out)]) == 0
+    back = read_circuit(out)
+    assert (back.edges == made.edges).all() and (made.scores[~made.edges] != 0).any()
+    np.testing.assert_allclose(back.scores, made.scores, atol=1e-6)
+    save_scores(some_circuit(ARCHITECTURES["shared keys"], 1), folder / "scores.safetensors")
+    assert main([*words, str(tmp_path / "d")]) == 1
+    assert "has not the scores of the circuit beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["view", "compare", "convert"])
+def test_file_errors_say_what_to_do(
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    (tmp_path / "folder").mkdir()
+    for name in ("empty.json", "empty.safetensors", "closed.json"):
+        (tmp_path / name).touch()
+
+    def refuse(path: Path, *_: object, **__: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    for name, message in (
+        ("none.json", "there is no such file; look at its name"),
+        ("none.safetensors", "there is no such file; look at its name"),
+        ("folder", "name the folder of a run or of mansu discover, or a file"),
+        ("empty.json", "it is empty; make it again"),
+        ("empty.safetensors", "it is empty; make it again"),
+        ("closed.json", "permission is denied; allow reading it"),
+    ):
+        if name == "closed.json":  # whoever runs this may be allowed to read everything
+            monkeypatch.setattr(Path, "open", refuse)
+        path = str(tmp_path / name)
+        rest = {"compare": [path], "convert": ["--to", "gexf", "--out", str(tmp_path / "o.gexf")]}
+        assert main([command, path, *rest.get(command, [])]) == 1
+        assert message in capsys.readouterr().err, name

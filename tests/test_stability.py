@@ -146,8 +146,12 @@ def test_after_removal_resamples_are_compared_with_the_circuit_that_is_left(
 
 
 def test_what_cannot_be_resampled(tiny_model: TinyModel, pairs: PairSet):
-    with pytest.raises(CircuitError, match=r"resamples must be a number, at least 0; got -1\."):
+    with pytest.raises(CircuitError, match=r"must be 0, or at least 2: .*; got -1\."):
         discover(tiny_model(2), pairs, config=FEW, resamples=-1)
+    with pytest.raises(CircuitError, match=r"one resample has no interval; got 1\."):
+        discover(tiny_model(2), pairs, config=FEW, resamples=1)
+    with pytest.raises(CircuitError, match="at least two resamples"):
+        Resamples(pairs, 1, 0)
     same = PairSet("same", tuple(replace(p, subject="one") for p in pairs))
     with pytest.raises(CircuitError, match="two facts; got 3 and 1"):
         discover(tiny_model(2), same, config=FEW, resamples=3)

@@ -448,6 +448,8 @@ def test_texts_that_make_no_pair_are_told(facts: LanguageModel):
     malta, rwanda = ASKED.format("Malta"), ASKED.format("Rwanda")
     with pytest.raises(TaskError, match="Pair 1 has an empty corrupt prompt: give a text"):
         make(malta, "", "Valletta", "Kigali")
+    with pytest.raises(TaskError, match=r"Pair 1: the clean and the corrupt prompt are the same"):
+        make(malta, malta, "Valletta", "Kigali")
     with pytest.raises(TaskError, match=r"does not know a word of '.*Atlantis"):
         make(malta, ASKED.format("Atlantis"), "Valletta", "Kigali")
     with pytest.raises(TaskError, match="has no wrong answer"):

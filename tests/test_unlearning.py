@@ -747,7 +747,7 @@ def test_a_killed_loop_ends_the_same(
             raise Killed
 
     with pytest.raises(Killed):
-        unlearn(facts, capitals, random_few, config, on_step=die, resume=file)
+        unlearn(facts, capitals, random_few, config, on_step=die, resume=str(file))
     again = unlearn(
         facts,
         capitals,

@@ -26,8 +26,9 @@ taken does not depend on the ablation. The algorithm, batch by batch:
 4. Multiply differences with gradients, sum over tokens, and add up (`_add_scores`); where memory is
    short, the differences of a few layers at a time.
 
-The sums over all batches (`scores.Sums`) are divided once by the number of pairs, so that scores do
-not depend on the batch size.
+Each batch is summed on the device, in float32, and moved to the CPU once. The sums over all batches
+(`scores.Sums`) are divided once by the number of pairs, so that scores do not depend on the batch
+size.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +177,8 @@ def _add_scores(
         at = slice(rows.start, min(rows.stop, n_writers))
         writes = every[at.start - held.start : at.stop - held.start]
         flat_writes = rearrange(writes, "writers tokens d -> writers (tokens d)")
-        part = weight * (flat_writes @ rearrange(g, "readers tokens d -> readers (tokens d)").T)
-        sums.scores[at, column : column + len(g)] += part.cpu()
+        flat_g = rearrange(g, "readers tokens d -> readers (tokens d)")
+        sums.batch[at, column : column + len(g)].addmm_(flat_writes, flat_g.T, alpha=weight)
         if sums.each is not None:
             sizes = runs.real.sum(1).tolist()
             for one, w, r in zip(sums.each, writes.split(sizes, 1), g.split(sizes, 1), strict=True):
@@ -308,7 +310,7 @@ def attribute(
     positions: bool = False,
     neurons: bool = False,
     on_pairs: OnPairs | None = None,
-    resume: Path | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> Attribution:
     """Score every edge of a model on a set of pairs.
 
@@ -363,14 +365,20 @@ def attribute(
     facts = {fact: k for k, fact in enumerate(dict.fromkeys(p.fact for p in pairs))}
     sums = Sums.zeros(stream.graph, longest if positions else 0, len(facts))
     parts = list(PairSet(pairs.name, mine).parts(size)) if mine else []
-    unfinished = Unfinished(resume if world_size() == 1 else None, size=size)
+    unfinished = Unfinished(Path(resume) if resume and world_size() == 1 else None, size=size)
     settings = replace(config, batch_size=1, memory_gb=None), metric, positions, neurons
+    place = {
+        "device": stream.model.device,
+        "dtype": torch.promote_types(stream.dtype, torch.float32),
+    }
     begun = unfinished.load(sums, stream.model, pairs, *settings)
     done = sum(map(len, parts[:begun]))
     for k, part in enumerate(parts[begun:], begun + 1):
         batch, shape = collate(part, stream.model.device), (len(part), *sums.scores.shape)
-        sums.each = torch.zeros(shape, device=stream.model.device) if on_pairs else None
+        sums.each = torch.zeros(shape, **place) if on_pairs else None
+        sums.batch = torch.zeros(shape[1:], **place)
         values = _add_batch(rules, batch, config, function, neurons, means, sums, at_once)
+        sums.scores += sums.batch.cpu()
         rows = torch.tensor([facts[p.fact] for p in part])
         sums.ends.index_add_(0, rows, torch.cat([values, torch.ones(1, len(part))]).T.double())
         if on_pairs and sums.each is not None:

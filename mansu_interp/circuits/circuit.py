@@ -117,7 +117,11 @@ class Circuit(Shareable):
 
     @entrance(CircuitError)
     def top(self, n: int = 10) -> list[ScoredEdge]:
-        """The circuit's strongest edges by |score|."""
+        """The circuit's strongest edges by |score|, at most ``n``.
+
+        Raises:
+            CircuitError: a negative number.
+        """
         return ranked_edges(self.graph, self.scores, n, self.edges)
 
     @entrance(CircuitError)

@@ -44,13 +44,20 @@ SCORES_FILE = {"architecture": dict, "clean": float, "corrupt": float, "caveat?"
 
 @dataclass
 class Sums:
-    """What attribution adds up over pairs and path points."""
+    """What attribution adds up over pairs and path points.
+
+    Sums over batches are float64 on the CPU: they are added to once a batch, which takes no time,
+    and hardly round, however many batches there are. On the device nothing is float64, which MPS
+    does not have.
+    """
 
     scores: Float[Tensor, "writers readers"]
     ends: Float[Tensor, "facts 4"]
     """Clean metric, corrupt metric, answers ranked first, and pairs, by fact."""
     by_position: Float[Tensor, "pos writers readers"] | None
     neurons: dict[str, Float[Tensor, " n"]]
+    batch: Float[Tensor, "writers readers"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """Scores of the batch at hand, on the device."""
     each: Float[Tensor, "batch writers readers"] | None = None
     """Of the pairs of the batch at hand, if they are asked for."""
 
@@ -135,7 +142,12 @@ def ranked_edges(
         scores: of every edge.
         n: at most so many; default: all.
         edges: True for those that count; default: all of the graph.
+
+    Raises:
+        CircuitError: a negative number.
     """
+    if n is not None and n < 0:
+        raise CircuitError(f"Give how many edges there are to be, at least 0; got {n}.")
     rows, columns = np.nonzero(graph.exists if edges is None else edges)
     order = np.argsort(-np.abs(scores[rows, columns]), kind="stable")[:n]
     return [
@@ -223,7 +235,11 @@ class Attribution:
 
     @entrance(CircuitError)
     def top(self, n: int = 10) -> list[ScoredEdge]:
-        """The strongest edges by |score|."""
+        """The strongest edges by |score|, at most ``n``.
+
+        Raises:
+            CircuitError: a negative number.
+        """
         return ranked_edges(self.graph, self.scores, n)
 
     def to_networkx(self) -> nx.DiGraph:

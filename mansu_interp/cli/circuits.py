@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Edges that a result prints."""
+SCORES = "scores.safetensors"
+"""In the folder of discover: the scores of all edges, those outside the circuit included."""
 SYNTHETIC = 200
 """Pairs that are made of a synthetic behaviour, for `pairs` of the settings to be drawn from."""
 
@@ -82,6 +84,7 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
     """Discover a circuit, and write it with a page to look at."""
     silent = output.quiet or output.json
     with stages("loading the model", silent) as progress:
+        from ..circuits.formats.scored import save_scores
         from ..circuits.search.discover import discover
         from ..models.load import load_model, use_threads
         from ..utils.files import atomic_folder
@@ -114,6 +117,7 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
             progress("drawing", 0, 0)
             found.save(folder / "circuit.json")
             found.save_graphml(folder / "circuit.graphml")
+            save_scores(found, folder / SCORES)
             view = circuit_view(found, model=model, pairs=found.pairs, heads=heads)
             view.to_html(folder / "circuit.html")
     if output.json:
@@ -193,10 +197,21 @@ def _read(path: Path) -> Circuit | Attribution:
 def _read_circuit(path: Path, model: str | None = None) -> Circuit:
     """A circuit in a file of any form, or in the folder of a run or of discover."""
     from ..circuits.formats.files import read_circuit
+    from ..circuits.formats.scored import with_scores
     from ..models.load import empty_model
 
     known = empty_model(model).architecture if model else None
-    return read_circuit(path / "circuit.json" if path.is_dir() else path, known)
+    if not path.is_dir():
+        return read_circuit(path, known)
+    file, scores = path / "circuit.json", path / SCORES
+    if not file.exists():
+        raise ArtifactError(
+            f"{path} holds no circuit.json: name the folder of a run or of mansu discover, or a "
+            "file."
+        )
+    found = read_circuit(file, known)
+    # circuit.json has the scores of its own edges alone.
+    return with_scores(found, scores) if scores.exists() else found
 
 
 def do_convert(config: ConvertConfig, output: Output) -> int:

@@ -137,10 +137,11 @@ class DiscoverConfig(OnPrompts):
     """Find the circuit that carries some answers."""
 
     out: Path = Path("runs/circuit")
-    """New folder for circuit.json, circuit.graphml and circuit.html."""
+    """New folder for circuit.json, circuit.graphml, circuit.html and scores.safetensors, the scores
+    of all edges."""
     resamples: int = 0
     """Draw facts and phrasings again so many times (100, say), and say how stable scores and edges
-    are; attribution runs once. 0: do not."""
+    are; attribution runs once. At least 2; 0: do not."""
     explain: FlagCreatePairsOff[bool] = False
     """Say what each head of the circuit does: where it looks and why, what it writes, its role."""
     circuit: CircuitConfig = field(default_factory=lambda: CircuitConfig(removal_tries=300))
@@ -148,6 +149,8 @@ class DiscoverConfig(OnPrompts):
 
     def __post_init__(self) -> None:
         check_range(self, "resamples", at_least=0)
+        if self.resamples == 1:
+            raise ConfigError("resamples must be 0, or at least 2: one resample has no interval.")
 
 
 @dataclass(frozen=True)
@@ -188,15 +191,16 @@ class ConvertConfig:
     """Write a circuit as another tool reads it, or read one of another tool."""
 
     path: Annotated[Positional[Path], arg(metavar="CIRCUIT")]
-    """circuit.json, the folder that holds it, or a circuit of EAP-IG (.json, .pt), between the hook
-    points of TransformerLens, or of Neuronpedia; which one is seen from the file."""
+    """circuit.json, or the folder of discover, with the scores of edges outside the circuit; what
+    attribute wrote (.safetensors, .csv); or a circuit of EAP-IG (.json, .pt), between the hook
+    points of TransformerLens, or of Neuronpedia. Which one is seen from the file."""
     to: Format
     """The tool, or form, to write."""
     out: Path
     """The new file. For eap-ig: .pt, or JSON."""
     model: str | None = None
     """Its model, of which the configuration alone is read: where a file does not say how many heads
-    there are, or that they share keys."""
+    there are, or that they share keys, as .csv does not."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 from ..errors import ConfigError, ModelError
@@ -66,7 +67,7 @@ def unlearn(
     seed: int = 0,
     on_step: OnStep | None = None,
     on_look: OnLook | None = None,
-    resume: Path | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> Unlearned:
     """Make a copy of a model forget.
 
@@ -101,9 +102,10 @@ def unlearn(
         raise ConfigError(
             f"config must be the settings of a method, such as Mansu(); got {config!r:.80}."
         )
-    if resume:
-        make_folder(resume.parent)
-    checkpoint = Checkpoint(resume, made_of(model, task, mask, config, seed) if resume else "")
+    place = Path(resume) if resume else None
+    if place:
+        make_folder(place.parent)
+    checkpoint = Checkpoint(place, made_of(model, task, mask, config, seed) if place else "")
     told = {"on_step": on_step, "on_look": on_look, "checkpoint": checkpoint}
     if isinstance(config, DenseConfig):
         objective = OBJECTIVES[config.method](model, task, config, seed)

@@ -305,10 +305,21 @@ def parse_json(text: str) -> Json:
     return value
 
 
+def unread(error: Exception) -> str:
+    """Why a file was not read, and what to do about it."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file; look at its name"
+    if isinstance(error, PermissionError):
+        return "permission is denied; allow reading it"
+    return str(error)
+
+
 def check_regular(path: Path, limit: int) -> None:
     """Raise OSError if a file is not there, and ValueError if it is no regular one (to open a FIFO
     is to wait for ever), or larger than ``limit`` bytes."""
     found = Path(path).stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise ValueError("it is a folder, and no regular file; name a file in it")
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("it is no regular file")
     if found.st_size > limit:
@@ -344,9 +355,11 @@ def read_json(path: Path) -> Json:
         ArtifactError: missing, damaged, or too large (see `MAX_JSON`).
     """
     try:
-        return parse_json(decode(read_bytes(path, MAX_JSON)))
+        if not (text := decode(read_bytes(path, MAX_JSON))).strip():
+            raise ValueError("it is empty; make it again")
+        return parse_json(text)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read as JSON: {error}.") from error
+        raise ArtifactError(f"{path} cannot be read as JSON: {unread(error)}.") from error
 
 
 def expect(value: object, shape: object, where: str = "it") -> None:

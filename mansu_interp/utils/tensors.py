@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, ResourceError
 from .distributed import rank
-from .files import Json, atomic_path, check_regular, expect, finite, parse_json, writing
+from .files import Json, atomic_path, check_regular, expect, finite, parse_json, unread, writing
 from .words import shown
 
 MAX_BYTES = 1 << 34
@@ -76,7 +76,7 @@ def read_tensors(path: Path, kind: str, schema: int) -> tuple[dict[str, Tensor],
     try:
         tensors, meta = _read(Path(path), kind)
     except (OSError, SafetensorError, ValueError) as error:
-        raise ArtifactError(f"{path} is not a readable {kind}: {error}.") from error
+        raise ArtifactError(f"{path} is not a readable {kind}: {unread(error)}.") from error
     if meta.get("schema") != schema:
         raise ArtifactError(
             f"{path} has the {kind} schema {shown(meta.get('schema'))}; this version reads "
@@ -91,6 +91,8 @@ def read_tensors(path: Path, kind: str, schema: int) -> tuple[dict[str, Tensor],
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Json]]:
     check_regular(path, MAX_BYTES)
+    if not path.stat().st_size:
+        raise ValueError("it is empty; make it again")
     with path.open("rb") as stream:
         if int.from_bytes(stream.read(8), "little") > MAX_HEADER:
             raise ValueError(f"its header is longer than {MAX_HEADER:,} bytes")

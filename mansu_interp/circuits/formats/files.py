@@ -20,10 +20,11 @@ from ... import __version__
 from ...errors import ArtifactError, CircuitError
 from ...models.graph import Architecture, Graph, Node
 from ...models.hooked import AnyModel, as_model
-from ...utils.files import Json, expect, read_json, write_json
+from ...utils.files import MAX_JSON, Json, expect, read_bytes, read_json, unread, write_json
 from ...utils.ranges import entrance
 from ..circuit import Circuit
 from ..config import Format
+from ..scores import Attribution
 from .eap_ig import (
     foreign,
     heads_graph,
@@ -32,6 +33,7 @@ from .eap_ig import (
     read_eap_ig_pt,
     write_eap_ig,
 )
+from .scored import is_table, is_tensors, read_table, whole
 
 ZIP = b"PK"
 """What a file of torch.save begins with."""
@@ -98,9 +100,11 @@ def read_circuit(path: Path | str, model: AnyModel | Architecture | None = None)
 
     Arguments:
         path: a file that `write_circuit` or `Circuit.save` wrote (not GraphML or GEXF), or one of
-            hannamw/EAP-IG, JSON or .pt.
+            hannamw/EAP-IG, JSON or .pt; or the scores that `Attribution.save` or `mansu attribute`
+            wrote (.safetensors, .csv), all of whose edges are then in the circuit.
         model: of the circuit, or its architecture. EAP-IG does not say how many heads share a key,
-            and edges between hook points need not say how many layers and heads there are.
+            edges between hook points need not say how many layers and heads there are, and a table
+            of scores never does.
 
     Returns:
         The circuit. Scores that a file gives by query head are added up where heads share a key or
@@ -117,7 +121,7 @@ def read_circuit(path: Path | str, model: AnyModel | Architecture | None = None)
     except ArtifactError:
         raise
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is not a valid circuit: {error}.") from error
+        raise ArtifactError(f"{path} is not a valid circuit: {unread(error)}.") from error
     if known not in (None, found.graph.architecture):
         raise ArtifactError(
             f"{path} is a circuit of {found.graph.architecture}, and the model is {known}."
@@ -128,8 +132,13 @@ def read_circuit(path: Path | str, model: AnyModel | Architecture | None = None)
 def _read(path: Path, known: Architecture | None) -> Circuit:
     if path.is_file():
         with path.open("rb") as stream:
-            if stream.read(2) == ZIP:
-                return read_eap_ig_pt(path, known)
+            begin = stream.read(64)
+        if begin.startswith(ZIP):
+            return read_eap_ig_pt(path, known)
+        if is_tensors(begin):
+            return whole(Attribution.load(path))
+        if is_table(path, begin):
+            return read_table(read_bytes(path, MAX_JSON), known)
     data = read_json(path)
     keys = data.keys() if isinstance(data, dict) else set()
     if "cfg" in keys:

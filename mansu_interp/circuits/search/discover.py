@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def discover(
     seed: int = 0,
     resamples: int = 0,
     on_step: Callable[[str, int, int], None] | None = None,
-    resume: Path | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> Circuit:
     """Find a small circuit that carries the forget answers.
 
@@ -82,7 +83,7 @@ def discover(
         retain: pairs whose answers must stay; edges that they need lose rank.
         seed: which pairs are drawn.
         resamples: draw facts and phrasings again so many times and say how the circuit holds
-            (`Circuit.stability`); attribution runs once. 0: do not.
+            (`Circuit.stability`), at least 2; attribution runs once. 0: do not.
         on_step: called with (stage, done, total).
         resume: a folder in which the sums of an attribution wait, so that a discovery that was
             killed goes on from there, to the same circuit. Without resamples alone.
@@ -96,11 +97,14 @@ def discover(
             fact that are to be resampled.
     """
     config, model = config or CircuitConfig(), as_model(model)
-    if isinstance(resamples, bool) or resamples < 0:
-        raise CircuitError(f"resamples must be a number, at least 0; got {resamples}.")
+    if isinstance(resamples, bool) or resamples < 0 or resamples == 1:
+        raise CircuitError(
+            f"resamples must be 0, or at least 2: one resample has no interval; got {resamples}."
+        )
     note = on_step or (lambda *_: None)
-    if resume is not None and not resamples:
-        make_folder(resume)
+    folder = None if resume is None or resamples else Path(resume)
+    if folder is not None:
+        make_folder(folder)
 
     def score(which: str, pairs: PairSet, draws: Resamples | None) -> Attribution:
         stage = f"attribution of {which} pairs"
@@ -110,7 +114,7 @@ def discover(
             config=config,
             on_batch=lambda d, n: note(stage, d, n),
             on_pairs=draws,
-            resume=None if resume is None or resamples else resume / UNFINISHED.format(which),
+            resume=None if folder is None else folder / UNFINISHED.format(which),
         )
 
     chosen = forget.sample(config.pairs, seed)
@@ -139,9 +143,9 @@ def discover(
     )
     edges, discount = selected.edges, config.retain_discount
     stable = draws and _stability(found, ranking, edges, draws, again, discount)
-    if resume is not None:
+    if folder is not None:
         for which in ("forget", "retain"):
-            (resume / UNFINISHED.format(which)).unlink(missing_ok=True)
+            (folder / UNFINISHED.format(which)).unlink(missing_ok=True)
     return Circuit(found.graph, found.scores, edges, selected.describe(meta), chosen, stable)
 
 

@@ -113,6 +113,6 @@ class Rebuilt:
         for columns, gradient in zip(self.probes, gradients, strict=True):
             for w, change in enumerate(self.changes):
                 if gradient is not None and change is not None:
-                    each = (gradient * change.detach()).flatten(1).sum(1, dtype=torch.float64)
-                    out[w, list(columns)] = each.cpu()
+                    each = (gradient * change.detach()).flatten(1).sum(1)
+                    out[w, list(columns)] = each.cpu().double()
         return out

@@ -45,15 +45,15 @@ class Resamples:
         seed: of the draws.
 
     Raises:
-        CircuitError: fewer than two facts, or a negative number of resamples.
+        CircuitError: fewer than two facts, or fewer than two resamples.
     """
 
     def __init__(self, pairs: Sequence[Pair], n: int, seed: int) -> None:
         facts = list(dict.fromkeys(p.fact for p in pairs))
         phrasings = list(dict.fromkeys(_phrasing(p) for p in pairs))
-        if n < 1 or len(facts) < 2:
+        if n < 2 or len(facts) < 2:
             raise CircuitError(
-                f"Resampling needs at least one resample and two facts; got {n} and {len(facts)}."
+                f"Resampling needs at least two resamples and two facts; got {n} and {len(facts)}."
             )
         self.n = n
         self.drawn = "facts"

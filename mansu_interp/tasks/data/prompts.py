@@ -87,6 +87,11 @@ def _pair(model: LanguageModel, k: int, name: str, texts: tuple[str, str, str, A
     if not tokens or not others_tokens:
         which = "corrupt" if tokens else "clean"
         raise TaskError(f"Pair {k} has an empty {which} prompt: give a text.")
+    if tokens == others_tokens:
+        raise TaskError(
+            f"Pair {k}: the clean and the corrupt prompt are the same, {clean!r:.80}, so that "
+            "there is nothing to explain. Give a corrupt prompt that asks for another answer."
+        )
     rivals = tuple(_following(model, k, clean, w) for w in others)
     whole = WholeAnswers(_following(model, k, clean, answer), rivals[0], rivals)
     return Pair.build(
@@ -138,7 +143,9 @@ def read_prompts(source: str | Path, model: LanguageModel) -> PairSet:
     given = records(source)
     found = sift(given.records, _texts, given.where)
     if not found:
-        raise TaskError(f"{source}: there is no row.")
+        raise TaskError(
+            f"{source}: there is no row. Give a pair a row, with clean, corrupt, answer and wrong."
+        )
     clean, corrupt, answers, wrong = zip(*found, strict=True)
     return pairs_from_prompts(
         model, list(clean), list(corrupt), list(answers), list(wrong), name=Path(source).stem

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from ...errors import TaskError
-from ...utils.files import read_bytes
+from ...utils.files import read_bytes, unread
 from ...utils.hub import check_online, is_hub_name
 from ...utils.libraries import first_line, library
 from ...utils.words import decode
@@ -77,7 +77,7 @@ def _text(path: Path) -> str:
     try:
         return decode(read_bytes(path, LARGEST))
     except (OSError, ValueError) as error:
-        raise TaskError(f"{path} cannot be read: {error}.") from error
+        raise TaskError(f"{path} cannot be read: {unread(error)}.") from error
 
 
 def _value(text: str) -> object:
