@@ -1165,11 +1165,11 @@ def test_an_attack_beside_the_models_own_gradient_finds_the_same(
     config = Mansu(adversarial_steps=3, batch_size=8, adversarial_lr=0.003)
     threads: list[tuple[str, int]] = []
 
-    def descend(*given: Any) -> None:
+    def learned(*given: Any) -> Tensor:
         threads.append((threading.current_thread().name, torch.get_num_threads()))
-        relearning.descend(*given)
+        return nll(*given)
 
-    monkeypatch.setattr(adversarial, "descend", descend)
+    monkeypatch.setattr(adversarial, "nll", learned)
     found = AdversarialRelearning(capitals, config).gradient([facts], whole(facts), [targets], 0)
     nll(facts, capitals.forget[:8])
     (alone,), loss = found()
@@ -1180,6 +1180,24 @@ def test_an_attack_beside_the_models_own_gradient_finds_the_same(
     found = AdversarialRelearning(capitals, config).gradient([facts], whole(facts), [targets], 0)
     (again,), same = found()
     assert torch.equal(alone, again) and loss == same
+
+
+def test_a_small_copy_descends_as_any_other(
+    facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch
+):
+    """In one call for all weights, or weight after weight."""
+    made: list[dict[str, Tensor]] = []
+    for small in (True, False):
+        monkeypatch.setattr(adversarial, "is_small", lambda _, small=small: small)
+        copy = facts.trainable_copy()
+        step = adversarial.descent(copy, 0.003)
+        for start in (0, 8):
+            step(list(capitals.forget[start : start + 8]))
+        assert all(w.grad is None and not w.requires_grad for w in copy.weights.values())
+        made.append(copy.weights)
+    for name, weight in facts.weights.items():
+        moved, same = (w[name] - weight for w in made)
+        assert moved.norm() > 0.001 and (moved - same).norm() < 1e-3 * moved.norm(), name
 
 
 def test_the_attack_follows_the_precision(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -27,7 +29,8 @@ from mansu_interp.losses.gradients import gradient
 from mansu_interp.models import language_model
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import EMBEDDED, embedded_models, empty_model, load_model
-from mansu_interp.utils import hub
+from mansu_interp.utils import hub, tensors
+from mansu_interp.utils.tensors import plant
 
 
 def test_unknown_model_names_what_ships():
@@ -287,6 +290,58 @@ def test_a_shared_prefix_changes_neither_logits_nor_gradients(
     assert torch.allclose(apart, shared, atol=1e-5)
     for a, b in zip(g_apart, g_shared, strict=True):
         assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_trees_change_neither_logits_nor_gradients(tiny_model, kv_heads: int):
+    """What prompts begin alike with is computed once, though all of them begin alike with little;
+    and only up to the positions that are read."""
+    rows = [[7, 3, 9, 4, 1, 0], [7, 3, 9, 5, 2, 6], [7, 8, 9, 5, 8, 1], [7, 3, 9, 4, 0, 0]]
+    tokens, row = torch.tensor(rows), torch.tensor([0, 1, 2, 3, 1])
+    at = torch.tensor([4, 5, 5, 3, 3])
+    apart = tiny_model(kv_heads).copy()
+    model, names = replace(apart, in_trees=True), apart.linear_names
+    calls: list[tuple[int, ...]] = []
+    apart.hf.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+
+    def both(of: LanguageModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        logits = []
+
+        def loss() -> torch.Tensor:
+            logits.append(of.logits_at(tokens, row, at))
+            return logits[0].log_softmax(-1)[:, 5].sum()
+
+        slopes = gradient(of, names, [loss])
+        return logits[0], slopes
+
+    (one, slope), (other, same) = both(apart), both(model)
+    assert calls[-1] == (1, 13)
+    assert torch.allclose(one, other, atol=1e-5)
+    for a, b in zip(slope, same, strict=True):
+        assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_a_tree_spells_every_prompt(size: int, monkeypatch: pytest.MonkeyPatch):
+    """Each position that is read sees the tokens of its own prompt up to itself, each once and at
+    its depth, and no others; rows are about as long as asked for."""
+    monkeypatch.setattr(tensors, "TREE", size)
+    rng = random.Random(size)
+    prompts = [[rng.randrange(3) for _ in range(6)] for _ in range(40)]
+    asked = [(rng.randrange(40), rng.randrange(6)) for _ in range(60)]
+    trees = plant(prompts, *zip(*asked, strict=True))
+    for (row, at), tree, node in zip(asked, trees.tree, trees.at, strict=True):
+        seen = trees.seen[tree, node].nonzero()[:, 0]
+        in_order = seen[trees.depth[tree, seen].argsort()]
+        assert trees.tokens[tree, in_order].tolist() == prompts[row][: at + 1]
+        assert trees.depth[tree, in_order].tolist() == list(range(at + 1))
+    lengths = {row: max(at for r, at in asked if r == row) + 1 for row, _ in asked}
+    starts = {tuple(prompts[row][:k]) for row, n in lengths.items() for k in range(1, n + 1)}
+    found, width = trees.tokens.shape
+    assert found <= max(1, round(len(starts) / size)) and width < 1.5 * size + 12
 
 
 def test_the_model_knows_its_facts(facts: LanguageModel):

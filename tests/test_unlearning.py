@@ -375,6 +375,27 @@ def test_the_margin_counts_at_the_model_and_at_the_relearned_point(
         assert len(margins) >= 4 and set(margins) == {0.1}
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_trees_are_for_adversarial_relearning(
+    facts: LanguageModel, capitals: Task, random_few: Mask, monkeypatch: pytest.MonkeyPatch,
+    depth: int,
+):  # fmt: skip
+    """In all of its passes, and in no others: the rest keeps the bytes that it had."""
+    shapes: list[tuple[int, bool]] = []
+    real = LanguageModel.logits_at
+
+    def spy(self: LanguageModel, tokens: Tensor, *where: Tensor) -> Tensor:
+        shapes.append((len(tokens), self.in_trees))
+        return real(self, tokens, *where)
+
+    monkeypatch.setattr(LanguageModel, "logits_at", spy)
+    config = Mansu(steps=1, lr=0.1, batch_size=8, adversarial_steps=depth)
+    edited = unlearn(facts, capitals, random_few, config).model
+    # One relearning step, a gradient there, one here, and what the teacher and student retain.
+    assert [trees for _, trees in shapes[-5:]] == [depth > 0] * 5
+    assert not edited.in_trees and not facts.in_trees
+
+
 def test_students_are_quantized_in_turns_and_are_their_own_teachers(
     facts: LanguageModel, capitals: Task, mask: Mask
 ):

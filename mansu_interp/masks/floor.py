@@ -106,6 +106,10 @@ class Floor:
         far = torch.where(wanted > self.leave_up, value >= self.up, value <= self.down)
         return far & (value > self.lowest) & (value < self.highest)
 
+    def leaves(self, wanted: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Whether wanted values lie outside the elements' own cells in every quantizer."""
+        return (wanted > self.leave_up) | (wanted < self.leave_down)
+
     def land(self, wanted: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """The wanted values, rounded to what the floor admits.
 
@@ -123,10 +127,9 @@ class Floor:
         distance = (levels - wanted).abs()  # of equally wide cells the nearer level
         chosen = torch.where(widths == widths.amax(0), distance, torch.inf).argmin(0)
         level = levels.gather(0, chosen[None])[0].to(self.dtype).float()
-        above, below = wanted > self.leave_up, wanted < self.leave_down
-        value = torch.where(above, self.up, self.down)
+        value = torch.where(wanted > self.leave_up, self.up, self.down)
         value = torch.where(self.admits(level, wanted), level, value)
-        return value, (above | below) & ~value.isnan()
+        return value, self.leaves(wanted) & ~value.isnan()
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
-"""Tensors in safetensors files, with a checked JSON header that carries a hash of them; and the
-checkpoint of a long loop, which is such a file."""
+"""Tensors in safetensors files, with a checked JSON header that carries a hash of them; the
+checkpoint of a long loop, which is such a file; and prompts laid out as trees."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -205,3 +206,75 @@ class Checkpoint:
             header = {"made_of": self.made_of, **meta}
             write_tensors(self.path, "checkpoint", self.SCHEMA, tensors, header)
             self.saved = time.monotonic()
+
+
+TREE = 64
+"""Tokens of a `Trees` row, about: longer rows share more, and cost more attention."""
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Prompts in rows of trees: what several of a row begin with stands there once."""
+
+    tokens: Int[Tensor, "trees pos"]
+    depth: Int[Tensor, "trees pos"]
+    """Each token's position in its prompt."""
+    seen: Bool[Tensor, "trees pos pos"]
+    """Which tokens of its row each one sees: those before it in its prompt, and itself."""
+    tree: Int[Tensor, " n"]
+    """The row of each position that was asked for."""
+    at: Int[Tensor, " n"]
+    """Where it is in that row."""
+
+
+def plant(prompts: Sequence[Sequence[int]], rows: Sequence[int], at: Sequence[int]) -> Trees:
+    """Lay out prompts as trees.
+
+    Arguments:
+        prompts: token ids; padding and whatever else follows the last position read is left out.
+        rows: of which prompt a position is read, one or several of each.
+        at: the positions.
+    """
+    lengths: dict[int, int] = {}
+    for row, position in zip(rows, at, strict=True):
+        lengths[row] = max(lengths.get(row, 0), position + 1)
+    # Sorted, prompts that begin alike are neighbours, and each shares most with the one before.
+    used = sorted((tuple(prompts[row][:n]), row) for row, n in lengths.items())
+    before = [(), *(prompt for prompt, _ in used[:-1])]
+    new = [len(p) - _alike(p, q) for (p, _), q in zip(used, before, strict=True)]
+    size = sum(new) / max(1, round(sum(new) / TREE))
+    tokens: list[list[int]] = []
+    depth: list[list[int]] = []
+    parents: list[list[int]] = []
+    place: dict[int, tuple[int, list[int]]] = {}
+    path, last, done = list[int](), tuple[int, ...](), 0
+    for (prompt, row), more in zip(used, new, strict=True):
+        if done >= size * len(tokens):  # equal shares, for rows of little padding
+            tokens, depth, parents = [*tokens, []], [*depth, []], [*parents, []]
+            path, last = [], ()
+        path = path[: _alike(prompt, last)]
+        for position in range(len(path), len(prompt)):
+            parents[-1].append(path[-1] if path else -1)
+            path.append(len(tokens[-1]))
+            tokens[-1].append(prompt[position])
+            depth[-1].append(position)
+        place[row], last, done = (len(tokens) - 1, list(path)), prompt, done + more
+    width = max(map(len, tokens))
+    seen = torch.eye(width, dtype=torch.bool).repeat(len(tokens), 1, 1)
+    for mask, above in zip(seen.numpy(), parents, strict=True):
+        for child, parent in enumerate(above):
+            if parent >= 0:
+                mask[child] |= mask[parent]
+    padded = ([[*r, *[0] * (width - len(r))] for r in each] for each in (tokens, depth))
+    return Trees(
+        *map(torch.tensor, padded),
+        seen=seen,
+        tree=torch.tensor([place[row][0] for row in rows]),
+        at=torch.tensor([place[r][1][n] for r, n in zip(rows, at, strict=True)]),
+    )
+
+
+def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """How many leading tokens two prompts share."""
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

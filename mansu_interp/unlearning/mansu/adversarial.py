@@ -26,7 +26,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...audit.relearning import Optimisers, batches, descend, halves, make_optimisers, of_subjects
+from ...audit.relearning import batches, descend, halves, make_optimisers, of_subjects
+from ...losses.answers import nll
 from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
 from ...losses.gradients import Positions
 from ...models.language_model import LanguageModel
@@ -69,7 +70,8 @@ class Attack:
     """Those elements of the weights that unlearning edits."""
     before: dict[str, Tensor]
     """Their values in the attacked model when they were last looked at."""
-    optimisers: Optimisers
+    descend: Callable[[list[Pair]], None]
+    """Takes a step of relearning some pairs in the copy."""
     supply: Iterator[list[Pair]]
     """Batches of half A."""
     unseen: list[Pair]
@@ -90,11 +92,35 @@ Found = tuple[list[Tensor], float]
 """A gradient at some elements of the weights, and the loss there (nats)."""
 
 
+def is_small(model: LanguageModel) -> bool:
+    """Whether a model's matrix products are too small to be shared out among cores, and its calls
+    are a good part of its time."""
+    return model.device.type == "cpu" and model.n_parameters < SMALL
+
+
 def two_at_once(model: LanguageModel) -> bool:
-    """Whether two passes through a model are quicker side by side, in a thread each: its matrix
-    products are too small to be shared out among cores, and a second core is there."""
-    small = model.device.type == "cpu" and model.n_parameters < SMALL
-    return small and world_size() == 1 and cores() > 1
+    """Whether two passes through a model are quicker side by side, in a thread each: it is small,
+    and a second core is there."""
+    return is_small(model) and world_size() == 1 and cores() > 1
+
+
+def descent(copy: LanguageModel, rate: float) -> Callable[[list[Pair]], None]:
+    """The attacker's steps, by Adam. A small model takes each in one call for all weights; of
+    another each weight takes it by itself (`descend`), for memory."""
+    if not is_small(copy):
+        return partial(descend, copy, make_optimisers("adam", copy, rate))
+    weights = list(copy.weights.values())
+    adam = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
+
+    def step(pairs: list[Pair]) -> None:
+        for w in weights:
+            w.requires_grad_(True)
+        nll(copy, pairs).mean().backward()
+        adam.step()
+        for w in weights:
+            w.requires_grad_(False).grad = None
+
+    return step
 
 
 class AdversarialRelearning:
@@ -131,7 +157,7 @@ class AdversarialRelearning:
             copy=copy,
             of=of,
             before={n: student.weights[n].flatten()[i].float() for n, i in of.items()},
-            optimisers=make_optimisers("adam", copy, rate),
+            descend=descent(copy, rate),
             supply=batches(train, config.batch_size, rng.getrandbits(32)),
             unseen=unseen,
             among=answer_tokens(unseen, copy.device),
@@ -172,7 +198,7 @@ class AdversarialRelearning:
         config = self.config
         for _ in range(further):
             with arithmetic(attack.copy, config.precision):
-                descend(attack.copy, attack.optimisers, next(attack.supply))
+                attack.descend(next(attack.supply))
         some = min(config.batch_size, len(attack.unseen))
         chosen = random.Random(f"chosen {self.seed} {done}").sample(attack.unseen, some)
 

@@ -116,7 +116,8 @@ def mansu(
         if len(history) == config.steps:  # what follows may be as long as many steps
             loop.latent.save(checkpoint, history)
         history[-1] = loop.reach_margins(history, on_step)
-    return Unlearned(loop.students[0], history, len(history))
+    edited = replace(loop.students[0], in_trees=model.in_trees)
+    return Unlearned(edited, history, len(history))
 
 
 def learning_rate(peak: float, done: int, steps: int) -> float:
@@ -207,6 +208,7 @@ class _EditLoop:
         cls, model: LanguageModel, task: Task, mask: Mask, config: Mansu, seed: int
     ) -> _EditLoop:
         """Everything before the first step."""
+        model = replace(model, in_trees=config.adversarial_steps > 0)  # the longest loop there is
         students = Students(model.copy(), config.survive, config.train_through, task.calibration)
         task = _answered(model, task)
         retain = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))

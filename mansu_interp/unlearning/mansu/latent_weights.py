@@ -227,7 +227,10 @@ class LatentWeights:
         """
         plans = []
         for x in self.groups:
-            value, moved = x.floor.land(x.position * x.scale)
+            wanted = x.position * x.scale
+            out = x.floor.leaves(wanted).nonzero()[:, 0]  # a weight in its cell lands nowhere
+            value, moved = x.original.clone(), torch.zeros_like(wanted, dtype=torch.bool)
+            value[out], moved[out] = x.floor[out].land(wanted[out])
             distance = (x.position - x.original / x.scale.clamp_min(1e-30)).abs()
             plans.append((moved, value, distance))
         # Of all that crossed a boundary, the farthest travelled fill the budget.
@@ -243,11 +246,15 @@ class LatentWeights:
     def write_edits(self, k: int, value: Float[Tensor, " n"], made: Bool[Tensor, " n"]) -> None:
         """Put the values of some edits of a group, and what each exact quantizer makes of them,
         into the models; all its other elements are put back to the original."""
-        x = self.groups[k]
-        self.students.write(0, k, x.indices, torch.where(made, value, x.original))
+        x, some = self.groups[k], made.nonzero()[:, 0]
+        edits = value[some]
+        self.students.write(0, k, x.indices, x.original.index_put((some,), edits))
         for side, (own, grid) in enumerate(zip(x.quantized, x.grids, strict=True), 1):
-            level = grid.value(grid.encode(value)) if grid else value
-            self.students.write(side, k, x.indices, torch.where(made, level, own))
+            level = edits
+            if grid:
+                cells = grid[some]
+                level = cells.value(cells.encode(edits))
+            self.students.write(side, k, x.indices, own.index_put((some,), level))
 
     def _rounded_jointly(self, values: list[Tensor], made: list[Tensor]) -> list[Tensor]:
         """The values, those of the edits rounded jointly for the whole set of quantizers."""
