@@ -21,6 +21,7 @@ from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.scores import Attribution
 from mansu_interp.cli import console
+from mansu_interp.cli.checkpoints import checkpoint_of, task_of
 from mansu_interp.cli.main import main, parse
 from mansu_interp.errors import ArtifactError, ConfigError, TaskError, printable
 from mansu_interp.models.language_model import LanguageModel
@@ -687,6 +688,28 @@ def test_compared_circuits_and_scores(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_the_version(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"mansu {__version__}\n"
+
+
+def test_a_run_is_asked_of_its_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Given as its folder or as the checkpoint in it; another task is asked with a warning."""
+    for name, task in (("mine", "my-task.json"), ("default", None)):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").write_text("{}")
+        settings = {"model": "facts", "task": task}
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    mine, default = (str(tmp_path / name) for name in ("mine", "default"))
+    assert checkpoint_of(mine) == tmp_path / "mine" / "model"
+    assert checkpoint_of(f"{mine}/model") == tmp_path / "mine" / "model"
+    for given in (mine, f"{mine}/model"):
+        assert task_of(None, given) == "my-task.json" == task_of("my-task.json", given)
+    assert task_of(None, default) == "countries" and not capsys.readouterr().err
+    assert task_of("capitals", default) == "capitals"
+    assert "was made to forget countries; this asks for capitals" in capsys.readouterr().err
+    assert task_of(None, "facts", "facts") == "countries"
+    assert task_of(None, str(tmp_path), "SmolLM2") == "world-capitals"
+    (tmp_path / "mine" / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match="JSON"):
+        task_of(None, mine)
 
 
 def test_relearn_runs_the_suite_or_the_quick_attack():

@@ -595,11 +595,12 @@ def test_next_commands_work_as_they_are() -> None:
                 if words != "look at the page":
                     parse(command)
     assert steps["look at the page"] == ["runs/my run/report.html"]
-    assert steps["attack in eight ways"][:2] == ["relearn", "runs/my run/model"]
-    assert steps["gone or only hidden"] == ["view", "runs/my run"]
+    assert steps["attack in eight ways"] == ["relearn", "runs/my run"]
+    assert steps["see what is gone"] == ["view", "runs/my run"]
+    assert steps["gone or only hidden"] == ["cad", "facts", "runs/my run"]
     shown = console_summary(with_graph(), 40, place=PLACE)
     assert "\n    mansu view 'runs/my run'\n" in f"{shown}\n".replace(":  mansu", ":\n    mansu")
-    assert "\n    mansu relearn 'runs/my run/model' --task capitals\n" in f"{shown}\n"
+    assert "\n    mansu relearn 'runs/my run'\n" in f"{shown}\n"
 
 
 def test_a_property_that_is_missed_is_mended_first() -> None:
@@ -682,8 +683,8 @@ def test_a_report_is_told_again(
     text = capsys.readouterr().out
     assert text.startswith(console_summary(make_report(), 100)) and "\nNext:\n" in text
     started = f"{shlex.quote(sys.executable)} -m mansu_interp"  # as these tests can start it
-    assert f"{started} relearn {tmp_path}/model --task capitals --quick\n" in text
-    assert f"{started} delta facts {tmp_path}/model" in text  # there is no model to export
+    assert f"{started} relearn {tmp_path} --quick\n" in text
+    assert f"{started} delta facts {tmp_path} --out" in text  # there is no model to export
     assert main(["report", str(tmp_path), "--quiet"]) == 0
     assert capsys.readouterr().out == console_summary(make_report(), 100) + "\n"
     assert main(["report", str(tmp_path), "--json"]) == 0
@@ -701,7 +702,7 @@ def test_the_file_for_llama_cpp_is_one_that_the_edit_survives() -> None:
     steps = next_steps(replace(report, quantizers=rows), PLACE)
     assert "--type q4_0" in steps[-1].command
     without = next_steps(report, replace(PLACE, gguf=False))[-1]
-    assert without.command.startswith("mansu delta facts 'runs/my run/model' --out ")
+    assert without.command.startswith("mansu delta facts 'runs/my run' --out ")
 
 
 def after(row: ScoreRow, quantizers: list[str]) -> ScoreRow:

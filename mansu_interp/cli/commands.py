@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from ..bench.config import BenchConfig
 from ..errors import MansuError
 from ..runs.config import PlanConfig, RunConfig
-from ..runs.defaults import default_config, default_task
+from ..runs.defaults import default_config
 from ..tasks.data.benchmarks import TaskConfig
 from ..utils.words import number_of
+from .checkpoints import checkpoint_of, task_of
 from .console import Output, keeps_nothing, say, say_json
 from .progress import Progress, duration, stages
 from .settings import (
@@ -153,7 +154,7 @@ def do_verify(config: VerifyConfig, output: Output) -> int:
 
         ledger = Ledger.load(config.ledger) if config.ledger else None
         mask = Mask.load(config.mask) if config.mask else None
-        original, edited = load_model(config.original), load_model(config.edited)
+        original, edited = load_model(config.original), load_model(checkpoint_of(config.edited))
         found = verify(original, edited, config.survive, ledger, mask)
     say(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
     for name, row in found.rows.items():
@@ -184,7 +185,7 @@ def do_delta(config: DeltaConfig, output: Output) -> int:
         from ..utils.files import atomic_path
 
         with atomic_path(config.out, new=True) as file:
-            found = delta(load_model(config.original), load_model(config.edited))
+            found = delta(load_model(config.original), load_model(checkpoint_of(config.edited)))
             found.save(file)
     size = f"{config.out.stat().st_size / 1000:.1f} kB"
     say(f"{number_of(found.n_edits, 'edit')}, {size}: {config.out}")
@@ -225,12 +226,12 @@ def _attack(config: RelearnRun, output: Output, progress: Progress) -> Mapping[s
     from ..models.load import load_model, use_threads
     from ..tasks.load import load_task
 
-    model = load_model(config.model, config.device)
+    model = load_model(checkpoint_of(config.model), config.device)
     use_threads(model)
-    task = load_task(config.task or default_task(config.original or config.model), model)
+    task = load_task(task_of(config.task, config.model, config.original), model)
     models = {config.model: model}
     if config.original:
-        models["original"] = load_model(config.original, model.device)
+        models["original"] = load_model(checkpoint_of(config.original), model.device)
     if task.reference_models and task.reference_models[0] != config.model:
         reference = load_model(task.reference_models[0], model.device)
         if reference.architecture == model.architecture:
@@ -322,10 +323,10 @@ def do_cad(config: CadConfig, output: Output) -> int:
         from ..quantizers.survival import quantize
         from ..tasks.load import load_task
 
-        edited = load_model(config.edited, config.device)
+        edited = load_model(checkpoint_of(config.edited), config.device)
         use_threads(edited)
         original = partial(load_model, config.original, edited.device)  # held while it is needed
-        task = load_task(config.task or default_task(config.original), edited)
+        task = load_task(task_of(config.task, config.edited, config.original), edited)
         made = None if config.quantizer == "none" else partial(quantize, edited, config.quantizer)
         found = judge_erasure(
             original, edited, task, quantized=made, seed=config.seed, on_step=progress

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.defaults import default_task
 from ..utils.libraries import quiet
 from ..utils.records import to_json
 from ..utils.shipped import ENGINES
 from ..utils.words import number_of
+from .checkpoints import checkpoint_of, task_of
 from .console import Output, keeps_nothing, say, say_json, warn
 from .progress import duration, stages
 from .settings import EvaluateConfig, ExportConfig
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from ..models.language_model import LanguageModel
     from ..tasks.task import Task
     from .progress import Progress
-
-
-def checkpoint_of(given: str) -> str | Path:
-    """The checkpoint of a run's folder, or what is given itself."""
-    inside = Path(given) / "model"
-    place = inside if (inside / "config.json").exists() else Path(given)
-    return place if place.is_dir() else given
 
 
 def do_export(config: ExportConfig, output: Output) -> int:
@@ -79,7 +72,7 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
         )
         use_threads(model)
         named = config.model if inside else config.checkpoint
-        task = load_task(config.task or default_task(named), model)
+        task = load_task(task_of(config.task, named), model)
         plain = ModelVersion("transformers")
         models = {plain: model}
         if not inside:

@@ -173,7 +173,7 @@ COMMANDS = (
         "Recompute from two checkpoints what an edit's promise says.\n\n"
         "Exit status: 0 it holds; 1 a file is missing, damaged or changed; 3 an edit is lost or "
         "another code changed; 4 the ledger or mask does not belong to these checkpoints.\n\n"
-        "Example: mansu verify facts runs/first/model --ledger runs/first/ledger.safetensors",
+        "Example: mansu verify facts runs/first --ledger runs/first/ledger.safetensors",
     ),
     Command(
         "relearn",
@@ -181,28 +181,28 @@ COMMANDS = (
         do_relearn,
         "Fine-tune copies on half of the forget facts, in several ways; ask for the other half. A "
         "killed command goes on where it was.\n\n"
-        "Example: mansu relearn runs/latest/model --task capitals --original facts",
+        "Example: mansu relearn runs/latest --original facts",
     ),
     Command(
         "cad",
         CadConfig,
         do_cad,
         "Say whether an edited checkpoint erased what a task forgets, or hides it.\n\n"
-        "Example: mansu cad facts runs/latest/model --task capitals",
+        "Example: mansu cad facts runs/latest",
     ),
     Command(
         "delta",
         DeltaConfig,
         do_delta,
         "Write the edit alone, a few kilobytes.\n\n"
-        "Example: mansu delta facts runs/latest/model --out capitals.safetensors",
+        "Example: mansu delta facts runs/latest --out countries.safetensors",
     ),
     Command(
         "apply",
         ApplyConfig,
         do_apply,
         "Make the edited checkpoint, bit for bit, from the original and its delta or "
-        "ledger.\n\nExample: mansu apply facts capitals.safetensors --out edited",
+        "ledger.\n\nExample: mansu apply facts countries.safetensors --out edited",
     ),
     Command(
         "export",

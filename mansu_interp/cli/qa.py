@@ -163,7 +163,7 @@ def do_metrics(config: MetricsConfig, output: Output) -> int:
         from ..evaluation.qa.measure import Measuring
         from ..evaluation.qa.rows import read_qa_rows, with_entities
         from ..models.load import load_model, use_threads
-        from .deployed import checkpoint_of
+        from .checkpoints import checkpoint_of
 
         sets: dict[str, tuple[QARow, ...]] = {}
         for name in SETS:

@@ -78,9 +78,10 @@ class RelearnRun:
     """Fine-tune on half of the forget facts and ask for the other half, in several ways."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """Model to attack: embedded, Hugging Face folder, or hub name."""
+    """Model to attack: embedded, folder of a run, Hugging Face folder, or hub name."""
     task: str | None = None
-    """Shipped task or path of a task file; default: the one that goes with the model."""
+    """Shipped task or path of a task file; default: that of the run, or the one that goes with the
+    model."""
     original: str | None = None
     """A model to attack beside it, such as the one before unlearning; the task's first reference
     model is attacked, too, where it fits."""
@@ -210,9 +211,10 @@ class CadConfig:
     original: Annotated[Positional[str], arg(metavar="ORIGINAL")]
     """Model before unlearning: embedded, Hugging Face folder, or hub name."""
     edited: Annotated[Positional[str], arg(metavar="EDITED")]
-    """Model after it; same architecture, vocabulary and tokenizer."""
+    """Model after it, or the folder of a run; same architecture, vocabulary and tokenizer."""
     task: str | None = None
-    """Shipped task or path of a task file; default: the one that goes with the original."""
+    """Shipped task or path of a task file; default: that of the run, or the one that goes with the
+    original."""
     quantizer: Literal["none", "nf4"] = "nf4"
     """Also look at the edited model after this quantizer, for knowledge that comes back."""
     seed: int = 0
@@ -232,7 +234,7 @@ class VerifyConfig:
     original: Annotated[Positional[str], arg(metavar="ORIGINAL")]
     """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
     edited: Annotated[Positional[str], arg(metavar="EDITED")]
-    """The checkpoint after it."""
+    """The checkpoint after it, or the folder of a run."""
     survive: tuple[str, ...] = ()
     """The quantizers that every edit must survive, or engines; default: those of the ledger, or
     nf4."""
@@ -252,7 +254,7 @@ class DeltaConfig:
     original: Annotated[Positional[str], arg(metavar="ORIGINAL")]
     """The checkpoint before the edit: embedded model, Hugging Face folder, or hub name."""
     edited: Annotated[Positional[str], arg(metavar="EDITED")]
-    """The checkpoint after it."""
+    """The checkpoint after it, or the folder of a run."""
     out: Path = Path("delta.safetensors")
     """The file to write."""
 
@@ -301,7 +303,8 @@ class EvaluateConfig:
     """Folder of a run, Hugging Face folder, embedded model, or hub name; with --engine llama.cpp a
     GGUF file."""
     task: str | None = None
-    """Shipped task or path of a task file; default: the one that goes with the model."""
+    """Shipped task or path of a task file; default: that of the run, or the one that goes with the
+    model."""
     engine: Literal["transformers", "llama.cpp"] = "transformers"
     """What computes the answers."""
     checkpoint: str = "runs/latest"

@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..audit.cad import CAD
 from ..errors import printable
 from ..evaluation.scores import ScoreRow
 from ..evaluation.versions import EDITED, ORIGINAL, QUANTIZER, ModelVersion
@@ -96,6 +97,8 @@ def console_summary(
     if report.scores:
         console.print(_means(report))
     console.print(_text(_edit(report)))
+    if report.cad:
+        console.print(_text(shortened(_gone(report.cad), SENTENCE)))
     if report.leaks:
         console.print(_text(f"Leaks: {report.leaks[0].sentence}"))
     if place:
@@ -174,6 +177,12 @@ def _edit(report: Report) -> str:
     return f"{line}."
 
 
+def _gone(cad: CAD) -> str:
+    """Whether it is gone or only hidden, in words."""
+    found = f"{cad.verdict.capitalize()}, CAD {cad.range} of 1"
+    return f"{found}, confidence {percent(cad.confidence, 0)}: {cad.sentence}"
+
+
 def _print_step(console: Console, step: Step) -> None:
     """The reason, then words and command, on one line where they fit."""
     if step.reason:
@@ -197,10 +206,7 @@ def next_steps(report: Report, place: Place) -> list[Step]:
         place: where it lies.
     """
     mansu, folder = place.mansu, shlex.quote(str(place.folder))
-    model, task = shlex.quote(f"{place.folder}/model"), shlex.quote(report.task.name)
-    asked = report.config.get("task")
-    task = shlex.quote(asked) if isinstance(asked, str) else task
-    attack = f"{mansu} relearn {model} --task {task}"
+    attack = f"{mansu} relearn {folder}"
     steps = _mending(report, place)
     if report.properties[-1:] and report.properties[-1].passed is None and not report.relearning:
         reason = "Erasure was not tested; this relearns half of the facts and asks for the rest:"
@@ -210,7 +216,9 @@ def next_steps(report: Report, place: Place) -> list[Step]:
     opened = f"{place.opener} {shlex.quote(page)}" if place.opener else page
     steps.append(Step("look at the page", opened))
     if report.graph:
-        steps.append(Step("gone or only hidden", f"{mansu} view {folder}"))
+        steps.append(Step("see what is gone", f"{mansu} view {folder}"))
+    original = shlex.quote(report.model.name)
+    steps.append(Step("gone or only hidden", f"{mansu} cad {original} {folder}"))
     if attack:
         steps.append(Step("attack in eight ways", attack))
     return [*steps, _deployed(report, place)]
@@ -224,7 +232,7 @@ def _deployed(report: Report, place: Place) -> Step:
         folder, out = (shlex.quote(f"{place.folder}{end}") for end in ("", f"-{kind}.gguf"))
         command = f"{place.mansu} export {folder} --type {kind} --out {out}"
         return Step("for llama.cpp", command)
-    before, after = shlex.quote(report.model.name), shlex.quote(f"{place.folder}/model")
+    before, after = shlex.quote(report.model.name), shlex.quote(str(place.folder))
     out = shlex.quote(f"{place.folder}-delta.safetensors")
     return Step("the edit alone", f"{place.mansu} delta {before} {after} --out {out}")
 
