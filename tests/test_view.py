@@ -35,7 +35,7 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks.pairs import PairSet
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.files import finite
-from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
+from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData, is_gone
 from mansu_interp.viz.layout import box_id, component_of, place_by_position, position_of
 from mansu_interp.viz.page import module_source, page_script, policy, view_svg
 from mansu_interp.viz.plots import Axis, Dots, make_axis, scatter_svg, strip_svg
@@ -108,6 +108,22 @@ def change_data() -> GraphData:
     return changes_view(circuit, *make_attributions(circuit), cad=cad, comparison=SHOWN).data
 
 
+def test_what_is_lost_is_solid_where_it_carries():
+    """In the picture, as `is_gone` says; other classes have their own style everywhere."""
+    assert is_gone("erased", [4.0, 1.9, 2.1], 0) is False
+    assert is_gone("erased", [4.0, 1.9, 2.1], 1) is True
+    assert is_gone("suppressed", [-4.0, -1.9, -2.1], 2) is False
+    assert is_gone("silent", [4.0, -4.0], 1) is True  # of the other sign
+    assert is_gone("kept", [4.0, 1.0], 1) is None and is_gone(None, [1.0], 0) is None
+    data = change_data()
+    edges, names = data.edges, [CLASSES[k] for k in data.edges.classes or []]
+    looks = [[is_gone(name, [s[k] for s in edges.scores], p) for k, name in enumerate(names)]
+             for p in range(len(data.panes))]  # fmt: skip
+    solid = View(data).svg(top=len(names)).count('style="stroke-dasharray:none"')
+    assert solid == sum(look is False for pane in looks for look in pane) > 0
+    assert {True, False, None} == {look for pane in looks for look in pane}
+
+
 def test_data_comes_back_from_its_json():
     for data in (circuit_view(make_circuit()).data, change_data()):
         values = json.loads(json.dumps(finite(data.to_json()), allow_nan=False))
@@ -123,8 +139,8 @@ def test_the_json_is_the_documented_one():
     values = change_data().to_json()
     assert set(values) == {
         *("schema", "title", "facts", "unit", "architecture", "panes", "total", "top", "writers"),
-        *("readers", "edges", "nodes", "weights", "layout", "styles", "cad", "comparison"),
-        *("classes", "meaning", "counts", "present_from"),
+        *("readers", "edges", "nodes", "weights", "layout", "styles", "fading", "cad"),
+        *("comparison", "classes", "meaning", "counts", "present_from"),
     }
     assert values["schema"] == 2
     assert values["classes"] == list(CLASSES)

@@ -28,7 +28,7 @@ from mansu_interp.circuits.scores import Attribution
 from mansu_interp.circuits.search.meta import CircuitMeta
 from mansu_interp.circuits.search.stability import Stability
 from mansu_interp.models.graph import Architecture, Graph
-from mansu_interp.viz.data import Effect, GraphData, Judged, PromptData
+from mansu_interp.viz.data import EDGE_STYLES, Effect, GraphData, Judged, PromptData, is_gone
 from mansu_interp.viz.layout import Layout, box_id, place
 from mansu_interp.viz.page import inside_of_groups, lay_out, module_source
 from mansu_interp.viz.svg import curve, move_curve
@@ -208,6 +208,12 @@ def test_change_page(driver: Any, tmp_path: Path):
     assert "projected share" in shown and "−0.020" in shown
     names = set(view(driver, "v.drawn.map((i) => v.nameOf(i))"))
     assert names == {"kept", "silent", "weakened", "recovered", "new"}
+    scores, looks = "v.panes.map((_, q) => v.score(i, q))", "v.look(i, p).dash"
+    each = f"[0, 1, 2].map((p) => [v.nameOf(i), p, {scores}, {looks}])"
+    looks = view(driver, f"v.drawn.flatMap((i) => {each})")
+    for name, p, scores, dash in looks:  # what is lost is solid where it carries
+        usual = [float(x) for x in EDGE_STYLES[name][2].split()]
+        assert dash == ([] if is_gone(name, scores, p) is False else usual)
     driver.find_element("xpath", "//button[text()='changed only']").click()
     assert "kept" not in view(driver, "v.drawn.map((i) => v.nameOf(i))")
     driver.find_element("xpath", "//button[contains(., 'new: ')]").click()

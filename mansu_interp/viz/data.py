@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ..circuits.changes import CLASSES, MEANING
+from ..circuits.changes import CLASSES, KEPT_SHARE, MEANING
 from ..errors import ArtifactError
 from ..models.graph import Architecture, Graph
 from ..utils.files import Json, expect
@@ -40,6 +40,20 @@ EDGE_STYLES: dict[str, tuple[str, str, str]] = {
 
 Colours are the colour-blind safe set of Okabe and Ito, and never the only cue: a positive edge (it
 supports the answer) is solid blue, a negative one (it opposes) dashed vermillion."""
+
+FADING = ("silent", "weakened", "suppressed", "erased")
+"""Classes of what does not carry in every pane: dashed as their style says where less is left of it
+than a half of the first pane's value, and solid elsewhere (`is_gone`; graph.js does the same)."""
+
+SOLID = "Solid: at least half of what it carries in the first pane; dashed and faint: less."
+
+
+def is_gone(name: str | None, scores: Sequence[float], pane: int) -> bool | None:
+    """Whether an edge of a class no longer carries in a pane; None: its class is no such."""
+    if name not in FADING:
+        return None
+    return pane > 0 and scores[pane] * scores[0] < KEPT_SHARE * scores[0] ** 2
+
 
 FILE = {
     "schema": int,
@@ -253,6 +267,7 @@ class GraphData:
             "weights": {k: list(v) for k, v in self.weights.items()},
             "layout": dict(CONSTANTS),
             "styles": {name: list(style) for name, style in EDGE_STYLES.items()},
+            "fading": {"classes": list(FADING), "below": KEPT_SHARE, "note": SOLID},
             "cad": asdict(self.cad) if self.cad else None,
             "comparison": {k: asdict(v) for k, v in self.comparison.items()}
             if self.comparison is not None

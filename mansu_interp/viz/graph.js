@@ -8,6 +8,7 @@ const PALETTE = {
 };
 const variables = (colours) => Object.entries(colours).map(([name, value]) => `--${name}:${value};`).join("");
 const FONT = 11; // pixels on the screen, however far one zooms
+const GONE = 0.45; // opacity of an edge in a pane where it is gone, of what it has by its score
 const CSS = `
 .mg{${variables(PALETTE.light)}
 color:var(--ink);background:var(--paper);font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,
@@ -667,7 +668,8 @@ class GraphView {
     const classes = (d.classes || []).filter((c) => c in d.counts).map((c) => [c, `${d.meaning[c]} (${count(d.counts[c])})`]);
     const signs = [["pos", "supports the answer"], ["neg", "opposes it"]];
     const fades = d.edges.frequency ? [["", `Opacity: share of ${d.resamples} whose circuit has the edge`]] : [];
-    return [...(d.edges.class ? classes : signs), ["", this.widths()], ...fades, ...(this.byPosition ? [["", MOVES]] : [])];
+    const solid = classes.length && d.classes.some((c) => c in d.counts && d.fading.classes.includes(c)) ? [["", d.fading.note]] : [];
+    return [...(d.edges.class ? classes : signs), ...solid, ["", this.widths()], ...fades, ...(this.byPosition ? [["", MOVES]] : [])];
   }
 
   // Notebooks render while detached and switch themes later: asked before every drawing.
@@ -936,7 +938,7 @@ class GraphView {
     [...layout.rows].forEach(([layer, y], i) => { if (i % each === 0) c.fillText(`L${layer}${open.get(layer)?.sign ?? ""}`, 6, y); });
     for (const fold of this.folds) if (fold.row === undefined) c.fillText(`⋮${fold.layers.length}`, 10, fold.y);
     if (this.byPosition) this.paintColumns(c, z);
-    for (const box of this.boxes) if (!this.active.has(box.id)) this.paintBox(c, box, false, z);
+    for (const box of this.boxes) if (!this.active.has(box.id)) this.paintBox(c, box, false, z, p);
     for (const i of this.backToFront(p)) {
       const { alpha, width, colour, dash } = this.look(i, p), at = this.curve(i).p;
       c.globalAlpha = alpha;
@@ -950,7 +952,7 @@ class GraphView {
     }
     c.setLineDash([]);
     c.globalAlpha = 1;
-    for (const box of this.boxes) if (this.active.has(box.id)) this.paintBox(c, box, true, z);
+    for (const box of this.boxes) if (this.active.has(box.id)) this.paintBox(c, box, true, z, p);
     this.paintGroups(c, z);
   }
 
@@ -993,16 +995,22 @@ class GraphView {
     return this.lit ? [0, 1, 2].flatMap((k) => back.filter((i) => level(i) === k)) : back;
   }
 
+  // Whether something of such a class no longer carries in a pane; null: its class is no such.
+  isGone(name, now, before, p) {
+    const { classes, below } = this.data.fading;
+    return classes.includes(name) ? p > 0 && now * before < below * before * before : null;
+  }
+
   // How an edge is drawn in a pane.
   look(i, p) {
     const share = Math.sqrt(Math.abs(this.score(i, p)) / this.widest), name = this.nameOf(i), hot = this.hover?.edge === i;
     const weakest = 0.25 + 0.45 * Math.min(1, 40 / Math.max(this.drawn.length, 1)), often = this.frequency(i);
     const own = often === null ? weakest + (0.95 - weakest) * share : 0.12 + 0.83 * often;
-    const level = this.lit ? this.lit.edges.get(i) || 0 : -1;
+    const level = this.lit ? this.lit.edges.get(i) || 0 : -1, gone = this.isGone(name, this.score(i, p), this.score(i, 0), p);
     return {
-      alpha: hot ? 1 : level < 0 ? own : level === 2 ? Math.max(own, 0.8) : level === 1 ? Math.min(own, 0.55) : 0.06,
+      alpha: hot ? 1 : level < 0 ? own * (gone ? GONE : 1) : level === 2 ? Math.max(own, 0.8) : level === 1 ? Math.min(own, 0.55) : 0.06,
       width: 0.9 + 3.1 * share * share + (hot ? 2 : 0), colour: this.colour(name),
-      dash: this.data.styles[name][2].split(" ").filter(Boolean).map(Number),
+      dash: gone === false ? [] : this.data.styles[name][2].split(" ").filter(Boolean).map(Number),
     };
   }
 
@@ -1026,14 +1034,14 @@ class GraphView {
     }
   }
 
-  paintBox(c, box, on, z) {
+  paintBox(c, box, on, z, p) {
     const { css } = this, d = this.data, kind = on && this.classOf(box.id), several = box.kind === "group";
     const chosen = isPinned(this, box.id), found = this.query && this.matches(box.id);
     c.globalAlpha = this.lit && !this.lit.boxes.has(box.id) ? 0.3 : 1;
     let line = on ? css.soft : css.faint, dash = "";
     if (kind && kind !== d.classes[0]) {
       line = this.colour(kind);
-      dash = d.styles[kind][2];
+      dash = this.isGone(kind, this.nodeScore(box.id, p), this.nodeScore(box.id, 0), p) === false ? "" : d.styles[kind][2];
     } else if (several) line = css.accent;
     const width = this.widthOf(box, z), x = box.x - width / 2, y = box.y - box.height / 2;
     if (several) { // one behind it

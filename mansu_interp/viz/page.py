@@ -22,7 +22,7 @@ from ..circuits.changes import CLASSES, MEANING
 from ..models.graph import Architecture
 from ..utils.files import finite
 from ..utils.words import number_of
-from .data import GraphData
+from .data import FADING, SOLID, GraphData, is_gone
 from .layout import (
     COLUMN_GAP,
     GROUP,
@@ -318,6 +318,7 @@ def _view_legend(data: GraphData, drawing: _Drawing, largest: float) -> list[tup
     what = "Width" if data.resamples else "Width and opacity"
     legend.append(("", f"{what}: |score|, the largest {largest:.3g} {data.unit}."))
     legend += [("", FADES.format(data.resamples))] if data.resamples else []
+    legend += [("", SOLID)] if any(name in FADING for name in data.counts) else []
     summed = f", as {len(drawing.lines):,} lines" if len(drawing.lines) < drawing.edges else ""
     legend.append(("", f"Drawn: the strongest {drawing.edges:,} of {drawing.of}{summed}."))
     if drawing.layout.columns:
@@ -344,7 +345,8 @@ def _pane(data: GraphData, drawing: _Drawing, pane: int, largest: float) -> list
         share = abs(score) / largest if largest else 0.0
         style = line.style or ("pos" if line.scores[0] >= 0 else "neg")
         ends = (line.source, line.target)
-        parts.append(edge_svg(layout, ends, score, share, weakest, style, line.frequency))
+        gone = is_gone(line.style, line.scores, pane)
+        parts.append(edge_svg(layout, ends, score, share, weakest, style, line.frequency, gone))
     return parts + [box_svg(b, title or "component", True) for b in boxes if b.id in active]
 
 

@@ -223,6 +223,10 @@ def path_of(points: Sequence[tuple[float, float]]) -> str:
     return f"M{x0:.1f} {y0:.1f}C" + " ".join(f"{x:.1f} {y:.1f}" for x, y in rest)
 
 
+GONE = 0.45
+"""Opacity of an edge in a pane where it is gone, of what it has by its score."""
+
+
 def edge_svg(
     layout: Layout,
     edge: tuple[str, str],
@@ -231,9 +235,10 @@ def edge_svg(
     weakest: float,
     name: str,
     frequency: float | None = None,
+    gone: bool | None = None,
 ) -> str:
     """An edge with its tooltip: width and opacity by its share of the largest score, opacity by the
-    share of resamples that have it where it is known, style by name."""
+    share of resamples that have it where it is known, style by name; solid where it is not gone."""
     source, target = edge
     path = path_of(curve(layout, source, target))
     reader = reader_name(target)
@@ -242,10 +247,11 @@ def edge_svg(
     width, opacity = 0.8 + 3.6 * share, weakest + (0.95 - weakest) * share
     if frequency is not None:
         kind, opacity = f"{kind}, in {frequency:.0%} of resamples", faded(frequency)
+    solid = ' style="stroke-dasharray:none"' if gone is False else ""
     return (
         f'<g class="edge"><title>{escape(f"{source} -> {target}{note}: {score:+.4g}{kind}")}'
         f'</title><path class="hit" d="{path}"/><path class="line {name}" d="{path}" '
-        f'stroke-width="{width:.2f}" opacity="{opacity:.2f}"/></g>'
+        f'stroke-width="{width:.2f}" opacity="{opacity * (GONE if gone else 1):.2f}"{solid}/></g>'
     )
 
 
