@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import MansuError
 from ..runs.defaults import default_task
-from ..utils.libraries import quiet
+from ..utils.libraries import check_gguf, quiet
 from ..utils.records import to_json
 from ..utils.shipped import ENGINES
 from ..utils.words import number_of
@@ -32,8 +34,20 @@ def checkpoint_of(given: str) -> str | Path:
     return place if place.is_dir() else given
 
 
+def _task_of(run: Path) -> str:
+    """The task that a run forgot, quoted for a shell; TASK if its folder does not say."""
+    from ..report.records import Report
+
+    try:
+        report = Report.load(run / "report.json")
+    except MansuError:
+        return "TASK"
+    return shlex.quote(str(report.config.get("task") or default_task(report.model.name)))
+
+
 def do_export(config: ExportConfig, output: Output) -> int:
     """Write a GGUF file."""
+    check_gguf(config.type)
     with stages("writing the file", output.quiet):
         from ..export.gguf import export_gguf
         from ..export.ledger import Ledger, unpromised
@@ -58,7 +72,7 @@ def do_export(config: ExportConfig, output: Output) -> int:
         warn(
             f"Careful: this edit was not made to survive {config.type}; {lost.survived:,} of its "
             f"{lost.edited:,} weights do. What was forgotten may come back in this file. Measure "
-            f"it ({measure} --task TASK){promise}."
+            f"it ({measure} --task {_task_of(Path(place).parent)}){promise}."
         )
     return 0
 
