@@ -477,7 +477,9 @@ def test_pairs_from_a_file(facts: LanguageModel, tmp_path: Path):
         read_prompts(file, facts)
 
 
-def test_unknown_words_are_named_once_for_all_rows(facts: LanguageModel, tmp_path: Path):
+def test_unknown_words_are_named_once_for_all_rows(
+    facts: LanguageModel, tmp_path: Path, monkeypatch
+):
     row = {"clean": "The capital of Malta is", "corrupt": "The capital of Ghana is"}
     rows = [{**row, "answer": "Valletta", "wrong": "Accra"}] * 7
     plain = {k: v.replace("The", "the") for k, v in rows[0].items()}
@@ -493,6 +495,9 @@ def test_unknown_words_are_named_once_for_all_rows(facts: LanguageModel, tmp_pat
             read_prompts(*given)
     file.write_text(json.dumps(plain), encoding="utf-8")
     assert len(read_prompts(file, facts)) == 1
+    monkeypatch.setattr(type(facts.get_tokenizer()), "is_fast", False)  # which tells no places
+    with pytest.raises(TaskError, match="know 'Atlantis,', in 1 of 2 pairs"):
+        from_texts(facts, ["Kigali", "Atlantis,"])
 
 
 def test_what_is_shown_of_a_task_is_short(facts: LanguageModel, capitals: Task):

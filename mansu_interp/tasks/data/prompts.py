@@ -91,7 +91,7 @@ def _check_words(model: LanguageModel, texts: Sequence[tuple[str, str, str, Answ
         unknown |= dict.fromkeys(found)
     if not unknown:
         return
-    words = ", ".join(repr(word) for word in list(unknown)[:SHOWN])
+    words = ", ".join(f"{word!r:.60}" for word in list(unknown)[:SHOWN])
     more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
     known = [word.lower() != word and not _unknown(model, word.lower()) for word in unknown]
     advice = "Give prompts and answers of words that it knows."
