@@ -316,7 +316,7 @@ def test_a_checkpoint_answers_in_transformers_alone(
     shutil.copytree(EMBEDDED / "facts", tmp_path / "runs" / "latest" / "model")
     monkeypatch.chdir(tmp_path)
     run("runs/latest/model")
-    assert capsys.readouterr().out.strip() == "Paris"  # the original; an edited one says otherwise
+    assert capsys.readouterr().out.strip() == "Asuncion"  # of the original
 
 
 def test_gradients_stay_inside_the_mask():
