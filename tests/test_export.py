@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,6 +62,7 @@ from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.report.card import model_card
 from mansu_interp.utils import hub
 from mansu_interp.utils.files import atomic_folder
+from mansu_interp.utils.libraries import gguf_lacks
 
 TEXT = ["the capital of France is Paris", "the capital of Peru is Lima, in 1535"] * 3
 
@@ -231,8 +233,12 @@ def test_a_type_that_the_edit_was_not_made_for_is_said(tmp_path: Path, capsys):
     for place in (tmp_path, tmp_path / "model"):
         text = said(place, "q4_0")
         assert f"not made to survive q4_0; {kept} of its 200 weights do." in text
-        assert "unlearn with --unlearn.survive q4_0" in text
+        assert "unlearn with --unlearn.survive q4_0" in text and "--task TASK)" in text
         assert said(place, "q8_0") == said(place, "f16") == ""
+    (tmp_path / "config.json").write_text(json.dumps({"model": "facts", "task": None}))
+    (tmp_path / f"{tmp_path.name}-q4_0.gguf").unlink()
+    text = said(tmp_path, "q4_0")  # evaluate then asks the run's own task
+    assert f"--checkpoint {tmp_path / 'model'})" in text and "--task" not in text
     if find_spec("xllamacpp"):
         text = said(tmp_path, "Q4_K_M")  # of narrow layers: Q5_0 and Q8_0
         kept = survival(original, edited, "q4_k_m").survived
@@ -245,6 +251,26 @@ def test_a_type_that_the_edit_was_not_made_for_is_said(tmp_path: Path, capsys):
     assert "type: got 'q4', expected one of f16, q4_0, " in capsys.readouterr().err
     again = ["export", str(tmp_path), "--type", "f16", "--out", str(tmp_path / "model-f16.gguf")]
     assert main(again) == 1 and "exists already" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_said_before_any_work(tmp_path: Path, capsys, monkeypatch):
+    out = str(tmp_path / "m.gguf")
+
+    def said(kind: str) -> str:
+        assert main(["export", "no-such-model", "--type", kind, "--out", out]) == 1
+        return capsys.readouterr().err
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    needed = "GGUF files of type q4_k_m, by llama.cpp's own code, need: pip install \"mansu-interp"
+    assert f"{needed}[llama-cpp]" in said("q4_k_m")
+    assert gguf_lacks("q4_0") == gguf_lacks("f16") == "" and "Unknown model" in said("f16")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for kind in ("f16", "q4_0"):
+        assert 'GGUF files need: pip install "mansu-interp[gguf]"' in said(kind)
+    assert "[llama-cpp]" in gguf_lacks("q4_k_m") and "[gguf]" in gguf_lacks()
+    with pytest.raises(ConfigError, match="GGUF files need: "):
+        export_gguf(facts(), tmp_path / "m.gguf", "f16")
+    assert exportable(EMBEDDED / "facts")  # once that package is here
 
 
 def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path, capsys):
@@ -289,7 +315,7 @@ def test_a_checkpoint_answers_in_transformers_alone(
     shutil.copytree(EMBEDDED / "facts", tmp_path / "runs" / "latest" / "model")
     monkeypatch.chdir(tmp_path)
     run("runs/latest/model")
-    assert capsys.readouterr().out.strip() == "Paris"  # the original; an edited one says otherwise
+    assert capsys.readouterr().out.strip() == "Asuncion"  # of the original
 
 
 def test_a_loop_changes_nothing_outside_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

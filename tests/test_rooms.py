@@ -72,7 +72,7 @@ def test_a_room_holds_about_eight_files():
     assert not crowded
 
 
-SHORTCUTS = {("scores.py", "viz")}
+SHORTCUTS = {("scores.py", "viz"), ("circuit.py", "viz")}
 """Methods of a line that call a room above, such as `Attribution.view`: imported when called."""
 
 

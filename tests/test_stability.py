@@ -209,7 +209,10 @@ def test_damaged_stability(
 def test_a_view_of_a_stable_circuit(tiny_model: TinyModel, pairs: PairSet, tmp_path: Path):
     """Edges fade in pictures, closed groups too; a saved view has the numbers."""
     found = discover(tiny_model(2), pairs, config=FEW, resamples=10)
+    assert repr(found.stability).startswith("Stability(resamples 10, drawn facts, jaccard ")
+    assert len(repr(found.stability)) < 150 and "<td>resamples" in found.stability._repr_html_()
     view = circuit_view(found)
+    assert found.view(limit=3).data == circuit_view(found, limit=3).data != view.data
     often = view.data.edges.frequency
     assert often is not None and view.data.resamples == "10 resamples of facts"
     (source, target), score = view.data.edge_ids()[0], view.data.edges.scores[0][0]

@@ -13,7 +13,7 @@ from conftest import make_pairs
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mansu_interp.errors import MansuError, TaskError
+from mansu_interp.errors import MansuError, ModelError, TaskError
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.tasks import synthetic
 from mansu_interp.tasks.data.prompts import read_prompts
@@ -450,7 +450,7 @@ def test_texts_that_make_no_pair_are_told(facts: LanguageModel):
         make(malta, "", "Valletta", "Kigali")
     with pytest.raises(TaskError, match=r"Pair 1: the clean and the corrupt prompt are the same"):
         make(malta, malta, "Valletta", "Kigali")
-    with pytest.raises(TaskError, match=r"does not know a word of '.*Atlantis"):
+    with pytest.raises(TaskError, match=r"know 'Atlantis', in 1 of 1 pair .*Give prompts and"):
         make(malta, ASKED.format("Atlantis"), "Valletta", "Kigali")
     with pytest.raises(TaskError, match="has no wrong answer"):
         make(malta, rwanda, "Valletta", [])
@@ -475,6 +475,29 @@ def test_pairs_from_a_file(facts: LanguageModel, tmp_path: Path):
     file.write_text("\n".join(map(json.dumps, other)), encoding="utf-8")
     with pytest.raises(TaskError, match=r"line 1: no 'wrong'; expected clean, .* got prompt, co"):
         read_prompts(file, facts)
+
+
+def test_unknown_words_are_named_once_for_all_rows(
+    facts: LanguageModel, tmp_path: Path, monkeypatch
+):
+    row = {"clean": "The capital of Malta is", "corrupt": "The capital of Ghana is"}
+    rows = [{**row, "answer": "Valletta", "wrong": "Accra"}] * 7
+    plain = {k: v.replace("The", "the") for k, v in rows[0].items()}
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, [plain, *rows])), encoding="utf-8")
+    with pytest.raises(TaskError, match=r"know 'The', in 7 of 8 pairs \(the first: pair 2\)\. It"):
+        read_prompts(file, facts)
+    file.write_text("\n".join(json.dumps({**row, "wrong": "Atlantis"}) for row in rows))
+    with pytest.raises(TaskError, match=r"know 'The', 'Atlantis', in 7 of 7 .*Give prompts"):
+        read_prompts(file, facts)
+    for given in ((facts, file), ("facts", file), ("facts", str(file))):
+        with pytest.raises((TaskError, ModelError), match=r"The order is read_prompts\("):
+            read_prompts(*given)
+    file.write_text(json.dumps(plain), encoding="utf-8")
+    assert len(read_prompts(file, facts)) == 1
+    monkeypatch.setattr(type(facts.get_tokenizer()), "is_fast", False)  # which tells no places
+    with pytest.raises(TaskError, match="know 'Atlantis,', in 1 of 2 pairs"):
+        from_texts(facts, ["Kigali", "Atlantis,"])
 
 
 def test_what_is_shown_of_a_task_is_short(facts: LanguageModel, capitals: Task):

@@ -74,6 +74,14 @@ SLIPS: dict[str, tuple[Callable[[LanguageModel, Task], object], str]] = {
         lambda m, t: mansu.attribute(MODEL, (("a", "b"),)),
         "pairs: got a tuple, expected a PairSet",
     ),
+    "a file for pairs": (
+        lambda m, t: mansu.attribute(MODEL, Path("mine.jsonl")),
+        r"pairs: got a PosixPath, .* Did you mean read_prompts\(path, model\)\?",
+    ),
+    "a file's name for pairs": (
+        lambda m, t: mansu.discover(MODEL, "mine.jsonl"),
+        r"forget: got 'mine.jsonl', .* Did you mean read_prompts\(path, model\), or load_task",
+    ),
     "a task for pairs": (
         mansu.discover,
         r"forget: got a Task, expected a PairSet\. Did you mean task\.forget",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import networkx as nx
 import numpy as np
@@ -34,6 +34,7 @@ from .search.stability import Stability
 if TYPE_CHECKING:
     import pandas
 
+    from ..viz.view import View
     from .heads.records import ExplainedHeads
     from .metrics import Metric
     from .search.faithfulness import Ablated
@@ -157,6 +158,12 @@ class Circuit(Shareable):
         return ablate(
             model, self.edges, pairs, metric=metric, ablation=ablation, batch_size=batch_size
         )
+
+    def view(self, **settings: Any) -> View:
+        """The circuit, drawn: `circuit_view` with its settings, such as ``model=``."""
+        from ..viz.view import circuit_view
+
+        return circuit_view(self, **settings)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The circuit's edges, the strongest first: source, target and score in metric units; with

@@ -7,7 +7,7 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import networkx as nx
 import numpy as np
@@ -289,11 +289,11 @@ class Attribution:
         ends, said = (header["clean"], header["corrupt"]), header.get("caveat", "")
         return cls(graph, scores, *ends, places, caveat=said)
 
-    def view(self) -> View:
-        """The graph, drawn (see `circuit_view`)."""
+    def view(self, **settings: Any) -> View:
+        """The graph, drawn: `attribution_view` with its settings, such as ``model=``."""
         from ..viz.view import attribution_view
 
-        return attribution_view(self)
+        return attribution_view(self, **settings)
 
     def __repr__(self) -> str:
         return (

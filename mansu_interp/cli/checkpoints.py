@@ -31,13 +31,22 @@ def task_of(named: str | None, given: str, original: str | None = None) -> str:
     Raises:
         ArtifactError: the settings of a run cannot be read.
     """
-    run = _task_of_run(Path(given)) or _task_of_run(Path(given).parent)
+    run = task_of_run(given)
     if named and run and run != named:
         warn(f"Careful: {given} was made to forget {run}; this asks for {named}.")
     return named or run or default_task(original or given)
 
 
-def _task_of_run(folder: Path) -> str | None:
+def task_of_run(given: str) -> str | None:
+    """The task of the run whose folder or checkpoint is given; None: it is no run's.
+
+    Raises:
+        ArtifactError: the settings of the run cannot be read.
+    """
+    return _asked(Path(given)) or _asked(Path(given).parent)
+
+
+def _asked(folder: Path) -> str | None:
     """The task in the settings of a run, if the folder is one."""
     if not (folder / MODEL / "config.json").exists() or not (folder / SETTINGS).exists():
         return None

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils.libraries import quiet
+from ..utils.libraries import check_gguf, quiet
 from ..utils.records import to_json
 from ..utils.shipped import ENGINES
 from ..utils.words import number_of
-from .checkpoints import checkpoint_of, task_of
+from .checkpoints import checkpoint_of, task_of, task_of_run
 from .console import Output, keeps_nothing, say, say_json, warn
 from .progress import duration, stages
 from .settings import EvaluateConfig, ExportConfig
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 def do_export(config: ExportConfig, output: Output) -> int:
     """Write a GGUF file."""
+    check_gguf(config.type)
     with stages("writing the file", output.quiet):
         from ..export.gguf import export_gguf
         from ..export.ledger import Ledger, unpromised
@@ -43,6 +44,7 @@ def do_export(config: ExportConfig, output: Output) -> int:
     say(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
     if lost:
         measure = f"mansu evaluate {config.out} --engine llama.cpp --checkpoint {place}"
+        asked = "" if task_of_run(str(place)) else " --task TASK"
         promise = (
             f", or unlearn with --unlearn.survive {config.type}"
             if config.type in ENGINES["llama.cpp"].exact
@@ -51,7 +53,7 @@ def do_export(config: ExportConfig, output: Output) -> int:
         warn(
             f"Careful: this edit was not made to survive {config.type}; {lost.survived:,} of its "
             f"{lost.edited:,} weights do. What was forgotten may come back in this file. Measure "
-            f"it ({measure} --task TASK){promise}."
+            f"it ({measure}{asked}){promise}."
         )
     return 0
 

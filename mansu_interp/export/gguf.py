@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -32,9 +31,8 @@ from ..quantizers.gguf import (
     pack,
     tensor_type,
 )
-from ..quantizers.registry import get_quantizer
 from ..utils.files import Json, atomic_path, read_json
-from ..utils.libraries import library
+from ..utils.libraries import check_gguf, library
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -63,13 +61,12 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool 
         ModelError: another family, a scaled rotary embedding, or another kind of tokenizer.
         ConfigError: another type, or a package is missing.
     """
-    gguf = library("gguf", "gguf")
     if kind not in ("f16", *EXACT, *MIXES):
         raise ConfigError(
             f"GGUF types: got {kind!r:.60}, expected f16, {', '.join((*EXACT, *MIXES))}."
         )
-    if kind != "f16":
-        get_quantizer(kind).check_installed()
+    check_gguf(kind)
+    gguf = library("gguf", "gguf", "A GGUF file")
     config = model.config
     if config.model_type not in FAMILIES:
         raise ModelError(
@@ -101,14 +98,15 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool 
 
 
 def exportable(folder: Path) -> bool:
-    """Whether a saved model is likely to be written as GGUF here; looked up, not tried."""
+    """Whether a saved model is likely to be written as GGUF, once the packages that `gguf_lacks`
+    tells of are here; looked up, not tried."""
     try:
         kind = read_json(folder / "config.json").get("model_type")
         tokenizer = read_json(folder / "tokenizer.json")
         known = _pre(tokenizer)
     except (ArtifactError, AttributeError, LookupError, TypeError):
         return False
-    return bool(known) and kind in FAMILIES and find_spec("gguf") is not None
+    return bool(known) and kind in FAMILIES
 
 
 def _stored_as(target: str, weight: Tensor, kind: str, shape: FileShape) -> str:

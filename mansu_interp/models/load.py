@@ -41,6 +41,9 @@ SMALL = 10**7
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Files of which a folder with a tokenizer has one."""
 
+ROW_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Endings of files of prompts, which somebody may give in a model's place."""
+
 HELD = ("auto", "float32", "bfloat16")
 """What `pick_dtype` knows."""
 
@@ -62,6 +65,11 @@ def _locate(name: str, weights: bool = True) -> Path:
                 "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)."
             )
         return folder
+    if folder.suffix in ROW_FILES and os.path.isfile(folder):
+        raise ModelError(
+            f"{name} is a file of rows, where a model is expected. The order is "
+            "read_prompts(path, model)."
+        )
     repository, at, revision = name.partition("@")
     unknown = (
         f"Unknown model {name!r}. Shipped: {', '.join(embedded_models())}. Or give a path to "

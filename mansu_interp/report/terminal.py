@@ -23,6 +23,7 @@ from ..evaluation.scores import ScoreRow
 from ..evaluation.versions import EDITED, ORIGINAL, QUANTIZER, ModelVersion
 from ..quantizers.registry import QUANTIZERS, THROUGH
 from ..utils.files import Json, unused
+from ..utils.libraries import gguf_lacks
 from ..utils.words import number_of, shortened
 from .records import Report
 from .story import FULL, ROLES, heading
@@ -231,7 +232,8 @@ def _deployed(report: Report, place: Place) -> Step:
         kind = next((k for k in ("q4_0", "q8_0") if k in promised), "f16")
         folder, out = (shlex.quote(f"{place.folder}{end}") for end in ("", f"-{kind}.gguf"))
         command = f"{place.mansu} export {folder} --type {kind} --out {out}"
-        return Step("for llama.cpp", command)
+        install = gguf_lacks(kind)
+        return Step("for llama.cpp", command, install and f"GGUF files need: {install}")
     before, after = shlex.quote(report.model.name), shlex.quote(str(place.folder))
     out = shlex.quote(f"{place.folder}-delta.safetensors")
     return Step("the edit alone", f"{place.mansu} delta {before} {after} --out {out}")

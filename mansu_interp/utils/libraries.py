@@ -10,9 +10,11 @@ import importlib
 import logging
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from types import ModuleType
 
 from ..errors import ConfigError, MansuError, ResourceError
+from .shipped import ENGINES
 
 _OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -50,6 +52,35 @@ def library(
             f"{what} needs the package {name.partition('.')[0]}, which cannot be imported "
             f"({error}). Install it: pip install {package}. {without}".strip()
         ) from error
+
+
+def gguf_lacks(kind: str = "f16") -> str:
+    """The line that installs what a GGUF file of a type needs and is not here; empty if nothing.
+    Looked up, not imported.
+
+    Arguments:
+        kind: ``f16``, or a format of llama.cpp by its name there, in small letters.
+    """
+    fitted = kind in ENGINES["llama.cpp"].fitted
+    packages, extra = (("gguf", "xllamacpp"), "llama-cpp") if fitted else (("gguf",), "gguf")
+    missing = any(find_spec(name) is None for name in packages)
+    return f'pip install "mansu-interp[{extra}]"' if missing else ""
+
+
+def check_gguf(kind: str) -> None:
+    """Before long work.
+
+    Raises:
+        ConfigError: a package that a GGUF file of this type needs is missing.
+    """
+    if not (install := gguf_lacks(kind)):
+        return
+    if kind in ENGINES["llama.cpp"].fitted:
+        raise ConfigError(f"GGUF files of type {kind}, by llama.cpp's own code, need: {install}.")
+    raise ConfigError(
+        f"GGUF files need: {install}. Of {', '.join(ENGINES['llama.cpp'].fitted)}, by llama.cpp's "
+        'own code: pip install "mansu-interp[llama-cpp]".'
+    )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,9 @@ MEANT = {
     ("PairSet", "Pair"): 'PairSet("mine", (pair,))',
     ("PairSet", "list"): 'PairSet("mine", tuple(pairs)), of Pair objects',
     ("PairSet", "tuple"): 'PairSet("mine", pairs), of Pair objects',
-    ("PairSet", "str"): "load_task(name, model).forget",
+    ("PairSet", "str"): "read_prompts(path, model), or load_task(name, model).forget",
+    ("PairSet", "PosixPath"): "read_prompts(path, model)",
+    ("PairSet", "WindowsPath"): "read_prompts(path, model)",
     ("Task", "str"): "load_task(name, model)",
     ("Task", "PosixPath"): "load_task(path, model)",
     ("Task", "PairSet"): "the Task whose set this is",
@@ -234,6 +236,18 @@ def _make(value: object, wanted: str) -> object:
     return getattr(found, make)(value) if getattr(found, test)(value) else value
 
 
+def _swapped(
+    name: str, other: str, given: Mapping[str, object], hints: Mapping[str, object]
+) -> bool:
+    """Whether two arguments were given in each other's place."""
+    return (
+        name != other
+        and other in hints
+        and _fits(given[other], hints[name])
+        and _fits(given[name], hints[other])
+    )
+
+
 def entrance(error: type[MansuError]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorates a public function or method: its arguments are what their annotations say, or
     ``error`` is raised before anything is done. Where a model is expected, what people hold instead
@@ -266,7 +280,10 @@ def entrance(error: type[MansuError]) -> Callable[[Callable[P, T]], Callable[P, 
                     continue
                 given[name] = _made(given[name], hint)
                 if not _fits(given[name], hint):
-                    raise error(_unexpected(name, given[name], _words(hint, given[name])))
+                    message = _unexpected(name, given[name], _words(hint, given[name]))
+                    if any(_swapped(name, other, given, hints()) for other in given):
+                        message += f" The order is {owner.__name__}({', '.join(given)})."
+                    raise error(message)
             return function(*bound.args, **bound.kwargs)
 
         setattr(checked, GUARDED, True)

@@ -754,9 +754,10 @@ class GraphView {
     if (document.activeElement !== this.topInput) this.topInput.value = k;
     this.topInput.max = this.order.length;
     this.allButton.hidden = this.byPosition;
-    const more = this.byPosition ? ", one at each position" : this.order.length < d.total ? ` in this view, ${count(d.total)} in all` : "";
+    const left = this.byPosition ? 0 : d.total - this.order.length; // by `_strongest`: without a score, or beyond the limit
+    const more = this.byPosition ? ", one at each position" : left ? `; left out: ${count(left)} that score 0, or least` : "";
     const lines = this.sums.length ? `, as ${count(this.drawn.length)} lines` : "";
-    this.countOut.textContent = `${count(this.kept.length)} of ${count(this.order.length)} edges${more}${lines}`;
+    this.countOut.textContent = `${count(this.kept.length)} of ${count(this.order.length + left)} edges${more}${lines}`;
     const edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
     this.selectedEdge = edge === undefined ? [] : [this.source[edge], this.target[edge]];
     this.list.stale = true;

@@ -52,7 +52,10 @@ border-radius:5px;padding:2px 6px;width:130px}
 .mg .rows .many :is(th,td){padding:1px 4px;border:0;order:1}
 .mg .rows .many tr:is(.over,.on){background:var(--box)}.mg .rows .many tr.on{box-shadow:inset 3px 0 var(--accent)}.mg .rows .many tr.on td{background:none;box-shadow:none}
 .mg .rows .many th{position:static;box-shadow:none}
-.mg .rows .many .word,.mg .rows .many :is(th,td):first-child{grid-column:span 2;order:0}}
+.mg .rows .many .word,.mg .rows .many :is(th,td):first-child{grid-column:span 2;order:0}
+/* score, frequency and interval are short: one line, in which a long name may break */
+.mg .rows .held :is(th,td){padding:1px 4px}
+.mg .rows .held td:first-child button{white-space:normal}}
 @media print{.mg .list,.mg .foot{display:none}}
 `;
 
@@ -410,7 +413,8 @@ class List {
       : folds(x, k) ? make("td", { class: "word", text: x }, closeButton(this.view, x))
       : make("td", this.wordy(k, head) ? { class: "word", text: x } : { text: head[k].startsWith("edges ") ? count(x) : head[k] === HELD[0] ? percent(x) : fmt(x) }));
     this.rows = new Map(shown.map(({ key, cells }) => [String(key), make("tr", { "data-key": key }, ...cells.map(cell))]));
-    this.table.className = head.length > COLUMNS ? "many" : "";
+    const held = head.includes(HELD[0]) && head.length === COLUMNS + 2;
+    this.table.className = held ? "held" : head.length > COLUMNS ? "many" : "";
     this.table.replaceChildren(make("thead", {}, make("tr", {}, ...head.map(title))), make("tbody", {}, ...this.rows.values()));
     this.mark();
   }

@@ -28,6 +28,7 @@ from ...errors import CircuitError
 from ...tasks.pairs import Pair
 from ...utils.distributed import sum_over_processes
 from ...utils.files import Json
+from ...utils.words import Shown
 from ..scores import MAX_SCORE
 
 INTERVAL = (2.5, 97.5)
@@ -122,8 +123,8 @@ def _phrasing(pair: Pair) -> tuple[str, str]:
     return pair.relation, pair.phrasing
 
 
-@dataclass(frozen=True)
-class Stability:
+@dataclass(frozen=True, repr=False)
+class Stability(Shown):
     """How a circuit holds under resampling. Of one read from a file, arrays have the circuit's own
     edges alone, and 0 elsewhere."""
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from ...errors import TaskError
 from ...models.language_model import LanguageModel
 from ...utils.ranges import entrance
+from ...utils.words import number_of
 from ..answers import Tokens, WholeAnswers
 from ..pairs import Pair, PairSet, gap
-from .rows import sift
+from .rows import SHOWN, sift
 from .shapes import as_list
 from .sources import records
 
@@ -67,6 +68,7 @@ def pairs_from_prompts(
     if len({len(given) for given in lists.values()}) > 1:
         sizes = ", ".join(f"{len(given)} {what}" for what, given in lists.items())
         raise TaskError(f"Give as many of each, one a pair; got {sizes}.")
+    _check_words(model, list(zip(clean, corrupt, answers, wrong, strict=True)))
     made = [
         _pair(model, k, name, texts)
         for k, texts in enumerate(zip(clean, corrupt, answers, wrong, strict=True), 1)
@@ -78,12 +80,47 @@ def pairs_from_prompts(
     return PairSet(name, tuple(made))
 
 
+def _check_words(model: LanguageModel, texts: Sequence[tuple[str, str, str, Answers]]) -> None:
+    """Raise TaskError where the tokenizer does not know a word; names all such words."""
+    unknown: dict[str, None] = {}
+    bad: list[int] = []
+    for k, (*single, wrong) in enumerate(texts, 1):
+        given = [*single, *([wrong] if isinstance(wrong, str) else wrong)]
+        found = [word for text in given for word in _unknown(model, text)]
+        bad += [k] * bool(found)
+        unknown |= dict.fromkeys(found)
+    if not unknown:
+        return
+    words = ", ".join(f"{word!r:.60}" for word in list(unknown)[:SHOWN])
+    more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+    known = [word.lower() != word and not _unknown(model, word.lower()) for word in unknown]
+    advice = "Give prompts and answers of words that it knows."
+    if all(known):
+        advice = f"It knows {'it' if len(known) == 1 else 'them'} in lower case: write that."
+    raise TaskError(
+        f"The tokenizer of {model.name} does not know {words}{more}, in {len(bad)} of "
+        f"{number_of(len(texts), 'pair')} (the first: pair {bad[0]}). {advice}"
+    )
+
+
+def _unknown(model: LanguageModel, text: str) -> list[str]:
+    """The words of a text that the tokenizer does not know."""
+    tokenizer = model.get_tokenizer()
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown not in (tokens := model.encode(text)):
+        return []
+    if not tokenizer.is_fast:  # it does not tell where in the text a token stands
+        return [word for word in text.split() if unknown in model.encode(word)] or [text]
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [text[a:b].strip() for (a, b), t in zip(spans, tokens, strict=True) if t == unknown]
+
+
 def _pair(model: LanguageModel, k: int, name: str, texts: tuple[str, str, str, Answers]) -> Pair:
     clean, corrupt, answer, wrong = texts
     others = [wrong] if isinstance(wrong, str) else list(wrong)
     if not others:
         raise TaskError(f"Pair {k} has no wrong answer: give at least one.")
-    tokens, others_tokens = _encode(model, k, clean), _encode(model, k, corrupt)
+    tokens, others_tokens = _encode(model, clean), _encode(model, corrupt)
     if not tokens or not others_tokens:
         which = "corrupt" if tokens else "clean"
         raise TaskError(f"Pair {k} has an empty {which} prompt: give a text.")
@@ -112,7 +149,7 @@ def _following(model: LanguageModel, k: int, prompt: str, answer: str) -> Tokens
         raise TaskError(f"Pair {k} has an empty answer.")
     spaced = prompt[-1:].isspace() or answer[:1].isspace()
     between = "" if spaced else gap(prompt, answer)
-    begin, both = (_encode(model, k, text) for text in (prompt, prompt + between + answer))
+    begin, both = (_encode(model, text) for text in (prompt, prompt + between + answer))
     if both[: len(begin)] != begin or len(both) == len(begin):
         raise TaskError(
             f"Pair {k}: the tokenizer joins the end of {prompt!r} with {answer!r}. End the prompt "
@@ -121,13 +158,11 @@ def _following(model: LanguageModel, k: int, prompt: str, answer: str) -> Tokens
     return both[len(begin) :]
 
 
-def _encode(model: LanguageModel, k: int, text: str) -> Tokens:
+def _encode(model: LanguageModel, text: str) -> Tokens:
     """A text's tokens, after the token that the tokenizer begins every text with, if it does."""
     tokenizer = model.get_tokenizer()
     tokens, bos = tuple(model.encode(text)), tokenizer.bos_token_id
     begin = (bos,) if isinstance(bos, int) else ()
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
-        raise TaskError(f"Pair {k}: the tokenizer does not know a word of {text!r}.")
     begins = begin and tuple(tokenizer("a").input_ids[:1]) == begin and tokens[:1] != begin
     return (*begin, *tokens) if begins else tokens
 
@@ -135,6 +170,11 @@ def _encode(model: LanguageModel, k: int, text: str) -> Tokens:
 @entrance(TaskError)
 def read_prompts(source: str | Path, model: LanguageModel) -> PairSet:
     """Prompt pairs from a file of rows, or whatever else `sources.records` reads.
+
+    Arguments:
+        source: path of a .jsonl, .json, .csv, .tsv or .parquet file with the columns clean,
+            corrupt, answer and wrong; or the name of such a data set on the hub.
+        model: whose tokenizer is used.
 
     Raises:
         TaskError: rows without one of the fields (they are listed by line), or a pair that cannot
