@@ -52,6 +52,7 @@ from mansu_interp.report.records import (
     Sample,
     WeightEdits,
 )
+from mansu_interp.report.story import gone, sections
 from mansu_interp.report.terminal import Place, console_summary, next_steps
 from mansu_interp.report.values import figure, percent
 from mansu_interp.report.write import write_report
@@ -601,6 +602,20 @@ def test_next_commands_work_as_they_are() -> None:
     shown = console_summary(with_graph(), 40, place=PLACE)
     assert "\n    mansu view 'runs/my run'\n" in f"{shown}\n".replace(":  mansu", ":\n    mansu")
     assert "\n    mansu relearn 'runs/my run'\n" in f"{shown}\n"
+
+
+def test_summary_and_page_begin_with_whether_it_is_gone() -> None:
+    report = replace(make_report(), cad=JUDGED)
+    assert report.cad is not None
+    said = gone(report.cad)
+    assert (
+        said.startswith(f"{report.cad.verdict.capitalize()}, CAD ") and report.cad.sentence in said
+    )
+    assert " ".join(console_summary(report, 4000).split()).count(" ".join(said.split())) == 1
+    first = sections(report)[0]
+    assert first.blocks[1] == said
+    without = replace(report, cad=None)
+    assert len(sections(without)[0].blocks) == 1 and said not in console_summary(without, 4000)
 
 
 def test_a_property_that_is_missed_is_mended_first() -> None:

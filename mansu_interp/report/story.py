@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..audit.cad import CAD
 from ..evaluation.leaks.found import LeakRow, LeakShare, LeakTest
 from ..evaluation.leaks.templates import SCOPES
 from ..evaluation.properties import Property
@@ -70,6 +71,12 @@ def against(item: Property) -> str:
     return f"target {measured(item.target)}, headroom {headroom}"
 
 
+def gone(cad: CAD) -> str:
+    """Whether it is gone or only hidden, in words."""
+    found = f"{cad.verdict.capitalize()}, CAD {cad.range} of 1"
+    return f"{found}, confidence {percent(cad.confidence, 0)}: {cad.sentence}"
+
+
 def sections(report: Report, svg: str = "") -> list[Section]:
     """The report as sections: what was measured, why, and how to make it again.
 
@@ -78,7 +85,10 @@ def sections(report: Report, svg: str = "") -> list[Section]:
         svg: the circuit's picture, as it is; empty for none.
     """
     found = [
-        Section("Four properties", [Cards(report.properties)]),
+        Section(
+            "Four properties",
+            [Cards(report.properties), *([gone(report.cad)] if report.cad else [])],
+        ),
         Section("Scores", scores_blocks(report)),
         Section("Is it erased?", _erasure(report)),
         Section("Leaks", leak_blocks(report.leaks)),

@@ -17,7 +17,6 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..audit.cad import CAD
 from ..errors import printable
 from ..evaluation.scores import ScoreRow
 from ..evaluation.versions import EDITED, ORIGINAL, QUANTIZER, ModelVersion
@@ -26,7 +25,7 @@ from ..utils.files import Json, unused
 from ..utils.libraries import gguf_lacks
 from ..utils.words import number_of, shortened
 from .records import Report
-from .story import FULL, ROLES, heading
+from .story import FULL, ROLES, gone, heading
 from .values import DASH, count, measured, percent, status_of
 
 MIN_WIDTH = 20
@@ -99,7 +98,7 @@ def console_summary(
         console.print(_means(report))
     console.print(_text(_edit(report)))
     if report.cad:
-        console.print(_text(shortened(_gone(report.cad), SENTENCE)))
+        console.print(_text(shortened(gone(report.cad), SENTENCE)))
     if report.leaks:
         console.print(_text(f"Leaks: {report.leaks[0].sentence}"))
     if place:
@@ -176,12 +175,6 @@ def _edit(report: Report) -> str:
     if edit.embedding:
         line += f"; {count(edit.embedding)} are in the embedding, which is not quantized"
     return f"{line}."
-
-
-def _gone(cad: CAD) -> str:
-    """Whether it is gone or only hidden, in words."""
-    found = f"{cad.verdict.capitalize()}, CAD {cad.range} of 1"
-    return f"{found}, confidence {percent(cad.confidence, 0)}: {cad.sentence}"
 
 
 def _print_step(console: Console, step: Step) -> None:
