@@ -328,6 +328,12 @@ def test_a_loop_changes_nothing_outside_the_mask(tmp_path: Path, monkeypatch: py
     assert not any(moved.values())
 
 
+def test_a_mask_takes_what_load_model_gives():
+    mask, model = Mask({NAME: torch.tensor([7, 9])}), facts()
+    one, other = mask.booleans(model), mask.booleans(model.hf)
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
 def test_adapters_sit_on_the_masks_layers():
     pytest.importorskip("peft", reason='needs pip install "mansu-interp[peft]"')
     adapted = run("LoraConfig")["adapted"]

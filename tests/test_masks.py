@@ -310,7 +310,7 @@ def test_circuit_mask_of_another_model_or_without_pairs(tiny_model: TinyModel):
     circuit = Circuit(graph, graph.exists * 1.0, graph.exists)
     with pytest.raises(CircuitError, match=r"The circuit is of Architecture\(.*\), not tiny"):
         circuit_mask(circuit, tiny_model(4))
-    with pytest.raises(CircuitError, match=r"needs forget=\.\.\. to make a mask"):
+    with pytest.raises(CircuitError, match=r"needs its pairs to make a mask: give forget="):
         circuit_mask(circuit, tiny_model(2))
 
 

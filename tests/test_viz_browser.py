@@ -137,9 +137,7 @@ def test_a_stable_circuit_and_its_heads(driver: Any, tmp_path: Path):
     legend = driver.find_element("css selector", ".legend").text
     assert "Opacity: share of 50 resamples of facts whose circuit has the edge" in legend
     left = data.total - len(data.edges.source)
-    count = f"{n} of {data.total} edges" + (
-        f"; left out: {left} that score 0, or least" if left else ""
-    )
+    count = f"{n} of {data.total} edges" + (f"; the weakest {left} are left out" if left else "")
     assert view(driver, "[v.list.table.className, v.countOut.textContent]") == ["held", count]
     heads = driver.find_elements("css selector", ".list th")
     assert [th.text.rstrip(" ▾▴") for th in heads] == [

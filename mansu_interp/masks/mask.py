@@ -89,16 +89,17 @@ class Mask(Shown, Shareable):
         if other := find_mismatch(self.meta, model):
             raise MaskError(f"The mask was made for another {other} than {model.name}.")
 
-    def booleans(self, hf: nn.Module) -> dict[str, Bool[Tensor, "*_shape"]]:
+    def booleans(self, hf: nn.Module | LanguageModel) -> dict[str, Bool[Tensor, "*_shape"]]:
         """True where a parameter of a plain Hugging Face model may be edited, in its own shape.
 
         Arguments:
-            hf: the model, as transformers loads it; all its parameters have an entry.
+            hf: the model, as transformers loads it, or what `load_model` gives; all its parameters
+                have an entry.
 
         Raises:
             MaskError: the mask does not fit the model.
         """
-        out = {}
+        out, hf = {}, hf.hf if isinstance(hf, LanguageModel) else hf
         parameters = dict(hf.named_parameters())
         if odd := sorted(self.indices.keys() - parameters.keys()):
             raise MaskError(f"The mask does not fit the model: it has no parameter {odd[0]}.")

@@ -123,7 +123,10 @@ def _forget_pairs(circuit: Circuit, model: LanguageModel, forget: PairSet | None
     circuit.check_fits(model)
     pairs = forget or circuit.pairs
     if pairs is None:
-        raise CircuitError("A circuit read from a file needs forget=... to make a mask.")
+        raise CircuitError(
+            "A circuit read from a file needs its pairs to make a mask: give forget=, such as "
+            "read_prompts(path, model) or load_task(name, model).forget."
+        )
     return pairs
 
 

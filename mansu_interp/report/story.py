@@ -44,7 +44,7 @@ class Heading:
     passed: bool | None
     sentence: str
     summary: str
-    """How many properties hold."""
+    """How many properties hold, and whether it is gone."""
     missed: tuple[Property, ...]
     """Those that do not, each with its reason."""
 
@@ -60,7 +60,7 @@ def heading(report: Report) -> Heading:
         passed=report.verdict.passed,
         sentence=report.verdict.sentence,
         summary=f"{sum(p.passed is True for p in report.properties)} of {len(report.properties)} "
-        "properties hold.",
+        "properties hold." + (f" {report.cad.verdict.capitalize()}." if report.cad else ""),
         missed=tuple(p for p in report.properties if not p.passed),
     )
 

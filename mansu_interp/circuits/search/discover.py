@@ -107,7 +107,7 @@ def discover(
         make_folder(folder)
 
     def score(which: str, pairs: PairSet, draws: Resamples | None) -> Attribution:
-        stage = f"attribution of {which} pairs"
+        stage = f"attribution of {which} pairs" if retain else "attribution of the pairs"
         return attribute(
             model,
             pairs,
