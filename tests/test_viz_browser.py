@@ -137,7 +137,7 @@ def test_a_stable_circuit_and_its_heads(driver: Any, tmp_path: Path):
     legend = driver.find_element("css selector", ".legend").text
     assert "Opacity: share of 50 resamples of facts whose circuit has the edge" in legend
     left = data.total - len(data.edges.source)
-    count = f"{n} of {data.total} edges" + (f"; the weakest {left} are left out" if left else "")
+    count = f"{n} of {data.total} edges" + (f", without the weakest {left}" if left else "")
     assert view(driver, "[v.list.table.className, v.countOut.textContent]") == ["held", count]
     heads = driver.find_elements("css selector", ".list th")
     assert [th.text.rstrip(" ▾▴") for th in heads] == [
@@ -1055,7 +1055,7 @@ def test_a_closed_group_is_one_node_whose_edges_are_sums(driver: Any, tmp_path: 
     assert early["x"] == pytest.approx(np.mean([before[n]["x"] for n in GROUPS["early"]]))
     assert rows[1] > early["y"] > rows[2] and rows[2] > late["y"]
     assert driver.find_element("css selector", ".count").text.startswith(
-        f"{open_edges} of {len(data.edges.source)} edges"
+        f"{open_edges} of {data.total} edges"
     )
     # a row of the list each
     listing = {r[0]: r[1:] for r in listed(driver)}

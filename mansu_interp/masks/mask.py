@@ -89,6 +89,7 @@ class Mask(Shown, Shareable):
         if other := find_mismatch(self.meta, model):
             raise MaskError(f"The mask was made for another {other} than {model.name}.")
 
+    @entrance(MaskError)
     def booleans(self, hf: nn.Module | LanguageModel) -> dict[str, Bool[Tensor, "*_shape"]]:
         """True where a parameter of a plain Hugging Face model may be edited, in its own shape.
 

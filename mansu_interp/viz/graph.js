@@ -755,7 +755,7 @@ class GraphView {
     this.topInput.max = this.order.length;
     this.allButton.hidden = this.byPosition;
     const left = this.byPosition ? 0 : d.total - this.order.length; // by `_strongest`: without a score, or beyond the limit
-    const more = this.byPosition ? ", one at each position" : left ? `; the weakest ${count(left)} are left out` : "";
+    const more = this.byPosition ? ", one at each position" : left ? `, without the weakest ${count(left)}` : "";
     const lines = this.sums.length ? `, as ${count(this.drawn.length)} lines` : "";
     this.countOut.textContent = `${count(this.kept.length)} of ${count(this.order.length + left)} edges${more}${lines}`;
     const edge = this.selectedEdge.length ? this.edgeIndex(this.selectedEdge) : undefined;
