@@ -47,14 +47,19 @@ def scorers(model: LanguageModel, eap_ig: str | None) -> tuple[Any, dict[str, Sc
         f"here, {name}": partial(peers.ours, there, config=configured(name)) for name in OURS
     }
     if not eap_ig:
-        found["TransformerLens, EAP"] = partial(peers.mean_of_transformer_lens, there)
+        found["TransformerLens, EAP"] = partial(of_transformer_lens, there)
     theirs = THEIRS if model.graph.n_edges <= SMALL else THEIRS[:-1]
     for method in theirs if eap_ig else ():
-        found[f"EAP-IG, {method}"] = partial(in_our_order, there, model.architecture, method)
+        found[f"EAP-IG, {method}"] = partial(of_eap_ig, there, model.architecture, method)
     return there, found
 
 
-def in_our_order(model: Any, architecture: Architecture, method: str, pairs: PairSet) -> np.ndarray:
+def of_transformer_lens(model: LanguageModel, pairs: PairSet) -> np.ndarray:
+    """Scores by TransformerLens."""
+    return peers.mean_over_pairs(model, peers.of_transformer_lens(model, pairs))
+
+
+def of_eap_ig(model: Any, architecture: Architecture, method: str, pairs: PairSet) -> np.ndarray:
     """Scores by hannamw/EAP-IG."""
     return peers.in_our_order(peers.of_eap_ig(model, pairs, method), architecture)
 

@@ -119,11 +119,11 @@ def ours(model: Any, pairs: PairSet, config: AttributionConfig) -> Scores:
     return attribute(model, pairs, config=config).scores
 
 
-def mean_of_transformer_lens(model: LanguageModel, pairs: PairSet) -> Scores:
+def mean_over_pairs(model: LanguageModel, found: list[dict[Any, float]]) -> Scores:
     """The mean of TransformerLens' own, positions summed."""
     import oracle
 
-    return np.mean([oracle.summed(model, x) for x in of_transformer_lens(model, pairs)], axis=0)
+    return np.mean([oracle.summed(model, x) for x in found], axis=0)
 
 
 def of_transformer_lens(model: LanguageModel, pairs: PairSet) -> list[dict[Any, float]]:
@@ -220,14 +220,8 @@ def jobs(name: str, eap_ig: str | None) -> dict[str, tuple[Callable[[PairSet], A
     eap, clean = (AttributionConfig(method="eap", at=at, batch_size=BATCH) for at in ENDS)
     left = LeftEnds(ig_steps=IG_STEPS, batch_size=BATCH)
     if eap_ig is None:
-
-        def mean(found: list[dict[Any, float]]) -> Scores:
-            import oracle
-
-            return np.mean([oracle.summed(model, x) for x in found], axis=0)
-
         here, there = partial(ours, model, config=eap), partial(of_transformer_lens, model)
-        return {"TransformerLens, EAP": (here, there, mean)}
+        return {"TransformerLens, EAP": (here, there, partial(mean_over_pairs, model))}
     hooked = as_hooked(model)
     read = partial(in_our_order, a=model.architecture)
     return {

@@ -26,6 +26,12 @@ WORDS: dict[Metric, str] = {"top1": "top-1", "choice": "four-way"}
 """The same in sentences."""
 
 
+def sign_test(above: int, below: int) -> float:
+    """Two-sided p of a split at least so uneven, if either side were as likely."""
+    n, least = above + below, min(above, below)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+
+
 @dataclass(frozen=True)
 class Flips:
     """Prompts on which two models differ: has something come back, or is it chance?"""
@@ -46,9 +52,7 @@ class Flips:
         """Count what changed, prompt by prompt."""
         back = sum(b > a for a, b in zip(before, after, strict=True))
         gone = sum(b < a for a, b in zip(before, after, strict=True))
-        n = back + gone
-        tail = sum(math.comb(n, k) for k in range(min(back, gone) + 1)) / 2**n
-        return cls(back, gone, min(1.0, 2 * tail))
+        return cls(back, gone, sign_test(back, gone))
 
 
 @dataclass(frozen=True)

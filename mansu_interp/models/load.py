@@ -205,6 +205,12 @@ def pick_dtype(
     return torch.bfloat16 if asked == "bfloat16" or (asked == "auto" and quick) else torch.float32
 
 
+def is_small(model: LanguageModel) -> bool:
+    """Whether a model's matrix products are too small to be shared out among cores, and its calls
+    are a good part of its time."""
+    return model.device.type == "cpu" and model.n_parameters < SMALL
+
+
 def use_threads(model: LanguageModel, threads: int | None = None) -> None:
     """Set how many CPU threads this process computes with.
 
@@ -214,7 +220,7 @@ def use_threads(model: LanguageModel, threads: int | None = None) -> None:
             choice. A small model gains next to nothing from two on idle cores, and takes ten times
             as long where another process has one of them.
     """
-    if threads or (model.device.type == "cpu" and model.n_parameters < SMALL):
+    if threads or is_small(model):
         torch.set_num_threads(threads or 1)
 
 

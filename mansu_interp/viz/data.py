@@ -45,6 +45,9 @@ FADING = ("silent", "weakened", "suppressed", "erased")
 """Classes of what does not carry in every pane: dashed as their style says where less is left of it
 than a half of the first pane's value, and solid elsewhere (`is_gone`; graph.js does the same)."""
 
+GONE = 0.45
+"""Opacity of an edge in a pane where it is gone, of what it has by its score."""
+
 SOLID = "Solid: at least half of what it carries in the first pane; dashed and faint: less."
 
 
@@ -267,7 +270,12 @@ class GraphData:
             "weights": {k: list(v) for k, v in self.weights.items()},
             "layout": dict(CONSTANTS),
             "styles": {name: list(style) for name, style in EDGE_STYLES.items()},
-            "fading": {"classes": list(FADING), "below": KEPT_SHARE, "note": SOLID},
+            "fading": {
+                "classes": list(FADING),
+                "below": KEPT_SHARE,
+                "opacity": GONE,
+                "note": SOLID,
+            },
             "cad": asdict(self.cad) if self.cad else None,
             "comparison": {k: asdict(v) for k, v in self.comparison.items()}
             if self.comparison is not None

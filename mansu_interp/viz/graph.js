@@ -8,7 +8,6 @@ const PALETTE = {
 };
 const variables = (colours) => Object.entries(colours).map(([name, value]) => `--${name}:${value};`).join("");
 const FONT = 11; // pixels on the screen, however far one zooms
-const GONE = 0.45; // opacity of an edge in a pane where it is gone, of what it has by its score
 const CSS = `
 .mg{${variables(PALETTE.light)}
 color:var(--ink);background:var(--paper);font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,
@@ -1009,7 +1008,7 @@ class GraphView {
     const own = often === null ? weakest + (0.95 - weakest) * share : 0.12 + 0.83 * often;
     const level = this.lit ? this.lit.edges.get(i) || 0 : -1, gone = this.isGone(name, this.score(i, p), this.score(i, 0), p);
     return {
-      alpha: hot ? 1 : level < 0 ? own * (gone ? GONE : 1) : level === 2 ? Math.max(own, 0.8) : level === 1 ? Math.min(own, 0.55) : 0.06,
+      alpha: hot ? 1 : level < 0 ? own * (gone ? this.data.fading.opacity : 1) : level === 2 ? Math.max(own, 0.8) : level === 1 ? Math.min(own, 0.55) : 0.06,
       width: 0.9 + 3.1 * share * share + (hot ? 2 : 0), colour: this.colour(name),
       dash: gone === false ? [] : this.data.styles[name][2].split(" ").filter(Boolean).map(Number),
     };

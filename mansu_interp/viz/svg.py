@@ -18,7 +18,7 @@ from ..circuits.changes import MEANING
 from ..errors import CircuitError
 from ..models.graph import Architecture
 from ..utils.words import number_of
-from .data import EDGE_STYLES
+from .data import EDGE_STYLES, GONE
 from .layout import (
     COLUMN_GAP,
     LEFT,
@@ -221,10 +221,6 @@ def path_of(points: Sequence[tuple[float, float]]) -> str:
     """A Bezier curve as the text of a path."""
     (x0, y0), *rest = points
     return f"M{x0:.1f} {y0:.1f}C" + " ".join(f"{x:.1f} {y:.1f}" for x, y in rest)
-
-
-GONE = 0.45
-"""Opacity of an edge in a pane where it is gone, of what it has by its score."""
 
 
 def edge_svg(

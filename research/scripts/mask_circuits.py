@@ -47,7 +47,8 @@ from jaxtyping import Bool
 
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.search.discover import discover
-from mansu_interp.evaluation.scores import Scores, evaluate
+from mansu_interp.evaluation.properties import FORGET_TARGET
+from mansu_interp.evaluation.scores import Scores, evaluate, sign_test
 from mansu_interp.evaluation.versions import EDITED, ORIGINAL
 from mansu_interp.export.ledger import changed_elements
 from mansu_interp.masks.components import region
@@ -69,8 +70,6 @@ from mansu_interp.utils.shipped import DATA
 TABLE = Path(__file__).parents[1] / "tables/masks.csv"
 REMOVAL_TRIES = 300
 """As in `mansu discover`."""
-LEVEL = 0.35
-"""Forget accuracy below which forgetting counts as meaningful, as in the report of a run."""
 CIRCUIT, PRUNED, WHOLE, PATHS, DRAWN = (
     "circuit", "pruned", "whole model", "random paths", "drawn weights",
 )  # fmt: skip
@@ -163,7 +162,7 @@ def edit(
     reached: list[int] = []
 
     def look(now: LanguageModel, done: int) -> None:
-        if not reached and dev_choice(now, task) <= LEVEL:
+        if not reached and dev_choice(now, task) <= FORGET_TARGET:
             reached.append(done)
 
     edited = unlearn(model, task, mask, config.unlearn, seed=seed, on_look=look).model
@@ -259,12 +258,6 @@ def print_means(table: Table) -> None:
             less = f" ({len(given)} of {len(seeds)})" if 0 < len(given) < len(seeds) else ""
             cells.append(way.format(mean(given)) + spread + less if given else "")
         print(f"| {task} | {circuit} | {' '.join(seeds)} | {' | '.join(cells)} |")
-
-
-def sign_test(above: int, below: int) -> float:
-    """Two-sided p of so many on either side, if either were as likely."""
-    n, least = above + below, min(above, below)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
 
 
 def print_differences(table: Table) -> None:

@@ -31,7 +31,7 @@ from ...losses.answers import nll
 from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
 from ...losses.gradients import Positions
 from ...models.language_model import LanguageModel
-from ...models.load import SMALL
+from ...models.load import is_small
 from ...tasks.pairs import Pair, answer_tokens
 from ...tasks.task import Task
 from ...utils.distributed import cores, world_size
@@ -90,12 +90,6 @@ class Attack:
 
 Found = tuple[list[Tensor], float]
 """A gradient at some elements of the weights, and the loss there (nats)."""
-
-
-def is_small(model: LanguageModel) -> bool:
-    """Whether a model's matrix products are too small to be shared out among cores, and its calls
-    are a good part of its time."""
-    return model.device.type == "cpu" and model.n_parameters < SMALL
 
 
 def two_at_once(model: LanguageModel) -> bool:
