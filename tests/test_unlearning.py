@@ -1079,6 +1079,30 @@ def test_answers_reach_the_final_margin(
     assert torch.allclose(weights[0], above.clamp_min(0), atol=1e-4)
 
 
+def test_the_final_margin_is_of_the_fitted_models_too(
+    facts: LanguageModel, capitals: Task, mlp_mask: Mask, monkeypatch: pytest.MonkeyPatch
+):
+    """A prompt counts by the higher of both, and the model that is higher on average has to get
+    there; an exact quantizer's is left to the quantization margin."""
+    pairs = capitals.forget.sample(48, 0)
+    targets = CounterfactualTargets(facts, capitals.forget, 0)
+    students = Students(facts.copy(), quantizer_set(("nf4",)), ("iq4_nl",))
+    editor = MarginEditor(LatentWeights(students, mlp_mask), pairs, targets, pairs)
+    with torch.no_grad():
+        full, fitted = (
+            torch.cat([model_answer_excess(m, part, targets) for part in pairs.parts(16)])
+            for m in (facts, quantize(facts, "iq4_nl"))
+        )
+    assert (full > fitted).any() and (full < fitted).any()
+    seen: list[Tensor] = []
+    monkeypatch.setattr(MarginEditor, "_edit", lambda _, lacks, *rest: seen.append(lacks) or 0)
+    found = editor.reach_final_margin(1.0, 100)
+    assert torch.allclose(seen[0], torch.maximum(full, fitted) + 1.0, atol=1e-4)
+    assert found.reached == pytest.approx(
+        max(float(full.mean()), float(fitted.mean())) + 1, abs=1e-4
+    )
+
+
 @pytest.mark.slow
 def test_margin_edits_survive_every_quantizer(facts: LanguageModel, capitals: Task, mlp_mask: Mask):
     config = replace(SETTINGS, margin_budget=0.5, final_margin=0.2, quantization_margin=5.0)

@@ -54,8 +54,8 @@ class Mansu(MethodConfig):
     ranks in the middle; a large margin ranks it last, which gives it away as well."""
     final_margin: float | None = None
     """Nats by which the answers are to lie below that mean at the end. Training ends a little above
-    its target: further edits are made until full precision is there, and the quantized models fall
-    as far. None: no such edits."""
+    its target: further edits are made until full precision and the models of train_through are
+    there, and the other quantized models fall as far. None: no such edits."""
     quantization_margin: float = 0.0
     """Nats by which every quantized model's answers are to lie below full precision's at the end,
     so that the scatter of rounding is not read as recovery; 0 = no such edits."""

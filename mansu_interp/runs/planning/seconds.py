@@ -241,7 +241,7 @@ def _margins(method: MethodConfig, task: Task, forget: float, retain: float) -> 
     forgotten = min(margins.PAIRS, len(task.forget)) * forget
     retained = min(margins.PAIRS, sum(map(len, task.retain_sets))) * retain
     for models, asked in (
-        (1, method.final_margin is not None),
+        (1 + len(method.train_through), method.final_margin is not None),
         (1 + len(method.survive), method.quantization_margin),
     ):
         if asked:

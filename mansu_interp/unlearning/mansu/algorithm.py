@@ -82,8 +82,9 @@ def mansu(
     5. Move the latent weights; round those that left their cells to the floor, for several
        quantizers jointly; write these edits into all students.
     6. Stop once the forgetting level is reached in all students, or after the last step.
-    7. Make margin edits, for which a share of the budget was left over: until full precision
-       reaches the final margin, then until the quantized models reach the quantization margin.
+    7. Make margin edits, for which a share of the budget was left over: until full precision and
+       the models of fitted quantizers reach the final margin, then until the models of the others
+       reach the quantization margin.
 
     Arguments:
         model: the original; it is not changed.

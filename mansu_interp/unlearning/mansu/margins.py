@@ -2,7 +2,8 @@
 
 `MarginEditor.reach_final_margin`: training ends where its losses balance, a little above its
 target, and further above it on some phrasings than on others. Further edits take full precision to
-the final margin, and every quantized model with it.
+the final margin, and every quantized model with it. What a fitted quantizer makes of an edit is not
+known beforehand: its model is quantized anew after each round, and has to get there as well.
 
 `MarginEditor.reach_quantization_margin`: on phrasings that were not trained, rounding scatters the
 answers, and every prompt that goes up reads as recovery. Further edits move the quantized models'
@@ -70,8 +71,9 @@ class Margin:
     """What margin edits came to."""
 
     reached: float
-    """Of the final margin the nats by which the mean excess is still above it; of the quantization
-    margin those by which the nearest quantized model lies below full precision."""
+    """Of the final margin the nats by which the mean excess is still above it, in the highest of
+    the models that are to get there; of the quantization margin those by which the nearest
+    quantized model lies below full precision."""
     edits: int
     """How many were made."""
 
@@ -96,8 +98,9 @@ class MarginEditor:
     def reach_final_margin(
         self, margin: float, most: int, on_round: OnRound | None = None
     ) -> Margin:
-        """Edit until full precision's mean excess lies a margin below 0, and the quantized models
-        fall as far, or as many are edited as may be.
+        """Edit until the mean excess lies a margin below 0 at full precision and in the models of
+        fitted quantizers, and the other quantized models fall as far, or as many are edited as may
+        be.
 
         Arguments:
             margin: nats.
@@ -106,9 +109,11 @@ class MarginEditor:
         """
 
         def measure() -> Measured:
-            above = self._excess(self.latent.model) + margin
-            mean = float(above.mean())
-            return Measured(above.clamp_min(0), mean, mean)
+            models, exact = self.latent.models, len(self.latent.students.quantizers)
+            sides = (0, *range(1 + exact, len(models)))
+            above = torch.stack([self._excess(models[side]) for side in sides]) + margin
+            highest = float(above.mean(1).max())
+            return Measured(above.amax(0).clamp_min(0), highest, highest)
 
         return self._rounds(measure, None, most, True, on_round)
 
