@@ -19,6 +19,7 @@ from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.search.discover import discover
 from mansu_interp.errors import ArtifactError, ConfigError, MansuError, MaskError
 from mansu_interp.export.verify import verify
+from mansu_interp.losses.accuracy import answered_correctly
 from mansu_interp.losses.counterfactual import (
     CounterfactualTargets,
     forget_gradient,
@@ -783,6 +784,53 @@ def test_a_killed_loop_ends_the_same(
         assert torch.equal(weight, again.model.weights[name]), name
     with pytest.raises(ArtifactError, match="run of another model, task, mask, configuration or"):
         unlearn(facts, capitals, random_few, config, seed=1, resume=file)
+
+
+def test_what_comes_before_the_first_step_is_told_and_asked_once(
+    facts: LanguageModel,
+    capitals: Task,
+    random_few: Mask,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A killed loop knows from its checkpoint what the original answers, in the same order."""
+    monkeypatch.setattr(tensors, "SECONDS", 0.0)
+    some = capitals.retain.sample(64, 0)
+    wrong = (
+        replace(p, answer=p.counterfactual, counterfactual=p.answer, distractors=(p.answer,) * 3)
+        for p in some.pairs[:16]
+    )
+    unscored = PairSet("unscored", (*wrong, *some.pairs[16:]))
+    few = replace(capitals, retain_unscored=unscored)
+    config = replace(CONFIG, steps=2)
+    file, told, seen = tmp_path / "checkpoint.safetensors", [], []
+    real = algorithm.Sampler
+
+    def sampler(task: Task, *rest: Any) -> Any:
+        seen.append(tuple(task.retain_unscored or ()))
+        return real(task, *rest)
+
+    monkeypatch.setattr(algorithm, "Sampler", sampler)
+
+    def prepare(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    unlearn(facts, few, random_few, replace(config, steps=1), on_prepare=prepare, resume=file)
+    asked = [t for t in told if t[0] == "what the original answers"]
+    assert [t[1] for t in asked] == list(range(asked[0][2]))
+    assert [t[1:] for t in told[len(asked) :]] == [(0, 2), (1, 2)]  # full precision and NF4
+    file.unlink()
+    with pytest.raises(Killed):
+        unlearn(facts, few, random_few, config, on_prepare=die)
+    unlearn(facts, few, random_few, config, resume=file)
+    monkeypatch.setattr(algorithm, "answered_correctly", die)
+    unlearn(facts, few, random_few, config, resume=file)
+    kept = answered_correctly(facts, unscored)
+    assert kept and len(kept) == 48
+    assert seen[1] == seen[2] == tuple(kept)
 
 
 @pytest.mark.slow

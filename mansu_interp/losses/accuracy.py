@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -142,13 +142,18 @@ def choice_accuracy(model: LanguageModel, pairs: PairSet) -> float:
     return accuracy(model, pairs).choice
 
 
-def answered_correctly(model: LanguageModel, pairs: PairSet) -> PairSet | None:
-    """The pairs whose answer the model ranks above its distractors; None if there is none."""
+def answered_correctly(
+    model: LanguageModel, pairs: PairSet, on_part: Callable[[int, int], object] | None = None
+) -> PairSet | None:
+    """The pairs whose answer the model ranks above its distractors; None if there is none.
+    ``on_part`` is called with (parts asked, parts in all) before each."""
     out: list[Pair] = []
-    for group in by_phrasing(pairs):
-        for part in chunks(group, BATCH):
-            _, chosen = right(model, part)
-            out += [pair for pair, ok in zip(part, chosen.cpu(), strict=True) if ok]
+    parts = [part for group in by_phrasing(pairs) for part in chunks(group, BATCH)]
+    for k, part in enumerate(parts):
+        if on_part:
+            on_part(k, len(parts))
+        _, chosen = right(model, part)
+        out += [pair for pair, ok in zip(part, chosen.cpu(), strict=True) if ok]
     return PairSet(pairs.name, tuple(out)) if out else None
 
 

@@ -189,6 +189,7 @@ def train(run: RunContext, mask: Mask | None) -> LanguageModel:
                 config.unlearn,
                 seed=config.seed,
                 on_step=on_step,
+                on_prepare=run.note,
                 resume=checkpoint,
             )
         if run.writes:

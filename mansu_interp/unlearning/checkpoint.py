@@ -34,7 +34,7 @@ def made_of(
 class Checkpoint(utils.Checkpoint):
     """How far an unlearning loop has come, in one file."""
 
-    SCHEMA = 3
+    SCHEMA = 4
     META: ClassVar[dict[str, object]] = {"history": [{...: (float, None)}], "power": float}
     OF = "model, task, mask, configuration or seed"
 

@@ -30,6 +30,8 @@ CHECK_EVERY = 2
 """Steps between two looks at the forgetting level."""
 OnStep = Callable[[int, int, StepRecord], None]
 """on_step(steps done, steps in all, record)."""
+OnPrepare = Callable[[str, int, int], object]
+"""on_prepare(what is found, parts done, parts in all)."""
 
 
 @dataclass(repr=False)

@@ -32,7 +32,7 @@ from .baselines.wga import wga
 from .checkpoint import Checkpoint, made_of
 from .mansu.algorithm import mansu
 from .methods import METHODS, DenseConfig, Mansu, MethodConfig
-from .training import OnLook, OnStep, Unlearned
+from .training import OnLook, OnPrepare, OnStep, Unlearned
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "ga": ga,
@@ -67,6 +67,7 @@ def unlearn(
     seed: int = 0,
     on_step: OnStep | None = None,
     on_look: OnLook | None = None,
+    on_prepare: OnPrepare | None = None,
     resume: str | PathLike[str] | None = None,
 ) -> Unlearned:
     """Make a copy of a model forget.
@@ -83,6 +84,8 @@ def unlearn(
         on_look: called with (full-precision model so far, steps done) at every second step, where
             the run could end with that model; it may not change it. Of margin edits, after the last
             step, it sees nothing.
+        on_prepare: called with (what, parts done, parts in all) before the first step of MANSU and
+            its variants: what the original answers, and what forgetting aims at.
         resume: a file for the loop's checkpoint, written every minute; if it is there, the loop
             goes on from it and ends the same as if it had not been interrupted. It stays
             afterwards.
@@ -115,7 +118,8 @@ def unlearn(
             f"{config.method} edits inside a mask: give mask=circuit_mask(circuit, model)."
         )
     mask.check_fits(model)
-    return _finite(mansu(model, task, mask, config, seed=seed, **told), config)
+    made = mansu(model, task, mask, config, seed=seed, on_prepare=on_prepare, **told)
+    return _finite(made, config)
 
 
 def _finite(made: Unlearned, config: MethodConfig) -> Unlearned:

@@ -34,6 +34,7 @@ from ..methods import Mansu
 from ..training import (
     Batch,
     OnLook,
+    OnPrepare,
     OnStep,
     RetainTarget,
     Sampler,
@@ -65,6 +66,7 @@ def mansu(
     seed: int = 0,
     on_step: OnStep | None = None,
     on_look: OnLook | None = None,
+    on_prepare: OnPrepare | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Unlearned:
     """Unlearn inside a mask.
@@ -95,14 +97,21 @@ def mansu(
         seed: of every draw.
         on_step: called after each step, and before and after each round of margin edits.
         on_look: see `unlearn`.
+        on_prepare: see `unlearn`.
         checkpoint: where a killed loop goes on.
 
     Returns:
         The edited full-precision model; the last record of its history has the margins, too.
     """
-    loop = _EditLoop.of(model, task, mask, config, seed)
     checkpoint = checkpoint or Checkpoint()
     history = checkpoint.load()
+    answered = _Answered(task)
+    if history:
+        checkpoint.restore("answered", answered.order)
+    else:
+        answered.find(_laid_out(model, config), on_prepare)
+    loop = _EditLoop.of(model, answered.task(), mask, config, seed, on_prepare)
+    kept = {"answered": answered.order}
     if history:
         loop.resume(checkpoint, len(history))
     for done in range(len(history), config.steps):
@@ -112,10 +121,10 @@ def mansu(
         if may_stop(history[-1].choice, config.stop_at):
             break
         if checkpoint.is_due() and loop.is_between_attacks(done + 1):
-            loop.latent.save(checkpoint, history)
+            loop.latent.save(checkpoint, history, kept)
     if loop.has_margins:
         if len(history) == config.steps:  # what follows may be as long as many steps
-            loop.latent.save(checkpoint, history)
+            loop.latent.save(checkpoint, history, kept)
         history[-1] = loop.reach_margins(history, on_step)
     edited = replace(loop.students[0], in_trees=model.in_trees)
     return Unlearned(edited, history, len(history))
@@ -127,6 +136,11 @@ def learning_rate(peak: float, done: int, steps: int) -> float:
         return peak * (done + 1) / 5
     tail = steps * 0.4
     return peak * min(1.0, (steps - done) / tail * 0.95 + 0.05)
+
+
+def _laid_out(model: LanguageModel, config: Mansu) -> LanguageModel:
+    """The model with its prompts in trees, if it relearns: the longest loop there is."""
+    return replace(model, in_trees=config.adversarial_steps > 0)
 
 
 Retained = tuple[list[RetainTarget], TextTarget | None]
@@ -178,11 +192,33 @@ def _partial_losses(
     return parts
 
 
-def _answered(model: LanguageModel, task: Task) -> Task:
-    """The task with those retain-unscored prompts alone that the model answers correctly, if there
-    are any: the hinge has nothing to hold on the others."""
-    unscored = answered_correctly(model, task.retain_unscored) if task.retain_unscored else None
-    return replace(task, retain_unscored=unscored or task.retain_unscored)
+class _Answered:
+    """Which retain-unscored prompts of a task the original answers correctly: the hinge has nothing
+    to hold on the others. To ask them all takes as long as many steps, so a checkpoint keeps it."""
+
+    def __init__(self, task: Task) -> None:
+        self._all = task
+        self.order = torch.full((len(task.retain_unscored or ()),), -1)
+        """Numbers of the prompts, in the order in which they were asked, and -1 behind them."""
+
+    def find(self, model: LanguageModel, on_prepare: OnPrepare | None) -> None:
+        """Ask the original."""
+        pairs = self._all.retain_unscored
+        show = partial(on_prepare, "what the original answers") if on_prepare else None
+        found = answered_correctly(model, pairs, show) if pairs else None
+        if pairs and found:
+            number = {id(pair): k for k, pair in enumerate(pairs)}
+            self.order[: len(found)] = torch.tensor([number[id(pair)] for pair in found])
+
+    def task(self) -> Task:
+        """The task with these prompts alone, if there are any."""
+        pairs = self._all.retain_unscored
+        some = tuple(pairs[int(k)] for k in self.order if k >= 0) if pairs else ()
+        return (
+            replace(self._all, retain_unscored=PairSet(pairs.name, some))
+            if pairs and some
+            else self._all
+        )
 
 
 @dataclass
@@ -206,19 +242,28 @@ class _EditLoop:
 
     @classmethod
     def of(
-        cls, model: LanguageModel, task: Task, mask: Mask, config: Mansu, seed: int
+        cls,
+        model: LanguageModel,
+        task: Task,
+        mask: Mask,
+        config: Mansu,
+        seed: int,
+        on_prepare: OnPrepare | None,
     ) -> _EditLoop:
         """Everything before the first step."""
-        model = replace(model, in_trees=config.adversarial_steps > 0)  # the longest loop there is
+        show = on_prepare or (lambda *_: None)
+        model = _laid_out(model, config)
         students = Students(model.copy(), config.survive, config.train_through, task.calibration)
-        task = _answered(model, task)
         retain = PairSet("retain", tuple(p for pairs in task.retain_sets for p in pairs))
         fisher = None
         if config.projection:
             sample = retain.sample(FISHER_PAIRS, seed)
             fisher = fisher_diagonal(model, mask.indices, sample, seed=seed)
         # Before the first edit the students are their own teachers.
-        targets = [CounterfactualTargets(s, task.forget, seed) for s in students]
+        targets = []
+        for side, student in enumerate(students):
+            show("what forgetting aims at", side, len(students))
+            targets.append(CounterfactualTargets(student, task.forget, seed))
         latent = (LatentWeights if config.floored else LatentWeightsWithoutFloor)(
             students,
             mask,

@@ -181,9 +181,9 @@ class LatentWeights:
         self.power = checkpoint.power
         self.write()
 
-    def save(self, checkpoint: Checkpoint, history: History) -> None:
-        """Write a checkpoint."""
-        checkpoint.save(history, self._state(), self.power)
+    def save(self, checkpoint: Checkpoint, history: History, more: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint, with other tensors beside these."""
+        checkpoint.save(history, self._state() | dict(more), self.power)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float, t: int, side: int = 0) -> None:
