@@ -492,6 +492,25 @@ def test_training_through_a_fitted_quantizer_keeps_the_promise(
     assert last.adversarial is not None and last.quantization_margin_reached is not None
 
 
+def test_weights_that_one_of_the_quantizers_leaves_alone_are_rounded_with_the_others(
+    tiny_model: Callable[[int], LanguageModel],
+):
+    """Rows of 48 do not divide into groups of Q4_0: those weights have fewer options."""
+    tiny, survive = tiny_model(4), ("nf4", "q4_0")
+    mask = random_mask(tiny, 0.3, survive=survive)
+    latent = LatentWeights(Students(tiny.copy(), survive), mask, offset_rate=1.0)
+    assert sorted(sum(map(bool, x.grids)) for x in latent.groups) == [1, 2]
+    generator = torch.Generator().manual_seed(0)
+    for t in range(1, 9):
+        slopes = [torch.randn(len(i), generator=generator) for i in latent.indices.values()]
+        latent.step(slopes, 0.1, t, t % 3)
+        edited = latent.write()
+    for name in survive:
+        found = survival(tiny, latent.model, name)
+        assert found.edited == found.survived > 50 and found.collateral == 0
+    assert edited > survival(tiny, latent.model, "q4_0").edited
+
+
 def test_the_losses_of_a_turn_are_those_of_the_quantized_model(
     facts: LanguageModel, capitals: Task, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ):

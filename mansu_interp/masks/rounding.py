@@ -46,6 +46,13 @@ class Candidates:
     power: Float[Tensor, "options n"]
     """d squared."""
 
+    def repeated(self, options: int) -> Candidates:
+        """As many options, the first one as often as is lacking."""
+        lack = (0,) * (options - len(self.values))
+        return Candidates(
+            *(torch.cat([x, x[list(lack)]]) if lack else x for x in vars(self).values())
+        )
+
 
 def candidates(
     floor: Floor,
@@ -132,6 +139,9 @@ def joint_rounding(some: Sequence[Candidates]) -> list[Float[Tensor, " _n"]]:
     3. kept - 1 of each quantizer, times `RATE`, is added to its multiplier.
     4. Of `ROUNDS` repetitions the one with the least max |kept - 1| counts.
     """
+    # Where one of the quantizers leaves a weight alone, there are fewer options.
+    most = max(len(x.values) for x in some)
+    some = [x.repeated(most) for x in some]
     distance = torch.cat([x.distance for x in some], 1)
     surplus = torch.cat([x.surplus for x in some], 2)
     power = torch.cat([x.power for x in some], 1)
