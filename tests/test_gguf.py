@@ -242,6 +242,9 @@ def test_llama_cpp_splits_texts_alike(kind: str, tmp_path: Path):
     assert len(given) > 950
     odd = [text for text in given if engine.tokenize(text) != model.encode(text)]
     assert not odd, (odd[0], engine.tokenize(odd[0]), model.encode(odd[0]))
+    kinds = gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
+    expected = 256 if kind in ("gemma", "llama 2") else 0  # or llama.cpp writes them as text
+    assert kinds.count(gguf.TokenType.BYTE) == expected
     model.save(tmp_path / "saved")
     assert exportable(tmp_path / "saved")
 
