@@ -69,8 +69,9 @@ def _config(name: str) -> Any:
         ao = library("torchao.quantization", "torchao", f"The quantizer {name}")
         rule = ao.MappingType.SYMMETRIC if "-sym-" in name else ao.MappingType.ASYMMETRIC
         group = ao.PerGroup(int(name.rpartition("-g")[2]))
+        four = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
         return transformers.TorchAoConfig(
-            ao.IntxWeightOnlyConfig(torch.int4, granularity=group, mapping_type=rule)
+            ao.IntxWeightOnlyConfig(four, granularity=group, mapping_type=rule)
         )
     kind, *double = name.split("-")
     return transformers.BitsAndBytesConfig(
