@@ -284,10 +284,12 @@ def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path, capsy
     assert not exportable(tmp_path / "odd")
     with pytest.raises(ConfigError, match="GGUF types: got 'q4', expected f16, q4_0, "):
         export_gguf(odd, tmp_path / "m.gguf", "q4")
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4)
-    gpt2 = LanguageModel("gpt2", transformers.GPT2LMHeadModel(config), tokenizer())
-    with pytest.raises(ModelError, match="this model is of type 'gpt2'"):
-        export_gguf(gpt2, tmp_path / "m.gguf")
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=48
+    )
+    opt = LanguageModel("opt", transformers.OPTForCausalLM(config), tokenizer())
+    with pytest.raises(ModelError, match="this model is of type 'opt'"):
+        export_gguf(opt, tmp_path / "m.gguf")
     assert main(["export", str(tmp_path / "odd"), "--out", str(tmp_path / "m.gguf")]) == 1
     assert "WordLevel" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["odd"]

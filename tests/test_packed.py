@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mansu_interp.cli.main import main
 from mansu_interp.cli.settings import EvaluateConfig
@@ -18,10 +19,17 @@ from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.registry import get_quantizer
+from mansu_interp.quantizers.survival import quantize
 from mansu_interp.tasks.task import Task
 from mansu_interp.utils.shipped import LOADED
 
-ON_ANY = [n for n in LOADED if n != "quanto-int4"]
+TORCHAO = [n for n in LOADED if n.startswith("int4")]
+ON_ANY = [n for n in LOADED if n not in ("quanto-int4", *TORCHAO)]
+
+
+def gpt2() -> LanguageModel:
+    config = GPT2Config(vocab_size=50, n_embd=64, n_layer=1, n_head=4)
+    return LanguageModel("gpt2", GPT2LMHeadModel(config).eval(), None)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,26 @@ def test_the_engine_stores_the_codes_and_computes_what_is_simulated(
     assert ours == pytest.approx(theirs, abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("name", TORCHAO)
+def test_torchao_has_the_codes_of_float32_weights(facts: LanguageModel, name: str, tmp_path: Path):
+    """Loaded in bfloat16 it rounds its scales to that, and a few codes are others."""
+    wide = replace(facts.copy(), saved_dtype=torch.float32)
+    wide.save(tmp_path / "wide")
+    quantizer, tokens = get_quantizer(name), torch.tensor([facts.encode("<bos>the capital of")])
+    for model, most in ((load_model(tmp_path / "wide"), 0.0), (facts, 0.04)):
+        engine = load_quantized(model, name)
+        apart = [
+            (stored_codes(engine, name, n) != quantizer.cells(model.weights[n]).codes)
+            for n in model.linear_names
+        ]
+        share = float(torch.cat(apart).float().mean())
+        assert share <= most and (share > 0) == (most > 0)
+        engine.check_finite()
+        found, expected = (m.all_logits(tokens) for m in (engine, quantize(model, name)))
+        assert (found - expected).norm() < (0.1 if most else 1e-3) * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8", "hqq", "int4-g32"])
 def test_other_codes_are_counted(facts: LanguageModel, edited: LanguageModel, name: str):
     """The original's cells against the edited folder: as many as the edit changes."""
     engine, quantizer = (
@@ -60,7 +87,7 @@ def test_other_codes_are_counted(facts: LanguageModel, edited: LanguageModel, na
     for weight in facts.linear_names[2:5]:
         stored = stored_codes(engine, name, weight)
         before, after = (quantizer.cells(m.weights[weight]).codes for m in (facts, edited))
-        assert torch.equal(stored, after)
+        assert (stored != after).float().mean() <= (0.06 if name in TORCHAO else 0)
         assert (before == after).all() == (weight == facts.linear_names[2])
 
 
@@ -88,15 +115,17 @@ def test_evaluate_tells_both(capsys):
     assert "prompts transformers simulated nf4 transformers nf4 forget: " in text
     assert "forget, transformers nf4: 1.000, gap +0.000: 0 back, 0 gone" in text
     assert "nf4 in transformers: 0 of 786,432 codes and" in text
-    assert main([*words, "nf4,int8", "--json"]) == 0
+    assert main([*words, "nf4,int8,hqq,int4-g32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [q["quantizer"] for q in found["quantizers"]] == ["nf4", "int8"]
-    assert all(q["codes_apart"] == 0 and q["flips"]["back"] == 0 for q in found["quantizers"])
-    assert len(found["rows"][0]["scores"]) == 5
+    assert [q["quantizer"] for q in found["quantizers"]] == ["nf4", "int8", "hqq", "int4-g32"]
+    assert all(q["codes_apart"] == 0 for q in found["quantizers"][:3])
+    assert all(q["flips"]["back"] == 0 for q in found["quantizers"])
+    assert len(found["rows"][0]["scores"]) == 9
 
 
-def test_what_transformers_cannot_load_is_said(facts: LanguageModel, monkeypatch):
-    for name in ("hqq", "torchao-int4-g128", "q4_0"):
+def test_what_transformers_cannot_load_is_said(facts: LanguageModel, tmp_path: Path, monkeypatch):
+    turned = replace(gpt2(), folder=tmp_path)
+    for name in ("torchao-int4-g128", "q4_0"):
         with pytest.raises(ConfigError, match=f"got '{name}', expected .* nf4, nf4-dq, fp4"):
             EvaluateConfig("facts", quantizers=(name,))
         with pytest.raises(ConfigError, match=f"got '{name}', expected one that transformers"):
@@ -108,6 +137,10 @@ def test_what_transformers_cannot_load_is_said(facts: LanguageModel, monkeypatch
         EvaluateConfig("x.gguf", quantizers=("nf4",))
     with pytest.raises(ModelError, match="tiny was not loaded from a folder"):
         load_quantized(make_tiny(4), "nf4")
+
+    for name in ("hqq", "int4-g32"):
+        with pytest.raises(ModelError, match="keeps its matrices transposed"):
+            load_quantized(turned, name)
 
     def fails(*_: object, **__: object):
         raise NotImplementedError("QuantizationMethod.X is not available yet")

@@ -181,7 +181,9 @@ def test_ties_go_where_bitsandbytes_sends_them():
     assert torch.equal(NF.cells(weight).codes, codes)
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4", "int4-g32", "q4_0", "q8_0", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["nf4", "fp4", "int4-g32", "q4_0", "q8_0", "mxfp4", "nvfp4", "nvfp4-1"]
+)
 def test_leaving_a_cell_is_a_code_that_changes(name: str):
     """Boundaries themselves and values beyond all levels included."""
     torch.manual_seed(0)
@@ -252,8 +254,9 @@ def reference_codes(name: str, weight: Tensor) -> Tensor:
         codes = torch.ops.quanto.quantize_affine(weight, 4, 0, group, scale, shift).long()
         codes[(scale == 0).flatten()] = 0  # 0 / 0, cast to an integer; every code stands for min
         return codes.flatten()
-    if name == "nvfp4":
-        return float_ranks(unpack_uint4(to_nvfp4(weight).qdata).flatten())
+    if name.startswith("nvfp4"):
+        packed = to_nvfp4(weight, one_level=name == "nvfp4-1").qdata
+        return float_ranks(unpack_uint4(packed).flatten())
     return torch.from_numpy(gguf_codes(name, weight.numpy())).flatten()
 
 
@@ -270,8 +273,8 @@ def float_ranks(codes: Tensor) -> Tensor:
     return 7 + torch.where(codes > 7, -magnitude, magnitude)
 
 
-def to_nvfp4(weight: Tensor) -> nvfp4_tensor.NVFP4Tensor:
-    scale = nvfp4_tensor.per_tensor_amax_to_scale(weight.abs().amax())
+def to_nvfp4(weight: Tensor, one_level: bool = False) -> nvfp4_tensor.NVFP4Tensor:
+    scale = None if one_level else nvfp4_tensor.per_tensor_amax_to_scale(weight.abs().amax())
     return nvfp4_tensor.NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=scale)
 
 
@@ -385,6 +388,32 @@ def test_mxfp4_of_torchao_differs_in_ties_alone():
         assert other.any() == (kind == "ties")
 
 
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_nvfp4_of_llama_cpp_differs_in_ties_and_small_groups_alone(kind: str, size: float):
+    """It sends ties towards 0, and has subnormal scales where torchao has its smallest."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp's own code: needs the wheel xllamacpp")
+    weight = made_weights(kind, torch.float32) * size
+    blocks, number = np.zeros((weight.numel() // 64, 36), np.uint8), gguf.GGMLQuantizationType.NVFP4
+    values = weight.numpy()
+    engine().ggml_quantize_chunk(
+        number.value, values.ctypes.data, blocks.ctypes.data, 0, *values.shape, None
+    )
+    pairs = torch.from_numpy(blocks[:, 4:].reshape(-1, 8))
+    codes = float_ranks(torch.cat([pairs & 15, pairs >> 4], 1).flatten())
+    cells = get_quantizer("nvfp4-1").cells(weight)
+    normal, units = cells.scale > 2.0**-6, weight.flatten() / cells.scale
+    apart = codes != cells.codes
+    assert not (apart & normal & ~torch.isin(units.abs(), cells.boundaries)).any()
+    assert (apart & normal).any() == (kind == "ties" and size == 100)
+    stored = torch.from_numpy(blocks[:, :4].copy()).view(torch.float8_e4m3fn).float()
+    assert torch.equal(stored.flatten()[normal[::16]], cells.scale[::16][normal[::16]])
+    absmax = weight.abs().view(-1, 16).amax(1)
+    step = 2.0**-9  # of subnormal scales
+    expected = (absmax / 6 / step).round() * step
+    assert torch.equal(stored.flatten()[absmax / 6 < 2.0**-6], expected[absmax / 6 < 2.0**-6])
+
+
 def test_a_value_may_rise_within_mxfp4_s_exponent_alone():
     """Up to 8 units the scale stays; at 8 it doubles."""
     weight = torch.full((1, 32), 0.3)
@@ -417,7 +446,14 @@ def test_w4a16_of_compressed_tensors_is_symmetric_int4(kind: str):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "names", [("mxfp4",), ("nvfp4",), ("quanto-int4",), ("nf4", "q5_0", "q5_1", "mxfp4", "nvfp4")]
+    "names",
+    [
+        ("mxfp4",),
+        ("nvfp4",),
+        ("nvfp4-1",),
+        ("quanto-int4",),
+        ("nf4", "q5_0", "q5_1", "mxfp4", "nvfp4"),
+    ],
 )
 def test_what_the_floor_admits_survives(names: tuple[str, ...], dtype: torch.dtype):
     """A third of a weight edited up or down, as far as the floor allows or just so far: in the
@@ -706,7 +742,7 @@ def test_without_prompts_a_calibrated_quantizer_says_what_it_needs(facts):
     ("name", "bytes_"),
     [
         *((n, 0.5) for n in ("nf4", "fp4", "int4-g32", "int4-g128", "int4-sym-g32")),
-        *((n, 0.5) for n in ("q4_0", "q4_1", "mxfp4", "nvfp4", "quanto-int4")),
+        *((n, 0.5) for n in ("q4_0", "q4_1", "mxfp4", "nvfp4", "nvfp4-1", "quanto-int4")),
         *((n, 1) for n in ("q5_0", "q8_0")),
     ],
 )

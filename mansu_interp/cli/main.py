@@ -208,7 +208,7 @@ COMMANDS = (
         "export",
         ExportConfig,
         do_export,
-        "Write one GGUF file (Llama, Mistral, Qwen2 and Qwen3).\n\n"
+        "Write one GGUF file for llama.cpp (which models: docs/exports.md).\n\n"
         "Example: mansu export runs/smollm2 --type q4_k_m --out smollm2.gguf",
     ),
     Command(

@@ -312,7 +312,8 @@ class EvaluateConfig:
     llama.cpp splits the prompts alike, and its own scores stand beside."""
     quantizers: tuple[str, ...] = ()
     """Load the folder in transformers with a quantization config, as its users do: nf4, nf4-dq,
-    fp4, fp4-dq, int8 (bitsandbytes), quanto-int4. What is simulated here stands beside."""
+    fp4, fp4-dq, int8 (bitsandbytes), quanto-int4, int4-g32 to int4-sym-g128 (torchao); or with the
+    layers of the package: hqq. What is simulated here stands beside."""
     split: Literal["unseen", "dev"] = "unseen"
     """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
     leaks: FlagCreatePairsOff[bool] = False

@@ -12,8 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError
+from ..models.hugging_face import PreTrainedModel
 from ..models.language_model import LanguageModel
+from ..models.layout import Turned
 from ..quantizers.bitsandbytes import FourBit
+from ..quantizers.fitted import HQQ_GROUP
 from ..quantizers.registry import get_quantizer
 from ..quantizers.survival import quantize
 from ..tasks.task import Task
@@ -52,23 +55,43 @@ class BesideEngine:
 
 
 def _config(name: str) -> Any:
-    """What users give as ``quantization_config``."""
+    """What users give as ``quantization_config``; None: the package is asked afterwards."""
     import transformers
 
+    if name == "hqq":
+        return None
     if name == "quanto-int4":
         library("optimum.quanto", "quanto", f"The quantizer {name}")
         return transformers.QuantoConfig(weights="int4")
     if name == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if name.startswith("int4"):
+        ao = library("torchao.quantization", "torchao", f"The quantizer {name}")
+        rule = ao.MappingType.SYMMETRIC if "-sym-" in name else ao.MappingType.ASYMMETRIC
+        group = ao.PerGroup(int(name.rpartition("-g")[2]))
+        four = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+        return transformers.TorchAoConfig(
+            ao.IntxWeightOnlyConfig(four, granularity=group, mapping_type=rule)
+        )
     kind, *double = name.split("-")
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=bool(double)
     )
 
 
+def _by_hqq(hf: PreTrainedModel, names: list[str]) -> None:
+    """Replace linear layers by the package's own, as its `AutoHQQHFModel.quantize_model` does."""
+    hqq = library("hqq.core.quantize", "hqq", "The quantizer hqq")
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=HQQ_GROUP)
+    for name in names:
+        layer = hf.get_submodule(name)
+        how = {"compute_dtype": hf.dtype, "device": str(hf.device)}
+        hf.set_submodule(name, hqq.HQQLinear(layer, config, **how))
+
+
 def load_quantized(model: LanguageModel, name: str) -> LanguageModel:
-    """The checkpoint of a model, loaded by transformers with a quantization config, in the dtype
-    that it is stored in.
+    """The checkpoint of a model, loaded by transformers with a quantization config, or with the
+    linear layers of the ``hqq`` package, in the dtype that it is stored in.
 
     Arguments:
         model: loaded from a folder, as in `load_model`.
@@ -88,6 +111,15 @@ def load_quantized(model: LanguageModel, name: str) -> LanguageModel:
             f"{model.name} was not loaded from a folder, which transformers reads. Save it, and "
             "load that: load_model(folder)."
         )
+    get_quantizer(name).check_installed()
+    names = [n.removesuffix(".weight") for n in _touched(model, name)]
+    if (name == "hqq" or name.startswith("int4")) and any(
+        isinstance(model.hf.get_submodule(n), Turned) for n in names
+    ):
+        raise ModelError(
+            f"{model.name} keeps its matrices transposed (Conv1D), which the package behind {name} "
+            "leaves as they are. Leave it out; bitsandbytes quantizes them: nf4, fp4, int8."
+        )
     with quiet():
         from transformers import AutoModelForCausalLM
 
@@ -100,6 +132,8 @@ def load_quantized(model: LanguageModel, name: str) -> LanguageModel:
                 local_files_only=True,
                 trust_remote_code=False,
             )
+            if name == "hqq":
+                _by_hqq(hf, names)
         except Exception as error:  # the libraries below fail in many ways
             raise ModelError(
                 f"transformers cannot load {model.name} as {name}: {first_line(error)}"
@@ -112,7 +146,12 @@ def stored_codes(loaded: LanguageModel, name: str, weight: str) -> Int[Tensor, "
     """Codes that a model of `load_quantized` stores, a higher one for a higher value; to be read
     before it first runs, when some processors repack them."""
     layer: Any = loaded.hf.get_submodule(weight.removesuffix(".weight"))
+    if name == "hqq":
+        unpack = library("hqq.core.quantize", "hqq").Quantizer.unpack[layer.meta["packing"]]
+        return unpack(layer.W_q).flatten().long()
     packed = layer.weight
+    if name.startswith("int4"):
+        return packed.qdata.flatten().long() + 8
     if name == "quanto-int4":
         return packed._data.unpack().flatten().long()
     if name == "int8":
@@ -153,7 +192,7 @@ def beside_engine(
     step = on_step or (lambda *_: None)
     step(f"loading as {name}", 0, 3)
     engine, quantizer = load_quantized(model, name), get_quantizer(name)
-    names = [n for n in model.linear_names if quantizer.touches(model.weights[n])]
+    names = _touched(model, name)
     apart = sum(
         int(
             (
@@ -178,6 +217,11 @@ def beside_engine(
         logits_moved=float((ours - full).square().mean().sqrt()),
     )
     return beside, simulated, engine
+
+
+def _touched(model: LanguageModel, name: str) -> list[str]:
+    quantizer = get_quantizer(name)
+    return [n for n in model.linear_names if quantizer.touches(model.weights[n])]
 
 
 def _logits(model: LanguageModel, task: Task, split: str) -> Float[Tensor, "prompts vocab"]:

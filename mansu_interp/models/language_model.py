@@ -239,8 +239,10 @@ class LanguageModel(Shown):
             ModelError: one does.
         """
         for name, weight in self.weights.items():
+            # Of what torchao has packed the scales, which are finite only if their groups are.
+            held = getattr(weight, "scale", weight) if hasattr(weight, "qdata") else weight
             # A sum is finite only if its terms are; it may overflow where they are.
-            if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+            if not torch.isfinite(held.sum()) and not torch.isfinite(held).all():
                 raise ModelError(
                     f"{self.name}: the weight {name} holds NaN or infinity. Give a checkpoint of "
                     "finite weights."

@@ -335,8 +335,11 @@ def gguf_names(model: LanguageModel) -> dict[str, str]:
             f"is of type {kind!r}. Leave out the formats {', '.join(MIXES)}."
         )
     arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES[kind])
-    names = gguf.get_tensor_name_map(arch, model.architecture.n_layers)
-    found = {n: names.get_name(n, try_suffixes=(".weight", ".bias")) for n in model.weights}
+    names, ends = gguf.get_tensor_name_map(arch, model.architecture.n_layers), (".weight", ".bias")
+    found = {
+        n: names.get_name(n, ends) or names.get_name(n.removeprefix("transformer."), ends)
+        for n in model.weights
+    }
     return {n: target for n, target in found.items() if target}
 
 

@@ -23,6 +23,7 @@ _ALL: list[Quantizer] = [
     *(Gguf(name) for name in EXACT),
     *(Mix(name) for name in MIXES),
     Nvfp4(),
+    Nvfp4(one_level=True),
     Quanto(),
     Hqq(),
     *(AutoRound(algorithm, g) for algorithm in ("awq", "autoround") for g in GROUPS),

@@ -8,8 +8,9 @@ INT4 by rounding to nearest, through torchao's quantization primitives:
   ``Int4WeightOnlyConfig``, whose packed tensors need an accelerator; these primitives do not.
 
 NVFP4 with two levels of scales: `E2M1` times a scale of each 16 elements in 8 bits (E4M3), times
-one of the tensor, which takes its absmax to 6 x 448. Weights alone: engines that round activations
-to four bits as well round more.
+one of the tensor, which takes its absmax to 6 x 448. With one level the scale of the tensor is 1,
+and groups whose absmax is below 6 x 2 ** -6 share the smallest scale: torchao makes no subnormal
+ones. Weights alone: engines that round activations to four bits as well round more.
 
 The weight is widened to float32 first; torchao given a bfloat16 weight also rounds its scale to
 bfloat16, which can send a value near a boundary to the other side.
@@ -134,22 +135,28 @@ E4M3_MAX, E4M3_TINY = 448.0, 2.0**-6
 class Nvfp4(Quantizer):
     """NVFP4 of a weight."""
 
-    name: str = "nvfp4"
+    one_level: bool = False
+    """Whether the tensor has no scale of its own."""
     needs = (("torchao", "torchao"),)
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As in `get_quantizer`."""
+        return "nvfp4-1" if self.one_level else "nvfp4"
 
     def touches(self, weight: Float[Tensor, "out in"]) -> bool:
         """Rows must divide into groups of 16."""
         return weight.shape[-1] % NVFP4_GROUP == 0
 
     def splits(self, n: int, width: int) -> bool:
-        """See `Quantizer.splits`: one scale is the whole tensor's."""
-        return False
+        """See `Quantizer.splits`: of two levels one is the whole tensor's."""
+        return self.one_level and n % NVFP4_GROUP == 0
 
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
         """See `Quantizer.cells`. The element that sets the tensor's scale sets its group's, too."""
         x = grouped(weight, NVFP4_GROUP)
         absmax = x.abs().amax(1, keepdim=True)
-        whole = _of_tensor(x)
+        whole = x.new_ones(()) if self.one_level else _of_tensor(x)
         share = (divided(absmax, E2M1[-1]) / whole).clamp(E4M3_TINY, E4M3_MAX)
         share = share.to(torch.float8_e4m3fn).float()
         inside = (x * (1.0 / whole / share)).clamp(-E2M1[-1], E2M1[-1])
@@ -167,7 +174,8 @@ class Nvfp4(Quantizer):
         """See `Quantizer.round_trip`."""
         tensor = library("torchao.prototype.mx_formats.nvfp4_tensor", "torchao").NVFP4Tensor
         x = weight.detach().float().contiguous()
-        return tensor.to_nvfp4(x, per_tensor_scale=_of_tensor(x)).dequantize()
+        whole = None if self.one_level else _of_tensor(x)
+        return tensor.to_nvfp4(x, per_tensor_scale=whole).dequantize()
 
 
 def _of_tensor(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:

@@ -53,8 +53,12 @@ ENGINES = {
 """What runs models -> what it quantizes them to. ``nf4-dq`` has the codes of ``nf4``, and
 ``int4-sym-g128`` the cells of compressed-tensors' W4A16."""
 
-LOADED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "quanto-int4")
-"""Quantizers that transformers loads a folder with, on any processor."""
+LOADED = (
+    *("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "quanto-int4", "hqq"),
+    *(f"int4{rule}-g{group}" for rule in ("", "-sym") for group in (32, 64, 128)),
+)
+"""Quantizers that a folder is loaded with, on any processor: by transformers, ``hqq`` by its own
+package."""
 
 
 def quantizer_names(
