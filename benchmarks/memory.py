@@ -40,12 +40,12 @@ from tracker import Tracker, make_fake, stand_ins
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.audit.config import RelearnConfig
-from mansu_interp.audit.relearning import descend, make_optimisers
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, fit_memory
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.answers import nll
+from mansu_interp.losses.descent import descend, make_optimisers
 from mansu_interp.masks.mask import Mask
 from mansu_interp.masks.select import POOL, circuit_mask
 from mansu_interp.models.language_model import LanguageModel

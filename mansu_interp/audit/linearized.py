@@ -35,7 +35,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..losses.advantage import answer_advantage, model_advantage
+from ..losses.descent import WIDE
 from ..losses.gradients import CHUNK, gradient, passes
+from ..losses.resting import activation_bytes, resting
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, collate
@@ -95,6 +97,18 @@ def moved_names(model: LanguageModel) -> list[str]:
         model.hf.get_input_embeddings().weight
     )
     return [*model.linear_names, *([] if tied else [model.embedding_name])]
+
+
+def step_room(model: LanguageModel, longest: float) -> float:
+    """Bytes that the steps take besides the copy that is moved: a step of every weight, and what a
+    forward pass keeps.
+
+    Arguments:
+        model: its weights are not read.
+        longest: tokens of a prompt.
+    """
+    moved = sum(model.weights[n].numel() for n in moved_names(model))
+    return WIDE * moved + activation_bytes(model, longest, WIDE) * CHUNK * longest
 
 
 Flow = tuple[str, Shaped[Tensor, "tokens *input"], Float[Tensor, "tokens d_out"]]
@@ -292,16 +306,18 @@ def linearized_relearning(
     """
     moving = set(moved_names(model))
     moved = model.trainable_copy(sharing=[n for n in model.weights if n not in moving])
+    need = step_room(model, max(len(p.clean) for p in half_a))
     first_a, first_b, last_b = [], [], []
-    for done in range(1, steps + 1):
-        gauss_newton_step(moved, half_a, damping)
-        first_a.append(ranked(moved, half_a)[0])
-        first, last = ranked(moved, half_b)
-        first_b.append(first)
-        last_b.append(last)
-        if on_step:
-            on_step(done, steps)
-        if first_a[-1].float().mean() >= LEARNT:
-            break
+    with resting([model], beside=moved, need=need):
+        for done in range(1, steps + 1):
+            gauss_newton_step(moved, half_a, damping)
+            first_a.append(ranked(moved, half_a)[0])
+            first, last = ranked(moved, half_b)
+            first_b.append(first)
+            last_b.append(last)
+            if on_step:
+                on_step(done, steps)
+            if first_a[-1].float().mean() >= LEARNT:
+                break
     found = LinearizedRelearning(torch.stack(first_a), torch.stack(first_b), torch.stack(last_b))
     return found, moved
