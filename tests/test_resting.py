@@ -5,9 +5,11 @@ There is no card here: a device that is full is feigned, and moving is told by t
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
-from conftest import TinyModel, make_pairs
+from conftest import make_pairs, make_tiny
 
 from mansu_interp.audit import linearized, relearning
 from mansu_interp.audit.config import RelearnConfig
@@ -22,12 +24,13 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Feign a full card; what is moved, and of how many elements."""
     calls: list[tuple[str, int]] = []
 
-    def note(name: str, module: object) -> None:
+    def note(name: str, module: ModuleType) -> None:
         own = getattr(module, name)
+        place = f"{module.__name__.rpartition('.')[2]}.{name}"
 
         def told(tensors: object, *args: object) -> None:
             tensors = list(tensors)  # pyright: ignore[reportArgumentType]
-            calls.extend((name, t.numel()) for t in tensors)
+            calls.extend((place, t.numel()) for t in tensors)
             own(tensors, *args)
 
         monkeypatch.setattr(module, name, told)
@@ -49,12 +52,12 @@ def steps(model: LanguageModel, optimiser: str = "adam") -> dict[str, torch.Tens
 
 @pytest.mark.parametrize("optimiser", ["adam", "sgd"])
 def test_moments_that_rest_change_no_bit(
-    tiny_model: TinyModel, moved: list[tuple[str, int]], optimiser: str, monkeypatch
+    moved: list[tuple[str, int]], optimiser: str, monkeypatch: pytest.MonkeyPatch
 ):
-    model = tiny_model(2)
+    model = make_tiny(2)
     found = steps(model, optimiser)
     moments = {"adam": 2, "sgd": 1}[optimiser]
-    back = sum(n for name, n in moved if name == "to_device")
+    back = sum(n for name, n in moved if name == "descent.to_device")
     assert back == 2 * moments * model.n_parameters  # before the second and the third step
     moved.clear()
     monkeypatch.setattr(relearning, "free_bytes", lambda _: float("inf"))
@@ -64,8 +67,8 @@ def test_moments_that_rest_change_no_bit(
     assert not all(torch.equal(w, model.weights[n]) for n, w in found.items())
 
 
-def test_activations_that_rest_change_no_bit(tiny_model: TinyModel, moved: list[tuple[str, int]]):
-    model, pairs = tiny_model(2), list(make_pairs())
+def test_activations_that_rest_change_no_bit(moved: list[tuple[str, int]]):
+    model, pairs = make_tiny(2), list(make_pairs())
     found: list[list[torch.Tensor]] = []
     for rest in (False, True):
         copy = model.copy()
@@ -82,23 +85,23 @@ def test_activations_that_rest_change_no_bit(tiny_model: TinyModel, moved: list[
     assert moved and not sizes & {n for _, n in moved}  # no weight is moved
 
 
-def test_models_rest_but_for_those_in_use(tiny_model: TinyModel, moved: list[tuple[str, int]]):
-    first, second = tiny_model(2), tiny_model(2)
+def test_models_rest_but_for_those_in_use(moved: list[tuple[str, int]]):
+    first, second = make_tiny(2), make_tiny(2).copy()
     shared = first.linear_names[0]
     third = first.copy(sharing=[shared])
     with resting.resting([first, second], need=1.0, beside=third) as awake:
-        rested = sum(n for name, n in moved if name == "to_host")
+        rested = sum(n for name, n in moved if name == "resting.to_host")
         assert rested == 2 * first.n_parameters - first.weights[shared].numel()
         moved.clear()
         with awake(second):
             assert sum(n for _, n in moved) == second.n_parameters
-        assert {name for name, _ in moved} == {"to_host", "to_device"}
+        assert {name for name, _ in moved} == {"resting.to_host", "resting.to_device"}
         moved.clear()
-    assert sum(n for name, n in moved if name == "to_device") == rested
+    assert sum(n for name, n in moved if name == "resting.to_device") == rested
 
 
-def test_nothing_is_moved_where_there_is_room(tiny_model: TinyModel, monkeypatch):
-    model = tiny_model(2)
+def test_nothing_is_moved_where_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    model = make_tiny(2)
     monkeypatch.setattr(resting, "to_host", None)  # would fail
     with resting.resting([model], need=1e15) as awake, awake(model):
         pass
@@ -106,9 +109,9 @@ def test_nothing_is_moved_where_there_is_room(tiny_model: TinyModel, monkeypatch
 
 
 def test_linearized_relearning_with_the_model_at_rest(
-    tiny_model: TinyModel, moved: list[tuple[str, int]], monkeypatch
+    moved: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ):
-    model, pairs = tiny_model(2), make_pairs()
+    model, pairs = make_tiny(2), make_pairs()
     found, copy = linearized.linearized_relearning(model, pairs, pairs, steps=2)
     assert moved
     monkeypatch.setattr(resting, "free_bytes", lambda _: float("inf"))

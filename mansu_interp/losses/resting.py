@@ -106,7 +106,9 @@ def resting_activations(model: LanguageModel) -> Iterator[None]:
 
     def unpack(packed: tuple[Tensor, torch.device | None]) -> Tensor:
         t, device = packed
-        return t if device is None else t.to(device)
+        if device is not None:
+            to_device([t], device)
+        return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -153,9 +153,7 @@ def taught(
     """Taught the forget facts, or those of a share of the subjects."""
     some = some_subjects(task, seed, share)
     out, supply = model.copy(), batches(list(of_subjects(task.forget, some)), 48, seed)
-    optimisers = Optimisers(
-        {w: torch.optim.Adam([w], lr=1e-3) for w in out.weights.values()}
-    )
+    optimisers = Optimisers({w: torch.optim.Adam([w], lr=1e-3) for w in out.weights.values()})
     for _ in range(steps):
         descend(out, optimisers, next(supply))
     return out

@@ -67,6 +67,8 @@ class Job:
     by_layer: bool = False
     attacked: bool = True
     """Whether erasure is tested by relearning."""
+    attack_batch: int = RelearnConfig().batch_size
+    """Prompts of its batches."""
 
     @classmethod
     def of(cls, config: RunConfig, task: Task) -> Job:
@@ -131,7 +133,7 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
     least: dict[str, float] = {}
     copy = WIDE * n if job.attacked else 0.0
     if job.attacked:
-        batch = RelearnConfig().batch_size * batched
+        batch = job.attack_batch * batched
         attack, judging = room(model, batch, batched), step_room(model, batched)
         found.append(("relearning", kept + copy + attack))
         # Of the attack there are a gradient, its moments and its step, and what one layer keeps.
@@ -139,7 +141,7 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         largest = max(w.numel() for w in model.weights.values())
         least["relearning"] = whole + copy + 5 * WIDE * largest + layer
         found.append(("judging erasure", kept + copy + judging))
-        least["judging erasure"] = copy + judging
+        least["judging erasure"] = copy + max(whole, judging)
     found.append(("comparison of graphs", kept + copy + scores))
     least["comparison of graphs"] = max(whole, copy) + scores
     return [Stage(name, PROCESS + b / 1e9, PROCESS + least.get(name, b) / 1e9) for name, b in found]

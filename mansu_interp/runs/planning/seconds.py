@@ -181,6 +181,7 @@ class Stages:
         share = min(1.0, POOL * self.config.budget * self.model.n_parameters / self.linear * unit)
         codes = (3 if sides > 2 else 2) * self.linear  # the ledger's, of both; packed students'
         found += Units(quantized=self.linear, coded=codes, floored=share * self.linear)
+        found += Units(forward_calls=TRIED * sides)
         return found + self._margins(method)
 
     def _step(self) -> Units:
@@ -338,8 +339,7 @@ def stage_seconds(config: RunConfig, model: LanguageModel, task: Task) -> dict[s
     seconds = {s: work.seconds(training if s == "unlearn" else speed) for s, work in found.items()}
     once = _fitting_seconds(config.unlearn.trained_through, model, task)
     seconds["unlearn"] += once * turns(config.unlearn)
-    more = [q for q in config.quantizers if q not in deployed(config)]
-    seconds["evaluate"] += 4 * (once + _fitting_seconds(more, model, task))
+    seconds["evaluate"] += once * 4  # both models, once for their scores and once for survival
     return seconds
 
 

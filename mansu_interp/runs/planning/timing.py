@@ -202,7 +202,8 @@ def measure_scoring(model: LanguageModel, task: Task, config: AttributionConfig)
     assert replace(model).bridge  # what it needs is imported
     longest = max(len(p.clean) for p in task.forget)
     fits = fit_memory(model.graph, model.d_model, longest, config).pairs
-    group = max(by_phrasing(task.forget), key=len)
+    groups = sorted(by_phrasing(task.forget), key=lambda g: sum(len(p.clean) for p in g) / len(g))
+    group = groups[len(groups) // 2]
     opened: list[float] = []
 
     def batch(part: list[Pair]) -> float:
