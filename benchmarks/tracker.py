@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mansu_interp.audit import relearning
+from mansu_interp.audit import linearized, relearning
 from mansu_interp.circuits import attribution
 from mansu_interp.losses import descent, resting
 from mansu_interp.masks import floor, select
@@ -187,7 +187,7 @@ def full_card(tracker: Tracker) -> Iterator[None]:
         for module in (resting, descent):
             stack.enter_context(patch.object(module, "to_host", to_host))
             stack.enter_context(patch.object(module, "to_device", to_device))
-        for module in (resting, relearning):
+        for module in (resting, relearning, linearized):
             stack.enter_context(patch.object(module, "free_bytes", lambda _: 0.0))
         yield
 

@@ -38,7 +38,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     for module in (resting, descent):
         for name in ("to_host", "to_device"):
             note(name, module)
-    for module in (resting, relearning):
+    for module in (resting, relearning, linearized):
         monkeypatch.setattr(module, "free_bytes", lambda _: 0.0)
     return calls
 
@@ -114,7 +114,8 @@ def test_linearized_relearning_with_the_model_at_rest(
     model, pairs = make_tiny(2), make_pairs()
     found, copy = linearized.linearized_relearning(model, pairs, pairs, steps=2)
     assert moved
-    monkeypatch.setattr(resting, "free_bytes", lambda _: float("inf"))
+    for module in (resting, linearized):
+        monkeypatch.setattr(module, "free_bytes", lambda _: float("inf"))
     wanted, other = linearized.linearized_relearning(model, pairs, pairs, steps=2)
     assert torch.equal(found.half_b, wanted.half_b)
     assert all(torch.equal(w, other.weights[n]) for n, w in copy.weights.items())

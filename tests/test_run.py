@@ -889,7 +889,7 @@ def test_cost_counts_a_shared_prefix_once(facts: LanguageModel):
     common = next(k for k, ids in enumerate(zip(*(p.clean for p in many), strict=False))
                   if len(set(ids)) > 1)  # fmt: skip
     common = min(common, min(lengths[:64]) - 1)
-    assert common and found == Cost(2, 64 * (longest - common) + common)
+    assert common and found == Cost(2, 64 * (longest - common) + common, 1)
     assert timing.cost(facts, [few, many]) == timing.cost(facts, [few]) + found
 
 

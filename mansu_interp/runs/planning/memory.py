@@ -134,14 +134,15 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
     copy = WIDE * n if job.attacked else 0.0
     if job.attacked:
         batch = job.attack_batch * batched
-        attack, judging = room(model, batch, batched), step_room(model, batched)
+        attack, judging = room(model, batch, batched), step_room(model, batched, job.attack_batch)
         found.append(("relearning", kept + copy + attack))
         # Of the attack there are a gradient, its moments and its step, and what one layer keeps.
         layer = activation_bytes(model, batched, WIDE) * batch / model.architecture.n_layers
         largest = max(w.numel() for w in model.weights.values())
         least["relearning"] = whole + copy + 5 * WIDE * largest + layer
         found.append(("judging erasure", kept + copy + judging))
-        least["judging erasure"] = copy + max(whole, judging)
+        judged = judging - layer * (model.architecture.n_layers - 1)
+        least["judging erasure"] = copy + max(whole, judged)
     found.append(("comparison of graphs", kept + copy + scores))
     least["comparison of graphs"] = max(whole, copy) + scores
     return [Stage(name, PROCESS + b / 1e9, PROCESS + least.get(name, b) / 1e9) for name, b in found]

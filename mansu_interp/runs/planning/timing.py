@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -50,10 +50,14 @@ class Units:
     """Forward passes without gradients."""
     forward: float = 0.0
     """Their tokens, as computed: padding counts, a prefix that prompts share counts once."""
+    forward_prefixes: float = 0.0
+    """Of the forward passes those that begin with a shared prefix: what its keys take besides."""
     both_calls: float = 0.0
     """Forward and backward passes, to the weights."""
     both: float = 0.0
     """Their tokens."""
+    both_prefixes: float = 0.0
+    """Likewise."""
     read: float = 0.0
     """Tokens of running text, all of them predicted."""
     scored_calls: float = 0.0
@@ -98,30 +102,32 @@ class Cost:
 
     calls: float = 0.0
     tokens: float = 0.0
+    prefixes: float = 0.0
+    """Of the calls those for a shared prefix alone."""
 
     def __add__(self, other: Cost) -> Cost:
         """Both together."""
-        return Cost(self.calls + other.calls, self.tokens + other.tokens)
+        return Cost(*(x + y for x, y in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, times: float) -> Cost:
         """So many times the same."""
-        return Cost(self.calls * times, self.tokens * times)
+        return Cost(*(x * times for x in astuple(self)))
 
     @property
     def forward(self) -> Units:
         """Forwards alone."""
-        return Units(forward_calls=self.calls, forward=self.tokens)
+        return Units(self.calls, self.tokens, self.prefixes)
 
     @property
     def both(self) -> Units:
         """Forwards and backwards."""
-        return Units(both_calls=self.calls, both=self.tokens)
+        return Units(both_calls=self.calls, both=self.tokens, both_prefixes=self.prefixes)
 
 
 def cost(model: LanguageModel, parts: Sequence[Sequence[Pair]]) -> Cost:
     """What it takes to ask for the answers of some pairs, each part in one pass: of a prefix that
     is long enough (`LanguageModel.shared_prefix`) a call of its own."""
-    calls, tokens = 0, 0
+    calls, tokens, prefixes = 0, 0, 0
     for part in parts:
         prompts = [p.clean for p in part]
         n, longest = len(prompts), max(map(len, prompts))
@@ -132,8 +138,9 @@ def cost(model: LanguageModel, parts: Sequence[Sequence[Pair]]) -> Cost:
         if not model.shares(common, n):
             common = 0
         calls += 1 + (common > 0)
+        prefixes += common > 0
         tokens += n * (longest - common) + common
-    return Cost(calls, tokens)
+    return Cost(calls, tokens, prefixes)
 
 
 def fastest(job: Callable[[], object]) -> float:
@@ -163,25 +170,31 @@ def measure_passes(model: LanguageModel, task: Task, precision: str = "fp32") ->
     tokens = torch.randint(model.sizes[0], shape, generator=draws)
     few = {n: torch.arange(1, device=model.device) for n in model.linear_names}
 
-    def loss(n: int) -> Tensor:
+    common = next((k for k in range(1, 64) if model.shares(k, CHUNK)), 0)
+    alike = torch.cat([tokens[:1, :1].expand(CHUNK, common), tokens[:, -2:]], 1)
+
+    def loss(rows: Tensor) -> Tensor:
         with arithmetic(model, precision):
-            logits = model.last_logits(tokens[:n], torch.full((n,), shape[1] - 1))
+            logits = model.last_logits(rows, torch.full((len(rows),), rows.shape[1] - 1))
         return logits.log_softmax(-1).mean()
 
-    def forward(n: int) -> None:
+    def forward(rows: Tensor) -> None:
         with torch.no_grad():
-            loss(n).item()
+            loss(rows).item()
 
-    def both(n: int) -> None:
-        local_gradient(model, few, [lambda: loss(n)])[0].sum().item()
+    def both(rows: Tensor) -> None:
+        local_gradient(model, few, [lambda: loss(rows)])[0].sum().item()
 
     sizes = [Cost(1, n * shape[1]) for n in (FEW, CHUNK)]
     found: list[float] = []
     for job in (forward, both):
-        job(1)  # what is computed once, and what is slow at first
-        found += _call_and_token(
-            [fastest(lambda n=n, job=job: job(n)) for n in (FEW, CHUNK)], sizes
-        )
+        job(tokens[:1])  # what is computed once, and what is slow at first
+        took = [fastest(lambda n=n, job=job: job(tokens[:n])) for n in (FEW, CHUNK)]
+        call, token = _call_and_token(took, sizes)
+        found += [call, token, 0.0]
+        if common:
+            sharing = fastest(lambda job=job: job(alike))
+            found[-1] = max(0.0, sharing - 2 * call - (common + 2 * CHUNK) * token)
     return Units(*found)
 
 
