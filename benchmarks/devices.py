@@ -19,10 +19,10 @@ from attribution import make_pairs, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mansu_interp.audit.relearning import descend, make_optimisers
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.config import AttributionConfig
 from mansu_interp.losses.answers import answer_gradient
+from mansu_interp.losses.descent import descend, make_optimisers
 from mansu_interp.losses.fisher import fisher_diagonal
 from mansu_interp.masks.floor import floor
 from mansu_interp.masks.select import random_mask

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,11 +36,12 @@ import numpy as np
 import torch
 from attribution import bare as bare_passes
 from attribution import make_pairs
-from tracker import Tracker, make_fake, stand_ins
+from tracker import Tracker, full_card, make_fake, stand_ins
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansu_interp.audit.config import RelearnConfig
-from mansu_interp.audit.relearning import descend, make_optimisers
+from mansu_interp.audit.linearized import linearized_relearning
+from mansu_interp.audit.relearning import fine_tune
 from mansu_interp.circuits.attribution import attribute
 from mansu_interp.circuits.circuit import Circuit
 from mansu_interp.circuits.config import AttributionConfig, fit_memory
@@ -68,7 +69,7 @@ SHAPES = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SET = ("nf4", "fp4", "int4-g32", "q4_0")
-STAGES = ("attribution", "mask", "mask --by-layer", "unlearn", "scores", "relearning")
+STAGES = ("attribution", "mask", "mask --by-layer", "unlearn", "scores", "relearning", "judging")
 PLANNED = {
     "attribution": "circuit",
     "mask": "mask",
@@ -76,6 +77,7 @@ PLANNED = {
     "unlearn": "unlearning",
     "scores": "scores",
     "relearning": "relearning",
+    "judging": "judging erasure",
 }
 """What the plan calls each."""
 SHARE = 0.003
@@ -128,10 +130,14 @@ def scores(model: LanguageModel, task: Task, survive: Sequence[str]) -> None:
 
 def relearning(model: LanguageModel, task: Task) -> None:
     """Two steps of an attack."""
-    copy, config = model.trainable_copy(), RelearnConfig()
-    optimisers = make_optimisers(config.optimiser, copy, 1e-5)
-    for _ in range(2):
-        descend(copy, optimisers, list(task.forget))
+    config = RelearnConfig(steps=(2,), batch_size=len(task.forget))
+    for _ in fine_tune(model.trainable_copy(), [task.forget], 1e-5, config):
+        pass
+
+
+def judging(model: LanguageModel, task: Task) -> None:
+    """A step of linearized relearning."""
+    linearized_relearning(model, task.forget, task.forget, steps=1)
 
 
 def mask(model: LanguageModel, task: Task, survive: Sequence[str], by_layer: bool) -> None:
@@ -188,18 +194,17 @@ def stages(
         "unlearn": lambda: unlearn(model, task, some_mask(model), method),
         "scores": lambda: scores(model, task, survive),
         "relearning": lambda: relearning(model, task),
+        "judging": lambda: judging(model, task),
     }
 
 
 def beside(model: LanguageModel, stage: str) -> list[LanguageModel]:
-    """What a run holds beside the original while it measures: the edited model, what nf4 makes of
-    it, and, while it scores, what another quantizer makes of the original, with that of the edited
-    model, which the stage makes itself."""
-    if stage not in ("scores", "relearning"):
+    """What a run holds beside the original while it measures: the edited model, and what nf4 makes
+    of it."""
+    if stage not in ("scores", "relearning", "judging"):
         return []
     edited = model.copy()
-    held = [edited, quantize(edited, sharing=True)]
-    return [*held, quantize(edited, "fp4", sharing=True)] if stage == "scores" else held
+    return [edited, quantize(edited, sharing=True)]
 
 
 def job(model: LanguageModel, survive: Sequence[str], by_layer: bool = False) -> Job:
@@ -211,7 +216,7 @@ def job(model: LanguageModel, survive: Sequence[str], by_layer: bool = False) ->
         circuit=AttributionConfig(batch_size=PAIRS),
         method=method,
         by_layer=by_layer,
-        scored=len(survive),
+        attack_batch=PAIRS,
     )
 
 
@@ -221,17 +226,20 @@ def tracked(
     survive: Sequence[str],
     stage: str,
     layers: int | None = None,
+    card: bool = False,
 ) -> tuple[float, float]:
-    """Peak of a stage on fake weights, and the plan's, both in GB beyond an empty process's."""
+    """Peak of a stage on fake weights, and the plan's, both in GB beyond an empty process's; or of
+    a card that holds as little as can be, while the rest lies in the host's memory."""
     model, task = make_model(shape, dtype, layers=layers, fake=True), make_task(TOKENS)
     # Of the candidates of a mask those are edited that fill the budget.
     tracker = Tracker(model.weights.values(), share=1 / POOL if stage == "unlearn" else 1)
-    with stand_ins(survive), tracker:
-        held = beside(model, stage)
+    with stand_ins(survive), tracker, full_card(tracker) if card else nullcontext():
+        held = [] if card else beside(model, stage)
         stages(model, task, survive)[stage]()
         del held
     planned = plan(model, job(model, survive, stage == "mask --by-layer"))
-    return tracker.gb, next(s.gb for s in planned if s.name == PLANNED[stage]) - PROCESS
+    found = next(s for s in planned if s.name == PLANNED[stage])
+    return tracker.gb, (found.least if card else found.gb) - PROCESS
 
 
 def measured(args: argparse.Namespace) -> str:
@@ -295,11 +303,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--card", action="store_true", help="tracked, on a card that is too small")
     parser.add_argument("--tracked", action="store_true", help="on fake weights, beside the plan")
     args = parser.parse_args()
     if args.tracked:
         for stage in args.only:
-            found, planned = tracked(args.shape, DTYPES[args.dtype], args.survive, stage)
+            found, planned = tracked(
+                args.shape, DTYPES[args.dtype], args.survive, stage, card=args.card
+            )
             print(f"{stage:16} {found:6.1f} GB tracked  {planned:6.1f} planned", flush=True)
         return
     if args.stage:

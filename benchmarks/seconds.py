@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--budget", type=float, default=0.0005)
+    parser.add_argument("--relearn-steps", type=int, default=20)
+    parser.add_argument("--task")
+    parser.add_argument("--score-pairs", type=int, default=200)
     parser.add_argument("--processor", action="store_true")
     args = parser.parse_args()
     if args.processor:
@@ -35,15 +38,16 @@ def main() -> None:
     plans: list[Plan] = []
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
-            default_config(args.model),
+            default_config(args.model, args.task),
+            task=args.task,
             model=args.model,
             out=Path(folder) / "run",
             budget=args.budget,
             circuit=CircuitConfig(pairs=args.pairs, faithfulness_pairs=8),
             unlearn=Mansu(steps=args.steps, stop_at=None),
-            score_pairs=40,
+            score_pairs=args.score_pairs,
             leaks="no",
-            relearn_steps=0,
+            relearn_steps=args.relearn_steps,
             device="cpu",
             threads=1,
         )

@@ -9,7 +9,7 @@ be: a number is 1, a condition holds, nothing is NaN, and of a mask a given shar
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -22,7 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mansu_interp.audit import linearized, relearning
 from mansu_interp.circuits import attribution
+from mansu_interp.losses import descent, resting
 from mansu_interp.masks import floor, select
 from mansu_interp.masks.pool import SAMPLE, Pool, Regions
 from mansu_interp.models.language_model import LanguageModel
@@ -67,6 +69,8 @@ class Tracker(TorchDispatchMode):
     def __init__(self, held: Iterable[Tensor] = (), share: float = 1.0) -> None:
         super().__init__()
         self.share, self.alive, self.peak = share, 0, 0
+        self.host = False
+        """Whether what is made lies in the host's memory, which is not counted."""
         self._known: dict[int, int] = {}
         for t in held:
             self._count(t)
@@ -79,7 +83,7 @@ class Tracker(TorchDispatchMode):
     def _count(self, t: Tensor) -> None:
         storage = t.untyped_storage()
         key, size = id(storage), storage.nbytes()
-        if key in self._known:
+        if key in self._known or self.host:
             return
         self._known[key] = size
         self.alive += size
@@ -158,11 +162,34 @@ class _Pool(Pool):
         return dict(zip(self.names, (part.clone() for part in parts), strict=True))
 
 
-def _fake_trainable_copy(model: LanguageModel) -> LanguageModel:
+def _fake_trainable_copy(model: LanguageModel, sharing: Collection[str] = ()) -> LanguageModel:
     """`LanguageModel.trainable_copy`, which cannot swap fake weights for others."""
     copied = model.copy()
-    make_fake(copied.hf, torch.float32)
+    for w in copied.weights.values():
+        w.data = torch.empty_like(w.data, dtype=torch.float32)
     return replace(copied, hf=copied.hf)
+
+
+@contextmanager
+def full_card(tracker: Tracker) -> Iterator[None]:
+    """Feign a card that is too small for anything to stay on it that may rest elsewhere."""
+
+    def to_host(tensors: Iterable[Tensor]) -> None:
+        tracker.host = True
+        to_device(tensors)
+        tracker.host = False
+
+    def to_device(tensors: Iterable[Tensor], *_: object) -> None:
+        for t in tensors:
+            t.data = torch.empty_like(t.data)
+
+    with ExitStack() as stack:
+        for module in (resting, descent):
+            stack.enter_context(patch.object(module, "to_host", to_host))
+            stack.enter_context(patch.object(module, "to_device", to_device))
+        for module in (resting, relearning, linearized):
+            stack.enter_context(patch.object(module, "free_bytes", lambda _: 0.0))
+        yield
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.layout import output_embeddings, unembedded
 from mansu_interp.models.load import empty_model, load_model, pick_dtype
 from mansu_interp.quantizers.survival import quantize, survival
-from mansu_interp.runs import measure as measuring
+from mansu_interp.runs import erasure as erasing
 from mansu_interp.runs.config import PlanConfig, RunConfig
 from mansu_interp.runs.planning import memory
 from mansu_interp.runs.planning.cost import plan_lines
@@ -278,7 +278,7 @@ def test_predictions_are_near_those_of_float32(
 
 @pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measuring, "CAD_PAIRS", 4)
+    monkeypatch.setattr(erasing, "CAD_PAIRS", 4)
     config = RunConfig(
         model="facts",
         task="capitals",

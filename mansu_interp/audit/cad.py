@@ -39,12 +39,13 @@ import torch
 
 from ..errors import ModelError
 from ..losses.advantage import gradient_transfer
+from ..losses.resting import resting
 from ..models.language_model import LanguageModel
 from ..tasks.task import Task
 from ..utils.files import Json
 from ..utils.ranges import entrance
 from ..utils.words import Shown
-from .evidence import STEP_PROMPTS, Quantized, compare, made_model, search
+from .evidence import STEP_PROMPTS, Quantized, compare, made_model, search, search_room
 from .known import known_forget
 from .probes import check_alike
 from .verdict import (
@@ -212,10 +213,12 @@ def judge_erasure(
     note("what the original knows", 0, 0)
     task, _ = known_forget(before, task)
     compared = compare(before, edited, task, seed, quantized, note)
-    del before, original
-    found = search(edited, compared, note)
-    note("confidence of the verdict", 0, 0)
-    return conclude(found, edited, seed)
+    held = [m for m in (original, quantized) if isinstance(m, LanguageModel)]
+    del before, original, quantized
+    with resting(held, search_room(edited, compared), beside=edited):
+        found = search(edited, compared, note)
+        note("confidence of the verdict", 0, 0)
+        return conclude(found, edited, seed)
 
 
 def conclude(found: Found, edited: LanguageModel, seed: int) -> CAD:

@@ -7,13 +7,20 @@ from collections.abc import Callable
 
 from ..errors import ModelError
 from ..losses.accuracy import accuracy
+from ..losses.descent import WIDE
 from ..losses.gradients import CHUNK
 from ..models.language_model import LanguageModel
 from ..tasks.pairs import Pair, PairSet
 from ..tasks.task import Task
 from ..utils.ranges import expect_kind
 from .known import Asked, FactRanks
-from .linearized import LEARNT, LinearizedRelearning, few_prompts, linearized_relearning
+from .linearized import (
+    LEARNT,
+    LinearizedRelearning,
+    few_prompts,
+    linearized_relearning,
+    step_room,
+)
 from .probes import (
     answer_scores,
     model_divergence,
@@ -86,7 +93,7 @@ def _relearn(
     return steps, trained
 
 
-def _split(task: Task, seed: int) -> tuple[PairSet, PairSet, PairSet]:
+def split(task: Task, seed: int) -> tuple[PairSet, PairSet, PairSet]:
     """Step 1 for a task whose facts are known: prompts of half A, of half B, and retained ones."""
     first, second = halves(task.forget, seed)
     half_a, half_b = (
@@ -106,7 +113,7 @@ def compare(
     note: Callable[[str, int, int], None],
 ) -> Compared:
     """Steps 1, 2 and 5; arguments as in `audit.cad.judge_erasure`."""
-    half_a, half_b, retain = _split(task, seed)
+    half_a, half_b, retain = split(task, seed)
     asked = Asked([p for part in half_b.parts(CHUNK) for p in part])
     note("asking the models", 0, 0)
     models = {ORIGINAL: original, EDITED: edited}
@@ -129,6 +136,12 @@ def compare(
         divergence=model_divergence(original, edited, some_b.sample(STEP_PROMPTS, seed)),
         retained=_retained(original, edited, task),
     )
+
+
+def search_room(edited: LanguageModel, compared: Compared) -> float:
+    """Bytes that `search` takes besides the edited model."""
+    longest = max(len(p.clean) for pairs in compared.given.values() for p in pairs)
+    return WIDE * edited.n_parameters + step_room(edited, longest)
 
 
 def search(

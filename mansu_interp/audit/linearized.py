@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..losses.advantage import answer_advantage, model_advantage
+from ..losses.descent import WIDE
 from ..losses.gradients import CHUNK, gradient, passes
+from ..losses.resting import activation_bytes, free_bytes, resting, resting_activations
 from ..models.language_model import LanguageModel
 from ..models.layout import output_embeddings
 from ..tasks.pairs import Batch, Pair, PairSet, answer_tokens, by_phrasing, collate
@@ -95,6 +97,19 @@ def moved_names(model: LanguageModel) -> list[str]:
         model.hf.get_input_embeddings().weight
     )
     return [*model.linear_names, *([] if tied else [model.embedding_name])]
+
+
+def step_room(model: LanguageModel, longest: float, pairs: int = CHUNK) -> float:
+    """Bytes that the steps take besides the copy that is moved: a step of every weight, and what a
+    forward pass keeps.
+
+    Arguments:
+        model: its weights are not read.
+        longest: tokens of a prompt.
+        pairs: that are computed together.
+    """
+    moved = sum(model.weights[n].numel() for n in moved_names(model))
+    return WIDE * moved + activation_bytes(model, longest, WIDE) * pairs * longest
 
 
 Flow = tuple[str, Shaped[Tensor, "tokens *input"], Float[Tensor, "tokens d_out"]]
@@ -227,8 +242,11 @@ def tangent_kernel(
     return kernel[back][:, back], advantages[back]
 
 
-def gauss_newton_step(model: LanguageModel, half_a: PairSet, damping: float) -> None:
-    """One damped Gauss-Newton step on half A, in place (see the module)."""
+def gauss_newton_step(
+    model: LanguageModel, half_a: PairSet, damping: float, rest: bool = False
+) -> None:
+    """One damped Gauss-Newton step on half A, in place (see the module); with ``rest`` what forward
+    passes keep lies in the host's memory."""
     pairs, among = list(half_a), answer_tokens(half_a, model.device)
     parts = passes(pairs, CHUNK, model.d_model)
 
@@ -248,7 +266,8 @@ def gauss_newton_step(model: LanguageModel, half_a: PairSet, damping: float) -> 
         return model_advantage(model, part, among) @ torch.stack([share[p] for p in part])
 
     names = moved_names(model)
-    delta = gradient(model, names, [lambda p=p: weighed(p) for p in parts])
+    with resting_activations(model) if rest else nullcontext():
+        delta = gradient(model, names, [lambda p=p: weighed(p) for p in parts])
     gone = 0.0
 
     def go(length: float) -> None:
@@ -292,16 +311,19 @@ def linearized_relearning(
     """
     moving = set(moved_names(model))
     moved = model.trainable_copy(sharing=[n for n in model.weights if n not in moving])
+    need = step_room(model, max(len(p.clean) for p in half_a))
     first_a, first_b, last_b = [], [], []
-    for done in range(1, steps + 1):
-        gauss_newton_step(moved, half_a, damping)
-        first_a.append(ranked(moved, half_a)[0])
-        first, last = ranked(moved, half_b)
-        first_b.append(first)
-        last_b.append(last)
-        if on_step:
-            on_step(done, steps)
-        if first_a[-1].float().mean() >= LEARNT:
-            break
+    with resting([model], beside=moved, need=need):
+        rest = free_bytes(moved.device) < need
+        for done in range(1, steps + 1):
+            gauss_newton_step(moved, half_a, damping, rest)
+            first_a.append(ranked(moved, half_a)[0])
+            first, last = ranked(moved, half_b)
+            first_b.append(first)
+            last_b.append(last)
+            if on_step:
+                on_step(done, steps)
+            if first_a[-1].float().mean() >= LEARNT:
+                break
     found = LinearizedRelearning(torch.stack(first_a), torch.stack(first_b), torch.stack(last_b))
     return found, moved

@@ -22,14 +22,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from ..errors import ModelError, TaskError
 from ..losses.accuracy import accuracy
 from ..losses.answers import nll
+from ..losses.descent import descend, make_optimiser, make_optimisers, room
 from ..losses.gradients import local_gradient
 from ..losses.low_rank import Adapters
+from ..losses.resting import free_bytes
 from ..models.language_model import LanguageModel
 from ..tasks.answers import Tokens, WholeAnswers, clash
 from ..tasks.pairs import N_CHOICES, Pair, PairSet
@@ -249,42 +248,6 @@ def batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[Pair]]
         yield [queue.pop() for _ in range(min(size, len(pairs)))]
 
 
-Optimisers = dict[Tensor, torch.optim.Optimizer]
-"""An optimiser for each weight."""
-
-
-def make_optimisers(name: str, model: LanguageModel, rate: float) -> Optimisers:
-    """The attacker's optimiser, for each weight of a model apart."""
-    return {w: make_optimiser(name, [w], rate) for w in model.weights.values()}
-
-
-def descend(model: LanguageModel, optimisers: Optimisers, pairs: list[Pair]) -> None:
-    """One step of fine-tuning on the answers of some pairs, in place; each weight takes it as soon
-    as its gradient is whole, so that memory holds one gradient at a time."""
-
-    def take(w: Tensor) -> None:
-        optimisers[w].step()
-        w.grad = None
-
-    hooks = []
-    try:
-        for w in optimisers:
-            hooks.append(w.requires_grad_(True).register_post_accumulate_grad_hook(take))
-        nll(model, pairs).mean().backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for w in optimisers:
-            w.requires_grad_(False)
-
-
-def make_optimiser(name: str, weights: list[Tensor], rate: float) -> torch.optim.Optimizer:
-    """The attacker's optimiser: ``adam``, or ``sgd`` with momentum 0.9."""
-    if name == "sgd":
-        return torch.optim.SGD(weights, lr=rate, momentum=0.9)
-    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
-
-
 def fine_tune(
     model: LanguageModel, sets: Sequence[Sequence[Pair]], rate: float, config: RelearnConfig
 ) -> Iterator[LanguageModel]:
@@ -297,6 +260,9 @@ def fine_tune(
         config: steps, optimiser, batch size and seed.
     """
     optimisers = make_optimisers(config.optimiser, model, rate)
+    longest = max(len(p.clean) for s in sets for p in s)
+    need = room(model, config.batch_size * longest, longest)
+    optimisers.rest = free_bytes(model.device) < need
     supplies = mixed_batches(sets, config)
     yield model
     for _ in range(max(config.steps)):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -35,6 +36,7 @@ from .circuit import Circuit
 from .config import AttributionConfig, CircuitConfig
 from .scores import Attribution
 
+Given = AnyModel | AbstractContextManager[AnyModel]
 REFERENCE = "never taught"
 """Name of the reference model among the compared ones."""
 
@@ -106,8 +108,8 @@ def divergence(
 @entrance(CircuitError)
 def compare(
     circuit: Circuit,
-    original: AnyModel,
-    models: Mapping[str, AnyModel],
+    original: Given,
+    models: Mapping[str, Given],
     pairs: PairSet,
     *,
     config: AttributionConfig | None = None,
@@ -119,7 +121,8 @@ def compare(
 
     Arguments:
         circuit: the original's circuit.
-        original: the model before unlearning.
+        original: the model before unlearning; or, as of all of them, the context in which it is
+            there, entered for its own attribution alone.
         models: by name, such as the unlearned model and its quantized form.
         pairs: forget pairs; use a phrasing that unlearning never saw.
         config: attribution settings, except for the metric, which is ``logit_diff``; default:
@@ -135,22 +138,23 @@ def compare(
     Raises:
         CircuitError: nothing to compare, another architecture, or a circuit of another original.
     """
-    original = as_model(original)
     if not models:
         raise CircuitError("compare() needs at least one model besides the original.")
     settings = replace(config or circuit.meta.settings or CircuitConfig(), metric="logit_diff")
     note = on_step or (lambda *_: None)
 
-    def graph_of(name: str, model: AnyModel) -> Attribution:
-        model = as_model(model)
-        if model.architecture != circuit.graph.architecture:
-            raise CircuitError(f"{name} has another architecture than the circuit.")
-        found = attribute(model, pairs, config=settings, on_batch=lambda d, n: note(name, d, n))
+    def graph_of(name: str, given: Given) -> Attribution:
+        with given if isinstance(given, AbstractContextManager) else nullcontext(given) as there:
+            model = as_model(there)
+            if given is original:
+                circuit.check_fits(model)
+            if model.architecture != circuit.graph.architecture:
+                raise CircuitError(f"{name} has another architecture than the circuit.")
+            found = attribute(model, pairs, config=settings, on_batch=lambda d, n: note(name, d, n))
         if on_scores:
             on_scores(name, found)
         return found
 
-    circuit.check_fits(original)
     base = graph_of("original", original)
     gap = base.clean - base.corrupt
     out: dict[str, Divergence] = {}

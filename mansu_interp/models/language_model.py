@@ -145,10 +145,11 @@ class LanguageModel(Shown):
         """Parameters, tied ones counted once."""
         return sum(w.numel() for w in self.weights.values())
 
-    @property
-    def _min_shared(self) -> float:
-        """Token positions that sharing a prefix must save."""
-        return MIN_SHARED if self.device.type == "cpu" else MIN_SHARED_WORK / self.n_parameters
+    def shares(self, common: int, prompts: int) -> bool:
+        """Whether `logits_at` computes so many tokens, with which so many prompts begin, once: in a
+        call of their own."""
+        least = MIN_SHARED if self.device.type == "cpu" else MIN_SHARED_WORK / self.n_parameters
+        return bool(common) and common * (prompts - 1) >= least and self.keeps_keys
 
     @cached_property
     def linear_names(self) -> list[str]:
@@ -309,7 +310,7 @@ class LanguageModel(Shown):
         if trees and tokens.shape[1] <= LONGEST_IN_TREE:
             return self.unembed(self._by_trees(tokens, rows, at))
         common = _common_prefix(tokens, at) if sharing else 0
-        if not common or common * (len(tokens) - 1) < self._min_shared:
+        if not self.shares(common, len(tokens)):
             hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             return self.unembed(hidden[rows, at])
         return self.unembed(self._after_prefix(tokens, common)[rows, at - common])

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 
-from ..audit.cad import CAD, judge_erasure
-from ..audit.config import RelearnConfig
-from ..audit.relearning import Relearning, other_half, relearn, relearned
 from ..circuits.circuit import Circuit
-from ..circuits.compare import compare
-from ..circuits.scores import Attribution
 from ..evaluation.properties import properties, verdict
 from ..evaluation.scores import Flips, Metric, Scores, evaluate
 from ..evaluation.versions import (
     EDITED,
-    NEVER_TAUGHT,
-    NEVER_TAUGHT_RELEARNED,
     ORIGINAL,
     QUANTIZER,
-    RELEARNED,
     ModelVersion,
 )
 from ..models.language_model import LanguageModel
@@ -32,7 +23,6 @@ from ..report.records import (
     SCHEMA,
     CircuitEdge,
     CircuitSummary,
-    ComparedGraph,
     CurvePoint,
     Edit,
     FinalMargin,
@@ -40,8 +30,6 @@ from ..report.records import (
     Output,
     QuantizationMargin,
     QuantizerRow,
-    RelearningCurve,
-    RelearningPoint,
     Report,
     ReportModel,
     ReportTask,
@@ -54,22 +42,17 @@ from ..unlearning.history import StepRecord, read_history
 from ..unlearning.methods import Mansu
 from ..utils.records import Keep
 from ..utils.tensors import dtype_name, tensors_sha256
-from ..viz.view import View, changes_view
 from .command import command_line
 from .config import deployed
 from .context import OnProgress, RunContext
 from .edit import Edited
+from .erasure import Models, attack, compare_graphs, curve
 from .folder import HISTORY, Results, config_json
 from .leaks import leak_tests
-from .planning.seconds import CAD_PAIRS
 
 SAMPLES = 8
-GRAPH_LIMIT = 1500
-"""Edges that the report's graph holds; all else in report.json is a few kilobytes."""
 TOP_EDGES = 20
 """Edges of the circuit that the report lists."""
-
-Models = Mapping[ModelVersion, LanguageModel]
 
 
 def measure(run: RunContext, edited: Edited) -> Report:
@@ -128,16 +111,20 @@ def measure(run: RunContext, edited: Edited) -> Report:
 
 def score(run: RunContext, models: Models, keep: Keep) -> Scores:
     """Original and edited model on every unseen set, in full precision and after each quantizer
-    of the set."""
-    quantized = quantize(run.model, QUANTIZER, sharing=True)
-    every = {ORIGINAL: run.model, ORIGINAL.after(QUANTIZER): quantized, **models}
-    scores = evaluate(every, run.task, on_step=run.note, keep=keep)
-    del quantized, every
-    for name in deployed(run.config)[1:]:  # two at a time: they need not fit into memory together
-        pair = {v.after(name): quantize(models[v], name, sharing=True) for v in (ORIGINAL, EDITED)}
-        scores = scores.beside(evaluate(pair, run.task, on_step=run.note, keep=keep))
-        del pair  # before the next are made
-    return scores
+    of the set; what quantizers make of them one at a time, which need not fit into memory
+    together."""
+
+    def scored(version: ModelVersion) -> Scores:
+        model = models.get(version)
+        if model is None:
+            own = models[version.after(None)]
+            model = quantize(own, str(version.quantizer), sharing=True)
+        return evaluate({version: model}, run.task, on_step=run.note, keep=keep)
+
+    every = [v.after(name) for name in (None, *deployed(run.config)) for v in (ORIGINAL, EDITED)]
+    first = [ORIGINAL, ORIGINAL.after(QUANTIZER), *models]
+    scores, *others = (scored(version) for version in dict.fromkeys((*first, *every)))
+    return functools.reduce(Scores.beside, others, scores)
 
 
 def quantizer_rows(
@@ -215,96 +202,6 @@ def quantizer_row(
         last=ranked_last(),
         trained_through=trained_through,
     )
-
-
-def compare_graphs(
-    run: RunContext,
-    edited: Edited,
-    models: Models,
-    reference: LanguageModel | None,
-    attacked: Mapping[ModelVersion, Relearning],
-) -> tuple[tuple[ComparedGraph, ...], View | None]:
-    """Numbers and view of the attribution graphs: original, edited, edited after nf4 and, where it
-    was attacked, after relearning half of the facts; nothing without a circuit."""
-    if edited.circuit is None:
-        return (), None
-    quantized, pairs = EDITED.after(QUANTIZER), run.task.held_out
-    compared = {v: models[v] for v in (EDITED, quantized)}
-    if attacked:
-        settings, rate = attacked[EDITED].meta.settings, attacked[EDITED].worst_rate()
-        pairs = other_half(run.task, pairs, seed=settings.seed)
-        both = {RELEARNED: models[EDITED], NEVER_TAUGHT_RELEARNED: reference}
-        for version, model in both.items():
-            if model is not None:
-                run.note(f"relearning for the graph of {version}", 0, 0)
-                compared[version] = relearned(model, run.task, rate=rate, config=settings)
-    pairs = pairs.sample(CAD_PAIRS, run.config.seed)
-    graphs: dict[str, Attribution] = {}
-    found = compare(
-        edited.circuit,
-        run.model,
-        {str(v): m for v, m in compared.items()},
-        pairs,
-        config=run.config.circuit,
-        on_step=lambda name, d, n: run.note(f"attribution of {name}", d, n),
-        reference=reference,
-        on_scores=graphs.__setitem__,
-    )
-    view = changes_view(
-        edited.circuit,
-        before=graphs[str(ORIGINAL)],
-        after=graphs[str(EDITED)],
-        quantized=graphs[str(quantized)],
-        relearned=graphs.get(str(RELEARNED)),
-        never_taught=graphs.get(str(NEVER_TAUGHT_RELEARNED)),
-        model=run.model,
-        mask=edited.mask,
-        pairs=pairs,
-        limit=GRAPH_LIMIT,
-    )
-    versions = {str(v): v for v in (*compared, NEVER_TAUGHT)}
-    return tuple(ComparedGraph(versions[n], d) for n, d in found.models.items()), view
-
-
-def attack(
-    run: RunContext, models: Models, reference: LanguageModel | None, keep: Keep
-) -> tuple[dict[ModelVersion, Relearning], CAD]:
-    """Relearning of the edited model and of the reference model, and CAD's judgement."""
-    config = run.config
-    quantized = models[EDITED.after(QUANTIZER)]
-    judged = functools.partial(
-        judge_erasure,
-        run.model,
-        models[EDITED],
-        run.task,
-        quantized=quantized,
-        seed=config.seed,
-        on_step=run.note,
-    )
-    cad = keep("CAD", CAD, judged)
-    settings = RelearnConfig(steps=relearning_marks(config.relearn_steps), seed=config.seed)
-    targets = {EDITED: models[EDITED], **({NEVER_TAUGHT: reference} if reference else {})}
-    found: dict[ModelVersion, Relearning] = {}
-    for version, target in targets.items():
-
-        def note(rate: float, done: int, total: int, version: ModelVersion = version) -> None:
-            run.note(f"relearning {version} at {rate:g}", done, total)
-
-        made = functools.partial(relearn, target, run.task, config=settings, on_step=note)
-        found[version] = keep(f"relearning of {version}", Relearning, made)
-    run.clock.lap("relearn")
-    return found, cad
-
-
-def relearning_marks(steps: int) -> tuple[int, ...]:
-    """Where a run's attack is measured: after a quarter of its steps, and after all."""
-    return tuple(dict.fromkeys((max(1, steps // 4), steps)))
-
-
-def curve(version: ModelVersion, found: Relearning) -> RelearningCurve:
-    """What relearning brought back, step by step; the worst of the learning rates."""
-    points = [RelearningPoint(m, found.at(m), found.at(m, "last")) for m in found.marks]
-    return RelearningCurve(version, tuple(points))
 
 
 def model_facts(model: LanguageModel) -> ReportModel:

@@ -158,8 +158,14 @@ def _table(relation: Relation, facts: list[tuple[str, str]]) -> FactTable:
     return FactTable(subject, answer, relation.description or answer, tuple(facts))
 
 
+def has_reference(task: Task, model: LanguageModel) -> bool:
+    """Whether a model ships that was never taught what a task forgets, and fits ``model``."""
+    return bool(task.reference_models) and is_embedded(model.name)
+
+
 def reference_model(task: Task, model: LanguageModel) -> LanguageModel | None:
     """The first model that was never taught what a task forgets; None where none ships that fits
     ``model``, on its device."""
-    fits = task.reference_models and is_embedded(model.name)
-    return load_model(task.reference_models[0], model.device) if fits else None
+    if not has_reference(task, model):
+        return None
+    return load_model(task.reference_models[0], model.device)

@@ -32,9 +32,10 @@ from zoo_edits import (
 from mansu_interp.audit.attacks import behind
 from mansu_interp.audit.linearized import DAMPING, gauss_newton_step
 from mansu_interp.audit.probes import answer_rows, last_states, linear_map
-from mansu_interp.audit.relearning import batches, descend, halves, of_subjects
+from mansu_interp.audit.relearning import batches, halves, of_subjects
 from mansu_interp.losses.answers import nll
 from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
+from mansu_interp.losses.descent import Optimisers, descend
 from mansu_interp.losses.gradients import gradient
 from mansu_interp.masks.components import subject_tokens
 from mansu_interp.models.language_model import LanguageModel
@@ -152,7 +153,7 @@ def taught(
     """Taught the forget facts, or those of a share of the subjects."""
     some = some_subjects(task, seed, share)
     out, supply = model.copy(), batches(list(of_subjects(task.forget, some)), 48, seed)
-    optimisers = {w: torch.optim.Adam([w], lr=1e-3) for w in out.weights.values()}
+    optimisers = Optimisers({w: torch.optim.Adam([w], lr=1e-3) for w in out.weights.values()})
     for _ in range(steps):
         descend(out, optimisers, next(supply))
     return out

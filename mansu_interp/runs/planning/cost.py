@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ...circuits.config import AttributionConfig, fit_memory
-from ...evaluation.versions import QUANTIZER
 from ...models.language_model import LanguageModel
 from ...models.load import empty_model, load_model, use_threads
 from ...tasks.load import load_task
@@ -22,7 +21,7 @@ from ..command import settings_lines
 from ..config import PlanConfig, RunConfig
 from ..defaults import default_config, default_task
 from .knowledge import Knowledge
-from .memory import Job, disk_gb, fitting, machine_gb, peak, stages
+from .memory import Job, card_gb, disk_gb, fitting, machine_gb, peak, stages
 from .seconds import passes, stage_seconds, told, turns
 
 
@@ -102,9 +101,10 @@ def plan_lines(config: PlanConfig) -> list[str]:
         budget=config.budget,
         circuit=how,
         method=method,
-        scored=len({QUANTIZER, *method.promised}),
     )
-    whole = ", ".join(f"{s.name} {s.gb:.1f}" for s in stages(model, job))
+    found = stages(model, job)
+    whole = ", ".join(f"{s.name} {s.gb:.1f}" for s in found)
+    resting = ", ".join(f"{s.name} {s.least:.1f}" for s in found if s.least < s.gb)
     formats, took = number_of(len(config.survive), "quantizer"), _seconds(config, model)
     by = f", {e.layers_at_once} layers at a time" if e.layers_at_once < a.n_layers else ""
     steps = f" at {ends}" if how.method == "eap" else f" with {how.ig_steps} steps"
@@ -119,6 +119,8 @@ def plan_lines(config: PlanConfig) -> list[str]:
         f"{e.attribution_gb:.3g} GB for attribution{by}, beyond the passes' own activations",
         f"scores   {e.writers * e.readers * 4 / 1e6:.3g} MB, as one tensor",
         f"run      {whole} GB at the peak, with {formats} to survive and the settings of mansu run",
+        f"card     where that does not fit onto a card: {resting} GB there, the rest in the host's "
+        "memory",
         *(
             []
             if took is None
@@ -188,6 +190,8 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
     seconds, leaks = sum(stages_.values()), stages_["leaks"]
     chosen = fitting(config, model, task)
     most, disk = peak(model, Job.of(chosen, task)), disk_gb(config, model)
+    on_device = most.on_device(card_gb(model.device))
+    host = f" and {most.gb - on_device:.1f} of the host's" if on_device < most.gb else ""
     threads = number_of(torch.get_num_threads(), "CPU thread")
     where = threads if model.device.type == "cpu" else str(model.device)
     edits = "all parameters"
@@ -210,11 +214,11 @@ def plan(config: RunConfig, model: LanguageModel, task: Task, known: Knowledge) 
             if chosen != config
             else []
         ),
-        f"cost     about {told(seconds)} on {where}, and {most.gb:.1f} GB of "
-        f"memory ({most.name}); {disk.kept:.2g} GB of disk, {disk.most:.2g} meanwhile",
+        f"cost     about {told(seconds)} on {where}, and {on_device:.1f} GB of "
+        f"memory{host} ({most.name}); {disk.kept:.2g} GB of disk, {disk.most:.2g} meanwhile",
         f"stages   {stage_line(stages_)}",
         *_through_line(method),
         *([f"leaks    {told(leaks)} of it (--leaks no)"] if leaks else []),
         f"output   {config.out}",
     ]
-    return Plan(lines, stages_, most.gb)
+    return Plan(lines, stages_, on_device)

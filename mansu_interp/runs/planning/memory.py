@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,16 +11,20 @@ from pathlib import Path
 
 import torch
 
+from ...audit.config import RelearnConfig
+from ...audit.linearized import step_room
 from ...circuits.config import AttributionConfig, fit_memory
 from ...errors import ResourceError
+from ...losses.descent import WIDE, room
 from ...losses.gradients import PACK, by_layer
+from ...losses.resting import activation_bytes
 from ...masks.select import POOL
 from ...models.language_model import LanguageModel
 from ...tasks.pairs import Pair, by_phrasing
 from ...tasks.task import Task
 from ...unlearning.methods import Mansu, MethodConfig
 from ...unlearning.training import CHUNK
-from ..config import RunConfig, deployed
+from ..config import RunConfig
 
 ADVICE = {
     "circuit": "a smaller --circuit.batch-size or a --circuit.memory-gb",
@@ -30,9 +35,6 @@ ADVICE = {
     "comparison of graphs": "--relearn-steps 0",
 }
 """What takes less, by stage."""
-WIDE = 4
-"""Bytes of a number in float32, in which gradients are added up and relearning computes, whatever
-dtype weights are held in."""
 SURE = 1.25
 """Estimates are right within this factor; what needs more than it times all memory cannot run."""
 LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -65,8 +67,8 @@ class Job:
     by_layer: bool = False
     attacked: bool = True
     """Whether erasure is tested by relearning."""
-    scored: int = 1
-    """Quantizers after which the model is scored."""
+    attack_batch: int = RelearnConfig().batch_size
+    """Prompts of its batches."""
 
     @classmethod
     def of(cls, config: RunConfig, task: Task) -> Job:
@@ -80,17 +82,23 @@ class Job:
             method=config.unlearn,
             by_layer=config.by_layer,
             attacked=config.relearn_steps > 0,
-            scored=len(deployed(config)),
         )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a run."""
+    """A stage of a run; memory at its peak, in GB (10^9 bytes), that of the process included."""
 
     name: str
     gb: float
-    """Memory at its peak, in GB (10^9 bytes), that of the process included."""
+    """All of it."""
+    least: float
+    """What is left on a card that cannot hold all, when the rest lies in the host's memory (see
+    `losses.resting`)."""
+
+    def on_device(self, has: float | None) -> float:
+        """What a card with so much memory holds; None: not a card, so all."""
+        return self.gb if has is None or self.gb <= has else self.least
 
 
 def stages(model: LanguageModel, job: Job) -> list[Stage]:
@@ -106,12 +114,12 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
     n, in_layers = model.n_parameters, _elements(model, model.linear_names)
     whole, linear = model.dtype.itemsize * n, model.dtype.itemsize * in_layers
     batched = job.batched or job.tokens
-    pass_ = _activations(model, batched) * max(CHUNK * batched, PACK / model.d_model)
+    pass_ = activation_bytes(model, batched) * max(CHUNK * batched, PACK / model.d_model)
     found: list[tuple[str, float]] = []
     needs = job.method.needs
     size, one, _ = fit_memory(model.graph, model.d_model, job.tokens, job.circuit)
     pairs = min(size, job.circuit.pairs)
-    scores = one * 1e9 * pairs + _activations(model, job.tokens) * pairs * job.tokens
+    scores = one * 1e9 * pairs + activation_bytes(model, job.tokens) * pairs * job.tokens
     if "circuit" in needs:
         found.append(("circuit", whole + scores))
     if "mask" in needs:
@@ -121,13 +129,23 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         found.append(("mask", whole + 3 * held + in_layers + pool + max(chosen, pass_)))
     found.append(("unlearning", _unlearning(model, job) + pass_))
     kept = 2 * whole + linear  # original, edited, and what one quantizer makes of it
-    # Besides, what it makes of the original, or what another makes of both.
-    found.append(("scores", kept + (2 if job.scored > 1 else 1) * linear + pass_ / 2))
-    if job.attacked:  # a copy and two moments; the gradient of one weight, and its step
-        step = 3 * WIDE * max(w.numel() for w in model.weights.values())
-        found.append(("relearning", kept + 3 * WIDE * n + step + pass_))
-    found.append(("comparison of graphs", kept + (WIDE * n if job.attacked else 0) + scores))
-    return [Stage(name, PROCESS + bytes_ / 1e9) for name, bytes_ in found]
+    found.append(("scores", kept + linear + pass_ / 2))  # and what one makes of either
+    least: dict[str, float] = {}
+    copy = WIDE * n if job.attacked else 0.0
+    if job.attacked:
+        batch = job.attack_batch * batched
+        attack, judging = room(model, batch, batched), step_room(model, batched, job.attack_batch)
+        found.append(("relearning", kept + copy + attack))
+        # Of the attack there are a gradient, its moments and its step, and what one layer keeps.
+        layer = activation_bytes(model, batched, WIDE) * batch / model.architecture.n_layers
+        largest = max(w.numel() for w in model.weights.values())
+        least["relearning"] = whole + copy + 5 * WIDE * largest + layer
+        found.append(("judging erasure", kept + copy + judging))
+        judged = judging - layer * (model.architecture.n_layers - 1)
+        least["judging erasure"] = copy + max(whole, judged)
+    found.append(("comparison of graphs", kept + copy + scores))
+    least["comparison of graphs"] = max(whole, copy) + scores
+    return [Stage(name, PROCESS + b / 1e9, PROCESS + least.get(name, b) / 1e9) for name, b in found]
 
 
 def fitting(config: RunConfig, model: LanguageModel, task: Task) -> RunConfig:
@@ -145,8 +163,9 @@ def fitting(config: RunConfig, model: LanguageModel, task: Task) -> RunConfig:
 
 
 def peak(model: LanguageModel, job: Job) -> Stage:
-    """The stage that needs most."""
-    return max(stages(model, job), key=lambda stage: stage.gb)
+    """The stage that needs most of the device that a model is on."""
+    has = card_gb(model.device)
+    return max(stages(model, job), key=lambda stage: stage.on_device(has))
 
 
 @dataclass(frozen=True)
@@ -201,18 +220,29 @@ def machine_gb(device: torch.device) -> float | None:
     return min(sizes) / 1e9
 
 
+def card_gb(device: torch.device) -> float | None:
+    """The same of a card; None of the CPU."""
+    return None if device.type == "cpu" else machine_gb(device)
+
+
 def check_memory(model: LanguageModel, job: Job) -> None:
     """Before long work.
 
     Raises:
         ResourceError: a stage needs more memory than the machine has, beyond all doubt.
     """
-    most, has = peak(model, job), machine_gb(model.device)
-    if has is not None and most.gb > SURE * has:
+    most, has, card = peak(model, job), machine_gb(model.device), card_gb(model.device)
+    host, needs = machine_gb(torch.device("cpu")), most.on_device(card)
+    where = "this machine" if model.device.type == "cpu" else str(model.device)
+    if needs <= SURE * (has or math.inf):
+        # What does not fit onto a card rests in the machine's memory.
+        resting = [(s.gb - s.least, s) for s in stages(model, job) if card and s.gb > card]
+        needs, most = max(resting, key=lambda x: x[0], default=(0.0, most))
+        has, where = host, f"beside {where} this machine"
+    if has is not None and needs > SURE * has:
         less = ADVICE.get(most.name, "a smaller model")
         raise ResourceError(
-            f"{most.name.capitalize()} needs about {most.gb:.1f} GB, and "
-            f"{'this machine' if model.device.type == 'cpu' else model.device} has {has:.1f}. Less "
+            f"{most.name.capitalize()} needs about {needs:.1f} GB, and {where} has {has:.1f}. Less "
             f"is needed with {less}; else take a larger machine or a smaller model."
         )
 
@@ -234,15 +264,6 @@ def _unlearning(model: LanguageModel, job: Job) -> float:
     if job.method.adversarial_steps:
         total += 3 * WIDE * n
     return total
-
-
-def _activations(model: LanguageModel, tokens: float) -> float:
-    """Bytes that a forward pass keeps for the backward pass, a token."""
-    a, config = model.architecture, model.config.get_text_config(decoder=True)
-    mlp = getattr(config, "intermediate_size", None) or 4 * model.d_model
-    return (
-        model.dtype.itemsize * a.n_layers * (16 * model.d_model + 5 * mlp + 2 * a.n_heads * tokens)
-    )
 
 
 def _elements(model: LanguageModel, names: Sequence[str]) -> int:

@@ -1,133 +1,66 @@
-"""How long each stage of a run takes: its passes through the model, counted from the settings,
-times what a pass over one batch of the run's own takes on this machine.
+"""How long each stage of a run takes: all that it does, counted from the settings, times what a
+unit of it takes on this machine (`timing`).
 
-What is no pass is not counted, choosing parameters by quantizers' cells and quantizing models; but
-for fitted quantizers that training goes through, which are timed.
+Prompts are counted as they are computed: batches are cut, and drawn, by the functions that the
+stages themselves use.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
+from ...audit import evidence
 from ...audit.config import RelearnConfig
-from ...circuits.attribution import attribute
+from ...audit.relearning import batches, halves, of_subjects, scored_halves
 from ...circuits.config import AttributionConfig, fit_memory
 from ...circuits.search.discover import TRIES
-from ...losses.answers import nll
-from ...losses.gradients import local_gradient
-from ...masks.select import MASK_PAIRS
+from ...losses.accuracy import BATCH
+from ...losses.counterfactual import TARGET_PROMPTS
+from ...losses.gradients import CHUNK, packed
+from ...losses.gradients import passes as in_passes
+from ...masks.floor import quantizer_set
+from ...masks.pool import SAMPLE
+from ...masks.select import MASK_PAIRS, POOL
 from ...models.language_model import LanguageModel
+from ...quantizers.base import as_units
 from ...quantizers.survival import quantize
-from ...tasks.pairs import by_phrasing, collate
+from ...tasks.load import has_reference
+from ...tasks.pairs import Pair, PairSet, by_phrasing, chunks
 from ...tasks.task import Task
 from ...unlearning.mansu import margins
 from ...unlearning.mansu.adversarial import STRIDE
-from ...unlearning.methods import Mansu, MethodConfig, RetainingConfig
-from ...unlearning.training import CHUNK, Sampler
+from ...unlearning.mansu.algorithm import FISHER_PAIRS
+from ...unlearning.methods import Mansu, MethodConfig
+from ...unlearning.training import Sampler
 from ..config import RunConfig, deployed
 from ..leaks import cost_tokens
-from .memory import tokens_of
+from .timing import (
+    Cost,
+    Units,
+    cost,
+    measure_passes,
+    measure_reading,
+    measure_rest,
+    measure_scoring,
+    measure_weights,
+    together,
+)
 
 CAD_PAIRS = 48
 """Pairs on which attribution graphs are compared."""
-REPEATS = 3
-"""Timed passes of each kind, after one that warms up; the fastest counts."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Tokens that pass through a model."""
-
-    forward: float = 0.0
-    """Forwards alone."""
-    both: float = 0.0
-    """Forwards, and backwards to the weights."""
-    scored: float = 0.0
-    """Forwards or backwards while edges are scored, each pass counted."""
-
-    def __add__(self, other: Work) -> Work:
-        """Both together."""
-        return Work(
-            self.forward + other.forward, self.both + other.both, self.scored + other.scored
-        )
-
-    def __mul__(self, times: float) -> Work:
-        """So many times the same."""
-        return Work(self.forward * times, self.both * times, self.scored * times)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds a token on this machine."""
-
-    forward: float
-    both: float
-    scored: float
-
-    def seconds(self, work: Work) -> float:
-        """Of some work."""
-        found = self.forward * work.forward + self.both * work.both
-        return found + self.scored * work.scored
-
-
-def measure_speed(model: LanguageModel, task: Task, config: AttributionConfig) -> Speed:
-    """Time bare passes over `CHUNK` forget pairs of one phrasing: forwards without gradients, and
-    forwards and backwards to a few elements of every linear weight, as a step of unlearning does;
-    and EAP of a batch of pairs, two passes forwards and one backwards.
-
-    Arguments:
-        model: the original; it is left as it was.
-        task: what is forgotten.
-        config: how edges are scored.
-    """
-    pairs = by_phrasing(task.forget)[0][:CHUNK]
-    batch = collate(pairs, model.device)
-    few = {n: torch.arange(1, device=model.device) for n in model.linear_names}
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return model.hf.base_model(input_ids=batch.clean, use_cache=False)[0][0, 0, 0]
-
-    def both() -> torch.Tensor:
-        return local_gradient(model, few, [lambda: nll(model, pairs).mean()])[0][0]
-
-    return Speed(
-        _fastest(forward) / batch.clean.numel(),
-        _fastest(both) / (tokens_of(pairs) * len(pairs)),
-        _scored(model, task, config),
-    )
-
-
-def _scored(model: LanguageModel, task: Task, config: AttributionConfig) -> float:
-    """Seconds of EAP a token and pass, by the batches after the first, which is slower."""
-    longest = max(len(p.clean) for p in task.forget)
-    fits = fit_memory(model.graph, model.d_model, longest, config).pairs
-    size = min(fits, CHUNK)  # a plan must not take the memory that it plans
-    pairs = task.forget.sample(2 * size, 0)
-    ends = [(0, time.perf_counter())]
-    attribute(
-        model,
-        pairs,
-        config=AttributionConfig(method="eap", metric=config.metric, batch_size=size),
-        on_batch=lambda done, _: ends.append((done, time.perf_counter())),
-    )
-    (first, began), (last, ended) = ends[-2:]
-    tokens = sum(len(p.clean) for p in pairs) / len(pairs) * (last - first)
-    return (ended - began) / (sum(passes(AttributionConfig(method="eap"), 0)) * tokens)
-
-
-def _fastest(pass_: Callable[[], torch.Tensor]) -> float:
-    """Seconds of a pass."""
-    took = []
-    for _ in range(1 + REPEATS):
-        start = time.perf_counter()
-        pass_().item()  # waits until it is computed
-        took.append(time.perf_counter() - start)
-    return min(took[1:])
+DRAWS = 8
+"""Batches that are drawn to see what one takes."""
+GRADIENT_BATCH, FISHER_BATCH = 16, 4
+"""Pairs of a phrasing in one pass of a mask's gradients; of a Fisher information."""
+STEPS = 3
+"""Steps of linearized relearning that CAD takes, about: it stops when half A is learnt."""
+TRIED = 4
+"""Passes over a few tokens that tell how a model can be asked (`LanguageModel.keeps_keys`)."""
 
 
 def passes(config: AttributionConfig, n_layers: int) -> tuple[int, int]:
@@ -137,54 +70,276 @@ def passes(config: AttributionConfig, n_layers: int) -> tuple[int, int]:
     return 2 + moved * sum(alpha not in (0.0, 1.0) for alpha in path), moved * len(path)
 
 
-def stage_work(config: RunConfig, task: Task, n_layers: int) -> dict[str, Work]:
-    """What passes through models in each stage of a run, by the names of its clock (see
-    seconds.json); what its method does not need is 0.
+def by_chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
+    """Pairs of each phrasing in parts of a size."""
+    return [part for group in by_phrasing(pairs) for part in chunks(group, size)]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What each stage of a run does.
 
     Arguments:
         config: all settings.
         task: what is forgotten and retained.
-        n_layers: of the model.
+        model: the original; its weights are not read.
     """
-    c, u = config.circuit, config.unlearn
-    length = sum(len(p.clean) for p in task.forget) / len(task.forget)
-    forget = tokens_of(task.forget)
-    retain = tokens_of([p for pairs in task.retain_sets for p in pairs])
-    scored = [p for by in task.scored["unseen"].values() for pairs in by.values() for p in pairs]
-    asked = [p for pairs in task.scored["unseen"]["forget"].values() for p in pairs]
-    texts = sum(min(len(t), 128) for t in task.text.get("unseen", ()))
-    scoring = Work(scored=length * sum(passes(c, n_layers)))
-    stages = ("discover", "mask", "unlearn", "evaluate", "relearn", "compare")
-    found: dict[str, Work] = {stage: Work() for stage in stages}
-    if "circuit" in u.needs:
-        found["discover"] = scoring * (2 * min(c.pairs, len(task.forget))) + Work(
-            scored=TRIES * 2.5 * min(c.faithfulness_pairs, len(task.forget)) * length
+
+    config: RunConfig
+    task: Task
+    model: LanguageModel
+
+    def all(self) -> dict[str, Units]:
+        """By the names of the run's clock (see seconds.json); what a method does not need is 0."""
+        needs = self.config.unlearn.needs
+        asked = self.config.relearn_steps > 0
+        return {
+            "discover": self.discover() if "circuit" in needs else Units(),
+            "mask": self.mask() if "mask" in needs else Units(),
+            "unlearn": self.unlearn(),
+            "evaluate": self.evaluate(),
+            "relearn": self.relearn() if asked else Units(),
+            "compare": self.compare() if "circuit" in needs else Units(),
+        }
+
+    @property
+    def linear(self) -> int:
+        """Elements of all linear weights."""
+        return sum(self.model.weights[n].numel() for n in self.model.linear_names)
+
+    @property
+    def references(self) -> int:
+        """1 where a model ships that was never taught the facts."""
+        return int(has_reference(self.task, self.model))
+
+    def ask(self, parts: Iterable[Sequence[Pair]]) -> Cost:
+        """What passes over some parts take."""
+        return cost(self.model, list(parts))
+
+    def scoring(self, pairs: PairSet) -> Units:
+        """What it takes to score every edge on some pairs."""
+        how = self.config.circuit
+        longest = max(len(p.clean) for p in pairs)
+        size = fit_memory(self.model.graph, self.model.d_model, longest, how).pairs
+        sizes = [(len(part), max(len(p.clean) for p in part)) for part in pairs.parts(size)]
+        one = Units(scored_calls=len(sizes), scored=sum(n * tokens for n, tokens in sizes))
+        return one * sum(passes(how, self.model.architecture.n_layers))
+
+    def discover(self) -> Units:
+        """Scores of all edges, on two samples, and which of them are enough."""
+        how, forget = self.config.circuit, self.task.forget
+        twice = self.scoring(forget.sample(how.pairs, self.config.seed)) * 2
+        some = forget.sample(how.faithfulness_pairs, self.config.seed)
+        one = self.scoring(some) * (1 / sum(passes(how, self.model.architecture.n_layers)))
+        return twice + one * (2.5 * TRIES) + Units(opened=2)
+
+    def targets(self) -> Cost:
+        """The counterfactual targets of one model."""
+        few = [
+            PairSet("", tuple(g)).sample(TARGET_PROMPTS, 0) for g in by_phrasing(self.task.forget)
+        ]
+        return self.ask(few)
+
+    def mask(self) -> Units:
+        """Two gradients and the Fisher of what is retained, and a floor's step of every weight."""
+        task, config, seed = self.task, self.config, self.config.seed
+        if not isinstance(config.unlearn, Mansu):
+            return Units()
+        forget = by_chunks(task.forget.sample(MASK_PAIRS, seed), GRADIENT_BATCH)
+        held = [s.sample(MASK_PAIRS, seed) for s in task.retain_sets]
+        everything = PairSet("", tuple(p for s in task.retain_sets for p in s))
+        fisher = list(everything.sample(MASK_PAIRS, seed).parts(FISHER_BATCH))
+        retain = [part for s in held for part in by_chunks(s, GRADIENT_BATCH)]
+        known = self.targets() + self.ask(part for s in held for part in by_chunks(s, BATCH))
+        slopes = self.ask([*forget, *fisher, *retain]).both
+        if config.by_layer:  # once for each layer, half of the way back on average, and once more
+            both = self.ask([*forget, *fisher, *retain])
+            layers = self.model.architecture.n_layers
+            slopes = (both.both + both.forward) * (0.5 * layers) + both.both
+        sums = (len(forget) + len(retain) + len(fisher)) * self.linear
+        floored = self.linear + min(self.linear, SAMPLE)
+        open_ = 1 - config.frozen_layers
+        return known.forward + slopes + Units(summed=sums * open_, floored=floored * open_)
+
+    def unlearn(self) -> Units:
+        """What comes before the steps, the steps, the margins, and the ledger of all edits."""
+        method, task = self.config.unlearn, self.task
+        found = self._step() * method.steps
+        if not isinstance(method, Mansu):
+            return found
+        sides = 1 + len(method.survive) + len(method.train_through)
+        found += (self.targets() * sides).forward
+        if task.retain_unscored:
+            found += self.ask(by_chunks(task.retain_unscored, BATCH)).forward
+        if method.projection:
+            retain = PairSet("", tuple(p for s in task.retain_sets for p in s))
+            some = retain.sample(FISHER_PAIRS, self.config.seed)
+            found += self.ask(some.parts(FISHER_BATCH)).both
+        # The floor looks at whole units in which a candidate lies.
+        weight = self.model.weights[self.model.linear_names[0]]
+        unit = as_units(weight, quantizer_set(method.survive))[0].numel()
+        share = min(1.0, POOL * self.config.budget * self.model.n_parameters / self.linear * unit)
+        codes = (3 if sides > 2 else 2) * self.linear  # the ledger's, of both; packed students'
+        found += Units(quantized=self.linear, coded=codes, floored=share * self.linear)
+        found += Units(forward_calls=TRIED * sides)
+        return found + self._margins(method)
+
+    def _step(self) -> Units:
+        """One step, on average."""
+        method, task, model = self.config.unlearn, self.task, self.model
+        drawn = Sampler(task, method.batch_size, self.config.seed)
+        forget, retain = Cost(), Cost()
+        for _ in range(DRAWS):
+            forget += self.ask(packed(drawn.forget(), model.d_model)) * (1 / DRAWS)
+            retain += self.ask(packed(drawn.retain(), model.d_model)) * (1 / DRAWS)
+        if not isinstance(method, Mansu):
+            held = forget + retain if hasattr(method, "retain_weight") else forget
+            step = held.both + Units(stepped=model.n_parameters)
+            return step + held.forward if "references" in method.needs else step
+        # Retained is what a teacher predicts, so that there is its forward pass, too.
+        step = retain.forward + (forget + retain).both
+        if task.text:  # in every second round
+            text = Sampler.TEXT_TOKENS * Sampler.TEXT_ROWS / 2
+            step += Units(read=4 * text)  # a way back is two ways forth
+        if method.adversarial_steps:  # the attack's own steps, and the gradient at their end
+            attack = (forget.both + Units(stepped=model.n_parameters)) * min(
+                STRIDE, method.adversarial_steps
+            )
+            step += attack + forget.both
+        if method.probe_weight:
+            # A probe reads every prompt of a half, and a batch of the other gives the gradient.
+            first, _ = halves(task.forget, self.config.seed)
+            read = of_subjects(task.forget, first).parts(CHUNK)
+            step += self.ask(read).forward + forget.both
+            step += Units(mapped=2 * (1 + model.architecture.n_layers))
+        return step
+
+    def _margins(self, method: Mansu) -> Units:
+        """All margin edits, after the last step."""
+        forget, retain = self.task.forget, PairSet("", tuple(
+            p for s in self.task.retain_sets for p in s
+        ))  # fmt: skip
+        # Every round: the answers of the models looked at, and one's slope of them and of those
+        # retained; a last look.
+        forgotten, retained = (
+            self.ask(by_chunks(x.sample(margins.PAIRS, self.config.seed), margins.BATCH))
+            for x in (forget, retain)
         )
-    if "mask" in u.needs:
-        found["mask"] = Work(both=MASK_PAIRS * (forget + (1 + len(task.retain_sets)) * retain))
-    found["unlearn"] = _step(u, task, forget, retain) * u.steps + _margins(u, task, forget, retain)
-    precisions = 1 + len(deployed(config))
-    found["evaluate"] = Work(2 * precisions * (tokens_of(scored) * len(scored) + texts))
-    if config.relearn_steps:
+        total = Units()
+        for models, asked in (
+            (1 + len(method.train_through), method.final_margin is not None),
+            (1 + len(method.survive), method.quantization_margin),
+        ):
+            if asked:
+                looks = forgotten * (models * (margins.ROUNDS + 1))
+                total += looks.forward + ((forgotten + retained) * margins.ROUNDS).both
+        return total
+
+    def evaluate(self) -> Units:
+        """Scores of both models in every precision, and what each quantizer makes of the edit."""
+        sets = [s for by in self.task.scored["unseen"].values() for s in by.values()]
+        asked = self.ask(part for s in sets for part in s.parts(BATCH))
+        texts = self.task.text.get("unseen", ())
+        text = sum(min(len(t), 128) for t in texts)
+        formats = len(deployed(self.config))
+        models = 2 * (1 + formats)
+        one = asked.forward + Units(read=text, kept=len(sets) + bool(texts))
+        # Survival looks at the codes and values of both once more.
+        weights = Units(quantized=4 * self.linear, coded=2 * self.linear, kept=formats)
+        return one * models + weights + Units(forward_calls=TRIED * models)
+
+    def attack(self) -> Units:
+        """Relearning half of the facts, at one learning rate."""
         how = RelearnConfig()
-        marks = 3 * tokens_of(asked) * len(asked)  # before, after a quarter and after all steps
-        found["relearn"] = Work(marks, config.relearn_steps * how.batch_size * forget) * len(
-            how.rates
-        )
-    found["compare"] = scoring * (3 * CAD_PAIRS)
-    return found
+        train = of_subjects(self.task.forget, halves(self.task.forget, self.config.seed)[0])
+        drawn = islice(batches(train, how.batch_size, self.config.seed), DRAWS)
+        step = (self.ask(drawn) * (1 / DRAWS)).both + Units(stepped=self.model.n_parameters)
+        return step * self.config.relearn_steps + Units(forward_calls=TRIED)
+
+    def relearn(self) -> Units:
+        """The attack on every model, and CAD."""
+        rates = len(RelearnConfig().rates)
+        sets = [s for half in scored_halves(self.task, self.config.seed) for s in half]
+        marks = self.ask(part for s in sets for part in s.parts(BATCH)) * (1 + 2 * rates)
+        one = self.attack() * rates + marks.forward + Units(kept=1)
+        return one * (1 + self.references) + self.judging()
+
+    def judging(self) -> Units:
+        """CAD."""
+        task, model = self.task, self.model
+        half_a, half_b, retain = evidence.split(task, self.config.seed)
+        some_a, some_b = half_a.sample(evidence.STEP_PROMPTS, 0), half_b.sample(
+            evidence.ASKED_PROMPTS, 0
+        )  # fmt: skip
+        width = model.d_model
+        asked = self.ask(in_passes(half_b, CHUNK, width))
+        stepped = self.ask(in_passes(some_a, CHUNK, width))
+        looked = self.ask(some_b.parts(CHUNK))
+        known = self.ask(by_chunks(task.forget, BATCH))
+        kept = self.ask(retain.sample(evidence.RETAIN_PROMPTS, 0).parts(CHUNK))
+        # Known facts, three models asked, stitches and divergence, states of both halves, and the
+        # relearned model asked once more.
+        forward = known + asked * 5 + kept * 2 + looked * 2 + stepped * 3
+        forward += self.ask(half_a.parts(CHUNK)) + asked
+        # A step: the kernel's passes and the gradient; three lengths tried, both halves asked.
+        both = stepped * (2 * STEPS) + (stepped + self.ask(some_b.sample(96, 0).parts(CHUNK))) * 2
+        forward += (stepped * 4 + looked) * STEPS
+        tokens = sum(len(p.clean) for p in some_a)
+        sides = sum(sum(model.weights[n].shape) for n in model.linear_names)
+        return forward.forward + both.both + Units(
+            mapped=2 * (1 + model.architecture.n_layers),
+            crossed=STEPS * sides * tokens**2 / 2,
+            summed=STEPS * self.linear,
+            stepped=3 * STEPS * self.linear / 2,
+            kept=1,
+        )  # fmt: skip
+
+    def compare(self) -> Units:
+        """Attribution graphs: of the original, the edited and the quantized model; of one that was
+        never taught; and of those after relearning."""
+        attacked = (1 + self.references) if self.config.relearn_steps else 0
+        graphs = 3 + self.references + attacked
+        pairs = self.task.held_out.sample(CAD_PAIRS, self.config.seed)
+        return self.scoring(pairs) * graphs + Units(opened=graphs) + self.attack() * attacked
+
+
+def measure_speed(config: RunConfig, model: LanguageModel, task: Task) -> tuple[Units, Units]:
+    """Seconds of one unit each on this machine; and again where losses are computed at the method's
+    precision.
+
+    Arguments:
+        config: which quantizers and which metric.
+        model: the original; it is left as it was.
+        task: what is forgotten.
+    """
+    method = config.unlearn
+    survive = method.survive if isinstance(method, Mansu) else ()
+    precision = getattr(method, "precision", "fp32")
+    text = task.text.get("unseen", ())[:1]
+    record = {"right": [True] * (20 * config.score_pairs)}
+    with_circuit = "circuit" in method.needs
+    rest = [
+        measure_weights(model, survive, deployed(config)),
+        measure_rest(model, min(len(task.forget) // 2, evidence.PROBE_PROMPTS), record),
+        *([measure_scoring(model, task, config.circuit)] if with_circuit else []),
+        *([measure_reading(model, text[0])] if text else []),
+    ]
+    passed = measure_passes(model, task)
+    lower = precision != "fp32" and model.dtype == torch.float32
+    training = measure_passes(model, task, precision) if lower else passed
+    return together(passed, *rest), together(training, *rest)
 
 
 def stage_seconds(config: RunConfig, model: LanguageModel, task: Task) -> dict[str, float]:
     """Seconds of each stage of a run on this machine, the leak test's included: takes a second or
     two, of a large model longer."""
-    speed = measure_speed(model, task, config.circuit)
-    found = stage_work(config, task, model.architecture.n_layers)
-    found["leaks"] = Work(cost_tokens(config, model, task))
-    seconds = {stage: speed.seconds(work) for stage, work in found.items()}
-    once = _fitting_seconds(config.unlearn, model, task)
+    speed, training = measure_speed(config, model, task)
+    found = Stages(config, task, model).all()
+    found["leaks"] = Units(forward=cost_tokens(config, model, task))
+    seconds = {s: work.seconds(training if s == "unlearn" else speed) for s, work in found.items()}
+    once = _fitting_seconds(config.unlearn.trained_through, model, task)
     seconds["unlearn"] += once * turns(config.unlearn)
-    seconds["evaluate"] += once * 2  # of the original and of the edited model
+    seconds["evaluate"] += once * 4  # both models, once for their scores and once for survival
     return seconds
 
 
@@ -195,59 +350,12 @@ def turns(method: MethodConfig) -> int:
     return -(-method.steps // (1 + len(method.survive) + len(method.train_through)))
 
 
-def _fitting_seconds(method: MethodConfig, model: LanguageModel, task: Task) -> float:
-    """Quantizing once with each fitted quantizer that training goes through."""
-    total = 0.0
-    for name in method.trained_through:
-        start = time.perf_counter()
+def _fitting_seconds(names: Sequence[str], model: LanguageModel, task: Task) -> float:
+    """Quantizing once with each of some quantizers."""
+    start = time.perf_counter()
+    for name in names:
         quantize(model, name, task.calibration, sharing=True)
-        total += time.perf_counter() - start
-    return total
-
-
-def _step(method: MethodConfig, task: Task, forget: float, retain: float) -> Work:
-    """One step.
-
-    Arguments:
-        method: its settings.
-        task: what is forgotten and retained.
-        forget: tokens of a forget pair.
-        retain: tokens of a retain pair.
-    """
-    n = method.batch_size
-    if not isinstance(method, Mansu):
-        batch = forget + (retain if isinstance(method, RetainingConfig) else 0)
-        return Work(batch if "references" in method.needs else 0.0, batch) * n
-    # Retained is what a teacher predicts, so that there is its forward pass, too.
-    step = Work(n * retain, n * (forget + retain))
-    if task.text:  # in every second round
-        text = Sampler.TEXT_TOKENS * Sampler.TEXT_ROWS / 2
-        step += Work(text, text)
-    if method.adversarial_steps:  # the attack's own steps, and the gradient at their end
-        step += Work(both=(min(STRIDE, method.adversarial_steps) + 1) * n * forget)
-    if method.probe_weight:
-        # A probe reads every prompt of a half, and a batch of the other gives the gradient.
-        step += Work(len(task.forget) / 2 * forget, n * forget)
-    return step
-
-
-def _margins(method: MethodConfig, task: Task, forget: float, retain: float) -> Work:
-    """All margin edits, after the last step."""
-    total = Work()
-    if not isinstance(method, Mansu):
-        return total
-    # Every round: the answers of the models looked at, and one's slope of them and of those
-    # retained; a last look.
-    forgotten = min(margins.PAIRS, len(task.forget)) * forget
-    retained = min(margins.PAIRS, sum(map(len, task.retain_sets))) * retain
-    for models, asked in (
-        (1 + len(method.train_through), method.final_margin is not None),
-        (1 + len(method.survive), method.quantization_margin),
-    ):
-        if asked:
-            looks = forgotten * models * (margins.ROUNDS + 1)
-            total += Work(looks, margins.ROUNDS * (forgotten + retained))
-    return total
+    return time.perf_counter() - start
 
 
 def told(seconds: float) -> str:

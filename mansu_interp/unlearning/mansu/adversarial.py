@@ -26,9 +26,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...audit.relearning import batches, descend, halves, make_optimisers, of_subjects
+from ...audit.relearning import batches, halves, of_subjects
 from ...losses.answers import nll
 from ...losses.counterfactual import CounterfactualTargets, model_answer_excess
+from ...losses.descent import descend, make_optimisers
 from ...losses.gradients import Positions
 from ...models.language_model import LanguageModel
 from ...models.load import is_small
