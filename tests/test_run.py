@@ -913,6 +913,22 @@ def test_what_cannot_fit_is_refused_before_long_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_card_lends_from_the_host_and_the_host_may_lack_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """8B on a card of 80 GB: relearning leaves 117 GB to the host."""
+    model = empty_model(write(tmp_path, "llama-3.1-8b"), dtype="bfloat16")
+    job = Job(tokens=32, budget=0.0005, circuit=AttributionConfig(batch_size=8), by_layer=True)
+    host = 200.0
+    monkeypatch.setattr(memory, "machine_gb", lambda d: host if d.type == "cpu" else 80.0)
+    assert model.device.type == "meta"  # in the place of a card
+    memory.check_memory(model, job)
+    assert memory.peak(model, job).on_device(80.0) < 80
+    host = 64.0
+    with pytest.raises(ResourceError, match=r"Relearning needs about 11\d\.\d GB, and beside meta"):
+        memory.check_memory(model, job)
+
+
 def test_the_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cpu, limit = torch.device("cpu"), tmp_path / "memory.max"
     monkeypatch.setattr(memory, "LIMITS", (limit, tmp_path / "none"))

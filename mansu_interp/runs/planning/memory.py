@@ -32,6 +32,7 @@ ADVICE = {
     "unlearning": "fewer quantizers in --unlearn.survive and --unlearn.train-through, or no "
     "adversarial steps",
     "relearning": "--relearn-steps 0, and attack the checkpoint elsewhere with mansu relearn",
+    "judging erasure": "--relearn-steps 0",
     "comparison of graphs": "--relearn-steps 0",
 }
 """What takes less, by stage."""
