@@ -834,22 +834,20 @@ def test_what_comes_before_the_first_step_is_told_and_asked_once(
     def prepare(what: str, done: int, total: int) -> None:
         told.append((what, done, total))
 
-    def die(*_: object) -> None:
-        raise Killed
+    def die(done: int, *_: object) -> None:
+        if done == 2:
+            raise Killed
 
-    unlearn(facts, few, random_few, replace(config, steps=1), on_prepare=prepare, resume=file)
+    with pytest.raises(Killed):
+        unlearn(facts, few, random_few, config, on_prepare=prepare, on_step=die, resume=file)
     asked = [t for t in told if t[0] == "what the original answers"]
     assert [t[1] for t in asked] == list(range(asked[0][2]))
     assert [t[1:] for t in told[len(asked) :]] == [(0, 2), (1, 2)]  # full precision and NF4
-    file.unlink()
-    with pytest.raises(Killed):
-        unlearn(facts, few, random_few, config, on_prepare=die)
-    unlearn(facts, few, random_few, config, resume=file)
-    monkeypatch.setattr(algorithm, "answered_correctly", die)
+    monkeypatch.setattr(algorithm, "answered_correctly", None)
     unlearn(facts, few, random_few, config, resume=file)
     kept = answered_correctly(facts, unscored)
     assert kept and len(kept) == 48
-    assert seen[1] == seen[2] == tuple(kept)
+    assert seen == [tuple(kept), tuple(kept)]
 
 
 @pytest.mark.slow
@@ -1147,14 +1145,14 @@ def test_answers_reach_the_final_margin(
 
 
 def test_the_final_margin_is_of_the_fitted_models_too(
-    facts: LanguageModel, capitals: Task, mlp_mask: Mask, monkeypatch: pytest.MonkeyPatch
+    facts: LanguageModel, capitals: Task, random_few: Mask, monkeypatch: pytest.MonkeyPatch
 ):
     """A prompt counts by the higher of both, and the model that is higher on average has to get
     there; an exact quantizer's is left to the quantization margin."""
     pairs = capitals.forget.sample(48, 0)
     targets = CounterfactualTargets(facts, capitals.forget, 0)
     students = Students(facts.copy(), quantizer_set(("nf4",)), ("iq4_nl",))
-    editor = MarginEditor(LatentWeights(students, mlp_mask), pairs, targets, pairs)
+    editor = MarginEditor(LatentWeights(students, random_few), pairs, targets, pairs)
     with torch.no_grad():
         full, fitted = (
             torch.cat([model_answer_excess(m, part, targets) for part in pairs.parts(16)])
