@@ -32,11 +32,11 @@ torch.set_num_threads(1)
 
 from mansu_interp.cli import commands  # noqa: E402
 from mansu_interp.cli import main as cli  # noqa: E402
-from mansu_interp.runs import measure  # noqa: E402
+from mansu_interp.runs import erasure  # noqa: E402
 from mansu_interp.runs import run as pipeline  # noqa: E402
 from mansu_interp.utils import tensors as state  # noqa: E402
 
-measure.CAD_PAIRS = 4
+erasure.CAD_PAIRS = 4
 state.SECONDS = 0.0  # a checkpoint at every step
 SMALL = (
     "run --quiet --task capitals --out run --relearn-steps 0 --score-pairs 12 "

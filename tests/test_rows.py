@@ -22,7 +22,7 @@ from mansu_interp.cli.main import main
 from mansu_interp.errors import MansuError, TaskError
 from mansu_interp.evaluation.versions import ORIGINAL
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.runs import measure
+from mansu_interp.runs import erasure, measure
 from mansu_interp.runs import run as pipeline
 from mansu_interp.runs.config import RunConfig
 from mansu_interp.tasks.data import sources
@@ -465,7 +465,7 @@ def test_a_missing_split_says_what_to_do(facts: LanguageModel):
 
 @pytest.mark.slow
 def test_a_run_on_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "CAD_PAIRS", 4)
+    monkeypatch.setattr(erasure, "CAD_PAIRS", 4)
     bos = [{**r, "prompt": "<bos>" + r["prompt"]} for r in fact_rows()]
     path = write_jsonl(tmp_path / "mine.jsonl", bos)
     config = RunConfig(
