@@ -452,13 +452,12 @@ def test_what_was_measured_is_not_measured_again(
         with contextlib.suppress(KeyboardInterrupt):
             return run(settings(out), step)
 
-    sets = len(finished.report.scores)
-    scored = 2 * sets + 3  # the original in both precisions comes first
-    go((f"scores of {EDITED}", 3))
+    go((f"scores of {EDITED}", 3))  # of the third version, after six scores of each before it
     kept = read_json(out / "results.json")["results"]
-    assert len(kept) == did["accuracy"] == scored
+    assert len(kept) == did["accuracy"] == 15
     go((f"relearning {NEVER_TAUGHT} at 0.001", 2))
-    assert did == {"accuracy": 4 * sets - scored, "judge_erasure": 1, "relearn": 2}
+    n = len(finished.report.scores) * 4
+    assert did == {"accuracy": n - 15, "judge_erasure": 1, "relearn": 2}
     again = go()
     assert did == {"relearn": 1} and {p.name for p in out.iterdir()} == FILES
     assert again and again.report == replace(finished.report, config=again.report.config)
@@ -918,7 +917,9 @@ def test_a_card_lends_from_the_host_and_the_host_may_lack_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """8B on a card of 80 GB: relearning leaves 117 GB to the host."""
-    model = empty_model(write(tmp_path, "llama-3.1-8b"), dtype="bfloat16")
+    path = Path(write(tmp_path, "llama-3.1-8b"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    model = empty_model(str(path), dtype="bfloat16")
     job = Job(tokens=32, budget=0.0005, circuit=AttributionConfig(batch_size=8), by_layer=True)
     host = 200.0
     monkeypatch.setattr(memory, "machine_gb", lambda d: host if d.type == "cpu" else 80.0)
