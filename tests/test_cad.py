@@ -74,6 +74,7 @@ from mansu_interp.audit.verdict import (
 from mansu_interp.bench.workers import engine
 from mansu_interp.cli.commands import attack_lines
 from mansu_interp.errors import ArtifactError, ConfigError, ModelError, TaskError
+from mansu_interp.losses import descent
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.losses.advantage import answer_advantage, gradient_transfer, model_advantage
 from mansu_interp.losses.answers import nll
@@ -786,6 +787,7 @@ def trained_on(
         return nll(model, pairs)
 
     monkeypatch.setattr(relearning, "nll", record)
+    monkeypatch.setattr(descent, "nll", record)
     attack_once(model, task, arm, 1e-3, config=replace(SHORT, steps=(3,)))
     return seen
 
