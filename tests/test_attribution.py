@@ -382,6 +382,7 @@ def test_no_score_where_no_edge_exists(tiny_model: TinyModel):
     assert (found.scores[found.graph.exists] != 0).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_sums_over_many_batches_hardly_round(tiny_model: TinyModel):
     """Against float64 sums of what each pair comes to; float32 ones would be further off."""
     model, pairs = tiny_model(2), PairSet("many", make_pairs().pairs * 20)

@@ -580,6 +580,7 @@ sys.exit(__main__.main())
 """
 
 
+@pytest.mark.slow
 def test_a_polite_kill_in_the_midst_of_writing_leaves_nothing_half_written(tmp_path: Path):
     done = python("-c", KILLED, "delta", "facts", "facts", "--out", str(tmp_path / "d"))
     assert done.returncode == 130 and "interrupted" in done.stderr
@@ -594,6 +595,7 @@ def test_a_name_too_long_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert re.search("has 3.. characters, more than|Unknown|long", told), told
 
 
+@pytest.mark.slow
 def test_a_circuit_from_pairs_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Discover, attribute, view and compare, each as a command."""
     asked = "<bos>the capital of {} is"

@@ -148,6 +148,7 @@ def test_gradients_pass_the_unembedding(monkeypatch: pytest.MonkeyPatch):
         assert (got - want).abs().max() <= 2.0**-8 * want.abs().max()
 
 
+@pytest.mark.slow
 def test_gradients_are_added_up_in_float32(low: LanguageModel, few: PairSet):
     name, pairs = low.linear_names[3], list(few)[:2]
     of = {name: torch.arange(40)}
@@ -162,6 +163,7 @@ def test_gradients_are_added_up_in_float32(low: LanguageModel, few: PairSet):
     assert fisher.dtype == WIDE and bool((fisher >= 0).all())
 
 
+@pytest.mark.slow
 def test_gradients_are_near_those_of_float32(
     facts: LanguageModel, low: LanguageModel, few: PairSet
 ):
@@ -252,6 +254,7 @@ def test_what_relearns_does_so_in_float32(facts: LanguageModel, low: LanguageMod
     assert loop.student.dtype == WIDE
 
 
+@pytest.mark.slow
 def test_adversarial_relearning_and_probes_work(low: LanguageModel, capitals: Task):
     config = Mansu(steps=4, lr=0.2, batch_size=8, adversarial_steps=7, probe_weight=0.1)
     made = unlearn(low, capitals, mask_of(low), config)

@@ -624,6 +624,7 @@ def test_a_baseline_needs_no_circuit_and_no_mask(tmp_path: Path):
         run(config)
 
 
+@pytest.mark.slow
 def test_the_plan_tells_what_training_through_costs(
     facts: LanguageModel, capitals: Task, monkeypatch: pytest.MonkeyPatch
 ):
@@ -852,6 +853,7 @@ def test_tokens_of_a_plan_are_those_that_pass_through_the_models(
         assert getattr(found, name) == pytest.approx(n, rel=0.15), name
 
 
+@pytest.mark.slow
 def test_work_by_stage(facts: LanguageModel):
     task = load_task("capitals", facts, 200)
 
@@ -893,6 +895,7 @@ def test_cost_counts_a_shared_prefix_once(facts: LanguageModel):
     assert timing.cost(facts, [few, many]) == timing.cost(facts, [few]) + found
 
 
+@pytest.mark.slow
 def test_speed_leaves_the_model_as_it_was(facts: LanguageModel):
     before = tensors_sha256(facts.weights)
     config = RunConfig(model="facts", circuit=CircuitConfig(batch_size=8))

@@ -724,6 +724,7 @@ def test_the_penaltys_gradient_is_of_what_it_reads(facts: LanguageModel, capital
     assert not torch.equal(found, other[0])
 
 
+@pytest.mark.slow
 def test_what_is_read_falls(facts: LanguageModel, capitals: Task):
     """Descent on it lowers what probes of other halves read; each step draws and fits new ones."""
     model, penalty = facts.copy(), ProbePenalty(capitals, 48)
@@ -805,6 +806,7 @@ def test_a_killed_loop_ends_the_same(
         unlearn(facts, capitals, random_few, config, seed=1, resume=file)
 
 
+@pytest.mark.slow
 def test_what_comes_before_the_first_step_is_told_and_asked_once(
     facts: LanguageModel,
     capitals: Task,
@@ -1144,6 +1146,7 @@ def test_answers_reach_the_final_margin(
     assert torch.allclose(weights[0], above.clamp_min(0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_final_margin_is_of_the_fitted_models_too(
     facts: LanguageModel, capitals: Task, random_few: Mask, monkeypatch: pytest.MonkeyPatch
 ):
