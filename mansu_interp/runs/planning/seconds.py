@@ -40,6 +40,7 @@ from ...unlearning.training import Sampler
 from ..config import RunConfig, deployed
 from ..leaks import cost_tokens
 from .timing import (
+    WINDOW,
     Cost,
     Units,
     cost,
@@ -48,7 +49,6 @@ from .timing import (
     measure_rest,
     measure_scoring,
     measure_weights,
-    together,
 )
 
 CAD_PAIRS = 48
@@ -108,6 +108,11 @@ class Stages:
         return sum(self.model.weights[n].numel() for n in self.model.linear_names)
 
     @property
+    def retain(self) -> PairSet:
+        """All that must stay."""
+        return PairSet("", tuple(p for pairs in self.task.retain_sets for p in pairs))
+
+    @property
     def references(self) -> int:
         """1 where a model ships that was never taught the facts."""
         return int(has_reference(self.task, self.model))
@@ -147,8 +152,7 @@ class Stages:
             return Units()
         forget = by_chunks(task.forget.sample(MASK_PAIRS, seed), GRADIENT_BATCH)
         held = [s.sample(MASK_PAIRS, seed) for s in task.retain_sets]
-        everything = PairSet("", tuple(p for s in task.retain_sets for p in s))
-        fisher = list(everything.sample(MASK_PAIRS, seed).parts(FISHER_BATCH))
+        fisher = list(self.retain.sample(MASK_PAIRS, seed).parts(FISHER_BATCH))
         retain = [part for s in held for part in by_chunks(s, GRADIENT_BATCH)]
         known = self.targets() + self.ask(part for s in held for part in by_chunks(s, BATCH))
         slopes = self.ask([*forget, *fisher, *retain]).both
@@ -172,8 +176,7 @@ class Stages:
         if task.retain_unscored:
             found += self.ask(by_chunks(task.retain_unscored, BATCH)).forward
         if method.projection:
-            retain = PairSet("", tuple(p for s in task.retain_sets for p in s))
-            some = retain.sample(FISHER_PAIRS, self.config.seed)
+            some = self.retain.sample(FISHER_PAIRS, self.config.seed)
             found += self.ask(some.parts(FISHER_BATCH)).both
         # The floor looks at whole units in which a candidate lies.
         weight = self.model.weights[self.model.linear_names[0]]
@@ -216,14 +219,11 @@ class Stages:
 
     def _margins(self, method: Mansu) -> Units:
         """All margin edits, after the last step."""
-        forget, retain = self.task.forget, PairSet("", tuple(
-            p for s in self.task.retain_sets for p in s
-        ))  # fmt: skip
         # Every round: the answers of the models looked at, and one's slope of them and of those
         # retained; a last look.
         forgotten, retained = (
             self.ask(by_chunks(x.sample(margins.PAIRS, self.config.seed), margins.BATCH))
-            for x in (forget, retain)
+            for x in (self.task.forget, self.retain)
         )
         total = Units()
         for models, asked in (
@@ -240,7 +240,7 @@ class Stages:
         sets = [s for by in self.task.scored["unseen"].values() for s in by.values()]
         asked = self.ask(part for s in sets for part in s.parts(BATCH))
         texts = self.task.text.get("unseen", ())
-        text = sum(min(len(t), 128) for t in texts)
+        text = sum(min(len(t), WINDOW) for t in texts)
         formats = len(deployed(self.config))
         models = 2 * (1 + formats)
         one = asked.forward + Units(read=text, kept=len(sets) + bool(texts))
@@ -327,7 +327,7 @@ def measure_speed(config: RunConfig, model: LanguageModel, task: Task) -> tuple[
     passed = measure_passes(model, task)
     lower = precision != "fp32" and model.dtype == torch.float32
     training = measure_passes(model, task, precision) if lower else passed
-    return together(passed, *rest), together(training, *rest)
+    return sum(rest, passed), sum(rest, training)
 
 
 def stage_seconds(config: RunConfig, model: LanguageModel, task: Task) -> dict[str, float]:

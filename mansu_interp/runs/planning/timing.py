@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -126,7 +126,7 @@ class Cost:
 
 def cost(model: LanguageModel, parts: Sequence[Sequence[Pair]]) -> Cost:
     """What it takes to ask for the answers of some pairs, each part in one pass: of a prefix that
-    is long enough (`LanguageModel.shared_prefix`) a call of its own."""
+    is long enough (`LanguageModel.shares`) a call of its own."""
     calls, tokens, prefixes = 0, 0, 0
     for part in parts:
         prompts = [p.clean for p in part]
@@ -322,8 +322,3 @@ def measure_rest(model: LanguageModel, probed: int, record: Mapping[str, object]
         crossed=fastest(lambda: ((x @ x.T) * (x @ x.T)).sum().item()) / (2 * probed**2 * width),
         kept=2 * kept,  # the results and the record of the run's files
     )
-
-
-def together(*speeds: Units) -> Units:
-    """Several measurements as one."""
-    return Units(**{f.name: sum(getattr(s, f.name) for s in speeds) for f in fields(Units)})
