@@ -16,6 +16,7 @@ from mansu_interp.cli.settings import EvaluateConfig
 from mansu_interp.errors import ConfigError, ModelError
 from mansu_interp.evaluation.packed import beside_engine, load_quantized, stored_codes
 from mansu_interp.losses.accuracy import accuracy
+from mansu_interp.masks.floor import floor
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.models.load import load_model
 from mansu_interp.quantizers.registry import get_quantizer
@@ -75,6 +76,26 @@ def test_torchao_has_the_codes_of_float32_weights(facts: LanguageModel, name: st
         engine.check_finite()
         found, expected = (m.all_logits(tokens) for m in (engine, quantize(model, name)))
         assert (found - expected).norm() < (0.1 if most else 1e-3) * expected.norm()
+
+
+def test_edits_survive_as_torchao_loads_them(facts: LanguageModel, tmp_path: Path):
+    """In the checkpoint's bfloat16, which is not the arithmetic of `Quantizer.cells`."""
+    edited, names = facts.copy(), facts.linear_names[1:4]
+    moves = {}
+    for n in names:
+        weight = edited.weights[n]
+        where = floor(weight, TORCHAO, facts.saved_dtype)
+        draws = torch.rand(2, weight.numel(), generator=torch.Generator().manual_seed(0))
+        value = torch.where(draws[0] < 0.5, where.up, where.down)
+        moves[n] = (draws[1] < 0.1) & ~value.isnan()
+        weight.copy_(torch.where(moves[n], value, weight.flatten()).view_as(weight))
+    edited.save(tmp_path / "edited")
+    after = load_model(tmp_path / "edited")
+    for name in TORCHAO:
+        both = [load_quantized(model, name) for model in (facts, after)]
+        for n in facts.linear_names[:5]:
+            before, now = (stored_codes(engine, name, n) for engine in both)
+            assert torch.equal(before != now, moves.get(n, torch.zeros(len(now)).bool())), name
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8", "hqq", "int4-g32"])

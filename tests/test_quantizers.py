@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from functools import lru_cache
@@ -39,6 +40,7 @@ from mansu_interp.utils.shipped import ENGINES, quantizer_names
 with quiet():  # tells which of its kernels do not load
     from torchao.prototype.mx_formats import mx_tensor, nvfp4_tensor
     from torchao.prototype.mx_formats.kernels import unpack_uint4
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quant_primitives, quantize_
     from transformers import LlamaConfig, LlamaForCausalLM
 
 NF = NF4()
@@ -426,19 +428,25 @@ def test_a_value_may_rise_within_mxfp4_s_exponent_alone():
     assert torch.equal(q.cells(weight).scale, 2 * before.scale)
 
 
+def w4a16_codes(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of compressed-tensors, in the weight's dtype."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize as rounded
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group)
+    low, high = (getattr(weight.view(len(weight), -1, group), f)(-1) for f in ("amin", "amax"))
+    scale, zero = calculate_qparams(low, high, args)
+    return rounded(weight, scale, zero, args).flatten().long() + 8, scale
+
+
 @pytest.mark.parametrize("kind", ["normal", "ties", "negative extreme", "many sizes"])
 def test_w4a16_of_compressed_tensors_is_symmetric_int4(kind: str):
     """Where its code of an extreme is another, which no edit touches: it divides by the scale, and
     an extreme lies on a tie."""
-    ct = pytest.importorskip("compressed_tensors.quantization", reason="needs compressed-tensors")
-    from compressed_tensors.quantization.lifecycle.forward import quantize as rounded
-    from compressed_tensors.quantization.utils import calculate_qparams
-
+    pytest.importorskip("compressed_tensors.quantization", reason="needs compressed-tensors")
     weight = made_weights(kind, torch.float32)
-    args = ct.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=128)
-    low, high = (getattr(weight.view(len(weight), -1, 128), f)(-1) for f in ("amin", "amax"))
-    scale, zero = calculate_qparams(low, high, args)
-    codes = rounded(weight, scale, zero, args).flatten().long() + 8
+    codes, scale = w4a16_codes(weight, 128)
     cells = get_quantizer("int4-sym-g128").cells(weight)
     assert torch.equal(codes[~cells.sets_scale], cells.codes[~cells.sets_scale])
     assert torch.equal(scale.flatten(), cells.scale.view(-1, 128)[:, 0])
@@ -470,6 +478,88 @@ def test_what_the_floor_admits_survives(names: tuple[str, ...], dtype: torch.dty
         a, b = weight.to(kind).float(), after.to(kind).float()
         for name in names:
             assert torch.equal(reference_codes(name, a) != reference_codes(name, b), moves), name
+
+
+NARROW = (
+    "int4-g32",
+    "int4-g128",
+    "int4-sym-g32",
+    "int4-sym-g128",
+    "torchao-int4-g64",
+    "quanto-int4",
+)
+
+
+def narrow_reference(name: str, weight: Tensor) -> list[Tensor]:
+    """Codes of the libraries that compute in the dtype of a weight, a higher one for a higher
+    value; torchao's integer ones as its tensor subclass stores them in a layer."""
+    if name == "quanto-int4":
+        return [reference_codes(name, weight)]
+    quantizer = get_quantizer(name)
+    assert isinstance(quantizer, Int4)
+    if quantizer.rule == "tinygemm":
+        block, limits = (1, quantizer.group), (torch.uint8, 0, 15)
+        params = quant_primitives._choose_qparams_affine_tinygemm(
+            weight, quant_primitives.MappingType.ASYMMETRIC, block, *limits
+        )
+        codes = quant_primitives._quantize_affine_tinygemm(weight, block, *params, *limits)
+        return [codes.flatten()]
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False, dtype=weight.dtype)
+    layer.weight.data.copy_(weight)
+    kinds = quant_primitives.MappingType
+    quantize_(
+        layer,
+        IntxWeightOnlyConfig(
+            torch.int4,
+            granularity=PerGroup(quantizer.group),
+            mapping_type=kinds.SYMMETRIC if quantizer.rule == "sym" else kinds.ASYMMETRIC,
+        ),
+    )
+    found = [layer.weight.qdata.flatten().long() + 8]
+    if quantizer.rule == "sym" and importlib.util.find_spec("compressed_tensors"):
+        found.append(w4a16_codes(weight, quantizer.group)[0])
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_codes_are_those_of_the_library(name: str, kind: str, dtype: torch.dtype):
+    """Of every element, and of other values of those that set no scale."""
+    weight = made_weights(kind, dtype)
+    grids = get_quantizer(name).narrow_cells(weight, dtype)
+    for cells, reference in zip(grids, narrow_reference(name, weight.to(dtype)), strict=False):
+        assert torch.equal(cells.codes[~cells.sets_scale], reference[~cells.sets_scale].long())
+    free = ~grids[0].sets_scale
+    draws = torch.rand(weight.numel(), generator=torch.Generator().manual_seed(2))
+    other = (grids[0].lowest + draws * (grids[0].highest - grids[0].lowest)).to(dtype).float()
+    other = torch.where(free, other, weight.flatten())
+    after = other.view_as(weight).to(dtype)
+    for cells, reference in zip(grids, narrow_reference(name, after), strict=False):
+        assert torch.equal(cells.encode(other)[free], reference[free].long())
+        up = other > weight.flatten()
+        assert torch.equal(cells.leaves(other, up)[free], (reference.long() != cells.codes)[free])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("names", [*((n,) for n in NARROW), ("nf4", *NARROW[:2], "q4_0", "mxfp4")])
+def test_what_the_floor_admits_survives_in_the_library_s_own_arithmetic(
+    names: tuple[str, ...], dtype: torch.dtype
+):
+    """torchao, compressed-tensors and optimum-quanto compute in the dtype that a checkpoint is
+    loaded in: one edit in some hundred was lost there, as values near a boundary fell back."""
+    weight = made_weights("normal", dtype, width=1024)
+    where, generator = floor(weight, names, dtype), torch.Generator().manual_seed(1)
+    up, edited = torch.rand(2, weight.numel(), generator=generator).gt(0.5)
+    value = torch.where(up, where.up, where.down)
+    moves = edited & ~value.isnan()
+    assert moves.float().mean() > 0.2
+    after = torch.where(moves, value, weight.flatten()).view_as(weight)
+    for kind in DTYPES[1:]:
+        for name in (n for n in names if n in NARROW):
+            both = (narrow_reference(name, w.to(kind)) for w in (weight, after))
+            for a, b in zip(*both, strict=True):
+                assert torch.equal(a != b, moves), (name, kind)
 
 
 @pytest.mark.parametrize("width", [64, 128, 160, 192, 200, 256, 320, 576])

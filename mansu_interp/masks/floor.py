@@ -10,7 +10,8 @@ half a finer cell at most. With several quantizers `rounding` chooses anew among
 
 Every condition is checked on the values as the checkpoint stores them, and again with original and
 edit both rounded to bfloat16 and to float16: the guarantee also holds between the two checkpoints
-saved again in either.
+saved again in either. Where a quantizer's library computes in the dtype that it is given, rather
+than in float32, that arithmetic is one more quantizer to survive (`Quantizer.narrow_cells`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..quantizers.base import Cells, Quantizer, as_units, in_parts
+from ..quantizers.base import Cells, NarrowCells, Quantizer, as_units, in_parts
 from ..quantizers.registry import QUANTIZERS, get_quantizer
 
 Set = Sequence[Quantizer | str] | Quantizer | str
@@ -134,8 +135,8 @@ class Floor:
 
 @dataclass(frozen=True)
 class _Grids:
-    """The cells of some elements in every quantizer of the set and every dtype, and how far an edit
-    may reach."""
+    """The cells of some elements in every quantizer of the set, every dtype and every arithmetic of
+    it, and how far an edit may reach."""
 
     each: list[tuple[torch.dtype, Cells]]
     lowest: Float[Tensor, " n"]
@@ -157,6 +158,8 @@ class _Grids:
         for kind in dict.fromkeys((dtype, *narrow)):
             stored = weight.detach().to(kind).float()
             cells = [q.cells(stored) for q in quantizers]
+            if kind != torch.float32:
+                cells += [c for q in quantizers for c in q.narrow_cells(stored, kind)]
             each += [(kind, c if index is None else c[index]) for c in cells]
         lows = (g.lowest + ROUNDING * g.lowest.abs() for _, g in each)
         highs = (g.highest - ROUNDING * g.highest.abs() for _, g in each)
@@ -220,7 +223,7 @@ def floor(
 
 def _floor(grids: _Grids) -> Floor:
     """The floor of the elements of some grids."""
-    own = [g for kind, g in grids.each if kind == grids.dtype]
+    own = [g for kind, g in grids.each if kind == grids.dtype and not isinstance(g, NarrowCells)]
     return Floor(
         up=grids.nearest(True),
         down=grids.nearest(False),

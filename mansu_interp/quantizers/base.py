@@ -58,14 +58,18 @@ class Cells:
 
     def __getitem__(self, index: Int[Tensor, " m"]) -> Cells:
         """The cells of some elements."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "levels"}
-        return replace(self, **{k: v[index] for k, v in parts.items()})
+        return replace(self, **{k: v[index] for k, v in self._by_element().items()})
+
+    def _by_element(self) -> dict[str, Tensor]:
+        """The fields that hold a number for each element."""
+        all_of_them = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "levels"}
+        return {name: x for name, x in all_of_them.items() if isinstance(x, Tensor)}
 
     @classmethod
     def join(cls, some: Sequence[Cells]) -> Cells:
         """The cells of several weights, one after another, in the same quantizer."""
-        names = [f.name for f in fields(cls) if f.name != "levels"]
-        return replace(some[0], **{n: torch.cat([getattr(c, n) for c in some]) for n in names})
+        parts = [c._by_element() for c in some]
+        return replace(some[0], **{n: torch.cat([p[n] for p in parts]) for n in parts[0]})
 
     def encode(self, values: Float[Tensor, "*several n"]) -> Int[Tensor, "*several n"]:
         """Codes that other values would get, group scales unchanged.
@@ -102,6 +106,32 @@ class Cells:
         return self._edges[(codes + 1).clamp(0, len(self.levels))] * self.scale + self.offset
 
 
+@dataclass(frozen=True)
+class NarrowCells(Cells):
+    """Cells of a library that computes in the dtype of the checkpoint: a scale, and what comes out
+    of a division by it, are rounded to that, so that values near a boundary may fall to the other
+    side of it. ``code = round((value - origin) / scale) + zero``, each operation in ``dtype``."""
+
+    dtype: torch.dtype
+    origin: Float[Tensor, " n"]
+    zero: Float[Tensor, " n"]
+    multiplies: bool
+    """Whether the library multiplies by the reciprocal of the scale, which is rounded as well."""
+
+    def encode(self, values: Float[Tensor, "*several n"]) -> Int[Tensor, "*several n"]:
+        """As the library does."""
+        x, by = values.to(self.dtype) - self.origin.to(self.dtype), self.scale.to(self.dtype)
+        units = (x * (1.0 / by) if self.multiplies else x / by).round().float() + self.zero
+        return units.clamp(0, len(self.levels) - 1).long()
+
+    def leaves(
+        self, values: Float[Tensor, " n"], up: Bool[Tensor, " n"] | Bool[Tensor, ""]
+    ) -> Bool[Tensor, " n"]:
+        """See `Cells.leaves`."""
+        code = self.encode(values)
+        return torch.where(up, code > self.codes, code < self.codes)
+
+
 class Quantizer(ABC):
     """A post-training quantizer of weights in the deployed ``[out, in]`` layout."""
 
@@ -128,6 +158,14 @@ class Quantizer(ABC):
     @abstractmethod
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
         """Codes, grid and scale setters of a weight, code for code those of the library."""
+
+    def narrow_cells(
+        self, weight: Float[Tensor, "out in"], dtype: torch.dtype
+    ) -> Sequence[NarrowCells]:
+        """Cells of a weight stored in a narrow dtype as the libraries have them that compute in
+        that; none of a quantizer whose library widens the weight first, so that `cells` says all.
+        """
+        return ()
 
     @abstractmethod
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -236,15 +274,45 @@ def affine(
         highest: likewise from above.
     """
 
-    def each(parameter: Float[Tensor, "groups 1"]) -> Float[Tensor, " n"]:
-        return parameter.float().expand_as(codes).flatten()
-
     return Cells(
         codes=codes.long().flatten(),
-        scale=each(scale),
+        scale=_each(scale, codes),
         sets_scale=sets.flatten(),
         levels=levels.to(codes.device),
-        offset=each(offset),
-        lowest=each(lowest),
-        highest=each(highest),
+        offset=_each(offset, codes),
+        lowest=_each(lowest, codes),
+        highest=_each(highest, codes),
     )
+
+
+def narrowed(
+    cells: Cells,
+    x: Float[Tensor, "groups size"],
+    *,
+    scale: Float[Tensor, "groups 1"],
+    origin: Float[Tensor, "groups 1"] | None = None,
+    zero: Float[Tensor, "groups 1"] | None = None,
+    multiplies: bool = False,
+) -> NarrowCells:
+    """Cells of a library that computes in the dtype of ``x``, by group.
+
+    Arguments:
+        cells: the same in float32: which elements set a scale, and a group's extremes, do not
+            depend on how it is computed.
+        x: the values.
+        scale: see `NarrowCells`, like the others; a missing one is 0.
+    """
+    grid, start, zeros = (
+        _each(torch.zeros_like(scale) if p is None else p, x) for p in (scale, origin, zero)
+    )
+    same = {f.name: getattr(cells, f.name) for f in fields(cells)}
+    same |= {"scale": grid, "offset": start - zeros * grid}
+    found = NarrowCells(**same, dtype=x.dtype, origin=start, zero=zeros, multiplies=multiplies)
+    return replace(found, codes=found.encode(x.flatten().float()))
+
+
+def _each(
+    parameter: Float[Tensor, "groups 1"], elements: Shaped[Tensor, "groups size"]
+) -> Float[Tensor, " n"]:
+    """A group's parameter for each of its elements, in float32."""
+    return parameter.float().expand_as(elements).flatten()

@@ -12,8 +12,8 @@ one of the tensor, which takes its absmax to 6 x 448. With one level the scale o
 and groups whose absmax is below 6 x 2 ** -6 share the smallest scale: torchao makes no subnormal
 ones. Weights alone: engines that round activations to four bits as well round more.
 
-The weight is widened to float32 first; torchao given a bfloat16 weight also rounds its scale to
-bfloat16, which can send a value near a boundary to the other side.
+The weight is widened to float32 first. Given one in bfloat16, torchao computes INT4 in that, and so
+does compressed-tensors: `Int4.narrow_cells`, in which an edit has to survive as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from ..utils.libraries import library
-from .base import E2M1, E2M1_LEVELS, Cells, Quantizer, affine, divided, e2m1_codes, grouped
+from .base import (
+    E2M1,
+    E2M1_LEVELS,
+    Cells,
+    NarrowCells,
+    Quantizer,
+    affine,
+    divided,
+    e2m1_codes,
+    grouped,
+    narrowed,
+)
 
 TINY = torch.finfo(torch.float32).smallest_normal
 
@@ -97,6 +108,31 @@ class Int4(Quantizer):
             lowest=low,
             highest=high,
         )
+
+    def narrow_cells(
+        self, weight: Float[Tensor, "out in"], dtype: torch.dtype
+    ) -> tuple[NarrowCells, ...]:
+        """See `Quantizer.narrow_cells`: torchao's, and of symmetric ones also compressed-tensors'
+        (W4A16), which divides where torchao multiplies."""
+        wide, x = self.cells(weight), grouped(weight, self.group).to(dtype)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        tiny = torch.finfo(dtype).smallest_normal
+        if self.rule == "sym":
+            scale = divided(torch.maximum(-low, high), 7.5)
+            zero = torch.full_like(scale, 8.0)
+            held = torch.where(scale > 0, scale, torch.finfo(dtype).eps)
+            return (
+                narrowed(wide, x, scale=scale.clamp(min=tiny), zero=zero, multiplies=True),
+                narrowed(wide, x, scale=held, zero=zero),
+            )
+        if self.rule == "tinygemm":
+            scale = divided(high - low, 15.0).clamp(min=tiny)
+            lowest = (low + scale * 8) - scale * 8  # rounded twice: what it keeps is the middle
+            return (narrowed(wide, x, scale=scale, origin=lowest),)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = divided(high - low, 15.0).clamp(min=tiny)
+        zero = (-torch.round(low / scale)).clamp(0, 15)
+        return (narrowed(wide, x, scale=scale, zero=zero, multiplies=True),)
 
     def library_codes(
         self, weight: Float[Tensor, "out in"]
