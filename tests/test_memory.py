@@ -100,8 +100,7 @@ def test_memory_is_linear_in_the_number_of_layers():
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", (*HELD, *RESTING))
 def test_sizes_that_one_card_holds(stage: str):
-    """8B in 80 GB and 1B in 12 (of which relearning takes 14, most for the step of its embedding),
-    with what a process takes besides, four quantizers to survive."""
-    for shape, gb in (("8B", 80), ("1B", 14 if stage == "relearning" else 12)):
+    """8B in 80 GB and 1B in 12, with what a process takes besides, four quantizers to survive."""
+    for shape, gb in (("8B", 80), ("1B", 12)):
         tracked, planned = whole(shape, stage, card=stage in RESTING)
         assert max(tracked, planned) + memory.PROCESS < gb

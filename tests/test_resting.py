@@ -67,6 +67,23 @@ def test_moments_that_rest_change_no_bit(
     assert not all(torch.equal(w, model.weights[n]) for n, w in found.items())
 
 
+@pytest.mark.parametrize("optimiser", ["adam", "sgd"])
+@pytest.mark.parametrize("rest", [False, True])
+def test_a_large_weight_takes_its_step_in_parts(
+    moved: list[tuple[str, int]], optimiser: str, rest: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if not rest:
+        monkeypatch.setattr(relearning, "free_bytes", lambda _: float("inf"))
+    model = make_tiny(2)
+    wanted = steps(model, optimiser)
+    moved.clear()
+    monkeypatch.setattr(descent, "STEP", 100)
+    found = steps(model, optimiser)
+    assert all(torch.equal(w, wanted[n]) for n, w in found.items())
+    assert bool(moved) == rest
+    assert all(n <= 100 for name, n in moved if name.startswith("descent."))
+
+
 def test_activations_that_rest_change_no_bit(moved: list[tuple[str, int]]):
     model, pairs = make_tiny(2), list(make_pairs())
     found: list[list[torch.Tensor]] = []

@@ -16,21 +16,31 @@ WIDE = 4
 """Bytes of a number in float32, in which a copy is trained."""
 
 
-class Optimisers(dict[Tensor, torch.optim.Optimizer]):
-    """An optimiser for each weight."""
+STEP = 2**25
+"""Elements of a weight that take a step together: an optimiser makes some tensors as large."""
+
+
+class Optimisers(dict[Tensor, list[torch.optim.Optimizer]]):
+    """The optimisers of each weight: one of every `STEP` elements."""
 
     rest = False
     """Whether moments, and what a forward pass keeps, rest in the host's memory (`resting`)."""
 
 
 def make_optimisers(name: str, model: LanguageModel, rate: float) -> Optimisers:
-    """The attacker's optimiser, for each weight of a model apart."""
-    return Optimisers({w: make_optimiser(name, [w], rate) for w in model.weights.values()})
+    """The attacker's optimiser, for each weight of a model apart, and for parts of large ones."""
+    weights = model.weights.values()
+    return Optimisers({w: [make_optimiser(name, [p], rate) for p in _parts(w)] for w in weights})
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Views of a weight's elements, some at a time."""
+    return weight.detach().view(-1).split(STEP)
 
 
 def room(model: LanguageModel, tokens: float, longest: float) -> float:
-    """Bytes that fine-tuning takes besides the copy that is trained: two moments, the step of one
-    weight, and what a forward pass keeps.
+    """Bytes that fine-tuning takes besides the copy that is trained: two moments, one weight's
+    gradient and step, and what a forward pass keeps.
 
     Arguments:
         model: its weights are not read.
@@ -39,21 +49,27 @@ def room(model: LanguageModel, tokens: float, longest: float) -> float:
     """
     largest = max(w.numel() for w in model.weights.values())
     kept = activation_bytes(model, longest, WIDE) * tokens
-    return WIDE * (2 * model.n_parameters + 3 * largest) + kept
+    return WIDE * (2 * model.n_parameters + largest + 2 * min(largest, STEP)) + kept
 
 
 def descend(model: LanguageModel, optimisers: Optimisers, pairs: list[Pair]) -> None:
     """One step of fine-tuning on the answers of some pairs, in place; each weight takes it as soon
     as its gradient is whole, so that memory holds one gradient at a time."""
 
-    def moments(w: Tensor) -> list[Tensor]:
-        return [t for t in optimisers[w].state[w].values() if t.ndim] if optimisers.rest else []
+    def moments(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+        state = [t for each in optimiser.state.values() for t in each.values()]
+        return [t for t in state if t.ndim] if optimisers.rest else []
 
     def take(w: Tensor) -> None:
-        to_device(moments(w), w.device)
-        optimisers[w].step()
-        w.grad = None
-        to_host(moments(w))
+        assert w.grad is not None
+        whole, w.grad = w.grad.reshape(-1), None
+        for optimiser, part, grad in zip(optimisers[w], _parts(w), whole.split(STEP), strict=True):
+            (own,) = optimiser.param_groups[0]["params"]
+            own.data, own.grad = part, grad
+            to_device(moments(optimiser), w.device)
+            optimiser.step()
+            own.grad = None
+            to_host(moments(optimiser))
 
     hooks = []
     try:

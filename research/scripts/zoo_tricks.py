@@ -35,7 +35,7 @@ from mansu_interp.audit.probes import answer_rows, last_states, linear_map
 from mansu_interp.audit.relearning import batches, halves, of_subjects
 from mansu_interp.losses.answers import nll
 from mansu_interp.losses.counterfactual import CounterfactualTargets, counterfactual_loss
-from mansu_interp.losses.descent import Optimisers, descend
+from mansu_interp.losses.descent import descend, make_optimisers
 from mansu_interp.losses.gradients import gradient
 from mansu_interp.masks.components import subject_tokens
 from mansu_interp.models.language_model import LanguageModel
@@ -153,7 +153,7 @@ def taught(
     """Taught the forget facts, or those of a share of the subjects."""
     some = some_subjects(task, seed, share)
     out, supply = model.copy(), batches(list(of_subjects(task.forget, some)), 48, seed)
-    optimisers = Optimisers({w: torch.optim.Adam([w], lr=1e-3) for w in out.weights.values()})
+    optimisers = make_optimisers("adam", out, 1e-3)
     for _ in range(steps):
         descend(out, optimisers, next(supply))
     return out

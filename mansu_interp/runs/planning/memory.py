@@ -15,7 +15,7 @@ from ...audit.config import RelearnConfig
 from ...audit.linearized import step_room
 from ...circuits.config import AttributionConfig, fit_memory
 from ...errors import ResourceError
-from ...losses.descent import WIDE, room
+from ...losses.descent import STEP, WIDE, room
 from ...losses.gradients import PACK, by_layer
 from ...losses.resting import activation_bytes
 from ...masks.select import POOL
@@ -140,7 +140,7 @@ def stages(model: LanguageModel, job: Job) -> list[Stage]:
         # Of the attack there are a gradient, its moments and its step, and what one layer keeps.
         layer = activation_bytes(model, batched, WIDE) * batch / model.architecture.n_layers
         largest = max(w.numel() for w in model.weights.values())
-        least["relearning"] = whole + copy + 5 * WIDE * largest + layer
+        least["relearning"] = whole + copy + WIDE * (largest + 4 * min(largest, STEP)) + layer
         found.append(("judging erasure", kept + copy + judging))
         judged = judging - layer * (model.architecture.n_layers - 1)
         least["judging erasure"] = copy + max(whole, judged)
