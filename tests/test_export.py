@@ -59,6 +59,7 @@ from mansu_interp.models.load import EMBEDDED, load_model
 from mansu_interp.quantizers.gguf import EXACT, MIXES, gguf_names
 from mansu_interp.quantizers.registry import get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
+from mansu_interp.quantizers.torchao import Int4
 from mansu_interp.report.card import model_card
 from mansu_interp.utils import hub
 from mansu_interp.utils.files import atomic_folder
@@ -739,6 +740,35 @@ def test_an_edit_in_a_row_of_zeros(facts: LanguageModel):
     after.weights[facts.embedding_name][5, 0] = 0.5
     row = verify(before, after, SET).embedding["nf4"]
     assert (row.edited, row.update_over_bin) == (1, None)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_libraries_that_compute_in_the_checkpoint_s_dtype_are_asked(
+    facts: LanguageModel, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """Of edits that the floor made for float32 alone some are lost there."""
+    names, first = ("nf4", "torchao-int4-g128"), facts.linear_names[2]
+    before = replace(facts.copy(), saved_dtype=stored)
+
+    def edited() -> LanguageModel:
+        after = before.copy()
+        up = floor(after.weights[first], names, stored).up
+        put = after.weights[first].view(-1)
+        put.copy_(torch.where(up.isnan() | (torch.arange(len(up)) % 3 > 0), put, up))
+        return after
+
+    good = verify(before, edited(), names)
+    narrow = "torchao-int4-g128 in bfloat16"
+    assert good.holds and list(good.rows) == [*names, *([narrow] * (stored == torch.bfloat16))]
+    monkeypatch.setattr(Int4, "narrow_cells", lambda *_: ())
+    bad = edited()
+    monkeypatch.undo()
+    found = verify(before, bad, names)
+    assert all(found.rows[n].survived == found.rows[n].edited > 1000 for n in names)
+    if stored == torch.bfloat16:
+        row = found.rows[narrow]
+        assert 0 < row.edited - row.survived < 0.05 * row.edited and not row.collateral
+        assert not found.holds and found.status == 3
 
 
 @pytest.mark.parametrize("part", ["ledger.safetensors", "mask.safetensors"])

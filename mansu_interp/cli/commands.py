@@ -156,12 +156,11 @@ def do_verify(config: VerifyConfig, output: Output) -> int:
         mask = Mask.load(config.mask) if config.mask else None
         original, edited = load_model(config.original), load_model(checkpoint_of(config.edited))
         found = verify(original, edited, config.survive, ledger, mask)
-    say(f"{'quantizer':18}{'edited':>10}{'survived':>10}{'collateral':>12}")
-    for name, row in found.rows.items():
-        say(f"{name:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
-    for name, row in found.embedding.items():
-        label = f"{name}, embedding"
-        say(f"{label:18}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
+    rows = found.rows | {f"{name}, embedding": row for name, row in found.embedding.items()}
+    wide = max(18, *(len(name) + 1 for name in rows))
+    say(f"{'quantizer':{wide}}{'edited':>10}{'survived':>10}{'collateral':>12}")
+    for name, row in rows.items():
+        say(f"{name:{wide}}{row.edited:>10}{row.survived:>10}{row.collateral:>12}")
     if found.outside:
         outside = number_of(found.outside, "value")
         say(f"{outside} changed outside the linear layers and the embedding.")
