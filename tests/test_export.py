@@ -760,7 +760,7 @@ def test_libraries_that_compute_in_the_checkpoint_s_dtype_are_asked(
     good = verify(before, edited(), names)
     narrow = "torchao-int4-g128 in bfloat16"
     assert good.holds and list(good.rows) == [*names, *([narrow] * (stored == torch.bfloat16))]
-    monkeypatch.setattr(Int4, "narrow_cells", lambda *_: ())
+    monkeypatch.setattr(Int4, "elsewhere", lambda *_: {})
     bad = edited()
     monkeypatch.undo()
     found = verify(before, bad, names)

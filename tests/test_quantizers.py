@@ -416,6 +416,63 @@ def test_nvfp4_of_llama_cpp_differs_in_ties_and_small_groups_alone(kind: str, si
     assert torch.equal(stored.flatten()[absmax / 6 < 2.0**-6], expected[absmax / 6 < 2.0**-6])
 
 
+def test_mxfp4_of_compressed_tensors_has_the_next_scale_from_7_units_on():
+    """What vLLM loads: by hand, and ties to the even level."""
+    weight = torch.zeros(4, 32)
+    weight[:, 0] = torch.tensor([6.9, 7.0, -7.5, 8.0])
+    weight[:, 1:5] = torch.tensor([5.0, 3.5, 0.25, -2.5])
+    quantizer = get_quantizer("mxfp4")
+    cells = quantizer.elsewhere(weight, torch.float32)["compressed-tensors"]
+    assert cells.scale.view(4, 32)[:, 0].tolist() == [1.0, 2.0, 2.0, 2.0]
+    assert quantizer.cells(weight).scale.view(4, 32)[:, 0].tolist() == [1.0, 1.0, 1.0, 2.0]
+    assert cells.highest.view(4, 32)[:, 0].tolist() == [7.0, 14.0, 14.0, 14.0]
+    restored = cells.value(cells.codes).view(4, 32)[:, :5]
+    assert restored[0].tolist() == [6.0, 4.0, 4.0, 0.0, -2.0]
+    assert restored[1].tolist() == [8.0, 4.0, 4.0, 0.0, -2.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", VALUES)
+def test_mxfp4_elsewhere_is_that_of_compressed_tensors(kind: str, dtype: torch.dtype):
+    codes = (
+        pytest.importorskip("compressed_tensors", reason="needs compressed-tensors") and mxfp4a16
+    )
+    weight = made_weights(kind, dtype)
+    cells = get_quantizer("mxfp4").elsewhere(weight, dtype)["compressed-tensors"]
+    restored, scale = codes(weight)
+    some = cells.scale > 0
+    assert torch.equal(cells.scale[some], scale[some])
+    assert torch.equal(cells.value(cells.codes)[some], restored[some])
+
+
+@pytest.mark.parametrize("names", [("mxfp4",), ("nf4", "int4-sym-g128", "mxfp4", "nvfp4")])
+def test_an_edit_that_survives_mxfp4_does_in_vllm(names: tuple[str, ...]):
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+    weight = made_weights("normal", torch.bfloat16, width=1024)
+    where, draws = floor(weight, names, torch.bfloat16), torch.Generator().manual_seed(1)
+    up, edited = torch.rand(2, weight.numel(), generator=draws).gt(0.5)
+    value = torch.where(up, where.up, where.down)
+    moves = edited & ~value.isnan()
+    after = torch.where(moves, value, weight.flatten()).view_as(weight)
+    (a, scale), (b, other) = mxfp4a16(weight), mxfp4a16(after)
+    assert moves.float().mean() > 0.2 and torch.equal(scale, other)
+    assert torch.equal(a != b, moves)
+
+
+def mxfp4a16(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What compressed-tensors restores, and the scale of every element."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = preset_name_to_scheme("MXFP4A16", ["Linear"]).weights
+    assert args is not None
+    groups = weight.unflatten(-1, (-1, 32))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    restored = fake_quantize(weight, scale, zero, args).flatten()
+    return restored, scale.float().repeat_interleave(32, -1).flatten()
+
+
 def test_a_value_may_rise_within_mxfp4_s_exponent_alone():
     """Up to 8 units the scale stays; at 8 it doubles."""
     weight = torch.full((1, 32), 0.3)
@@ -527,7 +584,7 @@ def narrow_reference(name: str, weight: Tensor) -> list[Tensor]:
 def test_narrow_codes_are_those_of_the_library(name: str, kind: str, dtype: torch.dtype):
     """Of every element, and of other values of those that set no scale."""
     weight = made_weights(kind, dtype)
-    grids = get_quantizer(name).narrow_cells(weight, dtype)
+    grids = list(get_quantizer(name).elsewhere(weight, dtype).values())
     for cells, reference in zip(grids, narrow_reference(name, weight.to(dtype)), strict=False):
         assert torch.equal(cells.codes[~cells.sets_scale], reference[~cells.sets_scale].long())
     free = ~grids[0].sets_scale

@@ -10,8 +10,8 @@ import torch
 from ..masks.floor import quantizer_set
 from ..masks.mask import Mask
 from ..models.language_model import LanguageModel
-from ..quantizers.survival import Survival, survival, survival_as_stored
-from ..utils.tensors import dtype_name, tensors_sha256
+from ..quantizers.survival import Survival, survival, survival_elsewhere
+from ..utils.tensors import tensors_sha256
 from .deployed import compare_deployed
 from .ledger import Ledger, changed_elements, check_same_shape, coded_names
 
@@ -21,8 +21,8 @@ class Verification:
     """What two checkpoints say about a promise."""
 
     rows: dict[str, Survival]
-    """Per quantizer of the set; beside it, as `int4-g32 in bfloat16`, what becomes of an edit in
-    libraries that compute in the dtype of the checkpoints."""
+    """Per quantizer of the set; then, as `int4-g32 in bfloat16`, in other libraries and in the
+    arithmetic of the checkpoints' dtype."""
     embedding: dict[str, Survival]
     """The same of the input embedding, were it quantized, too; empty if it is not edited."""
     outside: int
@@ -98,8 +98,8 @@ def verify(
     survivors = quantizer_set(names)
     rows = {q.name: survival(original, edited, q) for q in survivors}
     for q in survivors:
-        if stored := survival_as_stored(original, edited, q):
-            rows[f"{q.name} in {dtype_name(original.saved_dtype)}"] = stored
+        there = survival_elsewhere(original, edited, q)
+        rows |= {f"{q.name} {where}": row for where, row in there.items()}
     moved, coded = changed_elements(original, edited), coded_names(original)
     embedding = {}
     if moved[original.embedding_name]:

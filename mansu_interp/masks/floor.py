@@ -10,8 +10,9 @@ half a finer cell at most. With several quantizers `rounding` chooses anew among
 
 Every condition is checked on the values as the checkpoint stores them, and again with original and
 edit both rounded to bfloat16 and to float16: the guarantee also holds between the two checkpoints
-saved again in either. Where a quantizer's library computes in the dtype that it is given, rather
-than in float32, that arithmetic is one more quantizer to survive (`Quantizer.narrow_cells`).
+saved again in either. Where another library has other cells of the same format, or computes in the
+checkpoint's dtype rather than in float32, those are one more quantizer to survive
+(`Quantizer.elsewhere`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..quantizers.base import Cells, NarrowCells, Quantizer, as_units, in_parts
+from ..quantizers.base import Cells, Quantizer, as_units, in_parts
 from ..quantizers.registry import QUANTIZERS, get_quantizer
 
 Set = Sequence[Quantizer | str] | Quantizer | str
@@ -135,10 +136,13 @@ class Floor:
 
 @dataclass(frozen=True)
 class _Grids:
-    """The cells of some elements in every quantizer of the set, every dtype and every arithmetic of
-    it, and how far an edit may reach."""
+    """The cells of some elements in every quantizer of the set, every library's of it and every
+    dtype, and how far an edit may reach."""
 
+    own: tuple[Cells, ...]
+    """Those of the quantizers themselves, of the checkpoint as it is."""
     each: list[tuple[torch.dtype, Cells]]
+    """All of them."""
     lowest: Float[Tensor, " n"]
     highest: Float[Tensor, " n"]
     fixed: Bool[Tensor, " n"]
@@ -158,13 +162,14 @@ class _Grids:
         for kind in dict.fromkeys((dtype, *narrow)):
             stored = weight.detach().to(kind).float()
             cells = [q.cells(stored) for q in quantizers]
-            if kind != torch.float32:
-                cells += [c for q in quantizers for c in q.narrow_cells(stored, kind)]
+            for q in quantizers:
+                cells += q.elsewhere(stored, kind).values()
             each += [(kind, c if index is None else c[index]) for c in cells]
         lows = (g.lowest + ROUNDING * g.lowest.abs() for _, g in each)
         highs = (g.highest - ROUNDING * g.highest.abs() for _, g in each)
         fixed = (g.sets_scale | (g.scale <= 0) for _, g in each)
         return cls(
+            tuple(c for _, c in each[: len(quantizers)]),
             each,
             reduce(torch.maximum, lows),
             reduce(torch.minimum, highs),
@@ -223,15 +228,14 @@ def floor(
 
 def _floor(grids: _Grids) -> Floor:
     """The floor of the elements of some grids."""
-    own = [g for kind, g in grids.each if kind == grids.dtype and not isinstance(g, NarrowCells)]
     return Floor(
         up=grids.nearest(True),
         down=grids.nearest(False),
-        leave_up=reduce(torch.maximum, (g.edge(g.codes) for g in own)),
-        leave_down=reduce(torch.minimum, (g.edge(g.codes - 1) for g in own)),
+        leave_up=reduce(torch.maximum, (g.edge(g.codes) for g in grids.own)),
+        leave_down=reduce(torch.minimum, (g.edge(g.codes - 1) for g in grids.own)),
         lowest=grids.lowest,
         highest=grids.highest,
-        own=tuple(own),
+        own=grids.own,
         dtype=grids.dtype,
     )
 

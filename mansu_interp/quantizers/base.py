@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -159,13 +159,15 @@ class Quantizer(ABC):
     def cells(self, weight: Float[Tensor, "out in"]) -> Cells:
         """Codes, grid and scale setters of a weight, code for code those of the library."""
 
-    def narrow_cells(
-        self, weight: Float[Tensor, "out in"], dtype: torch.dtype
-    ) -> Sequence[NarrowCells]:
-        """Cells of a weight stored in a narrow dtype as the libraries have them that compute in
-        that; none of a quantizer whose library widens the weight first, so that `cells` says all.
+    def elsewhere(self, weight: Float[Tensor, "out in"], dtype: torch.dtype) -> Mapping[str, Cells]:
+        """Cells of the same format as other libraries have them, or the same one that computes in
+        the checkpoint's dtype, by a few words for where; empty if all have those of `cells`.
+
+        Arguments:
+            weight: its values, as the checkpoint stores them.
+            dtype: of the checkpoint.
         """
-        return ()
+        return {}
 
     @abstractmethod
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -316,3 +318,30 @@ def _each(
 ) -> Float[Tensor, " n"]:
     """A group's parameter for each of its elements, in float32."""
     return parameter.float().expand_as(elements).flatten()
+
+
+def mxfp4(x: Float[Tensor, "groups size"], rounds_up: float = 8.0) -> Cells:
+    """Cells of MXFP4, the scale of a group a power of two: llama.cpp's and torchao's.
+
+    Arguments:
+        x: groups of 32.
+        rounds_up: units from which on an absmax has the next power for scale. compressed-tensors
+            has 7, and sends ties to the even level.
+    """
+    absmax = x.abs().amax(1, keepdim=True)
+    # The library's float32 logarithm, rounded alike on every device. Just below a power of two it
+    # rounds up to the next exponent.
+    exponent = absmax.clamp(min=2.0**-120).double().log2().float().floor().int() - 2
+    scale = torch.where(absmax > 0, ((exponent + 127) << 23).view(torch.float32), 0.0)
+    other = rounds_up < 8
+    if other:
+        scale = torch.where(absmax >= rounds_up * scale, 2 * scale, scale)
+    return affine(
+        e2m1_codes(x, scale, even=other),
+        scale=scale,
+        offset=scale * 0,
+        levels=E2M1_LEVELS,
+        sets=x.abs() == absmax,
+        lowest=-rounds_up * scale,
+        highest=rounds_up * scale,
+    )

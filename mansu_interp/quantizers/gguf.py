@@ -8,7 +8,8 @@ Groups of 32 along a row. Codes use the float32 scale; Q formats store it rounde
 - Q4_1, Q5_1: d = (max - min) / 15 or / 31, from min;
 - Q8_0: d = absmax / 127;
 - MXFP4: `E2M1` times a power of two, 2 ** (floor(log2(absmax)) - 2). Beyond 6 units it saturates,
-  and until 8 units no element changes the scale.
+  and until 8 units no element changes the scale. compressed-tensors (vLLM) takes the next power
+  where absmax is 7 units or more (`Gguf.elsewhere`).
 
 K-quants (blocks of 256 along a row) and IQ4_NL fit their scales to every element, by llama.cpp's
 own code in the ``xllamacpp`` wheel: no promise is possible, and what survives is measured. A file
@@ -30,7 +31,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..models.language_model import LanguageModel
 from ..utils.libraries import library
-from .base import E2M1_LEVELS, Cells, Quantizer, affine, divided, e2m1_codes, grouped
+from .base import Cells, Quantizer, affine, divided, grouped, mxfp4
 
 GROUP = 32
 EXACT = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
@@ -88,7 +89,14 @@ class Gguf(Quantizer):
             return _from_extreme(x, 8 if self.name == "q4_0" else 16)
         if self.name in ("q4_1", "q5_1"):
             return _from_range(x, 15 if self.name == "q4_1" else 31)
-        return _eight_bits(x) if self.name == "q8_0" else _mxfp4(x)
+        return _eight_bits(x) if self.name == "q8_0" else mxfp4(x)
+
+    def elsewhere(self, weight: Float[Tensor, "out in"], dtype: torch.dtype) -> dict[str, Cells]:
+        """See `Quantizer.elsewhere`: MXFP4 as vLLM loads it."""
+        found = {}
+        if self.name == "mxfp4":
+            found["compressed-tensors"] = mxfp4(grouped(weight, GROUP), rounds_up=7.0)
+        return found
 
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """See `Quantizer.round_trip`."""
@@ -140,23 +148,6 @@ def _eight_bits(x: Float[Tensor, "groups size"]) -> Cells:
         sets=x.abs() == absmax,
         lowest=-absmax,
         highest=absmax,
-    )
-
-
-def _mxfp4(x: Float[Tensor, "groups size"]) -> Cells:
-    absmax = x.abs().amax(1, keepdim=True)
-    # The library's float32 logarithm, rounded alike on every device. Just below a power of two it
-    # rounds up to the next exponent.
-    exponent = absmax.clamp(min=2.0**-120).double().log2().float().floor().int() - 2
-    scale = torch.where(absmax > 0, ((exponent + 127) << 23).view(torch.float32), 0.0)
-    return affine(
-        e2m1_codes(x, scale),
-        scale=scale,
-        offset=scale * 0,
-        levels=E2M1_LEVELS,
-        sets=x.abs() == absmax,
-        lowest=-8 * scale,
-        highest=8 * scale,
     )
 
 

@@ -3,7 +3,7 @@
 scale = (max - min) / 15, code = round((x - min) / scale), value = scale x code + min. Groups are of
 128 elements; where rows do not divide into them, of 96, 64 or 32; where they divide into none, or
 have at most 128 elements, a row is one group. The weight is widened to float32 first; given one in
-bfloat16, the package computes in that: `Quanto.narrow_cells`.
+bfloat16, the package computes in that: `Quanto.elsewhere`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..utils.libraries import library
+from ..utils.tensors import dtype_name
 from .base import Cells, NarrowCells, Quantizer, affine, divided, grouped, narrowed
 
 SIZES = (128, 96, 64, 32)
@@ -51,13 +52,16 @@ class Quanto(Quantizer):
             highest=high,
         )
 
-    def narrow_cells(
+    def elsewhere(
         self, weight: Float[Tensor, "out in"], dtype: torch.dtype
-    ) -> tuple[NarrowCells, ...]:
-        """See `Quantizer.narrow_cells`."""
+    ) -> dict[str, NarrowCells]:
+        """See `Quantizer.elsewhere`."""
+        if dtype == torch.float32:
+            return {}
         x = grouped(weight, group_of(weight.shape[-1])).to(dtype)
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-        return (narrowed(self.cells(weight), x, scale=divided(high - low, 15.0), origin=low),)
+        found = narrowed(self.cells(weight), x, scale=divided(high - low, 15.0), origin=low)
+        return {f"in {dtype_name(dtype)}": found}
 
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """See `Quantizer.round_trip`. Codes are not packed into bytes and back, for which the

@@ -151,24 +151,20 @@ def survival(
 
 
 @torch.no_grad()
-def survival_as_stored(
+def survival_elsewhere(
     before: LanguageModel, after: LanguageModel, quantizer: Quantizer
-) -> Survival | None:
-    """`survival` in the arithmetic of libraries that compute in the dtype of the checkpoints,
-    scales included: an edit survives where all of them change its code, and a code that one of them
-    changes is collateral. None where the quantizer's library computes in float32, or they do.
-    """
-    dtype, edited, survived, collateral, found = before.saved_dtype, 0, 0, 0, False
-    if torch.float32 in (dtype, after.saved_dtype):
-        return None
+) -> dict[str, Survival]:
+    """`survival` in other libraries, and in the arithmetic of the checkpoints' dtype, by where (see
+    `Quantizer.elsewhere`); counts alone. Of checkpoints in two dtypes it is empty."""
+    dtype, found = before.saved_dtype, dict[str, list[int]]()
+    if after.saved_dtype != dtype:
+        return {}
     for name, of, _ in _of_both(before, after, quantizer, (), embedding=False):
         a, b = before.weights[name].cpu().float(), after.weights[name].cpu().float()
-        both = zip(of.narrow_cells(a, dtype), of.narrow_cells(b, dtype), strict=True)
-        changed = [x.codes != y.codes for x, y in both]
-        if not changed:
-            continue
-        found, moved, codes = True, (a != b).flatten(), torch.stack(changed)
-        edited += int(moved.sum())
-        survived += int((codes.all(0) & moved).sum())
-        collateral += int((codes.any(0) & ~moved).sum())
-    return Survival(edited, survived, collateral) if found else None
+        moved, then = (a != b).flatten(), of.elsewhere(b, dtype)
+        for where, cells in of.elsewhere(a, dtype).items():
+            changed = cells.codes != then[where].codes
+            counts = moved, changed & moved, changed & ~moved
+            sums = found.setdefault(where, [0, 0, 0])
+            found[where] = [x + int(y.sum()) for x, y in zip(sums, counts, strict=True)]
+    return {where: Survival(*counts) for where, counts in found.items()}

@@ -13,7 +13,7 @@ and groups whose absmax is below 6 x 2 ** -6 share the smallest scale: torchao m
 ones. Weights alone: engines that round activations to four bits as well round more.
 
 The weight is widened to float32 first. Given one in bfloat16, torchao computes INT4 in that, and so
-does compressed-tensors: `Int4.narrow_cells`, in which an edit has to survive as well.
+does compressed-tensors: `Int4.elsewhere`, where an edit has to survive as well.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from ..utils.libraries import library
+from ..utils.tensors import dtype_name
 from .base import (
     E2M1,
     E2M1_LEVELS,
@@ -109,11 +110,14 @@ class Int4(Quantizer):
             highest=high,
         )
 
-    def narrow_cells(
+    def elsewhere(
         self, weight: Float[Tensor, "out in"], dtype: torch.dtype
-    ) -> tuple[NarrowCells, ...]:
-        """See `Quantizer.narrow_cells`: torchao's, and of symmetric ones also compressed-tensors'
-        (W4A16), which divides where torchao multiplies."""
+    ) -> dict[str, NarrowCells]:
+        """See `Quantizer.elsewhere`: torchao's, and of symmetric ones also compressed-tensors'
+        (W4A16), which divides where torchao multiplies, both in a narrow dtype."""
+        if dtype == torch.float32:
+            return {}
+        where = f"in {dtype_name(dtype)}"
         wide, x = self.cells(weight), grouped(weight, self.group).to(dtype)
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         tiny = torch.finfo(dtype).smallest_normal
@@ -121,18 +125,19 @@ class Int4(Quantizer):
             scale = divided(torch.maximum(-low, high), 7.5)
             zero = torch.full_like(scale, 8.0)
             held = torch.where(scale > 0, scale, torch.finfo(dtype).eps)
-            return (
-                narrowed(wide, x, scale=scale.clamp(min=tiny), zero=zero, multiplies=True),
-                narrowed(wide, x, scale=held, zero=zero),
-            )
+            by_torchao = narrowed(wide, x, scale=scale.clamp(min=tiny), zero=zero, multiplies=True)
+            return {
+                where: by_torchao,
+                f"{where}, compressed-tensors": narrowed(wide, x, scale=held, zero=zero),
+            }
         if self.rule == "tinygemm":
             scale = divided(high - low, 15.0).clamp(min=tiny)
             lowest = (low + scale * 8) - scale * 8  # rounded twice: what it keeps is the middle
-            return (narrowed(wide, x, scale=scale, origin=lowest),)
+            return {where: narrowed(wide, x, scale=scale, origin=lowest)}
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = divided(high - low, 15.0).clamp(min=tiny)
         zero = (-torch.round(low / scale)).clamp(0, 15)
-        return (narrowed(wide, x, scale=scale, zero=zero, multiplies=True),)
+        return {where: narrowed(wide, x, scale=scale, zero=zero, multiplies=True)}
 
     def library_codes(
         self, weight: Float[Tensor, "out in"]
