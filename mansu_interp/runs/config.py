@@ -90,8 +90,14 @@ class RunConfig:
 
 
 def deployed(config: RunConfig) -> list[str]:
-    """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
+    """Quantizers that the properties are held to: nf4 and the set that the edit is to survive."""
     return list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
+
+
+def scored(config: RunConfig) -> list[str]:
+    """Quantizers after which everything is scored: those, and what is measured beside them."""
+    beside = (*config.unlearn.trained_through, *config.quantizers)
+    return list(dict.fromkeys((*deployed(config), *beside)))
 
 
 @dataclass(frozen=True)
