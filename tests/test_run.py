@@ -256,7 +256,7 @@ def test_a_finished_folder_is_refused(finished: RunResult):
 
 @pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(finished: RunResult):
-    with pytest.raises(ArtifactError, match=r"already holds another run or other files\. Name"):
+    with pytest.raises(ArtifactError, match=r"with other settings: seed was 0, now 1\. Name"):
         run(replace(settings(finished.folder), seed=1))
 
 

@@ -118,7 +118,7 @@ class PlanConfig:
     """How edges would be scored."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "survive", quantizer_names(self.survive))
+        object.__setattr__(self, "survive", quantizer_names(self.survive, "exact"))
         check_kinds(self)
         check_range(self, "tokens", at_least=1)
         if not 0 < self.budget <= 1:
