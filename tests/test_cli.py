@@ -280,7 +280,7 @@ def test_the_settings_that_differ_are_named(tmp_path: Path):
     )
     circuit, unlearn = replace(old.circuit, pairs=7), replace(old.unlearn, survive=("q4_0",))
     many = replace(one, budget=0.5, task="countries", circuit=circuit, unlearn=unlearn)
-    with pytest.raises(ArtifactError, match="budget was .*; seed was 0, now 1; and 2 more. The"):
+    with pytest.raises(ArtifactError, match=r"budget was .*; seed was 0, now 1; and 2 more\. The"):
         check_folder(many)
     nested = replace(old, circuit=circuit, unlearn=unlearn)
     was = rf'pairs was {old.circuit.pairs}, now 7; unlearn.survive was \["nf4"\], now \["q4_0"\]'

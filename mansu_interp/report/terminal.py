@@ -24,8 +24,9 @@ from ..quantizers.registry import QUANTIZERS, THROUGH
 from ..utils.files import Json, unused
 from ..utils.libraries import gguf_lacks
 from ..utils.words import number_of, shortened
+from .formats import kept_promise, precision_name, worst_format
 from .records import QuantizerRow, Report
-from .story import ROLES, gone, heading, kept_promise, precision, worst_format
+from .story import ROLES, gone, heading
 from .values import DASH, count, measured, percent, status_of
 
 MIN_WIDTH = 20
@@ -154,7 +155,7 @@ def _means(report: Report) -> RenderableType:
             rows = [e for e in report.scores if e.role == "forget"]
             ends = (_mean(rows, v.after(quantizer), last=True) for v in (ORIGINAL, EDITED))
             cells.append(" → ".join(ends))
-        table.add_row(_text(f"  {precision(report, quantizer)}"), *map(Text, cells))
+        table.add_row(_text(f"  {precision_name(report, quantizer)}"), *map(Text, cells))
     return table
 
 
