@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -569,20 +569,23 @@ GO_ON = {"run", "bench", "discover", "relearn", "teach"}
 """Commands that keep what they have made so far."""
 
 
-class Stopped:
+def stopped(kind: type) -> Any:
     """Settings at whose first look somebody presses Ctrl-C."""
 
-    def __getattr__(self, name: str) -> Any:
+    def look(self: object, name: str) -> Any:
         raise KeyboardInterrupt
+
+    return object.__new__(type("Stopped", (kind,), {"__getattribute__": look}))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
 def test_only_what_keeps_something_says_that_it_goes_on(command: Any, capsys):
+    kinds = [kind for name, kind in get_type_hints(command.do).items() if name != "return"]
     if command.name in GO_ON:
         with pytest.raises(KeyboardInterrupt):
-            command.do(Stopped(), Stopped())
+            command.do(*map(stopped, kinds))
         return
-    assert command.do(Stopped(), Stopped()) == 130
+    assert command.do(*map(stopped, kinds)) == 130
     assert "nothing is kept, and the same command begins anew" in capsys.readouterr().err
 
 
