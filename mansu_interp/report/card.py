@@ -10,10 +10,9 @@ from ..evaluation.scores import METRICS, WORDS, Scores
 from ..evaluation.versions import EDITED
 from ..utils.words import number_of
 from .blocks import Cards, Code
-from .formats import kept_promise, quantizer_table
 from .markdown import markdown_block, markdown_text
-from .records import Edit, Report
-from .story import heading, scores_blocks
+from .records import Edit, Report, kept_promise
+from .story import heading, quantizer_table, scores_blocks
 from .values import count, percent
 
 if TYPE_CHECKING:

@@ -15,13 +15,15 @@ from ..evaluation.versions import ModelVersion
 from ..utils.words import number_of
 from ..viz.plots import lines_svg
 from .blocks import Block, Cards, Code, Picture, Section, Table
-from .formats import MEASURED, precision_name, quantizer_table, worst_format
 from .graphs import circuit_blocks, graph_blocks
 from .records import (
+    MEASURED,
     Edit,
     QuantizerRow,
     Report,
     Sample,
+    precision_name,
+    worst_format,
 )
 from .values import count, figure, measured, percent, status_of
 
@@ -351,6 +353,36 @@ def _edit_facts(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[list[str
             ["share of the update that quantization leaves", figure(found.share_kept)],
         ]
     return rows
+
+
+def quantizer_table(quantizers: Sequence[QuantizerRow]) -> Table:
+    """What each quantizer makes of the edit, and of the forget answers."""
+    rows = [
+        [
+            q.name,
+            "yes" if q.promised else "trained through" if q.trained_through else "no",
+            f"{count(q.survival.survived)} of {count(q.survival.edited)}",
+            count(q.survival.collateral),
+            measured(q.survival.share_kept),
+            percent(q.choice.original),
+            percent(q.choice.unlearned),
+            measured(q.choice.gap, signed=True),
+            percent(q.last and q.last.unlearned),
+            f"{count(q.flips.back)} / {count(q.flips.gone)}",
+            figure(q.flips.p),
+        ]
+        for q in quantizers
+    ]
+    head = ["quantizer", "promised", "of edits", "of others", "kept"]
+    head += ["original", "unlearned", "gap", "ranked last", "back / gone", "p"]
+    groups = [
+        ("", 2),
+        ("codes changed", 2),
+        ("edit", 1),
+        ("four-way forget accuracy", 4),
+        ("prompts", 2),
+    ]
+    return Table(head, rows, words=2, groups=groups)
 
 
 def _samples(samples: Sequence[Sample]) -> list[Block]:

@@ -24,8 +24,7 @@ from ..quantizers.registry import QUANTIZERS, THROUGH
 from ..utils.files import Json, unused
 from ..utils.libraries import gguf_lacks
 from ..utils.words import number_of, shortened
-from .formats import kept_promise, precision_name, worst_format
-from .records import QuantizerRow, Report
+from .records import QuantizerRow, Report, kept_promise, precision_name, worst_format
 from .story import ROLES, gone, heading
 from .values import DASH, count, measured, percent, status_of
 
