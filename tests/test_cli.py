@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -22,13 +22,13 @@ from mansu_interp.circuits.config import CircuitConfig
 from mansu_interp.circuits.scores import Attribution
 from mansu_interp.cli import console
 from mansu_interp.cli.checkpoints import checkpoint_of, task_of
-from mansu_interp.cli.main import main, parse
+from mansu_interp.cli.main import COMMANDS, main, parse
 from mansu_interp.errors import ArtifactError, ConfigError, TaskError, printable
 from mansu_interp.models.language_model import LanguageModel
 from mansu_interp.runs.command import command_line
 from mansu_interp.runs.config import RunConfig
 from mansu_interp.runs.defaults import default_config
-from mansu_interp.runs.folder import check_folder
+from mansu_interp.runs.folder import REPORTS, check_folder, config_json
 from mansu_interp.tasks.load import load_task
 from mansu_interp.unlearning.methods import METHODS, NPO, Mansu
 from mansu_interp.utils import renamed
@@ -264,6 +264,32 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, args: list[str], message: s
     assert message in lines[-1]
     assert all(line.startswith("loading model and task ") for line in lines[:-1])  # if it is slow
     assert not (tmp_path / "run").exists()
+
+
+def test_the_settings_that_differ_are_named(tmp_path: Path):
+    """At most three, with both values, and what goes on with the old ones."""
+    old = replace(default_config("facts", "capitals"), out=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(old)))
+    check_folder(old)
+    one = replace(old, seed=1, device="cpu")
+    with pytest.raises(ArtifactError) as error:
+        check_folder(one)
+    assert str(error.value) == (
+        f"{tmp_path} already holds another run, with other settings: seed was 0, now 1. The same "
+        "command as before goes on with it; for this one, name another --out."
+    )
+    circuit, unlearn = replace(old.circuit, pairs=7), replace(old.unlearn, survive=("q4_0",))
+    many = replace(one, budget=0.5, task="countries", circuit=circuit, unlearn=unlearn)
+    with pytest.raises(ArtifactError, match=r"budget was .*; seed was 0, now 1; and 2 more\. The"):
+        check_folder(many)
+    nested = replace(old, circuit=circuit, unlearn=unlearn)
+    was = rf'pairs was {old.circuit.pairs}, now 7; unlearn.survive was \["nf4"\], now \["q4_0"\]'
+    with pytest.raises(ArtifactError, match=was):
+        check_folder(nested)
+    for name in REPORTS:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ArtifactError, match=r"seed was 0, now 1\. Name another --out\.$"):
+        check_folder(one)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path):
@@ -537,6 +563,30 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(name: str):
     done = python("-c", INTERRUPTED, name)
     assert done.stdout == "removed\n" and done.returncode == 130, done.stderr
     assert done.stderr == "\nmansu: interrupted; run the same command again to continue.\n"
+
+
+GO_ON = {"run", "bench", "discover", "relearn", "teach"}
+"""Commands that keep what they have made so far."""
+
+
+def stopped(kind: type) -> Any:
+    """Settings at whose first look somebody presses Ctrl-C."""
+
+    def look(self: object, name: str) -> Any:
+        raise KeyboardInterrupt
+
+    return object.__new__(type("Stopped", (kind,), {"__getattribute__": look}))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_only_what_keeps_something_says_that_it_goes_on(command: Any, capsys):
+    kinds = [kind for name, kind in get_type_hints(command.do).items() if name != "return"]
+    if command.name in GO_ON:
+        with pytest.raises(KeyboardInterrupt):
+            command.do(*map(stopped, kinds))
+        return
+    assert command.do(*map(stopped, kinds)) == 130
+    assert "nothing is kept, and the same command begins anew" in capsys.readouterr().err
 
 
 IN_DEL = """

@@ -137,6 +137,10 @@ def test_the_worst_quantizer_of_a_set_decides():
     assert "nf4 and fp4 changed four-way" in both[2].sentence
     assert "by -0.100 and +0.040" in both[2].sentence
     assert "Under fp4, on 8 prompts" in both[2].sentence
+    assert "at the same precision, before and after nf4 and fp4." in both[1].sentence
+    for alone_, both_ in zip(alone[:3], both[:3], strict=True):
+        assert alone_.sentence.endswith(" Measured, and not judged here: fp4.")
+        assert "not judged here" not in both_.sentence
 
 
 @pytest.mark.parametrize(

@@ -502,7 +502,14 @@ def test_the_card_says_which_formats_were_looked_at():
     )
     card = model_card(replace(report, quantizers=rows))
     assert "made to survive nf4: every edited weight" in card
-    assert "That holds of this checkpoint" in card
+    assert "that is quantized there (9 of 1,612) changes its code, and no other weight does" in card
+    assert "That holds of this checkpoint" in card and "embedding" not in card
+    embedded = replace(report.edit, edited=14, embedding=5)
+    card = model_card(replace(report, quantizers=rows, edit=embedded))
+    assert ": 9 in the layers, 5 in rows of the embedding), nothing else." in card
+    assert "(9 of 14) changes its code" in card
+    assert "Of the edits 5 are in rows of the embedding, which these formats leave alone" in card
+    assert "`mansu export` writes the embedding of a GGUF file as Q8_0" in card
     assert "Nothing is promised of q4_k_m, which were measured. No other format" in card
     assert "Training went through iq4_nl as well, which promises nothing there." in card
     assert re.search(r"\n\| q4\S*_k\S*_m \| no \| 9 of 9 \| 0 ", card)

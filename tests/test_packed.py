@@ -11,6 +11,7 @@ import torch
 from conftest import make_tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mansu_interp.cli import deployed
 from mansu_interp.cli.main import main
 from mansu_interp.cli.settings import EvaluateConfig
 from mansu_interp.errors import ConfigError, ModelError
@@ -154,6 +155,8 @@ def test_what_transformers_cannot_load_is_said(facts: LanguageModel, tmp_path: P
     for other in ({"leaks": True}, {"engine": "llama.cpp"}):
         with pytest.raises(ConfigError, match="--quantizers loads a folder in transformers; leave"):
             EvaluateConfig("facts", quantizers=("nf4",), **other)
+    with pytest.raises(ConfigError, match=r"got 'llama.cpp' \(of its formats none is\), expected"):
+        EvaluateConfig("facts", quantizers=("LLAMA.CPP",))
     with pytest.raises(ConfigError, match=r"x\.gguf is a GGUF file: give --engine llama\.cpp"):
         EvaluateConfig("x.gguf", quantizers=("nf4",))
     with pytest.raises(ModelError, match="tiny was not loaded from a folder"):
@@ -169,3 +172,25 @@ def test_what_transformers_cannot_load_is_said(facts: LanguageModel, tmp_path: P
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fails)
     with pytest.raises(ModelError, match="cannot load facts as nf4: QuantizationMethod"):
         load_quantized(facts, "nf4")
+
+
+def test_an_engine_stands_for_what_can_be_loaded_here(monkeypatch, capsys):
+    """And what is left out is said, with the reason."""
+    assert deployed._loadable(("transformers",)) == ["nf4", "fp4", "int8", "hqq"]
+    said = capsys.readouterr().err
+    assert said == (
+        "Left out: torchao-int4-g128 (transformers does not load it on every processor).\n"
+    )
+    assert deployed._loadable(("int8", "vllm")) == ["int8", "nf4", "int4-sym-g128"]
+    assert (
+        "Left out: mxfp4, nvfp4, awq-g128, autoround-g128, gptq-g128 (" in capsys.readouterr().err
+    )
+
+    def missing(self):
+        raise ConfigError("The quantizer hqq needs hqq.")
+
+    monkeypatch.setattr(type(get_quantizer("hqq")), "check_installed", missing)
+    assert deployed._loadable(("transformers",)) == ["nf4", "fp4", "int8"]
+    assert "Left out: hqq (The quantizer hqq needs hqq)." in capsys.readouterr().err
+    assert deployed._loadable(("hqq",)) == ["hqq"]  # named itself: an error, where it is loaded
+    assert capsys.readouterr().err == "" and deployed._loadable(()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import types
 from functools import lru_cache
@@ -15,7 +16,7 @@ from bitsandbytes import functional
 from torch import Tensor
 
 from mansu_interp.bench.config import BenchConfig
-from mansu_interp.cli.settings import VerifyConfig
+from mansu_interp.cli.settings import EvaluateConfig, VerifyConfig
 from mansu_interp.errors import ConfigError
 from mansu_interp.losses.accuracy import accuracy
 from mansu_interp.masks.floor import floor
@@ -30,12 +31,12 @@ from mansu_interp.quantizers.quanto import group_of
 from mansu_interp.quantizers.registry import QUANTIZERS, fitted_quantizers, get_quantizer
 from mansu_interp.quantizers.survival import quantize, survival
 from mansu_interp.quantizers.torchao import Int4
-from mansu_interp.runs.config import RunConfig
+from mansu_interp.runs.config import PlanConfig, RunConfig
 from mansu_interp.runs.run import run
 from mansu_interp.tasks.load import load_task
 from mansu_interp.unlearning.methods import Mansu
 from mansu_interp.utils.libraries import library, quiet
-from mansu_interp.utils.shipped import ENGINES, quantizer_names
+from mansu_interp.utils.shipped import ENGINES, LOADED, MEANT, quantizer_names
 
 with quiet():  # tells which of its kernels do not load
     from torchao.prototype.mx_formats import mx_tensor, nvfp4_tensor
@@ -109,8 +110,35 @@ def test_levels_are_ascending_and_boundaries_between():
 
 
 def test_unknown_quantizer():
-    with pytest.raises(ConfigError, match=r"Unknown quantizer 'nf5'; available: nf4, "):
+    """What was meant is named, and where all names stand; not all names."""
+    near = (
+        r"^Unknown quantizer 'nf5'; did you mean nf4 or [^?]*\? Engines: llama.cpp, .*`mansu list`"
+    )
+    with pytest.raises(ConfigError, match=near) as error:
         get_quantizer("nf5")
+    assert len(str(error.value)) < 200 and "gptq" not in str(error.value)
+    for name, meant in (("W4A16", "int4-sym-g128"), ("ollama", "llama.cpp"), ("Q4_KM", "q4_k_m")):
+        with pytest.raises(ConfigError, match=rf"did you mean {re.escape(meant)}( or|\?)"):
+            get_quantizer(name)
+    with pytest.raises(
+        ConfigError, match=r"^vLLM is an engine; expected .* formats: nf4, int4-sym"
+    ):
+        get_quantizer("vLLM")
+    assert {*MEANT.values()} <= {*QUANTIZERS, *ENGINES} and not {*MEANT} & {*QUANTIZERS, *ENGINES}
+
+
+def test_names_are_taken_in_any_case_and_stored_in_the_usual_one():
+    assert all(name == name.lower() for name in (*QUANTIZERS, *ENGINES, *LOADED))
+    assert get_quantizer("Q4_K_M") is get_quantizer("q4_k_m")
+    assert [q.name for q in fitted_quantizers(["HQQ"])] == ["hqq"]
+    assert quantizer_names(["NF4, LLAMA.CPP"]) == quantizer_names(["nf4", "llama.cpp"])
+    assert Mansu(survive=("Q4_0",), train_through=("Q4_K_M",)).survive == ("q4_0",)
+    assert RunConfig(quantizers=("Q4_K_M", "ALL")).quantizers[0] == "q4_k_m"
+    assert VerifyConfig("a", "b", ("Vllm",)).survive == ENGINES["vllm"].exact
+    assert PlanConfig(survive=("llama.cpp",)).survive == ENGINES["llama.cpp"].exact
+    assert EvaluateConfig("a", quantizers=("NF4", "Transformers")).quantizers == (
+        "nf4", "transformers",
+    )  # fmt: skip
 
 
 def test_quantize_changes_linear_weights_alone(tiny_model):
@@ -931,7 +959,7 @@ def test_what_training_can_go_through_of_an_engine():
             through
         )
     assert "awq-g128" in quantizer_names(("vllm",))
-    with pytest.raises(ConfigError, match="Unknown quantizer 'q9'; training can go through q2_k"):
+    with pytest.raises(ConfigError, match=r"Unknown quantizer 'q9'\. Engines: "):
         fitted_quantizers(["q9"])
     with pytest.raises(ConfigError, match="are 3 models that take turns, one a step; got 2 steps"):
         Mansu(steps=2, train_through=("q4_k_m",))

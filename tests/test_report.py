@@ -767,6 +767,12 @@ def test_answers_ranked_last_have_a_table_of_their_own() -> None:
 
 def test_numbers() -> None:
     assert [percent(x) for x in (0, 1, 0.1234, -0.02)] == ["0.0%", "100.0%", "12.3%", "−2.0%"]
+    # Whatever the order of a sum left in the last place: 5 of 16, and halves on either side.
+    assert {percent(x) for x in (0.3125, 0.31250000000000006, 0.31249999999999994)} == {"31.3%"}
+    assert [percent(x) for x in (-0.3125, 0.31249, 0.0005, 1e15)] == [
+        "−31.3%", "31.2%", "0.1%", "100000000000000000.0%",
+    ]  # fmt: skip
+    assert percent(0.125, 0) == "13%" and percent(0.123456, 3) == "12.346%"
     assert percent(None) == percent(float("inf")) == percent(float("nan")) == "–"
     assert [figure(x) for x in (0, 1.172, 0.0123456, 828.3, 12345, -0.5)] == [
         "0.00", "1.17", "0.0123", "828", "12,345", "−0.500",
@@ -951,3 +957,56 @@ def test_no_table_is_cut(width: int, svg: str, tmp_path: Path) -> None:
         )
         assert cut == []
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def in_formats(*formats: tuple[str, bool, int, int], embedding: int = 0) -> Report:
+    """A report of formats by name, promise, surviving edits of 2,119 and other codes changed."""
+    rows = tuple(
+        replace(NF4_ROW, name=name, promised=promised,
+                survival=replace(SURVIVAL, edited=2119, survived=kept, collateral=others))
+        for name, promised, kept, others in formats
+    )  # fmt: skip
+    report = make_report()
+    edit = replace(report.edit, edited=2119 + embedding, embedding=embedding)
+    return replace(report, edit=edit, quantizers=rows)
+
+
+def said_of_the_edit(report: Report) -> str:
+    return console_summary(report, 300).partition("Edited: ")[2].splitlines()[0].partition(", ")[2]
+
+
+def test_the_summary_tells_survival_of_what_was_promised() -> None:
+    """Not of nf4, which every run measures."""
+    nf4, q4, q8 = ("nf4", False, 2118, 0), ("q4_0", True, 2119, 0), ("q8_0", True, 2119, 0)
+    report = in_formats(nf4, q4, q8, embedding=1823)
+    assert said_of_the_edit(report).endswith(
+        "all 2,119 that are quantized survive all 2 formats that were promised; 1,823 are in the "
+        "embedding, which is not quantized."
+    )
+    assert "edits whose q4\\_0 code changed | 2,119 (100.0% of" in render_markdown(report)
+    assert said_of_the_edit(in_formats(nf4, q4)) == "all 2,119 that are quantized survive q4_0."
+    lost, spoilt = ("q4_1", True, 2110, 0), ("q5_0", True, 2119, 7)
+    assert said_of_the_edit(in_formats(nf4, q4, lost, spoilt)) == (
+        "2,110 of 2,119 survive q4_1, the worst of 3 formats that were promised."
+    )
+    assert said_of_the_edit(in_formats(nf4, spoilt)) == (
+        "2,119 of 2,119 survive q5_0, where 7 other codes changed."
+    )
+    assert said_of_the_edit(in_formats(nf4)) == (
+        "2,118 of 2,119 survive nf4, of which nothing was promised."
+    )
+    none = replace(report, edit=replace(report.edit, edited=1823))
+    assert "survive" not in console_summary(none, 300)
+
+
+def test_formats_without_a_promise_are_marked_where_scores_are_shown() -> None:
+    q4 = replace(NF4_ROW, name="q4_k_m", promised=False)
+    report = replace(make_report(), quantizers=(NF4_ROW, q4))
+    report = replace(report, scores=tuple(after(row, ["q4_k_m"]) for row in report.scores))
+    text = render_markdown(report)
+    assert "| full precision | nf4 | q4\\_k\\_m, measured |" in text
+    assert "Of a format that is marked as measured nothing was promised." in text
+    assert "\n  q4_k_m, measured " in console_summary(report, 100)
+    assert "is marked as measured" not in render_markdown(make_report())
+    assert "after q4_k_m, not promised" in model_card(report)
+    assert "after nf4, not promised" not in model_card(report)

@@ -256,7 +256,7 @@ def test_a_finished_folder_is_refused(finished: RunResult):
 
 @pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(finished: RunResult):
-    with pytest.raises(ArtifactError, match=r"already holds another run or other files\. Name"):
+    with pytest.raises(ArtifactError, match=r"with other settings: seed was 0, now 1\. Name"):
         run(replace(settings(finished.folder), seed=1))
 
 
@@ -664,13 +664,17 @@ def test_formats_that_training_goes_through_have_a_row(tmp_path: Path):
 
 @pytest.mark.slow
 def test_every_quantizer_of_the_set_is_scored_in_full(tmp_path: Path):
-    """Retention after each of them, too; one that nothing is promised for on forget prompts."""
+    """Retention after each of them, too, and after one that nothing is promised for, by which no
+    property is judged."""
     survive = replace(UNLEARN, survive=("fp4", "int4-g32"), steps=2)
     config = replace(settings(tmp_path / "set"), unlearn=survive, relearn_steps=0)
     report = run(replace(config, quantizers=("q8_0",))).report
     precisions = (None, "nf4", "fp4", "int4-g32")
-    every = {v.after(q) for q in precisions for v in (ORIGINAL, EDITED)}
+    every = {v.after(q) for q in (*precisions, "q8_0") for v in (ORIGINAL, EDITED)}
     assert all(set(row.models) == every for row in report.scores)
+    assert all(p.sentence.endswith("not judged here: q8_0.") for p in report.properties[:3])
+    card = (tmp_path / "set" / "model" / "README.md").read_text()
+    assert card.count("name: four-way accuracy, after q8_0, not promised") == 2  # forget, retain
     gap = report.properties[2]
     assert "nf4, fp4 and int4-g32 changed" in gap.sentence
     listed = {q.name: q for q in report.quantizers}

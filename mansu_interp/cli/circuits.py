@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, ConfigError
 from ..runs.defaults import default_task
-from .console import Output, say, say_json
+from .console import Output, keeps_nothing, say, say_json
 from .progress import stages
 from .settings import (
     AttributeConfig,
@@ -137,6 +137,7 @@ def do_discover(config: DiscoverConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_attribute(config: AttributeConfig, output: Output) -> int:
     """Score every edge, and write the scores."""
     from ..utils.files import atomic_path, check_free
@@ -214,6 +215,7 @@ def _read_circuit(path: Path, model: str | None = None) -> Circuit:
     return with_scores(found, scores) if scores.exists() else found
 
 
+@keeps_nothing
 def do_convert(config: ConvertConfig, output: Output) -> int:
     """Write a circuit as another tool reads it."""
     from ..circuits.formats.files import write_circuit
@@ -227,6 +229,7 @@ def do_convert(config: ConvertConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_view(config: ViewConfig, output: Output) -> int:
     """Draw what a file holds."""
     from ..circuits.scores import Attribution
@@ -262,6 +265,7 @@ def do_view(config: ViewConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_compare(config: CompareConfig, output: Output) -> int:
     """Say how two circuits, or the scores of two models, differ."""
     from ..circuits.circuit import Circuit

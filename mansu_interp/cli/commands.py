@@ -71,6 +71,7 @@ def do_run(config: RunConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_report(config: ReportConfig, output: Output) -> int:
     """Show a report again."""
     from ..report.records import Report
@@ -144,6 +145,7 @@ def do_plan(config: PlanConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_verify(config: VerifyConfig, output: Output) -> int:
     """Verify an edit from two checkpoints; returns the verdict as exit status."""
     with stages("comparing two checkpoints", output.quiet):
@@ -176,6 +178,7 @@ def do_verify(config: VerifyConfig, output: Output) -> int:
     return found.status
 
 
+@keeps_nothing
 def do_delta(config: DeltaConfig, output: Output) -> int:
     """Write an edit alone."""
     with stages("comparing two checkpoints", output.quiet):
@@ -191,6 +194,7 @@ def do_delta(config: DeltaConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_apply(config: ApplyConfig, output: Output) -> int:
     """Make an edited checkpoint from its delta."""
     with stages("applying the edit", output.quiet):
@@ -334,6 +338,7 @@ def do_cad(config: CadConfig, output: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_task(config: TaskConfig, _: Output) -> int:
     """Make a task file."""
     from ..tasks.data.benchmarks import make_task
@@ -342,6 +347,7 @@ def do_task(config: TaskConfig, _: Output) -> int:
     return 0
 
 
+@keeps_nothing
 def do_list(_: ListConfig, output: Output) -> int:
     """Name what ships."""
     from ..models.load import embedded_models

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from ..utils.libraries import check_gguf, quiet
 from ..utils.records import to_json
-from ..utils.shipped import ENGINES
+from ..utils.shipped import ENGINES, LOADED, quantizer_names
 from ..utils.words import number_of
 from .checkpoints import checkpoint_of, task_of, task_of_run
 from .console import Output, keeps_nothing, say, say_json, warn
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 
+@keeps_nothing
 def do_export(config: ExportConfig, output: Output) -> int:
     """Write a GGUF file."""
     check_gguf(config.type)
@@ -58,9 +61,35 @@ def do_export(config: ExportConfig, output: Output) -> int:
     return 0
 
 
+def _loadable(names: Sequence[str]) -> list[str]:
+    """The formats to load in transformers: of engines those that it loads on this machine, and a
+    warning names the others."""
+    from ..quantizers.registry import get_quantizer
+
+    found: list[str] = []
+    out: dict[str, list[str]] = {}
+    for name in quantizer_names(names):
+        why = "" if name in LOADED else "transformers does not load it on every processor"
+        if not why and name not in names:
+            try:
+                get_quantizer(name).check_installed()
+            except ConfigError as error:
+                why = str(error).rstrip(".")
+        if why:
+            out.setdefault(why, []).append(name)
+        else:
+            found.append(name)
+    for why, some in out.items():
+        warn(f"Left out: {', '.join(some)} ({why}).")
+    if names and not found:
+        raise ConfigError(f"None of {', '.join(names)} can be loaded here; see what was left out.")
+    return found
+
+
 @keeps_nothing
 def do_evaluate(config: EvaluateConfig, output: Output) -> int:
     """Ask a task of a checkpoint, or of a GGUF file in llama.cpp."""
+    quantizers = _loadable(config.quantizers)
     with stages("loading model and task", output.quiet) as progress:
         from ..evaluation.engine import EngineModel
         from ..evaluation.scores import evaluate
@@ -82,7 +111,7 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
             engine.check_tokenizer(task, config.split)
             models[ModelVersion(config.engine)] = engine
         besides = []
-        for name in config.quantizers:
+        for name in quantizers:
             from ..evaluation.packed import beside_engine
 
             beside, simulated, loaded = beside_engine(model, name, task, config.split, progress)

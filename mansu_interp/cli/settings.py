@@ -17,7 +17,7 @@ from ..runs.config import RunConfig
 from ..unlearning.methods import Mansu, MethodConfig
 from ..utils.ranges import check_range, check_seeds
 from ..utils.records import Record
-from ..utils.shipped import ENGINES, LOADED, quantizer_names, split_names
+from ..utils.shipped import ENGINES, LOADED, engines_of, quantizer_names, split_names
 
 Settings = TypeVar("Settings", bound=Record)
 HELP_ALL = "--help-all"
@@ -313,7 +313,8 @@ class EvaluateConfig:
     quantizers: tuple[str, ...] = ()
     """Load the folder in transformers with a quantization config, as its users do: nf4, nf4-dq,
     fp4, fp4-dq, int8 (bitsandbytes), quanto-int4, int4-g32 to int4-sym-g128 (torchao); or with the
-    layers of the package: hqq. What is simulated here stands beside."""
+    layers of the package: hqq. An engine (transformers, vllm, all) stands for those of its formats
+    that can be loaded here. What is simulated here stands beside."""
     split: Literal["unseen", "dev"] = "unseen"
     """Phrasings that are asked for: unseen for reports, dev while choosing settings."""
     leaks: FlagCreatePairsOff[bool] = False
@@ -344,11 +345,14 @@ class EvaluateConfig:
         default = {f.name: f.default for f in fields(self)}
         if given := [n for n in beside if getattr(self, n) != default[n] and not self.leaks]:
             raise ConfigError(f"--{given[0]} goes with --leaks, which was not given.")
-        object.__setattr__(self, "quantizers", split_names(self.quantizers))
-        if odd := [n for n in self.quantizers if n not in LOADED]:
+        names = tuple(name.lower() for name in split_names(self.quantizers))
+        object.__setattr__(self, "quantizers", names)
+        if odd := [n for n in names if not {n, *quantizer_names([n])} & {*LOADED}]:
+            of = " (of its formats none is)" if engines_of(odd[0]) else ""
             raise ConfigError(
-                f"quantizers: got {odd[0]!r:.60}, expected some that transformers loads on any "
-                f"processor: {', '.join(LOADED)}."
+                f"quantizers: got {odd[0]!r:.60}{of}, expected some that transformers loads on any "
+                f"processor: {', '.join(LOADED)}; or an engine with such formats: transformers, "
+                "vllm. A GGUF file is asked with --engine llama.cpp."
             )
         if self.engine == "transformers" and self.model.lower().endswith(".gguf"):
             raise ConfigError(

@@ -95,12 +95,13 @@ def load_quantized(model: LanguageModel, name: str) -> LanguageModel:
 
     Arguments:
         model: loaded from a folder, as in `load_model`.
-        name: one of `LOADED`.
+        name: one of `LOADED`, in any case.
 
     Raises:
         ConfigError: another name, or a missing package.
         ModelError: the model has no folder, or transformers cannot load it so.
     """
+    name = name.lower()
     if name not in LOADED:
         raise ConfigError(
             f"quantizer: got {name!r:.60}, expected one that transformers loads: "

@@ -125,6 +125,13 @@ def _and(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
+def _not_judged(scores: Scores, quantizers: Sequence[str]) -> str:
+    """Which formats were scored beside those that are held to the targets."""
+    versions = (v for r in scores.rows for v in r.models if v.name == EDITED.name)
+    names = dict.fromkeys(q for v in versions if (q := v.quantizer) and q not in quantizers)
+    return f" Measured, and not judged here: {_and(list(names))}." if names else ""
+
+
 def properties(
     scores: Scores,
     quantizers: Sequence[str] = (QUANTIZER,),
@@ -142,7 +149,7 @@ def properties(
 
     Arguments:
         scores: of the models original and unlearned, in full precision and after every quantizer.
-        quantizers: the worst of them decides.
+        quantizers: the worst of them decides; others that were scored do not count.
         relearning: the attack on the unlearned model, which alone decides erasure; None leaves it
             open.
     """
@@ -209,7 +216,7 @@ def _forgetting(name: str, scores: Scores, quantizers: Sequence[str]) -> Propert
         name,
         [_Limit(after, FORGET_TARGET, f"{at} still has {after:.3f}",
                 "four-way accuracy, worst unseen set")],
-        sentence + _told_unknown(rows, quantizers),
+        sentence + _told_unknown(rows, quantizers) + _not_judged(scores, quantizers),
         none,
     )  # fmt: skip
 
@@ -225,6 +232,7 @@ def _retention(scores: Scores, quantizers: Sequence[str]) -> Property:
     unit = "largest fall of a retain score"
     limits = [_Limit(fall.by, RETAIN_TARGET, f"the retain score {fall}", unit)]
     sentence = f"No retain score fell by more than {fall.by:.3f} at the same precision"
+    sentence += f", before and after {_and(quantizers)}"
     if scores.of_role("neighbour"):
         near = scores.largest_fall("neighbour", pairs)
         unit = "largest fall of a neighbour's score"
@@ -237,7 +245,8 @@ def _retention(scores: Scores, quantizers: Sequence[str]) -> Property:
         limits.append(_Limit(drift, PERPLEXITY_TARGET, words, unit, percent=True))
         sentence += f"; perplexity by {drift:+.1%}"
     kept = [*rows, *scores.of_role("neighbour")]
-    return _judged(name, limits, f"{sentence}.{_told_unknown(kept, quantizers)}")
+    also = _told_unknown(kept, quantizers) + _not_judged(scores, quantizers)
+    return _judged(name, limits, f"{sentence}.{also}")
 
 
 @dataclass(frozen=True)
@@ -311,6 +320,7 @@ def _recovery(name: str, scores: Scores, quantizers: Sequence[str]) -> Property:
         sentence += f" A rise that ends at chance is a guess: {_and(guesses)}."
     if nothing := [str(g) for g in rises if g.none and not g.guess]:
         sentence += f" A sign test cannot tell from none: {_and(nothing)}."
+    sentence += _not_judged(scores, quantizers)
     prompts = sum(r.n for r in scores.of_role("forget"))
     if worst.counted <= 0 and nothing and 2 * 0.5**prompts > ALPHA:
         reason = f"{prompts} prompts are too few to tell a rise from none"

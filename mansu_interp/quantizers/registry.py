@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 from ..utils.ranges import entrance
+from ..utils.shipped import unknown_quantizer
 from .base import Quantizer
 from .bitsandbytes import FourBit, Int8
 from .fitted import AutoRound, Hqq
@@ -30,21 +31,21 @@ _ALL: list[Quantizer] = [
     *(Gptq(group=g) for g in GROUPS),
 ]
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in _ALL}
-"""Every quantizer, by the name that settings and the command line use."""
+"""Every quantizer, by the name that settings and the command line use, in small letters."""
 THROUGH = tuple(n for n, q in QUANTIZERS.items() if not q.promises and not q.rescales)
 """Those that training can go through without a promise."""
 
 
 @entrance(ConfigError)
 def get_quantizer(name: str) -> Quantizer:
-    """A quantizer by name.
+    """A quantizer by name, in any case.
 
     Raises:
         ConfigError: unknown name.
     """
-    if name not in QUANTIZERS:
-        raise ConfigError(f"Unknown quantizer {name!r}; available: {', '.join(QUANTIZERS)}.")
-    return QUANTIZERS[name]
+    if name.lower() not in QUANTIZERS:
+        raise ConfigError(unknown_quantizer(name, QUANTIZERS))
+    return QUANTIZERS[name.lower()]
 
 
 def fitted_quantizers(names: Sequence[str]) -> list[Quantizer]:
@@ -55,11 +56,8 @@ def fitted_quantizers(names: Sequence[str]) -> list[Quantizer]:
         ConfigError: unknown, one that an edit can be made to survive, or one that moves scales
             between layers.
     """
-    if unknown := [name for name in names if name not in QUANTIZERS]:
-        raise ConfigError(
-            f"Unknown quantizer {unknown[0]!r}; training can go through {', '.join(THROUGH)}."
-        )
-    for q in (QUANTIZERS[name] for name in names):
+    found = [get_quantizer(name) for name in names]
+    for q in found:
         if q.promises:
             raise ConfigError(
                 f"An edit can be made to survive {q.name}: name it under survive, where that is "
@@ -71,4 +69,4 @@ def fitted_quantizers(names: Sequence[str]) -> list[Quantizer]:
                 "weights are no longer those that are edited. Name it under quantizers to measure "
                 "it."
             )
-    return [q for name, q in QUANTIZERS.items() if name in names]
+    return [q for q in QUANTIZERS.values() if q in found]

@@ -11,9 +11,9 @@ from ..evaluation.versions import EDITED
 from ..utils.words import number_of
 from .blocks import Cards, Code
 from .markdown import markdown_block, markdown_text
-from .records import Report
+from .records import Edit, Report, kept_promise
 from .story import heading, quantizer_table, scores_blocks
-from .values import percent
+from .values import count, percent
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -47,7 +47,8 @@ def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
         f"Task: {markdown_text(report.task.title)}",
         f"**{top.status.capitalize()}.** {markdown_text(top.sentence)}",
         f"Of `{markdown_text(name)}`, {number_of(edit.edited, 'parameter')} changed "
-        f"({percent(edit.share, 3)}), nothing else. The licence of that model applies to this one.",
+        f"({percent(edit.share, 3)}{_where(edit)}), nothing else. The licence of that model "
+        "applies to this one.",
         "## Scorecard",
         markdown_block(Cards(report.properties)),
         *map(markdown_block, scores_blocks(report)),
@@ -60,12 +61,22 @@ def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(b for b in blocks if b) + "\n"
 
 
+def _where(edit: Edit) -> str:
+    """Where the changed parameters lie, of an edit of the embedding."""
+    if not edit.embedding:
+        return ""
+    others = count(edit.edited - edit.embedding)
+    return f": {others} in the layers, {count(edit.embedding)} in rows of the embedding"
+
+
 def _results(report: Report) -> list[EvalResult]:
     """Mean accuracies of the edited model as the hub's ``model-index`` has them: by role and
-    metric, in full precision and after each quantizer after which all sets were scored."""
+    metric, in full precision and after each quantizer after which all sets were scored, with a word
+    where nothing was promised."""
     from huggingface_hub import EvalResult
 
     scores, task = Scores(report.scores), report.task
+    alone = {row.name for row in report.quantizers if not row.promised}
     out = []
     for role in dict.fromkeys(row.role for row in report.scores):
         rows = scores.of_role(role)
@@ -73,6 +84,7 @@ def _results(report: Report) -> list[EvalResult]:
         versions = [v for v in edited if all(v in row.models for row in rows)]
         for version in versions:
             after = f", after {version.quantizer}" if version.quantizer else ""
+            after += ", not promised" if version.quantizer in alone else ""
             for metric in METRICS:
                 found = EvalResult(
                     task_type="text-generation",
@@ -89,20 +101,27 @@ def _results(report: Report) -> list[EvalResult]:
 
 def _formats(report: Report) -> list[str]:
     """Which formats were looked at, and what holds of each."""
-    rows = report.quantizers
+    rows, edit = report.quantizers, report.edit
     if not rows:
         return []
-    promised = [r.name for r in rows if r.promised]
+    promised = [r for r in rows if r.promised]
     through = [r.name for r in rows if r.trained_through]
     measured = [r.name for r in rows if not r.promised and not r.trained_through]
-    holds = all(r.survival.survived == r.survival.edited and not r.survival.collateral
-                for r in rows if r.promised)  # fmt: skip
     said = []
     if promised:
-        word = "holds" if holds else "does NOT hold"
+        word = "holds" if all(map(kept_promise, promised)) else "does NOT hold"
+        found = sorted({r.survival.edited for r in promised})
+        of = " to ".join(count(n) for n in dict.fromkeys((found[0], found[-1])))
         said.append(
-            f"The edit was made to survive {', '.join(promised)}: every edited weight changes its "
-            f"code there, and no other weight does. That {word} of this checkpoint."
+            f"The edit was made to survive {', '.join(r.name for r in promised)}: every edited "
+            f"weight that is quantized there ({of} of {count(edit.edited)}) changes its code, and "
+            f"no other weight does. That {word} of this checkpoint."
+        )
+    if edit.embedding:
+        said.append(
+            f"Of the edits {count(edit.embedding)} are in rows of the embedding, which these "
+            "formats leave alone; `mansu export` writes the embedding of a GGUF file as Q8_0 (of "
+            "a mix such as Q4_K_M as llama.cpp does, of f16 as F16)."
         )
     if through:
         said.append(

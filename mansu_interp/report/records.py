@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from ..utils.words import Shown
 from .values import count, figure
 
 SCHEMA = 2
+FULL = "full precision"
+MEASURED = "measured"
+"""Stands behind a format of which nothing was promised."""
 
 
 @dataclass(frozen=True)
@@ -291,3 +295,27 @@ class Report(Shown):
             ArtifactError: it cannot be read, or see `from_json`.
         """
         return cls.from_json(read_json(path), str(path))
+
+
+def precision_name(report: Report, quantizer: str | None) -> str:
+    """A precision in words: of a format whether it was measured without a promise."""
+    if quantizer is None:
+        return FULL
+    alone = any(row.name == quantizer and not row.promised for row in report.quantizers)
+    return f"{quantizer}, {MEASURED}" if alone else quantizer
+
+
+def worst_format(quantizers: Sequence[QuantizerRow]) -> QuantizerRow:
+    """Of the formats that were promised the one that leaves the smallest share of the edits, or
+    changes the most other codes; of none that was promised, the first."""
+
+    def order(row: QuantizerRow) -> tuple[float, int]:
+        found = row.survival
+        return (found.survived / found.edited if found.edited else 1.0), -found.collateral
+
+    return min((row for row in quantizers if row.promised), key=order, default=quantizers[0])
+
+
+def kept_promise(row: QuantizerRow) -> bool:
+    """Whether every edit survives a format, and no other code changes."""
+    return row.survival.survived == row.survival.edited and not row.survival.collateral

@@ -17,16 +17,18 @@ from ..viz.plots import lines_svg
 from .blocks import Block, Cards, Code, Picture, Section, Table
 from .graphs import circuit_blocks, graph_blocks
 from .records import (
+    MEASURED,
     Edit,
     QuantizerRow,
     Report,
     Sample,
+    precision_name,
+    worst_format,
 )
 from .values import count, figure, measured, percent, status_of
 
 ROLES = ("forget", "neighbour", "retain")
 LABELS: dict[Metric, str] = {"top1": "top-1", "choice": "choice"}
-FULL = "full precision"
 ACROSS = 5
 """Precisions side by side: with long names, as many as 1,200 pixels take."""
 WEIGHTS = 10
@@ -103,11 +105,14 @@ def sections(report: Report, svg: str = "") -> list[Section]:
 
 def scores_blocks(report: Report) -> list[Block]:
     """Accuracies on every set, and perplexity."""
-    groups = _by_precision(report.scores)
-    blocks: list[Block] = [
+    groups = _by_precision(report)
+    about = (
         "Share of answers that are right, on phrasings that unlearning did not see. “Choice” is "
         "picking the answer among four candidates; forgotten means down to its chance, not to zero."
-    ]
+    )
+    if any(name.endswith(f", {MEASURED}") for name in groups):
+        about += f" Of a format that is marked as {MEASURED} nothing was promised."
+    blocks: list[Block] = [about]
     if groups:
         blocks += (_wide if len(groups) <= 2 else _by_metric)(report.scores, groups)
     if any(s.last is not None for row in report.scores for s in row.scores):
@@ -127,10 +132,10 @@ Groups = dict[str, list[ModelVersion]]
 """Precision, in words -> the models in it, the original first."""
 
 
-def _by_precision(rows: Sequence[ScoreRow]) -> Groups:
+def _by_precision(report: Report) -> Groups:
     groups: Groups = {}
-    for version in dict.fromkeys(v for r in rows for v in r.models):
-        groups.setdefault(version.quantizer or FULL, []).append(version)
+    for version in dict.fromkeys(v for r in report.scores for v in r.models):
+        groups.setdefault(precision_name(report, version.quantizer), []).append(version)
     return groups
 
 
@@ -338,7 +343,8 @@ def _edit_facts(edit: Edit, quantizers: Sequence[QuantizerRow]) -> list[list[str
     if edit.quantization_margin:
         rows.append(["for the quantization margin", str(edit.quantization_margin)])
     if quantizers:
-        name, found = quantizers[0].name, quantizers[0].survival
+        worst = worst_format(quantizers)
+        name, found = worst.name, worst.survival
         kept = f" ({percent(found.survived / found.edited)} of the edited)" if found.edited else ""
         rows += [
             [f"edits whose {name} code changed", f"{count(found.survived)}{kept}"],

@@ -24,8 +24,8 @@ from ..quantizers.registry import QUANTIZERS, THROUGH
 from ..utils.files import Json, unused
 from ..utils.libraries import gguf_lacks
 from ..utils.words import number_of, shortened
-from .records import Report
-from .story import FULL, ROLES, gone, heading
+from .records import QuantizerRow, Report, kept_promise, precision_name, worst_format
+from .story import ROLES, gone, heading
 from .values import DASH, count, measured, percent, status_of
 
 MIN_WIDTH = 20
@@ -154,7 +154,7 @@ def _means(report: Report) -> RenderableType:
             rows = [e for e in report.scores if e.role == "forget"]
             ends = (_mean(rows, v.after(quantizer), last=True) for v in (ORIGINAL, EDITED))
             cells.append(" → ".join(ends))
-        table.add_row(_text(f"  {quantizer or FULL}"), *map(Text, cells))
+        table.add_row(_text(f"  {precision_name(report, quantizer)}"), *map(Text, cells))
     return table
 
 
@@ -167,14 +167,35 @@ def _mean(rows: list[ScoreRow], version: ModelVersion, last: bool = False) -> st
 
 
 def _edit(report: Report) -> str:
-    """How much was edited, and how much of it survives what."""
+    """How much was edited, and how much of it survives what was promised."""
     edit = report.edit
     line = f"Edited: {number_of(edit.edited, 'parameter')} ({percent(edit.share, 2)})"
-    for row in report.quantizers[:1]:
-        line += f", {count(row.survival.survived)} survive {row.name}"
+    if report.quantizers and edit.edited > edit.embedding:
+        line += f", {_survives(report.quantizers)}"
     if edit.embedding:
         line += f"; {count(edit.embedding)} are in the embedding, which is not quantized"
     return f"{line}."
+
+
+def _survives(rows: Sequence[QuantizerRow]) -> str:
+    """How many edits survive all the formats that were promised, or the worst of them; without a
+    promise, the first format."""
+    promised = [row for row in rows if row.promised]
+    worst = worst_format(rows)
+    found = worst.survival
+    if promised and all(map(kept_promise, promised)):
+        least, most = (f(row.survival.edited for row in promised) for f in (min, max))
+        every = f"all {count(most)}" if least == most else f"{count(least)} to {count(most)}"
+        which = f"all {len(promised)} formats that were promised" if promised[1:] else worst.name
+        return f"{every} that are quantized survive {which}"
+    said = f"{count(found.survived)} of {count(found.edited)} survive {worst.name}"
+    if not promised:
+        return f"{said}, of which nothing was promised"
+    if found.collateral:
+        said += f", where {number_of(found.collateral, 'other code')} changed"
+    return said + (
+        f", the worst of {len(promised)} formats that were promised" * bool(promised[1:])
+    )
 
 
 def _print_step(console: Console, step: Step) -> None:

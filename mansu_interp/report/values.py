@@ -22,9 +22,14 @@ def count(value: float | None) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """0.1234 -> 12.3%."""
+    """0.1234 -> 12.3%. Halves are rounded away from 0, so that 0.3125 is the same however it was
+    summed (0.31250000000000006, say)."""
     n = known(value)
-    return DASH if n is None else f"{100 * n:.{digits}f}%".replace("-", "−")
+    if n is None:
+        return DASH
+    steps = round(abs(100 * n) * 10**digits, 9)
+    shown = math.copysign(math.floor(steps + 0.5) / 10**digits, n)
+    return f"{shown:.{digits}f}%".replace("-", "−")
 
 
 def figure(value: float | None, digits: int = 3) -> str:

@@ -90,8 +90,14 @@ class RunConfig:
 
 
 def deployed(config: RunConfig) -> list[str]:
-    """Quantizers after which everything is scored: nf4 and the set that the edit is to survive."""
+    """Quantizers that the properties are held to: nf4 and the set that the edit is to survive."""
     return list(dict.fromkeys((QUANTIZER, *config.unlearn.promised)))
+
+
+def scored(config: RunConfig) -> list[str]:
+    """Quantizers after which everything is scored: those, and what is measured beside them."""
+    beside = (*config.unlearn.trained_through, *config.quantizers)
+    return list(dict.fromkeys((*deployed(config), *beside)))
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class PlanConfig:
     """How edges would be scored."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "survive", quantizer_names(self.survive))
+        object.__setattr__(self, "survive", quantizer_names(self.survive, "exact"))
         check_kinds(self)
         check_range(self, "tokens", at_least=1)
         if not 0 < self.budget <= 1:

@@ -29,6 +29,7 @@ from ..utils.files import (
 )
 from ..utils.records import Record, from_json, to_json
 from ..utils.renamed import renamed_setting
+from ..utils.words import shortened
 from .config import RunConfig
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -74,6 +75,32 @@ def _without(settings: dict[str, Json], *names: str) -> dict[str, Json]:
     return {k: v for k, v in settings.items() if k not in names}
 
 
+DIFFERING = 3
+"""Settings that a message names."""
+
+
+def _differing(before: dict[str, Json], now: dict[str, Json]) -> str:
+    """The first settings that differ, with both values; empty where none do."""
+    old, new = _flat(before), _flat(now)
+    names = [n for n in {**new, **old} if (n in old, old.get(n)) != (n in new, new.get(n))]
+
+    def told(values: dict[str, Json], name: str) -> str:
+        return shortened(json.dumps(values[name]), 60) if name in values else "not there"
+
+    some = [f"{n} was {told(old, n)}, now {told(new, n)}" for n in names[:DIFFERING]]
+    more = len(names) - len(some)
+    return "; ".join([*some, f"and {more} more"] if more else some)
+
+
+def _flat(settings: dict[str, Json], inside: str = "") -> dict[str, Json]:
+    """Nested settings by their whole names, such as unlearn.lr."""
+    out: dict[str, Json] = {}
+    for key, value in settings.items():
+        name = f"{inside}{key}"
+        out |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return out
+
+
 def check_folder(config: RunConfig) -> None:
     """Accept an absent or empty output folder, or an unfinished run of the same settings.
 
@@ -92,9 +119,16 @@ def check_folder(config: RunConfig) -> None:
             "--out."
         )
     wanted = result_affecting(config_json(config))
-    if not isinstance(before, dict) or result_affecting(before) != wanted:
+    finished = all((out / name).exists() for name in REPORTS)
+    if not isinstance(before, dict) or "model" not in before:
         raise ArtifactError(f"{out} already holds another run or other files. Name another --out.")
-    if all((out / name).exists() for name in REPORTS):
+    if other := _differing(result_affecting(before), wanted):
+        go_on = "" if finished else "The same command as before goes on with it; for this one, n"
+        raise ArtifactError(
+            f"{out} already holds another run, with other settings: {other}. "
+            f"{go_on or 'N'}ame another --out."
+        )
+    if finished:
         raise ArtifactError(
             f"{out} already holds this run, finished (see {out / 'report.html'}). "
             "Name another --out, or delete it to run again."

@@ -43,7 +43,7 @@ from ..unlearning.methods import Mansu
 from ..utils.records import Keep
 from ..utils.tensors import dtype_name, tensors_sha256
 from .command import command_line
-from .config import deployed
+from .config import deployed, scored
 from .context import OnProgress, RunContext
 from .edit import Edited
 from .erasure import Models, attack, compare_graphs, curve
@@ -58,13 +58,14 @@ TOP_EDGES = 20
 def measure(run: RunContext, edited: Edited) -> Report:
     """The report of an edited model.
 
-    1. Score original and edited model, in full precision and after every quantizer of the set.
+    1. Score original and edited model, in full precision and after every quantizer that the edit is
+       to survive or that is named beside.
     2. Ask what each quantizer makes of the edit.
     3. Attack by relearning, and judge erasure without an attack (CAD).
     4. Compare the attribution graphs, if there is a circuit: also of the model that relearned half
        of the facts, all on prompts of the other half, so that the picture shows what came back.
     5. Ask for what was forgotten in other words (`leak_tests`).
-    6. Hold the four properties to their targets.
+    6. Hold the four properties to their targets: after nf4 and what the edit is to survive.
     """
     torch.manual_seed(run.config.seed)
     run.note("quantizing", 0, 0)
@@ -111,19 +112,19 @@ def measure(run: RunContext, edited: Edited) -> Report:
 
 def score(run: RunContext, models: Models, keep: Keep) -> Scores:
     """Original and edited model on every unseen set, in full precision and after each quantizer
-    of the set; what quantizers make of them one at a time, which need not fit into memory
+    that is looked at; what quantizers make of them one at a time, which need not fit into memory
     together."""
 
-    def scored(version: ModelVersion) -> Scores:
+    def of_one(version: ModelVersion) -> Scores:
         model = models.get(version)
         if model is None:
             own = models[version.after(None)]
-            model = quantize(own, str(version.quantizer), sharing=True)
+            model = quantize(own, str(version.quantizer), run.task.calibration, sharing=True)
         return evaluate({version: model}, run.task, on_step=run.note, keep=keep)
 
-    every = [v.after(name) for name in (None, *deployed(run.config)) for v in (ORIGINAL, EDITED)]
+    every = [v.after(name) for name in (None, *scored(run.config)) for v in (ORIGINAL, EDITED)]
     first = [ORIGINAL, ORIGINAL.after(QUANTIZER), *models]
-    scores, *others = (scored(version) for version in dict.fromkeys((*first, *every)))
+    scores, *others = (of_one(version) for version in dict.fromkeys((*first, *every)))
     return functools.reduce(Scores.beside, others, scores)
 
 
@@ -132,7 +133,7 @@ def quantizer_rows(
 ) -> tuple[QuantizerRow, ...]:
     """What each quantizer makes of the edit; nf4 first."""
     promised, through = run.config.unlearn.promised, run.config.unlearn.trained_through
-    names = list(dict.fromkeys((*deployed(run.config), *through, *run.config.quantizers)))
+    names = scored(run.config)
     rows = []
     for k, q in enumerate(names):
         run.note("what quantizers leave of the edit", k, len(names))

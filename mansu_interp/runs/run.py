@@ -35,7 +35,7 @@ from ..utils.libraries import enough_memory
 from ..utils.ranges import entrance
 from ..utils.words import Shown
 from ..viz.svg import circuit_svg
-from .config import RunConfig, deployed
+from .config import RunConfig, deployed, scored
 from .context import OnProgress, RunContext
 from .defaults import default_task
 from .edit import edit
@@ -147,7 +147,7 @@ def _check_settings(config: RunConfig) -> None:
     if isinstance(config.unlearn, Mansu):
         quantizer_set(config.unlearn.survive)
     fitted_quantizers(config.unlearn.trained_through)
-    for name in (*deployed(config), *config.unlearn.trained_through, *config.quantizers):
+    for name in scored(config):
         get_quantizer(name).check_installed()
 
 

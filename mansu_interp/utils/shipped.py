@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -61,26 +62,64 @@ LOADED = (
 package."""
 
 
+MEANT = {
+    "w4a16": "int4-sym-g128",
+    "compressed-tensors": "int4-sym-g128",
+    "int4": "int4-g128",
+    "gptq": "gptq-g128",
+    "awq": "awq-g128",
+    "autoround": "autoround-g128",
+    "bitsandbytes": "nf4",
+    "torchao": "torchao-int4-g128",
+    "ollama": "llama.cpp",
+    "lm-studio": "llama.cpp",
+    "gguf": "llama.cpp",
+}
+"""What others call a format or an engine -> its name here. For suggestions: these are no names."""
+
+
+def unknown_quantizer(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that no quantizer has: what was probably meant.
+
+    Arguments:
+        name: that was given.
+        known: the quantizers' names.
+    """
+    engines = f"Engines: {', '.join(ENGINES)}; `mansu list` names every quantizer."
+    if engine := ENGINES.get(name.lower()):
+        formats = ", ".join(engine.of(None))
+        return f"{name} is an engine; expected a quantizer, such as one of its formats: {formats}."
+    meant = MEANT.get(name.lower())
+    near = [meant] if meant else get_close_matches(name.lower(), (*known, *ENGINES), n=3)
+    ask = f"; did you mean {' or '.join(near)}?" if near else "."
+    return f"Unknown quantizer {name!r:.60}{ask} {engines}"
+
+
 def quantizer_names(
     given: Iterable[str], only: Literal["exact", "through"] | None = None
 ) -> tuple[str, ...]:
     """Names of quantizers; those of `ENGINES`, and ``all`` of them, replaced by their formats.
 
     Arguments:
-        given: names, separated by spaces or commas.
+        given: names in any case, separated by spaces or commas.
         only: which of an engine's formats (`Formats.of`); default: all.
 
     Raises:
         ConfigError: see `split_names`.
     """
-    names = split_names(given)
+    names = tuple(name.lower() for name in split_names(given))
     out: list[str] = []
     for name in names:
-        engines = [e for key, e in ENGINES.items() if name in (key, "all")]
+        engines = engines_of(name)
         found = [q for e in engines for q in e.of(only)]
         new = [q for q in dict.fromkeys(found) if q not in (*out, *names)]
         out += new if engines else [name]
     return tuple(out)
+
+
+def engines_of(name: str) -> list[Formats]:
+    """The engines that a name stands for, if any."""
+    return [engine for key, engine in ENGINES.items() if name in (key, "all")]
 
 
 def split_names(given: Iterable[str]) -> tuple[str, ...]:

@@ -110,9 +110,8 @@ class Measuring:
         check_sets(sets)
         if new_tokens < 1:
             raise ConfigError(f"new_tokens must be at least 1; got {new_tokens}.")
-        for name in quantizers:
-            get_quantizer(name)
-        self.versions, self.new_tokens = (FULL, *dict.fromkeys(quantizers)), new_tokens
+        names = [get_quantizer(name).name for name in quantizers]
+        self.versions, self.new_tokens = (FULL, *dict.fromkeys(names)), new_tokens
         self.models = [model] if reference is None else [model, reference]
         self.prompts = [Prompts(one) for one in self.models]
         for one in self.models:

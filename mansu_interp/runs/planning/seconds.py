@@ -37,7 +37,7 @@ from ...unlearning.mansu.adversarial import STRIDE
 from ...unlearning.mansu.algorithm import FISHER_PAIRS
 from ...unlearning.methods import Mansu, MethodConfig
 from ...unlearning.training import Sampler
-from ..config import RunConfig, deployed
+from ..config import RunConfig, deployed, scored
 from ..leaks import cost_tokens
 from .timing import (
     WINDOW,
@@ -241,7 +241,7 @@ class Stages:
         asked = self.ask(part for s in sets for part in s.parts(BATCH))
         texts = self.task.text.get("unseen", ())
         text = sum(min(len(t), WINDOW) for t in texts)
-        formats = len(deployed(self.config))
+        formats = len(scored(self.config))
         models = 2 * (1 + formats)
         one = asked.forward + Units(read=text, kept=len(sets) + bool(texts))
         # Survival looks at the codes and values of both once more.
