@@ -80,6 +80,11 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
         if not inside:
             engine = EngineModel.open(Path(config.model), model)
             engine.check_tokenizer(task, config.split)
+            if not engine.made_from:
+                warn(
+                    f"Careful: nothing in {config.model} tells whether it was made from "
+                    f"{config.checkpoint}; files that mansu export writes say so."
+                )
             models[ModelVersion(config.engine)] = engine
         besides = []
         for name in config.quantizers:

@@ -18,10 +18,12 @@ from torch import Tensor
 from ..errors import ArtifactError, ConfigError, ModelError
 from ..models.language_model import LanguageModel
 from ..models.layout import BY_HEAD
+from ..models.provenance import values_sha256
 from ..quantizers.gguf import (
     ARCHITECTURES,
     EXACT,
     GROUP,
+    MADE_FROM,
     MIXES,
     FileShape,
     file_shape,
@@ -62,6 +64,7 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool 
     arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES[model.config.model_type])
     with atomic_path(path, new=new) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
+        writer.add_string(MADE_FROM, values_sha256(model))
         write_settings(writer, model, kind, gguf)
         write_tokenizer(writer, model, words, gguf)
         names, shape = gguf_names(model), file_shape(model)

@@ -32,6 +32,8 @@ from ..models.language_model import LanguageModel
 from ..utils.libraries import library
 from .base import E2M1_LEVELS, Cells, Quantizer, affine, divided, e2m1_codes, grouped
 
+MADE_FROM = "mansu.weights_sha256"
+"""Key in a file's metadata: the hash of the weights that it was made from."""
 GROUP = 32
 EXACT = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
 FITTED = {
