@@ -428,6 +428,16 @@ def test_a_file_that_does_not_belong_is_said(facts: LanguageModel, file: Path, t
         EngineModel.open(tmp_path / "none.gguf", facts)
 
 
+def test_a_folder_in_the_place_of_a_file_is_said(tmp_path: Path, capsys):
+    """Before anything is loaded."""
+    (folder := tmp_path / "b \u00fc").mkdir()
+    words = ["evaluate", str(folder), "--engine", "llama.cpp", "--checkpoint", "no-such-model"]
+    assert main([*words, "--task", "capitals"]) == 1
+    said = capsys.readouterr().err
+    assert f"{folder} is a folder, not a GGUF file" in said
+    assert f"mansu export '{folder}' --out model.gguf." in said
+
+
 def test_a_file_of_other_weights_is_refused(facts: LanguageModel, file: Path, tmp_path, capsys):
     """And one of the same values is not, in whichever dtype they were saved again."""
     words = ["evaluate", str(file), "--engine", "llama.cpp", "--task", "capitals", "--checkpoint"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shlex
 import weakref
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -99,6 +100,17 @@ def _functions() -> ctypes.CDLL:
     return found
 
 
+def check_file(path: Path) -> None:
+    """Raise ArtifactError unless there is a file to load."""
+    if path.is_dir():
+        raise ArtifactError(
+            f"{path} is a folder, not a GGUF file. Write one of it and ask that: "
+            f"{shlex.join(['mansu', 'export', str(path), '--out', 'model.gguf'])}."
+        )
+    if not path.is_file():
+        raise ArtifactError(f"{path}: there is no such file. Write one: mansu export.")
+
+
 @dataclass(repr=False)
 class EngineModel(LanguageModel):
     """A checkpoint whose logits llama.cpp computes, from a GGUF file of it."""
@@ -122,8 +134,7 @@ class EngineModel(LanguageModel):
                 checkpoint's, or it was made from other weights, by its own word.
             ConfigError: the wheel is missing, or of a build that does not export it.
         """
-        if not path.is_file():
-            raise ArtifactError(f"{path}: there is no such file. Write one: mansu export.")
+        check_file(path)
         given = {f.name: getattr(checkpoint, f.name) for f in fields(LanguageModel) if f.init}
         model = cls(**{**given, "name": str(path)}, path=path)
         model._load()
