@@ -249,7 +249,9 @@ def test_a_type_that_the_edit_was_not_made_for_is_said(tmp_path: Path, capsys):
         assert said(tmp_path / "model", "q4_k_m") == ""
     card = "---\nmansu:\n  survive:\n  - nf4\n  - q8_0\n---\n# It\n"
     (tmp_path / "model" / "README.md").write_text(card)
-    shutil.copytree(tmp_path / "model", away := tmp_path / "b \u00fc")  # without the ledger
+    shutil.copytree(
+        tmp_path / "model", away := tmp_path / "away" / "b \u00fc"
+    )  # without the ledger
     text = said(away, "q4_0")
     assert "not made to survive q4_0. What was forgotten may come back" in text
     assert f"evaluate '{tmp_path / away.name}-q4_0.gguf' --engine" in text

@@ -78,8 +78,8 @@ def _check_rows(model: LanguageModel, data: dict[str, Json]) -> None:
         raise ModelError(
             f"{model.name}: its tokenizer has {number_of(len(beyond), 'token')} beyond the "
             f"{rows:,} rows of the embedding, such as {beyond[0]!r:.40}: the model can neither "
-            "read nor write them. Take them out of the tokenizer; or give them rows with transformers' "
-            f"resize_token_embeddings({max(ids.values()) + 1}), and train those."
+            "read nor write them. Take them out of the tokenizer; or give them rows with "
+            f"transformers' resize_token_embeddings({max(ids.values()) + 1}), and train those."
         )
 
 
