@@ -31,7 +31,8 @@ from mansu_interp.evaluation.scores import (
 from mansu_interp.evaluation.versions import EDITED, ORIGINAL, ModelVersion
 from mansu_interp.export.gguf import export_gguf
 from mansu_interp.models.language_model import LanguageModel
-from mansu_interp.quantizers.gguf import gguf_names
+from mansu_interp.models.load import load_model
+from mansu_interp.quantizers.gguf import MADE_FROM, gguf_names
 from mansu_interp.quantizers.survival import quantize
 from mansu_interp.tasks.load import load_task
 from mansu_interp.tasks.task import Task
@@ -429,3 +430,48 @@ def test_a_file_that_does_not_belong_is_said(facts: LanguageModel, file: Path, t
         EngineModel.open(cut, facts)
     with pytest.raises(ArtifactError, match="there is no such file"):
         EngineModel.open(tmp_path / "none.gguf", facts)
+
+
+def test_a_folder_in_the_place_of_a_file_is_said(tmp_path: Path, capsys):
+    """Before anything is loaded."""
+    (folder := tmp_path / "b \u00fc").mkdir()
+    words = ["evaluate", str(folder), "--engine", "llama.cpp", "--checkpoint", "no-such-model"]
+    assert main([*words, "--task", "capitals"]) == 1
+    said = capsys.readouterr().err
+    assert f"{folder} is a folder, not a GGUF file" in said
+    assert f"mansu export '{folder}' --out model.gguf." in said
+
+
+def test_a_file_of_other_weights_is_refused(facts: LanguageModel, file: Path, tmp_path, capsys):
+    """And one of the same values is not, in whichever dtype they were saved again."""
+    words = ["evaluate", str(file), "--engine", "llama.cpp", "--task", "capitals", "--checkpoint"]
+    edited = facts.copy()
+    edited.weights["model.layers.1.mlp.down_proj.weight"][3, 5] += 0.25
+    edited.save(tmp_path / "edited")
+    assert main([*words, str(tmp_path / "edited")]) == 1
+    said = capsys.readouterr().err
+    assert "facts.gguf was made from other weights than the checkpoint's" in said
+    again = facts.copy()
+    again.saved_dtype = torch.float32
+    again.save(tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    assert again.saved_dtype != facts.saved_dtype
+    assert EngineModel.open(file, again).made_from
+
+
+def test_a_file_that_does_not_say_what_it_was_made_from_is_asked(
+    file: Path, tmp_path, capsys, monkeypatch
+):
+    """With a warning: other converters do not write it."""
+    asked = []
+    monkeypatch.setattr("mansu_interp.evaluation.scores.evaluate", lambda *a: asked.append(a) or 1)
+    monkeypatch.setattr("mansu_interp.cli.deployed.score_lines", lambda *_: [])
+    silent = tmp_path / "silent.gguf"
+    raw = file.read_bytes()
+    assert raw.count(MADE_FROM.encode()) == 1
+    silent.write_bytes(raw.replace(MADE_FROM.encode(), b"x" * len(MADE_FROM)))
+    words = ["--engine", "llama.cpp", "--task", "capitals", "--checkpoint", "facts", "--quiet"]
+    for path, warned in ((silent, True), (file, False)):
+        assert main(["evaluate", str(path), *words]) == 0 and asked.pop()
+        said = capsys.readouterr().err
+        assert (f"nothing in {path} tells whether it was made from facts" in said) == warned

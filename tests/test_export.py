@@ -48,7 +48,7 @@ from mansu_interp.cli.main import main
 from mansu_interp.errors import ArtifactError, ConfigError, MaskError, ModelError
 from mansu_interp.evaluation.scores import WORDS, Scores
 from mansu_interp.evaluation.versions import EDITED
-from mansu_interp.export.deployed import licence_terms
+from mansu_interp.export.deployed import card_formats, licence_terms
 from mansu_interp.export.gguf import export_gguf, exportable
 from mansu_interp.export.ledger import Ledger, apply, delta
 from mansu_interp.export.verify import verify
@@ -247,6 +247,21 @@ def test_a_type_that_the_edit_was_not_made_for_is_said(tmp_path: Path, capsys):
         assert "nothing can be promised" in text and "--unlearn.survive" not in text
         Ledger.of(original, edited, ("q5_0", "q8_0")).save(tmp_path / "ledger.safetensors")
         assert said(tmp_path / "model", "q4_k_m") == ""
+    card = "---\nmansu:\n  survive:\n  - nf4\n  - q8_0\n---\n# It\n"
+    (tmp_path / "model" / "README.md").write_text(card)
+    shutil.copytree(
+        tmp_path / "model", away := tmp_path / "away" / "b \u00fc"
+    )  # without the ledger
+    text = said(away, "q4_0")
+    assert "not made to survive q4_0. What was forgotten may come back" in text
+    assert f"evaluate '{tmp_path / away.name}-q4_0.gguf' --engine" in text
+    assert f"--checkpoint '{away}' --task TASK)" in text
+    assert "unlearn with --unlearn.survive q4_0" in text
+    assert said(away, "q8_0") == said(away, "f16") == ""
+    for other in ("---\nmansu: {survive: q4_0}\n---\n", "---\nlicense: mit\n---\n"):
+        (away / "README.md").write_text(other)
+        assert said(away, "q5_0") == ""
+        (tmp_path / f"{away.name}-q5_0.gguf").unlink()
     wrong = ["export", str(tmp_path), "--type", "q4", "--out", str(tmp_path / "none.gguf")]
     assert main(wrong) == 1
     assert "type: got 'q4', expected one of f16, q4_0, " in capsys.readouterr().err
@@ -491,7 +506,7 @@ def test_the_card_s_results_are_the_hub_s_own():
             assert value == pytest.approx(scores.mean("forget", metric, version), abs=1e-4)
 
 
-def test_the_card_says_which_formats_were_looked_at():
+def test_the_card_says_which_formats_were_looked_at(tmp_path: Path):
     report = make_report()
     first = report.quantizers[0]
     kept = replace(first.survival, edited=9, survived=9, collateral=0)
@@ -502,6 +517,8 @@ def test_the_card_says_which_formats_were_looked_at():
     )
     card = model_card(replace(report, quantizers=rows))
     assert "made to survive nf4: every edited weight" in card
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert card_formats(tmp_path) == ["nf4"] and card_formats(EMBEDDED / "facts") is None
     assert "that is quantized there (9 of 1,612) changes its code, and no other weight does" in card
     assert "That holds of this checkpoint" in card and "embedding" not in card
     embedded = replace(report.edit, edited=14, embedding=5)

@@ -124,8 +124,17 @@ LINEAR = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 1e4,
+}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "LlamaForCausalLM", {**GATED, "attention_bias": True}),
+    "llama 3": ("Llama", "LlamaForCausalLM", {**GATED, "rope_parameters": LLAMA_3}),
     "mistral": ("Mistral", "MistralForCausalLM", {**GATED, "head_dim": 32}),
     "qwen2": ("Qwen2", "Qwen2ForCausalLM", GATED),
     "qwen3": ("Qwen3", "Qwen3ForCausalLM", {**GATED, "tie_word_embeddings": True}),
@@ -217,6 +226,19 @@ def test_llama_cpp_computes_every_family(case: str, kind: str, tmp_path: Path):
             assert apart < 0.35 * (found - model.all_logits(tokens)).norm(), length
 
 
+def test_llama_3_s_scaling_is_in_the_file(tmp_path: Path):
+    """One factor for each frequency; without them a file would answer as another model does."""
+    model, plain = make("llama 3"), make("llama", attention_bias=False)
+    export_gguf(model, path := tmp_path / "m.gguf", "f16")
+    (found,) = [t for t in gguf.GGUFReader(path).tensors if t.name == "rope_freqs.weight"]
+    assert found.tensor_type.name == "F32" and found.data.shape == (8,)
+    assert found.data[0] == 1 and 1 < found.data[1] < 8 and found.data[-1] == 8
+    assert all(torch.equal(w, plain.weights[n]) for n, w in model.weights.items())
+    tokens = torch.randint(10, 512, (2, 90))
+    wanted = model.all_logits(tokens)
+    assert (plain.all_logits(tokens) - wanted).norm() > 0.1 * wanted.norm()
+
+
 def test_every_family_is_here():
     assert {make(case).config.model_type for case in CASES} == set(FAMILIES)
 
@@ -291,6 +313,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         r"rotary embedding is scaled \(dynamic\)",
     ),
+    "scaled as Llama 3": (
+        "qwen2",
+        {"rope_parameters": LLAMA_3},
+        r"scaled \(llama3\), which llama.cpp computes of llama and mistral alone, not of qwen2",
+    ),
+    "norms": ("phi", {"qk_layernorm": True}, r"normalises queries and keys \(qk_layernorm\)"),
 }
 
 
@@ -324,3 +352,32 @@ def test_merges_that_sentencepiece_would_not_make_are_refused(tmp_path: Path):
         model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
         with pytest.raises(ModelError, match="when SentencePiece and llama"):
             export_gguf(model, tmp_path / "m.gguf", "f16")
+
+
+def test_more_tokens_than_rows_are_refused(tmp_path: Path):
+    """Added ones, and those of the tokenizer itself."""
+    model = make("llama", vocab_size=320)
+    own = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>")
+    own.add_tokens(["Paris-Texas", "Lima-Ohio"])
+    size, model.tokenizer = len(own), own
+    said = rf"2 tokens beyond the 320 rows .* 'Paris-Texas': .*resize_token_embeddings\({size}\)"
+    with pytest.raises(ModelError, match=said):
+        export_gguf(model, tmp_path / "m.gguf", "f16")
+    model = make("llama", vocab_size=300)
+    with pytest.raises(ModelError, match="20 tokens beyond the 300 rows of the embedding"):
+        export_gguf(model, tmp_path / "m.gguf", "f16")
+    assert not list(tmp_path.iterdir())
+    model = make("llama", vocab_size=320)
+    export_gguf(model, tmp_path / "m.gguf", "f16")  # as many as rows
+
+
+def test_a_bpe_without_merges_is_refused(tmp_path: Path):
+    model = make("llama")
+    assert isinstance(model.tokenizer, PreTrainedTokenizerFast)
+    whole = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    whole["model"]["merges"] = []
+    raw = Tokenizer.from_str(json.dumps(whole))
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    with pytest.raises(ModelError, match="a byte-level BPE without merges, which llama"):
+        export_gguf(model, tmp_path / "m.gguf", "f16")
+    assert not list(tmp_path.iterdir())

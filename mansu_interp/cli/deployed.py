@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,31 +33,37 @@ def do_export(config: ExportConfig, output: Output) -> int:
     """Write a GGUF file."""
     check_gguf(config.type)
     with stages("writing the file", output.quiet):
-        from ..export.gguf import export_gguf
-        from ..export.ledger import Ledger, unpromised
+        from ..export.deployed import card_formats
+        from ..export.gguf import check_export, export_gguf
+        from ..export.ledger import Ledger, made_for, unpromised
         from ..models.load import load_model
         from ..utils.files import check_free
 
         check_free(config.out)
         place = checkpoint_of(config.model)
         model = load_model(place)
-        lost, ledger = None, Path(place).parent / "ledger.safetensors"
+        check_export(model)
+        lost, careful, ledger = None, False, Path(place).parent / "ledger.safetensors"
         if config.type != "f16" and isinstance(place, Path) and ledger.exists():
             lost = unpromised(model, Ledger.load(ledger), config.type)
+            careful = lost is not None
+        elif config.type != "f16" and (survive := card_formats(model.folder)) is not None:
+            careful = not made_for(model, survive, config.type)
         export_gguf(model, config.out, config.type, new=True)
     say(f"{config.out.stat().st_size / 1e6:.1f} MB: {config.out}")
-    if lost:
-        measure = f"mansu evaluate {config.out} --engine llama.cpp --checkpoint {place}"
-        asked = "" if task_of_run(str(place)) else " --task TASK"
+    if careful:
+        measure = ["mansu", "evaluate", str(config.out), "--engine", "llama.cpp"]
+        measure += ["--checkpoint", str(place)]
+        measure += [] if task_of_run(str(place)) else ["--task", "TASK"]
+        kept = f"; {lost.survived:,} of its {lost.edited:,} weights do" if lost else ""
         promise = (
             f", or unlearn with --unlearn.survive {config.type}"
             if config.type in ENGINES["llama.cpp"].exact
             else "; nothing can be promised of a format that fits its scales"
         )
         warn(
-            f"Careful: this edit was not made to survive {config.type}; {lost.survived:,} of its "
-            f"{lost.edited:,} weights do. What was forgotten may come back in this file. Measure "
-            f"it ({measure}{asked}){promise}."
+            f"Careful: this edit was not made to survive {config.type}{kept}. What was forgotten "
+            f"may come back in this file. Measure it ({shlex.join(measure)}){promise}."
         )
     return 0
 
@@ -91,13 +98,15 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
     """Ask a task of a checkpoint, or of a GGUF file in llama.cpp."""
     quantizers = _loadable(config.quantizers)
     with stages("loading model and task", output.quiet) as progress:
-        from ..evaluation.engine import EngineModel
+        from ..evaluation.engine import EngineModel, check_file
         from ..evaluation.scores import evaluate
         from ..evaluation.versions import ModelVersion
         from ..models.load import load_model, use_threads
         from ..tasks.load import load_task
 
         inside = config.engine == "transformers"
+        if not inside:
+            check_file(Path(config.model))
         model = load_model(
             checkpoint_of(config.model if inside else config.checkpoint), config.device
         )
@@ -109,6 +118,11 @@ def do_evaluate(config: EvaluateConfig, output: Output) -> int:
         if not inside:
             engine = EngineModel.open(Path(config.model), model)
             engine.check_tokenizer(task, config.split)
+            if not engine.made_from:
+                warn(
+                    f"Careful: nothing in {config.model} tells whether it was made from "
+                    f"{config.checkpoint}; files that mansu export writes say so."
+                )
             models[ModelVersion(config.engine)] = engine
         besides = []
         for name in quantizers:

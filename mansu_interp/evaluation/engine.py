@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shlex
 import weakref
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError, ModelError
 from ..models.language_model import LanguageModel
-from ..quantizers.gguf import llama_cpp
+from ..models.provenance import values_sha256
+from ..quantizers.gguf import MADE_FROM, llama_cpp
 from ..tasks.task import Task
 
 ROOM = 1024
@@ -66,6 +68,10 @@ def _functions() -> ctypes.CDLL:
         "llama_model_load_from_file": (pointer, [ctypes.c_char_p, _Params]),
         "llama_init_from_model": (pointer, [pointer, _Params]),
         "llama_model_get_vocab": (pointer, [pointer]),
+        "llama_model_meta_val_str": (
+            whole,
+            [pointer, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t],
+        ),
         "llama_vocab_n_tokens": (whole, [pointer]),
         "llama_tokenize": (
             whole,
@@ -94,12 +100,26 @@ def _functions() -> ctypes.CDLL:
     return found
 
 
+def check_file(path: Path) -> None:
+    """Raise ArtifactError unless there is a file to load."""
+    if path.is_dir():
+        raise ArtifactError(
+            f"{path} is a folder, not a GGUF file. Write one of it and ask that: "
+            f"{shlex.join(['mansu', 'export', str(path), '--out', 'model.gguf'])}."
+        )
+    if not path.is_file():
+        raise ArtifactError(f"{path}: there is no such file. Write one: mansu export.")
+
+
 @dataclass(repr=False)
 class EngineModel(LanguageModel):
     """A checkpoint whose logits llama.cpp computes, from a GGUF file of it."""
 
     path: Path | None = None
     """The file."""
+    made_from: str = ""
+    """Hash of the weights that it was made from, by its own word; empty: it has none, as other
+    converters write it."""
 
     @classmethod
     def open(cls, path: Path, checkpoint: LanguageModel) -> EngineModel:
@@ -110,12 +130,11 @@ class EngineModel(LanguageModel):
             checkpoint: what it was made from; names and tokenizer are its own.
 
         Raises:
-            ArtifactError: no such file, llama.cpp cannot load it, or its vocabulary is not the
-                checkpoint's.
+            ArtifactError: no such file, llama.cpp cannot load it, its vocabulary is not the
+                checkpoint's, or it was made from other weights, by its own word.
             ConfigError: the wheel is missing, or of a build that does not export it.
         """
-        if not path.is_file():
-            raise ArtifactError(f"{path}: there is no such file. Write one: mansu export.")
+        check_file(path)
         given = {f.name: getattr(checkpoint, f.name) for f in fields(LanguageModel) if f.init}
         model = cls(**{**given, "name": str(path)}, path=path)
         model._load()
@@ -141,6 +160,20 @@ class EngineModel(LanguageModel):
                 f"{self.path} has {self._rows:,} tokens, its checkpoint {rows:,}: they do not "
                 "belong together. Name the one that the file was made from (--checkpoint)."
             )
+
+        self.made_from = self._meta(MADE_FROM)
+        if self.made_from and self.made_from != values_sha256(self):
+            raise ArtifactError(
+                f"{self.path} was made from other weights than the checkpoint's: what both answer "
+                "says nothing of the file. Name the checkpoint that it was made from "
+                "(--checkpoint), or write it again: mansu export."
+            )
+
+    def _meta(self, key: str) -> str:
+        """A text in the file's metadata; empty: there is none."""
+        room = ctypes.create_string_buffer(ROOM)
+        self._engine.llama_model_meta_val_str(self._model, key.encode(), room, ROOM)
+        return room.value.decode(errors="replace")
 
     def _room_for(self, length: int) -> None:
         """A context that holds a prompt of so many tokens."""

@@ -80,17 +80,30 @@ def licence_files(folder: Path | None) -> list[Path]:
     ]
 
 
-def licence_terms(folder: Path | None) -> dict[str, str]:
-    """What the card of a model says of its licence, as `ModelCardData` has it; ``unknown`` where
-    neither card nor licence lies in its folder."""
-    card = folder / "README.md" if folder else None
-    found: object = None
+def _metadata(folder: Path | None) -> dict[str, Json]:
+    """Those of the model card in a folder; none where it has none that can be read."""
+    card, found = folder / "README.md" if folder else None, None
     if card and card.is_file() and card.stat().st_size <= MAX_LICENCE:
         from huggingface_hub import metadata_load
 
         with contextlib.suppress(Exception):  # a stranger's card
             found = metadata_load(card)
-    if isinstance(found, dict) and isinstance(found.get("license"), str):
+    return found if isinstance(found, dict) else {}
+
+
+def card_formats(folder: Path | None) -> list[str] | None:
+    """The formats that an edit was made to survive, by the model card in its folder; None: it says
+    nothing of that, as of a model that was not edited."""
+    own = _metadata(folder).get("mansu")
+    found = own.get("survive") if isinstance(own, dict) else None
+    return list(map(str, found)) if isinstance(found, list) else None
+
+
+def licence_terms(folder: Path | None) -> dict[str, str]:
+    """What the card of a model says of its licence, as `ModelCardData` has it; ``unknown`` where
+    neither card nor licence lies in its folder."""
+    found = _metadata(folder)
+    if isinstance(found.get("license"), str):
         keys = ("license", "license_name", "license_link")
         return {k: found[k] for k in keys if isinstance(found.get(k), str)}
     if folder and DATA in folder.parents:

@@ -18,10 +18,12 @@ from torch import Tensor
 from ..errors import ArtifactError, ConfigError, ModelError
 from ..models.language_model import LanguageModel
 from ..models.layout import BY_HEAD
+from ..models.provenance import values_sha256
 from ..quantizers.gguf import (
     ARCHITECTURES,
     EXACT,
     GROUP,
+    MADE_FROM,
     MIXES,
     FileShape,
     file_shape,
@@ -29,9 +31,9 @@ from ..quantizers.gguf import (
     pack,
     tensor_type,
 )
-from ..utils.files import atomic_path, read_json
+from ..utils.files import Json, atomic_path, read_json
 from ..utils.libraries import check_gguf, library
-from .gguf_settings import FAMILIES, check_settings, write_settings
+from .gguf_settings import FAMILIES, check_settings, rope_factors, write_settings
 from .gguf_tokenizer import splitting, vocabulary, write_tokenizer
 
 
@@ -57,17 +59,17 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool 
         )
     check_gguf(kind)
     gguf = library("gguf", "gguf", "A GGUF file")
-    check_settings(model)
-    words = vocabulary(model)
+    words = check_export(model)
     arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES[model.config.model_type])
     with atomic_path(path, new=new) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
+        writer.add_string(MADE_FROM, values_sha256(model))
         write_settings(writer, model, kind, gguf)
         write_tokenizer(writer, model, words, gguf)
         names, shape = gguf_names(model), file_shape(model)
+        if (factors := rope_factors(model)) is not None:
+            writer.add_tensor("rope_freqs.weight", factors.numpy())
         for name, weight in model.weights.items():
-            if name not in names:
-                raise ModelError(f"{model.name}: GGUF has no name for the weight {name}.")
             values = _converted(model, name, weight.detach().float().cpu()).contiguous()
             stored = _stored_as(names[name], weight, kind, shape)
             if stored in ("f32", "f16"):
@@ -80,6 +82,23 @@ def export_gguf(model: LanguageModel, path: Path, kind: str = "q8_0", new: bool 
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def check_export(model: LanguageModel) -> dict[str, Json]:
+    """The tokenizer of a model that can be written, see `vocabulary`.
+
+    Raises:
+        ModelError, ConfigError: see `export_gguf`.
+    """
+    check_settings(model)
+    words, names = vocabulary(model), gguf_names(model)
+    if odd := [name for name in model.weights if name not in names]:
+        raise ModelError(
+            f"{model.name}: llama.cpp has no name for the weight {odd[0]} ({len(odd)} such) of a "
+            f"{model.config.model_type}, so it computes something else. Ask this model in "
+            "transformers."
+        )
+    return words
 
 
 def exportable(folder: Path) -> bool:

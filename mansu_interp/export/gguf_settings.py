@@ -6,8 +6,13 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from ..errors import ModelError
 from ..models.language_model import LanguageModel
+from ..quantizers.gguf import ARCHITECTURES
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -75,10 +80,22 @@ def check_settings(model: LanguageModel) -> None:
             f"{model.name}: without soft caps (attn_logit_softcapping, final_logit_softcapping), "
             "with which llama.cpp computes every gemma2. Ask this model in transformers."
         )
+    if getattr(config, "qk_layernorm", False):
+        raise ModelError(
+            f"{model.name}: it normalises queries and keys (qk_layernorm), which llama.cpp does "
+            f"not do in a {kind}; its own converter has no names for those weights either. Ask "
+            "this model in transformers."
+        )
     full, local = _ropes(config)
     for rope in (full, local):
-        scaled = rope.get("rope_type", "default")
-        if scaled != "default" and (scaled != "linear" or rope is not full):
+        scaled, known = rope.get("rope_type", "default"), ("linear", "llama3")
+        if scaled == "llama3" and ARCHITECTURES[kind] != "LLAMA":
+            own = [name for name, arch in ARCHITECTURES.items() if arch == "LLAMA"]
+            raise ModelError(
+                f"{model.name}: its rotary embedding is scaled (llama3), which llama.cpp computes "
+                f"of {' and '.join(own)} alone, not of {kind}. Ask this model in transformers."
+            )
+        if scaled != "default" and (scaled not in known or rope is not full):
             raise ModelError(
                 f"{model.name}: its rotary embedding is scaled ({scaled}), which this export does "
                 "not write. Use llama.cpp's convert_hf_to_gguf.py on the saved folder."
@@ -136,6 +153,18 @@ def write_settings(writer: GGUFWriter, model: LanguageModel, kind: str, gguf: Mo
     named = "MXFP4_MOE" if kind == "mxfp4" else kind.upper()
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{named}"))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def rope_factors(model: LanguageModel) -> Float[Tensor, " half_head"] | None:
+    """By what llama.cpp is to divide the frequencies of the rotary embedding, as Llama 3.1 scales
+    it; None: by nothing."""
+    rope, _ = _ropes(model.config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    scaled = model.hf.base_model.get_submodule("rotary_emb").get_buffer("inv_freq").float().cpu()
+    width = _head_width(model)
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width)
+    return plain / scaled
 
 
 def _head_width(model: LanguageModel) -> int:

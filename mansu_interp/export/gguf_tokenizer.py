@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import ModelError
 from ..models.language_model import LanguageModel
 from ..utils.files import Json
+from ..utils.words import number_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -40,7 +41,8 @@ def vocabulary(model: LanguageModel) -> dict[str, Json]:
     ``pieces`` or ``spaced pieces``: those of SentencePiece, whose texts begin with a space.
 
     Raises:
-        ModelError: another kind of tokenizer.
+        ModelError: another kind of tokenizer, one without merges, or with more tokens than the
+            embedding has rows.
     """
     fast = getattr(model.get_tokenizer(), "backend_tokenizer", None)
     data = json.loads(fast.to_str() if fast else '{"model": {}}')
@@ -53,6 +55,12 @@ def vocabulary(model: LanguageModel) -> dict[str, Json]:
             f"{data['model'].get('type')} with another rule. Use "
             "llama.cpp's convert_hf_to_gguf.py on the saved folder."
         )
+    _check_rows(model, data)
+    if pre != "words" and "pieces" not in pre and not data["model"]["merges"]:
+        raise ModelError(
+            f"{model.name}: its tokenizer is a byte-level BPE without merges, which llama.cpp does "
+            "not load. Train it with merges, or take one of whole words (WordLevel)."
+        )
     if "pieces" in pre and (pair := _never_merged(data) or _merged_late(data)):
         raise ModelError(
             f"{model.name}: its tokenizer does not merge {pair[0]!r:.40} and {pair[1]!r:.40} when "
@@ -60,6 +68,19 @@ def vocabulary(model: LanguageModel) -> dict[str, Json]:
             "with SentencePiece, or one of bytes (ByteLevel)."
         )
     return {**data, "pre": pre, "name": _name(model, data)}
+
+
+def _check_rows(model: LanguageModel, data: dict[str, Json]) -> None:
+    """Raise ModelError if the tokenizer has tokens beyond the embedding."""
+    ids = data["model"]["vocab"] | {t["content"]: t["id"] for t in data["added_tokens"]}
+    rows = model.sizes[0]
+    if beyond := [text for text, i in ids.items() if i >= rows]:
+        raise ModelError(
+            f"{model.name}: its tokenizer has {number_of(len(beyond), 'token')} beyond the "
+            f"{rows:,} rows of the embedding, such as {beyond[0]!r:.40}: the model can neither "
+            "read nor write them. Take them out of the tokenizer; or give them rows with "
+            f"transformers' resize_token_embeddings({max(ids.values()) + 1}), and train those."
+        )
 
 
 def _name(model: LanguageModel, data: dict[str, Json]) -> str:

@@ -8,7 +8,7 @@ both checkpoints and of the mask, and a hash of its own tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -203,10 +203,23 @@ def apply(original: LanguageModel, ledger: Ledger) -> LanguageModel:
     return edited
 
 
+def made_for(edited: LanguageModel, survive: Collection[str], quantizer: str) -> bool:
+    """Whether an edit that was made to survive a set was made for a quantizer: it is in the set,
+    or every type that a mix consists of is.
+
+    Raises:
+        ConfigError: unknown quantizer.
+    """
+    kind = get_quantizer(quantizer)
+    kinds = (
+        {q.name for q in kind.fit(edited, ()).values()} if isinstance(kind, Mix) else {kind.name}
+    )
+    return kinds <= set(survive)
+
+
 @torch.no_grad()
 def unpromised(edited: LanguageModel, ledger: Ledger, quantizer: str) -> Survival | None:
-    """What a quantizer makes of an edit that was not made to survive it; None: it was, or every
-    type that a mix consists of.
+    """What a quantizer makes of an edit that was not `made_for` it; None: it was.
 
     Arguments:
         edited: the edited checkpoint.
@@ -217,11 +230,7 @@ def unpromised(edited: LanguageModel, ledger: Ledger, quantizer: str) -> Surviva
         ArtifactError: the ledger does not fit the checkpoint.
         ConfigError: unknown quantizer.
     """
-    kind, promised = get_quantizer(quantizer), set(ledger.meta["survive"])
-    kinds = (
-        {q.name for q in kind.fit(edited, ()).values()} if isinstance(kind, Mix) else {kind.name}
-    )
-    if kinds <= promised:
+    if made_for(edited, ledger.meta["survive"], quantizer):
         return None
     if ledger.meta.get("edited_weights_sha256") != weights_sha256(edited):
         raise ArtifactError(f"The ledger beside {edited.name} is of another checkpoint.")

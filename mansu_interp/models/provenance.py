@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypedDict
 
+import torch
+
 from ..utils.files import Json, finite
+from ..utils.tensors import tensors_sha256
 from .hooked import HookedModel
 from .hugging_face import PreTrainedTokenizerBase
 from .language_model import LanguageModel
@@ -55,6 +58,12 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase | None) -> str:
     inner = getattr(tokenizer, "backend_tokenizer", None)
     text = inner.to_str() if inner else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def values_sha256(model: LanguageModel) -> str:
+    """Hash of a model's weights by their values alone: in whichever dtype and files the same values
+    are saved, it is the same."""
+    return tensors_sha256(model.weights, torch.float32)
 
 
 def provenance(

@@ -33,6 +33,8 @@ from ..models.language_model import LanguageModel
 from ..utils.libraries import library
 from .base import Cells, Quantizer, affine, divided, grouped, mxfp4
 
+MADE_FROM = "mansu.weights_sha256"
+"""Key in a file's metadata: the hash of the weights that it was made from."""
 GROUP = 32
 EXACT = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
 FITTED = {

@@ -39,6 +39,7 @@ def model_card(report: Report, terms: Mapping[str, str] | None = None) -> str:
         model_name=f"{Path(name).name}-edited",
         pipeline_tag="text-generation",
         tags=["machine-unlearning", "unlearning", "mansu-interp"],
+        mansu={"survive": [q.name for q in report.quantizers if q.promised]},  # read by export
     )
     vars(data).update(terms or {})
     top, edit = heading(report), report.edit

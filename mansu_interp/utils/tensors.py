@@ -36,11 +36,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and values, whatever the order."""
+def tensors_sha256(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Hash of names, dtypes, shapes and values, whatever the order.
+
+    Arguments:
+        tensors: by name.
+        dtype: to which each is turned first, one at a time; default: its own.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name].detach().to("cpu", dtype).contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
