@@ -565,14 +565,7 @@ def test_what_the_floor_admits_survives(names: tuple[str, ...], dtype: torch.dty
             assert torch.equal(reference_codes(name, a) != reference_codes(name, b), moves), name
 
 
-NARROW = (
-    "int4-g32",
-    "int4-g128",
-    "int4-sym-g32",
-    "int4-sym-g128",
-    "torchao-int4-g64",
-    "quanto-int4",
-)
+NARROW = ("int4-g32", "int4-sym-g128", "torchao-int4-g64", "quanto-int4")
 
 
 def narrow_reference(name: str, weight: Tensor) -> list[Tensor]:

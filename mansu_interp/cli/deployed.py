@@ -71,6 +71,8 @@ def do_export(config: ExportConfig, output: Output) -> int:
 def _loadable(names: Sequence[str]) -> list[str]:
     """The formats to load in transformers: of engines those that it loads on this machine, and a
     warning names the others."""
+    if not names:
+        return []
     from ..quantizers.registry import get_quantizer
 
     found: list[str] = []
@@ -88,7 +90,7 @@ def _loadable(names: Sequence[str]) -> list[str]:
             found.append(name)
     for why, some in out.items():
         warn(f"Left out: {', '.join(some)} ({why}).")
-    if names and not found:
+    if not found:
         raise ConfigError(f"None of {', '.join(names)} can be loaded here; see what was left out.")
     return found
 
@@ -96,8 +98,8 @@ def _loadable(names: Sequence[str]) -> list[str]:
 @keeps_nothing
 def do_evaluate(config: EvaluateConfig, output: Output) -> int:
     """Ask a task of a checkpoint, or of a GGUF file in llama.cpp."""
-    quantizers = _loadable(config.quantizers)
     with stages("loading model and task", output.quiet) as progress:
+        quantizers = _loadable(config.quantizers)
         from ..evaluation.engine import EngineModel, check_file
         from ..evaluation.scores import evaluate
         from ..evaluation.versions import ModelVersion
