@@ -450,7 +450,7 @@ def test_mxfp4_of_compressed_tensors_has_the_next_scale_from_7_units_on():
     weight[:, 0] = torch.tensor([6.9, 7.0, -7.5, 8.0])
     weight[:, 1:5] = torch.tensor([5.0, 3.5, 0.25, -2.5])
     quantizer = get_quantizer("mxfp4")
-    cells = quantizer.elsewhere(weight, torch.float32)["compressed-tensors"]
+    cells = quantizer.elsewhere(weight, torch.float32)["in compressed-tensors"]
     assert cells.scale.view(4, 32)[:, 0].tolist() == [1.0, 2.0, 2.0, 2.0]
     assert quantizer.cells(weight).scale.view(4, 32)[:, 0].tolist() == [1.0, 1.0, 1.0, 2.0]
     assert cells.highest.view(4, 32)[:, 0].tolist() == [7.0, 14.0, 14.0, 14.0]
@@ -466,7 +466,7 @@ def test_mxfp4_elsewhere_is_that_of_compressed_tensors(kind: str, dtype: torch.d
         pytest.importorskip("compressed_tensors", reason="needs compressed-tensors") and mxfp4a16
     )
     weight = made_weights(kind, dtype)
-    cells = get_quantizer("mxfp4").elsewhere(weight, dtype)["compressed-tensors"]
+    cells = get_quantizer("mxfp4").elsewhere(weight, dtype)["in compressed-tensors"]
     restored, scale = codes(weight)
     some = cells.scale > 0
     assert torch.equal(cells.scale[some], scale[some])

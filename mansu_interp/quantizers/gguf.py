@@ -95,10 +95,9 @@ class Gguf(Quantizer):
 
     def elsewhere(self, weight: Float[Tensor, "out in"], dtype: torch.dtype) -> dict[str, Cells]:
         """See `Quantizer.elsewhere`: MXFP4 as vLLM loads it."""
-        found = {}
-        if self.name == "mxfp4":
-            found["compressed-tensors"] = mxfp4(grouped(weight, GROUP), rounds_up=7.0)
-        return found
+        if self.name != "mxfp4":
+            return {}
+        return {"in compressed-tensors": mxfp4(grouped(weight, GROUP), rounds_up=7.0)}
 
     def round_trip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """See `Quantizer.round_trip`."""
