@@ -44,7 +44,7 @@ from ..utils.records import Keep
 from ..utils.tensors import dtype_name, tensors_sha256
 from .command import command_line
 from .config import deployed, scored
-from .context import OnProgress, RunContext
+from .context import RunContext
 from .edit import Edited
 from .erasure import Models, attack, compare_graphs, curve
 from .folder import HISTORY, Results, config_json
@@ -146,7 +146,6 @@ def quantizer_rows(
             promised=q in promised,
             trained_through=q in through,
             scores=scores,
-            note=run.note,
         )
         rows.append(keep(f"what {q} leaves of the edit", QuantizerRow, made))
     return tuple(rows)
@@ -160,7 +159,6 @@ def quantizer_row(
     promised: bool,
     scores: Scores,
     trained_through: bool = False,
-    note: OnProgress | None = None,
 ) -> QuantizerRow:
     """What one quantizer makes of an edit: survival, and forget accuracy on unseen phrasings.
 
@@ -168,26 +166,19 @@ def quantizer_row(
         model: the original.
         edited: the edited model.
         quantizer: what both go through.
-        task: whose forget prompts are asked.
+        task: whose prompts calibrate it.
         promised: whether every edit survives it by construction.
-        scores: of the unlearned model in full precision, and perhaps of both after the quantizer;
-            else these are scored here.
+        scores: of the unlearned model in full precision, and of both after the quantizer.
         trained_through: whether training took turns with it.
-        note: called with (stage, done, total) while they are.
     """
     before, after = ORIGINAL.after(quantizer.name), EDITED.after(quantizer.name)
-    found = scores
-    if after not in scores.right:
-        models = {v: quantize(m, quantizer, task.calibration)
-                  for v, m in ((before, model), (after, edited))}  # fmt: skip
-        found = evaluate(models, task, role="forget", on_step=note)
 
     def forget(metric: Metric) -> ForgetScore:
-        old, new = (found.mean("forget", metric, v) for v in (before, after))
+        old, new = (scores.mean("forget", metric, v) for v in (before, after))
         return ForgetScore(old, new, new - scores.mean("forget", metric, EDITED))
 
     def ranked_last() -> ForgetScore | None:
-        old, new = (found.mean_last("forget", v) for v in (before, after))
+        old, new = (scores.mean_last("forget", v) for v in (before, after))
         full = scores.mean_last("forget", EDITED)
         if old is None or new is None or full is None:
             return None
@@ -199,7 +190,7 @@ def quantizer_row(
         survival=survival(model, edited, quantizer, task.calibration),
         choice=forget("choice"),
         top1=forget("top1"),
-        flips=Flips.between(scores.right[EDITED]["choice"], found.right[after]["choice"]),
+        flips=Flips.between(scores.right[EDITED]["choice"], scores.right[after]["choice"]),
         last=ranked_last(),
         trained_through=trained_through,
     )
