@@ -80,9 +80,9 @@ class QuantizationMargin:
 
     edits: int
     reached: float | None
-    """Nats by which they lie below full precision's."""
+    """Nats of it that every format has."""
     margin: float
-    """Nats that were asked for."""
+    """Nats that were asked for, of the format that scatters answers most."""
 
     def __str__(self) -> str:
         reached, asked = figure(self.reached, 2), figure(self.margin, 2)

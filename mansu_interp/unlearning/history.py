@@ -32,7 +32,8 @@ class StepRecord:
     final_margin_edits: float | None = None
     """After the last step: edits made for the final margin."""
     quantization_margin_reached: float | None = None
-    """After the last step: nats by which the nearest quantized model lies below full precision."""
+    """After the last step: the quantization margin (nats) less what the quantized model lacks that
+    lacks most of its own."""
     quantization_margin_edits: float | None = None
     """After the last step: edits made for the quantization margin."""
 

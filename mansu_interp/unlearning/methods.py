@@ -57,8 +57,9 @@ class Mansu(MethodConfig):
     its target: further edits are made until full precision and the models of train_through are
     there, and the other quantized models fall as far. None: no such edits."""
     quantization_margin: float = 0.0
-    """Nats by which every quantized model's answers are to lie below full precision's at the end,
-    so that the scatter of rounding is not read as recovery; 0 = no such edits."""
+    """Nats by which the quantized models' answers are to lie below full precision's at the end, so
+    that the scatter of rounding is not read as recovery: those of the format that scatters them
+    most; the others by as much less as they scatter less. 0: no such edits."""
     margin_budget: float = 0.125
     """Share of the edits, in (0, 1), that training leaves for the two margins, which are approached
     as nearly as so many edits allow."""

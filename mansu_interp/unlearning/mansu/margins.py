@@ -7,7 +7,8 @@ known beforehand: its model is quantized anew after each round, and has to get t
 
 `MarginEditor.reach_quantization_margin`: on phrasings that were not trained, rounding scatters the
 answers, and every prompt that goes up reads as recovery. Further edits move the quantized models'
-answers below full precision's by the quantization margin.
+answers below full precision's: by the quantization margin where rounding scatters them most, and by
+as much less in each other format as that scatters them less (`margins_by_scatter`).
 
 Both work in rounds:
 
@@ -60,10 +61,16 @@ class Measured:
 
     lacking: Float[Tensor, " pairs"]
     """What each forget prompt lacks."""
-    short: float
-    """What is lacking on the whole."""
+    wanted: Float[Tensor, " models"]
+    """What is lacking on the mean in each model that is to move; below 0 in one that is farther
+    than it has to be."""
     reached: float
     """What is reported; see `Margin.reached`."""
+
+    @property
+    def short(self) -> float:
+        """What is lacking on the whole."""
+        return float(self.wanted.max())
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class Margin:
 
     reached: float
     """Of the final margin the nats by which the mean excess is still above it, in the highest of
-    the models that are to get there; of the quantization margin those by which the nearest
-    quantized model lies below full precision."""
+    the models that are to get there; of the quantization margin what was asked less what the
+    quantized model lacks that lacks most of its own."""
     edits: int
     """How many were made."""
 
@@ -112,20 +119,20 @@ class MarginEditor:
             models, exact = self.latent.models, len(self.latent.students.quantizers)
             sides = (0, *range(1 + exact, len(models)))
             above = torch.stack([self._excess(models[side]) for side in sides]) + margin
-            highest = float(above.mean(1).max())
-            return Measured(above.amax(0).clamp_min(0), highest, highest)
+            highest = above.mean(1).max()
+            return Measured(above.amax(0).clamp_min(0), highest.expand(1 + exact), float(highest))
 
         return self._rounds(measure, None, most, True, on_round)
 
     def reach_quantization_margin(
         self, margin: float, most: int, on_round: OnRound | None = None
     ) -> Margin:
-        """Edit until in every quantized model the answers' mean excess lies a margin below full
+        """Edit until in every quantized model the answers' mean excess lies its margin below full
         precision's, which does not move, or as many are edited as may be. Fitted quantizers, of
         which no one knows beforehand what they make of an edit, are left out.
 
         Arguments:
-            margin: nats.
+            margin: nats, of the quantizer that scatters answers most (`margins_by_scatter`).
             most: edits at most.
             on_round: called before and after each round.
         """
@@ -134,8 +141,9 @@ class MarginEditor:
             exact, models = len(self.latent.students.quantizers), self.latent.models
             full, *others = (self._excess(models[side]) for side in range(1 + exact))
             distance = full - torch.stack(others)
-            reached = nearest(distance)
-            return Measured(lacking(distance, margin), margin - reached, reached)
+            margins = margins_by_scatter(distance, margin)
+            wanted = margins - distance.mean(1)
+            return Measured(lacking(distance, margins), wanted, margin - float(wanted.max()))
 
         return self._rounds(measure, margin, most, False, on_round)
 
@@ -164,7 +172,7 @@ class MarginEditor:
             if found.short <= NEAR * wanted:
                 return Margin(found.reached, made)
             left = ROUNDS - done
-            made += self._edit(found.lacking, found.short / left, (most - made) // left, together)
+            made += self._edit(found.lacking, found.wanted / left, (most - made) // left, together)
             found = measure()
         if on_round:
             on_round(ROUNDS, found.reached)
@@ -189,13 +197,17 @@ class MarginEditor:
         return torch.cat(gradient(model, of, losses))
 
     def _edit(
-        self, lacks: Float[Tensor, " pairs"], wanted: float, most: int, together: bool
+        self,
+        lacks: Float[Tensor, " pairs"],
+        wanted: Float[Tensor, " models"],
+        most: int,
+        together: bool,
     ) -> int:
         """Edits that move the models so many nats, first order; returns how many.
 
         Arguments:
             lacks: what each forget prompt counts by.
-            wanted: nats.
+            wanted: nats of each.
             most: edits at most.
             together: see `candidate_edits`.
         """
@@ -237,11 +249,21 @@ class MarginEditor:
         return len(found.elements)
 
 
-def nearest(distance: Float[Tensor, "quantized pairs"]) -> float:
-    """The mean distance of the quantized model that is nearest to full precision."""
-    return float(distance.mean(1).min())
+def margins_by_scatter(
+    distance: Float[Tensor, "quantized pairs"], margin: float
+) -> Float[Tensor, " quantized"]:
+    """The margin of each quantized model: the whole one where its answers scatter most about full
+    precision's (standard deviation over prompts), a share of it elsewhere.
+
+    A format of eight bits hardly scatters them, and could hardly be parted from full precision: an
+    edit moves it by half of one of its narrow cells at most.
+    """
+    scatter = distance.std(1, correction=0)
+    return margin * scatter / scatter.max().clamp_min(1e-30)
 
 
-def lacking(distance: Float[Tensor, "quantized pairs"], margin: float) -> Float[Tensor, " pairs"]:
-    """What each pair lacks of the quantization margin in the quantized model that lacks most."""
-    return (margin - distance).clamp_min(0).amax(0)
+def lacking(
+    distance: Float[Tensor, "quantized pairs"], margins: Float[Tensor, " quantized"]
+) -> Float[Tensor, " pairs"]:
+    """What each pair lacks of the margin in the quantized model that lacks most."""
+    return (margins[:, None] - distance).clamp_min(0).amax(0)
