@@ -144,6 +144,7 @@ def test_scores_are_those_of_the_definition_written_out():
     assert found.clean == pytest.approx(np.mean(whole), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["corrupt", "mean", "zero"])
 def test_scores_do_not_depend_on_the_batch(ablation: str):
     model, pairs = make_tiny(2), uneven()
@@ -186,6 +187,7 @@ def test_a_small_change_scores_its_exact_effects():
     assert np.corrcoef(last, scores[:, -1])[0, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_texts_of_different_lengths_make_a_circuit(facts: LanguageModel):
     clean, corrupt = [ASKED.format("Malta")] * 2, [ASKED.format("Rwanda Kenya"), "Kenya is"]
     pairs = PairSet.from_prompts(facts, clean, corrupt, ["Valletta"] * 2, ["Kigali", "Nairobi"])

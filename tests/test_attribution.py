@@ -490,6 +490,7 @@ def test_an_attribution_makes_no_folder_for_its_sums(tiny_model: TinyModel, tmp_
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("due", [0.0, math.inf])
 @pytest.mark.parametrize("more", [{}, {"positions": True, "neurons": True}])
 def test_a_killed_attribution_ends_the_same(
@@ -526,6 +527,7 @@ def test_a_killed_attribution_ends_the_same(
     assert len(seen) == (1 if due == 0 else 3)
 
 
+@pytest.mark.slow
 def test_what_waits_must_be_of_this_attribution(tiny_model: TinyModel, tmp_path: Path):
     model, file = tiny_model(2), tmp_path / "sums.safetensors"
     attribute(model, make_pairs(), config=EAP, resume=str(file))

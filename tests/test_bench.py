@@ -604,6 +604,7 @@ def test_bench_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_p
         run_bench(BenchConfig(out=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_table_needs_no_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "distributed", None)
     config: dict[str, Any] = {"methods": ("ga",), "out": tmp_path, "jobs": 2}

@@ -725,6 +725,7 @@ def test_batches_use_every_pair_before_any_twice(capitals: Task):
     assert set(seen[:10]) == set(pairs) and set(seen[10:]) == set(pairs)
 
 
+@pytest.mark.slow
 def test_the_attack_tells_a_reference_model_from_a_hidden_one(facts: LanguageModel, capitals: Task):
     before = {n: w.clone() for n, w in facts.weights.items()}
     known = relearn(facts, capitals, config=QUICK, split="dev")
@@ -947,6 +948,7 @@ def test_rates_of_arms():
     assert rates_of("lora", replace(config, rates=(1e-3, 1e-4))) == (1e-3,)
 
 
+@pytest.mark.slow
 def test_the_suite_attacks_in_every_arm_and_half_a_is_relearn(facts: LanguageModel, few: Task):
     before = {n: w.clone() for n, w in facts.weights.items()}
     heard: list[tuple[int, int]] = []

@@ -449,6 +449,7 @@ def test_a_random_circuit_agrees_with_transformer_lens(tiny_model: TinyModel, pa
     assert several == pytest.approx(np.mean(values), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_random_circuits_agree_with_the_definition_written_out(
     tiny_model: TinyModel, pairs: PairSet, kv_heads: int

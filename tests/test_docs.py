@@ -158,6 +158,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_site_loads_nothing_from_elsewhere(site: Path):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 30

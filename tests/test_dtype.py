@@ -217,7 +217,8 @@ def test_students_are_the_quantized_models(low: LanguageModel):
                 assert weight.dtype == LOW and torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.parametrize("survive", [("nf4",), pytest.param(SET[:3], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("survive", [("nf4",), SET[:3]])
 def test_every_edit_survives_and_nothing_else_moves(
     survive: tuple[str, ...], low: LanguageModel, capitals: Task, tmp_path: Path
 ):
@@ -264,6 +265,7 @@ def test_adversarial_relearning_and_probes_work(low: LanguageModel, capitals: Ta
     assert found.survived == found.edited == last.edited and not found.collateral
 
 
+@pytest.mark.slow
 def test_bf16_arithmetic_changes_nothing_there(low: LanguageModel, capitals: Task):
     one, other = (
         unlearn(low, capitals, mask_of(low), Mansu(steps=2, lr=0.2, batch_size=4, precision=p))

@@ -85,6 +85,7 @@ def test_a_rise_to_chance_is_no_recovery():
         assert ("that ends at chance is a guess" in gap.sentence) == (passed and after > before)
 
 
+@pytest.mark.slow
 def test_chance_of_top1_is_that_of_a_guess_among_a_relations_answers(
     facts: LanguageModel,
 ):

@@ -74,6 +74,7 @@ def test_any_bytes_raise_only_our_own_errors(name: str, data: bytes):
     fuzz.attempt(fuzz.LOADERS[name], data)
 
 
+@pytest.mark.slow
 def test_a_third_of_changed_rows_are_taken_and_become_tasks():
     loader, rng = fuzz.LOADERS["rows"], random.Random(1)
     seeds, n = loader.seeds(), 120

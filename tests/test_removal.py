@@ -92,6 +92,7 @@ def metric(s: float) -> float:
     return 8**0.5 * s / (1 + s**2) ** 0.5
 
 
+@pytest.mark.slow
 def test_two_redundant_paths_are_sufficient_each_and_necessary_neither():
     model, pairs = copying(2)
     ablation = Ablation(model, pairs)

@@ -72,6 +72,7 @@ def test_facts_and_phrasings_are_drawn_with_replacement():
     assert (Resamples(crossed(6, 3), 50, 1).weights(crossed(6, 3)) != weights.reshape(50, -1)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("facts", "phrasings"), [(60, 1), (40, 25)])
 def test_the_interval_covers_the_truth(facts: int, phrasings: int):
     """Scores of 400 edges, each with an effect of the fact, of the phrasing, and of the pair: in
@@ -157,6 +158,7 @@ def test_what_cannot_be_resampled(tiny_model: TinyModel, pairs: PairSet):
         discover(tiny_model(2), same, config=FEW, resamples=3)
 
 
+@pytest.mark.slow
 def test_discovery_with_resamples(tiny_model: TinyModel, pairs: PairSet, tmp_path: Path):
     """The circuit is the same; its stability is that of as many edges, and is saved with it."""
     model, retain = tiny_model(2), make_pairs(seed=5)

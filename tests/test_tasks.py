@@ -291,6 +291,7 @@ def test_too_few_answers_for_a_choice(tmp_path: Path, facts: LanguageModel, capi
         load_task(write(tmp_path, value), facts)
 
 
+@pytest.mark.slow
 def test_repeated_and_contradictory_rows_of_tables(facts: LanguageModel, tmp_path: Path):
     """The same guard as for rows: a table's own subjects may repeat, or answer twice."""
     spec = json.loads((DATA / "tasks" / "capitals.json").read_text(encoding="utf-8"))

@@ -1036,6 +1036,7 @@ def test_what_is_kept_costs_nothing_where_it_gains():
     assert alone.loss == 0 and (alone.elements == lifted.elements).all()
 
 
+@pytest.mark.slow
 def test_no_more_is_edited_than_asked_for_or_allowed():
     *_, found = case(SET)
     few, many = (
