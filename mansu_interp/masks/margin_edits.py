@@ -42,7 +42,7 @@ TURNS = 12
 """Of the multipliers of the models, which are settled around the other two."""
 RATE = 0.5
 """Of these turns: e-folds of a multiplier for what its model has too much, in shares of what is
-wanted."""
+wanted, scaled by what an edit moves the model by."""
 LOSS_CAP = 8.0
 """Cap of the multiplier of a loss, in units of total gain / total loss: where everything that gains
 loses as well, less is edited."""
@@ -166,6 +166,9 @@ def choose_edits(some: CandidateEdits, wanted: Float[Tensor, " models"], most: i
     """
     whole = float(wanted.max())
     wanted = wanted.clamp_min(0.0)
+    # An edit moves a model little whose cells are narrow; what that lacks counts for more.
+    size = some.gain.abs().mean((1, 2)).clamp_min(1e-30)
+    unit = whole * size / size.max()
     # Those of which nothing is wanted are not to rise: they, too, have a multiplier.
     models = wanted + (wanted < whole) * 0.1 * whole
     models = best = models / models.sum()
@@ -174,7 +177,9 @@ def choose_edits(some: CandidateEdits, wanted: Float[Tensor, " models"], most: i
         found = _choose(some, models, wanted, most, *ROUGHLY)
         if least is None or _rank(found, wanted) < least:
             best, least = models, _rank(found, wanted)
-        models = models * (-RATE * (found.gain - wanted) / whole).clamp(-1.0, 1.0).exp()
+        models = (
+            models * (-RATE * (found.gain - wanted) / unit.clamp_min(1e-30)).clamp(-1.0, 1.0).exp()
+        )
         models = models / models.sum()
     return _choose(some, best, wanted, most, POOL * most, HALVINGS, SWEEPS)
 
@@ -245,11 +250,14 @@ def _edits_at(
     for take in (min(FEW, limit), limit):  # mostly few are enough, and to sort all takes long
         best = score.topk(take)
         i = best.indices[best.values > 0]
-        gains = some.gain[:, row[i], i]
-        met = (gains.cumsum(1) >= wanted[:, None]).all(0).nonzero()
+        lacks = (wanted[:, None] - some.gain[:, row[i], i].cumsum(1)).amax(0)
+        met = (lacks <= 0).nonzero()
         if len(met):
             i = i[: int(met[0]) + 1]
             break
+    else:
+        if len(i):
+            i = i[: int(lacks.argmin()) + 1]  # what is taken beyond the least lack is in vain
     side = row[i]
     moved, lost, value = (x[side, i] for x in (some.shift, some.loss, some.values))
     gained = some.gain[:, side, i].sum(1)
