@@ -34,7 +34,10 @@ from mansu_interp.viz.page import inside_of_groups, lay_out, module_source
 from mansu_interp.viz.svg import curve, move_curve
 from mansu_interp.viz.view import View, attribution_view, changes_view, circuit_view
 
-pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-"),
+]
 
 
 @pytest.fixture(scope="module")
