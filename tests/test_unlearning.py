@@ -994,6 +994,7 @@ def test_every_quantized_model_moves_by_what_was_asked_for(survive: tuple[str, .
     assert float(shifts.sum()) == pytest.approx(edits.shift, abs=1e-4)
     one = float(shifts.abs().max())
     assert abs(edits.shift) <= one < float(shifts.abs().sum()) / 5
+    assert abs(edits.shift) < 0.05 < float(shifts.abs().sum()) / 10
     lost = []
     for q in map(get_quantizer, survive):
         apart = (after - weight - (q.round_trip(after) - q.round_trip(weight))).flatten()

@@ -175,18 +175,12 @@ def choose_edits(some: CandidateEdits, wanted: Float[Tensor, " models"], most: i
     least: tuple[float, int] | None = None
     for _ in range(TURNS if len(wanted) > 1 else 0):
         found = _choose(some, models, wanted, most, *ROUGHLY)
-        if least is None or _rank(found, wanted) < least:
-            best, least = models, _rank(found, wanted)
-        models = (
-            models * (-RATE * (found.gain - wanted) / unit.clamp_min(1e-30)).clamp(-1.0, 1.0).exp()
-        )
+        rank = float((wanted - found.gain).max().clamp_min(0)), len(found.elements)
+        if least is None or rank < least:
+            best, least = models, rank
+        models = models * (RATE * (wanted - found.gain) / unit).clamp(-1.0, 1.0).exp()
         models = models / models.sum()
     return _choose(some, best, wanted, most, POOL * most, HALVINGS, SWEEPS)
-
-
-def _rank(found: MarginEdits, wanted: Float[Tensor, " models"]) -> tuple[float, int]:
-    """What is lacking of what is wanted, then how many edits: less is better."""
-    return float((wanted - found.gain).max().clamp_min(0)), len(found.elements)
 
 
 def _choose(
@@ -199,7 +193,7 @@ def _choose(
     sweeps: int,
 ) -> MarginEdits:
     """`choose_edits` at given multipliers of the models."""
-    counted = _counted(some.gain, models)
+    counted = (some.gain * models[:, None, None]).sum(0)
     best = (counted.amax(0) * some.weight).topk(min(looked_at, counted.shape[1]))
     pool = best.indices[best.values > 0]
     some = CandidateEdits(*(getattr(some, f.name)[..., pool] for f in fields(CandidateEdits)))
@@ -215,13 +209,6 @@ def _choose(
         shift = bisect(lambda m, k=loss: at(m, k).shift, -CAP, CAP, halvings)
     found = at(shift, loss)
     return replace(found, elements=pool[found.elements])
-
-
-def _counted(
-    gain: Float[Tensor, "models options n"], models: Float[Tensor, " models"]
-) -> Float[Tensor, "options n"]:
-    """The gains of all models by their multipliers."""
-    return (gain * models[:, None, None]).sum(0)
 
 
 def bisect(over: Callable[[float], float], low: float, high: float, halvings: int) -> float:
@@ -250,14 +237,11 @@ def _edits_at(
     for take in (min(FEW, limit), limit):  # mostly few are enough, and to sort all takes long
         best = score.topk(take)
         i = best.indices[best.values > 0]
-        lacks = (wanted[:, None] - some.gain[:, row[i], i].cumsum(1)).amax(0)
-        met = (lacks <= 0).nonzero()
-        if len(met):
-            i = i[: int(met[0]) + 1]
+        lacks = (wanted[:, None] - some.gain[:, row[i], i].cumsum(1)).amax(0).clamp_min(0.0)
+        if (lacks == 0).any():
             break
-    else:
-        if len(i):
-            i = i[: int(lacks.argmin()) + 1]  # what is taken beyond the least lack is in vain
+    if len(i):
+        i = i[: int(lacks.argmin()) + 1]  # what is taken beyond the least lack is in vain
     side = row[i]
     moved, lost, value = (x[side, i] for x in (some.shift, some.loss, some.values))
     gained = some.gain[:, side, i].sum(1)
